@@ -1,0 +1,105 @@
+"""Checks of what a user passes in: every message names the argument, what it got, what was expected, and the fix.
+
+Values are checked when they are concrete and never when they are traced, so that every constructor also works inside
+`jax.jit` and `jax.vmap`. Structures, shapes and dtypes are always known and always checked.
+"""
+
+import dataclasses
+import operator
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def nonnegative(name: str, value: chex.Numeric) -> None:
+    """Raises ValueError unless `value` (when concrete) is finite and >= 0 everywhere."""
+    if not isinstance(value, jax.core.Tracer):
+        array = np.asarray(value)
+        if not (np.isfinite(array).all() and (array >= 0).all()):
+            raise ValueError(f"{name} must be a finite number >= 0; got {value}. Pass {name}=0.0 to switch it off.")
+
+
+def positive(name: str, value: chex.Numeric) -> None:
+    """Raises ValueError unless `value` (when concrete) is finite and > 0 everywhere."""
+    if not isinstance(value, jax.core.Tracer):
+        array = np.asarray(value)
+        if not (np.isfinite(array).all() and (array > 0).all()):
+            raise ValueError(f"{name} must be a finite number > 0; got {value}. Pass a small positive {name}.")
+
+
+def count(name: str, value: Any, minimum: int = 0) -> int:
+    """Returns `value` as an int; raises ValueError unless it is a static whole number >= `minimum`."""
+    try:
+        number = operator.index(value)
+    except (TypeError, jax.errors.ConcretizationTypeError) as error:
+        raise ValueError(
+            f"{name} must be a static Python int >= {minimum}; got {type(value).__name__}. It fixes the shape of the "
+            f"program, so it cannot be traced: pass a plain int (static_argnums of jax.jit)."
+        ) from error
+    if number < minimum:
+        raise ValueError(f"{name} must be an int >= {minimum}; got {number}. Pass {name}={minimum} or more.")
+    return number
+
+
+def floating(name: str, tree: chex.ArrayTree) -> None:
+    """Raises ValueError unless `tree` has leaves and every leaf is a real floating-point array or number."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    if not leaves:
+        raise ValueError(
+            f"{name} must hold at least one floating-point array; got an empty pytree {tree!r}. "
+            f"Pass the {name} that the losses read."
+        )
+    for path, leaf in leaves:
+        dtype = jnp.result_type(leaf) if not hasattr(leaf, "dtype") else leaf.dtype
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(
+                f"{name} must hold floating-point arrays only; got {dtype} at {name}{jax.tree_util.keystr(path)}. "
+                f"Keep counts, labels and keys in the batch, or cast with .astype(float)."
+            )
+
+
+def same_shapes(name: str, got: chex.ArrayTree, expected: chex.ArrayTree, fix: str) -> None:
+    """Raises ValueError unless the two pytrees have one structure and one shape at every leaf."""
+    if (what := Shapes.of(got)) != (want := Shapes.of(expected)):
+        raise ValueError(f"{name} has changed: got {what}, expected {want}. {fix}")
+
+
+def scalar_loss(name: str, loss: Callable) -> Callable:
+    """Returns `loss` with a check that it returns one floating-point number."""
+    if not callable(loss):
+        raise ValueError(f"{name} must be a function loss(x, y, batch) -> scalar; got {loss!r}. Pass the function.")
+
+    def checked(x: chex.ArrayTree, y: chex.ArrayTree, batch: Any) -> chex.Array:
+        value = loss(x, y, batch)
+        if not hasattr(value, "dtype") and not isinstance(value, float):
+            raise ValueError(f"{name} must return one number; got {type(value).__name__}. Return the loss alone.")
+        if jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+            raise ValueError(
+                f"{name} must return a floating-point scalar; got shape {jnp.shape(value)} and dtype "
+                f"{jnp.result_type(value)}. Reduce the examples with .mean() (not .sum())."
+            )
+        return jnp.asarray(value)
+
+    return checked
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """The structure and shapes of a pytree, without its numbers: a pytree node with no leaves."""
+
+    structure: Hashable
+    shapes: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, tree: chex.ArrayTree) -> "Shapes":
+        """Reads them off a pytree of arrays and numbers."""
+        leaves, structure = jax.tree.flatten(tree)
+        return cls(structure, tuple(jnp.shape(leaf) for leaf in leaves))
+
+    def __str__(self) -> str:
+        return f"{self.structure} with shapes {list(self.shapes)}"

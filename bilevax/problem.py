@@ -1,0 +1,300 @@
+"""The nouns of bilevel optimization, and the three directions that every method is built from.
+
+    min_x  F(x) = f(x, y*(x))      with   y*(x) = argmin_y g(x, y)
+    ∇F(x) = ∇_x f − ∇²_xy g · v     with   [∇²_yy g] v = ∇_y f
+
+`x` is the outer variable, `y` the inner variable, `f` the outer loss, `g` the inner loss and `v` the
+inverse-Hessian-vector product; outer means upper level, inner means lower level. Any pytree of floating-point arrays is
+a valid x, y or v. Losses have ONE signature, `loss(x, y, batch) -> scalar`, and `batch` is any pytree.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from bilevax import checks
+
+Loss = Callable[[Any, Any, Any], Any]
+
+
+class BilevelProblem(NamedTuple):
+    """An outer loss f and an inner loss g of one signature `loss(x, y, batch) -> scalar`.
+
+    Example:
+        >>> import bilevax as bx
+        >>> problem = bx.BilevelProblem(lambda x, y, batch: (y - batch) ** 2, lambda x, y, batch: (y - x) ** 2)
+        >>> problem.outer_loss(0.0, 3.0, 1.0)
+        4.0
+    """
+
+    outer_loss: Loss
+    inner_loss: Loss
+
+
+class Batch(NamedTuple):
+    """What the two losses take as their `batch`: any two pytrees.
+
+    Example:
+        >>> import bilevax as bx
+        >>> bx.Batch(outer="validation", inner="train").inner
+        'train'
+    """
+
+    outer: Any
+    inner: Any
+
+
+class Calls(NamedTuple):
+    """Numbers of derivative evaluations, declared by each method and equal to what its compiled program runs.
+
+    One `hessian_product` and one `cross_product` at the same point and vector share a single pull-back of ∇_y g.
+
+    Example:
+        >>> import bilevax as bx
+        >>> bx.Calls(inner_gradients=20, cross_products=1).inner_gradients
+        20
+    """
+
+    outer_gradients: chex.Numeric = 0
+    inner_gradients: chex.Numeric = 0
+    hessian_products: chex.Numeric = 0
+    cross_products: chex.Numeric = 0
+
+
+class Directions(NamedTuple):
+    """The three directions of a bilevel problem at a point (x, y, v); pytrees like x, y and y.
+
+    Example:
+        >>> import bilevax as bx
+        >>> bx.Directions(x=1.0, y=2.0, v=3.0).y
+        2.0
+    """
+
+    x: chex.ArrayTree
+    y: chex.ArrayTree
+    v: chex.ArrayTree
+
+
+class InnerGradient(NamedTuple):
+    """The inner gradient at a point, with the pull-back that yields both second-order products.
+
+    `pull_back(v)` returns (∇²_xy g · v, ∇²_yy g · v), pytrees like x and y.
+
+    Example:
+        >>> import bilevax as bx
+        >>> inner = bx.inner_gradient(lambda x, y, batch: x * y**2, 3.0, 2.0, None)
+        >>> float(inner.loss), float(inner.gradient), [float(product) for product in inner.pull_back(1.0)]
+        (12.0, 12.0, [4.0, 6.0])
+    """
+
+    loss: chex.Array
+    gradient: chex.ArrayTree
+    pull_back: Callable[[chex.ArrayTree], tuple[chex.ArrayTree, chex.ArrayTree]]
+
+
+def inner_gradient(inner_loss: Loss, x: chex.ArrayTree, y: chex.ArrayTree, batch: Any) -> InnerGradient:
+    """Evaluates g and ∇_y g, and linearizes (x, y) ↦ ∇_y g(x, y) once, in reverse mode.
+
+    Args:
+      inner_loss: g, a function (x, y, batch) -> scalar.
+      x: outer variable, any floating-point pytree.
+      y: inner variable, any floating-point pytree.
+      batch: what g takes as its batch.
+
+    Returns:
+      `InnerGradient(loss, gradient, pull_back)`; `pull_back(v)` is (∇²_xy g · v, ∇²_yy g · v).
+
+    Raises:
+      ValueError: if g does not return a floating-point scalar.
+
+    Cost: one gradient of g, and about two more for each call of `pull_back`.
+
+    Example:
+        >>> import bilevax as bx
+        >>> float(bx.inner_gradient(lambda x, y, batch: (y - x) ** 2, 1.0, 3.0, None).gradient)
+        4.0
+    """
+    loss = checks.scalar_loss("inner_loss", inner_loss)
+
+    def gradient_and_value(x: chex.ArrayTree, y: chex.ArrayTree) -> tuple[chex.ArrayTree, chex.Array]:
+        value, gradient = jax.value_and_grad(loss, argnums=1)(x, y, batch)
+        return gradient, value
+
+    gradient, pull_back, value = jax.vjp(gradient_and_value, x, y, has_aux=True)
+    return InnerGradient(value, gradient, pull_back)
+
+
+def directions(
+    problem: BilevelProblem, x: chex.ArrayTree, y: chex.ArrayTree, v: chex.ArrayTree, batch: Batch
+) -> Directions:
+    """The directions along which x, y and v descend in every single-loop method.
+
+        d_y = ∇_y g          d_v = ∇²_yy g v − ∇_y f          d_x = ∇_x f − ∇²_xy g v
+
+    At y = y*(x) and v = v*(x) the last one is ∇F(x), and the first two are zero.
+
+    Args:
+      problem: the two losses.
+      x: outer variable, any floating-point pytree.
+      y: inner variable, any floating-point pytree.
+      v: estimate of [∇²_yy g]⁻¹ ∇_y f, a pytree like y.
+      batch: `Batch(outer, inner)`.
+
+    Returns:
+      `Directions(x, y, v)`.
+
+    Raises:
+      ValueError: if a loss does not return a floating-point scalar.
+
+    Cost: one gradient of f, one of g, and ONE pull-back of v for both second-order products.
+
+    Reference: Dagréou et al., "A framework for bilevel optimization that enables stochastic and global variance
+    reduction algorithms", arXiv 2201.13409: its D_z, D_v and D_x, with the opposite sign of v.
+
+    Example:
+        >>> import bilevax as bx
+        >>> problem = bx.BilevelProblem(lambda x, y, batch: y**2, lambda x, y, batch: (y - x) ** 2)
+        >>> d = bx.directions(problem, x=3.0, y=3.0, v=3.0, batch=bx.Batch(None, None))
+        >>> float(d.x), float(d.y), float(d.v)
+        (6.0, 0.0, 0.0)
+    """
+    outer_loss = checks.scalar_loss("outer_loss", problem.outer_loss)
+    outer_x, outer_y = jax.grad(outer_loss, argnums=(0, 1))(x, y, batch.outer)
+    inner = inner_gradient(problem.inner_loss, x, y, batch.inner)
+    cross, hessian = inner.pull_back(v)
+    return Directions(optax.tree.sub(outer_x, cross), inner.gradient, optax.tree.sub(hessian, outer_y))
+
+
+def widen(tree: chex.ArrayTree) -> chex.ArrayTree:
+    """Casts each leaf to at least float32, so that sums over half-precision leaves keep their digits."""
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.promote_types(jnp.result_type(leaf), jnp.float32)), tree)
+
+
+class IHVPInfo(NamedTuple):
+    """What one application of an inverse-Hessian-vector product reports; scalars.
+
+    Attributes:
+      iterations: iterations of the solver.
+      products: Hessian (or other curvature) products, those that `prepare` needed included.
+      residual: ‖b − (H + damping I) v‖ / ‖b‖; NaN where the solver does not measure it.
+      curvature: the smallest pᵀ(H + damping I)p / pᵀp that was seen; NaN where none was.
+      breakdown: True where the solve was cut short or cannot be trusted: negative curvature, a preconditioner that is
+        not positive definite, divergence, or numbers that are not finite.
+
+    Example:
+        >>> import bilevax as bx
+        >>> bx.IHVPInfo(iterations=5, products=6, residual=1e-7, curvature=0.1, breakdown=False).products
+        6
+    """
+
+    iterations: chex.Numeric
+    products: chex.Numeric
+    residual: chex.Numeric
+    curvature: chex.Numeric
+    breakdown: chex.Numeric
+
+
+class IHVP(NamedTuple):
+    """An inverse-Hessian-vector product v ≈ [∇²_yy g]⁻¹ b as a pair of pure functions.
+
+    Attributes:
+      init: `init(x, y, batch=None) -> state`: what is worth keeping from one solve to the next.
+      prepare: `prepare(key, state, inner_loss, (x, y, batch)) -> (apply, state)`, and
+        `apply(b, v0=None) -> (v, IHVPInfo)`, a plain function that lives inside this trace.
+      linear: True where `apply(b)` is linear, symmetric and (for a positive definite H) positive definite in b, so that
+        it is a valid preconditioner of `ihvp.cg`.
+
+    Example:
+        >>> import bilevax as bx
+        >>> solver = bx.ihvp.identity(0.5)
+        >>> apply, state = solver.prepare(None, solver.init(1.0, 1.0), lambda x, y, batch: x * y**2, (1.0, 1.0, None))
+        >>> float(apply(4.0)[0])
+        2.0
+    """
+
+    init: Callable
+    prepare: Callable
+    linear: bool = False
+
+
+class Iterate(NamedTuple):
+    """The whole iterate z of an inner solver: y, the optimizer state, and the number of steps taken so far.
+
+    As a cotangent, `opt_state=None` and `t=None` stand for zero.
+
+    Example:
+        >>> import bilevax as bx
+        >>> bx.Iterate(y=1.0).y
+        1.0
+    """
+
+    y: chex.ArrayTree
+    opt_state: Any = None
+    t: Any = None
+
+
+class SolverInfo(NamedTuple):
+    """What the backward pass of an inner solver reports.
+
+    Attributes:
+      inner_loss: g(x, y) at the returned y; scalar.
+      gradient_norm: ‖∇_y g(x, y)‖ at the returned y; scalar. Implicit rules are wrong where it is not small.
+      calls: `Calls` of the forward and the backward pass together.
+      detail: `IHVPInfo` for `inner.implicit`, the two infos for `inner.chain`, () otherwise.
+
+    Example:
+        >>> import bilevax as bx
+        >>> bx.SolverInfo(inner_loss=0.5, gradient_norm=1e-6, calls=bx.Calls(), detail=()).gradient_norm
+        1e-06
+    """
+
+    inner_loss: chex.Numeric
+    gradient_norm: chex.Numeric
+    calls: Calls
+    detail: Any
+
+
+class InnerSolver(NamedTuple):
+    """How the inner problem is solved AND how that solution is differentiated.
+
+    Attributes:
+      init: `init(x, y, batch=None) -> state`: the memory between outer steps.
+      start: `start(x, y) -> z`: the first iterate, from y itself or from `initial(x)`.
+      forward: `forward(key, state, x, z, batch) -> (z_T, residual, state)`.
+      backward: `backward(residual, state, z_bar) -> ((x_bar, z0_bar), state, SolverInfo)`, the pull-back of
+        (x, z_0) ↦ z_T.
+
+    Example:
+        >>> import bilevax as bx, optax
+        >>> solver = bx.inner.reverse(lambda x, y, batch: 0.5 * (y - x) ** 2, optax.sgd(0.5), steps=2)
+        >>> z, residual, state = solver.forward(None, solver.init(1.0, 0.0), 1.0, solver.start(1.0, 0.0), None)
+        >>> (x_bar, z0_bar), state, info = solver.backward(residual, state, bx.Iterate(1.0))
+        >>> float(z.y), float(x_bar), float(z0_bar.y)
+        (0.75, 0.75, 0.25)
+    """
+
+    init: Callable
+    start: Callable
+    forward: Callable
+    backward: Callable
+
+
+class Hypergradient(NamedTuple):
+    """An estimator of ∇F(x) with a memory, to be fed to any optax optimizer.
+
+    Attributes:
+      init: `init(x, y, batch=None) -> state`; every state has a field `y`.
+      estimate: `estimate(key, state, x, Batch(outer, inner)) -> (grad, state, info)`; grad is a pytree like x.
+
+    Example:
+        >>> import bilevax as bx
+        >>> bx.Hypergradient._fields
+        ('init', 'estimate')
+    """
+
+    init: Callable
+    estimate: Callable

@@ -1,0 +1,77 @@
+"""Samplers `sample(key, t, data) -> batch`: what a loss reads at inner step t."""
+
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from bilevax import checks
+
+Sample = Callable[[Any, Any, Any], Any]
+
+
+def split(key: chex.PRNGKey | None, number: int) -> list:
+    """Splits a key; no key (None) stays none, for solvers that draw nothing."""
+    return [None] * number if key is None else list(jax.random.split(key, number))
+
+
+def full(key: chex.PRNGKey | None, t: chex.Numeric, data: Any) -> Any:
+    """All of the data at every step; the default. Needs no key.
+
+    Example:
+        >>> import bilevax as bx
+        >>> bx.inner.full(None, 0, [1, 2, 3])
+        [1, 2, 3]
+    """
+    return data
+
+
+def per_step(key: chex.PRNGKey | None, t: chex.Numeric, data: Any) -> Any:
+    """Entry t of leaves stacked [T, ...]; scalars and typed keys pass through. Needs no key.
+
+    A step beyond the stack reads NaN (the most negative number in integer leaves), never the last entry once more.
+
+    Example:
+        >>> import bilevax as bx, jax.numpy as jnp
+        >>> float(bx.inner.per_step(None, 1, jnp.array([3.0, 4.0])))
+        4.0
+    """
+    return jax.tree.map(lambda leaf: leaf if jnp.ndim(leaf) == 0 else jnp.asarray(leaf).at[t].get(mode="fill"), data)
+
+
+def minibatch(size: int) -> Sample:
+    """Draws `size` examples uniformly, with replacement, on the device.
+
+    All leaves of the data share their leading axis [N, ...]; scalars and typed keys pass through untouched.
+
+    Args:
+      size: number of examples in a batch, >= 1.
+
+    Returns:
+      `sample(key, t, data) -> batch`, leaves [size, ...].
+
+    Raises:
+      ValueError: if size < 1, if the leading axes differ, or, when it draws, if there is no key.
+
+    Example:
+        >>> import bilevax as bx, jax, jax.numpy as jnp
+        >>> bx.inner.minibatch(4)(jax.random.key(0), 0, {"image": jnp.zeros((100, 8)), "l2": 0.1})["image"].shape
+        (4, 8)
+    """
+    size = checks.count("size", size, minimum=1)
+
+    def sample(key: chex.PRNGKey | None, t: chex.Numeric, data: Any) -> Any:
+        if key is None:
+            raise ValueError("key must be a jax.random.key for a random sampler; got None. Pass key=jax.random.key(0).")
+        lengths = {jnp.shape(leaf)[0] for leaf in jax.tree.leaves(data) if jnp.ndim(leaf)}
+        if len(lengths) != 1:
+            raise ValueError(
+                f"batch must hold arrays with one common leading axis [N, ...]; got leading axes {sorted(lengths)}. "
+                f"Give every array one row per example; scalars and typed keys may travel along."
+            )
+        rows = jax.random.randint(key, (size,), 0, lengths.pop())
+        return jax.tree.map(lambda leaf: leaf if jnp.ndim(leaf) == 0 else jnp.asarray(leaf)[rows], data)
+
+    return sample
