@@ -1,0 +1,136 @@
+"""The outer loop of every task: compiled once for each method, driven chunk by chunk against a budget of seconds."""
+
+import math
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+import bilevax as bx
+
+
+class Carry(NamedTuple):
+    """What an outer step reads and writes: x, the state of its optimizer, and that of the hypergradient."""
+
+    x: chex.ArrayTree
+    optimizer: optax.OptState
+    estimator: Any
+
+
+class Trace(NamedTuple):
+    """What a chunk reports: the numbers of its last outer step, and counts added up over all of them."""
+
+    outer_loss: chex.Array
+    gradient_norm: chex.Array
+    counts: dict[str, chex.Array]
+
+
+class Program(NamedTuple):
+    """A compiled chunk of outer steps.
+
+    Attributes:
+      start: `start(x, y) -> carry`.
+      chunk: `chunk(carry, keys, batch) -> (carry, trace)`, one outer step for each key.
+      compile_seconds: time to trace and compile it.
+      temp_bytes: peak of its temporary memory, from the compiler's analysis; None where a backend offers none.
+    """
+
+    start: Callable[[chex.ArrayTree, chex.ArrayTree], Carry]
+    chunk: Callable[[Carry, chex.PRNGKey, bx.Batch], tuple[Carry, Trace]]
+    compile_seconds: float
+    temp_bytes: int | None
+
+
+class Outcome(NamedTuple):
+    """Where a drive ended. A number is NaN where it diverged, and None where it has no meaning.
+
+    Attributes:
+      x: the last outer variable.
+      metrics: final numbers: the end of the curve, counts added up over all steps, and costs.
+      curve: lists of one length, an entry for each chunk.
+    """
+
+    x: chex.ArrayTree
+    metrics: dict[str, Any]
+    curve: dict[str, list[Any]]
+
+
+def compiled(
+    hypergrad: bx.Hypergradient,
+    optimizer: optax.GradientTransformation,
+    x: chex.ArrayTree,
+    y: chex.ArrayTree,
+    batch: bx.Batch,
+    size: int,
+) -> Program:
+    """Compiles `size` outer steps for arrays shaped like these; the batch stays an argument."""
+
+    def start(x: chex.ArrayTree, y: chex.ArrayTree) -> Carry:
+        return Carry(x, optimizer.init(x), hypergrad.init(x, y))
+
+    def chunk(carry: Carry, keys: chex.PRNGKey, batch: bx.Batch) -> tuple[Carry, Trace]:
+        def step(carry: Carry, key: chex.PRNGKey) -> tuple[Carry, bx.HypergradientInfo]:
+            grad, estimator, info = hypergrad.estimate(key, carry.estimator, carry.x, batch)
+            updates, state = optimizer.update(grad, carry.optimizer, carry.x)
+            return Carry(optax.apply_updates(carry.x, updates), state, estimator), info
+
+        carry, info = jax.lax.scan(step, carry, keys)
+        counts = {name: jnp.sum(calls) for name, calls in info.inner.calls._asdict().items()}
+        breakdowns = (jnp.sum(flags) for _, flags in optax.tree.get_all_with_path(info, "breakdown"))
+        counts["breakdowns"] = sum(breakdowns, start=jnp.zeros((), int))
+        return carry, Trace(info.outer_loss[-1], info.inner.gradient_norm[-1], counts)
+
+    begin = time.perf_counter()
+    program = jax.jit(chunk).lower(start(x, y), jax.random.split(jax.random.key(0), size), batch).compile()
+    compile_seconds = time.perf_counter() - begin
+    memory = program.memory_analysis()
+    return Program(start, program, compile_seconds, memory.temp_size_in_bytes if memory else None)
+
+
+def drive(
+    program: Program,
+    carry: Carry,
+    keys: chex.PRNGKey,
+    batch: bx.Batch,
+    evaluate: Callable[[Carry], dict[str, float | None]],
+    budget: float,
+    advance: Callable[[int], None],
+) -> Outcome:
+    """Runs chunk after chunk, until the keys or the budget are spent or the outer loss is not finite.
+
+    Args:
+      program: a compiled chunk.
+      carry: from `program.start`.
+      keys: [chunks, size], one for each outer step.
+      batch: passed to every step.
+      evaluate: more numbers for the end of each chunk; its time does not count.
+      budget: seconds.
+      advance: called with the number of steps just done.
+
+    Returns:
+      Where it ended.
+    """
+    curve: defaultdict[str, list[Any]] = defaultdict(list)
+    counts: Counter[str] = Counter()
+    seconds = 0.0
+    for number, chunk_keys in enumerate(keys, start=1):
+        begin = time.perf_counter()
+        carry, trace = jax.block_until_ready(program.chunk(carry, chunk_keys, batch))
+        seconds += time.perf_counter() - begin
+        counts.update({name: count.item() for name, count in trace.counts.items()})
+        loss, norm = trace.outer_loss.item(), trace.gradient_norm.item()
+        point = {"outer_step": number * len(chunk_keys), "seconds": seconds, "outer_loss": loss, "gradient_norm": norm}
+        for name, value in {**point, **evaluate(carry)}.items():
+            curve[name].append(value)
+        advance(len(chunk_keys))
+        if seconds >= budget or not math.isfinite(loss):
+            break
+    metrics = {name: values[-1] for name, values in curve.items()} | counts
+    metrics["outer_steps"] = metrics.pop("outer_step")
+    metrics |= {"compile_seconds": program.compile_seconds, "temp_bytes": program.temp_bytes}
+    return Outcome(carry.x, metrics, dict(curve))

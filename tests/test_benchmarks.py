@@ -1,0 +1,148 @@
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+import bilevax as bx
+from benchmarks import hyper_cleaning
+from benchmarks.__main__ import main
+from benchmarks.report import mean_and_error
+
+COUNTS = {"inner_gradients", "outer_gradients", "hessian_products", "cross_products", "breakdowns", "outer_steps"}
+COSTS = {"seconds", "compile_seconds", "temp_bytes"}
+POINT = {"seconds", "outer_loss", "gradient_norm", "test_accuracy", "auc"}
+
+
+@pytest.fixture(autouse=True)
+def single_precision():
+    with jax.enable_x64(False):
+        yield
+
+
+@pytest.fixture
+def run(tmp_path, capsys):
+    def start(arguments):
+        code = main([*arguments.split(), "--results", str(tmp_path)])
+        records = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("hyper_cleaning/*.json")}
+        return code, capsys.readouterr().out, records, tmp_path / "hyper_cleaning" / "hyper_cleaning.png"
+
+    return start
+
+
+def test_a_run_writes_records_of_one_schema_a_plot_and_a_table_with_standard_errors(run):
+    code, output, records, plot = run("--seeds 2 --seed 3 --outer-steps 4 --methods cg")
+    assert code == 0
+    assert set(records) == {f"{method}-seed{seed}" for method in ("corrupted", "clean", "cg") for seed in (3, 4)}
+    for record in records.values():
+        assert record["task"] == "hyper_cleaning"
+        assert set(record["versions"]) == {"python", "jax", "jaxlib", "optax", "bilevax", "numpy"}
+        assert record["versions"]["bilevax"] == bx.__version__
+        assert record["configuration"]["outer_steps"] == record["metrics"]["outer_steps"] == 4
+        assert set(record["metrics"]) == COUNTS | COSTS | POINT
+        assert set(record["curve"]) == POINT | {"outer_step"}
+        assert record["curve"]["outer_step"] == [4]
+        assert record["curve"]["outer_loss"] == [record["metrics"]["outer_loss"]]
+        assert (record["metrics"]["auc"] is None) == (record["method"] != "cg")
+    assert records["cg-seed3"]["configuration"]["settings"] == {"maxiter": 5}
+    assert records["cg-seed3"]["metrics"]["inner_gradients"] == 4 * 21
+    assert records["cg-seed3"]["metrics"]["test_accuracy"] != records["cg-seed4"]["metrics"]["test_accuracy"]
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    mean, error = mean_and_error([records[f"cg-seed{seed}"]["metrics"]["auc"] for seed in (3, 4)])
+    assert f"{mean:.3f} ± {error:.3f}" in output
+
+
+def test_standard_error_is_that_of_the_mean():
+    mean, error = mean_and_error([[1.0, 5.0], [3.0, 5.0], [5.0, 5.0]])
+    np.testing.assert_allclose(mean, [3, 5])
+    np.testing.assert_allclose(error, [2 / math.sqrt(3), 0])
+
+
+def test_an_early_stop_and_a_divergence_are_said(run, monkeypatch):
+    def wild():
+        return bx.inner.reverse(hyper_cleaning.inner_loss, optax.sgd(1e30), steps=3)
+
+    monkeypatch.setattr(hyper_cleaning, "METHODS", (hyper_cleaning.Row("wild", wild, {}),))
+    monkeypatch.setattr(hyper_cleaning, "ANCHORS", hyper_cleaning.ANCHORS[:1])
+    code, output, records, plot = run("--methods wild --quick --budget 1e-9")
+    assert code == 0
+    assert "corrupted, seed 0: stopped at outer step 10 of 20: budget of 1e-09 s spent" in output
+    assert "wild, seed 0: diverged (numbers not finite) at outer step 10 of 20" in output
+    assert "nan" in next(line for line in output.splitlines() if line.startswith("wild"))
+    assert records["wild-seed0"]["metrics"]["test_accuracy"] is None
+    assert records["wild-seed0"]["curve"]["outer_loss"] == [None]
+    assert not plot.exists()
+
+
+def test_an_interrupted_session_keeps_the_finished_runs(run, monkeypatch):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(hyper_cleaning, "METHODS", (hyper_cleaning.Row("endless", interrupt, {}),))
+    monkeypatch.setattr(hyper_cleaning, "ANCHORS", hyper_cleaning.ANCHORS[:1])
+    code, output, records, _ = run("--methods endless --outer-steps 2")
+    assert code == 130
+    assert set(records) == {"corrupted-seed0"}
+    assert "Interrupted in endless, seed 0" in output
+    assert "1 of 2 runs" in output
+    assert any(line.startswith("corrupted") for line in output.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--seeds 0", "seeds must be an int >= 1; got 0. Pass --seeds 1 or more."),
+        ("--seed -1", "seed must be an int >= 0; got -1. Pass --seed 0 or more."),
+        ("--outer-steps 0", "outer_steps must be an int >= 1; got 0. Pass --outer-steps 1 or more."),
+        ("--budget nan", "budget must be a number of seconds > 0; got nan. Pass, say, --budget 6."),
+        ("--methods cg sgd", "reverse; got cg sgd. Pass, say, --methods identity."),
+        ("hyper-cleaning --methods", "reverse; got none. Pass, say, --methods identity."),
+    ],
+)
+def test_bad_values_are_refused_with_the_fix(arguments, message, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments.split())
+    assert exit_.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"), [("--help", ["hyper-cleaning", "--seeds"]), ("hyper-cleaning --help", ["--methods", "cg"])]
+)
+def test_help_names_the_tasks_and_their_options(arguments, words, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments.split())
+    output = capsys.readouterr().out
+    assert exit_.value.code == 0
+    assert all(word in output for word in words)
+
+
+@pytest.mark.slow
+def test_conjugate_gradients_reach_the_known_figures(run):
+    code, _, records, _ = run("--methods cg --budget 60")
+    metrics = records["cg-seed0"]["metrics"]
+    assert code == 0
+    assert metrics["test_accuracy"] >= 0.93
+    assert metrics["auc"] >= 0.94
+    assert metrics["breakdowns"] == 0
+    assert records["corrupted-seed0"]["metrics"]["test_accuracy"] < metrics["test_accuracy"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
+def test_control_c_ends_the_program_with_130(tmp_path):
+    command = [sys.executable, "-m", "benchmarks", "--budget", "60", "--results", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not (tmp_path / "hyper_cleaning" / "corrupted-seed0.json").exists():
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Interrupted in clean, seed 0" in output

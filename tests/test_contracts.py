@@ -1,0 +1,557 @@
+"""What every inverse-Hessian-vector product and every inner solver keeps, whatever it computes.
+
+A new method enters `IHVPS` or `SOLVERS` by one line, and every contract below then holds it to account.
+"""
+
+import functools
+import math
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+import flax.linen
+import flax.nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import bilevax as bx
+
+STEPS = 4
+FULL = bx.inner.full
+
+
+class Method(NamedTuple):
+    """An IHVP as a function of its one number (scale, step size or damping), and the number that inverts H = 2 I."""
+
+    make: Callable
+    exact_number: float
+
+
+def preconditioned_cg(number, sample):
+    preconditioner = bx.ihvp.neumann(1, 0.2, sample=sample)
+    return bx.ihvp.cg(3, damping=number, preconditioner=preconditioner, sample=sample)
+
+
+IHVPS = {
+    "identity": Method(lambda number, sample: bx.ihvp.identity(number), 0.5),
+    "exact": Method(lambda number, sample: bx.ihvp.exact(number, sample), 0.0),
+    "neumann": Method(lambda number, sample: bx.ihvp.neumann(3, number, sample=sample), 0.5),
+    "cg": Method(lambda number, sample: bx.ihvp.cg(3, damping=number, sample=sample), 0.0),
+    "cg_preconditioned": Method(preconditioned_cg, 0.0),
+}
+
+
+def implicit(ihvp, steps=STEPS, number=None):
+    make, exact_number = IHVPS[ihvp]
+    return lambda loss, optimizer, sample: bx.inner.implicit(
+        loss,
+        optimizer,
+        steps,
+        make(exact_number if number is None else number, sample),
+        sample=sample,
+        cross_sample=sample,
+    )
+
+
+def solved(loss, optimizer, sample):
+    """The user's own solver, here one plain gradient step on all of the data."""
+
+    def solve(x, y, batch):
+        return optax.tree.add_scale(y, -0.5, jax.grad(loss, 1)(x, y, batch))
+
+    return bx.inner.implicit(loss, ihvp=bx.ihvp.exact(0.0, sample), solve=solve, cross_sample=sample)
+
+
+def reverse(steps=STEPS, **options):
+    return lambda loss, optimizer, sample: bx.inner.reverse(loss, optimizer, steps, sample=sample, **options)
+
+
+def no_gradient(steps=STEPS):
+    return lambda loss, optimizer, sample: bx.inner.no_gradient(loss, optimizer, steps, sample=sample)
+
+
+def chain(first, last):
+    return lambda *parts: bx.inner.chain(first(*parts), last(*parts))
+
+
+SOLVERS = {
+    **{f"implicit_{ihvp}": implicit(ihvp) for ihvp in IHVPS},
+    "implicit_no_steps": implicit("exact", steps=0),
+    "implicit_solve": solved,
+    "reverse": reverse(),
+    "reverse_two_level": reverse(checkpoint=bx.inner.two_level),
+    "reverse_store_all": reverse(checkpoint=bx.inner.store_all),
+    "no_gradient": no_gradient(),
+    "chain_no_gradient_reverse": chain(no_gradient(2), reverse(2)),
+    "chain_reverse_reverse": chain(reverse(2), reverse(2)),
+    "chain_implicit_reverse": chain(implicit("cg", 2), reverse(2)),
+    "chain_reverse_implicit": chain(reverse(2), implicit("cg", 2)),
+}
+OWN_SOLUTION = ("implicit_no_steps", "implicit_solve")
+
+
+def over(names, without=(), **broken):
+    """Parametrizes a test over names; `broken` tells the reason why one of them is known to fail."""
+    marks = {name: [pytest.mark.xfail(strict=True, reason=reason)] for name, reason in broken.items()}
+    return pytest.mark.parametrize(
+        "name", [pytest.param(name, marks=marks.get(name, ())) for name in names if name not in without]
+    )
+
+
+# The problem: it takes any pytrees x and y.
+
+
+def inner_loss(x, y, batch):
+    """Hessian diag(2 − 0.1 cos y), coupled to every leaf of x."""
+    target = sum(jnp.tanh(leaf).mean() for leaf in jax.tree.leaves(x)) * batch.mean()
+    return sum(jnp.sum((leaf - target) ** 2 + 0.1 * jnp.cos(leaf)) for leaf in jax.tree.leaves(y))
+
+
+def outer_loss(x, y, batch):
+    fit = sum(jnp.sum(jnp.sin(leaf - batch.mean())) for leaf in jax.tree.leaves(y))
+    return fit + 0.1 * sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(x))
+
+
+def make_batch(dtype=None):
+    rows = jnp.linspace(0.5, 1.5, 8, dtype=dtype)
+    return bx.Batch(outer=rows, inner=rows)
+
+
+def array_point():
+    return jnp.linspace(-1, 1, 3), jnp.linspace(0, 1, 4)
+
+
+def dict_point(dtype=None):
+    return jnp.linspace(-1, 1, 3, dtype=dtype), {"a": jnp.linspace(0, 1, 4, dtype=dtype), "b": jnp.array(0.3, dtype)}
+
+
+def nested_point():
+    x = {"layers": [{"w": jnp.full((2, 3), 0.3), "b": jnp.zeros(3)}, ()], "rate": jnp.array(-2.0), "none": None}
+    return x, (x["layers"], {"head": jnp.ones((1, 1, 2))})
+
+
+def mixed_point():
+    types = {"half": jnp.bfloat16, "single": jnp.float32, "double": jnp.float64}
+    return tuple({name: jnp.full(size, 0.5, dtype) for name, dtype in types.items()} for size in (2, 3))
+
+
+def linen_point():
+    return {"rate": jnp.array(0.5)}, flax.linen.Dense(2).init(jax.random.key(0), jnp.ones((1, 3)))
+
+
+def nnx_point():
+    _, parameters = flax.nnx.split(flax.nnx.Linear(3, 2, rngs=flax.nnx.Rngs(0)))
+    return parameters, parameters
+
+
+POINTS = {
+    "array": array_point,
+    "dict": dict_point,
+    "tuple": lambda: ((jnp.ones(2), jnp.array(0.1)), (jnp.zeros((2, 2)),)),
+    "nested": nested_point,
+    "scalar": lambda: (jnp.array(0.5), jnp.array(-1.2)),
+    "python_float": lambda: (0.5, -1.2),
+    "bfloat16": lambda: dict_point(jnp.bfloat16),
+    "mixed": mixed_point,
+    "linen": linen_point,
+    "nnx": nnx_point,
+}
+over_points = pytest.mark.parametrize("point", POINTS)
+
+
+class Counted(NamedTuple):
+    """A jitted estimator with random minibatches at the point "array", and the list that grows with each trace."""
+
+    hypergrad: bx.Hypergradient
+    solver: bx.InnerSolver
+    jitted: Callable
+    traces: list
+
+
+@functools.cache
+def counted(name):
+    traces = []
+
+    def loss(x, y, batch):
+        traces.append(None)
+        return inner_loss(x, y, batch)
+
+    solver = SOLVERS[name](loss, optax.sgd(0.1), bx.inner.minibatch(3))
+    hypergrad = bx.hypergradient(outer_loss, solver)
+    return Counted(hypergrad, solver, jax.jit(hypergrad.estimate), traces)
+
+
+def spec(tree):
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, [(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves]
+
+
+def all_finite(tree):
+    return all(np.isfinite(np.asarray(leaf, float)).all() for leaf in jax.tree.leaves(tree))
+
+
+def assert_close(got, expected, rtol=1e-12):
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol), got, expected)
+
+
+# Signatures, pytrees, dtypes.
+
+
+@over_points
+@over(IHVPS)
+def test_ihvp_returns_v_like_b(name, point):
+    x, y = POINTS[point]()
+    make, number = IHVPS[name]
+    ihvp = make(number, FULL)
+    assert isinstance(ihvp, bx.IHVP)
+    assert isinstance(ihvp.linear, bool)
+
+    def solve(state, x, y, b):
+        apply, state = ihvp.prepare(jax.random.key(0), state, inner_loss, (x, y, make_batch().inner))
+        cold, info = apply(b)
+        return cold, info, apply(b, v0=cold), state
+
+    state = ihvp.init(x, y)
+    cold, info, (warm, warm_info), new_state = jax.eval_shape(solve, state, x, y, y)
+    assert spec(cold) == spec(warm) == spec(y)
+    assert spec(new_state) == spec(state)
+    assert isinstance(info, bx.IHVPInfo)
+    assert spec(info) == spec(warm_info)
+    assert all(jnp.ndim(entry) == 0 for entry in info)
+    assert info.breakdown.dtype == bool
+
+
+@over_points
+@over(SOLVERS)
+def test_estimate_returns_a_gradient_like_x(name, point):
+    x, y = POINTS[point]()
+    solver = SOLVERS[name](inner_loss, optax.sgd(0.1), FULL)
+    hypergrad = bx.hypergradient(outer_loss, solver)
+    assert isinstance(solver, bx.InnerSolver)
+    assert isinstance(hypergrad, bx.Hypergradient)
+    state = hypergrad.init(x, y)
+    grad, new_state, info = jax.eval_shape(hypergrad.estimate, None, state, x, make_batch())
+    assert spec(grad) == spec(x)
+    assert spec(new_state) == spec(state)
+    assert spec(new_state.y) == spec(y)
+    assert isinstance(info, bx.HypergradientInfo)
+    assert isinstance(info.inner, bx.SolverInfo)
+    assert isinstance(info.inner.calls, bx.Calls)
+    assert all(jnp.ndim(leaf) == 0 for leaf in jax.tree.leaves(info))
+
+
+@over(IHVPS)
+def test_v_in_bfloat16_is_near_that_in_float32(name):
+    make, number = IHVPS[name]
+    ihvp = make(number, FULL)
+
+    def solve(dtype):
+        x, y = dict_point(dtype)
+        apply, _ = ihvp.prepare(None, ihvp.init(x, y), inner_loss, (x, y, make_batch(dtype).inner))
+        return apply(jax.tree.map(jnp.cos, y))
+
+    (single, _), (half, info) = jax.jit(solve, static_argnums=0)(jnp.float32), jax.jit(solve, static_argnums=0)(
+        jnp.bfloat16
+    )
+    assert {leaf.dtype for leaf in jax.tree.leaves(half)} == {jnp.bfloat16.dtype}
+    assert not info.breakdown
+    assert_close(optax.tree.cast(half, jnp.float32), single, rtol=0.02)
+
+
+@over(SOLVERS)
+def test_half_single_and_double_precision_agree(name):
+    hypergrad = bx.hypergradient(outer_loss, SOLVERS[name](inner_loss, optax.sgd(0.1), FULL))
+
+    def estimate(dtype):
+        x, y = dict_point(dtype)
+        grad, state, info = jax.jit(hypergrad.estimate)(None, hypergrad.init(x, y), x, make_batch(dtype))
+        assert all_finite((grad, state, info.outer_loss, info.inner.inner_loss, info.inner.gradient_norm))
+        return grad, state.y
+
+    half = estimate(jnp.bfloat16)
+    with jax.enable_x64(False):
+        single = estimate(None)
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(single)} == {"float32"}
+        assert_close(optax.tree.cast(half, jnp.float32), single, rtol=0.03)
+
+
+def test_flax_models():
+    """A linen model, an nnx model and a plain matrix product with the same weights have one hypergradient."""
+    inputs, targets = jnp.linspace(-1, 1, 12).reshape(4, 3), jnp.linspace(0, 1, 8).reshape(4, 2)
+    linen, linen_y = flax.linen.Dense(2), linen_point()[1]
+    weights = linen_y["params"]
+    graph, nnx_y = flax.nnx.split(flax.nnx.Linear(3, 2, rngs=flax.nnx.Rngs(0)))
+    nnx_y.kernel.set_value(weights["kernel"])
+    nnx_y.bias.set_value(weights["bias"])
+    models = {
+        "plain": (lambda y: inputs @ y["kernel"] + y["bias"][None, :], weights),
+        "linen": (lambda y: linen.apply(y, inputs), linen_y),
+        "nnx": (lambda y: flax.nnx.merge(graph, y)(inputs), nnx_y),
+    }
+
+    def estimate(predict, y):
+        fit = lambda y: jnp.mean((predict(y) - targets) ** 2)  # noqa: E731
+        ridge = lambda x, y, batch: fit(y) + jnp.exp(x["log_l2"]) * optax.tree.norm(y, squared=True)  # noqa: E731
+        solver = SOLVERS["chain_implicit_reverse"](ridge, optax.sgd(0.1), FULL)
+        hypergrad = bx.hypergradient(lambda x, y, batch: fit(y), solver)
+        x = {"log_l2": jnp.array(-1.0)}
+        grad, state, _ = jax.jit(hypergrad.estimate)(None, hypergrad.init(x, y), x, bx.Batch(None, None))
+        assert spec(state.y) == spec(y)
+        return grad
+
+    grads = {name: estimate(*model) for name, model in models.items()}
+    assert grads["plain"]["log_l2"] != 0
+    assert_close(grads["linen"], grads["plain"])
+    assert_close(grads["nnx"], grads["plain"])
+
+
+# Transformations of JAX.
+
+
+@over(SOLVERS)
+def test_jit_equals_eager(name):
+    hypergrad, _, jitted, _ = counted(name)
+    x, y = array_point()
+    arguments = (jax.random.key(1), hypergrad.init(x, y), x, make_batch())
+    assert_close(hypergrad.estimate(*arguments), jitted(*arguments))
+
+
+@over(SOLVERS)
+def test_ten_steps_are_traced_once_and_equal_a_scan(name):
+    hypergrad, _, jitted, traces = counted(name)
+    x, y = array_point()
+    keys = jax.random.split(jax.random.key(2), 10)
+
+    def step(estimate, carry, key):
+        x, state = carry
+        grad, state, info = estimate(key, state, x, make_batch())
+        return (x - 0.1 * grad, state), info.outer_loss
+
+    carry, losses, traced = (x, hypergrad.init(x, y)), [], []
+    for key in keys:
+        carry, loss = step(jitted, carry, key)
+        losses.append(loss)
+        traced.append(len(traces))
+    assert traced[0] == traced[-1]
+    scanned, scanned_losses = jax.lax.scan(
+        lambda carry, key: step(hypergrad.estimate, carry, key), (x, hypergrad.init(x, y)), keys
+    )
+    assert_close(scanned, carry, rtol=1e-10)
+    assert_close(scanned_losses, jnp.stack(losses), rtol=1e-10)
+
+
+@over(SOLVERS, **dict.fromkeys(SOLVERS, "a weak type of y is lost in the first step"))
+def test_weakly_typed_scalars_are_traced_once(name):
+    hypergrad, traces = counted(name).hypergrad, counted(name).traces
+    estimate = jax.jit(hypergrad.estimate)
+    x, y = jnp.array(0.5), jnp.array(-1.2)
+    _, state, _ = estimate(jax.random.key(0), hypergrad.init(x, y), x, make_batch())
+    before = len(traces)
+    estimate(jax.random.key(0), state, x, make_batch())
+    assert len(traces) == before
+
+
+@over(SOLVERS)
+def test_vmap_equals_a_loop(name):
+    """Over seeds, points and tasks, with and without memory; and `differentiable` is the first step from cold."""
+    hypergrad, solver, jitted, _ = counted(name)
+    solve = bx.differentiable(solver)
+    x, y = array_point()
+    keys = jax.random.split(jax.random.key(3), 3)
+    xs, ys = x + jnp.arange(3.0)[:, None] / 10, y - jnp.arange(3.0)[:, None]
+    tasks = jnp.linspace(0, 3, 24).reshape(3, 8)
+
+    def estimate(key, x, y, task):
+        return hypergrad.estimate(key, hypergrad.init(x, y), x, bx.Batch(task, task))
+
+    def meta_gradient(key, x, y, task):
+        return jax.grad(lambda x: outer_loss(x, solve(x, y, task, key), task))(x)
+
+    @jax.jit
+    def together(*stacked):
+        return jax.vmap(estimate)(*stacked), jax.vmap(meta_gradient)(*stacked)
+
+    looped = [
+        jitted(key, hypergrad.init(x, y), x, bx.Batch(task, task))
+        for key, x, y, task in zip(keys, xs, ys, tasks, strict=True)
+    ]
+    looped = jax.tree.map(lambda *leaves: jnp.stack(leaves), *looped)
+    estimates, gradients = together(keys, xs, ys, tasks)
+    assert_close(estimates._replace(info=()) if hasattr(estimates, "info") else estimates[:2], looped[:2], rtol=1e-10)
+    assert_close(gradients, looped[0], rtol=1e-10)
+
+
+def check_traced_number(gradient, numbers):
+    """`gradient(number)` is one program for all numbers, concrete or traced, one at a time or all at once."""
+    traces = []
+
+    def traced(number):
+        traces.append(None)
+        return gradient(number)
+
+    jitted = jax.jit(traced)
+    each = jnp.stack([jitted(number) for number in numbers])
+    assert len(traces) == 1
+    assert_close(each[0], jax.jit(lambda: gradient(numbers[0]))())
+    assert_close(jax.jit(jax.vmap(gradient))(jnp.array(numbers)), each)
+    assert not np.allclose(each[0], each[1], rtol=1e-3)
+
+
+def first_gradient(solver):
+    x, y = array_point()
+    hypergrad = bx.hypergradient(outer_loss, solver)
+    return hypergrad.estimate(None, hypergrad.init(x, y), x, make_batch())[0]
+
+
+def differentiable_gradient(solver):
+    x, y = array_point()
+    rows = make_batch().inner
+    solve = bx.differentiable(solver)
+    return jax.grad(lambda x: outer_loss(x, solve(x, y, rows), rows))(x)
+
+
+@over(IHVPS)
+def test_ihvp_may_be_constructed_of_a_traced_number(name):
+    number = IHVPS[name].exact_number
+    check_traced_number(
+        lambda number: first_gradient(implicit(name, number=number)(inner_loss, optax.sgd(0.1), FULL)),
+        [number + 0.1, number + 0.3],
+    )
+
+
+@pytest.mark.parametrize("gradient", [first_gradient, differentiable_gradient])
+@over(SOLVERS, without=(*OWN_SOLUTION, "no_gradient"))
+def test_solver_may_be_constructed_of_a_traced_learning_rate(name, gradient):
+    check_traced_number(
+        lambda learning_rate: gradient(SOLVERS[name](inner_loss, optax.sgd(learning_rate), FULL)), [0.05, 0.1]
+    )
+
+
+# Numbers that every method shares.
+
+
+@over(SOLVERS)
+def test_fixed_point(name):
+    """At y = y*(x) with H = 2 I every method is exact: f = ½‖y − b‖² + ½‖x‖², g = ‖y − M x‖²."""
+    M, b, x = jnp.array([[1.0, 2.0], [0.5, -1.0], [3.0, 0.0]]), jnp.array([1.0, 2.0, 3.0]), jnp.array([0.7, -0.4])
+    solver = SOLVERS[name](lambda x, y, M: jnp.sum((y - M @ x) ** 2), optax.sgd(0.5), FULL)
+    hypergrad = bx.hypergradient(lambda x, y, b: 0.5 * jnp.sum((y - b) ** 2) + 0.5 * jnp.sum(x**2), solver)
+    grad, state, info = jax.jit(hypergrad.estimate)(None, hypergrad.init(x, M @ x), x, bx.Batch(b, M))
+    indirect = 0 if name == "no_gradient" else M.T @ (M @ x - b)
+    assert_close(grad, indirect + x)
+    assert_close(state.y, M @ x)
+    assert info.inner.gradient_norm < 1e-12
+
+
+@over([name for name, method in IHVPS.items() if method.make(method.exact_number, FULL).linear])
+def test_linear_means_linear_symmetric_and_positive_definite(name):
+    q, _ = jnp.linalg.qr(jax.random.normal(jax.random.key(0), (4, 4)))
+    h = (q * jnp.array([0.3, 0.8, 1.1, 1.9])[None, :]) @ q.T
+    make, number = IHVPS[name]
+    ihvp = make(number, FULL)
+    apply, _ = ihvp.prepare(None, ihvp.init(0.0, jnp.zeros(4)), lambda x, y, h: 0.5 * y @ h @ y, (0.0, jnp.zeros(4), h))
+    matrix = jax.vmap(lambda b: apply(b)[0])(jnp.eye(4)).T
+    b = jnp.array([1.0, -20.0, 0.3, 4.0])
+    assert_close(apply(b)[0], matrix @ b)
+    assert_close(matrix, matrix.T)
+    assert jnp.linalg.eigvalsh(matrix)[0] > 0
+
+
+# Samplers.
+
+
+@over(SOLVERS)
+def test_minibatches_depend_on_the_key_alone(name):
+    hypergrad, _, jitted, _ = counted(name)
+    x, y = array_point()
+    state = hypergrad.init(x, y)
+    one, again, other = (jitted(jax.random.key(seed), state, x, make_batch()) for seed in (1, 1, 2))
+    assert_close((one[1], one[2].inner.inner_loss), (again[1], again[2].inner.inner_loss), rtol=0)
+    assert one[2].inner.inner_loss != other[2].inner.inner_loss
+    assert name in OWN_SOLUTION or not np.allclose(one[1].y, other[1].y, rtol=1e-6)
+
+
+@over(SOLVERS, without=OWN_SOLUTION)
+def test_per_step_equals_a_loop_by_hand(name):
+    x, y = array_point()
+    data = jnp.linspace(0, 4, STEPS * 8).reshape(STEPS, 8)
+
+    def by_hand(x, y):
+        for t in range(STEPS):
+            y = y - 0.1 * jax.grad(inner_loss, 1)(x, y, data[t])
+        return y
+
+    hypergrad = bx.hypergradient(outer_loss, SOLVERS[name](inner_loss, optax.sgd(0.1), bx.inner.per_step))
+    grad, state, info = jax.jit(hypergrad.estimate)(None, hypergrad.init(x, y), x, bx.Batch(data[0], data))
+    assert_close(state.y, by_hand(x, y))
+    assert_close(info.inner.inner_loss, inner_loss(x, state.y, data[-1]))
+    if name in ("reverse", "reverse_two_level", "reverse_store_all", "chain_reverse_reverse"):
+        assert_close(grad, jax.grad(lambda x: outer_loss(x, by_hand(x, y), data[0]))(x))
+
+
+# Declared cost = compiled cost.
+
+
+class Dot(NamedTuple):
+    """A matrix product of a compiled program: the size it contracts, the sizes it returns, and how often it runs."""
+
+    contracted: int
+    returned: tuple[int, ...]
+    times: int
+
+
+def executed_dots(program: str, unknown_trips: int) -> list[Dot]:
+    """All matrix products that an optimized HLO program runs; a `while` of unknown length counts `unknown_trips`."""
+    sizes = {name: eval(f"[{shape}]") for name, shape in re.findall(r"(%[\w.-]+) = \w+\[([\d,]*)\]", program)}
+    bodies = {name: body for name, body in re.findall(r"^(?:ENTRY )?(%[\w.-]+) \(.*?\{\n(.*?)^\}", program, re.M | re.S)}
+
+    def walk(computation: str, times: int) -> list[Dot]:
+        dots = []
+        for line in bodies[computation].splitlines():
+            if dot := re.search(r"(%[\w.-]+) = .* dot\(.*?(%[\w.-]+), .*?lhs_contracting_dims=\{(\d+)\}", line):
+                returned, left, axis = dot.groups()
+                dots.append(Dot(sizes[left][int(axis)], tuple(sizes[returned]), times))
+            trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
+            inside = (int(trips[1]) if trips else unknown_trips) if " while(" in line else 1
+            for callee in re.findall(r"(?:body|calls|to_apply)=(%[\w.-]+)", line):
+                dots += walk(callee, times * inside)
+        return dots
+
+    return walk(re.search(r"^ENTRY (%[\w.-]+)", program, re.M)[1], 1)
+
+
+def costly_inner_loss(x, y, batch):
+    """One Aᵀr in each gradient and each Hessian product, which contracts 7; one Bᵀv in each cross product, 11 to 5."""
+    A, B = batch
+    return jnp.sum(jax.nn.softplus(A @ jnp.tanh(y))) + 2 * jnp.sum(y**2) + y @ (B @ x)
+
+
+def costly_outer_loss(x, y, C):
+    """One Cᵀr in each gradient, which contracts 13."""
+    return jnp.sum(jax.nn.softplus(C @ y))
+
+
+@over(SOLVERS, implicit_cg_preconditioned="the products of the preconditioner are not counted")
+def test_declared_calls_are_those_that_the_compiled_program_runs(name):
+    x, y, A, B, C = (jax.random.normal(jax.random.key(0), shape) for shape in ((5,), (11,), (7, 11), (11, 5), (13, 11)))
+    hypergrad = bx.hypergradient(costly_outer_loss, SOLVERS[name](costly_inner_loss, optax.sgd(0.1), FULL))
+    arguments = (None, hypergrad.init(x, y), x, bx.Batch(outer=C, inner=(A, B)))
+    compiled = jax.jit(hypergrad.estimate).lower(*arguments).compile()
+    calls = compiled(*arguments)[2].inner.calls
+    dots = executed_dots(compiled.as_text(), unknown_trips=3)
+
+    def products(contracted, returned):
+        return sum(
+            dot.times * math.prod(dot.returned) / returned
+            for dot in dots
+            if dot.contracted == contracted and returned in dot.returned
+        )
+
+    in_solve = 1 if name == "implicit_solve" else 0
+    assert products(13, 11) == calls.outer_gradients
+    assert products(7, 11) == calls.inner_gradients + calls.hessian_products + in_solve
+    assert products(11, 5) == calls.cross_products

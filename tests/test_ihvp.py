@@ -1,0 +1,215 @@
+"""Inverse-Hessian-vector products against dense solves, and CG where well-known ones fail."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bilevax as bx
+
+
+def quadratic(h):
+    """An inner loss with Hessian h, over an inner variable split into a dict."""
+
+    def loss(x, y, batch):
+        flat = jnp.concatenate([y["a"].ravel(), y["b"]])
+        return 0.5 * flat @ h @ flat - x * jnp.sum(flat)
+
+    return loss
+
+
+def split_like_y(flat):
+    return {"a": flat[:4].reshape(2, 2), "b": flat[4:]}
+
+
+def joined(tree):
+    return jnp.concatenate([tree["a"].ravel(), tree["b"]])
+
+
+def spd(n, condition, seed=0):
+    q, _ = np.linalg.qr(np.random.default_rng(seed).normal(size=(n, n)))
+    return jnp.asarray(q @ np.diag(np.geomspace(1.0, condition, n)) @ q.T)
+
+
+H = spd(9, 50.0)
+B = jnp.asarray(np.random.default_rng(1).normal(size=9))
+POINT = (1.0, split_like_y(jnp.ones(9)), None)
+
+
+def solve(ihvp, b=B, h=H, v0=None):
+    apply, _ = ihvp.prepare(jax.random.key(0), ihvp.init(*POINT), quadratic(h), POINT)
+    v, info = apply(split_like_y(b), None if v0 is None else split_like_y(v0))
+    return joined(v), info
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.3])
+@pytest.mark.parametrize("v0", [None, jnp.arange(9.0)], ids=["cold", "warm"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        bx.ihvp.exact,
+        lambda damping: bx.ihvp.cg(maxiter=30, tol=1e-14, damping=damping),
+        lambda damping: bx.ihvp.cg(30, 1e-14, damping, preconditioner=bx.ihvp.exact(0.1)),
+        lambda damping: bx.ihvp.cg(30, 1e-14, damping, preconditioner=bx.ihvp.neumann(2, 0.02)),
+        lambda damping: bx.ihvp.neumann(3000, 0.03, damping),
+    ],
+    ids=["exact", "cg", "cg+exact", "cg+neumann", "neumann"],
+)
+def test_equals_the_dense_solve(make, damping, v0):
+    v, info = solve(make(damping=damping), v0=v0)
+    np.testing.assert_allclose(v, jnp.linalg.solve(H + damping * jnp.eye(9), B), rtol=0, atol=1e-10)
+    assert not info.breakdown
+    assert info.residual < 1e-10
+
+
+def test_identity_scales():
+    v, info = solve(bx.ihvp.identity(0.25))
+    np.testing.assert_array_equal(v, 0.25 * B)
+    assert jnp.isnan(info.residual)
+    assert info.products == 0
+
+
+@pytest.mark.parametrize("steps", [0, 1, 5])
+def test_neumann_is_its_truncated_series(steps):
+    eta, damping = 0.03, 0.1
+    contraction = jnp.eye(9) - eta * (H + damping * jnp.eye(9))
+    series = eta * sum(jnp.linalg.matrix_power(contraction, k) for k in range(steps + 1))
+    v, info = solve(bx.ihvp.neumann(steps, eta, damping))
+    np.testing.assert_allclose(v, series @ B, rtol=1e-12)
+    assert info.products == steps
+    before_last_term = v - eta * jnp.linalg.matrix_power(contraction, steps) @ B
+    residual = jnp.linalg.norm(B - (H + damping * jnp.eye(9)) @ before_last_term) / jnp.linalg.norm(B)
+    np.testing.assert_allclose(info.residual, residual, rtol=1e-12)
+    v0 = jnp.arange(9.0)
+    warm, info = solve(bx.ihvp.neumann(steps, eta, damping), v0=v0)
+    np.testing.assert_allclose(warm, v0 + series @ (B - (H + damping * jnp.eye(9)) @ v0), rtol=1e-11)
+    assert info.products == steps + 1
+
+
+def test_neumann_reports_divergence():
+    _, info = solve(bx.ihvp.neumann(20, 0.1))  # 0.1 > 2 / 50
+    assert info.breakdown
+    assert info.residual > 1
+
+
+@pytest.mark.parametrize("iterations", [1, 3, 6])
+def test_cg_iterates_minimize_over_the_krylov_space(iterations):
+    v, info = solve(bx.ihvp.cg(iterations, tol=0.0))
+    basis = jnp.linalg.qr(jnp.stack([jnp.linalg.matrix_power(H, k) @ B for k in range(iterations)], 1))[0]
+    np.testing.assert_allclose(v, basis @ jnp.linalg.solve(basis.T @ H @ basis, basis.T @ B), rtol=1e-8)
+    assert info.iterations == iterations
+    np.testing.assert_allclose(info.residual, jnp.linalg.norm(B - H @ v) / jnp.linalg.norm(B), rtol=1e-8)
+
+
+def test_cg_preconditioned_by_the_exact_inverse_needs_one_iteration():
+    v, info = solve(bx.ihvp.cg(maxiter=10, tol=1e-10, preconditioner=bx.ihvp.exact()))
+    assert info.iterations == 1
+    np.testing.assert_allclose(v, jnp.linalg.solve(H, B), rtol=1e-12)
+
+
+def test_cg_stops_at_its_tolerance_and_a_solved_warm_start_costs_one_product():
+    v, info = solve(bx.ihvp.cg(maxiter=50, tol=0.3))
+    assert 1 <= info.iterations < 9
+    assert info.residual <= 0.3
+    v, info = solve(bx.ihvp.cg(), v0=jnp.linalg.solve(H, B))
+    assert info.iterations == 0
+    assert info.products == 1
+    np.testing.assert_allclose(v, jnp.linalg.solve(H, B), rtol=1e-12)
+
+
+def test_cg_stops_at_negative_curvature_with_the_last_good_v_and_says_so():
+    h = jnp.diag(jnp.array([-1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0]))
+    v, info = solve(bx.ihvp.cg(maxiter=20, tol=0.0), b=jnp.ones(9), h=h)
+    assert info.breakdown
+    assert info.curvature < 0
+    good, before = solve(bx.ihvp.cg(maxiter=int(info.iterations) - 1, tol=0.0), b=jnp.ones(9), h=h)
+    assert not before.breakdown
+    np.testing.assert_array_equal(v, good)
+    # One step of steepest descent from zero already has negative curvature here: v stays where it was.
+    v, info = solve(bx.ihvp.cg(), b=jnp.eye(9)[0], h=h)
+    assert info.breakdown
+    np.testing.assert_array_equal(v, 0)
+
+
+def test_cg_reports_a_singular_direction_instead_of_dividing_by_it():
+    v, info = solve(bx.ihvp.cg(maxiter=20, tol=0.0), b=jnp.eye(9)[0], h=jnp.diag(jnp.arange(9.0)))
+    assert info.breakdown
+    np.testing.assert_array_equal(v, 0)
+
+
+def test_cg_reports_a_preconditioner_that_is_not_positive_definite():
+    negative = bx.ihvp.identity(1.0)._replace(
+        prepare=lambda key, state, loss, point: (lambda b, v0=None: (jax.tree.map(jnp.negative, b), None), state)
+    )
+    v, info = solve(bx.ihvp.cg(preconditioner=negative))
+    assert info.breakdown
+    np.testing.assert_array_equal(v, 0)
+
+
+def test_exact_inverts_an_indefinite_hessian_and_says_so():
+    h = H - 10 * jnp.eye(9)
+    v, info = solve(bx.ihvp.exact(), h=h)
+    np.testing.assert_allclose(v, jnp.linalg.solve(h, B), rtol=1e-10)
+    assert info.breakdown
+    np.testing.assert_allclose(info.curvature, 1.0 - 10.0, rtol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-30, 1e30, 1e300])
+def test_cg_does_not_depend_on_the_size_of_b(scale):
+    for preconditioner in [None, bx.ihvp.exact(0.1)]:
+        v, info = solve(bx.ihvp.cg(30, 1e-12, preconditioner=preconditioner), b=scale * B)
+        np.testing.assert_allclose(v / scale, jnp.linalg.solve(H, B), rtol=1e-9)
+        assert not info.breakdown
+
+
+def test_cg_of_zero_is_zero_and_of_nan_is_nan():
+    for v0 in [None, jnp.ones(9)]:
+        v, info = solve(bx.ihvp.cg(), b=jnp.zeros(9), v0=v0)
+        np.testing.assert_array_equal(v, 0)
+        assert not info.breakdown
+        v, info = solve(bx.ihvp.cg(), b=B.at[3].set(jnp.nan), v0=v0)
+        assert jnp.isnan(v).all()
+        assert info.breakdown
+    v, info = solve(bx.ihvp.cg(), h=H.at[0, 0].set(jnp.nan))
+    assert jnp.isnan(v).all()
+    assert info.breakdown
+
+
+def test_cg_recovers_from_a_warm_start_that_is_not_finite():
+    v, info = solve(bx.ihvp.cg(30, 1e-12), v0=jnp.full(9, jnp.nan))
+    np.testing.assert_allclose(v, jnp.linalg.solve(H, B), rtol=1e-9)
+    assert not info.breakdown
+
+
+def diagonal_solve(ihvp, eigenvalues, b):
+    loss = lambda x, y, batch: 0.5 * jnp.sum(batch * y**2)  # noqa: E731
+    run = jax.jit(lambda h, b: ihvp.prepare(None, ihvp.init(0.0, b), loss, (0.0, jnp.zeros_like(b), h))[0](b))
+    return run(eigenvalues, b)
+
+
+def test_cg_in_float32_at_a_million_unknowns():
+    with jax.enable_x64(False):
+        b = jax.random.normal(jax.random.key(0), (1_000_000,), jnp.float32)
+        for eigenvalues in [jnp.ones_like(b), jnp.linspace(1.0, 100.0, b.size, dtype=jnp.float32)]:
+            v, info = diagonal_solve(bx.ihvp.cg(maxiter=100, tol=1e-6), eigenvalues, b)
+            assert v.dtype == jnp.float32
+            assert not info.breakdown
+            assert jnp.linalg.norm(v - b / eigenvalues) < 1e-5 * jnp.linalg.norm(b / eigenvalues)
+
+
+def test_cg_in_float32_at_condition_1e5_solves_the_symmetric_system():
+    with jax.enable_x64(False):
+        eigenvalues = jnp.geomspace(1.0, 1e5, 50, dtype=jnp.float32)
+        v, info = diagonal_solve(bx.ihvp.cg(maxiter=400, tol=1e-6), eigenvalues, jnp.ones(50, jnp.float32))
+        assert not info.breakdown
+        assert jnp.linalg.norm(v - 1 / eigenvalues) < 1e-3 * jnp.linalg.norm(1 / eigenvalues)
+
+
+@pytest.mark.parametrize("preconditioner", [None, bx.ihvp.identity(0.5)])
+def test_cg_in_float32_with_a_tiny_b(preconditioner):
+    with jax.enable_x64(False):
+        eigenvalues = jnp.linspace(1.0, 4.0, 10, dtype=jnp.float32)
+        b = jnp.full(10, 1e-30, jnp.float32)
+        v, info = diagonal_solve(bx.ihvp.cg(maxiter=20, preconditioner=preconditioner), eigenvalues, b)
+        assert not info.breakdown
+        np.testing.assert_allclose(v * 1e30, 1 / eigenvalues, rtol=1e-5)

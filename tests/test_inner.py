@@ -1,0 +1,204 @@
+"""Inner solvers against hand-written unrolls, and against each other."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import bilevax as bx
+
+DATA = {
+    "inputs": jnp.asarray(np.random.default_rng(0).normal(size=(12, 3))),
+    "targets": jnp.asarray(np.random.default_rng(1).normal(size=12)),
+}
+X = {"log_l2": jnp.array(-1.0), "scale": jnp.array([0.9, 1.1, 0.7])}
+Y = {"weights": jnp.array([0.3, -0.2, 0.5]), "bias": jnp.array(0.1)}
+
+
+def inner_loss(x, y, batch):
+    prediction = jnp.tanh(batch["inputs"] * x["scale"][None, :] @ y["weights"] + y["bias"])
+    return jnp.mean((prediction - batch["targets"]) ** 2) + jnp.exp(x["log_l2"]) * jnp.sum(y["weights"] ** 2)
+
+
+def outer_loss(x, y, batch):
+    return jnp.sum(jnp.cos(batch * y["weights"])) * y["bias"] + jnp.sum(x["scale"] ** 2)
+
+
+OPTIMIZERS = {
+    "sgd": optax.sgd(0.1),
+    "momentum": optax.sgd(0.1, momentum=0.9),
+    "nesterov-cosine": optax.sgd(optax.cosine_decay_schedule(0.1, 20), momentum=0.9, nesterov=True),
+    "adam": optax.adam(0.05),
+    "clip-adamw": optax.chain(optax.clip_by_global_norm(0.05), optax.adamw(0.05)),
+    "learned": lambda x: optax.adam(x["scale"][0] * 0.1, b1=0.5),
+    "learned-in-state": lambda x: optax.inject_hyperparams(optax.sgd)(learning_rate=0.1 * x["scale"][1], momentum=0.5),
+}
+
+
+def make_optimizer(optimizer, x):
+    return optimizer if isinstance(optimizer, optax.GradientTransformation) else optimizer(x)
+
+
+def hand_unroll(x, y, optimizer, steps, freeze=0):
+    """A Python loop; the derivative of the first `freeze` steps is stopped."""
+    transformation = make_optimizer(optimizer, x)
+    opt_state = transformation.init(y)
+    for t in range(steps):
+        updates, opt_state = transformation.update(jax.grad(inner_loss, 1)(x, y, DATA), opt_state, y)
+        y = optax.apply_updates(y, updates)
+        if t + 1 == freeze:
+            y, opt_state = jax.lax.stop_gradient((y, opt_state))
+    return y
+
+
+def estimate(solver, x=X, y=Y, key=None):
+    hypergrad = bx.hypergradient(outer_loss, solver)
+    return jax.jit(hypergrad.estimate)(key, hypergrad.init(x, y), x, bx.Batch(outer=2.0, inner=DATA))
+
+
+def assert_trees_close(got, expected, **tolerance):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), got, expected)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_reverse_is_the_gradient_of_a_hand_written_unroll(name):
+    optimizer = OPTIMIZERS[name]
+    expected = jax.grad(lambda x: outer_loss(x, hand_unroll(x, Y, optimizer, 6), 2.0))(X)
+    grad, state, _ = estimate(bx.inner.reverse(inner_loss, optimizer, steps=6))
+    assert_trees_close(grad, expected, rtol=1e-12, atol=1e-14)
+    assert_trees_close(state.y, hand_unroll(X, Y, optimizer, 6), rtol=1e-12)
+
+
+@pytest.mark.parametrize("checkpoint", [bx.inner.every_step, bx.inner.two_level])
+@pytest.mark.parametrize("steps", [0, 1, 7, 9])
+def test_checkpointed_is_plain(checkpoint, steps):
+    plain, _, _ = estimate(bx.inner.reverse(inner_loss, OPTIMIZERS["momentum"], steps, checkpoint=bx.inner.store_all))
+    grad, _, _ = estimate(bx.inner.reverse(inner_loss, OPTIMIZERS["momentum"], steps, checkpoint=checkpoint))
+    assert_trees_close(grad, plain, rtol=1e-13, atol=1e-15)
+
+
+def test_checkpoints_save_memory():
+    big = {"inputs": jnp.ones((200, 3)), "targets": jnp.ones(200)}
+
+    def temporary_bytes(checkpoint, steps=256):
+        hypergrad = bx.hypergradient(
+            outer_loss, bx.inner.reverse(inner_loss, OPTIMIZERS["adam"], steps, checkpoint=checkpoint)
+        )
+        lowered = jax.jit(hypergrad.estimate).lower(None, hypergrad.init(X, Y), X, bx.Batch(2.0, big))
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    store_all, every_step, two_level = map(
+        temporary_bytes, [bx.inner.store_all, bx.inner.every_step, bx.inner.two_level]
+    )
+    assert every_step < 0.3 * store_all
+    assert two_level < 0.6 * every_step
+
+
+@pytest.mark.parametrize(
+    ("name", "sample"), [*((name, bx.inner.full) for name in OPTIMIZERS), ("momentum", bx.inner.minibatch(4))]
+)
+def test_chain_of_reverses_is_reverse_of_the_sum(name, sample):
+    reverse = lambda steps: bx.inner.reverse(inner_loss, OPTIMIZERS[name], steps, sample=sample)  # noqa: E731
+    key = jax.random.key(3)
+    grad, state, info = estimate(bx.inner.chain(reverse(2), reverse(4)), key=key)
+    expected, expected_state, expected_info = estimate(reverse(6), key=key)
+    assert_trees_close(grad, expected, rtol=1e-13, atol=1e-15)
+    assert_trees_close(state.y, expected_state.y, rtol=1e-14)
+    np.testing.assert_allclose(info.inner.gradient_norm, expected_info.inner.gradient_norm, rtol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("name", "tail"),
+    [("sgd", 0), ("momentum", 1), ("nesterov-cosine", 4), ("adam", 2), ("clip-adamw", 3), ("learned", 4)],
+)
+def test_chain_of_no_gradient_and_reverse_is_the_truncated_unroll(name, tail):
+    optimizer = OPTIMIZERS[name]
+    solver = bx.inner.chain(
+        bx.inner.no_gradient(inner_loss, optimizer, 6 - tail), bx.inner.reverse(inner_loss, optimizer, tail)
+    )
+    grad, state, _ = estimate(solver)
+    expected = jax.grad(lambda x: outer_loss(x, hand_unroll(x, Y, optimizer, 6, freeze=6 - tail), 2.0))(X)
+    assert_trees_close(grad, expected, rtol=1e-12, atol=1e-14)
+    assert_trees_close(state.y, hand_unroll(X, Y, optimizer, 6), rtol=1e-12)
+
+
+def test_truncated_unroll_is_the_last_terms_of_the_sum():
+    eta, h, a, x = 0.1, jnp.array([1.0, 3.0]), jnp.array([2.0, -1.0]), jnp.array([1.0, 4.0])
+    loss = lambda x, y, batch: 0.5 * h @ y**2 - x @ y  # noqa: E731
+    first = bx.inner.no_gradient(loss, optax.sgd(eta), 17)
+    hypergrad = bx.hypergradient(
+        lambda x, y, batch: 0.5 * jnp.sum((y - a) ** 2),
+        bx.inner.chain(first, bx.inner.reverse(loss, optax.sgd(eta), 3)),
+    )
+    grad, state, _ = hypergrad.estimate(None, hypergrad.init(x, jnp.zeros(2)), x, bx.Batch(None, None))
+    terms = eta * sum((1 - eta * h) ** k for k in range(3))
+    np.testing.assert_allclose(grad, terms * (state.y - a), rtol=1e-13)
+
+
+def test_initial_sends_the_derivative_of_the_first_iterate():
+    initial = lambda x: {"weights": x["scale"], "bias": x["log_l2"] ** 2}  # noqa: E731
+    for name in ["adam", "learned-in-state"]:
+        optimizer = OPTIMIZERS[name]
+        solvers = [
+            bx.inner.reverse(inner_loss, optimizer, 4, initial=initial),
+            bx.inner.chain(
+                bx.inner.reverse(inner_loss, optimizer, 1, initial=initial), bx.inner.reverse(inner_loss, optimizer, 3)
+            ),
+        ]
+        expected = jax.grad(lambda x: outer_loss(x, hand_unroll(x, initial(x), OPTIMIZERS[name], 4), 2.0))(X)  # noqa: B023
+        for solver in solvers:
+            assert_trees_close(estimate(solver)[0], expected, rtol=1e-12, atol=1e-14)
+
+
+def test_per_step_reads_one_batch_for_each_step():
+    stacked = jax.tree.map(lambda leaf: leaf.reshape(4, 3, *leaf.shape[1:]), DATA)
+    solver = bx.inner.reverse(inner_loss, optax.sgd(0.1), steps=4, sample=bx.inner.per_step)
+    y = Y
+    for t in range(4):
+        gradient = jax.grad(inner_loss, 1)(X, y, jax.tree.map(lambda leaf: leaf[t], stacked))  # noqa: B023
+        y = jax.tree.map(lambda p, g: p - 0.1 * g, y, gradient)
+    assert_trees_close(bx.differentiable(solver)(X, Y, stacked), y, rtol=1e-13)
+    longer = bx.inner.reverse(inner_loss, optax.sgd(0.1), steps=5, sample=bx.inner.per_step)
+    assert jnp.isnan(bx.differentiable(longer)(X, Y, stacked)["bias"])
+
+
+def test_minibatch_draws_rows_and_lets_scalars_and_keys_through():
+    data = {"rows": jnp.arange(10.0), "more": jnp.arange(20.0).reshape(10, 2), "l2": 0.5, "key": jax.random.key(7)}
+    batch = bx.inner.minibatch(6)(jax.random.key(0), 0, data)
+    np.testing.assert_array_equal(batch["more"][:, 0], 2 * batch["rows"])
+    assert batch["rows"].shape == (6,)
+    assert batch["l2"] == 0.5
+    assert batch["key"] == data["key"]
+    draws = jax.vmap(lambda key: bx.inner.minibatch(6)(key, 0, data)["rows"])(jax.random.split(jax.random.key(1), 4000))
+    np.testing.assert_allclose(draws.mean(), 4.5, atol=5 * 2.9 / np.sqrt(draws.size))
+
+
+def test_any_optimizer_runs_also_one_with_a_line_search():
+    solver = bx.inner.implicit(inner_loss, optax.lbfgs(), steps=30, ihvp=bx.ihvp.exact())
+    _, _, info = estimate(solver)
+    assert info.inner.gradient_norm < 1e-6
+
+
+def test_every_solver_reports_the_gradient_norm_at_the_returned_y():
+    optimizer = optax.sgd(0.1)
+    solvers = [
+        bx.inner.implicit(inner_loss, optimizer, 5),
+        bx.inner.reverse(inner_loss, optimizer, 5),
+        bx.inner.no_gradient(inner_loss, optimizer, 5),
+        bx.inner.chain(bx.inner.no_gradient(inner_loss, optimizer, 2), bx.inner.reverse(inner_loss, optimizer, 3)),
+    ]
+    y = hand_unroll(X, Y, optimizer, 5)
+    for solver in solvers:
+        _, _, info = estimate(solver)
+        gradient = jax.grad(inner_loss, 1)(X, y, DATA)
+        np.testing.assert_allclose(info.inner.gradient_norm, optax.tree.norm(gradient), rtol=1e-12)
+        np.testing.assert_allclose(info.inner.inner_loss, inner_loss(X, y, DATA), rtol=1e-12)
+
+
+def test_implicit_without_warm_start_keeps_no_v():
+    solver = bx.inner.implicit(inner_loss, optax.sgd(0.1), 5, bx.ihvp.cg(maxiter=1), warm_start=False)
+    _, state, _ = estimate(solver)
+    assert state.solver.v is None
+    _, state, _ = estimate(bx.inner.implicit(inner_loss, optax.sgd(0.1), 5, bx.ihvp.cg(maxiter=1)))
+    assert optax.tree.norm(state.solver.v) > 0

@@ -1,0 +1,39 @@
+"""The README, run as it stands: its code in a fresh interpreter; .ci/run reads its commands."""
+
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+SETUP, LOOP, MEMORY, TASKS, PURE = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+AFTER_LOOP = """
+accuracy = jnp.mean(jnp.argmax(images[1300:] @ state.y["weights"] + state.y["bias"], axis=1) == labels[1300:])
+gap = x[~corrupted].mean() - x[corrupted].mean()
+"""
+AT_THE_END = """
+norms = [float(optax.tree.norm(tree)) for tree in (grad, meta_grad)]
+print(float(accuracy), float(gap), *norms)
+"""
+
+
+def test_the_code_runs_in_its_order_and_cleans_the_data():
+    program = "\n".join([SETUP, LOOP, AFTER_LOOP, MEMORY, TASKS, PURE, AT_THE_END])
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stderr
+    accuracy, gap, *norms = map(float, run.stdout.split())
+    assert accuracy > 0.92
+    assert gap > 1.0, "the weights must tell clean from corrupted images"
+    assert all(0 < norm < 100 for norm in norms)
+
+
+def test_the_loop_has_at_most_nine_lines():
+    assert len(LOOP.strip().splitlines()) <= 9
+
+
+@pytest.mark.parametrize("command", ['".[bench]" && python -m benchmarks', '".[test]" && pytest'])
+def test_each_command_stands_on_one_line_of_its_own(command):
+    assert README.splitlines().count(f"pip install -e {command}") == 1
