@@ -15,7 +15,7 @@ from benchmarks.report import Run, mean_and_error
 
 # The colours of Okabe and Ito, which colour-blind readers tell apart.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
-ANCHOR_COLOURS = ("#777777", "#000000")
+ANCHOR_COLOURS = ("#777777", "#000000", "#BBBBBB")
 STYLE: Any = {
     "axes.prop_cycle": cycler(linestyle=("-", ":")) * cycler(color=COLOURS),
     "axes.spines.top": False,
@@ -53,7 +53,7 @@ def draw(runs: Sequence[Run], anchors: Sequence[str], load: Callable[[int], Data
         )
         curves(accuracy, runs, anchors, "test_accuracy")
         accuracy.set(xlabel="run time without compilation (s)", ylabel="test accuracy")
-        figure.legend(*loss.get_legend_handles_labels(), loc="outside upper center", ncols=7)
+        figure.legend(*loss.get_legend_handles_labels(), loc="outside upper center", ncols=8)
         left.suptitle(f"Learnt weights ({best.method}, seed {best.seed})")
         histogram(left.subplots(), np.asarray(best.outcome.x), np.asarray(data.clean))
         right.suptitle("Lowest weights: given label → true label")

@@ -52,8 +52,8 @@ COLUMNS = {
     "temp_bytes": ("temp.\nmemory", lambda number: filesize.decimal(round(number))),
 }
 CAPTION = (
-    "corrupted: trained on all labels as given; clean: on the true ones only.\n"
-    "outer loss: on the validation images; weight AUC: of true against false labels.\n"
+    "corrupted: trained on all labels as given; clean: on the true ones only; validation: on the validation images\n"
+    "alone. outer loss: on the validation images; weight AUC: of true against false labels.\n"
 )
 
 
@@ -107,6 +107,7 @@ class Row(NamedTuple):
       solver: `solver(**settings)` builds the inner solver.
       settings: what it is built with.
       weights: `weights(data) -> x`, the first outer variable [N].
+      batch: `batch(data)`, what it trains and validates on.
       learns: whether the outer optimizer moves x.
     """
 
@@ -114,6 +115,7 @@ class Row(NamedTuple):
     solver: Callable[..., bx.InnerSolver]
     settings: Mapping[str, Any]
     weights: Callable[[Data], chex.Array] = lambda data: jnp.zeros(data.clean.shape)
+    batch: Callable[[Data], bx.Batch] = lambda data: data.batch
     learns: bool = True
 
 
@@ -140,15 +142,19 @@ METHODS = (
 )
 
 
-def anchor(name: str, weights: Callable[[Data], chex.Array]) -> Row:
-    """Plain training with fixed weights, for as many steps."""
-    return Row(name, no_gradient, {"steps": INNER_STEPS}, weights, learns=False)
+# Plain training with fixed weights, for as many steps.
+anchor = functools.partial(Row, solver=no_gradient, settings={"steps": INNER_STEPS}, learns=False)
 
 
 # sigmoid(±30) is 1 or 0 in float32.
 ANCHORS = (
-    anchor("corrupted", lambda data: jnp.full(data.clean.shape, 30.0)),
-    anchor("clean", lambda data: jnp.where(data.clean, 30.0, -30.0)),
+    anchor("corrupted", weights=lambda data: jnp.full(data.clean.shape, 30.0)),
+    anchor("clean", weights=lambda data: jnp.where(data.clean, 30.0, -30.0)),
+    anchor(
+        "validation",
+        weights=lambda data: jnp.full(len(data.batch.outer[1]), 30.0),
+        batch=lambda data: bx.Batch(data.batch.outer, data.batch.outer),
+    ),
 )
 
 
@@ -159,8 +165,8 @@ class HyperCleaning:
     data: Literal["digits"] = "digits"
     """Images: scikit-learn's embedded digits."""
     methods: tuple[str, ...] = tuple(method.name for method in METHODS)
-    """Hypergradients to compare. The two anchors, training on the corrupted labels and on the clean subset, always
-    run."""
+    """Hypergradients to compare. The anchors (plain training on the corrupted labels, on the clean subset, and on the
+    validation images) always run."""
     seeds: int = 1
     """How many seeds. Each has its own split, labels and keys; from 2 on, numbers are mean ± standard error."""
     seed: int = 0
@@ -227,12 +233,12 @@ class HyperCleaning:
         for row in rows:
             hypergrad = bx.hypergradient(outer_loss, row.solver(**row.settings))
             optimizer = optax.adam(**OUTER) if row.learns else optax.set_to_zero()
-            program = compiled(hypergrad, optimizer, row.weights(datasets[0]), zeros(), datasets[0].batch, size)
+            program = compiled(hypergrad, optimizer, row.weights(datasets[0]), zeros(), row.batch(datasets[0]), size)
             for seed, data in zip(seeds, datasets, strict=True):
                 carry = program.start(row.weights(data), zeros())
                 keys = jax.random.split(jax.random.key(seed), (self.steps // size, size))
                 scores = functools.partial(evaluate, data, row.learns)
-                outcome = drive(program, carry, keys, data.batch, scores, self.budget, advance)
+                outcome = drive(program, carry, keys, row.batch(data), scores, self.budget, advance)
                 yield Run(TASK, row.name, seed, self._configuration(row), outcome)
 
     def _configuration(self, row: Row) -> dict[str, Any]:

@@ -81,8 +81,7 @@ def compiled(
 
         carry, info = jax.lax.scan(step, carry, keys)
         counts = {name: jnp.sum(calls) for name, calls in info.inner.calls._asdict().items()}
-        breakdowns = (jnp.sum(flags) for _, flags in optax.tree.get_all_with_path(info, "breakdown"))
-        counts["breakdowns"] = sum(breakdowns, start=jnp.zeros((), int))
+        counts["breakdowns"] = jnp.sum(info.inner.breakdown)
         return carry, Trace(info.outer_loss[-1], info.inner.gradient_norm[-1], counts)
 
     begin = time.perf_counter()

@@ -38,7 +38,8 @@ class HypergradientInfo(NamedTuple):
 
     Example:
         >>> import bilevax as bx
-        >>> bx.HypergradientInfo(outer_loss=0.3, inner=bx.SolverInfo(0.1, 1e-6, bx.Calls(), ())).inner.gradient_norm
+        >>> inner = bx.SolverInfo(inner_loss=0.1, gradient_norm=1e-6, breakdown=False, calls=bx.Calls(), detail=())
+        >>> bx.HypergradientInfo(outer_loss=0.3, inner=inner).inner.gradient_norm
         1e-06
     """
 
@@ -61,7 +62,7 @@ def hypergradient(outer_loss: Loss, solver: InnerSolver) -> Hypergradient:
     Returns:
       `Hypergradient(init, estimate)`: `init(x, y, batch=None) -> state` and
       `estimate(key, state, x, Batch(outer, inner)) -> (grad, state, HypergradientInfo)`. The key may be None where
-      nothing is drawn at random. Both are pure: jit, vmap and scan them at will.
+      nothing is drawn at random. Both are pure functions to jit, vmap and scan; without jit, each call traces anew.
 
     Raises:
       ValueError: if a loss is not scalar, x or y is empty or not floating-point, x does not fit the state, or the batch
@@ -115,7 +116,7 @@ def differentiable(solver: InnerSolver) -> Callable:
         solve(x, y0, batch, key=None) -> y_T
 
     The derivative with respect to x comes from `solver.backward`, that with respect to y0 too (zero for an implicit
-    solver). vmap it over tasks, jit it, and use it anywhere inside a loss.
+    solver). vmap it over tasks and use it anywhere inside a loss; jit the whole, or it is traced at each call.
 
     Args:
       solver: an inner solver.

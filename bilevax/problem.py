@@ -243,17 +243,21 @@ class SolverInfo(NamedTuple):
     Attributes:
       inner_loss: g(x, y) at the returned y; scalar.
       gradient_norm: ‖∇_y g(x, y)‖ at the returned y; scalar. Implicit rules are wrong where it is not small.
+      breakdown: True where the derivative cannot be trusted: the inverse-Hessian-vector product broke down, or g or its
+        gradient is not finite.
       calls: `Calls` of the forward and the backward pass together.
       detail: `IHVPInfo` for `inner.implicit`, the two infos for `inner.chain`, () otherwise.
 
     Example:
         >>> import bilevax as bx
-        >>> bx.SolverInfo(inner_loss=0.5, gradient_norm=1e-6, calls=bx.Calls(), detail=()).gradient_norm
-        1e-06
+        >>> info = bx.SolverInfo(inner_loss=0.5, gradient_norm=1e-6, breakdown=False, calls=bx.Calls(), detail=())
+        >>> info.breakdown
+        False
     """
 
     inner_loss: chex.Numeric
     gradient_norm: chex.Numeric
+    breakdown: chex.Numeric
     calls: Calls
     detail: Any
 

@@ -9,6 +9,7 @@ import optax
 
 from bilevax import checks
 from bilevax.curvature.products import Curvature, Product, damped, hessian
+from bilevax.ihvp.warm_start import warm_start
 from bilevax.problem import IHVP, IHVPInfo, Loss, widen
 from bilevax.sampling import Sample, full, split
 
@@ -77,8 +78,9 @@ def cg(
     b is scaled to norm one first, so that neither a tiny nor a huge b can underflow or overflow. The curvature pᵀHp is
     checked in every iteration: at a negative or numerically zero one (below machine precision times the largest seen)
     the loop stops, v stays at its last good value, and `info.breakdown` says so; `info.curvature` is the smallest
-    pᵀHp / pᵀp. Numbers that are not finite give a v of NaN, never a silent guess. A warm start v0 that is not finite
-    is replaced by zero. Half-precision leaves are solved in float32.
+    pᵀHp / pᵀp. Few iterations may miss the negative eigenvalues of an indefinite H: no breakdown is no proof of a
+    minimum, and a large residual is a warning. Numbers that are not finite give a v of NaN, never a silent guess. A
+    warm start v0 whose residual is not below ‖b‖ is replaced by zero. Half-precision leaves are solved in float32.
 
     Args:
       maxiter: largest number of iterations, >= 1.
@@ -133,17 +135,12 @@ def cg(
             norm = _safe_norm(wide)
             scale = jnp.where(norm > 0, norm, 1)
             unit = jax.tree.map(lambda leaf: leaf / scale, wide)
-            v, r = optax.tree.zeros_like(unit), unit
-            if v0 is not None:
-                guess = jax.tree.map(lambda leaf: leaf / scale, widen(v0))
-                usable = jnp.isfinite(_safe_norm(guess)) & (norm > 0)
-                v = optax.tree.where(usable, guess, v)
-                r = optax.tree.sub(unit, product(v))
+            guess = None if v0 is None else jax.tree.map(lambda leaf: leaf / scale, widen(v0))
+            v, r, products = warm_start(product, unit, guess)
             carry = _conjugate_gradients(product, precondition, v, r, maxiter, tol)
             v = jax.tree.map(lambda leaf: jnp.where(jnp.isfinite(carry.norm), leaf * scale, jnp.nan), carry.v)
             breakdown = carry.stop | ~jnp.isfinite(carry.norm)
-            products = carry.iterations + (v0 is not None)
-            info = IHVPInfo(carry.iterations, products, carry.norm, carry.smallest, breakdown)
+            info = IHVPInfo(carry.iterations, carry.iterations + products, carry.norm, carry.smallest, breakdown)
             return optax.tree.cast_like(v, b), info
 
         return apply, state

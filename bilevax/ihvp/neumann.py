@@ -9,6 +9,7 @@ import optax
 
 from bilevax import checks
 from bilevax.curvature.products import Curvature, damped, hessian
+from bilevax.ihvp.warm_start import warm_start
 from bilevax.problem import IHVP, IHVPInfo, Loss, widen
 from bilevax.sampling import Sample, full
 
@@ -32,7 +33,8 @@ def neumann(
         v = step_size · Σ_{k=0}^{steps} (I − step_size · (H + damping I))ᵏ b
 
     From a warm start v0 the same series is applied to b − (H + damping I) v0 and added to v0, so that the error
-    (I − step_size · H)^{steps+1} (v0 − H⁻¹b) shrinks from one outer step to the next. The series converges where
+    (I − step_size · H)^{steps+1} (v0 − H⁻¹b) shrinks from one outer step to the next (a v0 whose residual is not below
+    ‖b‖ is replaced by zero). The series converges where
     step_size < 2 / λ_max(H) and H is positive definite; `info.breakdown` tells when the residual grew instead.
 
     Args:
@@ -80,15 +82,14 @@ def neumann(
 
         def apply(b: chex.ArrayTree, v0: chex.ArrayTree | None = None) -> tuple[chex.ArrayTree, IHVPInfo]:
             wide = widen(b)
-            v = optax.tree.zeros_like(wide) if v0 is None else optax.tree.cast_like(v0, wide)
-            r = wide if v0 is None else optax.tree.sub(wide, product(v))
+            v, r, products = warm_start(product, wide, v0)
             norm = optax.tree.norm(r)
             carry, _ = jax.lax.scan(term, _Carry(v, r, norm, jnp.full_like(norm, jnp.nan)), length=steps)
             v = optax.tree.add_scale(carry.v, step_size, carry.r)
             breakdown = ~(carry.norm <= norm) | (carry.curvature < 0)
             residual = carry.norm / jnp.maximum(optax.tree.norm(wide), jnp.finfo(norm.dtype).tiny)
-            products = steps + (v0 is not None)
-            return optax.tree.cast_like(v, b), IHVPInfo(steps, products, residual, carry.curvature, breakdown)
+            info = IHVPInfo(steps, steps + products, residual, carry.curvature, breakdown)
+            return optax.tree.cast_like(v, b), info
 
         return apply, state
 

@@ -7,7 +7,7 @@ import jax
 import optax
 
 from bilevax import checks
-from bilevax.problem import InnerSolver, Iterate, SolverInfo
+from bilevax.problem import InnerSolver, Iterate
 
 
 class ChainState(NamedTuple):
@@ -43,7 +43,7 @@ def chain(first: InnerSolver, last: InnerSolver) -> InnerSolver:
 
     Returns:
       An `InnerSolver` with state `ChainState(first, last)`. Its info is that of the returned y, with the calls of both
-      links added up; `info.detail` holds both infos.
+      links added up and the breakdowns joined; `info.detail` holds both infos.
 
     Raises:
       ValueError: if the optimizer state of one link does not fit the other.
@@ -77,7 +77,8 @@ def chain(first: InnerSolver, last: InnerSolver) -> InnerSolver:
         (last_x_bar, z_bar), last_state, last_info = last.backward(residual[1], state.last, z_bar)
         (first_x_bar, z_bar), first_state, first_info = first.backward(residual[0], state.first, z_bar)
         calls = jax.tree.map(lambda a, b: a + b, first_info.calls, last_info.calls)
-        info = SolverInfo(last_info.inner_loss, last_info.gradient_norm, calls, (first_info, last_info))
+        breakdown = first_info.breakdown | last_info.breakdown
+        info = last_info._replace(breakdown=breakdown, calls=calls, detail=(first_info, last_info))
         return (optax.tree.add(first_x_bar, last_x_bar), z_bar), ChainState(first_state, last_state), info
 
     return InnerSolver(init, first.start, forward, backward)

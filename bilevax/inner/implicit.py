@@ -132,7 +132,9 @@ def implicit(
         v, ihvp_info = apply(z_bar.y, state.v)
         x_bar = _once(optax.tree.scale(-1, inner.pull_back(v)[0]))
         calls = Calls(0, steps + 1, ihvp_info.products, 1)
-        info = SolverInfo(inner.loss, optax.tree.norm(widen(inner.gradient)), calls, ihvp_info)
+        norm = optax.tree.norm(widen(inner.gradient))
+        breakdown = ihvp_info.breakdown | ~jnp.isfinite(inner.loss + norm)
+        info = SolverInfo(inner.loss, norm, breakdown, calls, ihvp_info)
         state = ImplicitState(v if warm_start else None, ihvp_state)
         return (x_bar, Iterate(optax.tree.zeros_like(z.y))), state, info
 

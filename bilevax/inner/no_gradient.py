@@ -4,6 +4,7 @@ from typing import Any
 
 import chex
 import jax
+import jax.numpy as jnp
 import optax
 
 from bilevax import checks
@@ -64,7 +65,7 @@ def no_gradient(
     def backward(residual: tuple, state: tuple, z_bar: Iterate) -> tuple:
         step_key, x, z_T, batch = residual
         value, norm = report(step_key, batch, x, z_T)
-        info = SolverInfo(value, norm, Calls(inner_gradients=steps + 1), ())
+        info = SolverInfo(value, norm, ~jnp.isfinite(value + norm), Calls(inner_gradients=steps + 1), ())
         return (optax.tree.zeros_like(x), Iterate(optax.tree.zeros_like(z_T.y))), state, info
 
     return InnerSolver(init, start, forward, backward)

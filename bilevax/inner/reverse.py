@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import chex
 import jax
+import jax.numpy as jnp
 
 from bilevax import checks
 from bilevax.inner.descent import Initial, Optimizer, check_point, descent, full_cotangent
@@ -112,6 +113,6 @@ def reverse(
         pull_back, step_key, x, z_T, batch = residual
         x_bar, z0_bar = pull_back(full_cotangent(z_bar, z_T))
         value, norm = report(step_key, batch, x, z_T)
-        return (x_bar, z0_bar), state, SolverInfo(value, norm, calls, ())
+        return (x_bar, z0_bar), state, SolverInfo(value, norm, ~jnp.isfinite(value + norm), calls, ())
 
     return InnerSolver(init, start, forward, backward)
