@@ -17,18 +17,20 @@ import numpy as np
 
 def nonnegative(name: str, value: chex.Numeric) -> None:
     """Raises ValueError unless `value` (when concrete) is finite and >= 0 everywhere."""
-    if not isinstance(value, jax.core.Tracer):
-        array = np.asarray(value)
-        if not (np.isfinite(array).all() and (array >= 0).all()):
-            raise ValueError(f"{name} must be a finite number >= 0; got {value}. Pass {name}=0.0 to switch it off.")
+    if not isinstance(value, jax.core.Tracer) and not (_finite(value) and (np.asarray(value) >= 0).all()):
+        raise ValueError(f"{name} must be a finite number >= 0; got {value!r}. Pass {name}=0.0 to switch it off.")
 
 
 def positive(name: str, value: chex.Numeric) -> None:
     """Raises ValueError unless `value` (when concrete) is finite and > 0 everywhere."""
-    if not isinstance(value, jax.core.Tracer):
-        array = np.asarray(value)
-        if not (np.isfinite(array).all() and (array > 0).all()):
-            raise ValueError(f"{name} must be a finite number > 0; got {value}. Pass a small positive {name}.")
+    if not isinstance(value, jax.core.Tracer) and not (_finite(value) and (np.asarray(value) > 0).all()):
+        raise ValueError(f"{name} must be a finite number > 0; got {value!r}. Pass a small positive {name}.")
+
+
+def _finite(value: Any) -> bool:
+    array = np.asarray(value)
+    real = jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)
+    return real and bool(np.isfinite(array).all())
 
 
 def count(name: str, value: Any, minimum: int = 0) -> int:
@@ -77,10 +79,14 @@ def scalar_loss(name: str, loss: Callable) -> Callable:
         value = loss(x, y, batch)
         if not hasattr(value, "dtype") and not isinstance(value, float):
             raise ValueError(f"{name} must return one number; got {type(value).__name__}. Return the loss alone.")
-        if jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+        if jnp.shape(value) != ():
             raise ValueError(
-                f"{name} must return a floating-point scalar; got shape {jnp.shape(value)} and dtype "
-                f"{jnp.result_type(value)}. Reduce the examples with .mean() (not .sum())."
+                f"{name} must return a scalar; got shape {jnp.shape(value)}. Reduce the examples with .mean()."
+            )
+        if not jnp.issubdtype(value.dtype if hasattr(value, "dtype") else float, jnp.floating):
+            raise ValueError(
+                f"{name} must return a floating-point number; got dtype {value.dtype}. Return a loss that can be "
+                f"differentiated, not a count or an index."
             )
         return jnp.asarray(value)
 

@@ -97,7 +97,6 @@ def hypergradient(outer_loss: Loss, solver: InnerSolver) -> Hypergradient:
                 f"batch must be a Batch(outer, inner); got {type(batch).__name__}. Pass bx.Batch(outer=..., inner=...)."
             )
         z, pull_start = jax.vjp(solver.start, x, state.y)
-        checks.same_shapes("y under initial", z.y, state.y, "Return from initial(x) a pytree like y.")
         z_T, residual, solver_state = solver.forward(key, state.solver, x, z, batch.inner)
         value, (direct, y_bar) = jax.value_and_grad(outer, argnums=(0, 1))(x, z_T.y, batch.outer)
         (x_bar, z0_bar), solver_state, info = solver.backward(residual, solver_state, Iterate(y_bar))

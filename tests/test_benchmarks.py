@@ -40,7 +40,9 @@ def run(tmp_path, capsys):
 def test_a_run_writes_records_of_one_schema_a_plot_and_a_table_with_standard_errors(run):
     code, output, records, plot = run("--seeds 2 --seed 3 --outer-steps 4 --methods cg")
     assert code == 0
-    assert set(records) == {f"{method}-seed{seed}" for method in ("corrupted", "clean", "cg") for seed in (3, 4)}
+    assert set(records) == {
+        f"{method}-seed{seed}" for method in ("corrupted", "clean", "validation", "cg") for seed in (3, 4)
+    }
     for record in records.values():
         assert record["task"] == "hyper_cleaning"
         assert set(record["versions"]) == {"python", "jax", "jaxlib", "optax", "bilevax", "numpy"}

@@ -233,6 +233,7 @@ class TestDifferentiable:
                 bx.inner.no_gradient(loss, optax.adam(0.2), 5), bx.inner.reverse(loss, optax.adam(0.2), 2)
             ),
         ],
+        ids=["exact", "cg", "reverse", "initial", "learned", "truncated"],
     )
     def test_is_the_backward_of_the_hypergradient(self, make):
         solver = make(self.inner)

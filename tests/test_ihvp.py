@@ -185,9 +185,9 @@ def test_a_useless_warm_start_is_replaced_by_a_cold_one(ihvp, v0):
 
 
 def test_warm_starts_do_not_amplify_an_indefinite_hessian_from_step_to_step():
-    h, v = H - 3 * jnp.eye(9), jnp.zeros(9)
-    for shift in np.random.default_rng(5).normal(size=(30, 9)):
-        v, _ = solve(bx.ihvp.cg(maxiter=6), b=B + 0.1 * shift, h=h, v0=v)
+    h, shifts = H - 3 * jnp.eye(9), jnp.asarray(np.random.default_rng(5).normal(size=(30, 9)))
+    step = lambda v, shift: (solve(bx.ihvp.cg(maxiter=6), b=B + 0.1 * shift, h=h, v0=v)[0], None)  # noqa: E731
+    v, _ = jax.lax.scan(step, jnp.zeros(9), shifts)
     assert jnp.linalg.norm(v) < 100 * jnp.linalg.norm(jnp.linalg.solve(h, B))
 
 

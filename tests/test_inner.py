@@ -96,7 +96,9 @@ def test_checkpoints_save_memory():
 
 
 @pytest.mark.parametrize(
-    ("name", "sample"), [*((name, bx.inner.full) for name in OPTIMIZERS), ("momentum", bx.inner.minibatch(4))]
+    ("name", "sample"),
+    [*((name, bx.inner.full) for name in OPTIMIZERS), ("momentum", bx.inner.minibatch(4))],
+    ids=[*OPTIMIZERS, "momentum-minibatch"],
 )
 def test_chain_of_reverses_is_reverse_of_the_sum(name, sample):
     reverse = lambda steps: bx.inner.reverse(inner_loss, OPTIMIZERS[name], steps, sample=sample)  # noqa: E731

@@ -49,6 +49,7 @@ def descent(inner_loss: Loss, optimizer: Optimizer, initial: Initial | None, sam
 
     def start(x: chex.ArrayTree, y: chex.ArrayTree) -> Iterate:
         y0 = y if initial is None else initial(x)
+        checks.same_shapes("y under initial", y0, y, "Return from initial(x) a pytree like y.")
         return Iterate(y0, make(x).init(y0), jnp.zeros((), jnp.int32))
 
     def step(key: chex.PRNGKey | None, data: Any, x: chex.ArrayTree, z: Iterate) -> Iterate:
@@ -58,8 +59,9 @@ def descent(inner_loss: Loss, optimizer: Optimizer, initial: Initial | None, sam
         updates, opt_state = update(
             gradient, z.opt_state, z.y, value=value, grad=gradient, value_fn=lambda y: loss(x, y, batch)
         )
-        fix = "Give the inner solver an optimizer whose updates look like y."
+        fix = "Give the inner solver an optimizer whose updates look like y and whose state keeps its shapes."
         checks.same_shapes("y under the inner optimizer", updates, z.y, fix)
+        checks.same_shapes("state of the inner optimizer", opt_state, z.opt_state, fix)
         return Iterate(optax.apply_updates(z.y, updates), opt_state, z.t + 1)
 
     def report(key: chex.PRNGKey | None, data: Any, x: chex.ArrayTree, z: Iterate) -> tuple[chex.Array, chex.Array]:

@@ -119,6 +119,7 @@ def implicit(
 
     def backward(residual: tuple, state: ImplicitState, z_bar: Iterate) -> tuple:
         ihvp_key, cross_key, x, z, batch = residual
+        x, y, y_bar = _once((x, z.y, z_bar.y))
         moments = [bar for bar in jax.tree.leaves(z_bar.opt_state) if bar.dtype != jax.dtypes.float0]
         if moments:
             raise ValueError(
@@ -127,15 +128,15 @@ def implicit(
                 f"Use optax.sgd without momentum in both links, or inner.reverse."
             )
         t = jnp.maximum(z.t - 1, 0)
-        inner = inner_gradient(inner_loss, x, z.y, cross_sample(cross_key, t, batch))
-        apply, ihvp_state = solver.prepare(ihvp_key, state.ihvp, inner_loss, (x, z.y, batch))
-        v, ihvp_info = apply(z_bar.y, state.v)
-        x_bar = _once(optax.tree.scale(-1, inner.pull_back(v)[0]))
+        inner = inner_gradient(inner_loss, x, y, cross_sample(cross_key, t, batch))
+        apply, ihvp_state = solver.prepare(ihvp_key, state.ihvp, inner_loss, (x, y, batch))
+        v, ihvp_info = apply(y_bar, state.v)
+        x_bar = optax.tree.scale(-1, inner.pull_back(v)[0])
         calls = Calls(0, steps + 1, ihvp_info.products, 1)
         norm = optax.tree.norm(widen(inner.gradient))
         breakdown = ihvp_info.breakdown | ~jnp.isfinite(inner.loss + norm)
         info = SolverInfo(inner.loss, norm, breakdown, calls, ihvp_info)
         state = ImplicitState(v if warm_start else None, ihvp_state)
-        return (x_bar, Iterate(optax.tree.zeros_like(z.y))), state, info
+        return (x_bar, Iterate(optax.tree.zeros_like(y))), state, info
 
     return InnerSolver(init, start, forward, backward)

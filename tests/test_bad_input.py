@@ -1,0 +1,493 @@
+"""Every mistake is answered by the name of the argument, what came, what was expected, and the fix."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import bilevax as bx
+
+SGD, MOMENTUM, ADAM = optax.sgd(0.1), optax.sgd(0.1, momentum=0.9), optax.adam(0.1)
+KEY = jax.random.key(0)
+NAN = float("nan")
+POINT = jnp.ones(3)
+BATCH = bx.Batch(outer=None, inner=None)
+
+
+def inner_loss(x, y, batch):
+    return jnp.sum((y - x) ** 2)
+
+
+def outer_loss(x, y, batch):
+    return jnp.sum(y**2)
+
+
+def mean_loss(x, y, batch):
+    return jnp.mean((y[None, :] - x[None, :] - batch) ** 2)
+
+
+def estimate(solver, outer_loss=outer_loss, x=POINT, y=POINT, batch=BATCH, key=None):
+    hypergrad = bx.hypergradient(outer_loss, solver)
+    return hypergrad.estimate(key, hypergrad.init(x, y), x, batch)
+
+
+def solve(solver, x=POINT, y=POINT, batch=None):
+    return bx.differentiable(solver)(x, y, batch)
+
+
+def estimate_at(x=POINT, batch=BATCH):
+    """An estimate whose state was made for POINT."""
+    hypergrad = bx.hypergradient(outer_loss, bx.inner.reverse(inner_loss, SGD, 1))
+    return hypergrad.estimate(None, hypergrad.init(POINT, POINT), x, batch)
+
+
+class Case(NamedTuple):
+    """A mistake, what its message has to say, and the error that is known to speak instead."""
+
+    call: Callable
+    says: list[str]
+    instead: type[Exception] | None = None
+
+
+def known(error, reason="another error speaks instead"):
+    return pytest.mark.xfail(strict=True, raises=error, reason=reason)
+
+
+def mistakes(**cases):
+    return pytest.mark.parametrize(
+        ("call", "says"),
+        [
+            pytest.param(case.call, case.says, id=name, marks=known(case.instead) if case.instead else ())
+            for name, case in cases.items()
+        ],
+    )
+
+
+def check(call, says, error=ValueError):
+    with pytest.raises(error) as caught:
+        call()
+    message = str(caught.value)
+    assert [part for part in says if part not in message] == []
+
+
+# Losses
+
+
+SOLVERS = {
+    "reverse": lambda loss=inner_loss, optimizer=SGD, **options: bx.inner.reverse(loss, optimizer, 2, **options),
+    "implicit": lambda loss=inner_loss, optimizer=SGD, **options: bx.inner.implicit(loss, optimizer, 2, **options),
+    "no_gradient": lambda loss=inner_loss, optimizer=SGD, **options: bx.inner.no_gradient(
+        loss, optimizer, 2, **options
+    ),
+}
+over_solvers = pytest.mark.parametrize("make", SOLVERS.values(), ids=SOLVERS)
+
+READERS = {
+    "hypergradient": ("outer_loss", lambda loss: estimate(SOLVERS["reverse"](), loss)),
+    "directions": ("outer_loss", lambda loss: bx.directions(bx.BilevelProblem(loss, inner_loss), *[POINT] * 3, BATCH)),
+    "inner_gradient": ("inner_loss", lambda loss: bx.inner_gradient(loss, POINT, POINT, None)),
+    "hessian": ("inner_loss", lambda loss: bx.curvature.hessian(loss, POINT, POINT, None)),
+    "exact": ("inner_loss", lambda loss: bx.ihvp.exact().prepare(None, (), loss, (POINT, POINT, None))),
+    "own_y": ("inner_loss", lambda loss: estimate(bx.inner.implicit(loss))),
+    **{name: ("inner_loss", lambda loss, make=make: estimate(make(loss))) for name, make in SOLVERS.items()},
+}
+BAD_LOSSES = {
+    "vector": Case(
+        lambda x, y, batch: (y - x) ** 2,
+        ["must return a scalar", "got shape (3,)", "Reduce the examples with .mean()"],
+    ),
+    "integer": Case(
+        lambda x, y, batch: jnp.argmax(y),
+        ["must return a floating-point number", "got dtype int64", "Return a loss that can be differentiated"],
+    ),
+    "tuple": Case(
+        lambda x, y, batch: (jnp.sum(y), {}), ["must return one number", "got tuple", "Return the loss alone"]
+    ),
+    "none": Case(lambda x, y, batch: None, ["must return one number", "got NoneType", "Return the loss alone"]),
+    "no_function": Case(3.0, ["must be a function loss(x, y, batch) -> scalar", "got 3.0", "Pass the function"]),
+}
+
+
+@pytest.mark.parametrize(("role", "read"), READERS.values(), ids=READERS)
+@mistakes(**BAD_LOSSES)
+def test_loss(call, says, role, read):
+    check(lambda: read(call), [role, *says])
+
+
+# Points
+
+
+@over_solvers
+@pytest.mark.parametrize("run", [estimate, solve])
+@mistakes(
+    integer_x=Case(
+        lambda run, solver: run(solver, x=jnp.arange(3)),
+        ["x must hold floating-point arrays only", "got int64 at x", "in the batch", ".astype(float)"],
+    ),
+    integer_leaf_of_y=Case(
+        lambda run, solver: run(solver, y={"a": POINT, "count": jnp.arange(3)}),
+        ["y must hold floating-point arrays only", "got int64 at y['count']", "in the batch", ".astype(float)"],
+    ),
+    key_in_y=Case(
+        lambda run, solver: run(solver, y=(POINT, KEY)),
+        ["y must hold floating-point arrays only", "got key<fry> at y[1]", "in the batch"],
+    ),
+    empty_x=Case(
+        lambda run, solver: run(solver, x=()),
+        ["x must hold at least one floating-point array", "got an empty pytree ()", "Pass the x that the losses read"],
+    ),
+    empty_y=Case(
+        lambda run, solver: run(solver, y={"a": None}),
+        [
+            "y must hold at least one floating-point array",
+            "got an empty pytree {'a': None}",
+            "Pass the y that the losses read",
+        ],
+    ),
+)
+def test_point(call, says, run, make):
+    check(lambda: call(run, make()), says)
+
+
+@mistakes(
+    shape=Case(
+        lambda: estimate_at(x=jnp.ones(4)),
+        ["x must look like the x that the state was made for", "shapes [(4,)]", "expected", "[(3,)]", "init(x, y)"],
+    ),
+    structure=Case(
+        lambda: estimate_at(x={"a": POINT}),
+        ["x must look like the x that the state was made for", "{'a': *}", "expected PyTreeDef(*)", "init(x, y)"],
+    ),
+    integer=Case(
+        lambda: estimate_at(x=jnp.ones(3, int)),
+        ["x must", "int64", "floating-point"],
+        TypeError,
+    ),
+)
+def test_x_and_its_state(call, says):
+    check(call, says)
+
+
+@pytest.mark.parametrize("batch", [POINT, (POINT, POINT), {"outer": POINT, "inner": POINT}, None])
+def test_batch_that_is_not_a_batch(batch):
+    says = ["batch must be a Batch(outer, inner)", f"got {type(batch).__name__}", "Pass bx.Batch(outer=..., inner=...)"]
+    check(lambda: estimate_at(batch=batch), says)
+
+
+# Numbers
+
+
+COUNTS = {
+    "reverse": ("steps", 0, lambda steps: bx.inner.reverse(inner_loss, SGD, steps)),
+    "implicit": ("steps", 0, lambda steps: bx.inner.implicit(inner_loss, SGD, steps)),
+    "no_gradient": ("steps", 0, lambda steps: bx.inner.no_gradient(inner_loss, SGD, steps)),
+    "neumann": ("steps", 0, lambda steps: bx.ihvp.neumann(steps, 0.1)),
+    "cg": ("maxiter", 1, bx.ihvp.cg),
+    "minibatch": ("size", 1, bx.inner.minibatch),
+}
+
+
+@pytest.mark.parametrize(("name", "minimum", "make"), COUNTS.values(), ids=COUNTS)
+def test_counts(name, minimum, make):
+    check(lambda: make(minimum - 1), [f"{name} must be an int >= {minimum}", f"got {minimum - 1}", f"Pass {name}="])
+    check(lambda: make(2.5), [f"{name} must be a static Python int >= {minimum}", "got float", "pass a plain int"])
+    check(lambda: make("3"), [f"{name} must be a static Python int >= {minimum}", "got str", "pass a plain int"])
+    traced = jax.jit(lambda count: make(count) and count)
+    check(lambda: traced(2), [f"{name} must be a static Python int", "Tracer", "cannot be traced", "static_argnums"])
+    make(np.int32(minimum))
+
+
+NUMBERS = {
+    "identity": ("scale", bx.ihvp.identity),
+    "exact": ("damping", bx.ihvp.exact),
+    "neumann": ("damping", lambda number: bx.ihvp.neumann(1, 0.1, number)),
+    "cg": ("damping", lambda number: bx.ihvp.cg(damping=number)),
+    "cg_tol": ("tol", lambda number: bx.ihvp.cg(tol=number)),
+    "damped": ("damping", lambda number: bx.curvature.damped(lambda v: v, number)),
+}
+over_numbers = pytest.mark.parametrize(("name", "make"), NUMBERS.values(), ids=NUMBERS)
+
+
+@over_numbers
+def test_nonnegative_numbers(name, make):
+    for bad in (-1.0, NAN, np.inf, jnp.array(-0.5)):
+        check(lambda bad=bad: make(bad), [f"{name} must be a finite number >= 0", f"got {bad!r}", f"Pass {name}="])
+    make(0)
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, NAN])
+def test_positive_numbers(bad):
+    says = ["step_size must be a finite number > 0", f"got {bad}", "Pass a small positive step_size"]
+    check(lambda: bx.ihvp.neumann(1, bad), says)
+
+
+@over_numbers
+def test_what_is_no_number(name, make):
+    for bad in ("0.1", None, 1j):
+        check(lambda bad=bad: make(bad), [f"{name} must be a finite number", repr(bad)])
+
+
+# What a method is made of
+
+
+def updates_become(change):
+    return optax.GradientTransformation(lambda y: (), lambda updates, state, y=None: (change(updates), state))
+
+
+@over_solvers
+@mistakes(
+    structure=Case(
+        updates_become(lambda updates: {"a": updates}),
+        ["y under the inner optimizer", "{'a': *}", "expected PyTreeDef(*) with shapes [(3,)]", "updates look like y"],
+    ),
+    shape=Case(
+        updates_become(lambda updates: updates[:1]),
+        ["y under the inner optimizer", "[(1,)]", "expected PyTreeDef(*) with shapes [(3,)]", "updates look like y"],
+    ),
+)
+def test_optimizer_that_changes_y(call, says, make):
+    check(lambda: estimate(make(optimizer=call)), says)
+
+
+@over_solvers
+def test_optimizer_that_changes_its_state(make):
+    growing = optax.GradientTransformation(
+        lambda y: jnp.zeros(1), lambda updates, state, y=None: (updates, jnp.concatenate([state, state]))
+    )
+    check(
+        lambda: estimate(make(optimizer=growing)),
+        ["state of the inner optimizer", "[(2,)]", "expected", "[(1,)]", "keeps its shapes"],
+    )
+
+
+initial_says = ["y under initial", "expected PyTreeDef(*) with shapes [(3,)]", "initial(x)", "like y"]
+
+
+@over_solvers
+@mistakes(
+    structure=Case(lambda x: {"a": x}, [*initial_says, "{'a': *}"]),
+    shape=Case(lambda x: x[:2], [*initial_says, "[(2,)]"]),
+    none=Case(lambda x: None, [*initial_says, "None"]),
+)
+def test_initial_unlike_y(call, says, make):
+    check(lambda: estimate(make(initial=call)), says)
+
+
+@over_solvers
+def test_initial_unlike_y_in_differentiable(make):
+    check(lambda: solve(make(initial=lambda x: {"a": x})), [*initial_says, "{'a': *}"])
+
+
+solve_says = ["y under solve", "expected PyTreeDef(*) with shapes [(3,)]", "solve(x, y0, batch)", "like y0"]
+
+
+@pytest.mark.parametrize("run", [estimate, solve])
+@mistakes(
+    structure=Case(lambda x, y, batch: {"a": y}, [*solve_says, "{'a': *}"]),
+    shape=Case(lambda x, y, batch: y[:2], [*solve_says, "[(2,)]"]),
+    pair=Case(lambda x, y, batch: (y, {}), [*solve_says, "(*, {})"]),
+)
+def test_solve_that_returns_no_y(call, says, run):
+    check(lambda: run(bx.inner.implicit(inner_loss, solve=call)), says)
+
+
+@mistakes(
+    optimizer_none=Case(
+        lambda: bx.inner.reverse(inner_loss, None, 2),
+        ["optimizer must be an optax.GradientTransformation", "got None", "Pass, say, optax.sgd(0.1)"],
+    ),
+    optimizer_none_in_no_gradient=Case(
+        lambda: bx.inner.no_gradient(inner_loss, None, 2),
+        ["optimizer must be an optax.GradientTransformation", "got None", "Pass, say, optax.sgd(0.1)"],
+    ),
+    optimizer_number=Case(
+        lambda: bx.inner.reverse(inner_loss, 0.1, 2),
+        ["optimizer must be an optax.GradientTransformation", "got 0.1", "Pass, say, optax.sgd(0.1)"],
+    ),
+    optimizer_missing=Case(
+        lambda: bx.inner.implicit(inner_loss, steps=2),
+        ["optimizer must be given for steps > 0", "got None with steps=2", "Pass, say, optax.sgd(0.1)"],
+    ),
+    solve_and_steps=Case(
+        lambda: bx.inner.implicit(inner_loss, SGD, 2, solve=lambda x, y, batch: y),
+        ["solve replaces the steps", "got solve and steps=2", "Drop one of them"],
+    ),
+    preconditioner_not_linear=Case(
+        lambda: bx.ihvp.cg(preconditioner=bx.ihvp.cg()),
+        ["preconditioner must be an IHVP whose apply is linear", "got one that is not", "Pass ihvp.identity"],
+    ),
+    preconditioner_function=Case(
+        lambda: bx.ihvp.cg(preconditioner=lambda r: r),
+        ["preconditioner must be an IHVP", "got <function"],
+        AttributeError,
+    ),
+    ihvp_not_called=Case(
+        lambda: bx.inner.implicit(inner_loss, ihvp=bx.ihvp.cg),
+        ["ihvp must be an IHVP", "got <function cg", "bx.ihvp.cg()"],
+        pytest.fail.Exception,
+    ),
+    solver_none=Case(
+        lambda: bx.hypergradient(outer_loss, None),
+        ["solver must be an InnerSolver", "got None"],
+        pytest.fail.Exception,
+    ),
+    link_none=Case(
+        lambda: bx.inner.chain(SOLVERS["reverse"](), None),
+        ["last must be an InnerSolver", "got None"],
+        pytest.fail.Exception,
+    ),
+    links_differ=Case(
+        lambda: estimate(
+            bx.inner.chain(bx.inner.reverse(inner_loss, SGD, 1), bx.inner.reverse(inner_loss, MOMENTUM, 1))
+        ),
+        ["optimizer state between the links of a chain", "EmptyState", "expected", "TraceState", "the same optimizer"],
+    ),
+    momentum_under_implicit=Case(
+        lambda: estimate(
+            bx.inner.chain(bx.inner.implicit(inner_loss, MOMENTUM, 1), bx.inner.reverse(inner_loss, MOMENTUM, 1))
+        ),
+        ["optimizer of inner.implicit must keep no momentum", "got a state with 1", "Use optax.sgd without momentum"],
+    ),
+    adam_under_implicit=Case(
+        lambda: jax.grad(
+            lambda x: jnp.sum(
+                solve(bx.inner.chain(bx.inner.implicit(inner_loss, ADAM, 1), bx.inner.reverse(inner_loss, ADAM, 1)), x)
+            )
+        )(POINT),
+        ["optimizer of inner.implicit must keep no momentum", "got a state with 2", "Use optax.sgd without momentum"],
+    ),
+    minibatch_without_key=Case(
+        lambda: estimate(
+            bx.inner.reverse(mean_loss, SGD, 1, sample=bx.inner.minibatch(2)), batch=bx.Batch(None, jnp.ones((5, 3)))
+        ),
+        ["key must be a jax.random.key", "got None", "Pass key=jax.random.key(0)"],
+    ),
+    minibatch_without_key_in_differentiable=Case(
+        lambda: solve(bx.inner.reverse(mean_loss, SGD, 1, sample=bx.inner.minibatch(2)), batch=jnp.ones((5, 3))),
+        ["key must be a jax.random.key", "got None", "Pass key=jax.random.key(0)"],
+    ),
+    minibatch_of_unequal_lengths=Case(
+        lambda: bx.inner.minibatch(2)(KEY, 0, (jnp.ones((5, 3)), jnp.ones(4))),
+        ["batch must hold arrays with one common leading axis", "got leading axes [4, 5]", "one row per example"],
+    ),
+    minibatch_of_scalars=Case(
+        lambda: bx.inner.minibatch(2)(KEY, 0, {"l2": 0.1}),
+        ["batch must hold arrays with one common leading axis", "got leading axes []", "one row per example"],
+    ),
+    minibatch_of_nothing=Case(
+        lambda: bx.inner.minibatch(2)(KEY, 0, jnp.ones((0, 3))),
+        ["batch must hold", "at least one", "leading axis"],
+        TypeError,
+    ),
+)
+def test_parts(call, says):
+    check(call, says)
+
+
+# Derivatives that are refused
+
+
+def weighted_loss(x, y, batch):
+    return jnp.sum(batch["weight"] * (y - x) ** 2) + jnp.sum(batch["rows"][batch["index"]] * y)
+
+
+@pytest.fixture(params=SOLVERS.values(), ids=SOLVERS)
+def meta_loss(request):
+    """A function of (x, weight), both of which reach a differentiable solve; keys and counts ride in the batch."""
+    solve = bx.differentiable(request.param(weighted_loss))
+
+    def meta_loss(x, weight):
+        batch = {"weight": weight, "rows": jnp.ones(3), "index": jnp.arange(3), "key": KEY}
+        return jnp.sum(solve(x, POINT, batch) ** 2)
+
+    return meta_loss
+
+
+WEIGHT = jnp.array(1.0)
+REFUSED = {
+    "eager": lambda loss: jax.grad(loss, 1)(POINT, WEIGHT),
+    "with_x": lambda loss: jax.grad(loss, (0, 1))(POINT, WEIGHT),
+    "jit": lambda loss: jax.jit(jax.grad(loss, 1))(POINT, WEIGHT),
+    "jit_inside": lambda loss: jax.grad(jax.jit(loss), 1)(POINT, WEIGHT),
+    "vmap": lambda loss: jax.vmap(jax.grad(loss, 1), (None, 0))(POINT, jnp.ones(2)),
+    "vmap_inside": lambda loss: jax.grad(lambda w: jax.vmap(loss, (None, 0))(POINT, w).sum())(jnp.ones(2)),
+    "through_x": lambda loss: jax.grad(lambda x: loss(x, x[0]))(POINT),
+}
+ALLOWED = {
+    "traced": lambda loss: jax.jit(jax.grad(loss))(POINT, WEIGHT),
+    "batched": lambda loss: jax.vmap(jax.grad(loss), (None, 0))(POINT, jnp.ones(2))[0],
+    "stopped": lambda loss: jax.grad(lambda x: loss(x, jax.lax.stop_gradient(x[0])))(POINT),
+    "stopped_jit": lambda loss: jax.jit(jax.grad(lambda x: jax.jit(loss)(x, jax.lax.stop_gradient(x[0]))))(POINT),
+}
+
+
+@pytest.mark.parametrize("differentiate", REFUSED.values(), ids=REFUSED)
+def test_derivative_with_respect_to_the_batch(meta_loss, differentiate):
+    says = ["batch", "must not be differentiated", "got", "batch['weight']", "into x", "jax.lax.stop_gradient"]
+    check(lambda: differentiate(meta_loss), says)
+
+
+@pytest.mark.parametrize("differentiate", ALLOWED.values(), ids=ALLOWED)
+def test_batch_may_be_traced_without_a_derivative(meta_loss, differentiate):
+    np.testing.assert_allclose(differentiate(meta_loss), jax.grad(meta_loss)(POINT, WEIGHT), rtol=1e-12)
+
+
+def cubed(solver):
+    """x ↦ y(x)³ for the inner loss (y − x)²/2 and y_0 = 5."""
+    solve = bx.differentiable(solver)
+    return lambda x: solve(x, jnp.array(5.0), None) ** 3
+
+
+def half_square(x, y, batch):
+    return 0.5 * (y - x) ** 2
+
+
+def gradient_of_cube(solver):
+    hypergrad = bx.hypergradient(lambda x, y, batch: y**3, solver)
+    return lambda x: hypergrad.estimate(None, hypergrad.init(x, jnp.array(5.0)), x, BATCH)[0]
+
+
+SECOND_DERIVATIVES = {
+    "grad_of_grad": lambda solver: jax.grad(jax.grad(cubed(solver))),
+    "jit": lambda solver: jax.jit(jax.grad(jax.jit(jax.grad(cubed(solver))))),
+    "hessian": lambda solver: jax.hessian(cubed(solver)),
+    "grad_of_estimate": lambda solver: jax.grad(gradient_of_cube(solver)),
+}
+over_second_derivatives = pytest.mark.parametrize("twice", SECOND_DERIVATIVES.values(), ids=SECOND_DERIVATIVES)
+
+
+@over_second_derivatives
+def test_second_derivative_of_reverse(twice):
+    """After two half steps y = 0.75 x + 0.25 · 5."""
+    solver = bx.inner.reverse(half_square, optax.sgd(0.5), 2)
+    y = 0.75 * 3.0 + 0.25 * 5.0
+    np.testing.assert_allclose(twice(solver)(3.0), 6 * y * 0.75**2, rtol=1e-14)
+
+
+IMPLICIT = {
+    "cg": bx.inner.implicit(half_square, optax.sgd(0.5), 2, bx.ihvp.cg()),
+    "exact": bx.inner.implicit(half_square, optax.sgd(0.5), 2, bx.ihvp.exact()),
+    "neumann": bx.inner.implicit(half_square, optax.sgd(0.5), 2, bx.ihvp.neumann(2, 0.5)),
+    "identity": bx.inner.implicit(half_square, optax.sgd(0.5), 2, bx.ihvp.identity()),
+    "no_steps": bx.inner.implicit(half_square),
+    "solve": bx.inner.implicit(half_square, solve=lambda x, y, batch: y),
+    "chain": bx.inner.chain(
+        bx.inner.implicit(half_square, optax.sgd(0.5), 2), bx.inner.reverse(half_square, optax.sgd(0.5), 1)
+    ),
+}
+refused_twice = ["inner.implicit is differentiable once", "got a derivative of its derivative", "Use inner.reverse"]
+
+
+@over_second_derivatives
+@pytest.mark.parametrize("solver", IMPLICIT.values(), ids=IMPLICIT)
+def test_second_derivative_of_implicit(solver, twice):
+    check(lambda: twice(solver)(3.0), refused_twice, TypeError)
+
+
+def test_forward_mode_of_differentiable():
+    solve = bx.differentiable(SOLVERS["reverse"]())
+    check(lambda: jax.jvp(lambda x: solve(x, POINT, None), (POINT,), (POINT,)), ["forward-mode"], TypeError)

@@ -1,0 +1,59 @@
+"""Every public name is documented, and every public name is in `__all__`."""
+
+import inspect
+import re
+
+import pytest
+
+import bilevax as bx
+
+NAMESPACES = (bx, bx.curvature, bx.ihvp, bx.inner)
+PUBLIC = {
+    f"{namespace.__name__}.{name}": getattr(namespace, name)
+    for namespace in NAMESPACES
+    for name in namespace.__all__
+    if inspect.isfunction(getattr(namespace, name)) or inspect.isclass(getattr(namespace, name))
+}
+SAMPLERS = (bx.inner.full, bx.inner.per_step)  # all of one signature, which their module documents
+FUNCTIONS = {name: value for name, value in PUBLIC.items() if inspect.isfunction(value) and value not in SAMPLERS}
+COSTLESS = (bx.curvature.damped, bx.inner.minibatch)
+
+
+def sections(docstring):
+    """The Google sections of a docstring by their titles; "Cost: one gradient" is a section as well."""
+    parts = re.split(r"^(Args|Returns|Raises|Cost|Reference|Attributes|Example):", docstring, flags=re.M)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_summary_and_example(name):
+    docstring = inspect.getdoc(PUBLIC[name])
+    assert "tuple(" not in docstring.splitlines()[0].lower(), "the docstring that NamedTuple writes by itself"
+    assert re.match(r"[A-Z∇].+\.$", docstring.splitlines()[0])
+    assert ">>> " in sections(docstring)["Example"]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_sections(name):
+    function = FUNCTIONS[name]
+    found = sections(inspect.getdoc(function))
+    expected = {"Args", "Returns", "Raises", "Example"} | (set() if function in COSTLESS else {"Cost"})
+    assert expected <= set(found)
+    assert all(text.strip() for text in found.values())
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_argument_is_documented(name):
+    documented = re.findall(r"^  (\w+): ", sections(inspect.getdoc(FUNCTIONS[name]))["Args"], flags=re.M)
+    assert documented == list(inspect.signature(FUNCTIONS[name]).parameters)
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+def test_all_is_sorted_and_complete(namespace):
+    names = namespace.__all__
+    assert names == sorted(names, key=lambda name: (not name.isupper(), name.islower(), name))
+    public = {
+        name for name, value in vars(namespace).items() if not name.startswith("_") and not inspect.ismodule(value)
+    }
+    assert public <= set(names)
+    assert all(hasattr(namespace, name) for name in names)
