@@ -10,7 +10,7 @@ import optax
 
 from bilevax import checks
 from bilevax.inner.descent import full_cotangent
-from bilevax.problem import Batch, Hypergradient, InnerSolver, Iterate, Loss, SolverInfo
+from bilevax.problem import Batch, Hypergradient, InnerSolver, Iterate, Loss, SolverInfo, arrays
 
 
 class HypergradientState(NamedTuple):
@@ -24,7 +24,7 @@ class HypergradientState(NamedTuple):
     Example:
         >>> import bilevax as bx, optax
         >>> solver = bx.inner.reverse(lambda x, y, batch: (y - x) ** 2, optax.sgd(0.1), steps=1)
-        >>> bx.hypergradient(lambda x, y, batch: y**2, solver).init(1.0, 2.0).y
+        >>> float(bx.hypergradient(lambda x, y, batch: y**2, solver).init(1.0, 2.0).y)
         2.0
     """
 
@@ -84,7 +84,8 @@ def hypergradient(outer_loss: Loss, solver: InnerSolver) -> Hypergradient:
     outer = checks.scalar_loss("outer_loss", outer_loss)
 
     def init(x: chex.ArrayTree, y: chex.ArrayTree, batch: Any = None) -> HypergradientState:
-        return HypergradientState(y, solver.init(x, y, batch), checks.Shapes.of(x))
+        solver_state = solver.init(x, y, batch)
+        return HypergradientState(arrays(y), solver_state, checks.Shapes.of(x))
 
     def estimate(key: chex.PRNGKey | None, state: HypergradientState, x: chex.ArrayTree, batch: Batch) -> tuple:
         if checks.Shapes.of(x) != state.x_shapes:

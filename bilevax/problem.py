@@ -169,6 +169,11 @@ def directions(
     return Directions(optax.tree.sub(outer_x, cross), inner.gradient, optax.tree.sub(hessian, outer_y))
 
 
+def arrays(tree: chex.ArrayTree) -> chex.ArrayTree:
+    """Makes each leaf an array that insists on its dtype, so that a state looks the same after every step."""
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), tree)
+
+
 def widen(tree: chex.ArrayTree) -> chex.ArrayTree:
     """Casts each leaf to at least float32, so that sums over half-precision leaves keep their digits."""
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.promote_types(jnp.result_type(leaf), jnp.float32)), tree)
@@ -179,7 +184,8 @@ class IHVPInfo(NamedTuple):
 
     Attributes:
       iterations: iterations of the solver.
-      products: Hessian (or other curvature) products, those that `prepare` needed included.
+      products: Hessian (or other curvature) products of this application.
+      setup_products: those that `prepare` needed, once for all applications.
       residual: ‖b − (H + damping I) v‖ / ‖b‖; NaN where the solver does not measure it.
       curvature: the smallest pᵀ(H + damping I)p / pᵀp that was seen; NaN where none was.
       breakdown: True where the solve was cut short or cannot be trusted: negative curvature, a preconditioner that is
@@ -187,12 +193,14 @@ class IHVPInfo(NamedTuple):
 
     Example:
         >>> import bilevax as bx
-        >>> bx.IHVPInfo(iterations=5, products=6, residual=1e-7, curvature=0.1, breakdown=False).products
+        >>> info = bx.IHVPInfo(5, products=6, setup_products=0, residual=1e-7, curvature=0.1, breakdown=False)
+        >>> info.products
         6
     """
 
     iterations: chex.Numeric
     products: chex.Numeric
+    setup_products: chex.Numeric
     residual: chex.Numeric
     curvature: chex.Numeric
     breakdown: chex.Numeric

@@ -138,9 +138,13 @@ def test_cg_reports_a_singular_direction_instead_of_dividing_by_it():
 
 
 def test_cg_reports_a_preconditioner_that_is_not_positive_definite():
-    negative = bx.ihvp.identity(1.0)._replace(
-        prepare=lambda key, state, loss, point: (lambda b, v0=None: (jax.tree.map(jnp.negative, b), None), state)
-    )
+    identity = bx.ihvp.identity()
+
+    def prepare(*arguments):
+        apply, state = identity.prepare(*arguments)
+        return lambda b: (jax.tree.map(jnp.negative, b), apply(b)[1]), state
+
+    negative = identity._replace(prepare=prepare)
     v, info = solve(bx.ihvp.cg(preconditioner=negative))
     assert info.breakdown
     np.testing.assert_array_equal(v, 0)

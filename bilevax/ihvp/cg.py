@@ -1,5 +1,6 @@
 """Conjugate gradients, safe in float32, at a million unknowns, and at an indefinite Hessian."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
@@ -9,6 +10,7 @@ import optax
 
 from bilevax import checks
 from bilevax.curvature.products import Curvature, Product, damped, hessian
+from bilevax.ihvp.identity import identity
 from bilevax.ihvp.warm_start import warm_start
 from bilevax.problem import IHVP, IHVPInfo, Loss, widen
 from bilevax.sampling import Sample, full, split
@@ -23,6 +25,7 @@ class _Carry(NamedTuple):
     smallest: chex.Array  # pᵀHp / pᵀp, over the directions so far
     largest: chex.Array
     iterations: chex.Array
+    products: chex.Array
     stop: chex.Array
 
 
@@ -34,10 +37,13 @@ def _safe_norm(tree: chex.ArrayTree) -> chex.Array:
 
 
 def _conjugate_gradients(
-    product: Product, precondition: Product, v: chex.ArrayTree, r: chex.ArrayTree, maxiter: int, tol: chex.Numeric
-) -> _Carry:
-    """Solves H v = b from v with r = b − H v, for ‖b‖ = 1; stops at the first direction that cannot be trusted."""
-    z = precondition(r)
+    product: Product, precondition: Callable, v: chex.ArrayTree, r: chex.ArrayTree, maxiter: int, tol: chex.Numeric
+) -> tuple[_Carry, chex.Numeric]:
+    """Solves H v = b from v with r = b − H v, for ‖b‖ = 1; stops at the first direction that cannot be trusted.
+
+    Returns the last carry, and the products that the preconditioner spent once.
+    """
+    z, info = precondition(r)
     rz, norm = optax.tree.vdot(r, z), optax.tree.norm(r)
     nan = jnp.full_like(norm, jnp.nan)
     count = jnp.zeros((), jnp.int32)
@@ -55,12 +61,15 @@ def _conjugate_gradients(
         alpha = jnp.where(good, c.rz / php, 0)
         v = optax.tree.add_scale(c.v, alpha, c.p)
         r = optax.tree.add_scale(c.r, -alpha, hp)
-        z = precondition(r)
+        z, info = precondition(r)
         rz = jnp.where(good, optax.tree.vdot(r, z), c.rz)
         p = optax.tree.add_scale(z, rz / c.rz, c.p)
-        return _Carry(v, r, p, rz, optax.tree.norm(r), jnp.fmin(c.smallest, rayleigh), largest, c.iterations + 1, ~good)
+        products = c.products + 1 + info.products
+        smallest = jnp.fmin(c.smallest, rayleigh)
+        return _Carry(v, r, p, rz, optax.tree.norm(r), smallest, largest, c.iterations + 1, products, ~good)
 
-    return jax.lax.while_loop(unfinished, iterate, _Carry(v, r, z, rz, norm, nan, nan, count, count > 0))
+    start = _Carry(v, r, z, rz, norm, nan, nan, count, count + info.products, count > 0)
+    return jax.lax.while_loop(unfinished, iterate, start), info.setup_products
 
 
 def cg(
@@ -91,12 +100,13 @@ def cg(
       sample: how the batch of H is drawn from the inner data; it is asked with t = 0.
 
     Returns:
-      An `IHVP` whose state is that of the preconditioner, or (). `info.residual` is the recursively updated one.
+      An `IHVP` whose state is that of the preconditioner. `info.residual` is the recursively updated one.
 
     Raises:
       ValueError: if maxiter < 1, tol or damping is negative, or the preconditioner is not linear.
 
-    Cost: one product for each iteration and one for a warm start; five vectors like y.
+    Cost: one product for each iteration and one for a warm start, and the preconditioner once more than there are
+    iterations; five vectors like y.
 
     Reference: Hestenes and Stiefel, "Methods of conjugate gradients for solving linear systems", 1952; for
     hypergradients: Pedregosa, arXiv 1602.02355, and Grazzi et al., arXiv 2006.16218.
@@ -117,18 +127,13 @@ def cg(
             "preconditioner must be an IHVP whose apply is linear in b (linear=True); got one that is not, such as "
             "ihvp.cg itself. Pass ihvp.identity, ihvp.neumann or ihvp.exact, or None."
         )
-
-    def init(x: chex.ArrayTree, y: chex.ArrayTree, batch: Any = None) -> Any:
-        return () if preconditioner is None else preconditioner.init(x, y, batch)
+    chosen = identity() if preconditioner is None else preconditioner
 
     def prepare(key: Any, state: Any, inner_loss: Loss, point: tuple) -> tuple:
         x, y, data = point
         batch_key, preconditioner_key = split(key, 2)
         product = damped(curvature(inner_loss, x, y, sample(batch_key, 0, data)), damping)
-        precondition: Product = lambda r: r  # noqa: E731
-        if preconditioner is not None:
-            approximate, state = preconditioner.prepare(preconditioner_key, state, inner_loss, point)
-            precondition = lambda r: approximate(r)[0]  # noqa: E731
+        precondition, state = chosen.prepare(preconditioner_key, state, inner_loss, point)
 
         def apply(b: chex.ArrayTree, v0: chex.ArrayTree | None = None) -> tuple[chex.ArrayTree, IHVPInfo]:
             wide = widen(b)
@@ -137,12 +142,13 @@ def cg(
             unit = jax.tree.map(lambda leaf: leaf / scale, wide)
             guess = None if v0 is None else jax.tree.map(lambda leaf: leaf / scale, widen(v0))
             v, r, products = warm_start(product, unit, guess)
-            carry = _conjugate_gradients(product, precondition, v, r, maxiter, tol)
+            carry, setup = _conjugate_gradients(product, precondition, v, r, maxiter, tol)
             v = jax.tree.map(lambda leaf: jnp.where(jnp.isfinite(carry.norm), leaf * scale, jnp.nan), carry.v)
             breakdown = carry.stop | ~jnp.isfinite(carry.norm)
-            info = IHVPInfo(carry.iterations, carry.iterations + products, carry.norm, carry.smallest, breakdown)
+            products = products + carry.products
+            info = IHVPInfo(carry.iterations, products, setup, carry.norm, carry.smallest, breakdown)
             return optax.tree.cast_like(v, b), info
 
         return apply, state
 
-    return IHVP(init, prepare)
+    return IHVP(chosen.init, prepare)

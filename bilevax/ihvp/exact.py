@@ -58,7 +58,7 @@ def exact(damping: chex.Numeric = 0.0, sample: Sample = full) -> IHVP:
             residual = jnp.linalg.norm(b_flat - hessian @ v - damping * v)
             relative = residual / jnp.maximum(jnp.linalg.norm(b_flat), jnp.finfo(hessian.dtype).tiny)
             breakdown = ~((eigenvalues[0] > 0) & jnp.isfinite(relative))
-            return unravel(v.astype(flat.dtype)), IHVPInfo(1, flat.size, relative, eigenvalues[0], breakdown)
+            return unravel(v.astype(flat.dtype)), IHVPInfo(1, 0, flat.size, relative, eigenvalues[0], breakdown)
 
         return apply, state
 

@@ -88,7 +88,7 @@ def neumann(
             v = optax.tree.add_scale(carry.v, step_size, carry.r)
             breakdown = ~(carry.norm <= norm) | (carry.curvature < 0)
             residual = carry.norm / jnp.maximum(optax.tree.norm(wide), jnp.finfo(norm.dtype).tiny)
-            info = IHVPInfo(steps, steps + products, residual, carry.curvature, breakdown)
+            info = IHVPInfo(steps, steps + products, 0, residual, carry.curvature, breakdown)
             return optax.tree.cast_like(v, b), info
 
         return apply, state

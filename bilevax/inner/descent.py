@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from bilevax import checks
-from bilevax.problem import Iterate, Loss, widen
+from bilevax.problem import Iterate, Loss, arrays, widen
 from bilevax.sampling import Sample
 
 Optimizer: TypeAlias = optax.GradientTransformation | Callable[[Any], optax.GradientTransformation]
@@ -48,7 +48,7 @@ def descent(inner_loss: Loss, optimizer: Optimizer, initial: Initial | None, sam
         return sample(None if key is None else jax.random.fold_in(key, t), t, data)
 
     def start(x: chex.ArrayTree, y: chex.ArrayTree) -> Iterate:
-        y0 = y if initial is None else initial(x)
+        y0 = arrays(y if initial is None else initial(x))
         checks.same_shapes("y under initial", y0, y, "Return from initial(x) a pytree like y.")
         return Iterate(y0, make(x).init(y0), jnp.zeros((), jnp.int32))
 

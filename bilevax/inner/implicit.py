@@ -11,7 +11,7 @@ import optax
 from bilevax import checks
 from bilevax.ihvp.cg import cg
 from bilevax.inner.descent import Initial, Optimizer, check_point, descent
-from bilevax.problem import IHVP, Calls, InnerSolver, Iterate, Loss, SolverInfo, inner_gradient, widen
+from bilevax.problem import IHVP, Calls, InnerSolver, Iterate, Loss, SolverInfo, arrays, inner_gradient, widen
 from bilevax.sampling import Sample, full, split
 
 
@@ -105,7 +105,7 @@ def implicit(
 
     def init(x: chex.ArrayTree, y: chex.ArrayTree, batch: Any = None) -> ImplicitState:
         check_point(x, y)
-        return ImplicitState(optax.tree.zeros_like(y) if warm_start else None, solver.init(x, y, batch))
+        return ImplicitState(optax.tree.zeros_like(arrays(y)) if warm_start else None, solver.init(x, y, batch))
 
     def forward(key: chex.PRNGKey | None, state: ImplicitState, x: chex.ArrayTree, z: Iterate, batch: Any) -> tuple:
         step_key, ihvp_key, cross_key = split(key, 3)
@@ -132,7 +132,7 @@ def implicit(
         apply, ihvp_state = solver.prepare(ihvp_key, state.ihvp, inner_loss, (x, y, batch))
         v, ihvp_info = apply(y_bar, state.v)
         x_bar = optax.tree.scale(-1, inner.pull_back(v)[0])
-        calls = Calls(0, steps + 1, ihvp_info.products, 1)
+        calls = Calls(0, steps + 1, ihvp_info.products + ihvp_info.setup_products, 1)
         norm = optax.tree.norm(widen(inner.gradient))
         breakdown = ihvp_info.breakdown | ~jnp.isfinite(inner.loss + norm)
         info = SolverInfo(inner.loss, norm, breakdown, calls, ihvp_info)
