@@ -5,6 +5,7 @@ Values are checked when they are concrete and never when they are traced, so tha
 """
 
 import dataclasses
+import inspect
 import operator
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -38,13 +39,45 @@ def count(name: str, value: Any, minimum: int = 0) -> int:
     try:
         number = operator.index(value)
     except (TypeError, jax.errors.ConcretizationTypeError) as error:
-        raise ValueError(
-            f"{name} must be a static Python int >= {minimum}; got {type(value).__name__}. It fixes the shape of the "
-            f"program, so it cannot be traced: pass a plain int (static_argnums of jax.jit)."
-        ) from error
+        fix = f"Pass a plain int, say {name}=10."
+        if isinstance(value, jax.core.Tracer):
+            fix = (
+                "It fixes the shape of the program and cannot be traced: pass a plain int (static_argnums of jax.jit)."
+            )
+        what = type(value).__name__
+        raise ValueError(f"{name} must be a static Python int >= {minimum}; got {what}. {fix}") from error
     if number < minimum:
         raise ValueError(f"{name} must be an int >= {minimum}; got {number}. Pass {name}={minimum} or more.")
     return number
+
+
+def instance(name: str, value: Any, kind: type, fix: str) -> None:
+    """Raises ValueError unless `value` is a `kind`."""
+    if not isinstance(value, kind):
+        raise ValueError(f"{name} must be {_article(kind.__name__)}; got {_describe(value)}. {fix}")
+
+
+def function(name: str, value: Any, *arguments: str) -> None:
+    """Raises ValueError unless `value` is a function that takes these positional arguments."""
+    form = f"{name} must be a function ({', '.join(arguments)}) -> ..."
+    if not callable(value):
+        raise ValueError(f"{form}; got {_describe(value)}. Pass the function itself.")
+    try:
+        signature = inspect.signature(value)
+    except ValueError:  # some builtins have none
+        return
+    try:
+        signature.bind(*arguments)
+    except TypeError as error:
+        raise ValueError(f"{form}; got {_describe(value)}{signature}: {error}. Give it these arguments.") from error
+
+
+def _describe(value: Any) -> str:
+    return getattr(value, "__qualname__", f"{value!r:.80} of type {type(value).__name__}")
+
+
+def _article(noun: str) -> str:
+    return f"an {noun}" if noun[0] in "AEIO" else f"a {noun}"
 
 
 def floating(name: str, tree: chex.ArrayTree) -> None:
@@ -56,7 +89,7 @@ def floating(name: str, tree: chex.ArrayTree) -> None:
             f"Pass the {name} that the losses read."
         )
     for path, leaf in leaves:
-        dtype = jnp.result_type(leaf) if not hasattr(leaf, "dtype") else leaf.dtype
+        dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
         if not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(
                 f"{name} must hold floating-point arrays only; got {dtype} at {name}{jax.tree_util.keystr(path)}. "
@@ -72,8 +105,7 @@ def same_shapes(name: str, got: chex.ArrayTree, expected: chex.ArrayTree, fix: s
 
 def scalar_loss(name: str, loss: Callable) -> Callable:
     """Returns `loss` with a check that it returns one floating-point number."""
-    if not callable(loss):
-        raise ValueError(f"{name} must be a function loss(x, y, batch) -> scalar; got {loss!r}. Pass the function.")
+    function(name, loss, "x", "y", "batch")
 
     def checked(x: chex.ArrayTree, y: chex.ArrayTree, batch: Any) -> chex.Array:
         value = loss(x, y, batch)

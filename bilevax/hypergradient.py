@@ -10,7 +10,7 @@ import optax
 
 from bilevax import checks
 from bilevax.inner.descent import full_cotangent
-from bilevax.problem import Batch, Hypergradient, InnerSolver, Iterate, Loss, SolverInfo, arrays
+from bilevax.problem import Batch, Hypergradient, InnerSolver, Iterate, Loss, SolverInfo, arrays, norm
 
 
 class HypergradientState(NamedTuple):
@@ -82,30 +82,32 @@ def hypergradient(outer_loss: Loss, solver: InnerSolver) -> Hypergradient:
         (2.0, 3.0, 2.0)
     """
     outer = checks.scalar_loss("outer_loss", outer_loss)
+    checks.instance("solver", solver, InnerSolver, "Pass, say, bx.inner.reverse(inner_loss, optax.sgd(0.1), steps=10).")
 
     def init(x: chex.ArrayTree, y: chex.ArrayTree, batch: Any = None) -> HypergradientState:
         solver_state = solver.init(x, y, batch)
         return HypergradientState(arrays(y), solver_state, checks.Shapes.of(x))
 
     def estimate(key: chex.PRNGKey | None, state: HypergradientState, x: chex.ArrayTree, batch: Batch) -> tuple:
+        fix = "Pass the state of init(x, y) or of the last estimate: estimate(key, state, x, batch)."
+        checks.instance("state", state, HypergradientState, fix)
         if checks.Shapes.of(x) != state.x_shapes:
             raise ValueError(
                 f"x must look like the x that the state was made for; got {checks.Shapes.of(x)}, expected "
                 f"{state.x_shapes}. Call init(x, y) again, or pass the x that belongs to this state."
             )
-        if not (hasattr(batch, "outer") and hasattr(batch, "inner")):
-            raise ValueError(
-                f"batch must be a Batch(outer, inner); got {type(batch).__name__}. Pass bx.Batch(outer=..., inner=...)."
-            )
+        checks.instance("batch", batch, Batch, "Pass bx.Batch(outer=..., inner=...).")
         z, pull_start = jax.vjp(solver.start, x, state.y)
         z_T, residual, solver_state = solver.forward(key, state.solver, x, z, batch.inner)
         value, (direct, y_bar) = jax.value_and_grad(outer, argnums=(0, 1))(x, z_T.y, batch.outer)
         (x_bar, z0_bar), solver_state, info = solver.backward(residual, solver_state, Iterate(y_bar))
         start_bar, _ = pull_start(full_cotangent(z0_bar, z))
         grad = jax.tree.map(lambda *parts: sum(parts), direct, x_bar, start_bar)
-        calls = info.calls._replace(outer_gradients=info.calls.outer_gradients + 1)
-        state = HypergradientState(z_T.y, solver_state, state.x_shapes)
-        return grad, state, HypergradientInfo(value, info._replace(calls=calls))
+        info = info._replace(
+            breakdown=info.breakdown | ~jnp.isfinite(value + norm(grad)),
+            calls=info.calls._replace(outer_gradients=info.calls.outer_gradients + 1),
+        )
+        return grad, HypergradientState(z_T.y, solver_state, state.x_shapes), HypergradientInfo(value, info)
 
     return Hypergradient(init, estimate)
 
@@ -116,7 +118,9 @@ def differentiable(solver: InnerSolver) -> Callable:
         solve(x, y0, batch, key=None) -> y_T
 
     The derivative with respect to x comes from `solver.backward`, that with respect to y0 too (zero for an implicit
-    solver). vmap it over tasks and use it anywhere inside a loss; jit the whole, or it is traced at each call.
+    solver). Nothing else is differentiated: what the loss or the optimizer closes over must not depend on the
+    variable of `jax.grad`; move it into x. There is no info: `hypergradient` of the same solver tells how far to
+    trust it. vmap it over tasks and use it anywhere inside a loss; jit the whole, or it is traced at each call.
 
     Args:
       solver: an inner solver.
@@ -125,8 +129,8 @@ def differentiable(solver: InnerSolver) -> Callable:
       `solve`. v starts cold at each call; give data, keys and whatever else is not differentiated in `batch`.
 
     Raises:
-      ValueError: if a derivative with respect to `batch` is asked (it is refused, not returned as zero), or x or y0 is
-        empty or not floating-point.
+      ValueError: if a derivative with respect to `batch`, or to something that the solver closes over, is asked (it is
+        refused, not returned as zero), or x or y0 is empty or not floating-point.
       TypeError: from JAX for forward mode (jvp), and for second derivatives of an implicit solver.
 
     Cost: that of the solver; without a derivative, of its forward pass.
@@ -140,6 +144,7 @@ def differentiable(solver: InnerSolver) -> Callable:
         >>> jax.vmap(jax.grad(meta_loss), (None, 0))(1.0, jnp.array([1.0, 2.0])).tolist()
         [2.0, 2.0]
     """
+    checks.instance("solver", solver, InnerSolver, "Pass, say, bx.inner.reverse(inner_loss, optax.sgd(0.1), steps=10).")
 
     def run(x: chex.ArrayTree, y0: chex.ArrayTree, batch: Any, key: chex.PRNGKey | None) -> tuple:
         state = solver.init(x, y0, batch)
@@ -168,7 +173,17 @@ def differentiable(solver: InnerSolver) -> Callable:
         return optax.tree.add(x_bar, start_x_bar), y0_bar, None, None
 
     solve.defvjp(forward, backward, symbolic_zeros=True)
-    return lambda x, y0, batch, key=None: solve(x, y0, batch, key)
+
+    def pure(x: chex.ArrayTree, y0: chex.ArrayTree, batch: Any, key: chex.PRNGKey | None = None) -> chex.ArrayTree:
+        try:
+            return solve(x, y0, batch, key)
+        except jax.errors.UnexpectedTracerError as error:
+            raise ValueError(
+                "solver must not close over a value that is differentiated; got one in its loss, optimizer, initial or "
+                "solve. Move it into x: loss(x, y, batch), optimizer=lambda x: optax.sgd(x)."
+            ) from error
+
+    return pure
 
 
 def _is_primal(leaf: Any) -> bool:

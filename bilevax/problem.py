@@ -51,7 +51,8 @@ class Batch(NamedTuple):
 class Calls(NamedTuple):
     """Numbers of derivative evaluations, declared by each method and equal to what its compiled program runs.
 
-    One `hessian_product` and one `cross_product` at the same point and vector share a single pull-back of ∇_y g.
+    One `hessian_product` and one `cross_product` at the same point and vector share a single pull-back of ∇_y g. An
+    IHVP that draws a batch of its own evaluates one more gradient there; on the same batch the compiler merges them.
 
     Example:
         >>> import bilevax as bx
@@ -179,6 +180,14 @@ def widen(tree: chex.ArrayTree) -> chex.ArrayTree:
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.promote_types(jnp.result_type(leaf), jnp.float32)), tree)
 
 
+def norm(tree: chex.ArrayTree) -> chex.Array:
+    """The Euclidean norm in at least float32, without the overflow or underflow of its square."""
+    wide = widen(tree)
+    largest = optax.tree.max(jax.tree.map(jnp.abs, wide))
+    scale = jnp.where(largest > 0, largest, 1)
+    return scale * optax.tree.norm(jax.tree.map(lambda leaf: leaf / scale, wide))
+
+
 class IHVPInfo(NamedTuple):
     """What one application of an inverse-Hessian-vector product reports; scalars.
 
@@ -250,9 +259,11 @@ class SolverInfo(NamedTuple):
 
     Attributes:
       inner_loss: g(x, y) at the returned y; scalar.
-      gradient_norm: ‖∇_y g(x, y)‖ at the returned y; scalar. Implicit rules are wrong where it is not small.
-      breakdown: True where the derivative cannot be trusted: the inverse-Hessian-vector product broke down, or g or its
-        gradient is not finite.
+      gradient_norm: ‖∇_y g(x, y)‖ at the returned y; scalar. Implicit rules are wrong where it is not small. It and
+        `inner_loss` are taken on the batch of `cross_sample` (all data by default) in `inner.implicit`, and on the
+        batch of the last step in the other solvers: under minibatches those are noisy.
+      breakdown: True where the derivative cannot be trusted: the inverse-Hessian-vector product broke down, or a loss
+        or a gradient is not finite.
       calls: `Calls` of the forward and the backward pass together.
       detail: `IHVPInfo` for `inner.implicit`, the two infos for `inner.chain`, () otherwise.
 

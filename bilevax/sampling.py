@@ -14,6 +14,15 @@ Sample = Callable[[Any, Any, Any], Any]
 
 def split(key: chex.PRNGKey | None, number: int) -> list:
     """Splits a key; no key (None) stays none, for solvers that draw nothing."""
+    if key is not None:
+        typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+        legacy = getattr(key, "dtype", None) == jnp.uint32
+        if not (typed or legacy) or jnp.ndim(key) != legacy:
+            what = f"shape {jnp.shape(key)} of {key.dtype}" if typed or legacy else repr(key)
+            raise ValueError(
+                f"key must be one jax.random.key, or None where nothing is random; got {what}. Pass jax.random.key(0); "
+                f"take several keys one by one or under jax.vmap."
+            )
     return [None] * number if key is None else list(jax.random.split(key, number))
 
 
@@ -44,7 +53,9 @@ def per_step(key: chex.PRNGKey | None, t: chex.Numeric, data: Any) -> Any:
 def minibatch(size: int) -> Sample:
     """Draws `size` examples uniformly, with replacement, on the device.
 
-    All leaves of the data share their leading axis [N, ...]; scalars and typed keys pass through untouched.
+    All leaves of the data share their leading axis [N, ...]; scalars and typed keys pass through untouched. (A dropout
+    key that travels along is thus the same at each step: fold t into it in a sampler of your own, or stack T of them and
+    use `per_step`.)
 
     Args:
       size: number of examples in a batch, >= 1.
@@ -69,7 +80,7 @@ def minibatch(size: int) -> Sample:
         if len(lengths) != 1:
             raise ValueError(
                 f"batch must hold arrays with one common leading axis [N, ...]; got leading axes {sorted(lengths)}. "
-                f"Give every array one row per example; scalars and typed keys may travel along."
+                f"Give every array one row per example; scalars and keys of jax.random.key may travel along."
             )
         rows = jax.random.randint(key, (size,), 0, lengths.pop())
         return jax.tree.map(lambda leaf: leaf if jnp.ndim(leaf) == 0 else jnp.asarray(leaf)[rows], data)

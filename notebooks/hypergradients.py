@@ -425,8 +425,8 @@ for path, leaf in jax.tree_util.tree_leaves_with_path(info):
 # %% [markdown]
 # - `outer_loss` is $F(x)$ at the current $y$.
 # - `inner.gradient_norm` is $\|\nabla_y g(x, y)\|$. The implicit formula assumes that it is zero.
-# - `inner.detail.residual` is $\|\nabla_y f - \nabla^2_{yy} g\, v\| / \|\nabla_y f\|$. Zero is a perfect $v$; one is as
-#   good as $v = 0$; above one, $v$ is worse than nothing.
+# - `inner.detail.residual` is $\|\nabla_y f - \nabla^2_{yy} g\, v\| / \|\nabla_y f\|$. Zero is a perfect $v$, and one is
+#   what $v = 0$ has. CG lowers another measure of the error, so that its residual may pass one on the way down.
 # - `inner.detail.curvature` is the smallest curvature of $g$ that the solver met. Where it is negative, $y$ is not near
 #   a minimum, the linear system does not stand for anything, and CG must stop: `inner.detail.breakdown`.
 # - `inner.calls` counts gradients and second-order products, so that methods can be compared by cost.
@@ -458,7 +458,7 @@ momentum, small = optax.sgd(0.5, momentum=0.9), optax.sgd(0.05)
 
 
 def network_solver(damping):
-    # Each system is solved from v = 0, so that no accident is inherited from the outer step before.
+    # Each system is solved from v = 0, so that the curves show each outer step by itself.
     ihvp = bx.ihvp.cg(maxiter=30, damping=damping)
     return bx.inner.implicit(network_inner, momentum, steps=20, ihvp=ihvp, warm_start=False)
 
@@ -507,7 +507,7 @@ plt.show()
 # %% [markdown]
 # With one small inner step the loop moves along, but $\|\nabla_y g\|$ never comes down, and the weights tell right from
 # wrong less well. Its residual is small all the same: a good $v$, at the wrong $y$. The network starts where curvature
-# is negative: CG stops early, and its $v$ is worse than nothing. After some outer steps the warm $y$ is closer to a
+# is negative: CG stops early, and its $v$ solves nothing. After some outer steps the warm $y$ is closer to a
 # minimum and CG runs to the end, but its residual and its AUC stay behind those of the damped run, whose system is
 # positive definite from the start. Nothing raised an exception and nothing was repaired behind your back: plot `info`
 # before you trust a run.

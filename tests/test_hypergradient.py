@@ -74,9 +74,9 @@ class TestWorkedQuadratic:
 
 def test_learned_step_size():
     loss = lambda x, y, batch: 0.5 * y**2  # noqa: E731
-    grad = gradient(loss, bx.inner.reverse(loss, optax.sgd, 2), jnp.array(0.25), jnp.array(1.0))
+    grad = gradient(loss, bx.inner.reverse(loss, lambda x: optax.sgd(x), 2), jnp.array(0.25), jnp.array(1.0))
     np.testing.assert_allclose(grad, -27 / 32, rtol=1e-15)
-    grad = gradient(loss, bx.inner.implicit(loss, optax.sgd, 2), jnp.array(0.25), jnp.array(1.0))
+    grad = gradient(loss, bx.inner.implicit(loss, lambda x: optax.sgd(x), 2), jnp.array(0.25), jnp.array(1.0))
     assert grad == 0
 
 

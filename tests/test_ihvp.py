@@ -77,6 +77,7 @@ def test_neumann_is_its_truncated_series(steps):
     v, info = solve(bx.ihvp.neumann(steps, eta, damping))
     np.testing.assert_allclose(v, series @ B, rtol=1e-12)
     assert info.products == steps
+    assert not info.breakdown
     before_last_term = v - eta * jnp.linalg.matrix_power(contraction, steps) @ B
     residual = jnp.linalg.norm(B - (H + damping * jnp.eye(9)) @ before_last_term) / jnp.linalg.norm(B)
     np.testing.assert_allclose(info.residual, residual, rtol=1e-12)
@@ -84,6 +85,41 @@ def test_neumann_is_its_truncated_series(steps):
     warm, info = solve(bx.ihvp.neumann(steps, eta, damping), v0=v0)
     np.testing.assert_allclose(warm, v0 + series @ (B - (H + damping * jnp.eye(9)) @ v0), rtol=1e-11)
     assert info.products == steps + 1
+
+
+def test_neumann_reports_divergence_even_in_one_direction():
+    h = jnp.diag(jnp.array([1.0] * 8 + [25.0]))
+    _, info = solve(bx.ihvp.neumann(10, 0.1), b=jnp.ones(9), h=h)  # 0.1 > 2 / 25
+    assert info.breakdown
+
+
+def test_cg_stops_where_its_preconditioner_breaks_down():
+    h = jnp.diag(jnp.array([-1.0, *range(1, 9)]))
+    _, info = solve(bx.ihvp.cg(preconditioner=bx.ihvp.exact()), h=h)
+    assert info.breakdown
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+@pytest.mark.parametrize("preconditioner", [bx.ihvp.identity(1e-15), bx.ihvp.identity(1e15)], ids=["tiny", "huge"])
+def test_cg_does_not_depend_on_the_scale_of_its_preconditioner(preconditioner, scale):
+    with jax.enable_x64(False):
+        eigenvalues = jnp.linspace(1.0, 4.0, 10, dtype=jnp.float32)
+        b = jnp.full(10, scale, jnp.float32)
+        v, info = diagonal_solve(bx.ihvp.cg(maxiter=20, preconditioner=preconditioner), eigenvalues, b)
+        assert not info.breakdown
+        np.testing.assert_allclose(v / scale, 1 / eigenvalues, rtol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e20, 1e30])
+@pytest.mark.parametrize("ihvp", [bx.ihvp.exact(), bx.ihvp.neumann(40, 0.3), bx.ihvp.identity(2.0)])
+def test_reports_do_not_depend_on_the_size_of_b_in_float32(ihvp, scale):
+    with jax.enable_x64(False):
+        eigenvalues = jnp.linspace(1.0, 4.0, 10, dtype=jnp.float32)
+        _, info = diagonal_solve(ihvp, eigenvalues, jnp.full(10, scale, jnp.float32))
+        _, expected = diagonal_solve(ihvp, eigenvalues, jnp.ones(10, jnp.float32))
+        assert not info.breakdown
+        np.testing.assert_allclose(info.residual, expected.residual, atol=1e-6)
+        np.testing.assert_allclose(info.curvature, expected.curvature, rtol=1e-5)
 
 
 def test_neumann_reports_divergence():
@@ -190,9 +226,32 @@ def test_a_useless_warm_start_is_replaced_by_a_cold_one(ihvp, v0):
 
 def test_warm_starts_do_not_amplify_an_indefinite_hessian_from_step_to_step():
     h, shifts = H - 3 * jnp.eye(9), jnp.asarray(np.random.default_rng(5).normal(size=(30, 9)))
-    step = lambda v, shift: (solve(bx.ihvp.cg(maxiter=6), b=B + 0.1 * shift, h=h, v0=v)[0], None)  # noqa: E731
-    v, _ = jax.lax.scan(step, jnp.zeros(9), shifts)
-    assert jnp.linalg.norm(v) < 100 * jnp.linalg.norm(jnp.linalg.solve(h, B))
+    loss = lambda x, y, batch: 0.5 * y @ h @ y - x * jnp.sum(y)  # noqa: E731
+    solver = bx.inner.implicit(loss, ihvp=bx.ihvp.cg(maxiter=6))
+
+    def step(state, shift):
+        residual = (None, None, 1.0, bx.Iterate(jnp.zeros(9), (), jnp.zeros((), jnp.int32)), None)
+        _, state, info = solver.backward(residual, state, bx.Iterate(B + 0.1 * shift))
+        return state, (info.breakdown, jnp.linalg.norm(state.v))
+
+    _, (breakdowns, sizes) = jax.lax.scan(step, solver.init(1.0, jnp.zeros(9)), shifts)
+    assert breakdowns.any()
+    assert sizes.max() < 100 * jnp.linalg.norm(jnp.linalg.solve(h, B))
+
+
+def test_warm_starts_add_up_on_an_ill_conditioned_hessian():
+    eigenvalues = jnp.geomspace(1.0, 1e5, 50)
+    loss = lambda x, y, batch: 0.5 * jnp.sum(eigenvalues * y**2)  # noqa: E731
+    apply, _ = bx.ihvp.cg(maxiter=20).prepare(None, (), loss, (0.0, jnp.zeros(50), None))
+
+    def error(v):
+        return jnp.linalg.norm(v - 1 / eigenvalues) / jnp.linalg.norm(1 / eigenvalues)
+
+    v, info = apply(jnp.ones(50))
+    assert info.residual > 1  # CG decreases the energy, not the residual
+    assert error(v) > 0.5
+    v, _ = jax.lax.scan(lambda v, _: (apply(jnp.ones(50), v)[0], None), v, length=40)
+    assert error(v) < 0.2
 
 
 def diagonal_solve(ihvp, eigenvalues, b):

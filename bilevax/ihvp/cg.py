@@ -11,8 +11,8 @@ import optax
 from bilevax import checks
 from bilevax.curvature.products import Curvature, Product, damped, hessian
 from bilevax.ihvp.identity import identity
-from bilevax.ihvp.warm_start import warm_start
-from bilevax.problem import IHVP, IHVPInfo, Loss, widen
+from bilevax.ihvp.start import start
+from bilevax.problem import IHVP, IHVPInfo, Loss, norm
 from bilevax.sampling import Sample, full, split
 
 
@@ -29,13 +29,6 @@ class _Carry(NamedTuple):
     stop: chex.Array
 
 
-def _safe_norm(tree: chex.ArrayTree) -> chex.Array:
-    """‖tree‖ without the overflow or underflow of its square."""
-    largest = optax.tree.max(jax.tree.map(jnp.abs, tree))
-    scale = jnp.where(largest > 0, largest, 1)
-    return scale * optax.tree.norm(jax.tree.map(lambda leaf: leaf / scale, tree))
-
-
 def _conjugate_gradients(
     product: Product, precondition: Callable, v: chex.ArrayTree, r: chex.ArrayTree, maxiter: int, tol: chex.Numeric
 ) -> tuple[_Carry, chex.Numeric]:
@@ -44,10 +37,12 @@ def _conjugate_gradients(
     Returns the last carry, and the products that the preconditioner spent once.
     """
     z, info = precondition(r)
-    rz, norm = optax.tree.vdot(r, z), optax.tree.norm(r)
-    nan = jnp.full_like(norm, jnp.nan)
+    size = norm(z)
+    gain = 1 / jnp.where(size > 0, size, 1)  # CG does not depend on the scale of its preconditioner
+    z = optax.tree.scale(gain, z)
+    nan = jnp.full_like(size, jnp.nan)
     count = jnp.zeros((), jnp.int32)
-    eps = jnp.finfo(norm.dtype).eps
+    eps = jnp.finfo(size.dtype).eps
 
     def unfinished(c: _Carry) -> chex.Array:
         return (c.iterations < maxiter) & (c.norm > tol) & (c.norm > 0) & ~c.stop
@@ -62,14 +57,17 @@ def _conjugate_gradients(
         v = optax.tree.add_scale(c.v, alpha, c.p)
         r = optax.tree.add_scale(c.r, -alpha, hp)
         z, info = precondition(r)
+        z = optax.tree.scale(gain, z)
         rz = jnp.where(good, optax.tree.vdot(r, z), c.rz)
         p = optax.tree.add_scale(z, rz / c.rz, c.p)
         products = c.products + 1 + info.products
         smallest = jnp.fmin(c.smallest, rayleigh)
-        return _Carry(v, r, p, rz, optax.tree.norm(r), smallest, largest, c.iterations + 1, products, ~good)
+        stop = ~good | info.breakdown
+        return _Carry(v, r, p, rz, optax.tree.norm(r), smallest, largest, c.iterations + 1, products, stop)
 
-    start = _Carry(v, r, z, rz, norm, nan, nan, count, count + info.products, count > 0)
-    return jax.lax.while_loop(unfinished, iterate, start), info.setup_products
+    rz, products = optax.tree.vdot(r, z), count + info.products
+    begin = _Carry(v, r, z, rz, optax.tree.norm(r), nan, nan, count, products, jnp.asarray(info.breakdown))
+    return jax.lax.while_loop(unfinished, iterate, begin), info.setup_products
 
 
 def cg(
@@ -89,14 +87,15 @@ def cg(
     the loop stops, v stays at its last good value, and `info.breakdown` says so; `info.curvature` is the smallest
     pᵀHp / pᵀp. Few iterations may miss the negative eigenvalues of an indefinite H: no breakdown is no proof of a
     minimum, and a large residual is a warning. Numbers that are not finite give a v of NaN, never a silent guess. A
-    warm start v0 whose residual is not below ‖b‖ is replaced by zero. Half-precision leaves are solved in float32.
+    warm start v0 that is no better than zero is replaced by zero. Half-precision leaves are solved in float32.
 
     Args:
       maxiter: largest number of iterations, >= 1.
       tol: stops at ‖b − (H + damping I) v‖ <= tol · ‖b‖.
       damping: a number >= 0 added to the curvature.
       curvature: a function (inner_loss, x, y, batch) -> product; the Hessian where y is close to a minimum.
-      preconditioner: another IHVP with `linear=True`, prepared once per solve. It brings its own damping.
+      preconditioner: another IHVP with `linear=True`, prepared once per solve. It brings its own damping; where it
+        reports a breakdown, it is not positive definite, and this solve stops as well.
       sample: how the batch of H is drawn from the inner data; it is asked with t = 0.
 
     Returns:
@@ -122,12 +121,13 @@ def cg(
     maxiter = checks.count("maxiter", maxiter, minimum=1)
     checks.nonnegative("tol", tol)
     checks.nonnegative("damping", damping)
-    if preconditioner is not None and not preconditioner.linear:
+    chosen = identity() if preconditioner is None else preconditioner
+    checks.instance("preconditioner", chosen, IHVP, "Pass, say, bx.ihvp.identity(0.1), called.")
+    if not chosen.linear:
         raise ValueError(
             "preconditioner must be an IHVP whose apply is linear in b (linear=True); got one that is not, such as "
             "ihvp.cg itself. Pass ihvp.identity, ihvp.neumann or ihvp.exact, or None."
         )
-    chosen = identity() if preconditioner is None else preconditioner
 
     def prepare(key: Any, state: Any, inner_loss: Loss, point: tuple) -> tuple:
         x, y, data = point
@@ -136,17 +136,12 @@ def cg(
         precondition, state = chosen.prepare(preconditioner_key, state, inner_loss, point)
 
         def apply(b: chex.ArrayTree, v0: chex.ArrayTree | None = None) -> tuple[chex.ArrayTree, IHVPInfo]:
-            wide = widen(b)
-            norm = _safe_norm(wide)
-            scale = jnp.where(norm > 0, norm, 1)
-            unit = jax.tree.map(lambda leaf: leaf / scale, wide)
-            guess = None if v0 is None else jax.tree.map(lambda leaf: leaf / scale, widen(v0))
-            v, r, products = warm_start(product, unit, guess)
-            carry, setup = _conjugate_gradients(product, precondition, v, r, maxiter, tol)
-            v = jax.tree.map(lambda leaf: jnp.where(jnp.isfinite(carry.norm), leaf * scale, jnp.nan), carry.v)
-            breakdown = carry.stop | ~jnp.isfinite(carry.norm)
-            products = products + carry.products
-            info = IHVPInfo(carry.iterations, products, setup, carry.norm, carry.smallest, breakdown)
+            begin = start(product, b, v0)
+            carry, setup = _conjugate_gradients(product, precondition, begin.v, begin.r, maxiter, tol)
+            finite = jnp.isfinite(carry.norm)
+            v = jax.tree.map(lambda leaf: jnp.where(finite, leaf * begin.scale, jnp.nan), carry.v)
+            products = begin.products + carry.products
+            info = IHVPInfo(carry.iterations, products, setup, carry.norm, carry.smallest, carry.stop | ~finite)
             return optax.tree.cast_like(v, b), info
 
         return apply, state

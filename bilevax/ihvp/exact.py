@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from bilevax import checks
-from bilevax.problem import IHVP, IHVPInfo, Loss, widen
+from bilevax.problem import IHVP, IHVPInfo, Loss, norm, widen
 from bilevax.sampling import Sample, full
 
 
@@ -53,12 +53,15 @@ def exact(damping: chex.Numeric = 0.0, sample: Sample = full) -> IHVP:
         eigenvalues, vectors = jnp.linalg.eigh(hessian + damping * jnp.eye(flat.size, dtype=hessian.dtype))
 
         def apply(b: chex.ArrayTree, v0: chex.ArrayTree | None = None) -> tuple[chex.ArrayTree, IHVPInfo]:
-            b_flat = ravel_pytree(b)[0].astype(hessian.dtype)
-            v = vectors @ ((vectors.T @ b_flat) / eigenvalues)
-            residual = jnp.linalg.norm(b_flat - hessian @ v - damping * v)
-            relative = residual / jnp.maximum(jnp.linalg.norm(b_flat), jnp.finfo(hessian.dtype).tiny)
-            breakdown = ~((eigenvalues[0] > 0) & jnp.isfinite(relative))
-            return unravel(v.astype(flat.dtype)), IHVPInfo(1, 0, flat.size, relative, eigenvalues[0], breakdown)
+            wide = ravel_pytree(b)[0].astype(hessian.dtype)
+            size = norm(wide)
+            scale = jnp.where(size > 0, size, 1)
+            unit = wide / scale
+            v = vectors @ ((vectors.T @ unit) / eigenvalues)
+            residual = jnp.linalg.norm(unit - hessian @ v - damping * v)
+            breakdown = ~((eigenvalues[0] > 0) & jnp.isfinite(residual))
+            info = IHVPInfo(1, 0, flat.size, residual, eigenvalues[0], breakdown)
+            return unravel((scale * v).astype(flat.dtype)), info
 
         return apply, state
 

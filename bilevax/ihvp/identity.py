@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from bilevax import checks
-from bilevax.problem import IHVP, IHVPInfo, Loss
+from bilevax.problem import IHVP, IHVPInfo, Loss, norm
 
 
 def identity(scale: chex.Numeric = 1.0) -> IHVP:
@@ -45,7 +45,7 @@ def identity(scale: chex.Numeric = 1.0) -> IHVP:
     def prepare(key: Any, state: tuple, inner_loss: Loss, point: tuple) -> tuple:
         def apply(b: chex.ArrayTree, v0: chex.ArrayTree | None = None) -> tuple[chex.ArrayTree, IHVPInfo]:
             v = optax.tree.cast_like(optax.tree.scale(scale, b), b)
-            return v, IHVPInfo(0, 0, 0, jnp.nan, jnp.nan, ~jnp.isfinite(optax.tree.norm(v)))
+            return v, IHVPInfo(0, 0, 0, jnp.nan, jnp.nan, ~jnp.isfinite(norm(v)))
 
         return apply, state
 

@@ -9,8 +9,8 @@ import optax
 
 from bilevax import checks
 from bilevax.curvature.products import Curvature, damped, hessian
-from bilevax.ihvp.warm_start import warm_start
-from bilevax.problem import IHVP, IHVPInfo, Loss, widen
+from bilevax.ihvp.start import start
+from bilevax.problem import IHVP, IHVPInfo, Loss, norm
 from bilevax.sampling import Sample, full
 
 
@@ -19,6 +19,7 @@ class _Carry(NamedTuple):
     r: chex.ArrayTree
     norm: chex.Array  # ‖r‖
     curvature: chex.Array
+    grew: chex.Array  # whether ‖r‖ ever did
 
 
 def neumann(
@@ -33,9 +34,9 @@ def neumann(
         v = step_size · Σ_{k=0}^{steps} (I − step_size · (H + damping I))ᵏ b
 
     From a warm start v0 the same series is applied to b − (H + damping I) v0 and added to v0, so that the error
-    (I − step_size · H)^{steps+1} (v0 − H⁻¹b) shrinks from one outer step to the next (a v0 whose residual is not below
-    ‖b‖ is replaced by zero). The series converges where
-    step_size < 2 / λ_max(H) and H is positive definite; `info.breakdown` tells when the residual grew instead.
+    (I − step_size · H)^{steps+1} (v0 − H⁻¹b) shrinks from one outer step to the next (a v0 that is no better
+    than zero is replaced by zero). The series converges where step_size < 2 / λ_max(H) and H is positive definite;
+    `info.breakdown` tells when the residual grew in any step instead.
 
     Args:
       steps: number of Hessian products, >= 0; 0 leaves v = step_size · b.
@@ -78,17 +79,18 @@ def neumann(
             rayleigh = optax.tree.vdot(carry.r, hr) / carry.norm**2
             v = optax.tree.cast_like(optax.tree.add_scale(carry.v, step_size, carry.r), carry.v)
             r = optax.tree.cast_like(optax.tree.add_scale(carry.r, -step_size, hr), carry.r)
-            return _Carry(v, r, optax.tree.norm(r), jnp.fmin(carry.curvature, rayleigh)), None
+            size = norm(r)
+            grew = carry.grew | ~(size <= carry.norm * (1 + 16 * jnp.finfo(size.dtype).eps))
+            return _Carry(v, r, size, jnp.fmin(carry.curvature, rayleigh), grew), None
 
         def apply(b: chex.ArrayTree, v0: chex.ArrayTree | None = None) -> tuple[chex.ArrayTree, IHVPInfo]:
-            wide = widen(b)
-            v, r, products = warm_start(product, wide, v0)
-            norm = optax.tree.norm(r)
-            carry, _ = jax.lax.scan(term, _Carry(v, r, norm, jnp.full_like(norm, jnp.nan)), length=steps)
-            v = optax.tree.add_scale(carry.v, step_size, carry.r)
-            breakdown = ~(carry.norm <= norm) | (carry.curvature < 0)
-            residual = carry.norm / jnp.maximum(optax.tree.norm(wide), jnp.finfo(norm.dtype).tiny)
-            info = IHVPInfo(steps, steps + products, 0, residual, carry.curvature, breakdown)
+            begin = start(product, b, v0)
+            size = norm(begin.r)
+            carry = _Carry(begin.v, begin.r, size, jnp.full_like(size, jnp.nan), ~jnp.isfinite(size))
+            carry, _ = jax.lax.scan(term, carry, length=steps)
+            v = optax.tree.scale(begin.scale, optax.tree.add_scale(carry.v, step_size, carry.r))
+            breakdown = carry.grew | (carry.curvature < 0)
+            info = IHVPInfo(steps, steps + begin.products, 0, carry.norm, carry.curvature, breakdown)
             return optax.tree.cast_like(v, b), info
 
         return apply, state

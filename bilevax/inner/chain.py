@@ -59,6 +59,8 @@ def chain(first: InnerSolver, last: InnerSolver) -> InnerSolver:
         >>> float(jax.grad(solve)(1.0, 0.0, None)), float(jax.grad(bx.differentiable(reverse(3)))(1.0, 0.0, None))
         (0.875, 0.875)
     """
+    for name, link in (("first", first), ("last", last)):
+        checks.instance(name, link, InnerSolver, "Pass two inner solvers; nest chains to join more.")
 
     def init(x: chex.ArrayTree, y: chex.ArrayTree, batch: Any = None) -> ChainState:
         state = ChainState(first.init(x, y, batch), last.init(x, y, batch))

@@ -1,5 +1,6 @@
 """The start, the step and the report that all first-order inner solvers share."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -10,7 +11,7 @@ import numpy as np
 import optax
 
 from bilevax import checks
-from bilevax.problem import Iterate, Loss, arrays, widen
+from bilevax.problem import Iterate, Loss, arrays, norm
 from bilevax.sampling import Sample
 
 Optimizer: TypeAlias = optax.GradientTransformation | Callable[[Any], optax.GradientTransformation]
@@ -34,14 +35,21 @@ class Descent(NamedTuple):
 def descent(inner_loss: Loss, optimizer: Optimizer, initial: Initial | None, sample: Sample) -> Descent:
     """Builds the functions from a loss, an optimizer (or a function x ↦ optimizer), a first point and a sampler."""
     loss = checks.scalar_loss("inner_loss", inner_loss)
-    if isinstance(optimizer, optax.GradientTransformation):
-        make = lambda x: optimizer  # noqa: E731
-    elif callable(optimizer):
-        make = optimizer
-    else:
+    checks.function("sample", sample, "key", "t", "data")
+    if initial is not None:
+        checks.function("initial", initial, "x")
+
+    def make(x: chex.ArrayTree) -> optax.GradientTransformation:
+        made = optimizer if isinstance(optimizer, optax.GradientTransformation) else optimizer(x)
+        checks.instance("optimizer(x)", made, optax.GradientTransformation, "Return from it, say, optax.sgd(x).")
+        return made
+
+    # optax.sgd, not called, would take x for its learning rate.
+    uncalled = getattr(optimizer, "__module__", "").startswith("optax.") and inspect.isfunction(optimizer)
+    if uncalled or not (isinstance(optimizer, optax.GradientTransformation) or callable(optimizer)):
         raise ValueError(
             f"optimizer must be an optax.GradientTransformation, or a function of x that returns one; got "
-            f"{optimizer!r}. Pass, say, optax.sgd(0.1)."
+            f"{optimizer!r}. Pass, say, optax.sgd(0.1), or lambda x: optax.sgd(x)."
         )
 
     def draw(key: chex.PRNGKey | None, data: Any, t: chex.Array) -> Any:
@@ -66,7 +74,7 @@ def descent(inner_loss: Loss, optimizer: Optimizer, initial: Initial | None, sam
 
     def report(key: chex.PRNGKey | None, data: Any, x: chex.ArrayTree, z: Iterate) -> tuple[chex.Array, chex.Array]:
         value, gradient = jax.value_and_grad(loss, argnums=1)(x, z.y, draw(key, data, jnp.maximum(z.t - 1, 0)))
-        return value, optax.tree.norm(widen(gradient))
+        return value, norm(gradient)
 
     return Descent(start, step, report)
 

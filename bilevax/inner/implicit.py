@@ -11,7 +11,7 @@ import optax
 from bilevax import checks
 from bilevax.ihvp.cg import cg
 from bilevax.inner.descent import Initial, Optimizer, check_point, descent
-from bilevax.problem import IHVP, Calls, InnerSolver, Iterate, Loss, SolverInfo, arrays, inner_gradient, widen
+from bilevax.problem import IHVP, Calls, InnerSolver, Iterate, Loss, SolverInfo, arrays, inner_gradient, norm
 from bilevax.sampling import Sample, full, split
 
 
@@ -45,7 +45,7 @@ def _twice(primals: tuple, tangents: tuple) -> Any:
 def implicit(
     inner_loss: Loss,
     optimizer: Optimizer | None = None,
-    steps: int = 0,
+    steps: int | None = None,
     ihvp: IHVP | None = None,
     *,
     solve: Callable | None = None,
@@ -64,19 +64,21 @@ def implicit(
     Args:
       inner_loss: g, a function (x, y, batch) -> scalar.
       optimizer: any optax transformation, or a function x ↦ transformation; needed when steps > 0.
-      steps: inner steps before the derivative, >= 0. With 0 the y of your own loop is taken as it is.
+      steps: inner steps before the derivative, >= 0. With 0, or without an optimizer, the y of your own loop is taken
+        as it is.
       ihvp: the inverse-Hessian-vector product; by default `ihvp.cg()`.
       solve: your own solver `solve(x, y0, batch) -> y` in place of the steps; any jittable function.
       initial: y_0 as a function of x; by default y_0 is the warm y.
       sample: how inner step t draws its batch from the data.
       cross_sample: how the batch of the cross term and of the report is drawn. The IHVP has its own.
-      warm_start: whether the IHVP starts from the v of the previous outer step.
+      warm_start: whether the IHVP starts from the v of the previous outer step, unless that solve broke down.
 
     Returns:
       An `InnerSolver` with state `ImplicitState(v, ihvp)`.
 
     Raises:
-      ValueError: if steps is negative, steps > 0 without an optimizer, both `solve` and steps are given, or a later
+      ValueError: if steps is negative, steps or the optimizer comes without the other, both `solve` and steps are
+        given, or a later
         link of a `chain` sends back a derivative of a momentum or another optimizer state.
       TypeError: when the hypergradient itself is differentiated.
 
@@ -93,7 +95,11 @@ def implicit(
         >>> float(jax.grad(lambda x: solve(x, 0.0, None) ** 2)(3.0))
         6.0
     """
-    steps = checks.count("steps", steps)
+    if steps is None and optimizer is not None:
+        raise ValueError(
+            "steps must be given with an optimizer; got None. Pass, say, steps=10, or 0 to take y as it is."
+        )
+    steps = checks.count("steps", 0 if steps is None else steps)
     if steps and optimizer is None:
         raise ValueError(
             f"optimizer must be given for steps > 0; got None with steps={steps}. Pass, say, optax.sgd(0.1)."
@@ -102,6 +108,10 @@ def implicit(
         raise ValueError(f"solve replaces the steps of the optimizer; got solve and steps={steps}. Drop one of them.")
     start, step, _ = descent(inner_loss, optax.identity() if optimizer is None else optimizer, initial, sample)
     solver = cg() if ihvp is None else ihvp
+    checks.instance("ihvp", solver, IHVP, "Pass, say, bx.ihvp.cg(maxiter=10), called.")
+    checks.function("cross_sample", cross_sample, "key", "t", "data")
+    if solve is not None:
+        checks.function("solve", solve, "x", "y0", "batch")
 
     def init(x: chex.ArrayTree, y: chex.ArrayTree, batch: Any = None) -> ImplicitState:
         check_point(x, y)
@@ -133,10 +143,11 @@ def implicit(
         v, ihvp_info = apply(y_bar, state.v)
         x_bar = optax.tree.scale(-1, inner.pull_back(v)[0])
         calls = Calls(0, steps + 1, ihvp_info.products + ihvp_info.setup_products, 1)
-        norm = optax.tree.norm(widen(inner.gradient))
-        breakdown = ihvp_info.breakdown | ~jnp.isfinite(inner.loss + norm)
-        info = SolverInfo(inner.loss, norm, breakdown, calls, ihvp_info)
-        state = ImplicitState(v if warm_start else None, ihvp_state)
+        size = norm(inner.gradient)
+        breakdown = ihvp_info.breakdown | ~jnp.isfinite(inner.loss + size)
+        info = SolverInfo(inner.loss, size, breakdown, calls, ihvp_info)
+        kept = optax.tree.where(ihvp_info.breakdown, optax.tree.zeros_like(v), v) if warm_start else None
+        state = ImplicitState(kept, ihvp_state)
         return (x_bar, Iterate(optax.tree.zeros_like(y))), state, info
 
     return InnerSolver(init, start, forward, backward)

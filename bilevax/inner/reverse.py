@@ -63,7 +63,8 @@ def reverse(
 
         z_t = Φ(z_{t−1}, x),  t = 1..T          (x_bar, z0_bar) = [∂z_T/∂(x, z_0)]ᵀ z_bar
 
-    This is the exact derivative of the program that runs, solved or not: momentum, moments and schedules included. For
+    This is the exact derivative of the program that runs, solved or not: momentum, moments and schedules included. (An
+    optimizer with a line search, such as optax.lbfgs, loops an unknown number of times: JAX cannot reverse that.) For
     the last K of T steps only, write `chain(no_gradient(..., steps=T - K), reverse(..., steps=K))`.
 
     Args:
@@ -93,6 +94,7 @@ def reverse(
         0.75
     """
     steps = checks.count("steps", steps)
+    checks.instance("checkpoint", checkpoint, Checkpoint, "Pass every_step, two_level or store_all of bx.inner.")
     start, step, report = descent(inner_loss, optimizer, initial, sample)
     calls = Calls(0, checkpoint.evaluations * steps + 1, steps, steps)
 

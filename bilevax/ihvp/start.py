@@ -1,0 +1,47 @@
+"""Where an iterative solve of H v = b starts, and the units in which it runs."""
+
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from bilevax.curvature.products import Product
+from bilevax.problem import norm, widen
+
+
+class Start(NamedTuple):
+    """A solve in units of ‖b‖, so that neither a tiny nor a huge b can underflow or overflow.
+
+    Attributes:
+      scale: ‖b‖, or 1 for b = 0; v of the solve times this is v of b.
+      v: first v, in units of `scale`.
+      r: its residual b / scale − H v.
+      products: number of products that this took.
+    """
+
+    scale: chex.Array
+    v: chex.ArrayTree
+    r: chex.ArrayTree
+    products: int
+
+
+def start(product: Product, b: chex.ArrayTree, v0: chex.ArrayTree | None) -> Start:
+    """Starts at v0 if that is better than zero, and at zero otherwise.
+
+    Better means a lower φ(v) = ½ vᵀHv − bᵀv, which is what the solvers decrease, and positive curvature along v0. A v0
+    that is stale, not finite, or far out along a negative eigenvector is thus not carried on.
+    """
+    size = norm(b)
+    scale = jnp.where(size > 0, size, 1)
+    unit = jax.tree.map(lambda leaf: leaf / scale, widen(b))
+    zeros = optax.tree.zeros_like(unit)
+    if v0 is None:
+        return Start(scale, zeros, unit, 0)
+    guess = jax.tree.map(lambda leaf: leaf / scale, widen(v0))
+    r = optax.tree.sub(unit, product(guess))
+    lower = optax.tree.vdot(guess, optax.tree.add(unit, r)) > 0
+    convex = optax.tree.vdot(guess, optax.tree.sub(unit, r)) > 0
+    better = lower & convex
+    return Start(scale, optax.tree.where(better, guess, zeros), optax.tree.where(better, r, unit), 1)
