@@ -96,6 +96,7 @@ def hypergradient(outer_loss: Loss, solver: InnerSolver) -> Hypergradient:
                 f"x must look like the x that the state was made for; got {checks.Shapes.of(x)}, expected "
                 f"{state.x_shapes}. Call init(x, y) again, or pass the x that belongs to this state."
             )
+        checks.floating("x", x)
         checks.instance("batch", batch, Batch, "Pass bx.Batch(outer=..., inner=...).")
         z, pull_start = jax.vjp(solver.start, x, state.y)
         z_T, residual, solver_state = solver.forward(key, state.solver, x, z, batch.inner)

@@ -54,8 +54,8 @@ def minibatch(size: int) -> Sample:
     """Draws `size` examples uniformly, with replacement, on the device.
 
     All leaves of the data share their leading axis [N, ...]; scalars and typed keys pass through untouched. (A dropout
-    key that travels along is thus the same at each step: fold t into it in a sampler of your own, or stack T of them and
-    use `per_step`.)
+    key that travels along is thus the same at each step: fold t into it in a sampler of your own, or stack T of them
+    and use `per_step`.)
 
     Args:
       size: number of examples in a batch, >= 1.
@@ -77,10 +77,10 @@ def minibatch(size: int) -> Sample:
         if key is None:
             raise ValueError("key must be a jax.random.key for a random sampler; got None. Pass key=jax.random.key(0).")
         lengths = {jnp.shape(leaf)[0] for leaf in jax.tree.leaves(data) if jnp.ndim(leaf)}
-        if len(lengths) != 1:
+        if len(lengths) != 1 or 0 in lengths:
             raise ValueError(
-                f"batch must hold arrays with one common leading axis [N, ...]; got leading axes {sorted(lengths)}. "
-                f"Give every array one row per example; scalars and keys of jax.random.key may travel along."
+                f"batch must hold at least one example, in arrays with one common leading axis [N, ...]; got "
+                f"leading axes {sorted(lengths)}. Give every array one row per example; scalars and keys of jax.random.key may travel along."
             )
         rows = jax.random.randint(key, (size,), 0, lengths.pop())
         return jax.tree.map(lambda leaf: leaf if jnp.ndim(leaf) == 0 else jnp.asarray(leaf)[rows], data)

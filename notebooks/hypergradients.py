@@ -425,8 +425,8 @@ for path, leaf in jax.tree_util.tree_leaves_with_path(info):
 # %% [markdown]
 # - `outer_loss` is $F(x)$ at the current $y$.
 # - `inner.gradient_norm` is $\|\nabla_y g(x, y)\|$. The implicit formula assumes that it is zero.
-# - `inner.detail.residual` is $\|\nabla_y f - \nabla^2_{yy} g\, v\| / \|\nabla_y f\|$. Zero is a perfect $v$, and one is
-#   what $v = 0$ has. CG lowers another measure of the error, so that its residual may pass one on the way down.
+# - `inner.detail.residual` is $\|\nabla_y f - \nabla^2_{yy} g\, v\| / \|\nabla_y f\|$. Zero is a perfect $v$, and
+#   one is what $v = 0$ has. CG lowers another measure of the error, so that its residual may pass one on the way down.
 # - `inner.detail.curvature` is the smallest curvature of $g$ that the solver met. Where it is negative, $y$ is not near
 #   a minimum, the linear system does not stand for anything, and CG must stop: `inner.detail.breakdown`.
 # - `inner.calls` counts gradients and second-order products, so that methods can be compared by cost.
