@@ -80,7 +80,8 @@ def minibatch(size: int) -> Sample:
         if len(lengths) != 1 or 0 in lengths:
             raise ValueError(
                 f"batch must hold at least one example, in arrays with one common leading axis [N, ...]; got "
-                f"leading axes {sorted(lengths)}. Give every array one row per example; scalars and keys of jax.random.key may travel along."
+                f"leading axes {sorted(lengths)}. Give every array one row per example; scalars and keys of "
+                f"jax.random.key may travel along."
             )
         rows = jax.random.randint(key, (size,), 0, lengths.pop())
         return jax.tree.map(lambda leaf: leaf if jnp.ndim(leaf) == 0 else jnp.asarray(leaf)[rows], data)
