@@ -503,7 +503,7 @@ def test_nan_is_reported_and_never_hidden(name):
 # Samplers.
 
 
-@over(SOLVERS)
+@over(["implicit_cg", "implicit_no_steps", "reverse", "no_gradient", "chain_reverse_reverse"])
 def test_minibatches_depend_on_the_key_alone(name):
     hypergrad = make_estimator(name, bx.inner.minibatch(3))
     x, y = array_point()
