@@ -110,7 +110,9 @@ def scalar_loss(name: str, loss: Callable) -> Callable:
     def checked(x: chex.ArrayTree, y: chex.ArrayTree, batch: Any) -> chex.Array:
         value = loss(x, y, batch)
         if not hasattr(value, "dtype") and not isinstance(value, float):
-            raise ValueError(f"{name} must return one number; got {type(value).__name__}. Return the loss alone.")
+            raise ValueError(
+                f"{name} must return one floating-point number; got {type(value).__name__}. Return the loss alone."
+            )
         if jnp.shape(value) != ():
             raise ValueError(
                 f"{name} must return a scalar; got shape {jnp.shape(value)}. Reduce the examples with .mean()."

@@ -36,12 +36,12 @@ class BilevelProblem(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What the two losses take as their `batch`: any two pytrees.
+    """What the two losses take as their `batch`: any two pytrees of arrays.
 
     Example:
         >>> import bilevax as bx
-        >>> bx.Batch(outer="validation", inner="train").inner
-        'train'
+        >>> bx.Batch(outer=[1.0, 2.0], inner=3.0).inner
+        3.0
     """
 
     outer: Any
@@ -52,7 +52,8 @@ class Calls(NamedTuple):
     """Numbers of derivative evaluations, declared by each method and equal to what its compiled program runs.
 
     One `hessian_product` and one `cross_product` at the same point and vector share a single pull-back of ∇_y g. An
-    IHVP that draws a batch of its own evaluates one more gradient there; on the same batch the compiler merges them.
+    IHVP that draws a batch of its own evaluates one more gradient there; on the same batch the compiler merges them,
+    as it does with work that loops of a single step happen to share.
 
     Example:
         >>> import bilevax as bx

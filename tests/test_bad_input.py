@@ -90,9 +90,12 @@ BAD_LOSSES = {
         ["must return a floating-point number", "got dtype int64", "Return a loss that can be differentiated"],
     ),
     "tuple": Case(
-        lambda x, y, batch: (jnp.sum(y), {}), ["must return one number", "got tuple", "Return the loss alone"]
+        lambda x, y, batch: (jnp.sum(y), {}),
+        ["must return one floating-point number", "got tuple", "Return the loss alone"],
     ),
-    "none": Case(lambda x, y, batch: None, ["must return one number", "got NoneType", "Return the loss alone"]),
+    "none": Case(
+        lambda x, y, batch: None, ["must return one floating-point number", "got NoneType", "Return the loss alone"]
+    ),
     "no_function": Case(3.0, ["must be a function (x, y, batch)", "got 3.0", "Pass the function"]),
 }
 
@@ -367,6 +370,16 @@ def test_solve_that_returns_no_y(wrong, says, run):
         )(0.1),
         ["solver must not close over a value that is differentiated", "Move it into x", "lambda x: optax.sgd(x)"],
     ),
+    initial_of_integers=Case(
+        lambda: estimate(bx.inner.reverse(inner_loss, SGD, 2, initial=lambda x: jnp.arange(3))),
+        ["y under initial must hold floating-point arrays", "int64"],
+    ),
+    curvature_missing=Case(
+        lambda: bx.ihvp.cg(curvature=None), ["curvature must be a function (inner_loss, x, y, batch)", "got None"]
+    ),
+    sample_of_an_ihvp=Case(
+        lambda: bx.ihvp.exact(sample=bx.inner.minibatch), ["sample must be a function (key, t, data)", "minibatch"]
+    ),
     solver_none=Case(
         lambda: bx.hypergradient(outer_loss, None),
         ["solver must be an InnerSolver", "got None"],
@@ -525,3 +538,7 @@ def test_second_derivative_of_implicit(solver, twice):
 def test_forward_mode_of_differentiable():
     solve = bx.differentiable(bx.inner.reverse(inner_loss, SGD, 2))
     check(lambda: jax.jvp(lambda x: solve(x, POINT, None), (POINT,), (POINT,)), ["forward-mode"], TypeError)
+
+
+def test_a_builtin_without_a_signature_is_taken_as_it_is():
+    assert bx.inner.reverse(inner_loss, SGD, 2, initial=max)

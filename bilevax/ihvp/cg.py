@@ -121,6 +121,8 @@ def cg(
     maxiter = checks.count("maxiter", maxiter, minimum=1)
     checks.nonnegative("tol", tol)
     checks.nonnegative("damping", damping)
+    checks.function("curvature", curvature, "inner_loss", "x", "y", "batch")
+    checks.function("sample", sample, "key", "t", "data")
     chosen = identity() if preconditioner is None else preconditioner
     checks.instance("preconditioner", chosen, IHVP, "Pass, say, bx.ihvp.identity(0.1), called.")
     if not chosen.linear:

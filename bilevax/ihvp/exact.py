@@ -40,6 +40,7 @@ def exact(damping: chex.Numeric = 0.0, sample: Sample = full) -> IHVP:
         [1.0, 1.0]
     """
     checks.nonnegative("damping", damping)
+    checks.function("sample", sample, "key", "t", "data")
 
     def init(x: chex.ArrayTree, y: chex.ArrayTree, batch: Any = None) -> tuple:
         return ()

@@ -66,6 +66,8 @@ def neumann(
     steps = checks.count("steps", steps)
     checks.positive("step_size", step_size)
     checks.nonnegative("damping", damping)
+    checks.function("curvature", curvature, "inner_loss", "x", "y", "batch")
+    checks.function("sample", sample, "key", "t", "data")
 
     def init(x: chex.ArrayTree, y: chex.ArrayTree, batch: Any = None) -> tuple:
         return ()

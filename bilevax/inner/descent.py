@@ -57,7 +57,9 @@ def descent(inner_loss: Loss, optimizer: Optimizer, initial: Initial | None, sam
 
     def start(x: chex.ArrayTree, y: chex.ArrayTree) -> Iterate:
         y0 = arrays(y if initial is None else initial(x))
-        checks.same_shapes("y under initial", y0, y, "Return from initial(x) a pytree like y.")
+        if initial is not None:
+            checks.same_shapes("y under initial", y0, y, "Return from initial(x) a pytree like y.")
+            checks.floating("y under initial", y0)
         return Iterate(y0, make(x).init(y0), jnp.zeros((), jnp.int32))
 
     def step(key: chex.PRNGKey | None, data: Any, x: chex.ArrayTree, z: Iterate) -> Iterate:
