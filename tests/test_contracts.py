@@ -585,6 +585,7 @@ COSTS = SOLVERS | {
 }
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="reads HLO text as it is printed since jax 0.10")
 @over(COSTS)
 def test_declared_calls_are_those_that_the_compiled_program_runs(name):
     random = np.random.default_rng(0)
