@@ -1,7 +1,9 @@
 """bilevax: hypergradients and bilevel optimization as small pure functions for JAX."""
 
 from bilevax import curvature, ihvp, inner
+from bilevax.doctor import HypergradientReport, check_hypergradient
 from bilevax.hypergradient import HypergradientInfo, HypergradientState, differentiable, hypergradient
+from bilevax.penalty import PenaltyDetail, PenaltyState, penalty
 from bilevax.problem import (
     IHVP,
     Batch,
@@ -17,6 +19,7 @@ from bilevax.problem import (
     directions,
     inner_gradient,
 )
+from bilevax.two_phase import TwoPhaseInfo, TwoPhaseState, two_phase
 
 __version__ = "0.1.0"
 
@@ -28,12 +31,18 @@ __all__ = [
     "Directions",
     "Hypergradient",
     "HypergradientInfo",
+    "HypergradientReport",
     "HypergradientState",
     "IHVPInfo",
     "InnerGradient",
     "InnerSolver",
     "Iterate",
+    "PenaltyDetail",
+    "PenaltyState",
     "SolverInfo",
+    "TwoPhaseInfo",
+    "TwoPhaseState",
+    "check_hypergradient",
     "curvature",
     "differentiable",
     "directions",
@@ -41,4 +50,6 @@ __all__ = [
     "ihvp",
     "inner",
     "inner_gradient",
+    "penalty",
+    "two_phase",
 ]

@@ -51,6 +51,13 @@ def count(name: str, value: Any, minimum: int = 0) -> int:
     return number
 
 
+def whole(name: str, value: chex.Numeric) -> None:
+    """Raises ValueError unless `value` is an integer scalar, and (when concrete) >= 0."""
+    scalar = jnp.ndim(value) == 0 and jnp.issubdtype(jnp.result_type(value), jnp.integer)
+    if not scalar or not (isinstance(value, jax.core.Tracer) or value >= 0):
+        raise ValueError(f"{name} must be a whole number >= 0; got {value!r}. Pass, say, {name}=100.")
+
+
 def instance(name: str, value: Any, kind: type, fix: str) -> None:
     """Raises ValueError unless `value` is a `kind`."""
     if not isinstance(value, kind):
@@ -100,7 +107,7 @@ def floating(name: str, tree: chex.ArrayTree) -> None:
 def same_shapes(name: str, got: chex.ArrayTree, expected: chex.ArrayTree, fix: str) -> None:
     """Raises ValueError unless the two pytrees have one structure and one shape at every leaf."""
     if (what := Shapes.of(got)) != (want := Shapes.of(expected)):
-        raise ValueError(f"{name} has changed: got {what}, expected {want}. {fix}")
+        raise ValueError(f"{name} must keep its structure and shapes; got {what}, expected {want}. {fix}")
 
 
 def scalar_loss(name: str, loss: Callable) -> Callable:

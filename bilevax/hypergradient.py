@@ -89,15 +89,7 @@ def hypergradient(outer_loss: Loss, solver: InnerSolver) -> Hypergradient:
         return HypergradientState(arrays(y), solver_state, checks.Shapes.of(x))
 
     def estimate(key: chex.PRNGKey | None, state: HypergradientState, x: chex.ArrayTree, batch: Batch) -> tuple:
-        fix = "Pass the state of init(x, y) or of the last estimate: estimate(key, state, x, batch)."
-        checks.instance("state", state, HypergradientState, fix)
-        if checks.Shapes.of(x) != state.x_shapes:
-            raise ValueError(
-                f"x must look like the x that the state was made for; got {checks.Shapes.of(x)}, expected "
-                f"{state.x_shapes}. Call init(x, y) again, or pass the x that belongs to this state."
-            )
-        checks.floating("x", x)
-        checks.instance("batch", batch, Batch, "Pass bx.Batch(outer=..., inner=...).")
+        check_call(HypergradientState, state, x, batch)
         z, pull_start = jax.vjp(solver.start, x, state.y)
         z_T, residual, solver_state = solver.forward(key, state.solver, x, z, batch.inner)
         value, (direct, y_bar) = jax.value_and_grad(outer, argnums=(0, 1))(x, z_T.y, batch.outer)
@@ -111,6 +103,19 @@ def hypergradient(outer_loss: Loss, solver: InnerSolver) -> Hypergradient:
         return grad, HypergradientState(z_T.y, solver_state, state.x_shapes), HypergradientInfo(value, info)
 
     return Hypergradient(init, estimate)
+
+
+def check_call(kind: type, state: Any, x: chex.ArrayTree, batch: Batch) -> None:
+    """Raises ValueError unless the arguments of `estimate` are a state of this kind, the x it was made for, a Batch."""
+    fix = "Pass the state of init(x, y) or of the last estimate: estimate(key, state, x, batch)."
+    checks.instance("state", state, kind, fix)
+    if checks.Shapes.of(x) != state.x_shapes:
+        raise ValueError(
+            f"x must look like the x that the state was made for; got {checks.Shapes.of(x)}, expected "
+            f"{state.x_shapes}. Call init(x, y) again, or pass the x that belongs to this state."
+        )
+    checks.floating("x", x)
+    checks.instance("batch", batch, Batch, "Pass bx.Batch(outer=..., inner=...).")
 
 
 def differentiable(solver: InnerSolver) -> Callable:

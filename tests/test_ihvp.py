@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import lineax
 import numpy as np
 import pytest
 
@@ -51,9 +52,14 @@ def solve(ihvp, b=B, h=H, v0=None):
         lambda damping: bx.ihvp.cg(maxiter=30, tol=1e-14, damping=damping),
         lambda damping: bx.ihvp.cg(30, 1e-14, damping, preconditioner=bx.ihvp.exact(0.1)),
         lambda damping: bx.ihvp.cg(30, 1e-14, damping, preconditioner=bx.ihvp.neumann(2, 0.02)),
+        lambda damping: bx.ihvp.cg(30, 1e-14, damping, preconditioner=bx.ihvp.nystrom(4, 0.1)),
         lambda damping: bx.ihvp.neumann(3000, 0.03, damping),
+        lambda damping: bx.ihvp.sgd(3000, 0.03, bx.inner.full, damping),
+        lambda damping: bx.ihvp.linear(lineax.GMRES(1e-13, 1e-13), damping),
+        lambda damping: bx.ihvp.linear(lineax.BiCGStab(1e-13, 1e-13), damping),
+        lambda damping: bx.ihvp.linear(lineax.Cholesky(), damping),
     ],
-    ids=["exact", "cg", "cg+exact", "cg+neumann", "neumann"],
+    ids=["exact", "cg", "cg+exact", "cg+neumann", "cg+nystrom", "neumann", "sgd", "gmres", "bicgstab", "cholesky"],
 )
 def test_equals_the_dense_solve(make, damping, v0):
     v, info = solve(make(damping=damping), v0=v0)
@@ -111,7 +117,18 @@ def test_cg_does_not_depend_on_the_scale_of_its_preconditioner(preconditioner, s
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e20, 1e30])
-@pytest.mark.parametrize("ihvp", [bx.ihvp.exact(), bx.ihvp.neumann(40, 0.3), bx.ihvp.identity(2.0)])
+@pytest.mark.parametrize(
+    "ihvp",
+    [
+        bx.ihvp.exact(),
+        bx.ihvp.neumann(40, 0.3),
+        bx.ihvp.identity(2.0),
+        bx.ihvp.sgd(40, 0.3, bx.inner.full),
+        bx.ihvp.nystrom(4),
+        bx.ihvp.linear(lineax.GMRES(1e-5, 1e-5)),
+    ],
+    ids=["exact", "neumann", "identity", "sgd", "nystrom", "linear"],
+)
 def test_reports_do_not_depend_on_the_size_of_b_in_float32(ihvp, scale):
     with jax.enable_x64(False):
         eigenvalues = jnp.linspace(1.0, 4.0, 10, dtype=jnp.float32)
@@ -286,3 +303,138 @@ def test_cg_in_float32_with_a_tiny_b(preconditioner):
         v, info = diagonal_solve(bx.ihvp.cg(maxiter=20, preconditioner=preconditioner), eigenvalues, b)
         assert not info.breakdown
         np.testing.assert_allclose(v * 1e30, 1 / eigenvalues, rtol=1e-5)
+
+
+# Stochastic gradient descent.
+
+
+def rows_loss(x, y, rows):
+    """Hessian mean of rᵀr over the rows."""
+    return 0.5 * jnp.mean((rows @ joined(y)) ** 2)
+
+
+ROWS = jnp.asarray(np.random.default_rng(3).normal(size=(40, 9)))
+
+
+def test_sgd_takes_one_batch_for_each_step():
+    steps, eta, damping = 6, 0.05, 0.2
+    batches = ROWS[:36].reshape(steps, 6, 9)
+    expected = jnp.zeros(9)
+    for rows in batches:
+        expected = expected - eta * (rows.T @ rows / 6 @ expected + damping * expected - B)
+    ihvp = bx.ihvp.sgd(steps, eta, bx.inner.per_step, damping)
+    apply, _ = ihvp.prepare(None, (), rows_loss, (0.0, POINT[1], batches))
+    v, info = apply(split_like_y(B))
+    np.testing.assert_allclose(joined(v), expected, rtol=1e-12)
+    assert info.products == info.iterations == steps
+    assert not info.breakdown
+
+
+def test_sgd_with_minibatches_is_right_in_the_mean():
+    """E v_T is the Neumann series of the mean Hessian."""
+    steps, eta, keys = 5, 0.1, 4000
+
+    def solve(key):
+        apply, _ = bx.ihvp.sgd(steps, eta, bx.inner.minibatch(4)).prepare(key, (), rows_loss, (0.0, POINT[1], ROWS))
+        return joined(apply(split_like_y(B))[0])
+
+    draws = jax.jit(jax.vmap(solve))(jax.random.split(jax.random.key(0), keys))
+    apply, _ = bx.ihvp.neumann(steps - 1, eta).prepare(None, (), rows_loss, (0.0, POINT[1], ROWS))
+    standard_error = draws.std(axis=0) / keys**0.5
+    assert (jnp.abs(draws.mean(axis=0) - joined(apply(split_like_y(B))[0])) < 4.5 * standard_error).all()
+
+
+@pytest.mark.parametrize("eta", [0.03, 0.05])
+def test_sgd_reports_divergence(eta):
+    assert bool(solve(bx.ihvp.sgd(20, eta, bx.inner.full))[1].breakdown) == (eta > 2 / 50)
+
+
+def test_sgd_reports_negative_curvature():
+    h = H - 5 * jnp.eye(9)
+    assert solve(bx.ihvp.sgd(300, 0.03, bx.inner.full), h=h)[1].breakdown
+
+
+# Nyström.
+
+
+def low_rank(n, rank):
+    q, _ = np.linalg.qr(np.random.default_rng(4).normal(size=(n, rank)))
+    return jnp.asarray(q @ np.diag(np.geomspace(1.0, 30.0, rank)) @ q.T)
+
+
+def test_nystrom_is_exact_where_the_sketch_holds_the_range():
+    """Whatever the random directions are: (H + damping I)⁻¹ b for an H of rank 3."""
+    h, damping = low_rank(9, 3), 0.1
+    expected = jnp.linalg.solve(h + damping * jnp.eye(9), B)
+    for rank in (3, 5, 9, 20):
+        v, info = solve(bx.ihvp.nystrom(rank, damping, tail=lambda eigenvalues: 0.0), h=h)
+        np.testing.assert_allclose(v, expected, rtol=1e-8)
+        assert not info.breakdown
+        assert info.setup_products == min(rank, 9)
+        assert info.products == 0
+
+
+def test_nystrom_assumes_its_smallest_eigenvalue_outside():
+    """With one direction ω: U = Hω / |Hω|, Λ = |Hω|² / ωᵀHω."""
+    ihvp = bx.ihvp.nystrom(1, 0.5)
+    apply, _ = ihvp.prepare(jax.random.key(0), (), quadratic(H), POINT)
+    matrix = jnp.stack([joined(apply(split_like_y(b))[0]) for b in jnp.eye(9)])
+    eigenvalues = jnp.linalg.eigvalsh(matrix)
+    np.testing.assert_allclose(eigenvalues, eigenvalues[0], rtol=1e-10)
+    assert 1.0 < 1 / eigenvalues[0] - 0.5 <= 50.0 * (1 + 1e-10)
+
+
+def test_nystrom_preconditions_a_decaying_spectrum():
+    n = 200
+    q, _ = np.linalg.qr(np.random.default_rng(5).normal(size=(n, n)))
+    h = jnp.asarray(q @ np.diag(1e4 * np.exp(-np.arange(n) / 4) + 1e-2) @ q.T)
+    b = jnp.asarray(np.random.default_rng(6).normal(size=n))
+
+    def residual(preconditioner, key=0):
+        ihvp = bx.ihvp.cg(30, 1e-14, preconditioner=preconditioner)
+        loss = lambda x, y, batch: 0.5 * y @ h @ y  # noqa: E731
+        apply, _ = ihvp.prepare(jax.random.key(key), (), loss, (0.0, jnp.zeros(n), None))
+        v, info = apply(b)
+        assert not info.breakdown
+        return jnp.linalg.norm(b - h @ v) / jnp.linalg.norm(b)
+
+    assert residual(bx.ihvp.nystrom(60, 1e-2)) < 1e-3 * residual(None)
+
+
+def test_nystrom_reports_negative_curvature_and_needs_a_key():
+    v, info = solve(bx.ihvp.nystrom(9, 0.1), h=H - 5 * jnp.eye(9))
+    assert info.breakdown
+    assert info.curvature < 0
+    assert jnp.isfinite(v).all()
+    with pytest.raises(ValueError, match=r"key must be a jax.random.key for ihvp.nystrom.* got None"):
+        bx.ihvp.nystrom(3).prepare(None, (), quadratic(H), POINT)
+
+
+def test_nystrom_stores_no_hessian():
+    n = 3000
+
+    def run(y, b):
+        loss = lambda x, y, batch: jnp.sum(jnp.cosh(y)) + jnp.sum(y) ** 2  # noqa: E731
+        apply, _ = bx.ihvp.nystrom(4, 0.1).prepare(jax.random.key(0), (), loss, (0.0, y, None))
+        return apply(b)
+
+    compiled = jax.jit(run).lower(jnp.ones(n), jnp.ones(n)).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < n * n * 8 / 10
+
+
+# lineax.
+
+
+def test_linear_reports_a_solver_that_gives_up():
+    _, info = solve(bx.ihvp.linear(lineax.GMRES(1e-12, 1e-12, max_steps=2, restart=2)))
+    assert info.breakdown
+    assert info.residual > 1e-3
+    assert info.iterations == 2
+    assert jnp.isnan(info.products)
+
+
+def test_linear_takes_a_warm_start():
+    ihvp = bx.ihvp.linear(lineax.GMRES(1e-8, 1e-8))
+    exact = jnp.linalg.solve(H, B)
+    assert solve(ihvp, v0=exact)[1].iterations < solve(ihvp)[1].iterations
+    assert not solve(ihvp, b=jnp.zeros(9))[1].breakdown

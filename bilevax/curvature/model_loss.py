@@ -207,7 +207,7 @@ class ModelLoss:
         if self.center is None:
             return rate, optax.tree.zeros_like(y)
         center = self.center(x)
-        checks.same_shapes("y under center", center, y, "Return from center(x) a pytree like y.")
+        checks.same_shapes("pytree under center", center, y, "Return from center(x) a pytree like y.")
         return rate, center
 
 

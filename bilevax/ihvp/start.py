@@ -16,12 +16,14 @@ class Start(NamedTuple):
 
     Attributes:
       scale: ‖b‖, or 1 for b = 0; v of the solve times this is v of b.
+      unit: b / scale, in at least float32.
       v: first v, in units of `scale`.
-      r: its residual b / scale − H v.
+      r: its residual unit − H v.
       products: number of products that this took.
     """
 
     scale: chex.Array
+    unit: chex.ArrayTree
     v: chex.ArrayTree
     r: chex.ArrayTree
     products: int
@@ -38,10 +40,10 @@ def start(product: Product, b: chex.ArrayTree, v0: chex.ArrayTree | None) -> Sta
     unit = jax.tree.map(lambda leaf: leaf / scale, widen(b))
     zeros = optax.tree.zeros_like(unit)
     if v0 is None:
-        return Start(scale, zeros, unit, 0)
+        return Start(scale, unit, zeros, unit, 0)
     guess = jax.tree.map(lambda leaf: leaf / scale, widen(v0))
     r = optax.tree.sub(unit, product(guess))
     lower = optax.tree.vdot(guess, optax.tree.add(unit, r)) > 0
     convex = optax.tree.vdot(guess, optax.tree.sub(unit, r)) > 0
     better = lower & convex
-    return Start(scale, optax.tree.where(better, guess, zeros), optax.tree.where(better, r, unit), 1)
+    return Start(scale, unit, optax.tree.where(better, guess, zeros), optax.tree.where(better, r, unit), 1)

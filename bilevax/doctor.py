@@ -1,0 +1,451 @@
+"""The doctor: is this hypergradient right, and if not, why not?"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.optimize
+import scipy.sparse.linalg
+from jax.flatten_util import ravel_pytree
+
+from bilevax import checks
+from bilevax.curvature.products import cross, hessian
+from bilevax.ihvp.cg import cg
+from bilevax.penalty import PenaltyDetail
+from bilevax.problem import Batch, Hypergradient, IHVPInfo, Loss
+
+DENSE = 1000  # up to so many inner unknowns the Hessian is formed
+SOLVED = 1e-8  # ‖∇_y g‖ of a solved inner problem, relative to ‖∇_y g‖ + 1 at the start
+FLAT = 1e-10  # a smaller ratio of the curvatures is no minimum that is unique
+
+
+class HypergradientReport(NamedTuple):
+    """What `check_hypergradient` found; `print` shows it as a short page.
+
+    Attributes:
+      ok: whether the hypergradient is right to the tolerance.
+      verdict: what is the matter, in plain words.
+      remedy: what to do about it.
+      relative_error: ‖grad − reference‖ / ‖reference‖.
+      cosine: of the angle between the two.
+      inner_error: the part of the relative error that comes from the y of the estimator not being y*(x): the same ratio
+        for the exact implicit hypergradient at that y.
+      solver_error: the rest: ‖grad − exact implicit hypergradient at the same y‖ / ‖reference‖.
+      noise: half the relative distance between the estimates of two keys; NaN without a key.
+      gradient_norm: ‖∇_y g‖ at the y of the estimator.
+      reference_gradient_norm: ‖∇_y g‖ at y*(x).
+      smallest_curvature: smallest eigenvalue of ∇²_yy g at y*(x) (Lanczos above 1,000 unknowns).
+      largest_curvature: the largest one.
+      estimator_curvature: the smallest eigenvalue at the y of the estimator.
+      finite_difference_error: relative distance of the reference from a central difference of F along a direction.
+      damping: the damping of the Hessian that explains the estimate best, where that is tried; NaN otherwise.
+      grad: the estimate that was checked, a pytree like x.
+      reference: the exact hypergradient, a pytree like x, float64.
+
+    Example:
+        >>> import bilevax as bx
+        >>> bx.HypergradientReport._fields[:3]
+        ('ok', 'verdict', 'remedy')
+    """
+
+    ok: bool
+    verdict: str
+    remedy: str
+    relative_error: float
+    cosine: float
+    inner_error: float
+    solver_error: float
+    noise: float
+    gradient_norm: float
+    reference_gradient_norm: float
+    smallest_curvature: float
+    largest_curvature: float
+    estimator_curvature: float
+    finite_difference_error: float
+    damping: float
+    grad: chex.ArrayTree
+    reference: chex.ArrayTree
+
+    @property
+    def condition(self) -> float:
+        """The ratio of the largest to the smallest curvature; infinite where the smallest is not positive."""
+        return self.largest_curvature / self.smallest_curvature if self.smallest_curvature > 0 else math.inf
+
+    def __str__(self) -> str:
+        """The page that `print` shows."""
+        return (
+            f"{'ok' if self.ok else 'WRONG'}: {self.verdict}\n"
+            f"  relative error      {self.relative_error:.2g}   cosine {self.cosine:.6f}\n"
+            f"    because of y      {self.inner_error:.2g}   of the derivative at that y {self.solver_error:.2g}   "
+            f"of random batches {self.noise:.2g}\n"
+            f"  ‖∇_y g‖             {self.gradient_norm:.2g}   at y* {self.reference_gradient_norm:.2g}\n"
+            f"  curvature at y*     {self.smallest_curvature:.3g} to {self.largest_curvature:.3g}   "
+            f"condition {self.condition:.3g}\n"
+            f"  finite differences  agree with the reference to {self.finite_difference_error:.2g}\n"
+            f"remedy: {self.remedy}"
+        )
+
+
+class _Problem(NamedTuple):
+    """The problem in float64 numbers, with y a flat vector; jitted functions of (x, y)."""
+
+    inner: Callable  # g and ∇_y g
+    product: Callable  # (x, y, v) -> H v
+    hessian: Callable  # the dense H
+    outer: Callable  # f, (∇_x f, ∇_y f)
+    cross: Callable  # (x, y, v) -> ∇²_xy g v, flat
+    solve: Callable  # (x, y, b) -> H⁻¹ b by conjugate gradients
+
+
+def _flat_problem(outer_loss: Loss, inner_loss: Loss, unravel: Callable, batch: Batch) -> _Problem:
+    def inner(x: Any, y: chex.Array, data: Any) -> chex.Array:
+        return inner_loss(x, unravel(y), data)
+
+    def outer(x: Any, y: chex.Array, data: Any) -> chex.Array:
+        return outer_loss(x, unravel(y), data)
+
+    def solve(x: Any, y: chex.Array, b: chex.Array, data: Any) -> chex.Array:
+        apply, _ = cg(maxiter=20 * y.size, tol=1e-12).prepare(None, (), inner, (x, y, data))
+        return apply(b)[0]
+
+    def product(x: Any, y: chex.Array, v: chex.Array, data: Any) -> chex.Array:
+        return hessian(inner, x, y, data)(v)
+
+    def crossed(x: Any, y: chex.Array, v: chex.Array, data: Any) -> chex.Array:
+        return ravel_pytree(cross(inner, x, y, data)(v))[0]
+
+    def bind(function: Callable, data: Any) -> Callable:
+        compiled = jax.jit(function)
+        return lambda *arguments: compiled(*arguments, data)
+
+    return _Problem(
+        inner=bind(jax.value_and_grad(inner, argnums=1), batch.inner),
+        product=bind(product, batch.inner),
+        hessian=bind(jax.hessian(inner, argnums=1), batch.inner),
+        outer=bind(jax.value_and_grad(outer, argnums=(0, 1)), batch.outer),
+        cross=bind(crossed, batch.inner),
+        solve=bind(solve, batch.inner),
+    )
+
+
+def _inner_solution(problem: _Problem, x: Any, y: np.ndarray) -> np.ndarray:
+    """A minimum of g by a trust-region method, polished by Newton steps as long as they shrink ‖∇_y g‖."""
+
+    def gradient(y: np.ndarray) -> np.ndarray:
+        return np.asarray(problem.inner(x, y)[1])
+
+    dense = y.size <= DENSE
+    curvature: dict[str, Any] = (
+        {"method": "trust-exact", "hess": lambda y: np.asarray(problem.hessian(x, y))}
+        if dense
+        else {"method": "trust-krylov", "hessp": lambda y, v: np.asarray(problem.product(x, y, v))}
+    )
+    found = scipy.optimize.minimize(lambda y: float(problem.inner(x, y)[0]), y, jac=gradient, tol=1e-9, **curvature)
+    y, norm = found.x, float(np.linalg.norm(gradient(found.x)))
+    for _ in range(20):
+        b = gradient(y)
+        step = np.linalg.lstsq(problem.hessian(x, y), b)[0] if dense else np.asarray(problem.solve(x, y, b))
+        new_norm = float(np.linalg.norm(gradient(y - step)))
+        if not new_norm < norm:
+            break
+        y, norm = y - step, new_norm
+    return y
+
+
+def _extreme_curvatures(problem: _Problem, x: Any, y: np.ndarray) -> tuple[float, float]:
+    """The smallest and the largest eigenvalue of the Hessian; NaN where Lanczos does not converge."""
+    if not np.isfinite(y).all():
+        return math.nan, math.nan
+    if y.size <= DENSE:
+        eigenvalues = np.linalg.eigvalsh(problem.hessian(x, y))
+        return float(eigenvalues[0]), float(eigenvalues[-1])
+    operator = scipy.sparse.linalg.LinearOperator(
+        (y.size, y.size), matvec=lambda v: np.asarray(problem.product(x, y, v.reshape(-1))), dtype=y.dtype
+    )
+
+    def extreme(which: str) -> float:
+        try:
+            return float(scipy.sparse.linalg.eigsh(operator, 1, which=which, tol=1e-4, return_eigenvectors=False)[0])
+        except scipy.sparse.linalg.ArpackNoConvergence:
+            return math.nan
+
+    return extreme("SA"), extreme("LA")
+
+
+def _implicit(problem: _Problem, x: Any, y: np.ndarray, damping: float = 0.0) -> tuple[np.ndarray, float]:
+    """The implicit hypergradient at y by a direct solve or to high precision, and the sum of the norms of its parts."""
+    _, (direct, b) = problem.outer(x, y)
+    if y.size <= DENSE:
+        v = np.linalg.lstsq(problem.hessian(x, y) + damping * np.eye(y.size), b)[0]
+    else:
+        v = np.asarray(problem.solve(x, y, b))
+    direct, indirect = np.asarray(ravel_pytree(direct)[0]), np.asarray(problem.cross(x, y, v))
+    return direct - indirect, float(np.linalg.norm(direct) + np.linalg.norm(indirect))
+
+
+def _finite_difference(problem: _Problem, x: Any, y: np.ndarray, direction: np.ndarray) -> float:
+    """A central difference of F along a direction of x, with the inner problem solved anew on both sides."""
+    flat, unravel = ravel_pytree(x)
+    step = 1e-4 * max(1.0, float(jnp.abs(flat).max()))
+    values = []
+    for sign in (1, -1):
+        moved = unravel(flat + sign * step * direction)
+        values.append(float(problem.outer(moved, _inner_solution(problem, moved, y))[0]))
+    return (values[0] - values[1]) / (2 * step)
+
+
+def _fitted_damping(problem: _Problem, x: Any, y: np.ndarray, grad: np.ndarray, largest: float) -> tuple[float, float]:
+    """The damping whose implicit hypergradient at y is nearest to grad, and the distance that is left."""
+
+    def distance(log: float) -> float:
+        return float(np.linalg.norm(grad - _implicit(problem, x, y, largest * math.exp(log))[0]))
+
+    found = scipy.optimize.minimize_scalar(distance, bounds=(math.log(1e-6), math.log(100)), method="bounded")
+    return largest * math.exp(found.x), found.fun
+
+
+def _double(tree: Any) -> Any:
+    """The tree with every floating-point leaf in float64."""
+
+    def widen(leaf: Any) -> Any:
+        return jnp.asarray(leaf, float) if jnp.issubdtype(jnp.result_type(leaf), jnp.floating) else leaf
+
+    return jax.tree.map(widen, tree)
+
+
+def check_hypergradient(
+    outer_loss: Loss,
+    inner_loss: Loss,
+    x: chex.ArrayTree,
+    y: chex.ArrayTree,
+    batch: Batch,
+    hypergradient: Hypergradient,
+    *,
+    key: chex.PRNGKey | None = None,
+    state: Any = None,
+    tol: float = 0.01,
+) -> HypergradientReport:
+    """Compares an estimate with the exact hypergradient, and tells what makes the difference.
+
+        reference = ∇_x f − ∇²_xy g [∇²_yy g]⁻¹ ∇_y f  at y*(x)          error = (grad − reference) / ‖reference‖
+                  = what is due to y ≠ y*(x)  +  what is due to the derivative at that y
+
+    What `jax.test_util.check_grads` is to gradients: the first thing to run when a bilevel loop does not learn. In
+    float64, whatever your numbers are, it solves the inner problem by a trust-region method from y, solves the linear
+    system directly (above 1,000 inner unknowns by conjugate gradients), confirms the result by a central difference of
+    F(x) = f(x, y*(x)), and then looks for the cause: an inner problem that is not solved, an indefinite or flat
+    curvature, too few iterations, a damping or another curvature, an unroll that is too short, a penalty that is too
+    weak, noise of random batches. It is meant for a small instance of your problem: no jit around it.
+
+    Args:
+      outer_loss: f, a function (x, y, batch) -> scalar.
+      inner_loss: g, a function (x, y, batch) -> scalar.
+      x: outer variable.
+      y: inner variable where the estimator (without `state`) and the reference start.
+      batch: `Batch(outer, inner)`: all the data; what `hypergradient` draws from it is its own affair.
+      hypergradient: the estimator to check, of the same losses.
+      key: passed to `estimate`; with a key, two estimates tell the noise.
+      state: a state of `hypergradient` from your own loop, with its warm y and v; by default `init(x, y, batch)`.
+      tol: relative error up to which the hypergradient counts as right.
+
+    Returns:
+      A `HypergradientReport`: `print` it, or assert its `ok`.
+
+    Raises:
+      ValueError: if a loss is not scalar, x or y is empty or not floating-point, the batch is no `Batch`, the
+        hypergradient is no `Hypergradient`, or tol is not positive.
+
+    Cost: a dense Hessian for each of some ten Newton steps, or for large y some thousand products.
+
+    Reference: Grazzi et al., arXiv 2006.16218, for the split of the error into these two parts.
+
+    Example:
+        >>> import bilevax as bx, optax
+        >>> inner_loss, outer_loss = lambda x, y, batch: (y - x) ** 2, lambda x, y, batch: (y - 1.0) ** 2
+        >>> solver = bx.inner.implicit(inner_loss, optax.sgd(0.1), steps=3)
+        >>> hypergrad = bx.hypergradient(outer_loss, solver)
+        >>> report = bx.check_hypergradient(outer_loss, inner_loss, 3.0, 0.0, bx.Batch(None, None), hypergrad)
+        >>> report.ok, report.verdict
+        (False, 'the inner problem is not solved')
+    """
+    checks.instance("hypergradient", hypergradient, Hypergradient, "Pass, say, bx.hypergradient(outer_loss, solver).")
+    checks.instance("batch", batch, Batch, "Pass bx.Batch(outer=..., inner=...).")
+    checks.positive("tol", tol)
+    checks.floating("x", x)
+    checks.floating("y", y)
+    outer_loss = checks.scalar_loss("outer_loss", outer_loss)
+    inner_loss = checks.scalar_loss("inner_loss", inner_loss)
+    state = hypergradient.init(x, y, batch) if state is None else state
+    estimate = jax.jit(hypergradient.estimate)
+    grad, new_state, info = estimate(key, state, x, batch)
+    other = grad if key is None else estimate(jax.random.fold_in(key, 1), state, x, batch)[0]
+    with jax.enable_x64(True):
+        wide_x, wide_y, wide_batch = _double((x, y, batch))
+        y0, unravel = ravel_pytree(wide_y)
+        problem = _flat_problem(outer_loss, inner_loss, unravel, wide_batch)
+        estimates = [np.asarray(ravel_pytree(_double(tree))[0]) for tree in (grad, other)]
+        y_T = np.asarray(ravel_pytree(_double(new_state.y))[0])
+        return _diagnose(problem, wide_x, np.asarray(y0), y_T, estimates, grad, info, key is not None, tol)
+
+
+def _diagnose(
+    problem: _Problem,
+    x: Any,
+    y0: np.ndarray,
+    y_T: np.ndarray,
+    estimates: list[np.ndarray],
+    grad: Any,
+    info: Any,
+    random: bool,
+    tol: float,
+) -> HypergradientReport:
+    solution = _inner_solution(problem, x, y0)
+    reference, parts = _implicit(problem, x, solution)
+    scale = float(np.linalg.norm(reference)) + 1e-6 * parts or 1.0
+    at_y_T, _ = _implicit(problem, x, y_T) if np.isfinite(y_T).all() else (np.full_like(reference, np.nan), 0.0)
+
+    def distance(a: np.ndarray, b: np.ndarray) -> float:
+        return float(np.linalg.norm(a - b)) / scale
+
+    def gradient_norm(y: np.ndarray) -> float:
+        return float(np.linalg.norm(problem.inner(x, y)[1]))
+
+    flat = estimates[0]
+    direction = reference / scale + np.random.default_rng(0).normal(size=reference.shape) / math.sqrt(reference.size)
+    direction /= np.linalg.norm(direction)
+    slope = _finite_difference(problem, x, solution, direction)
+    smallest, largest = _extreme_curvatures(problem, x, solution)
+    solver_error = distance(flat, at_y_T)
+    damping = math.nan
+    if solver_error > tol and y0.size <= DENSE and largest > 0:
+        candidate, left = _fitted_damping(problem, x, y_T, flat, largest)
+        damping = candidate if left / scale < tol else math.nan
+    report = HypergradientReport(
+        ok=False,
+        verdict="",
+        remedy="",
+        relative_error=distance(flat, reference),
+        cosine=float(flat @ reference / (np.linalg.norm(flat) * np.linalg.norm(reference) or 1.0)),
+        inner_error=distance(at_y_T, reference),
+        solver_error=solver_error,
+        noise=distance(*estimates) / 2 if random else math.nan,
+        gradient_norm=gradient_norm(y_T),
+        reference_gradient_norm=gradient_norm(solution),
+        smallest_curvature=smallest,
+        largest_curvature=largest,
+        estimator_curvature=_extreme_curvatures(problem, x, y_T)[0],
+        finite_difference_error=abs(slope - float(reference @ direction)) / scale,
+        damping=damping,
+        grad=grad,
+        reference=ravel_pytree(x)[1](jnp.asarray(reference)),
+    )
+    ok, verdict, remedy = _verdict(report, info, 1 + gradient_norm(y0), tol)
+    return report._replace(ok=ok, verdict=verdict, remedy=remedy)
+
+
+def _verdict(r: HypergradientReport, info: Any, start_norm: float, tol: float) -> tuple[bool, str, str]:
+    """The first of these that applies: the problem itself, then success, then the larger part of the error."""
+    if not r.reference_gradient_norm <= SOLVED * start_norm:
+        return (
+            False,
+            "the inner problem has no minimum that could be found",
+            f"‖∇_y g‖ is still {r.reference_gradient_norm:.2g} after a trust-region method in float64. Check that g is "
+            f"bounded below and smooth in y, and add a penalty such as l2 / 2 · ‖y‖².",
+        )
+    if r.smallest_curvature < -FLAT * r.largest_curvature:
+        return (
+            False,
+            "the curvature is indefinite at a stationary point: y is at a saddle",
+            f"The smallest curvature is {r.smallest_curvature:.2g}. Start y elsewhere (not where units are equal or "
+            f"zero) and solve on.",
+        )
+    if not r.smallest_curvature > FLAT * r.largest_curvature:
+        return (
+            False,
+            "the curvature is flat: y*(x) is not unique, and F has no gradient that does not depend on the start",
+            f"The smallest curvature is {r.smallest_curvature:.2g}, the largest {r.largest_curvature:.2g}. Add a "
+            f"penalty such as l2 / 2 · ‖y‖² to g, or differentiate the program that you run: inner.reverse.",
+        )
+    if r.finite_difference_error > tol:
+        return (
+            False,
+            "the implicit hypergradient and a finite difference of F do not agree",
+            "Check that f and g are smooth at y*, that g draws nothing at random, and that x enters g by no "
+            "stop_gradient, rounding or sorting.",
+        )
+    if r.relative_error <= tol:
+        return True, f"the hypergradient is right to {tol:g}", "none needed"
+    if not math.isfinite(r.relative_error):
+        return (
+            False,
+            "the estimate is not finite",
+            f"The inner steps diverge, or a loss is not finite: take a step size below 2 / {r.largest_curvature:.2g} "
+            f"= {2 / r.largest_curvature:.2g} for plain gradient descent, and look at info.inner.",
+        )
+    return False, *_cause(r, info, tol)
+
+
+def _cause(r: HypergradientReport, info: Any, tol: float) -> tuple[str, str]:
+    details = jax.tree.leaves(info, is_leaf=lambda node: isinstance(node, IHVPInfo | PenaltyDetail))
+    solves = [detail for detail in details if isinstance(detail, IHVPInfo)]
+    penalties = [detail for detail in details if isinstance(detail, PenaltyDetail)]
+    if solves and r.estimator_curvature < 0:
+        return (
+            "the curvature is indefinite where the estimator stands",
+            f"The smallest curvature there is {r.estimator_curvature:.2g}, at y* {r.smallest_curvature:.2g}: solve the "
+            f"inner problem further, or take cg(curvature=bx.curvature.gauss_newton) or a damping above "
+            f"{-r.estimator_curvature:.2g}.",
+        )
+    if r.noise > 0.5 * r.relative_error:
+        return (
+            "the noise of random batches is most of the error",
+            "Draw larger batches for the IHVP and the cross term (sample=, cross_sample=), or average: a small outer "
+            "step size does that too.",
+        )
+    if penalties:
+        return (
+            "the penalty is biased",
+            f"Its error is of order 1 / multiplier, and errors in y are multiplied by it: multiplier is "
+            f"{float(penalties[0].multiplier):.3g}, ‖∇_y g‖ {r.gradient_norm:.2g}. Raise it, and the steps with it.",
+        )
+    if r.inner_error > r.solver_error:
+        return (
+            "the inner problem is not solved",
+            f"‖∇_y g‖ is {r.gradient_norm:.2g}. Take more inner steps, keep y warm over the outer steps, or raise the "
+            f"step size: plain gradient descent takes up to 2 / {r.largest_curvature:.2g} = "
+            f"{2 / r.largest_curvature:.2g}.",
+        )
+    if not solves:
+        return (
+            "the unroll is too short",
+            f"The derivative passes through too few steps for a condition number of {r.condition:.2g}. Take more "
+            f"steps, or put a tail behind them: chain(implicit(...), reverse(...)).",
+        )
+    residual = float(solves[0].residual)
+    if residual > tol / 2:
+        iterations = math.ceil(math.sqrt(r.condition) / 2 * math.log(2 * math.sqrt(r.condition) / tol))
+        return (
+            "the linear system is not solved: too few iterations",
+            f"The residual is {residual:.2g} after {float(solves[0].iterations):.0f}. A condition number of "
+            f"{r.condition:.2g} takes cg at most {iterations} iterations; give it more, or a preconditioner.",
+        )
+    if math.isnan(residual):
+        return (
+            "the inverse Hessian is replaced by a crude approximation",
+            "It solves no linear system. Take ihvp.cg, and this one as its preconditioner=.",
+        )
+    if math.isfinite(r.damping):
+        return (
+            "another system was solved: the damping is too large",
+            f"The estimate is that of a damping of about {r.damping:.2g}, where the smallest curvature is "
+            f"{r.smallest_curvature:.2g}. Take a damping well below that.",
+        )
+    return (
+        "another system was solved: the curvature is not the Hessian",
+        f"The residual is small, {residual:.2g}, but of a different matrix: a Gauss–Newton curvature, a batch of its "
+        f"own, or a damping. Take curvature=bx.curvature.hessian at a solved inner problem.",
+    )
