@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import lineax
 import numpy as np
 import optax
 import pytest
@@ -174,6 +175,8 @@ COUNTS = {
     "no_gradient": ("steps", 0, lambda steps: bx.inner.no_gradient(inner_loss, SGD, steps)),
     "neumann": ("steps", 0, lambda steps: bx.ihvp.neumann(steps, 0.1)),
     "cg": ("maxiter", 1, bx.ihvp.cg),
+    "sgd": ("steps", 1, lambda steps: bx.ihvp.sgd(steps, 0.1, bx.inner.full)),
+    "nystrom": ("rank", 1, bx.ihvp.nystrom),
     "minibatch": ("size", 1, bx.inner.minibatch),
 }
 
@@ -194,6 +197,9 @@ NUMBERS = {
     "neumann": ("damping", lambda number: bx.ihvp.neumann(1, 0.1, number)),
     "cg": ("damping", lambda number: bx.ihvp.cg(damping=number)),
     "cg_tol": ("tol", lambda number: bx.ihvp.cg(tol=number)),
+    "sgd": ("damping", lambda number: bx.ihvp.sgd(1, 0.1, bx.inner.full, number)),
+    "nystrom": ("damping", lambda number: bx.ihvp.nystrom(1, number)),
+    "linear": ("damping", lambda number: bx.ihvp.linear(lineax.GMRES(1e-3, 1e-3), number)),
     "damped": ("damping", lambda number: bx.curvature.damped(lambda v: v, number)),
 }
 over_numbers = pytest.mark.parametrize(("name", "make"), NUMBERS.values(), ids=NUMBERS)
@@ -210,6 +216,7 @@ def test_nonnegative_numbers(name, make):
 def test_positive_numbers(bad):
     says = ["step_size must be a finite number > 0", f"got {bad}", "Pass a small positive step_size"]
     check(lambda: bx.ihvp.neumann(1, bad), says)
+    check(lambda: bx.ihvp.sgd(1, bad, bx.inner.full), says)
 
 
 @over_numbers
@@ -380,6 +387,15 @@ def test_solve_that_returns_no_y(wrong, says, run):
     sample_of_an_ihvp=Case(
         lambda: bx.ihvp.exact(sample=bx.inner.minibatch), ["sample must be a function (key, t, data)", "minibatch"]
     ),
+    tail_no_function=Case(lambda: bx.ihvp.nystrom(3, tail=0.0), ["tail must be a function (eigenvalues)", "got 0.0"]),
+    solver_not_of_lineax=Case(
+        lambda: bx.ihvp.linear(bx.ihvp.cg()),
+        ["solver must be an AbstractLinearSolver", "got IHVP", "Pass, say, lineax.GMRES(rtol=1e-6, atol=1e-6)."],
+    ),
+    sgd_as_preconditioner=Case(
+        lambda: bx.ihvp.cg(preconditioner=bx.ihvp.sgd(3, 0.1, bx.inner.full)),
+        ["preconditioner must be an IHVP whose apply is linear", "Pass ihvp.identity"],
+    ),
     solver_none=Case(
         lambda: bx.hypergradient(outer_loss, None),
         ["solver must be an InnerSolver", "got None"],
@@ -520,6 +536,8 @@ IMPLICIT = {
     "exact": bx.inner.implicit(half_square, optax.sgd(0.5), 2, bx.ihvp.exact()),
     "neumann": bx.inner.implicit(half_square, optax.sgd(0.5), 2, bx.ihvp.neumann(2, 0.5)),
     "identity": bx.inner.implicit(half_square, optax.sgd(0.5), 2, bx.ihvp.identity()),
+    "sgd": bx.inner.implicit(half_square, optax.sgd(0.5), 2, bx.ihvp.sgd(2, 0.5, bx.inner.full)),
+    "linear": bx.inner.implicit(half_square, optax.sgd(0.5), 2, bx.ihvp.linear(lineax.GMRES(1e-3, 1e-3))),
     "no_steps": bx.inner.implicit(half_square),
     "solve": bx.inner.implicit(half_square, solve=lambda x, y, batch: y),
     "chain": bx.inner.chain(

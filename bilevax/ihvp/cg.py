@@ -128,7 +128,7 @@ def cg(
     if not chosen.linear:
         raise ValueError(
             "preconditioner must be an IHVP whose apply is linear in b (linear=True); got one that is not, such as "
-            "ihvp.cg itself. Pass ihvp.identity, ihvp.neumann or ihvp.exact, or None."
+            "ihvp.cg itself. Pass ihvp.identity, ihvp.neumann, ihvp.nystrom or ihvp.exact, or None."
         )
 
     def prepare(key: Any, state: Any, inner_loss: Loss, point: tuple) -> tuple:

@@ -45,7 +45,7 @@ def descent(inner_loss: Loss, optimizer: Optimizer, initial: Initial | None, sam
         return made
 
     # optax.sgd, not called, would take x for its learning rate.
-    uncalled = getattr(optimizer, "__module__", "").startswith("optax.") and inspect.isfunction(optimizer)
+    uncalled = inspect.isfunction(optimizer) and (optimizer.__module__ or "").startswith("optax.")
     if uncalled or not (isinstance(optimizer, optax.GradientTransformation) or callable(optimizer)):
         raise ValueError(
             f"optimizer must be an optax.GradientTransformation, or a function of x that returns one; got "

@@ -1,0 +1,316 @@
+"""docs/recipes.md, run as it stands: each section in a namespace of its own, and its numbers against a truth apart."""
+
+import functools
+import pathlib
+import re
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.flatten_util import ravel_pytree
+
+import bilevax as bx
+
+PAGE = pathlib.Path(__file__).parent.parent / "docs" / "recipes.md"
+SETUP, *SECTIONS = re.split(r"^## ", PAGE.read_text(), flags=re.MULTILINE)
+SECTIONS = {section.partition("\n")[0]: section for section in SECTIONS}
+
+
+@functools.cache
+def run(title):
+    """The names that a section leaves behind; its code runs once."""
+    namespace = {"__name__": title}
+    for code in re.findall(r"^```python\n(.*?)^```$", SETUP + SECTIONS[title], re.MULTILINE | re.DOTALL):
+        exec(compile(code, f"{PAGE.name}: {title}", "exec"), namespace)
+    return types.SimpleNamespace(**namespace)
+
+
+def close(got, expected, rtol=1e-6, atol=0.0):
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=rtol, atol=atol), got, expected)
+
+
+def squared_error(prediction, data):
+    return jnp.mean((prediction - data[1]) ** 2)
+
+
+def squared_norm(tree):
+    return sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(tree))
+
+
+def dense_hypergradient(page, predict, y):
+    """∇_x f − ∇²_xy g [∇²_yy g]⁻¹ ∇_y f of ridge regression with `predict(y, inputs)`, the Hessian written out."""
+    flat, unravel = ravel_pytree(y)
+
+    def f(flat):
+        return squared_error(predict(unravel(flat), page.validation[0]), page.validation)
+
+    def g(x, flat):
+        return squared_error(predict(unravel(flat), page.train[0]), page.train) + jnp.exp(x) * jnp.sum(flat**2)
+
+    @jax.jit
+    def evaluate(x, flat):
+        v = jnp.linalg.solve(jax.hessian(g, argnums=1)(x, flat), jax.grad(f)(flat))
+        return -jnp.vdot(jax.jacobian(jax.grad(g, argnums=1))(x, flat), v)
+
+    return evaluate(page.x, flat)
+
+
+def flops(function, *args):
+    return jax.jit(function).lower(*args).compile().cost_analysis()["flops"]
+
+
+# Frozen parts of y
+
+
+def ridge_regression(page):
+    """The trained head on the frozen features of the body, and the derivative of F, in closed form."""
+
+    def head(x):
+        features = jnp.tanh(page.train[0] @ page.params["body"])
+        gram = features.T @ features / len(features) + jnp.exp(x) * jnp.eye(8)
+        return jnp.linalg.solve(gram, features.T @ page.train[1] / len(features))
+
+    def error(x):
+        return squared_error(jnp.tanh(page.validation[0] @ page.params["body"]) @ head(x), page.validation), head(x)
+
+    grad, solution = jax.jit(jax.grad(error, has_aux=True))(page.x)
+    return solution, grad
+
+
+def test_freezing_by_parts_is_right_and_in_the_optimizer_alone_only_for_reverse():
+    page = run("Frozen parts of y")
+    head, grad = ridge_regression(page)
+    close((page.head_state.y, page.head_grad), (head, grad))
+    close((page.mask_state.y, page.mask_grad), ({"body": None, "head": head}, grad))
+    close(page.merge(page.mask_state.y, page.masked_batch.inner[1]), page.params | {"head": head})
+    close((page.right_state.y["head"], page.right_grad), (head, grad))
+    as_if_trained = dense_hypergradient(page, page.network, page.params | {"head": head})
+    close(page.wrong_grad, as_if_trained, rtol=1e-5)
+    assert abs(page.wrong_grad - grad) > 0.5 * abs(grad)
+    assert not page.wrong_info.inner.breakdown
+    assert page.wrong_info.inner.gradient_norm > 0.1
+    assert page.head_info.inner.gradient_norm < 1e-8
+    ones = jax.tree.map(np.ones_like, page.params)
+    masked = optax.masked(optax.sgd(0.2), page.mask)
+    close(masked.update(ones, masked.init(ones))[0], {"body": ones["body"], "head": -0.2 * ones["head"]})
+
+
+def test_a_frozen_part_in_the_batch_is_sampled_apart_and_no_constant_of_the_program():
+    page = run("Frozen parts of y")
+    (inputs, targets), body = page.sample(jax.random.key(0), 0, page.batch.inner)
+    assert (inputs.shape, targets.shape) == ((8, 4), (8, 1))
+    assert set(np.ravel(targets)) <= set(np.ravel(page.train[1]))
+    assert body is page.body
+    with pytest.raises(ValueError, match="one common leading axis"):
+        page.rows(jax.random.key(0), 0, page.batch.inner)
+
+    def constants(loss, batch):
+        hypergrad = bx.hypergradient(loss, bx.inner.reverse(loss, optax.sgd(0.1), 2))
+        state = hypergrad.init(page.x, page.params["head"])
+        text = jax.jit(hypergrad.estimate).lower(None, state, page.x, bx.Batch(batch, batch)).as_text()
+        return re.findall(r"stablehlo.constant dense<[^>]{30,}> : tensor<4x8xf64>", text)
+
+    assert constants(lambda x, y, data: page.outer_loss(x, y, (data, page.body)), page.train)
+    assert not constants(page.outer_loss, (page.train, page.body))
+
+
+def test_lora_equals_the_factors_by_hand():
+    page = run("Frozen parts of y")
+    kernel, inputs = page.lora_batch.inner[1]["kernel"][...], page.train[0]
+    lora = page.lora_state.y["lora"]
+    y = tuple(lora[name][...].astype(float) for name in ("lora_a", "lora_b"))
+    expected = dense_hypergradient(page, lambda y, inputs: inputs @ (kernel + y[0] @ y[1]), y)
+    assert np.linalg.norm(y[0] @ y[1]) > 0.1, "the adapter must have left its saddle"
+    assert page.lora_info.inner.gradient_norm < 1e-5
+    close(page.lora_grad, expected, rtol=1e-4)
+    close(page.model(inputs), inputs @ (kernel + y[0] @ y[1]), rtol=1e-5, atol=1e-5)
+    close(nnx.state(page.model, nnx.Not(nnx.LoRAParam)), page.lora_batch.inner[1], rtol=0)
+
+    def fit(y):
+        return squared_error(inputs @ (kernel + y[:4, None] * y[4]), page.train)
+
+    best = np.linalg.lstsq(inputs, page.train[1] - inputs @ kernel)[0]
+    curvature = np.linalg.eigvalsh(jax.jit(jax.hessian(fit))(np.append(best, 1.0)))
+    close(curvature[0], 0.0, atol=1e-10)
+    assert curvature[1] > 0.1, "without a penalty, the one flat direction is the scale of the factors"
+
+
+# Losses with has_aux
+
+
+def test_aux_is_that_of_the_returned_y_at_no_cost():
+    page = run("Losses with `has_aux`")
+    close(page.aux["prediction"], np.tanh(page.train[0] @ page.state.y))
+    close(page.grad, dense_hypergradient(page, lambda y, inputs: jnp.tanh(inputs @ y), page.state.y), rtol=1e-5)
+    args = page.hypergrad.init(page.x, page.y), page.x, page.batch
+    alone = flops(lambda *args: page.hypergrad.estimate(None, *args), *args)
+    evaluation = flops(page.loss_and_aux, page.x, page.y, page.train)
+    assert evaluation > 100
+    assert flops(page.step, *args) - alone < 0.1 * evaluation
+
+
+# Batch statistics
+
+
+def normalized_network(y, inputs, statistics=None):
+    hidden = inputs @ y["in"]
+    mean, variance = (hidden.mean(0), hidden.var(0)) if statistics is None else statistics
+    hidden = (hidden - mean[None]) / jnp.sqrt(variance + 1e-5)[None] * y["scale"][None] + y["shift"][None]
+    return jnp.tanh(hidden) @ y["out"] + y["bias"][None], (mean, variance)
+
+
+@jax.jit
+def turn(x, y, running, train, validation):
+    """The derivative of f after five inner steps, the trained y, and the next running statistics."""
+
+    def inner_loss(x, y):
+        return squared_error(normalized_network(y, train[0])[0], train) + jnp.exp(x) * squared_norm(y)
+
+    def outer_loss(x):
+        def descend(y, _):
+            return jax.tree.map(lambda a, b: a - 0.1 * b, y, jax.grad(inner_loss, argnums=1)(x, y)), None
+
+        trained, _ = jax.lax.scan(descend, y, length=5)
+        return squared_error(normalized_network(trained, validation[0], running)[0], validation), trained
+
+    grad, trained = jax.grad(outer_loss, has_aux=True)(x)
+    _, new = normalized_network(trained, train[0])
+    return grad, trained, jax.tree.map(lambda old, new: 0.9 * old + 0.1 * new, running, new)
+
+
+def test_batch_statistics_of_linen_and_nnx_equal_a_batch_norm_by_hand():
+    with jax.enable_x64(False):
+        page = run("Batch statistics")
+        linen, own = page.variables["params"], nnx.to_pure_dict(page.nnx_y)
+        first, norm, last = ("Dense_0", "BatchNorm_0", "Dense_1")
+        cases = [
+            (linen[first], linen[norm], linen[last], page.grads, page.statistics[norm]),
+            (own["first"], own["norm"], own["last"], page.nnx_grads, nnx.to_pure_dict(page.nnx_statistics)["norm"]),
+        ]
+        for first, norm, last, grads, statistics in cases:
+            y = {"in": first["kernel"], "scale": norm["scale"], "shift": norm["bias"]}
+            y, running = y | {"out": last["kernel"], "bias": last["bias"]}, (np.zeros(8, "f"), np.ones(8, "f"))
+            for got in grads:
+                grad, y, running = turn(page.x, y, running, page.train, page.validation)
+                close(got, grad, rtol=1e-3)
+            close((statistics["mean"], statistics["var"]), running, rtol=1e-4, atol=1e-5)
+        scaled = page.state.y | {"Dense_0": {"kernel": 3 * page.state.y["Dense_0"]["kernel"]}}
+        fits = [page.update(y, page.statistics, page.train[0])[0] for y in (page.state.y, scaled)]
+        close(*fits, rtol=1e-3, atol=1e-3)
+
+
+# Mixed precision
+
+
+def test_bfloat16_inside_keeps_float32_outside_and_stays_close():
+    with jax.enable_x64(False):
+        page = run("Mixed precision")
+        assert {leaf.dtype for leaf in (page.grad, page.state.y, page.state.solver.v)} == {jnp.dtype("float32")}
+        expected = dense_hypergradient(page, page.network, page.state.y)
+        close(page.grad, expected, rtol=0.03)
+        assert abs(page.grad - expected) > 1e-6 * abs(expected), "half precision must have left its trace"
+        hypergrad = bx.hypergradient(page.outer_loss, page.solver)
+        text = jax.jit(hypergrad.estimate).lower(None, page.state, page.x, page.batch).as_text()
+        dots = re.findall(r"stablehlo\.dot_general.*: \(tensor<\d+x\d+x(\w+)>, tensor<\d+x\d+x(\w+)>\)", text)
+        assert len(dots) >= 4
+        assert {dtype for pair in dots for dtype in pair} == {"bf16"}
+
+
+# Constraints on x
+
+
+def bisect(excess, low, high):
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if excess(middle) > 0 else (low, middle)
+    return middle
+
+
+def minima(a, b):
+    """Minima of ½‖x ∘ a − b‖²: coordinate by coordinate, and by the multiplier of the sum and of the norm."""
+
+    def on_simplex(multiplier):
+        return np.maximum((a * b - multiplier) / a**2, 0)
+
+    def in_ball(multiplier):
+        return a * b / (a**2 + multiplier)
+
+    return {
+        "nonnegative": np.maximum(b / a, 0),
+        "box": np.clip(b / a, 0.1, 0.6),
+        "simplex": on_simplex(bisect(lambda m: on_simplex(m).sum() - 1, -10, 10)),
+        "ball": in_ball(bisect(lambda m: np.linalg.norm(in_ball(m)) - 0.5, 0, 10)),
+    }
+
+
+def test_projection_and_reparametrisation_reach_the_constrained_minimum():
+    page = run("Constraints on x")
+    scale, goal, inside = map(np.asarray, (page.scale, page.goal, page.inside))
+    expected = minima(scale, goal)
+    for name, minimum in expected.items():
+        assert np.abs(minimum - goal / scale).max() > 0.05, "the constraint must be active"
+        close(getattr(page, name), minimum, rtol=0, atol=1e-6)
+    close(np.linalg.norm(page.wrong_ball), 0.5)
+    assert np.abs(page.wrong_ball - expected["ball"]).max() > 0.05
+
+    free = minima(scale, inside)
+    for name, case in {"exp": "nonnegative", "softplus": "nonnegative", "box": "box", "simplex": "simplex"}.items():
+        close(getattr(page, f"free_{name}"), free[case], rtol=0, atol=1e-4)
+    assert expected["nonnegative"][1] == 0
+    close(page.boundary, expected["nonnegative"], rtol=0, atol=0.05)
+    assert page.boundary[1] > 1e-6, "a boundary is only approached"
+
+
+# Random keys and learning rates
+
+
+@jax.jit
+def unrolled(x, rate, masks, y, train, validation):
+    """F after one inner step for each mask of the hidden units."""
+
+    def inner_loss(x, y, mask):
+        return squared_error(mask * jnp.tanh(train[0] @ y["first"]) @ y["last"], train) + jnp.exp(x) * squared_norm(y)
+
+    def descend(y, mask):
+        return jax.tree.map(lambda a, b: a - rate * b, y, jax.grad(inner_loss, argnums=1)(x, y, mask)), None
+
+    y, _ = jax.lax.scan(descend, y, masks)
+    return squared_error(jnp.tanh(validation[0] @ y["first"]) @ y["last"], validation)
+
+
+def test_keys_of_their_own_equal_the_unrolled_loop():
+    page = run("Random keys and learning rates")
+    root = jax.random.key(3)
+    masks, one_mask = (
+        jnp.stack([2.0 * jax.random.bernoulli(key, 0.5, (40, 8)) for key in keys])
+        for keys in ([jax.random.fold_in(root, t) for t in range(5)], [root] * 5)
+    )
+    own, same = (
+        jax.grad(unrolled)(page.x, 0.1, masks, page.y, page.train, page.validation) for masks in (masks, one_mask)
+    )
+    close((page.grad, page.per_step_grad), (own, own))
+    assert abs(same - own) > 0.01 * abs(own)
+
+
+def test_the_derivative_of_a_learning_rate_is_that_of_the_unrolled_loop_and_zero_for_implicit():
+    page = run("Random keys and learning rates")
+    (ridge, rate), h = page.hyper.values(), 1e-5
+
+    def error(ridge, rate):
+        return unrolled(ridge, jnp.exp(rate), jnp.ones((5, 40, 8)), page.y, page.train, page.validation)
+
+    expected = {
+        "ridge": (error(ridge + h, rate) - error(ridge - h, rate)) / (2 * h),
+        "rate": (error(ridge, rate + h) - error(ridge, rate - h)) / (2 * h),
+    }
+    close(page.hyper_grad, expected, rtol=1e-5)
+    solver = bx.inner.implicit(
+        page.rate_inner_loss, lambda x: optax.sgd(jnp.exp(x["rate"])), steps=1, ihvp=bx.ihvp.identity(1.0)
+    )
+    grad, *_ = page.one_hypergradient(page.outer_loss, solver, page.hyper, page.y, page.rate_batch)
+    assert grad["rate"] == 0
+    assert grad["ridge"] != 0
