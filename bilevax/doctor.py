@@ -1,7 +1,6 @@
 """The doctor: is this hypergradient right, and if not, why not?"""
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
@@ -9,16 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.optimize
-import scipy.sparse.linalg
 from jax.flatten_util import ravel_pytree
 
-from bilevax import checks
-from bilevax.curvature.products import cross, hessian
-from bilevax.ihvp.cg import cg
+from bilevax import checks, oracle
 from bilevax.penalty import PenaltyDetail
 from bilevax.problem import Batch, Hypergradient, IHVPInfo, Loss
 
-DENSE = 1000  # up to so many inner unknowns the Hessian is formed
 SOLVED = 1e-8  # ‖∇_y g‖ of a solved inner problem, relative to ‖∇_y g‖ + 1 at the start
 FLAT = 1e-10  # a smaller ratio of the curvatures is no minimum that is unique
 
@@ -80,8 +75,8 @@ class HypergradientReport(NamedTuple):
         return (
             f"{'ok' if self.ok else 'WRONG'}: {self.verdict}\n"
             f"  relative error      {self.relative_error:.2g}   cosine {self.cosine:.6f}\n"
-            f"    because of y      {self.inner_error:.2g}   of the derivative at that y {self.solver_error:.2g}   "
-            f"of random batches {self.noise:.2g}\n"
+            f"    because of y      {self.inner_error:.2g}   of the derivative at that y {self.solver_error:.2g}"
+            f"{'' if math.isnan(self.noise) else f'   of random batches {self.noise:.2g}'}\n"
             f"  ‖∇_y g‖             {self.gradient_norm:.2g}   at y* {self.reference_gradient_norm:.2g}\n"
             f"  curvature at y*     {self.smallest_curvature:.3g} to {self.largest_curvature:.3g}   "
             f"condition {self.condition:.3g}\n"
@@ -90,122 +85,14 @@ class HypergradientReport(NamedTuple):
         )
 
 
-class _Problem(NamedTuple):
-    """The problem in float64 numbers, with y a flat vector; jitted functions of (x, y)."""
-
-    inner: Callable  # g and ∇_y g
-    product: Callable  # (x, y, v) -> H v
-    hessian: Callable  # the dense H
-    outer: Callable  # f, (∇_x f, ∇_y f)
-    cross: Callable  # (x, y, v) -> ∇²_xy g v, flat
-    solve: Callable  # (x, y, b) -> H⁻¹ b by conjugate gradients
-
-
-def _flat_problem(outer_loss: Loss, inner_loss: Loss, unravel: Callable, batch: Batch) -> _Problem:
-    def inner(x: Any, y: chex.Array, data: Any) -> chex.Array:
-        return inner_loss(x, unravel(y), data)
-
-    def outer(x: Any, y: chex.Array, data: Any) -> chex.Array:
-        return outer_loss(x, unravel(y), data)
-
-    def solve(x: Any, y: chex.Array, b: chex.Array, data: Any) -> chex.Array:
-        apply, _ = cg(maxiter=20 * y.size, tol=1e-12).prepare(None, (), inner, (x, y, data))
-        return apply(b)[0]
-
-    def product(x: Any, y: chex.Array, v: chex.Array, data: Any) -> chex.Array:
-        return hessian(inner, x, y, data)(v)
-
-    def crossed(x: Any, y: chex.Array, v: chex.Array, data: Any) -> chex.Array:
-        return ravel_pytree(cross(inner, x, y, data)(v))[0]
-
-    def bind(function: Callable, data: Any) -> Callable:
-        compiled = jax.jit(function)
-        return lambda *arguments: compiled(*arguments, data)
-
-    return _Problem(
-        inner=bind(jax.value_and_grad(inner, argnums=1), batch.inner),
-        product=bind(product, batch.inner),
-        hessian=bind(jax.hessian(inner, argnums=1), batch.inner),
-        outer=bind(jax.value_and_grad(outer, argnums=(0, 1)), batch.outer),
-        cross=bind(crossed, batch.inner),
-        solve=bind(solve, batch.inner),
-    )
-
-
-def _inner_solution(problem: _Problem, x: Any, y: np.ndarray) -> np.ndarray:
-    """A minimum of g by a trust-region method, polished by Newton steps as long as they shrink ‖∇_y g‖."""
-
-    def gradient(y: np.ndarray) -> np.ndarray:
-        return np.asarray(problem.inner(x, y)[1])
-
-    dense = y.size <= DENSE
-    curvature: dict[str, Any] = (
-        {"method": "trust-exact", "hess": lambda y: np.asarray(problem.hessian(x, y))}
-        if dense
-        else {"method": "trust-krylov", "hessp": lambda y, v: np.asarray(problem.product(x, y, v))}
-    )
-    found = scipy.optimize.minimize(lambda y: float(problem.inner(x, y)[0]), y, jac=gradient, tol=1e-9, **curvature)
-    y, norm = found.x, float(np.linalg.norm(gradient(found.x)))
-    for _ in range(20):
-        b = gradient(y)
-        step = np.linalg.lstsq(problem.hessian(x, y), b)[0] if dense else np.asarray(problem.solve(x, y, b))
-        new_norm = float(np.linalg.norm(gradient(y - step)))
-        if not new_norm < norm:
-            break
-        y, norm = y - step, new_norm
-    return y
-
-
-def _extreme_curvatures(problem: _Problem, x: Any, y: np.ndarray) -> tuple[float, float]:
-    """The smallest and the largest eigenvalue of the Hessian; NaN where Lanczos does not converge."""
-    if not np.isfinite(y).all():
-        return math.nan, math.nan
-    if y.size <= DENSE:
-        eigenvalues = np.linalg.eigvalsh(problem.hessian(x, y))
-        return float(eigenvalues[0]), float(eigenvalues[-1])
-    operator = scipy.sparse.linalg.LinearOperator(
-        (y.size, y.size), matvec=lambda v: np.asarray(problem.product(x, y, v.reshape(-1))), dtype=y.dtype
-    )
-
-    def extreme(which: str) -> float:
-        try:
-            return float(scipy.sparse.linalg.eigsh(operator, 1, which=which, tol=1e-4, return_eigenvectors=False)[0])
-        except scipy.sparse.linalg.ArpackNoConvergence:
-            return math.nan
-
-    return extreme("SA"), extreme("LA")
-
-
-def _implicit(problem: _Problem, x: Any, y: np.ndarray, damping: float = 0.0) -> tuple[np.ndarray, float]:
-    """The implicit hypergradient at y by a direct solve or to high precision, and the sum of the norms of its parts."""
-    _, (direct, b) = problem.outer(x, y)
-    if y.size <= DENSE:
-        v = np.linalg.lstsq(problem.hessian(x, y) + damping * np.eye(y.size), b)[0]
-    else:
-        v = np.asarray(problem.solve(x, y, b))
-    direct, indirect = np.asarray(ravel_pytree(direct)[0]), np.asarray(problem.cross(x, y, v))
-    return direct - indirect, float(np.linalg.norm(direct) + np.linalg.norm(indirect))
-
-
-def _finite_difference(problem: _Problem, x: Any, y: np.ndarray, direction: np.ndarray) -> float:
-    """A central difference of F along a direction of x, with the inner problem solved anew on both sides."""
-    flat, unravel = ravel_pytree(x)
-    step = 1e-4 * max(1.0, float(jnp.abs(flat).max()))
-    values = []
-    for sign in (1, -1):
-        moved = unravel(flat + sign * step * direction)
-        values.append(float(problem.outer(moved, _inner_solution(problem, moved, y))[0]))
-    return (values[0] - values[1]) / (2 * step)
-
-
-def _fitted_damping(problem: _Problem, x: Any, y: np.ndarray, grad: np.ndarray, largest: float) -> tuple[float, float]:
-    """The damping whose implicit hypergradient at y is nearest to grad, and the distance that is left."""
+def _fitted_damping(point: oracle.Point, grad: np.ndarray) -> tuple[float, float]:
+    """The damping whose implicit hypergradient at this point is nearest to grad, and the distance that is left."""
 
     def distance(log: float) -> float:
-        return float(np.linalg.norm(grad - _implicit(problem, x, y, largest * math.exp(log))[0]))
+        return float(np.linalg.norm(grad - point.hypergradient(point.largest * math.exp(log))))
 
     found = scipy.optimize.minimize_scalar(distance, bounds=(math.log(1e-6), math.log(100)), method="bounded")
-    return largest * math.exp(found.x), found.fun
+    return point.largest * math.exp(found.x), found.fun
 
 
 def _double(tree: Any) -> Any:
@@ -286,14 +173,14 @@ def check_hypergradient(
     with jax.enable_x64(True):
         wide_x, wide_y, wide_batch = _double((x, y, batch))
         y0, unravel = ravel_pytree(wide_y)
-        problem = _flat_problem(outer_loss, inner_loss, unravel, wide_batch)
+        problem = oracle.flat_problem(outer_loss, inner_loss, unravel, wide_batch)
         estimates = [np.asarray(ravel_pytree(_double(tree))[0]) for tree in (grad, other)]
         y_T = np.asarray(ravel_pytree(_double(new_state.y))[0])
         return _diagnose(problem, wide_x, np.asarray(y0), y_T, estimates, grad, info, key is not None, tol)
 
 
 def _diagnose(
-    problem: _Problem,
+    problem: oracle.Problem,
     x: Any,
     y0: np.ndarray,
     y_T: np.ndarray,
@@ -303,47 +190,42 @@ def _diagnose(
     random: bool,
     tol: float,
 ) -> HypergradientReport:
-    solution = _inner_solution(problem, x, y0)
-    reference, parts = _implicit(problem, x, solution)
-    scale = float(np.linalg.norm(reference)) + 1e-6 * parts or 1.0
-    at_y_T, _ = _implicit(problem, x, y_T) if np.isfinite(y_T).all() else (np.full_like(reference, np.nan), 0.0)
+    start_norm = 1 + float(np.linalg.norm(problem.inner(x, y0)[1]))
+    solution = oracle.inner_solution(problem, x, y0)
+    at_solution, at_y_T = oracle.point_at(problem, x, solution), oracle.point_at(problem, x, y_T)
+    reference, there, flat = at_solution.hypergradient(), at_y_T.hypergradient(), estimates[0]
+    # Near a stationary x the two parts of the reference cancel: their rounding is no error of the estimate.
+    scale = float(np.linalg.norm(reference) + 1e-6 * np.linalg.norm(at_solution.direct - reference)) or 1.0
 
     def distance(a: np.ndarray, b: np.ndarray) -> float:
         return float(np.linalg.norm(a - b)) / scale
 
-    def gradient_norm(y: np.ndarray) -> float:
-        return float(np.linalg.norm(problem.inner(x, y)[1]))
-
-    flat = estimates[0]
     direction = reference / scale + np.random.default_rng(0).normal(size=reference.shape) / math.sqrt(reference.size)
     direction /= np.linalg.norm(direction)
-    slope = _finite_difference(problem, x, solution, direction)
-    smallest, largest = _extreme_curvatures(problem, x, solution)
-    solver_error = distance(flat, at_y_T)
-    damping = math.nan
-    if solver_error > tol and y0.size <= DENSE and largest > 0:
-        candidate, left = _fitted_damping(problem, x, y_T, flat, largest)
-        damping = candidate if left / scale < tol else math.nan
+    slope = oracle.finite_difference(problem, x, solution, direction)
+    damping, left = math.nan, math.inf
+    if distance(flat, there) > tol and y0.size <= oracle.DENSE and at_y_T.largest > 0:
+        damping, left = _fitted_damping(at_y_T, flat)
     report = HypergradientReport(
         ok=False,
         verdict="",
         remedy="",
         relative_error=distance(flat, reference),
         cosine=float(flat @ reference / (np.linalg.norm(flat) * np.linalg.norm(reference) or 1.0)),
-        inner_error=distance(at_y_T, reference),
-        solver_error=solver_error,
+        inner_error=distance(there, reference),
+        solver_error=distance(flat, there),
         noise=distance(*estimates) / 2 if random else math.nan,
-        gradient_norm=gradient_norm(y_T),
-        reference_gradient_norm=gradient_norm(solution),
-        smallest_curvature=smallest,
-        largest_curvature=largest,
-        estimator_curvature=_extreme_curvatures(problem, x, y_T)[0],
+        gradient_norm=float(np.linalg.norm(at_y_T.gradient)),
+        reference_gradient_norm=float(np.linalg.norm(at_solution.gradient)),
+        smallest_curvature=at_solution.smallest,
+        largest_curvature=at_solution.largest,
+        estimator_curvature=at_y_T.smallest,
         finite_difference_error=abs(slope - float(reference @ direction)) / scale,
-        damping=damping,
+        damping=damping if left / scale < tol else math.nan,
         grad=grad,
         reference=ravel_pytree(x)[1](jnp.asarray(reference)),
     )
-    ok, verdict, remedy = _verdict(report, info, 1 + gradient_norm(y0), tol)
+    ok, verdict, remedy = _verdict(report, info, start_norm, tol)
     return report._replace(ok=ok, verdict=verdict, remedy=remedy)
 
 

@@ -221,7 +221,7 @@ def test_pytrees_keys_and_a_warm_state():
 
 
 def test_large_inner_problems_are_solved_without_a_dense_hessian(monkeypatch):
-    monkeypatch.setattr("bilevax.doctor.DENSE", 5)
+    monkeypatch.setattr("bilevax.oracle.DENSE", 5)
     report = check(implicit())
     assert report.ok, str(report)
     np.testing.assert_allclose(report.reference, EXACT, rtol=1e-8)
