@@ -1,6 +1,7 @@
 """The doctor: is this hypergradient right, and if not, why not?"""
 
 import math
+import textwrap
 from typing import Any, NamedTuple
 
 import chex
@@ -39,7 +40,7 @@ class HypergradientReport(NamedTuple):
       finite_difference_error: relative distance of the reference from a central difference of F along a direction.
       damping: the damping of the Hessian that explains the estimate best, where that is tried; NaN otherwise.
       grad: the estimate that was checked, a pytree like x.
-      reference: the exact hypergradient, a pytree like x, float64.
+      reference: the exact hypergradient, a pytree like x of NumPy arrays in float64.
 
     Example:
         >>> import bilevax as bx
@@ -81,7 +82,7 @@ class HypergradientReport(NamedTuple):
             f"  curvature at y*     {self.smallest_curvature:.3g} to {self.largest_curvature:.3g}   "
             f"condition {self.condition:.3g}\n"
             f"  finite differences  agree with the reference to {self.finite_difference_error:.2g}\n"
-            f"remedy: {self.remedy}"
+            + textwrap.fill(f"remedy: {self.remedy}", 100, break_on_hyphens=False)
         )
 
 
@@ -223,7 +224,7 @@ def _diagnose(
         finite_difference_error=abs(slope - float(reference @ direction)) / scale,
         damping=damping if left / scale < tol else math.nan,
         grad=grad,
-        reference=ravel_pytree(x)[1](jnp.asarray(reference)),
+        reference=jax.tree.map(np.asarray, ravel_pytree(x)[1](jnp.asarray(reference))),
     )
     ok, verdict, remedy = _verdict(report, info, start_norm, tol)
     return report._replace(ok=ok, verdict=verdict, remedy=remedy)

@@ -273,7 +273,8 @@ def test_warm_starts_add_up_on_an_ill_conditioned_hessian():
 
 def diagonal_solve(ihvp, eigenvalues, b):
     loss = lambda x, y, batch: 0.5 * jnp.sum(batch * y**2)  # noqa: E731
-    run = jax.jit(lambda h, b: ihvp.prepare(None, ihvp.init(0.0, b), loss, (0.0, jnp.zeros_like(b), h))[0](b))
+    point = lambda h, b: (0.0, jnp.zeros_like(b), h)  # noqa: E731
+    run = jax.jit(lambda h, b: ihvp.prepare(jax.random.key(0), ihvp.init(0.0, b), loss, point(h, b))[0](b))
     return run(eigenvalues, b)
 
 
