@@ -1,29 +1,60 @@
 """The command line: one subcommand for each task, and hyper-cleaning where none is named."""
 
+import argparse
+import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import tyro
 
-from benchmarks import hyper_cleaning
+from benchmarks.data import DataError
 
-TASKS: dict[str, Callable[..., hyper_cleaning.HyperCleaning]] = {"hyper-cleaning": hyper_cleaning.HyperCleaning}
+# Modules with a class `Config`, imported when their task is named: some need packages that others do not.
+TASKS = {
+    "hyper-cleaning": "learn a weight for each training example, half of whose labels are false (the default)",
+    "regularization": "learn one penalty for each feature of a logistic regression",
+    "meta-learning": "learn a first point from which few steps classify new characters (needs flax)",
+    "peers": "time the same hypergradients by several libraries (needs the extra peers)",
+}
+FLAGS = (tyro.conf.FlagCreatePairsOff,)
+EXTRAS = {"flax": "flax", "jaxopt": "peers", "lineax": "peers", "optimistix": "peers"}
+DESCRIPTION = """\
+Compares hypergradients on bilevel problems: prints a table, writes JSON files and a plot.
+
+tasks:
+{tasks}
+
+Without a task, options belong to hyper-cleaning: `python -m benchmarks --seeds 5`.
+The options of a task: `python -m benchmarks hyper-cleaning --help`.
+Public data sets are downloaded once to a cache folder; BILEVAX_DATA=<folder> names another one."""
 
 
 def main(args: Sequence[str]) -> int:
     """Runs the task that the arguments name; returns the exit code."""
     if not args or (args[0].startswith("-") and args[0] not in ("-h", "--help")):
         args = ["hyper-cleaning", *args]
-    config = tyro.extras.subcommand_cli_from_dict(
-        TASKS,
+    tasks = "\n".join(f"  {name:16}{description}" for name, description in TASKS.items())
+    parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Compares hypergradients on bilevel problems: prints a table, writes JSON files and a plot.\n\n"
-        "Without a task, options belong to hyper-cleaning: `python -m benchmarks --seeds 5`. The options of a task: "
-        "`python -m benchmarks hyper-cleaning --help`.",
-        args=args,
-        config=(tyro.conf.FlagCreatePairsOff,),
+        usage="%(prog)s [task] [options]",
+        description=DESCRIPTION.format(tasks=tasks),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    return config.run()
+    parser.add_argument("task", choices=TASKS, help=argparse.SUPPRESS)
+    task = parser.parse_args(args[:1]).task
+    try:
+        module = importlib.import_module(f"benchmarks.{task.replace('-', '_')}")
+        config = tyro.cli(module.Config, prog=f"python -m benchmarks {task}", args=args[1:], config=FLAGS)
+        return config.run()
+    except DataError as error:
+        print(error, file=sys.stderr)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        fix = f'pip install -e ".[{EXTRAS[package]}]"'
+        print(f"{task} needs {package}, which is not installed. Run: {fix}", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

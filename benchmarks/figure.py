@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from benchmarks.data import Data
+from benchmarks.corrupted import Data
 from benchmarks.report import Run, mean_and_error
 
 # The colours of Okabe and Ito, which colour-blind readers tell apart.
@@ -50,7 +50,7 @@ def draw(runs: Sequence[Run], anchors: Sequence[str], load: Callable[[int], Data
         curves(loss, [run for run in runs if run.method != IN_SAMPLE], anchors, "outer_loss")
         loss.set(xlabel="run time without compilation (s)", ylabel="validation loss", yscale="log")
         loss.yaxis.set(
-            major_locator=LogLocator(subs=(1, 2, 3, 5)), major_formatter="{x:g}", minor_locator=NullLocator()
+            major_locator=LogLocator(subs=(1, 1.5, 2, 3, 5, 7)), major_formatter="{x:g}", minor_locator=NullLocator()
         )
         curves(accuracy, runs, anchors, "test_accuracy")
         accuracy.set(xlabel="run time without compilation (s)", ylabel="test accuracy")

@@ -9,9 +9,7 @@ section 5.1.
 
 import dataclasses
 import functools
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import chex
@@ -19,26 +17,46 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import tyro
 from rich import filesize
-from rich.console import Console
 from sklearn.metrics import roc_auc_score
 
 import bilevax as bx
-from benchmarks.data import Data, digits
+from benchmarks.corrupted import Data, load
 from benchmarks.figure import draw
-from benchmarks.loop import Carry, compiled, drive
-from benchmarks.report import Run, table
-from benchmarks.session import collect
+from benchmarks.loop import Carry
+from benchmarks.runner import Method, Options, Task, outer_loops, perform
 
 TASK = "hyper_cleaning"
-DATA = {"digits": digits}
-SPLIT: dict[str, Any] = {"train": 1000, "validation": 300, "corruption": 0.5}
 L2 = 1e-3
-INNER_STEPS = 20
-INNER = {"learning_rate": 0.5, "momentum": 0.9}
+MOMENTUM = 0.9
 OUTER = {"learning_rate": 0.1}
-QUICK_STEPS = 20
-LARGEST_CHUNK = 10
+HIDDEN = 32
+
+
+class Setting(NamedTuple):
+    """What suits a data set.
+
+    Attributes:
+      split: sizes of its parts.
+      outer_steps: of each run.
+      inner_steps: in each of them.
+      learning_rates: of the inner steps, for each model.
+    """
+
+    split: Mapping[str, Any]
+    outer_steps: int
+    inner_steps: int
+    learning_rates: Mapping[str, float]
+
+
+DIGITS = {"train": 1000, "validation": 300, "corruption": 0.5}
+MNIST = {"train": 4000, "validation": 500, "corruption": 0.5}
+SETTINGS = {
+    "digits": Setting(DIGITS, 300, 20, {"linear": 0.5, "mlp": 0.2}),
+    "mnist": Setting(MNIST, 40, 10, {"linear": 0.1, "mlp": 0.1}),
+    "fashion-mnist": Setting(MNIST, 40, 10, {"linear": 0.1, "mlp": 0.1}),
+}
 
 COLUMNS = {
     "test_accuracy": ("test\nacc.", "{:.3f}".format),
@@ -55,48 +73,102 @@ CAPTION = (
     "corrupted: trained on all labels as given; clean: on the true ones only; validation: on the validation images\n"
     "alone. outer loss: on the validation images; weight AUC: of true against false labels.\n"
 )
+GAUSS_NEWTON = (
+    "neumann and cg: with the Gauss–Newton matrix in place of the Hessian, which is not positive definite here.\n"
+)
 
 
-def logits(y: chex.ArrayTree, images: chex.Array) -> chex.Array:
-    """Softmax regression: images [N, 64] -> [N, 10]."""
+class Model(NamedTuple):
+    """A classifier of images.
+
+    Attributes:
+      init: `init(key, pixels) -> y`.
+      logits: `logits(y, images) -> [N, 10]`, images [N, pixels].
+      curvature: what the implicit methods take for the Hessian of the training loss.
+    """
+
+    init: Callable[[chex.PRNGKey, int], chex.ArrayTree]
+    logits: Callable[[chex.ArrayTree, chex.Array], chex.Array]
+    curvature: Callable[..., Any]
+
+
+def affine(y: chex.ArrayTree, images: chex.Array) -> chex.Array:
+    """Softmax regression."""
     return images @ y["weights"] + y["bias"][None]
 
 
-def zeros() -> chex.ArrayTree:
-    """The first y."""
-    return {"weights": jnp.zeros((64, 10)), "bias": jnp.zeros(10)}
+def zeros(key: chex.PRNGKey, pixels: int) -> chex.ArrayTree:
+    """The first y of softmax regression."""
+    return {"weights": jnp.zeros((pixels, 10)), "bias": jnp.zeros(10)}
 
 
-def cross_entropy(y: chex.ArrayTree, batch: tuple) -> chex.Array:
-    """The loss of each example, [N]."""
-    images, labels = batch
-    return optax.softmax_cross_entropy_with_integer_labels(logits(y, images), labels)
+def perceptron(y: chex.ArrayTree, images: chex.Array) -> chex.Array:
+    """One hidden layer with tanh."""
+    return affine(y["last"], jnp.tanh(affine(y["first"], images)))
 
 
-def inner_loss(x: chex.Array, y: chex.ArrayTree, batch: tuple) -> chex.Array:
+def random_layers(key: chex.PRNGKey, pixels: int) -> chex.ArrayTree:
+    """The first y of the perceptron: normal weights of variance 1 / inputs."""
+
+    def layer(key: chex.PRNGKey, inputs: int, outputs: int) -> chex.ArrayTree:
+        return {"weights": jax.random.normal(key, (inputs, outputs)) / jnp.sqrt(inputs), "bias": jnp.zeros(outputs)}
+
+    first, last = jax.random.split(key)
+    return {"first": layer(first, pixels, HIDDEN), "last": layer(last, HIDDEN, 10)}
+
+
+MODELS = {
+    "linear": Model(zeros, affine, bx.curvature.hessian),
+    "mlp": Model(random_layers, perceptron, bx.curvature.gauss_newton),
+}
+
+
+def inner_loss(model: Model) -> bx.curvature.ModelLoss:
     """g, the weighted training loss; x [N]."""
-    return jnp.mean(jax.nn.sigmoid(x) * cross_entropy(y, batch)) + L2 / 2 * optax.tree.norm(y, squared=True)
+    return bx.curvature.ModelLoss(
+        model=model.logits,
+        loss=bx.curvature.softmax_cross_entropy,
+        split=lambda x, batch: batch,
+        weights=lambda x, batch: jax.nn.sigmoid(x),
+        l2=L2,
+    )
 
 
-def outer_loss(x: chex.Array, y: chex.ArrayTree, batch: tuple) -> chex.Array:
+def outer_loss(model: Model, x: chex.Array, y: chex.ArrayTree, batch: tuple) -> chex.Array:
     """f, the validation loss."""
-    return jnp.mean(cross_entropy(y, batch))
+    images, labels = batch
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(model.logits(y, images), labels))
 
 
-@jax.jit
-def accuracy(y: chex.ArrayTree, images: chex.Array, labels: chex.Array) -> chex.Array:
+@functools.partial(jax.jit, static_argnums=0)
+def accuracy(model: Model, y: chex.ArrayTree, images: chex.Array, labels: chex.Array) -> chex.Array:
     """Share of the images that are classified right; NaN if a logit is not finite."""
-    outputs = logits(y, images)
+    outputs = model.logits(y, images)
     return jnp.where(jnp.isfinite(outputs).all(), jnp.mean(jnp.argmax(outputs, axis=1) == labels), jnp.nan)
 
 
-def evaluate(data: Data, learns: bool, carry: Carry) -> dict[str, float | None]:
+def evaluate(model: Model, learns: bool, data: Data, carry: Carry) -> dict[str, float | None]:
     """Test accuracy, and the AUC with which learnt weights tell true labels from false ones."""
-    scores: dict[str, float | None] = {"test_accuracy": accuracy(carry.estimator.y, *data.test).item(), "auc": None}
+    test_accuracy = accuracy(model, carry.estimator.y, *data.test).item()
+    scores: dict[str, float | None] = {"test_accuracy": test_accuracy, "auc": None}
     if learns:
         weights = np.asarray(jax.nn.sigmoid(carry.x))
         scores["auc"] = float(roc_auc_score(data.clean, weights)) if np.isfinite(weights).all() else float("nan")
     return scores
+
+
+class Inner(NamedTuple):
+    """The inner problem and how it is solved: the loss g, its curvature, and SGD with momentum."""
+
+    loss: bx.curvature.ModelLoss
+    curvature: Callable[..., Any]
+    learning_rate: float
+    steps: int
+
+    @property
+    def optimizer(self) -> optax.GradientTransformation:
+        """Makes the inner steps."""
+        return optax.sgd(self.learning_rate, MOMENTUM)
 
 
 class Row(NamedTuple):
@@ -104,8 +176,8 @@ class Row(NamedTuple):
 
     Attributes:
       name: in lower case, also the name of its files.
-      solver: `solver(**settings)` builds the inner solver.
-      settings: what it is built with.
+      solver: `solver(inner, **settings)` builds the inner solver.
+      settings: `settings(inner)`, what it is built with.
       weights: `weights(data) -> x`, the first outer variable [N].
       batch: `batch(data)`, what it trains and validates on.
       learns: whether the outer optimizer moves x.
@@ -113,38 +185,46 @@ class Row(NamedTuple):
 
     name: str
     solver: Callable[..., bx.InnerSolver]
-    settings: Mapping[str, Any]
+    settings: Callable[[Inner], Mapping[str, Any]]
     weights: Callable[[Data], chex.Array] = lambda data: jnp.zeros(data.clean.shape)
     batch: Callable[[Data], bx.Batch] = lambda data: data.batch
     learns: bool = True
 
 
-reverse = functools.partial(bx.inner.reverse, inner_loss, optax.sgd(**INNER))
-no_gradient = functools.partial(bx.inner.no_gradient, inner_loss, optax.sgd(**INNER))
-
-
-def implicit(ihvp: Callable[..., bx.IHVP], **settings: Any) -> bx.InnerSolver:
+def implicit(ihvp: Callable[..., bx.IHVP], inner: Inner, **settings: Any) -> bx.InnerSolver:
     """Implicit differentiation with an inverse-Hessian-vector product of these settings."""
-    return bx.inner.implicit(inner_loss, optax.sgd(**INNER), INNER_STEPS, ihvp(**settings))
+    return bx.inner.implicit(inner.loss, inner.optimizer, inner.steps, ihvp(**settings))
 
 
-def truncated(steps: int) -> bx.InnerSolver:
+def reverse(inner: Inner, steps: int) -> bx.InnerSolver:
+    """Differentiates through all inner steps."""
+    return bx.inner.reverse(inner.loss, inner.optimizer, steps)
+
+
+def no_gradient(inner: Inner, steps: int) -> bx.InnerSolver:
+    """Makes the inner steps, and differentiates none of them."""
+    return bx.inner.no_gradient(inner.loss, inner.optimizer, steps)
+
+
+def truncated(inner: Inner, steps: int) -> bx.InnerSolver:
     """Differentiates through the last of the inner steps."""
-    return bx.inner.chain(no_gradient(INNER_STEPS - steps), reverse(steps))
+    return bx.inner.chain(no_gradient(inner, inner.steps - steps), reverse(inner, steps))
 
 
 METHODS = (
-    Row("identity", functools.partial(implicit, bx.ihvp.identity), {"scale": 0.5}),
-    Row("neumann", functools.partial(implicit, bx.ihvp.neumann), {"steps": 10, "step_size": 0.5}),
-    Row("cg", functools.partial(implicit, bx.ihvp.cg), {"maxiter": 5}),
-    Row("truncated", truncated, {"steps": 5}),
-    Row("reverse", reverse, {"steps": INNER_STEPS}),
+    Row("identity", functools.partial(implicit, bx.ihvp.identity), lambda inner: {"scale": inner.learning_rate}),
+    Row(
+        "neumann",
+        functools.partial(implicit, bx.ihvp.neumann),
+        lambda inner: {"steps": 10, "step_size": inner.learning_rate, "curvature": inner.curvature},
+    ),
+    Row("cg", functools.partial(implicit, bx.ihvp.cg), lambda inner: {"maxiter": 5, "curvature": inner.curvature}),
+    Row("truncated", truncated, lambda inner: {"steps": 5}),
+    Row("reverse", reverse, lambda inner: {"steps": inner.steps}),
 )
 
-
 # Plain training with fixed weights, for as many steps.
-anchor = functools.partial(Row, solver=no_gradient, settings={"steps": INNER_STEPS}, learns=False)
-
+anchor = functools.partial(Row, solver=no_gradient, settings=lambda inner: {"steps": inner.steps}, learns=False)
 
 # sigmoid(±30) is 1 or 0 in float32.
 ANCHORS = (
@@ -158,98 +238,74 @@ ANCHORS = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class HyperCleaning:
-    """Data hyper-cleaning: learn a weight for each training example, half of whose labels are redrawn at random."""
+def method(row: Row, model: Model, inner: Inner, configuration: Mapping[str, Any]) -> Method:
+    """The row on one problem."""
+    settings = row.settings(inner)
+    names = {key: getattr(value, "__name__", value) for key, value in settings.items()}
 
-    data: Literal["digits"] = "digits"
-    """Images: scikit-learn's embedded digits."""
-    methods: tuple[str, ...] = tuple(method.name for method in METHODS)
-    """Hypergradients to compare. The anchors (plain training on the corrupted labels, on the clean subset, and on the
-    validation images) always run."""
-    seeds: int = 1
-    """How many seeds. Each has its own split, labels and keys; from 2 on, numbers are mean ± standard error."""
-    seed: int = 0
-    """The first seed."""
-    outer_steps: int = 300
-    """Outer steps of each run."""
-    budget: float = 6.0
-    """Seconds for each run, compilation apart. A run that has spent them stops early, and the output says where."""
-    quick: bool = False
-    """At most 20 outer steps, to see that everything runs."""
-    results: Path = Path("results")
-    """Folder of the results; files go to its subfolder hyper_cleaning."""
+    def start(data: Data) -> tuple[chex.Array, chex.ArrayTree]:
+        pixels = data.batch.inner[0].shape[1]
+        return row.weights(data), model.init(jax.random.key(data.seed), pixels)
+
+    return Method(
+        name=row.name,
+        hypergradient=lambda: bx.hypergradient(functools.partial(outer_loss, model), row.solver(inner, **settings)),
+        optimizer=optax.adam(**OUTER) if row.learns else optax.set_to_zero(),
+        start=start,
+        batch=row.batch,
+        evaluate=functools.partial(evaluate, model, row.learns),
+        configuration={
+            **configuration,
+            "settings": names,
+            "l2": L2,
+            "inner_steps": inner.steps,
+            "inner_optimizer": {"sgd": {"learning_rate": inner.learning_rate, "momentum": MOMENTUM}},
+            "outer_optimizer": {"adam": OUTER} if row.learns else None,
+        },
+    )
+
+
+DEFAULTS = Options(tuple(row.name for row in METHODS))
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Data hyper-cleaning: learn a weight for each training example, half of whose labels are redrawn at random.
+
+    The anchors (plain training on the corrupted labels, on the clean subset, and on the validation images) always run.
+    """
+
+    data: Literal["digits", "mnist", "fashion-mnist"] = "digits"
+    """Images: scikit-learn's embedded digits, or a public data set."""
+    model: Literal["linear", "mlp"] = "linear"
+    """Softmax regression, or a network with one hidden layer of 32 units."""
+    common: tyro.conf.OmitArgPrefixes[Options] = DEFAULTS
+    """Options of every task."""
 
     def __post_init__(self) -> None:
         """Refuses what cannot be run."""
-        names = [method.name for method in METHODS]
-        if not self.methods or not {*self.methods} <= {*names}:
-            raise ValueError(
-                f"methods must be some of {', '.join(names)}; got {' '.join(self.methods) or 'none'}. "
-                f"Pass, say, --methods {names[0]}."
-            )
-        for name, least in (("seeds", 1), ("seed", 0), ("outer_steps", 1)):
-            if (value := getattr(self, name)) < least:
-                fix = f"--{name.replace('_', '-')} {least}"
-                raise ValueError(f"{name} must be an int >= {least}; got {value}. Pass {fix} or more.")
-        if not self.budget > 0:
-            raise ValueError(f"budget must be a number of seconds > 0; got {self.budget:g}. Pass, say, --budget 6.")
-
-    @property
-    def steps(self) -> int:
-        """Outer steps of each run."""
-        return min(self.outer_steps, QUICK_STEPS) if self.quick else self.outer_steps
+        self.common.check_methods([row.name for row in METHODS])
 
     def run(self) -> int:
         """Runs everything, prints the table and writes the files; returns the exit code."""
-        console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-        rows = [*ANCHORS, *(method for method in METHODS if method.name in self.methods)]
+        setting, model = SETTINGS[self.data], MODELS[self.model]
+        inner = Inner(inner_loss(model), model.curvature, setting.learning_rates[self.model], setting.inner_steps)
+        steps = self.common.steps(setting.outer_steps)
+        rows = [*ANCHORS, *(row for row in METHODS if row.name in self.common.methods)]
+        configuration = {"data": self.data, "model": self.model, **setting.split}
+        methods = [method(row, model, inner, configuration) for row in rows]
         anchors = [row.name for row in ANCHORS]
-        seeds = range(self.seed, self.seed + self.seeds)
-        plan = [(row.name, seed) for row in rows for seed in seeds]
-        folder = self.results / TASK
-        finished = collect(plan, self.steps, functools.partial(self._runs, rows, seeds), folder, console)
-        if finished:
-            several = f"seeds {seeds[0]} to {seeds[-1]}, mean ± standard error"
-            which = several if self.seeds > 1 else f"seed {self.seed}"
-            title = f"Data hyper-cleaning of {self.data}, {self.steps} outer steps, {which}"
-            console.print(table(title, finished, COLUMNS, anchors))
-            console.print(CAPTION, style="dim")
-            for note in (note for run in finished for note in run.notes):
-                console.print(note, style="yellow", soft_wrap=True)
-            console.print(f"One JSON file for each run: {folder}", markup=False, soft_wrap=True)
-        if any(run.method not in anchors and run.finite for run in finished):
-            path = folder / f"{TASK}.png"
-            draw(finished, anchors, self._load).savefig(path)
-            console.print(f"Plot: {path}", markup=False, soft_wrap=True)
-        return 0 if len(finished) == len(plan) else 130
-
-    def _load(self, seed: int) -> Data:
-        return DATA[self.data](seed, **SPLIT)
-
-    def _runs(self, rows: Sequence[Row], seeds: Sequence[int], advance: Callable[[int], None]) -> Iterator[Run]:
-        datasets = [self._load(seed) for seed in seeds]
-        size = max(size for size in range(1, LARGEST_CHUNK + 1) if self.steps % size == 0)
-        for row in rows:
-            hypergrad = bx.hypergradient(outer_loss, row.solver(**row.settings))
-            optimizer = optax.adam(**OUTER) if row.learns else optax.set_to_zero()
-            program = compiled(hypergrad, optimizer, row.weights(datasets[0]), zeros(), row.batch(datasets[0]), size)
-            for seed, data in zip(seeds, datasets, strict=True):
-                carry = program.start(row.weights(data), zeros())
-                keys = jax.random.split(jax.random.key(seed), (self.steps // size, size))
-                scores = functools.partial(evaluate, data, row.learns)
-                outcome = drive(program, carry, keys, row.batch(data), scores, self.budget, advance)
-                yield Run(TASK, row.name, seed, self._configuration(row), outcome)
-
-    def _configuration(self, row: Row) -> dict[str, Any]:
-        return {
-            "data": self.data,
-            **SPLIT,
-            "settings": dict(row.settings),
-            "l2": L2,
-            "inner_steps": INNER_STEPS,
-            "inner_optimizer": {"sgd": INNER},
-            "outer_optimizer": {"adam": OUTER} if row.learns else None,
-            "outer_steps": self.steps,
-            "budget": self.budget,
-        }
+        read = functools.partial(load, self.data, **setting.split)
+        first = (self.data, self.model) == ("digits", "linear")
+        task = Task(
+            title=f"Data hyper-cleaning of {self.data}, {self.model} model",
+            folder=TASK if first else f"{TASK}-{self.data}-{self.model}",
+            outer_steps=steps,
+            methods=[row.name for row in rows],
+            anchors=anchors,
+            runs=functools.partial(outer_loops, TASK, methods, read, steps, self.common),
+            columns=COLUMNS,
+            caption=CAPTION + (GAUSS_NEWTON if self.model == "mlp" else ""),
+            draw=lambda runs: draw(runs, anchors, read),
+        )
+        return perform(task, self.common)

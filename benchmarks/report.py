@@ -43,7 +43,7 @@ class Run:
       task: name of the task.
       method: name of the method, or of an anchor.
       seed: seed of the data and of the key.
-      configuration: everything that was chosen, `outer_steps` and `budget` (seconds) among it.
+      configuration: everything that was chosen; `outer_steps` and `budget` (seconds) among it, where there is a loop.
       outcome: metrics, curve and the last x.
     """
 
@@ -55,22 +55,22 @@ class Run:
 
     @property
     def finite(self) -> bool:
-        """Whether the last outer loss and x are finite."""
-        numbers = [self.outcome.metrics["outer_loss"], *jax.tree.leaves(self.outcome.x)]
+        """Whether the last outer loss, if there is one, and x are finite."""
+        numbers = [self.outcome.metrics.get("outer_loss", 0.0), *jax.tree.leaves(self.outcome.x)]
         return all(np.isfinite(number).all() for number in numbers)
 
     @property
     def notes(self) -> list[str]:
         """What a reader of the numbers must know: divergence, an early stop, products that broke down."""
-        metrics, wanted, notes = self.outcome.metrics, self.configuration["outer_steps"], []
-        steps = metrics["outer_steps"]
+        metrics, notes = self.outcome.metrics, []
+        steps, wanted = metrics.get("outer_steps"), self.configuration.get("outer_steps")
         if not self.finite:
             notes.append(f"diverged (numbers not finite) at outer step {steps} of {wanted}")
         elif steps != wanted:
             notes.append(
                 f"stopped at outer step {steps} of {wanted}: budget of {self.configuration['budget']:g} s spent"
             )
-        if metrics["breakdowns"]:
+        if metrics.get("breakdowns"):
             notes.append(f"inverse-Hessian-vector product broke down in {metrics['breakdowns']} of {steps} outer steps")
         return [f"{self.method}, seed {self.seed}: {note}" for note in notes]
 

@@ -1,3 +1,4 @@
+import importlib
 import json
 import math
 import os
@@ -12,7 +13,7 @@ import optax
 import pytest
 
 import bilevax as bx
-from benchmarks import hyper_cleaning
+from benchmarks import corrupted, hyper_cleaning
 from benchmarks.__main__ import main
 from benchmarks.report import mean_and_error
 
@@ -53,7 +54,7 @@ def test_a_run_writes_records_of_one_schema_a_plot_and_a_table_with_standard_err
         assert record["curve"]["outer_step"] == [4]
         assert record["curve"]["outer_loss"] == [record["metrics"]["outer_loss"]]
         assert (record["metrics"]["auc"] is None) == (record["method"] != "cg")
-    assert records["cg-seed3"]["configuration"]["settings"] == {"maxiter": 5}
+    assert records["cg-seed3"]["configuration"]["settings"] == {"maxiter": 5, "curvature": "hessian"}
     assert records["cg-seed3"]["metrics"]["inner_gradients"] == 4 * 21
     assert records["cg-seed3"]["metrics"]["test_accuracy"] != records["cg-seed4"]["metrics"]["test_accuracy"]
     assert plot.read_bytes().startswith(b"\x89PNG")
@@ -68,10 +69,10 @@ def test_standard_error_is_that_of_the_mean():
 
 
 def test_an_early_stop_and_a_divergence_are_said(run, monkeypatch):
-    def wild():
-        return bx.inner.reverse(hyper_cleaning.inner_loss, optax.sgd(1e30), steps=3)
+    def wild(inner):
+        return bx.inner.reverse(inner.loss, optax.sgd(1e30), steps=3)
 
-    monkeypatch.setattr(hyper_cleaning, "METHODS", (hyper_cleaning.Row("wild", wild, {}),))
+    monkeypatch.setattr(hyper_cleaning, "METHODS", (hyper_cleaning.Row("wild", wild, lambda inner: {}),))
     monkeypatch.setattr(hyper_cleaning, "ANCHORS", hyper_cleaning.ANCHORS[:1])
     code, output, records, plot = run("--methods wild --quick --budget 1e-9")
     assert code == 0
@@ -84,10 +85,10 @@ def test_an_early_stop_and_a_divergence_are_said(run, monkeypatch):
 
 
 def test_an_interrupted_session_keeps_the_finished_runs(run, monkeypatch):
-    def interrupt():
+    def interrupt(inner):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(hyper_cleaning, "METHODS", (hyper_cleaning.Row("endless", interrupt, {}),))
+    monkeypatch.setattr(hyper_cleaning, "METHODS", (hyper_cleaning.Row("endless", interrupt, lambda inner: {}),))
     monkeypatch.setattr(hyper_cleaning, "ANCHORS", hyper_cleaning.ANCHORS[:1])
     code, output, records, _ = run("--methods endless --outer-steps 2")
     assert code == 130
@@ -105,6 +106,7 @@ def test_an_interrupted_session_keeps_the_finished_runs(run, monkeypatch):
         ("--outer-steps 0", "outer_steps must be an int >= 1; got 0. Pass --outer-steps 1 or more."),
         ("--budget nan", "budget must be a number of seconds > 0; got nan. Pass, say, --budget 6."),
         ("--methods cg sgd", "reverse; got cg sgd. Pass, say, --methods identity."),
+        ("regularization --full", "full is about the words of news20; got it with data=ijcnn1. Drop --full."),
         ("hyper-cleaning --methods", "reverse; got none. Pass, say, --methods identity."),
     ],
 )
@@ -116,7 +118,12 @@ def test_bad_values_are_refused_with_the_fix(arguments, message, capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"), [("--help", ["hyper-cleaning", "--seeds"]), ("hyper-cleaning --help", ["--methods", "cg"])]
+    ("arguments", "words"),
+    [
+        ("--help", ["hyper-cleaning", "regularization", "meta-learning", "peers", "--seeds", "BILEVAX_DATA"]),
+        ("hyper-cleaning --help", ["--data", "mnist", "--model", "--methods", "cg"]),
+        ("regularization --help", ["--data", "ijcnn1", "--full", "--methods", "cg"]),
+    ],
 )
 def test_help_names_the_tasks_and_their_options(arguments, words, capsys):
     with pytest.raises(SystemExit) as exit_:
@@ -124,6 +131,56 @@ def test_help_names_the_tasks_and_their_options(arguments, words, capsys):
     output = capsys.readouterr().out
     assert exit_.value.code == 0
     assert all(word in output for word in words)
+
+
+def test_help_requires_nothing(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "required" not in capsys.readouterr().out
+
+
+def test_an_unknown_task_is_refused_with_the_names(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["hyper-cleening"])
+    assert exit_.value.code == 2
+    assert "'hyper-cleaning', 'regularization'" in capsys.readouterr().err
+
+
+def test_a_missing_package_is_one_line_with_the_command(monkeypatch, capsys):
+    def missing(name):
+        raise ModuleNotFoundError("No module named 'flax'", name="flax.nnx")
+
+    monkeypatch.setattr(importlib, "import_module", missing)
+    assert main(["meta-learning"]) == 1
+    assert (
+        capsys.readouterr().err == 'meta-learning needs flax, which is not installed. Run: pip install -e ".[flax]"\n'
+    )
+
+
+@pytest.mark.parametrize("model", ["linear", "mlp"])
+def test_public_images_run_with_each_model(run, monkeypatch, model):
+    random = np.random.default_rng(0)
+    images, labels = random.integers(0, 256, (60, 28, 28), np.uint8), random.integers(0, 10, 60).astype(np.uint8)
+    parts = {"train": (images, labels), "t10k": (images[:50], labels[:50])}
+    small = {"train": 40, "validation": 20, "corruption": 0.5}
+    setting = hyper_cleaning.SETTINGS["fashion-mnist"]._replace(split=small)
+    monkeypatch.setitem(hyper_cleaning.SETTINGS, "fashion-mnist", setting)
+    monkeypatch.setattr(corrupted.data, "images", lambda name, part: parts[part])
+    monkeypatch.setattr(hyper_cleaning, "ANCHORS", hyper_cleaning.ANCHORS[:1])
+    code, output, _, _ = run(f"hyper-cleaning --data fashion-mnist --model {model} --methods cg --outer-steps 1")
+    assert code == 0
+    assert f"fashion-mnist, {model} model" in output
+
+
+def test_a_split_is_disjoint_and_half_of_its_labels_are_redrawn(monkeypatch):
+    images = np.arange(4000, dtype=np.float32)[:, None]
+    monkeypatch.setitem(corrupted.POOLS, "counted", lambda: ((images, np.arange(4000) % 10), None))
+    data = corrupted.load("counted", seed=1, train=2000, validation=500, corruption=0.5)
+    parts = [np.asarray(part[0])[:, 0] for part in (data.batch.inner, data.batch.outer, data.test)]
+    assert [len(part) for part in parts] == [2000, 500, 1500]
+    assert sorted(np.concatenate(parts).tolist()) == [*range(4000)]
+    np.testing.assert_array_equal(data.truth, parts[0] % 10)
+    assert 0.5 < np.mean(data.clean) < 0.6  # 0.5 + 0.05, with a standard error of 0.01
 
 
 @pytest.mark.slow

@@ -1,0 +1,73 @@
+"""Image data sets for data hyper-cleaning: split by a seed, and half of the training labels redrawn."""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import chex
+import jax.numpy as jnp
+import numpy as np
+from sklearn.datasets import load_digits
+
+import bilevax as bx
+from benchmarks import data
+
+Images = tuple[np.ndarray, np.ndarray]
+
+
+class Data(NamedTuple):
+    """Images in [0, 1] with labels, in three parts.
+
+    Attributes:
+      seed: of the split and of the redrawn labels.
+      batch: outer = validation (images [N, pixels], labels [N]), inner = training, with the labels as given.
+      test: images and labels.
+      truth: the true labels of the training images.
+    """
+
+    seed: int
+    batch: bx.Batch
+    test: tuple[chex.Array, chex.Array]
+    truth: chex.Array
+
+    @property
+    def clean(self) -> chex.Array:
+        """Which training labels are true, also those that the redraw happened to hit."""
+        return self.batch.inner[1] == self.truth
+
+
+def _digits() -> tuple[Images, None]:
+    images, labels = load_digits(return_X_y=True)
+    return (images / 16, labels), None
+
+
+def _idx(name: str) -> tuple[Images, Images]:
+    parts = (data.images(name, part) for part in ("train", "t10k"))
+    train, test = ((images.reshape(len(images), -1) / np.float32(255), labels) for images, labels in parts)
+    return train, test
+
+
+# Images [N, pixels] with labels to train and validate on, and others to test on (None: what is left of the first).
+POOLS: dict[str, Callable[[], tuple[Images, Images | None]]] = {
+    "digits": _digits,
+    "mnist": functools.partial(_idx, "mnist"),
+    "fashion-mnist": functools.partial(_idx, "fashion-mnist"),
+}
+
+
+def load(name: str, seed: int, train: int, validation: int, corruption: float) -> Data:
+    """Draws training and validation parts; each training label is redrawn uniformly with probability `corruption`."""
+    (images, labels), test = POOLS[name]()
+    random = np.random.default_rng(seed)
+    order = random.permutation(len(labels))
+    redrawn = random.random(train) < corruption
+    given = np.where(redrawn, random.integers(0, 10, train), labels[order[:train]])
+    chosen, rest = order[: train + validation], order[train + validation :]
+    test_images, test_labels = (images[rest], labels[rest]) if test is None else test
+    inputs, truth = jnp.asarray(images[chosen], jnp.float32), jnp.asarray(labels[chosen], jnp.int32)
+    return Data(
+        seed=seed,
+        batch=bx.Batch(outer=(inputs[train:], truth[train:]), inner=(inputs[:train], jnp.asarray(given, jnp.int32))),
+        test=(jnp.asarray(test_images, jnp.float32), jnp.asarray(test_labels, jnp.int32)),
+        truth=truth[:train],
+    )
