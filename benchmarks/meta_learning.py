@@ -1,0 +1,396 @@
+"""Meta-learning: learn a first point from which few steps on one image of each of five new characters classify others.
+
+    min_x  mean over tasks of f(y(x)) = mean over query of CE_j(y(x))
+    MAML     y(x) = T steps of SGD from x on  mean over support of CE_i(y)
+    iMAML    y(x) ≈ argmin_y g(x, y) = mean over support of CE_i(y) + strength / 2 · ‖y − x‖²,  from x
+
+x are the first weights of a small convolutional network, y the weights of one task.
+
+Reference: Finn et al. (MAML), arXiv 1703.03400, section 5.2; Rajeswaran et al. (iMAML), arXiv 1909.04630, section 4.
+The images here are smaller, the network is narrower, and the training is much shorter than theirs.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import optax
+import tyro
+from matplotlib.figure import Figure, SubFigure
+from rich import filesize
+
+import bilevax as bx
+from benchmarks.data import omniglot
+from benchmarks.figure import COLOURS, STYLE, curves
+from benchmarks.loop import Outcome
+from benchmarks.report import Run
+from benchmarks.runner import Advance, Method, Options, Task, outer_loops, perform
+
+TASK = "meta_learning"
+WAYS, QUERIES = 5, 5  # classes of a task, and query images of each class
+POOL = 7  # images shrink from 105 × 105 to 15 × 15
+TASKS, TEST_TASKS = 16, 200
+OUTER_STEPS = 1000
+BUDGET = 90.0  # seconds for each run
+
+COLUMNS = {
+    "test_accuracy": ("test\nacc.", "{:.3f}".format),
+    "test_error": ("error\nof it", "{:.3f}".format),
+    "test_loss": ("test\nloss", "{:.3f}".format),
+    "gradient_norm": ("inner\nnorm", "{:.2f}".format),
+    "inner_gradients": ("inner\ngrads", "{:,.0f}".format),
+    "hessian_products": ("Hessian\nprods", "{:,.0f}".format),
+    "cross_products": ("cross\nprods", "{:,.0f}".format),
+    "seconds": ("run\n(s)", "{:.1f}".format),
+    "compile_seconds": ("comp.\n(s)", "{:.1f}".format),
+    "temp_bytes": ("temp.\nmemory", lambda number: filesize.decimal(round(number))),
+}
+CAPTION = (
+    f"test: {TEST_TASKS} tasks of classes that were not learnt from, after the inner steps on their support images;\n"
+    f"error of it: standard error over these tasks. Counts: {TASKS} tasks in each outer step.\n"
+    "inner norm: of the gradient of g at the returned y, zero where imaml is exact.\n"
+    "untrained: maml's inner steps from random weights; pixels: the nearest support image;\n"
+    "first-order: imaml without the curvature of the task's loss.\n"
+)
+
+
+class Data(NamedTuple):
+    """What one seed learns from and is tested on.
+
+    Attributes:
+      images: of the background classes, [classes, drawers, side, side], 1 is ink.
+      test: tasks of the evaluation classes, leaves [TEST_TASKS, ...].
+      x: random weights.
+    """
+
+    images: chex.Array
+    test: bx.Batch
+    x: chex.ArrayTree
+
+
+def patches(images: chex.Array, kernel: chex.Array, strides: Sequence[int], padding: str, **options: Any) -> chex.Array:
+    """A convolution, images [N, H, W, C] and kernel [h, w, C, D], as one matrix product; without dilation or groups.
+
+    On a CPU, XLA's convolution is several times slower where each task of a vmap has its own kernel.
+    """
+    (top, bottom), (left, right) = jax.lax.padtype_to_pads(images.shape[1:3], kernel.shape[:2], strides, padding)
+    padded = jnp.pad(images, ((0, 0), (top, bottom), (left, right), (0, 0)))
+    rows, columns = (size - window + 1 for size, window in zip(padded.shape[1:3], kernel.shape[:2], strict=True))
+    windows = [
+        padded[:, i : i + rows : strides[0], j : j + columns : strides[1]]
+        for i, j in itertools.product(*map(range, kernel.shape[:2]))
+    ]
+    return jnp.concatenate(windows, axis=-1) @ kernel.reshape(-1, kernel.shape[-1])
+
+
+class Network(nn.Module):
+    """Convolutions of stride 2 and a dense layer: images [N, side, side] -> logits [N, WAYS].
+
+    Attributes:
+      width: channels of each convolution.
+      layers: number of convolutions.
+    """
+
+    width: int = 32
+    layers: int = 3
+
+    @nn.compact
+    def __call__(self, images: chex.Array) -> chex.Array:
+        """The logits."""
+        convolution = functools.partial(nn.Conv, self.width, (3, 3), strides=2, conv_general_dilated=patches)
+        hidden = images[..., None]
+        for _ in range(self.layers):
+            hidden = nn.relu(convolution(kernel_init=nn.initializers.he_normal())(hidden))
+        return nn.Dense(WAYS)(hidden.reshape(len(hidden), -1))
+
+
+NETWORK = Network()
+CHOSEN: dict[str, Any] = {
+    "data": "omniglot",
+    "ways": WAYS,
+    "queries": QUERIES,
+    "pool": POOL,
+    "width": NETWORK.width,
+    "layers": NETWORK.layers,
+    "test_tasks": TEST_TASKS,
+}
+
+
+def logits(y: chex.ArrayTree, images: chex.Array) -> chex.Array:
+    """Those of the network with the weights y, [N, WAYS]."""
+    return NETWORK.apply({"params": y}, images)
+
+
+def loss(model: Callable, output_loss: bx.curvature.OutputLoss, strength: float = 0.0) -> bx.curvature.ModelLoss:
+    """Mean of the output loss, and strength / 2 · ‖y − x‖²; a batch is (inputs, targets)."""
+    return bx.curvature.ModelLoss(model, output_loss, lambda x, batch: batch, l2=strength, center=lambda x: x)
+
+
+cross_entropy = functools.partial(loss, logits, bx.curvature.softmax_cross_entropy)
+
+
+def shrink(images: np.ndarray) -> chex.Array:
+    """Drawings, bool [class, drawer, side, side] with False for ink, to means over POOL × POOL pixels; 1 is ink."""
+    side = images.shape[-1] // POOL
+    blocks = images.reshape(*images.shape[:2], side, POOL, side, POOL)
+    return jnp.asarray(1 - blocks.mean(axis=(3, 5), dtype=np.float32))
+
+
+def draw_task(key: chex.PRNGKey, images: chex.Array) -> bx.Batch:
+    """Draws a task: distinct classes, each turned by 0, 90, 180 or 270 degrees, and distinct drawers of each.
+
+    Args:
+      key: of the draw.
+      images: [classes, drawers, side, side].
+
+    Returns:
+      outer = query (images [WAYS · QUERIES, side, side], labels), inner = support (images [WAYS, side, side], labels).
+    """
+    class_key, drawer_key, turn_key = jax.random.split(key, 3)
+    classes = jax.random.choice(class_key, len(images), (WAYS,), replace=False)
+    drawers = jnp.argsort(jax.random.uniform(drawer_key, (WAYS, images.shape[1])), axis=1)[:, : 1 + QUERIES]
+    turns = [functools.partial(jnp.rot90, k=k, axes=(1, 2)) for k in range(4)]
+    turn = jax.vmap(lambda number, drawings: jax.lax.switch(number, turns, drawings))
+    drawings = turn(jax.random.randint(turn_key, (WAYS,), 0, len(turns)), images[classes[:, None], drawers])
+    labels = jnp.broadcast_to(jnp.arange(WAYS)[:, None], drawers.shape)
+
+    def part(of: slice) -> tuple[chex.Array, chex.Array]:
+        return drawings[:, of].reshape(-1, *images.shape[2:]), labels[:, of].reshape(-1)
+
+    return bx.Batch(outer=part(slice(1, None)), inner=part(slice(1)))
+
+
+def over_tasks(hypergradient: bx.Hypergradient, tasks: int) -> bx.Hypergradient:
+    """The mean of a hypergradient over tasks that are drawn anew at each outer step, from the images in the batch.
+
+    Its info has means of the losses and of the norm, sums of the calls, and whether any task broke down. Each task
+    starts from the first state: nothing is kept.
+    """
+
+    def estimate(key: chex.PRNGKey, state: Any, x: chex.ArrayTree, images: chex.Array) -> tuple:
+        batch = jax.vmap(draw_task, (0, None))(jax.random.split(key, tasks), images)
+        grads, _, info = jax.vmap(hypergradient.estimate, (None, None, None, 0))(None, state, x, batch)
+        inner = info.inner._replace(
+            inner_loss=jnp.mean(info.inner.inner_loss),
+            gradient_norm=jnp.mean(info.inner.gradient_norm),
+            breakdown=jnp.any(info.inner.breakdown),
+            calls=jax.tree.map(jnp.sum, info.inner.calls),
+        )
+        grad = jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), grads)
+        return grad, state, bx.HypergradientInfo(jnp.mean(info.outer_loss), inner)
+
+    return bx.Hypergradient(hypergradient.init, estimate)
+
+
+def maml(steps: int, learning_rate: float) -> bx.InnerSolver:
+    """Differentiates through all inner steps."""
+    sgd = optax.sgd(learning_rate)
+    return bx.inner.reverse(cross_entropy(), sgd, steps, initial=lambda x: x, checkpoint=bx.inner.store_all)
+
+
+def proximal(ihvp: bx.IHVP, steps: int, learning_rate: float, strength: float) -> bx.InnerSolver:
+    """Solves the proximal inner problem, and differentiates its solution."""
+    sgd = optax.sgd(learning_rate)
+    return bx.inner.implicit(cross_entropy(strength), sgd, steps, ihvp, initial=lambda x: x, warm_start=False)
+
+
+def first_order(strength: float, **descent: Any) -> bx.InnerSolver:
+    """Leaves the curvature of the task out: v = ∇_y f / strength, and so x_bar = strength · v = ∇_y f."""
+    return proximal(bx.ihvp.identity(1 / strength), strength=strength, **descent)
+
+
+def imaml(strength: float, maxiter: int, **descent: Any) -> bx.InnerSolver:
+    """Takes v from conjugate gradients on the Gauss–Newton matrix, as the Hessian of a network is indefinite."""
+    ihvp = bx.ihvp.cg(maxiter, curvature=bx.curvature.gauss_newton)
+    return proximal(ihvp, strength=strength, **descent)
+
+
+class Row(NamedTuple):
+    """A row of the table.
+
+    Attributes:
+      name: in lower case, also the name of its files.
+      solver: `solver(**settings)` builds the inner solver.
+      settings: what it is built with.
+      outer_rate: the first step size of Adam, which decays to zero along a cosine over the outer steps.
+    """
+
+    name: str
+    solver: Callable[..., bx.InnerSolver]
+    settings: Mapping[str, Any]
+    outer_rate: float
+
+
+# Only maml's gradient sees where SGD diverges; the others need smaller steps, inside and outside.
+PROXIMAL = {"steps": 16, "learning_rate": 0.03, "strength": 0.5}
+METHODS = (
+    Row("maml", maml, {"steps": 3, "learning_rate": 0.4}, outer_rate=6e-3),
+    Row("first-order", first_order, PROXIMAL, outer_rate=3e-3),
+    Row("imaml", imaml, {**PROXIMAL, "maxiter": 5}, outer_rate=3e-3),
+)
+
+
+@functools.cache
+def read() -> tuple[chex.Array, chex.Array]:
+    """The images of the background and of the evaluation classes."""
+    return shrink(omniglot("background")), shrink(omniglot("evaluation"))
+
+
+def load(seed: int) -> Data:
+    """Draws the test tasks and the first weights."""
+    images, unseen = read()
+    test_key, network_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), 1))
+    test = jax.jit(jax.vmap(draw_task, (0, None)))(jax.random.split(test_key, TEST_TASKS), unseen)
+    return Data(images, test, jax.jit(NETWORK.init)(network_key, images[0, :1])["params"])
+
+
+def adapted(solver: bx.InnerSolver) -> Callable[[chex.ArrayTree, bx.Batch], chex.Array]:
+    """A function (x, task) -> logits of the query images, with the y that the solver reaches from x."""
+    solve = bx.differentiable(solver)
+    return lambda x, task: logits(solve(x, x, task.inner), task.outer[0])
+
+
+def nearest(x: chex.ArrayTree, task: bx.Batch) -> chex.Array:
+    """Minus the squared distances to the support images, as logits of the query images."""
+    return -jnp.sum((task.outer[0][:, None] - task.inner[0][None]) ** 2, axis=(2, 3))
+
+
+def scores(predict: Callable) -> Callable[[chex.ArrayTree, bx.Batch], dict[str, float | None]]:
+    """A function (x, tasks) -> accuracy with its standard error over the tasks, and loss; NaN if a logit is not finite.
+
+    Args:
+      predict: `predict(x, task)`, logits of the query images.
+    """
+
+    @jax.jit
+    def evaluate(x: chex.ArrayTree, tasks: bx.Batch) -> tuple[chex.Array, chex.Array]:
+        outputs = jax.vmap(predict, (None, 0))(x, tasks)
+        labels = tasks.outer[1]
+        finite, right = jnp.isfinite(outputs).all(axis=(1, 2)), jnp.mean(outputs.argmax(axis=2) == labels, axis=1)
+        return jnp.where(finite, right, jnp.nan), bx.curvature.softmax_cross_entropy.value(outputs, labels).mean()
+
+    def numbers(x: chex.ArrayTree, tasks: bx.Batch) -> dict[str, float | None]:
+        right, value = evaluate(x, tasks)
+        error = right.std(ddof=1) / np.sqrt(len(right))
+        return {"test_accuracy": right.mean().item(), "test_error": error.item(), "test_loss": value.item()}
+
+    return numbers
+
+
+ANCHORS: dict[str, Callable] = {"untrained": adapted(maml(**METHODS[0].settings)), "pixels": nearest}
+
+
+def anchor_runs(seeds: Sequence[int]) -> Iterator[Run]:
+    """Tests what learns nothing."""
+    for name, predict in ANCHORS.items():
+        evaluate = scores(predict)
+        for seed in seeds:
+            data = load(seed)
+            point = evaluate(data.x, data.test)
+            if name == "pixels":
+                point["test_loss"] = None  # distances are no logits
+            curve: dict[str, list[Any]] = {metric: [value] for metric, value in point.items()}
+            metrics = {**dict.fromkeys(COLUMNS), **point}
+            yield Run(TASK, name, seed, CHOSEN, Outcome(data.x, metrics, {"seconds": [0.0], **curve}))
+
+
+def draw(runs: Sequence[Run], anchors: Sequence[str]) -> Figure:
+    """Loss and accuracy against time, and the first test task of the best run with its predictions."""
+    learnt = [run for run in runs if run.method not in anchors and run.finite]
+    best = max(learnt, key=lambda run: (-run.seed, run.outcome.metrics["test_accuracy"]))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(10, 5.6), dpi=150, layout="constrained")
+        left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(1, 1.1)).flat
+        value, accuracy = left.subplots(2, 1, sharex=True)
+        curves(value, [run for run in runs if run.method != "pixels"], anchors, "test_loss")
+        value.set(ylabel="loss on test tasks")
+        curves(accuracy, runs, anchors, "test_accuracy")
+        accuracy.set(xlabel="run time without compilation (s)", ylabel="accuracy on test tasks")
+        figure.legend(*accuracy.get_legend_handles_labels(), loc="outside upper center", ncols=8)
+        right.suptitle(f"A test task ({best.method}, seed {best.seed}): its support images, and what was predicted")
+        gallery(right, best)
+    return figure
+
+
+def gallery(figure: SubFigure, run: Run) -> None:
+    """One row for each class: its support image, and the query images with their predicted class."""
+    task = jax.tree.map(lambda leaf: leaf[0], load(run.seed).test)
+    row = next(row for row in METHODS if row.name == run.method)
+    outputs = jax.jit(adapted(row.solver(**row.settings)))(run.outcome.x, task)
+    predicted = np.asarray(outputs.argmax(axis=1)).reshape(WAYS, QUERIES)
+    query = np.asarray(task.outer[0]).reshape(WAYS, QUERIES, *task.outer[0].shape[1:])
+    for label, line in enumerate(figure.subplots(WAYS, 1 + QUERIES)):
+        names = [f"class {label}", *(f"→ {guess}" for guess in predicted[label])]
+        wrong = [False, *(predicted[label] != label)]
+        for axes, image, name, bad in zip(line, [task.inner[0][label], *query[label]], names, wrong, strict=True):
+            axes.imshow(image, cmap="gray_r", vmin=0, vmax=1)
+            axes.set_title(name, color=COLOURS[4] if bad else "black", fontsize="small")
+            axes.axis("off")
+
+
+DEFAULTS = Options(tuple(row.name for row in METHODS), budget=BUDGET)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Meta-learning: 5-way 1-shot classification of handwritten characters, by MAML and by implicit MAML.
+
+    The anchors (the nearest support image in pixels, and the same inner steps from random weights) always run.
+    """
+
+    data: Literal["omniglot"] = "omniglot"
+    """Images: Omniglot, shrunk to 15 × 15; 964 classes to learn from, 659 others for the test."""
+    common: tyro.conf.OmitArgPrefixes[Options] = DEFAULTS
+    """Options of every task."""
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot be run."""
+        self.common.check_methods([row.name for row in METHODS])
+
+    def run(self) -> int:
+        """Runs everything, prints the table and writes the files; returns the exit code."""
+        steps = self.common.steps(OUTER_STEPS)
+        methods = [self._method(row, steps) for row in METHODS if row.name in self.common.methods]
+
+        def runs(advance: Advance) -> Iterator[Run]:
+            yield from anchor_runs(self.common.all_seeds)
+            yield from outer_loops(TASK, methods, load, steps, self.common, advance)
+
+        task = Task(
+            title=f"Meta-learning on {self.data}, {WAYS}-way 1-shot",
+            folder=TASK,
+            outer_steps=steps,
+            methods=[*ANCHORS, *(method.name for method in methods)],
+            anchors=[*ANCHORS],
+            runs=runs,
+            columns=COLUMNS,
+            caption=CAPTION,
+            draw=lambda runs: draw(runs, [*ANCHORS]),
+        )
+        return perform(task, self.common)
+
+    def _method(self, row: Row, steps: int) -> Method:
+        solver = row.solver(**row.settings)
+        evaluate = scores(adapted(solver))
+        return Method(
+            name=row.name,
+            hypergradient=lambda: over_tasks(bx.hypergradient(cross_entropy(), solver), TASKS),
+            optimizer=optax.adam(optax.cosine_decay_schedule(row.outer_rate, steps)),
+            start=lambda data: (data.x, data.x),
+            batch=lambda data: data.images,
+            evaluate=lambda data, carry: evaluate(carry.x, data.test),
+            configuration={
+                **CHOSEN,
+                "settings": dict(row.settings),
+                "tasks": TASKS,
+                "outer_optimizer": {"adam": {"cosine_decay_schedule": row.outer_rate}},
+            },
+        )
