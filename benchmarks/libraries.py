@@ -205,6 +205,8 @@ REVERSE: dict[str, Callable[..., bx.Hypergradient]] = {
     "bilevax": bilevax_reverse,
     "bilevax, two_level": functools.partial(bilevax_reverse, checkpoint=bx.inner.two_level),
     "bilevax, store_all": functools.partial(bilevax_reverse, checkpoint=bx.inner.store_all),
+    "bilevax, store_products(3)": functools.partial(bilevax_reverse, checkpoint=bx.inner.store_products(every=3)),
+    "bilevax, store_products(1)": functools.partial(bilevax_reverse, checkpoint=bx.inner.store_products()),
     "jaxopt": jaxopt_reverse,
     "optimistix": optimistix_reverse,
     "optimistix, all steps": lambda problem, optimizer, steps: optimistix_reverse(problem, optimizer, steps, steps),

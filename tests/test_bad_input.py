@@ -178,6 +178,7 @@ COUNTS = {
     "sgd": ("steps", 1, lambda steps: bx.ihvp.sgd(steps, 0.1, bx.inner.full)),
     "nystrom": ("rank", 1, bx.ihvp.nystrom),
     "minibatch": ("size", 1, bx.inner.minibatch),
+    "store_products": ("every", 1, bx.inner.store_products),
 }
 
 

@@ -95,6 +95,7 @@ SOLVERS = {
     "reverse": reverse(),
     "reverse_two_level": reverse(checkpoint=bx.inner.two_level),
     "reverse_store_all": reverse(checkpoint=bx.inner.store_all),
+    "reverse_store_products": reverse(checkpoint=bx.inner.store_products()),
     "no_gradient": no_gradient(),
     "chain_no_gradient_reverse": chain(no_gradient(2), reverse(2)),
     "chain_reverse_reverse": chain(reverse(2), reverse(2)),
@@ -578,7 +579,7 @@ def test_per_step_equals_a_loop_by_hand(name):
     grad, state, info = jax.jit(hypergrad.estimate)(KEY, hypergrad.init(x, y), x, bx.Batch(data[0], data))
     assert_close(state.y, by_hand(x, y))
     assert_close(info.inner.inner_loss, inner_loss(x, state.y, data[-1]))
-    if name in ("reverse", "reverse_two_level", "reverse_store_all", "chain_reverse_reverse"):
+    if name in ("reverse", "reverse_two_level", "reverse_store_all", "reverse_store_products", "chain_reverse_reverse"):
         assert_close(grad, jax.grad(lambda x: outer_loss(x, by_hand(x, y), data[0]))(x))
 
 

@@ -70,7 +70,11 @@ def test_reverse_is_the_gradient_of_a_hand_written_unroll(name):
     assert_trees_close(state.y, hand_unroll(X, Y, optimizer, 6), rtol=1e-12)
 
 
-@pytest.mark.parametrize("checkpoint", [bx.inner.every_step, bx.inner.two_level])
+@pytest.mark.parametrize(
+    "checkpoint",
+    [bx.inner.every_step, bx.inner.two_level, bx.inner.store_products(), bx.inner.store_products(every=3)],
+    ids=["every_step", "two_level", "store_products", "store_products_3"],
+)
 @pytest.mark.parametrize("steps", [0, 1, 7, 9])
 def test_checkpointed_is_plain(checkpoint, steps):
     plain, _, _ = estimate(bx.inner.reverse(inner_loss, OPTIMIZERS["momentum"], steps, checkpoint=bx.inner.store_all))
@@ -88,10 +92,18 @@ def test_checkpoints_save_memory():
         lowered = jax.jit(hypergrad.estimate).lower(None, hypergrad.init(X, Y), X, bx.Batch(2.0, big))
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
-    store_all, every_step, two_level = map(
-        temporary_bytes, [bx.inner.store_all, bx.inner.every_step, bx.inner.two_level]
+    store_all, products, third, every_step, two_level = map(
+        temporary_bytes,
+        [
+            bx.inner.store_all,
+            bx.inner.store_products(),
+            bx.inner.store_products(every=3),
+            bx.inner.every_step,
+            bx.inner.two_level,
+        ],
     )
     assert every_step < 0.3 * store_all
+    assert 1.1 * every_step < third < 0.9 * products < 0.8 * store_all
     assert two_level < 0.6 * every_step
 
 

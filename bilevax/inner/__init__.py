@@ -3,7 +3,7 @@
 from bilevax.inner.chain import ChainState, chain
 from bilevax.inner.implicit import ImplicitState, implicit
 from bilevax.inner.no_gradient import no_gradient
-from bilevax.inner.reverse import Checkpoint, every_step, reverse, store_all, two_level
+from bilevax.inner.reverse import Checkpoint, every_step, reverse, store_all, store_products, two_level
 from bilevax.sampling import full, minibatch, per_step
 
 __all__ = [
@@ -19,5 +19,6 @@ __all__ = [
     "per_step",
     "reverse",
     "store_all",
+    "store_products",
     "two_level",
 ]

@@ -19,16 +19,17 @@ class Checkpoint(NamedTuple):
 
     Attributes:
       loop: `loop(step, x, z, steps) -> z_T` for `step(x, z) -> z`.
-      evaluations: how often each step runs in the forward and the reverse pass together.
+      evaluations: `evaluations(steps) -> number` of inner gradients in the forward and the reverse pass together.
 
     Example:
         >>> import bilevax as bx
-        >>> bx.inner.every_step.evaluations, bx.inner.two_level.evaluations, bx.inner.store_all.evaluations
-        (2, 3, 1)
+        >>> names = [bx.inner.every_step, bx.inner.two_level, bx.inner.store_all, bx.inner.store_products(every=3)]
+        >>> [checkpoint.evaluations(30) for checkpoint in names]
+        [60, 90, 30, 50]
     """
 
     loop: Callable
-    evaluations: int
+    evaluations: Callable[[int], int]
 
 
 def _loop(step: Callable, x: chex.ArrayTree, z: Iterate, steps: int) -> Iterate:
@@ -46,9 +47,44 @@ def _two_level(step: Callable, x: chex.ArrayTree, z: Iterate, steps: int) -> Ite
     return jax.checkpoint(lambda x, z: _every_step(step, x, z, steps % size))(x, z)
 
 
-store_all = Checkpoint(_loop, 1)
-every_step = Checkpoint(_every_step, 2)
-two_level = Checkpoint(_two_level, 3)
+store_all = Checkpoint(_loop, lambda steps: steps)
+every_step = Checkpoint(_every_step, lambda steps: 2 * steps)
+two_level = Checkpoint(_two_level, lambda steps: 3 * steps)
+
+
+def store_products(every: int = 1) -> Checkpoint:
+    """Keeps each z_t, and the results of all matrix products in one step of `every`.
+
+    Between `every_step` and `store_all`: where the products are kept, what the reverse pass computes again is cheap.
+    With every = 1 it is often as fast as `store_all`, which moves more memory; a larger one is nearer to `every_step`.
+
+    Args:
+      every: a whole number >= 1.
+
+    Returns:
+      A `Checkpoint` for `reverse`.
+
+    Raises:
+      ValueError: if every < 1.
+
+    Cost: 2 T − ⌊T / every⌋ inner gradients for T steps; T copies of z and ⌊T / every⌋ times the products of a step.
+
+    Example:
+        >>> import bilevax as bx, jax, optax
+        >>> checkpoint = bx.inner.store_products(every=2)
+        >>> loss = lambda x, y, batch: 0.5 * (y - x) ** 2
+        >>> solve = bx.differentiable(bx.inner.reverse(loss, optax.sgd(0.5), steps=2, checkpoint=checkpoint))
+        >>> float(jax.grad(solve)(1.0, 0.0, None))
+        0.75
+    """
+    every = checks.count("every", every, minimum=1)
+
+    def loop(step: Callable, x: chex.ArrayTree, z: Iterate, steps: int) -> Iterate:
+        keep = jax.checkpoint(step, prevent_cse=False, policy=jax.checkpoint_policies.dots_saveable)
+        z = _loop(lambda x, z: keep(x, _every_step(step, x, z, every - 1)), x, z, steps // every)
+        return _every_step(step, x, z, steps % every)
+
+    return Checkpoint(loop, lambda steps: 2 * steps - steps // every)
 
 
 def reverse(
@@ -74,7 +110,8 @@ def reverse(
       initial: y_0 as a function of x (MAML: `lambda x: x`); by default y_0 is the warm y.
       sample: how step t draws its batch from the data: `full`, `minibatch(size)`, `per_step`, or your own.
       checkpoint: what the reverse pass stores. `every_step` keeps each z_t and computes the step again; `two_level`
-        keeps about 2√T of them and computes each step twice again; `store_all` keeps every intermediate array.
+        keeps about 2√T of them and computes each step twice again; `store_all` keeps every intermediate array;
+        `store_products(every)` keeps matrix products, the dear part, of one step in `every`.
 
     Returns:
       An `InnerSolver` without state.
@@ -82,8 +119,8 @@ def reverse(
     Raises:
       ValueError: if steps is negative, the optimizer is none, or its updates do not look like y.
 
-    Cost: T gradients forward; `checkpoint.evaluations − 1` times T gradients and T pull-backs (a Hessian and a cross
-    product at once) in reverse; T copies of z with `every_step`. The report adds one gradient.
+    Cost: `checkpoint.evaluations(T)` gradients and T pull-backs (a Hessian and a cross product at once); T copies of z
+    with `every_step`. The report adds one gradient.
 
     Reference: Maclaurin, Duvenaud, Adams, arXiv 1502.03492; Franceschi et al., arXiv 1703.01785, algorithm 1.
 
@@ -94,9 +131,9 @@ def reverse(
         0.75
     """
     steps = checks.count("steps", steps)
-    checks.instance("checkpoint", checkpoint, Checkpoint, "Pass every_step, two_level or store_all of bx.inner.")
+    checks.instance("checkpoint", checkpoint, Checkpoint, "Pass, say, bx.inner.two_level.")
     start, step, report = descent(inner_loss, optimizer, initial, sample)
-    calls = Calls(0, checkpoint.evaluations * steps + 1, steps, steps)
+    calls = Calls(0, checkpoint.evaluations(steps) + 1, steps, steps)
 
     def init(x: chex.ArrayTree, y: chex.ArrayTree, batch: Any = None) -> tuple:
         check_point(x, y)
