@@ -38,17 +38,12 @@ def preconditioned_cg(number, sample):
     return bx.ihvp.cg(3, damping=number, preconditioner=preconditioner, sample=sample)
 
 
-def nystrom_preconditioned_cg(number, sample):
-    return bx.ihvp.cg(3, damping=number, preconditioner=bx.ihvp.nystrom(1, sample=sample), sample=sample)
-
-
 IHVPS = {
     "identity": Method(lambda number, sample: bx.ihvp.identity(number), 0.5),
     "exact": Method(lambda number, sample: bx.ihvp.exact(number, sample), 0.0),
     "neumann": Method(lambda number, sample: bx.ihvp.neumann(3, number, sample=sample), 0.5),
     "cg": Method(lambda number, sample: bx.ihvp.cg(3, damping=number, sample=sample), 0.0),
     "cg_preconditioned": Method(preconditioned_cg, 0.0),
-    "cg_nystrom": Method(nystrom_preconditioned_cg, 0.0),
     "nystrom": Method(lambda number, sample: bx.ihvp.nystrom(3, number, sample=sample), 0.0),
     "sgd": Method(lambda number, sample: bx.ihvp.sgd(3, number, sample), 0.5),
     "linear": Method(lambda number, sample: bx.ihvp.linear(GMRES, number, sample=sample), 0.0),
@@ -122,7 +117,6 @@ def penalty(outer, inner, optimizer, sample):
 
 ESTIMATORS = {
     **{name: of_solver(name) for name in SOLVERS},
-    "two_phase_first": two_phase(10**6),
     "two_phase_second": two_phase(0),
     "two_phase": two_phase(3),
     "penalty": penalty,
@@ -635,7 +629,7 @@ def cg_preconditioned_exact(outer, inner, optimizer, sample):
     return bx.hypergradient(outer, bx.inner.implicit(inner, optimizer, STEPS, ihvp))
 
 
-UNCOUNTED = ("implicit_linear", "two_phase", "two_phase_first", "two_phase_second")  # lineax; the counts of the parts
+UNCOUNTED = ("implicit_linear", "two_phase", "two_phase_second")  # lineax; the counts of the parts
 COSTS = {name: make for name, make in ESTIMATORS.items() if name not in UNCOUNTED} | {
     "implicit_cold": cold,
     "implicit_cg_preconditioned_exact": cg_preconditioned_exact,

@@ -131,7 +131,7 @@ def reverse(
         0.75
     """
     steps = checks.count("steps", steps)
-    checks.instance("checkpoint", checkpoint, Checkpoint, "Pass, say, bx.inner.two_level.")
+    checks.instance("checkpoint", checkpoint, Checkpoint, "Pass, say, bx.inner.every_step or two_level.")
     start, step, report = descent(inner_loss, optimizer, initial, sample)
     calls = Calls(0, checkpoint.evaluations(steps) + 1, steps, steps)
 
