@@ -152,25 +152,32 @@ def fetch(name: str) -> bytes:
     source, stem = SOURCES[name], folder() / name
     paths = {suffix: stem.with_name(stem.name + suffix) for suffix in OPEN}
     suffix = next((suffix for suffix, path in paths.items() if path.is_file()), None)
+    at_home = next(suffix for suffix in reversed(OPEN) if source.url.endswith(suffix))
     if suffix is None:
-        suffix = next(suffix for suffix in reversed(OPEN) if source.url.endswith(suffix))
-        _download(source.url, stem, paths[suffix])
-    path = paths[suffix]
+        _download(source.url, stem, paths[at_home])
+        try:
+            return _checked(paths[at_home], at_home, source, paths[at_home])
+        except DataError:
+            paths[at_home].unlink()  # what came was something else, say the page of a proxy
+            raise
+    return _checked(paths[suffix], suffix, source, paths[at_home])
+
+
+def _checked(path: Path, suffix: str, source: Source, home: Path) -> bytes:
+    def wrong(what: str) -> DataError:
+        return DataError(f"{path} {what}. Delete it and run again, or delete it and download {source.url} to {home}.")
+
     try:
         with OPEN[suffix](path, "rb") as file:
             content = file.read(source.size + 1)
     except UNREADABLE as error:
-        raise _wrong(path, source, f"cannot be read: {error or type(error).__name__}") from error
+        raise wrong(f"cannot be read: {error or type(error).__name__}") from error
     if len(content) != source.size:
         size = f"{len(content)} bytes" if len(content) < source.size else "more"
-        raise _wrong(path, source, f"must have {source.size} bytes when uncompressed; got {size}")
+        raise wrong(f"must have {source.size} bytes when uncompressed; got {size}")
     if (sha256 := hashlib.sha256(content).hexdigest()) != source.sha256:
-        raise _wrong(path, source, f"must have the sha256 {source.sha256} when uncompressed; got {sha256}")
+        raise wrong(f"must have the sha256 {source.sha256} when uncompressed; got {sha256}")
     return content
-
-
-def _wrong(path: Path, source: Source, what: str) -> DataError:
-    return DataError(f"{path} {what}. Delete it and run again, or put {source.url} in its place by hand.")
 
 
 def _download(url: str, stem: Path, path: Path) -> None:

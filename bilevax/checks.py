@@ -64,6 +64,15 @@ def instance(name: str, value: Any, kind: type, fix: str) -> None:
         raise ValueError(f"{name} must be {_article(kind.__name__)}; got {_describe(value)}. {fix}")
 
 
+def has_y(name: str, state: Any) -> None:
+    """Raises ValueError unless the state of an estimator is a NamedTuple with a field `y`."""
+    if "y" not in getattr(state, "_fields", ()):
+        raise ValueError(
+            f"{name}.init must return a NamedTuple with a field y, the warm inner variable; got {_describe(state)}. "
+            f"Return, say, MyState(y=y)."
+        )
+
+
 def function(name: str, value: Any, *arguments: str) -> None:
     """Raises ValueError unless `value` is a function that takes these positional arguments."""
     form = f"{name} must be a function ({', '.join(arguments)}) -> ..."

@@ -8,12 +8,12 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.optimize
 from jax.flatten_util import ravel_pytree
 
 from bilevax import checks, oracle
 from bilevax.penalty import PenaltyDetail
 from bilevax.problem import Batch, Hypergradient, IHVPInfo, Loss
+from bilevax.two_phase import TwoPhaseInfo
 
 SOLVED = 1e-8  # ‖∇_y g‖ of a solved inner problem, relative to ‖∇_y g‖ + 1 at the start
 FLAT = 1e-10  # a smaller ratio of the curvatures is no minimum that is unique
@@ -31,7 +31,7 @@ class HypergradientReport(NamedTuple):
       inner_error: the part of the relative error that comes from the y of the estimator not being y*(x): the same ratio
         for the exact implicit hypergradient at that y.
       solver_error: the rest: ‖grad − exact implicit hypergradient at the same y‖ / ‖reference‖.
-      noise: half the relative distance between the estimates of two keys; NaN without a key.
+      noise: relative standard deviation of the estimates of eight keys; NaN without a key.
       gradient_norm: ‖∇_y g‖ at the y of the estimator.
       reference_gradient_norm: ‖∇_y g‖ at y*(x).
       smallest_curvature: smallest eigenvalue of ∇²_yy g at y*(x) (Lanczos above 1,000 unknowns).
@@ -69,7 +69,7 @@ class HypergradientReport(NamedTuple):
     @property
     def condition(self) -> float:
         """The ratio of the largest to the smallest curvature; infinite where the smallest is not positive."""
-        return self.largest_curvature / self.smallest_curvature if self.smallest_curvature > 0 else math.inf
+        return self.largest_curvature / self.smallest_curvature if not self.smallest_curvature <= 0 else math.inf
 
     def __str__(self) -> str:
         """The page that `print` shows."""
@@ -84,16 +84,6 @@ class HypergradientReport(NamedTuple):
             f"  finite differences  agree with the reference to {self.finite_difference_error:.2g}\n"
             + textwrap.fill(f"remedy: {self.remedy}", 100, break_on_hyphens=False)
         )
-
-
-def _fitted_damping(point: oracle.Point, grad: np.ndarray) -> tuple[float, float]:
-    """The damping whose implicit hypergradient at this point is nearest to grad, and the distance that is left."""
-
-    def distance(log: float) -> float:
-        return float(np.linalg.norm(grad - point.hypergradient(point.largest * math.exp(log))))
-
-    found = scipy.optimize.minimize_scalar(distance, bounds=(math.log(1e-6), math.log(100)), method="bounded")
-    return point.largest * math.exp(found.x), found.fun
 
 
 def _double(tree: Any) -> Any:
@@ -123,20 +113,23 @@ def check_hypergradient(
                   = what is due to y ≠ y*(x)  +  what is due to the derivative at that y
 
     What `jax.test_util.check_grads` is to gradients: the first thing to run when a bilevel loop does not learn. In
-    float64, whatever your numbers are, it solves the inner problem by a trust-region method from y, solves the linear
-    system directly (above 1,000 inner unknowns by conjugate gradients), confirms the result by a central difference of
-    F(x) = f(x, y*(x)), and then looks for the cause: an inner problem that is not solved, an indefinite or flat
-    curvature, too few iterations, a damping or another curvature, an unroll that is too short, a penalty that is too
-    weak, noise of random batches. It is meant for a small instance of your problem: no jit around it.
+    float64, whatever your numbers are, it solves the inner problem by a trust-region method from the y of the
+    estimator, solves the linear system directly (above 1,000 inner unknowns by conjugate gradients), confirms the
+    result by a central difference of F(x) = f(x, y*(x)), and then looks for the cause: an inner problem that is not
+    solved, an indefinite or flat curvature, too few iterations, a damping or another curvature, an unroll that is too
+    short, a penalty that is too weak, noise of random batches. It is meant for a small instance of your problem: no jit
+    around it. The measure is y*(x): an unroll that is meant to stop early (MAML) is right in its own way, and wrong
+    here. A loss must be the same function in float64: one that draws random numbers without a dtype, or computes in
+    bfloat16, is not.
 
     Args:
       outer_loss: f, a function (x, y, batch) -> scalar.
       inner_loss: g, a function (x, y, batch) -> scalar.
       x: outer variable.
-      y: inner variable where the estimator (without `state`) and the reference start.
+      y: inner variable where the estimator starts, without a `state`.
       batch: `Batch(outer, inner)`: all the data; what `hypergradient` draws from it is its own affair.
       hypergradient: the estimator to check, of the same losses.
-      key: passed to `estimate`; with a key, two estimates tell the noise.
+      key: passed to `estimate`; with a key, eight estimates tell the noise.
       state: a state of `hypergradient` from your own loop, with its warm y and v; by default `init(x, y, batch)`.
       tol: relative error up to which the hypergradient counts as right.
 
@@ -168,31 +161,56 @@ def check_hypergradient(
     outer_loss = checks.scalar_loss("outer_loss", outer_loss)
     inner_loss = checks.scalar_loss("inner_loss", inner_loss)
     state = hypergradient.init(x, y, batch) if state is None else state
+    checks.has_y("hypergradient", state)
     estimate = jax.jit(hypergradient.estimate)
     grad, new_state, info = estimate(key, state, x, batch)
-    other = grad if key is None else estimate(jax.random.fold_in(key, 1), state, x, batch)[0]
+    keys = [] if key is None else [jax.random.fold_in(key, number) for number in range(7)]
+    others = [estimate(key, state, x, batch)[0] for key in keys]
+    values = [float(loss(x, state.y, data)) for loss, data in zip((outer_loss, inner_loss), batch, strict=True)]
     with jax.enable_x64(True):
-        wide_x, wide_y, wide_batch = _double((x, y, batch))
+        wide_x, wide_y, wide_batch = _double((x, state.y, batch))
         y0, unravel = ravel_pytree(wide_y)
         problem = oracle.flat_problem(outer_loss, inner_loss, unravel, wide_batch)
-        estimates = [np.asarray(ravel_pytree(_double(tree))[0]) for tree in (grad, other)]
+        wide_values = [float(problem.outer(wide_x, y0)[0]), float(problem.inner(wide_x, y0)[0])]
         y_T = np.asarray(ravel_pytree(_double(new_state.y))[0])
-        return _diagnose(problem, wide_x, np.asarray(y0), y_T, estimates, grad, info, key is not None, tol)
+        report, start_norm = _measure(
+            problem, wide_x, np.asarray(y0), y_T, [_flat(tree) for tree in (grad, *others)], tol
+        )
+        stuck = _stuck(state.y, new_state.y, unravel(problem.inner(wide_x, y_T)[1]), SOLVED * start_norm)
+    report = report._replace(grad=grad)
+    eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves((new_state.y, grad)))
+    same = np.allclose(values, wide_values, rtol=max(1e-4, 30 * eps), atol=1e-30, equal_nan=True)
+    if not same:
+        ok, verdict, remedy = _other_function(report, values, wide_values, tol)
+    else:
+        ok, verdict, remedy = _verdict(report, info, stuck, start_norm, tol)
+    return report._replace(ok=ok, verdict=verdict, remedy=remedy)
 
 
-def _diagnose(
-    problem: oracle.Problem,
-    x: Any,
-    y0: np.ndarray,
-    y_T: np.ndarray,
-    estimates: list[np.ndarray],
-    grad: Any,
-    info: Any,
-    random: bool,
-    tol: float,
-) -> HypergradientReport:
+def _flat(tree: Any) -> np.ndarray:
+    return np.asarray(ravel_pytree(_double(tree))[0])
+
+
+def _stuck(before: Any, after: Any, gradient: Any, threshold: float) -> list[str]:
+    """The leaves of y that no inner step moved although their gradient is not zero, where others moved."""
+    leaves = jax.tree_util.tree_leaves_with_path(after)
+    pairs = zip(leaves, jax.tree.leaves(before), jax.tree.leaves(gradient), strict=True)
+    still = [
+        (f"y{jax.tree_util.keystr(path)}", np.array_equal(new, old), float(np.linalg.norm(np.ravel(slope))))
+        for (path, new), old, slope in pairs
+    ]
+    if all(equal for _, equal, _ in still):
+        return []
+    return [name for name, equal, slope in still if equal and slope > threshold]
+
+
+def _measure(
+    problem: oracle.Problem, x: Any, y0: np.ndarray, y_T: np.ndarray, estimates: list[np.ndarray], tol: float
+) -> tuple[HypergradientReport, float]:
+    """All figures of the report, and 1 + ‖∇_y g‖ at the start."""
     start_norm = 1 + float(np.linalg.norm(problem.inner(x, y0)[1]))
-    solution = oracle.inner_solution(problem, x, y0)
+    lower = float(problem.inner(x, y_T)[0]) <= float(problem.inner(x, y0)[0])
+    solution = oracle.inner_solution(problem, x, y_T if lower else y0)
     at_solution, at_y_T = oracle.point_at(problem, x, solution), oracle.point_at(problem, x, y_T)
     reference, there, flat = at_solution.hypergradient(), at_y_T.hypergradient(), estimates[0]
     # Near a stationary x the two parts of the reference cancel: their rounding is no error of the estimate.
@@ -201,12 +219,11 @@ def _diagnose(
     def distance(a: np.ndarray, b: np.ndarray) -> float:
         return float(np.linalg.norm(a - b)) / scale
 
-    direction = reference / scale + np.random.default_rng(0).normal(size=reference.shape) / math.sqrt(reference.size)
-    direction /= np.linalg.norm(direction)
-    slope = oracle.finite_difference(problem, x, solution, direction)
     damping, left = math.nan, math.inf
-    if distance(flat, there) > tol and y0.size <= oracle.DENSE and at_y_T.largest > 0:
-        damping, left = _fitted_damping(at_y_T, flat)
+    fits = flat.size >= 3 and y0.size <= oracle.DENSE  # some damping always matches one or two numbers
+    if fits and distance(flat, there) > tol and at_y_T.largest > 0:
+        damping, left = oracle.fitted_damping(at_y_T, flat)
+    deviations = [float(np.linalg.norm(each - np.mean(estimates, axis=0))) for each in estimates]
     report = HypergradientReport(
         ok=False,
         verdict="",
@@ -215,29 +232,44 @@ def _diagnose(
         cosine=float(flat @ reference / (np.linalg.norm(flat) * np.linalg.norm(reference) or 1.0)),
         inner_error=distance(there, reference),
         solver_error=distance(flat, there),
-        noise=distance(*estimates) / 2 if random else math.nan,
+        noise=float(np.linalg.norm(deviations)) / math.sqrt(len(estimates) - 1) / scale
+        if len(estimates) > 1
+        else math.nan,
         gradient_norm=float(np.linalg.norm(at_y_T.gradient)),
         reference_gradient_norm=float(np.linalg.norm(at_solution.gradient)),
         smallest_curvature=at_solution.smallest,
         largest_curvature=at_solution.largest,
         estimator_curvature=at_y_T.smallest,
-        finite_difference_error=abs(slope - float(reference @ direction)) / scale,
+        finite_difference_error=oracle.finite_difference_error(problem, x, solution, reference, tol),
         damping=damping if left / scale < tol else math.nan,
-        grad=grad,
+        grad=(),
         reference=jax.tree.map(np.asarray, ravel_pytree(x)[1](jnp.asarray(reference))),
     )
-    ok, verdict, remedy = _verdict(report, info, start_norm, tol)
-    return report._replace(ok=ok, verdict=verdict, remedy=remedy)
+    return report, start_norm
 
 
-def _verdict(r: HypergradientReport, info: Any, start_norm: float, tol: float) -> tuple[bool, str, str]:
+def _other_function(
+    r: HypergradientReport, values: list[float], wide_values: list[float], tol: float
+) -> tuple[bool, str, str]:
+    return (
+        r.relative_error <= tol,
+        "a loss is another function in float64, so that the reference is not its own",
+        f"f and g are {values[0]:.6g} and {values[1]:.6g} in your numbers, {wide_values[0]:.6g} and "
+        f"{wide_values[1]:.6g} in float64. Draw random numbers with dtype=jnp.float32 (jax.random.bernoulli and "
+        f"uniform draw others in float64), and check a float32 copy of a model that computes in half precision.",
+    )
+
+
+def _verdict(
+    r: HypergradientReport, info: Any, stuck: list[str], start_norm: float, tol: float
+) -> tuple[bool, str, str]:
     """The first of these that applies: the problem itself, then success, then the larger part of the error."""
     if not r.reference_gradient_norm <= SOLVED * start_norm:
         return (
             False,
             "the inner problem has no minimum that could be found",
             f"‖∇_y g‖ is still {r.reference_gradient_norm:.2g} after a trust-region method in float64. Check that g is "
-            f"bounded below and smooth in y, and add a penalty such as l2 / 2 · ‖y‖².",
+            f"bounded below and smooth in y (not computed in half precision), and add a penalty such as l2 / 2 · ‖y‖².",
         )
     if r.smallest_curvature < -FLAT * r.largest_curvature:
         return (
@@ -246,7 +278,7 @@ def _verdict(r: HypergradientReport, info: Any, start_norm: float, tol: float) -
             f"The smallest curvature is {r.smallest_curvature:.2g}. Start y elsewhere (not where units are equal or "
             f"zero) and solve on.",
         )
-    if not r.smallest_curvature > FLAT * r.largest_curvature:
+    if r.smallest_curvature <= FLAT * r.largest_curvature:
         return (
             False,
             "the curvature is flat: y*(x) is not unique, and F has no gradient that does not depend on the start",
@@ -262,6 +294,13 @@ def _verdict(r: HypergradientReport, info: Any, start_norm: float, tol: float) -
         )
     if r.relative_error <= tol:
         return True, f"the hypergradient is right to {tol:g}", "none needed"
+    if not math.isfinite(r.relative_error) and math.isfinite(r.gradient_norm):
+        return (
+            False,
+            "the estimate is not finite, though y is",
+            f"The linear solve diverges, or f is not finite. A step size of ihvp must be below 2 / "
+            f"{r.largest_curvature:.2g} = {2 / r.largest_curvature:.2g}. Look at info.inner.detail, or take ihvp.cg.",
+        )
     if not math.isfinite(r.relative_error):
         return (
             False,
@@ -269,10 +308,17 @@ def _verdict(r: HypergradientReport, info: Any, start_norm: float, tol: float) -
             f"The inner steps diverge, or a loss is not finite: take a step size below 2 / {r.largest_curvature:.2g} "
             f"= {2 / r.largest_curvature:.2g} for plain gradient descent, and look at info.inner.",
         )
-    return False, *_cause(r, info, tol)
+    return False, *_cause(r, _active(info), stuck, tol)
 
 
-def _cause(r: HypergradientReport, info: Any, tol: float) -> tuple[str, str]:
+def _active(info: Any) -> Any:
+    """The info of the estimator that ran, where there are two phases."""
+    while isinstance(info, TwoPhaseInfo):
+        info = info.second if info.phase else info.first
+    return info
+
+
+def _cause(r: HypergradientReport, info: Any, stuck: list[str], tol: float) -> tuple[str, str]:
     details = jax.tree.leaves(info, is_leaf=lambda node: isinstance(node, IHVPInfo | PenaltyDetail))
     solves = [detail for detail in details if isinstance(detail, IHVPInfo)]
     penalties = [detail for detail in details if isinstance(detail, PenaltyDetail)]
@@ -286,10 +332,16 @@ def _cause(r: HypergradientReport, info: Any, tol: float) -> tuple[str, str]:
     if r.noise > 0.5 * r.relative_error:
         return (
             "the noise of random batches is most of the error",
-            "Draw larger batches for the IHVP and the cross term (sample=, cross_sample=), or average: a small outer "
-            "step size does that too.",
+            "Draw larger batches (sample= of the inner steps and of the IHVP, cross_sample=), take smaller inner "
+            "steps, or average: a small outer step size does that too.",
         )
-    if penalties:
+    if stuck:
+        return (
+            f"{', '.join(stuck)} does not move, but g depends on it",
+            "The implicit rule takes all of y for solved. Leave frozen parts out of y (docs/recipes.md), or "
+            "differentiate the program that you run: inner.reverse.",
+        )
+    if penalties and r.inner_error <= r.solver_error:
         return (
             "the penalty is biased",
             f"Its error is of order 1 / multiplier, and errors in y are multiplied by it: multiplier is "
@@ -309,6 +361,12 @@ def _cause(r: HypergradientReport, info: Any, tol: float) -> tuple[str, str]:
             f"steps, or put a tail behind them: chain(implicit(...), reverse(...)).",
         )
     residual = float(solves[0].residual)
+    if solves[0].breakdown:
+        return (
+            "the linear solver broke down",
+            f"The residual is {residual:.2g}. A step size of ihvp must be below 2 / {r.largest_curvature:.2g} = "
+            f"{2 / r.largest_curvature:.2g}; ihvp.cg needs none.",
+        )
     if residual > tol / 2:
         iterations = math.ceil(math.sqrt(r.condition) / 2 * math.log(2 * math.sqrt(r.condition) / tol))
         return (
@@ -320,6 +378,12 @@ def _cause(r: HypergradientReport, info: Any, tol: float) -> tuple[str, str]:
         return (
             "the inverse Hessian is replaced by a crude approximation",
             "It solves no linear system. Take ihvp.cg, and this one as its preconditioner=.",
+        )
+    if r.cosine**2 > 1 - 1e-6 and np.size(ravel_pytree(r.reference)[0]) >= 3:
+        return (
+            "the estimate is a multiple of the hypergradient",
+            "Its direction is right, its length or its sign is not: look for a lost factor between the losses of the "
+            "estimator and these, such as a sum for a mean.",
         )
     if math.isfinite(r.damping):
         return (

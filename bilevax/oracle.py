@@ -136,7 +136,10 @@ def newton(problem: Problem, x: Any, y: np.ndarray) -> np.ndarray:
     gradient = np.asarray(problem.inner(x, y)[1])
     for _ in range(20):
         if y.size <= DENSE:
-            step = _eigen_inverse(np.asarray(problem.hessian(x, y)))[1](gradient)
+            hessian = np.asarray(problem.hessian(x, y))
+            if not (np.isfinite(hessian).all() and np.isfinite(gradient).all()):
+                break
+            step = _eigen_inverse(hessian)[1](gradient)
         else:
             step = np.asarray(problem.solve(x, y, gradient))
         new = np.asarray(problem.inner(x, y - step)[1])
@@ -163,12 +166,38 @@ def inner_solution(problem: Problem, x: Any, y: np.ndarray) -> np.ndarray:
     return newton(problem, x, found.x)
 
 
-def finite_difference(problem: Problem, x: Any, y: np.ndarray, direction: np.ndarray) -> float:
-    """A central difference of F along a direction of x, with the inner problem solved anew on both sides."""
-    flat, unravel = ravel_pytree(x)
-    step = 1e-4 * max(1.0, float(jnp.abs(flat).max()))
-    values = []
-    for sign in (1, -1):
-        moved = unravel(flat + sign * step * direction)
-        values.append(float(problem.outer(moved, newton(problem, moved, y))[0]))
-    return (values[0] - values[1]) / (2 * step)
+def finite_difference_error(problem: Problem, x: Any, y: np.ndarray, reference: np.ndarray, tol: float) -> float:
+    """How far the slope of F along a direction is from that of the reference, relative to ‖reference‖.
+
+    Each coordinate moves in proportion to itself, and the inner problem is solved anew on both sides. The best of four
+    step sizes counts; NaN where F is not finite.
+    """
+    start, unravel = ravel_pytree(x)
+    flat = np.asarray(start)
+    moves = np.where(flat == 0, 1.0, np.abs(flat))
+    size = float(np.linalg.norm(moves * reference)) or 1.0
+    random = np.random.default_rng(0).normal(size=flat.shape) / math.sqrt(flat.size)
+    direction = moves * reference / size + random
+    direction /= np.linalg.norm(direction)
+
+    def value(step: float) -> float:
+        moved = unravel(jnp.asarray(flat + step * moves * direction))
+        return float(problem.outer(moved, newton(problem, moved, y))[0])
+
+    best = math.nan
+    for step in (1e-4, 1e-5, 1e-3, 1e-6):
+        slope = (value(step) - value(-step)) / (2 * step)
+        best = float(np.fmin(best, abs(slope - reference @ (moves * direction)) / size))
+        if best <= 0.1 * tol:
+            break
+    return best
+
+
+def fitted_damping(point: Point, grad: np.ndarray) -> tuple[float, float]:
+    """The damping whose implicit hypergradient at this point is nearest to grad, and the distance that is left."""
+
+    def distance(log: float) -> float:
+        return float(np.linalg.norm(grad - point.hypergradient(point.largest * math.exp(log))))
+
+    found = scipy.optimize.minimize_scalar(distance, bounds=(math.log(1e-6), math.log(100)), method="bounded")
+    return point.largest * math.exp(found.x), found.fun

@@ -92,8 +92,8 @@ def penalty(
       `PenaltyDetail`.
 
     Raises:
-      ValueError: if steps or the multiplier is not positive, a loss is not scalar, or the arguments of `estimate` do
-        not fit.
+      ValueError: if steps is negative, the multiplier is not positive, a loss is not scalar, or the arguments of
+        `estimate` do not fit.
 
     Cost: 2 · steps + 2 gradients of g and steps + 1 of f; memory of one step, two copies of y.
 

@@ -311,7 +311,7 @@ class Hypergradient(NamedTuple):
     """An estimator of ∇F(x) with a memory, to be fed to any optax optimizer.
 
     Attributes:
-      init: `init(x, y, batch=None) -> state`; every state has a field `y`.
+      init: `init(x, y, batch=None) -> state`; every state is a NamedTuple with a field `y`.
       estimate: `estimate(key, state, x, Batch(outer, inner)) -> (grad, state, info)`; grad is a pytree like x.
 
     Example:

@@ -47,7 +47,15 @@ def per_step(key: chex.PRNGKey | None, t: chex.Numeric, data: Any) -> Any:
         >>> float(bx.inner.per_step(None, 1, jnp.array([3.0, 4.0])))
         4.0
     """
-    return jax.tree.map(lambda leaf: leaf if jnp.ndim(leaf) == 0 else jnp.asarray(leaf).at[t].get(mode="fill"), data)
+
+    def entry(leaf: Any) -> Any:
+        if jnp.ndim(leaf) == 0:
+            return leaf
+        if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key):  # which older JAX cannot fill
+            return jax.random.wrap_key_data(entry(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
+        return jnp.asarray(leaf).at[t].get(mode="fill")
+
+    return jax.tree.map(entry, data)
 
 
 def minibatch(size: int) -> Sample:

@@ -94,6 +94,8 @@ def two_phase(switch_at: chex.Numeric, first: Hypergradient, second: Hypergradie
 
     def init(x: chex.ArrayTree, y: chex.ArrayTree, batch: Any = None) -> TwoPhaseState:
         states = [estimator.init(x, y, batch) for estimator in (first, second)]
+        for name, state in zip(("first", "second"), states, strict=True):
+            checks.has_y(name, state)
         return TwoPhaseState(states[0].y, jnp.zeros((), jnp.int32), *(state._replace(y=None) for state in states))
 
     def estimate(key: chex.PRNGKey | None, state: TwoPhaseState, x: chex.ArrayTree, batch: Batch) -> tuple:

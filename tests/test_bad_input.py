@@ -389,6 +389,10 @@ def test_solve_that_returns_no_y(wrong, says, run):
         lambda: bx.ihvp.exact(sample=bx.inner.minibatch), ["sample must be a function (key, t, data)", "minibatch"]
     ),
     tail_no_function=Case(lambda: bx.ihvp.nystrom(3, tail=0.0), ["tail must be a function (eigenvalues)", "got 0.0"]),
+    tail_no_number=Case(
+        lambda: bx.ihvp.nystrom(3, 1.0, tail=lambda e: e).prepare(KEY, (), inner_loss, (POINT, POINT, None)),
+        ["tail must return one number; got shape (3,)", "tail=jnp.min"],
+    ),
     solver_not_of_lineax=Case(
         lambda: bx.ihvp.linear(bx.ihvp.cg()),
         ["solver must be an AbstractLinearSolver", "got IHVP", "Pass, say, lineax.GMRES(rtol=1e-6, atol=1e-6)."],

@@ -182,6 +182,11 @@ def test_half_precision_model_in_float32():
         (lambda: make(weights=lambda x, b: x[:2])(X, Y, (INPUTS, PROBABILITIES)), ["weights", "(2,)", "(7,)"]),
         (lambda: make(mask=lambda b: X[:2])(X, Y, (INPUTS, PROBABILITIES)), ["mask", "(2,)", "(7,)"]),
         (lambda: make(center=lambda x: x)(X, Y, (INPUTS, PROBABILITIES)), ["center", "like y"]),
+        (
+            lambda: curvature.ModelLoss(lambda y, i: i @ y, curvature.squared_error, pair)(X, X[:3], (INPUTS, X)),
+            ["model must return outputs of shape [N, ..., C]; got (7,)", "outputs[:, None]"],
+        ),
+        (lambda: make()(X, Y, (INPUTS, PROBABILITIES, X)), ["split must return (inputs, targets); got (", "batch[0]"]),
         (lambda: make()(X, Y, (INPUTS, X)), ["targets must have the shape of the outputs, (7, 5); got (7,)"]),
         (
             lambda: make(curvature.softmax_cross_entropy)(X, Y, (INPUTS, X)),

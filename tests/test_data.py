@@ -84,6 +84,15 @@ def test_a_missing_file_is_downloaded_once_to_where_it_is_looked_for(folder, mon
     assert "Downloading https://example.org/small.bz2" in capsys.readouterr().err
 
 
+def test_a_download_that_is_something_else_is_not_kept(folder, monkeypatch):
+    monkeypatch.setattr(
+        pooch, "retrieve", lambda url, known_hash, fname, path: place(path, b"<html>log in</html>", fname)
+    )
+    with pytest.raises(DataError, match=r"small.bz2 cannot be read"):
+        data.fetch(NAME)
+    assert not (folder / f"{NAME}.bz2").exists()
+
+
 def test_without_the_variable_files_lie_in_the_cache_folder(monkeypatch):
     monkeypatch.delenv("BILEVAX_DATA", raising=False)
     assert str(data.folder()) == str(pooch.os_cache("bilevax"))
@@ -129,7 +138,8 @@ def test_a_file_with_another_content_is_refused_with_the_fix(folder, suffix, con
     with pytest.raises(DataError) as error:
         data.fetch(NAME)
     assert str(error.value).startswith(f"{path} {what}")
-    assert "Delete it and run again, or put https://example.org/small.bz2 in its place by hand." in str(error.value)
+    fix = f"Delete it and run again, or delete it and download https://example.org/small.bz2 to {folder / NAME}.bz2."
+    assert fix in str(error.value)
 
 
 def test_no_more_is_unpacked_than_was_published(folder, monkeypatch):

@@ -90,6 +90,18 @@ WRONG = {
         ),
         ["condition number of 1e+02", "chain(implicit(...), reverse(...))"],
     ),
+    "the linear solver broke down": (
+        lambda: implicit(ihvp=bx.ihvp.neumann(5, 1.0)),
+        ["A step size of ihvp must be below 2 / 10 = 0.2"],
+    ),
+    "the estimate is not finite, though y is": (
+        lambda: implicit(ihvp=bx.ihvp.neumann(3000, 1.0)),
+        ["A step size of ihvp must be below 2 / 10 = 0.2"],
+    ),
+    "the estimate is a multiple of the hypergradient": (
+        lambda: bx.hypergradient(lambda x, y, b: -outer_loss(x, y, b), implicit()),
+        ["such as a sum for a mean"],
+    ),
     "the penalty is biased": (
         lambda: bx.penalty(outer_loss, inner_loss, optax.sgd(0.15), 2000, 20.0),
         ["multiplier is 20"],
@@ -119,6 +131,88 @@ def test_the_remedies_help():
     """The number of iterations, and the step size, that the remedies name are enough."""
     assert check(implicit(ihvp=bx.ihvp.cg(39))).ok
     assert check(bx.inner.implicit(inner_loss, optax.sgd(0.19), 300)).ok
+
+
+@pytest.mark.parametrize(
+    ("switch_at", "verdict"),
+    [(0, "too few iterations"), (1, "the inverse Hessian is replaced by a crude approximation")],
+)
+def test_the_active_phase_is_diagnosed(switch_at, verdict):
+    crude, cut = (bx.hypergradient(outer_loss, implicit(ihvp=ihvp)) for ihvp in (bx.ihvp.identity(0.1), bx.ihvp.cg(2)))
+    assert check(bx.two_phase(switch_at, crude, cut)).verdict.endswith(verdict)
+
+
+def test_a_penalty_whose_inner_problems_are_not_solved():
+    assert (
+        check(bx.penalty(outer_loss, inner_loss, optax.sgd(0.1), 3, 1e6)).verdict == "the inner problem is not solved"
+    )
+
+
+def test_the_nearest_minimum_is_the_reference():
+    """y0 is in one well, and the state of the estimator in the other."""
+
+    def wells(x, y, batch):
+        return jnp.sum((y**2 - 1) ** 2 / 4 + 0.1 * jnp.sum(x) * y)
+
+    hypergrad = bx.hypergradient(outer_loss, bx.inner.implicit(wells, optax.sgd(0.2), 300))
+    state = hypergrad.init(X, jnp.full(6, 0.9))
+    assert check(hypergrad, inner_loss=wells, y=jnp.full(6, -0.9), state=state).ok
+
+
+def test_scales_of_x_that_differ_by_far():
+    def scaled(x, y, batch):
+        return jnp.sum((y - x["l2"] * jnp.sum(x["big"]) / 1e4) ** 2) + x["l2"] * jnp.sum(y**2)
+
+    def outer(x, y, batch):
+        return jnp.sum((y - 1) ** 2)
+
+    x = {"l2": jnp.array(0.1), "big": jnp.array([1e4, 2e4])}
+    report = check(bx.inner.implicit(scaled, optax.sgd(0.3), 200), outer, scaled, x)
+    assert report.ok, str(report)
+    assert report.finite_difference_error < 1e-3
+
+
+def test_x_near_the_edge_of_its_domain():
+    def logarithmic(x, y, batch):
+        return jnp.sum((y - jnp.log(x)) ** 2)
+
+    assert check(bx.inner.implicit(logarithmic, optax.sgd(0.5), 3), inner_loss=logarithmic, x=jnp.full(6, 5e-5)).ok
+
+
+def test_a_leaf_that_the_optimizer_freezes_is_named():
+    def two_leaves(x, y, h):
+        return inner_loss(x, y["free"] + y["frozen"], h) + 0.5 * jnp.sum(y["frozen"] ** 2)
+
+    def outer(x, y, b):
+        return outer_loss(x, y["free"], b)
+
+    optimizer = optax.partition({"a": optax.sgd(0.15), "b": optax.set_to_zero()}, {"free": "a", "frozen": "b"})
+    solver = bx.inner.implicit(two_leaves, optimizer, 2000)
+    report = check(solver, outer, two_leaves, y={"free": Y, "frozen": jnp.ones(6)})
+    assert report.verdict == "y['frozen'] does not move, but g depends on it", str(report)
+    assert "docs/recipes.md" in report.remedy
+
+
+def test_a_loss_that_is_another_function_in_float64():
+    ones = Y + 1
+    with jax.enable_x64(False):
+        x, y, batch = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf, np.float32)), (X, ones, BATCH))
+        matrix = np.asarray(C, np.float32)
+
+        def loss(x, y, h):
+            kept = jax.random.bernoulli(jax.random.key(1), 0.5, y.shape)
+            z = jnp.where(kept, y, 0.5 * y)
+            return 0.5 * z @ h @ z - z @ (matrix.astype(z.dtype) @ x)
+
+        report = check(implicit(loss=loss), inner_loss=loss, x=x, y=y, batch=batch)
+    assert report.verdict.startswith("a loss is another function in float64"), str(report)
+    assert "dtype=jnp.float32" in report.remedy
+
+
+def test_a_state_without_y():
+    nameless = bx.Hypergradient(lambda x, y, batch=None: (), lambda key, state, x, batch: (x, state, ()))
+    with pytest.raises(ValueError, match=r"hypergradient.init must return a NamedTuple with a field y.* got \(\)"):
+        check(nameless)
 
 
 def test_noise_of_random_batches():

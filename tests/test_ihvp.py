@@ -434,6 +434,32 @@ def test_linear_reports_a_solver_that_gives_up():
     assert jnp.isnan(info.products)
 
 
+M = jnp.array([[2.0, 1.0, 0.0], [0.0, 1.5, 0.7], [-0.5, 0.0, 1.0]])
+
+
+@pytest.mark.parametrize(
+    "solver", [lineax.GMRES(1e-12, 1e-12), lineax.LSMR(1e-12, 1e-12), lineax.LU(), lineax.AutoLinearSolver(None)]
+)
+def test_linear_takes_a_curvature_that_is_not_symmetric(solver):
+    ihvp = bx.ihvp.linear(solver, curvature=lambda *point: lambda v: M @ v, tags=())
+    apply, _ = ihvp.prepare(None, (), lambda x, y, batch: jnp.sum(y), (0.0, jnp.ones(3), None))
+    v, info = apply(jnp.array([1.0, 2.0, 3.0]))
+    np.testing.assert_allclose(v, jnp.linalg.solve(M, jnp.array([1.0, 2.0, 3.0])), rtol=1e-8)
+    assert not info.breakdown
+
+
+@pytest.mark.parametrize("solver", [lineax.GMRES(1e-9, 1e-9), lineax.BiCGStab(1e-9, 1e-9), lineax.CG(1e-9, 1e-9)])
+@pytest.mark.parametrize("b", [jnp.zeros(4), jnp.array([1.0, 2.0, 3.0, 4.0])], ids=["zero", "solved"])
+def test_linear_returns_a_warm_start_that_solves_the_system(solver, b):
+    h = jnp.array([1.0, 0.5, 0.25, 0.125])
+    apply, _ = bx.ihvp.linear(solver).prepare(
+        None, (), lambda x, y, batch: 0.5 * jnp.sum(h * y**2), (0.0, jnp.ones(4), None)
+    )
+    v, info = apply(b, v0=b / h)
+    np.testing.assert_allclose(v, b / h, rtol=1e-14)
+    assert not info.breakdown
+
+
 def test_linear_takes_a_warm_start():
     ihvp = bx.ihvp.linear(lineax.GMRES(1e-8, 1e-8))
     exact = jnp.linalg.solve(H, B)

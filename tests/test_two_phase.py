@@ -99,6 +99,12 @@ def test_mistakes(arguments, says):
     assert says in str(caught.value)
 
 
+def test_a_state_without_y():
+    nameless = bx.Hypergradient(lambda x, y, batch=None: (), lambda key, state, x, batch: (x, state, ()))
+    with pytest.raises(ValueError, match=r"second.init must return a NamedTuple with a field y"):
+        bx.two_phase(1, CHEAP, nameless).init(*START)
+
+
 def test_a_state_of_another_kind():
     with pytest.raises(ValueError, match="state must be a TwoPhaseState; got HypergradientState"):
         bx.two_phase(1, CHEAP, GOOD).estimate(None, CHEAP.init(*START), START[0], BATCH)

@@ -40,7 +40,16 @@ class OutputLoss(NamedTuple):
         return root(half)
 
 
+def _component_axis(outputs: chex.Array) -> None:
+    if jnp.ndim(outputs) < 2:
+        raise ValueError(
+            f"model must return outputs of shape [N, ..., C]; got {jnp.shape(outputs)}. Add a last axis for the "
+            f"components, outputs[:, None] where there is one, and the same to targets of that shape."
+        )
+
+
 def _same_shape(targets: chex.Array, outputs: chex.Array) -> None:
+    _component_axis(outputs)
     if jnp.shape(targets) != jnp.shape(outputs):
         raise ValueError(
             f"targets must have the shape of the outputs, {jnp.shape(outputs)}; got {jnp.shape(targets)}. Return both "
@@ -50,6 +59,7 @@ def _same_shape(targets: chex.Array, outputs: chex.Array) -> None:
 
 def _class_mass(targets: chex.Array, outputs: chex.Array) -> chex.Array:
     """The sum of the targets over the classes, [N, ..., 1]; checks that they are labels or probabilities."""
+    _component_axis(outputs)
     if jnp.issubdtype(jnp.result_type(targets), jnp.integer) and jnp.shape(targets) == jnp.shape(outputs)[:-1]:
         return jnp.ones_like(outputs[..., :1])
     if jnp.issubdtype(jnp.result_type(targets), jnp.floating) and jnp.shape(targets) == jnp.shape(outputs):
@@ -164,12 +174,22 @@ class ModelLoss:
 
     def __call__(self, x: Any, y: Any, batch: Any) -> chex.Array:
         """The loss g(x, y) on this batch."""
-        inputs, targets = self.split(x, batch)
+        inputs, targets = self.inputs_and_targets(x, batch)
         values = widen(self.loss.value(self.model(y, inputs), targets))
         fit = jnp.sum(self.scale(values, x, batch) * values)
         decay, center = self.penalty(x, y)
         terms = jax.tree.map(lambda rate, leaf, middle: jnp.sum(rate * (leaf - middle) ** 2), decay, y, center)
         return fit + 0.5 * optax.tree.sum(terms)
+
+    def inputs_and_targets(self, x: Any, batch: Any) -> tuple[Any, Any]:
+        """What `split` returns, which must be a pair."""
+        parts = self.split(x, batch)
+        if not isinstance(parts, tuple | list) or len(parts) != 2:
+            raise ValueError(
+                f"split must return (inputs, targets); got {parts!r:.80}. Leave the rest of the batch out: "
+                f"split=lambda x, batch: (batch[0], batch[1])."
+            )
+        return parts[0], parts[1]
 
     def scale(self, values: chex.Array, x: Any, batch: Any) -> chex.Array:
         """w_n m_nt / N, what each of the output loss's values [N, ...] counts, broadcast to them."""
@@ -251,7 +271,7 @@ def gauss_newton(inner_loss: Loss, x: chex.ArrayTree, y: chex.ArrayTree, batch: 
             f"    split = lambda x, batch: batch  # inputs and targets\n"
             f"    inner_loss = bx.curvature.ModelLoss(model, bx.curvature.softmax_cross_entropy, split)"
         )
-    inputs, targets = inner_loss.split(x, batch)
+    inputs, targets = inner_loss.inputs_and_targets(x, batch)
     outputs, push = jax.linearize(lambda y: inner_loss.model(y, inputs), y)
     pull = jax.linear_transpose(push, y)
     scale = inner_loss.scale(jax.eval_shape(inner_loss.loss.value, outputs, targets), x, batch)

@@ -19,27 +19,31 @@ def linear(
     damping: chex.Numeric = 0.0,
     curvature: Curvature = hessian,
     sample: Sample = full,
+    tags: Any = None,
 ) -> IHVP:
     """Solves (H + damping I) v = b by a solver of lineax: GMRES, BiCGStab, LSMR, Cholesky, ...
 
-    For a curvature that conjugate gradients cannot take (indefinite, or not symmetric, such as the Jacobian of a fixed
-    point map as `curvature`), and to compare solvers. b is scaled to norm one first; iterative solvers get the warm
-    start v0 as their `y0`. The operator is declared symmetric and positive semidefinite, as `lineax.CG` and
-    `lineax.Cholesky` ask for; the others do not read that.
+    For a curvature that conjugate gradients cannot take, and to compare solvers. b is scaled to norm one first;
+    iterative solvers get the warm start v0 as their `y0`, and a v0 that solves the system is returned as it is. The
+    operator is declared symmetric and positive semidefinite, as a Hessian at a minimum is; many solvers of lineax rely
+    on that. For another curvature say what it is: `tags=lineax.symmetric_tag` where it is indefinite, `tags=()` where
+    it is not symmetric.
 
     Args:
       solver: a solver object, say `lineax.GMRES(rtol=1e-6, atol=1e-6)`. `pip install "bilevax[lineax]"` brings lineax.
       damping: a number >= 0 added to the curvature.
       curvature: a function (inner_loss, x, y, batch) -> product.
       sample: how the batch of H is drawn from the inner data; it is asked with t = 0.
+      tags: what lineax may assume of the operator; by default that it is symmetric and positive semidefinite.
 
     Returns:
       An `IHVP` without state; not declared linear. `info.residual` is measured by one more product, and `curvature` is
       vᵀHv / vᵀv at the solution. `info.products` is NaN: lineax counts iterations, not products. `info.breakdown` is
-      True where lineax reports anything but success.
+      True where lineax reports anything but success, or v is no better than zero.
 
     Raises:
       ValueError: if solver is not one of lineax, or damping is negative.
+      ModuleNotFoundError: if lineax is not installed.
 
     Cost: that of the solver, and one product for the residual, one for a warm start.
 
@@ -54,13 +58,16 @@ def linear(
         >>> apply(jnp.array([2.0, 8.0]))[0].round(4).tolist()
         [1.0, 1.0]
     """
-    import lineax
+    try:
+        import lineax
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError('ihvp.linear needs lineax. Run: pip install "bilevax[lineax]"') from error
 
     checks.instance("solver", solver, lineax.AbstractLinearSolver, "Pass, say, lineax.GMRES(rtol=1e-6, atol=1e-6).")
     checks.nonnegative("damping", damping)
     checks.function("curvature", curvature, "inner_loss", "x", "y", "batch")
     checks.function("sample", sample, "key", "t", "data")
-    tags = (lineax.symmetric_tag, lineax.positive_semidefinite_tag)
+    tags = (lineax.symmetric_tag, lineax.positive_semidefinite_tag) if tags is None else tags
 
     def init(x: chex.ArrayTree, y: chex.ArrayTree, batch: Any = None) -> tuple:
         return ()
@@ -79,11 +86,14 @@ def linear(
             operator = lineax.FunctionLinearOperator(flat_product, jax.eval_shape(lambda: leaves), tags)
             options = {} if v0 is None else {"y0": jax.tree.leaves(begin.v)}
             solution = lineax.linear_solve(operator, leaves, solver, options=options, throw=False)
-            v = jax.tree.unflatten(structure, solution.value)
+            left = norm(begin.r)
+            solved = left <= jnp.finfo(left.dtype).eps  # BiCGStab divides zero by zero there
+            v = optax.tree.where(solved, begin.v, jax.tree.unflatten(structure, solution.value))
             hv = product(v)
             residual = norm(optax.tree.sub(begin.unit, hv))
             rayleigh = optax.tree.vdot(v, hv) / optax.tree.vdot(v, v)
-            breakdown = (solution.result != lineax.RESULTS.successful) | ~jnp.isfinite(residual)
+            failed = ~solved & (solution.result != lineax.RESULTS.successful)
+            breakdown = failed | ~(residual <= 1 + 16 * jnp.finfo(left.dtype).eps)
             iterations = solution.stats.get("num_steps", 1)
             info = IHVPInfo(iterations, jnp.nan, 0, residual, rayleigh, breakdown)
             return optax.tree.cast_like(optax.tree.scale(begin.scale, v), b), info

@@ -44,9 +44,10 @@ def nystrom(
         v = U (Λ + damping)⁻¹ Uᵀ b  +  (tail(Λ) + damping)⁻¹ (b − U Uᵀ b)
 
     The sketch is drawn once, in `prepare`, so that `apply` is one linear function for a whole solve: a preconditioner
-    that is drawn anew in each iteration makes conjugate gradients diverge. Every `tail` is safe as a preconditioner:
-    it is the curvature that is assumed outside the sketch. The smallest of the sketch (the default) never overshoots;
-    `tail=lambda eigenvalues: 0.0` is the inverse of the damped approximation itself, which needs damping > 0.
+    that is drawn anew in each iteration makes conjugate gradients diverge. `tail` is the curvature that is assumed
+    outside the sketch. The smallest of the sketch (the default) never overshoots; `tail=lambda eigenvalues: 0.0` is the
+    inverse of the damped approximation itself. Both need damping > 0 where H may have eigenvalues of zero: without it,
+    v is not finite there, and `info.breakdown` says so.
 
     Args:
       rank: number of random directions, >= 1; more than dim y count as dim y.
@@ -101,6 +102,11 @@ def nystrom(
             lambda column: ravel_pytree(product(unravel(column)))[0], sketch_key, example, size
         )
         outside = tail(eigenvalues) + damping
+        if jnp.shape(outside) != ():
+            raise ValueError(
+                f"tail must return one number; got shape {jnp.shape(outside)}. Pass, say, tail=jnp.min, or "
+                f"lambda eigenvalues: 0.0."
+            )
 
         def apply(b: chex.ArrayTree, v0: chex.ArrayTree | None = None) -> tuple[chex.ArrayTree, IHVPInfo]:
             wide = ravel_pytree(widen(b))[0].astype(example.dtype)

@@ -78,8 +78,7 @@ def implicit(
 
     Raises:
       ValueError: if steps is negative, steps or the optimizer comes without the other, both `solve` and steps are
-        given, or a later
-        link of a `chain` sends back a derivative of a momentum or another optimizer state.
+        given, or a later link of a `chain` sends back a derivative of a momentum or another optimizer state.
       TypeError: when the hypergradient itself is differentiated.
 
     Cost: `steps` gradients, the products of the IHVP, one gradient and one pull-back for the cross term. Memory does
