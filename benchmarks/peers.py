@@ -22,7 +22,7 @@ import bilevax as bx
 from benchmarks import corrupted, libraries
 from benchmarks.loop import Outcome
 from benchmarks.report import Run
-from benchmarks.timing import TOLERANCE, Row, compiled, interleaved, quartiles, ratios, relative_error, show
+from benchmarks.timing import TOLERANCE, Row, compiled, draw, interleaved, quartiles, ratios, relative_error, show
 
 TASK = "peers"
 BASELINE = "plain JAX"
@@ -182,6 +182,9 @@ class Config:
             if rows:
                 show(rows, console)
                 console.print(f"One JSON file for each row: {self.results / TASK}", markup=False, soft_wrap=True)
+                path = self.results / TASK / f"{TASK}.png"
+                draw(rows).savefig(path)
+                console.print(f"Plot: {path}", markup=False, soft_wrap=True)
         return 0
 
     @property

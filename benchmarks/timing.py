@@ -6,10 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
+from benchmarks.figure import COLOURS, STYLE
 
 MOST_ROUNDS = 200
 TOLERANCE = 1e-3
@@ -121,6 +125,26 @@ def show(rows: Sequence[Row], console: Console) -> None:
     console.print("bilevax against the fastest other library with the same error:")
     for note in notes:
         console.print(f"  {note}", markup=False, soft_wrap=True)
+
+
+def draw(rows: Sequence[Row]) -> Figure:
+    """The ratios of each setting as bars with quartiles, and the temporary memory beside them."""
+    settings = list(dict.fromkeys((row.problem, row.setting) for row in rows))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(10, 2 * len(settings)), dpi=150, layout="constrained")
+        for setting, (time_axes, memory_axes) in zip(
+            settings, figure.subplots(len(settings), 2, squeeze=False), strict=True
+        ):
+            group = [row for row in rows if (row.problem, row.setting) == setting and np.isfinite(row.error)][::-1]
+            names = [row.library for row in group]
+            colours = [COLOURS[0] if name.startswith("bilevax") else "#BBBBBB" for name in names]
+            low, median, high = np.array([quartiles(row.ratios) for row in group]).T
+            time_axes.barh(names, median, xerr=[median - low, high - median], color=colours)
+            time_axes.set_title(", ".join(setting))
+            memory_axes.barh(names, [(row.temp_bytes or 0) / 2**20 for row in group], color=colours, tick_label="")
+        time_axes.set_xlabel("time / time of plain JAX in the same round")
+        memory_axes.set_xlabel("temporary memory (MiB)")
+    return figure
 
 
 def _cells(row: Row) -> list[str]:
