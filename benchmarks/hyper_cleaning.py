@@ -18,13 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from rich import filesize
 from sklearn.metrics import roc_auc_score
 
 import bilevax as bx
 from benchmarks.corrupted import Data, load
 from benchmarks.figure import draw
 from benchmarks.loop import Carry
+from benchmarks.report import COSTS
 from benchmarks.runner import Method, Options, Task, outer_loops, perform
 
 TASK = "hyper_cleaning"
@@ -62,12 +62,7 @@ COLUMNS = {
     "test_accuracy": ("test\nacc.", "{:.3f}".format),
     "auc": ("weight\nAUC", "{:.3f}".format),
     "outer_loss": ("outer\nloss", "{:.3f}".format),
-    "inner_gradients": ("inner\ngrads", "{:,.0f}".format),
-    "hessian_products": ("Hessian\nprods", "{:,.0f}".format),
-    "cross_products": ("cross\nprods", "{:,.0f}".format),
-    "seconds": ("run\n(s)", "{:.2f}".format),
-    "compile_seconds": ("comp.\n(s)", "{:.1f}".format),
-    "temp_bytes": ("temp.\nmemory", lambda number: filesize.decimal(round(number))),
+    **COSTS,
 }
 CAPTION = (
     "corrupted: trained on all labels as given; clean: on the true ones only; validation: on the validation images\n"

@@ -25,13 +25,12 @@ import numpy as np
 import optax
 import tyro
 from matplotlib.figure import Figure, SubFigure
-from rich import filesize
 
 import bilevax as bx
 from benchmarks.data import omniglot
 from benchmarks.figure import COLOURS, STYLE, curves
 from benchmarks.loop import Outcome
-from benchmarks.report import Run
+from benchmarks.report import COSTS, Run
 from benchmarks.runner import Advance, Method, Options, Task, outer_loops, perform
 
 TASK = "meta_learning"
@@ -46,12 +45,7 @@ COLUMNS = {
     "test_error": ("error\nof it", "{:.3f}".format),
     "test_loss": ("test\nloss", "{:.3f}".format),
     "gradient_norm": ("inner\nnorm", "{:.2f}".format),
-    "inner_gradients": ("inner\ngrads", "{:,.0f}".format),
-    "hessian_products": ("Hessian\nprods", "{:,.0f}".format),
-    "cross_products": ("cross\nprods", "{:,.0f}".format),
-    "seconds": ("run\n(s)", "{:.1f}".format),
-    "compile_seconds": ("comp.\n(s)", "{:.1f}".format),
-    "temp_bytes": ("temp.\nmemory", lambda number: filesize.decimal(round(number))),
+    **COSTS,
 }
 CAPTION = (
     f"test: {TEST_TASKS} tasks of classes that were not learnt from, after the inner steps on their support images;\n"

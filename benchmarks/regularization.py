@@ -24,7 +24,6 @@ import optax
 import tyro
 from jax.experimental.sparse import BCOO
 from matplotlib.figure import Figure
-from rich import filesize
 from scipy.sparse import csr_matrix
 from sklearn.preprocessing import normalize
 
@@ -33,7 +32,7 @@ from benchmarks import data
 from benchmarks.figure import COLOURS, STYLE, curves
 from benchmarks.logistic import Rows, exact
 from benchmarks.loop import Carry
-from benchmarks.report import Run
+from benchmarks.report import COSTS, Run
 from benchmarks.runner import Method, Options, Task, outer_loops, perform
 
 TASK = "regularization"
@@ -48,12 +47,7 @@ COLUMNS = {
     "exact_loss": ("F(x)", "{:.5f}".format),
     "exact_gradient": ("|∇F(x)|²", "{:.1e}".format),
     "outer_loss": ("own\nouter loss", "{:.5f}".format),
-    "inner_gradients": ("inner\ngrads", "{:,.0f}".format),
-    "hessian_products": ("Hessian\nprods", "{:,.0f}".format),
-    "cross_products": ("cross\nprods", "{:,.0f}".format),
-    "seconds": ("run\n(s)", "{:.2f}".format),
-    "compile_seconds": ("comp.\n(s)", "{:.1f}".format),
-    "temp_bytes": ("temp.\nmemory", lambda number: filesize.decimal(round(number))),
+    **COSTS,
 }
 CAPTION = (
     "F(x) and |∇F(x)|²: at the last x, with the inner problem solved to 1e-10, whatever the method did itself;\n"

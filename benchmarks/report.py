@@ -13,13 +13,23 @@ import jax
 import jaxlib
 import numpy as np
 import optax
-from rich import box
+from rich import box, filesize
 from rich.table import Table
 
 import bilevax as bx
 from benchmarks.loop import Outcome
 
 Columns = Mapping[str, tuple[str, Callable[[float], str]]]
+
+# The columns that all tasks with an outer loop end with.
+COSTS: Columns = {
+    "inner_gradients": ("inner\ngrads", "{:,.0f}".format),
+    "hessian_products": ("Hessian\nprods", "{:,.0f}".format),
+    "cross_products": ("cross\nprods", "{:,.0f}".format),
+    "seconds": ("run\n(s)", "{:.2f}".format),
+    "compile_seconds": ("comp.\n(s)", "{:.1f}".format),
+    "temp_bytes": ("temp.\nmemory", lambda number: filesize.decimal(round(number))),
+}
 
 
 def _without_nan(record: dict[str, Any]) -> dict[str, Any]:
