@@ -1,6 +1,10 @@
 """bilevax: hypergradients and bilevel optimization as small pure functions for JAX."""
 
-from bilevax import curvature, ihvp, inner
+from bilevax import algorithms, curvature, decentralized, ihvp, inner
+from bilevax.decentralized import coins, compression, correction, estimator, partition, topology
+from bilevax.decentralized.engine import Algorithm
+from bilevax.decentralized.gossip import Gossip, gossip, push_sum, replicate
+from bilevax.decentralized.levels import Levels
 from bilevax.doctor import HypergradientReport, check_hypergradient
 from bilevax.hypergradient import HypergradientInfo, HypergradientState, differentiable, hypergradient
 from bilevax.penalty import PenaltyDetail, PenaltyState, penalty
@@ -25,10 +29,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "IHVP",
+    "Algorithm",
     "Batch",
     "BilevelProblem",
     "Calls",
     "Directions",
+    "Gossip",
     "Hypergradient",
     "HypergradientInfo",
     "HypergradientReport",
@@ -37,19 +43,31 @@ __all__ = [
     "InnerGradient",
     "InnerSolver",
     "Iterate",
+    "Levels",
     "PenaltyDetail",
     "PenaltyState",
     "SolverInfo",
     "TwoPhaseInfo",
     "TwoPhaseState",
+    "algorithms",
     "check_hypergradient",
+    "coins",
+    "compression",
+    "correction",
     "curvature",
+    "decentralized",
     "differentiable",
     "directions",
+    "estimator",
+    "gossip",
     "hypergradient",
     "ihvp",
     "inner",
     "inner_gradient",
+    "partition",
     "penalty",
+    "push_sum",
+    "replicate",
+    "topology",
     "two_phase",
 ]

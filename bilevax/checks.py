@@ -28,6 +28,26 @@ def positive(name: str, value: chex.Numeric) -> None:
         raise ValueError(f"{name} must be a finite number > 0; got {value!r}. Pass a small positive {name}.")
 
 
+def fraction(name: str, value: chex.Numeric, zero: bool = False) -> None:
+    """Raises ValueError unless `value` (when concrete) is in (0, 1] everywhere, or in [0, 1] with `zero`."""
+    if isinstance(value, jax.core.Tracer):
+        return
+    array = np.asarray(value)
+    if not (_finite(value) and (array <= 1).all() and ((array >= 0) if zero else (array > 0)).all()):
+        interval = "[0, 1]" if zero else "(0, 1]"
+        raise ValueError(f"{name} must be in {interval}; got {value!r}. Pass, say, {name}=0.1.")
+
+
+def agents_axis(name: str, tree: chex.ArrayTree, n: int, fix: str) -> None:
+    """Raises ValueError unless every leaf has the agents' axis of length n first."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if jnp.ndim(leaf) == 0 or jnp.shape(leaf)[0] != n:
+            raise ValueError(
+                f"{name} must have leaves [{n}, ...], one row for each of {n} agents; got shape {jnp.shape(leaf)} at "
+                f"{name}{jax.tree_util.keystr(path)}. {fix}"
+            )
+
+
 def _finite(value: Any) -> bool:
     array = np.asarray(value)
     real = jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)

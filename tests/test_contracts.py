@@ -5,7 +5,6 @@ A new method enters `IHVPS` or `SOLVERS` by one line, and every contract below t
 
 import functools
 import math
-import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,6 +16,7 @@ import lineax
 import numpy as np
 import optax
 import pytest
+from compiled import executed_dots
 
 import bilevax as bx
 
@@ -578,35 +578,6 @@ def test_per_step_equals_a_loop_by_hand(name):
 
 
 # Declared cost = compiled cost.
-
-
-class Dot(NamedTuple):
-    """A matrix product of a compiled program: the size it contracts, the sizes it returns, and how often it runs."""
-
-    contracted: int
-    returned: tuple[int, ...]
-    times: int
-
-
-def executed_dots(program: str, unknown_trips: int) -> list[Dot]:
-    """All matrix products that an optimized HLO program runs; a `while` of unknown length counts `unknown_trips`."""
-    shapes = re.findall(r"(%[\w.-]+) = \w+\[([\d,]+)\]", program)
-    sizes = {name: tuple(int(size) for size in shape.split(",")) for name, shape in shapes}
-    bodies = dict(re.findall(r"^(?:ENTRY )?(%[\w.-]+) \(.*?\{\n(.*?)^\}", program, re.M | re.S))
-
-    def walk(computation: str, times: int) -> list[Dot]:
-        dots = []
-        for line in bodies[computation].splitlines():
-            if dot := re.search(r"(%[\w.-]+) = .* dot\(.*?(%[\w.-]+), .*?lhs_contracting_dims=\{(\d+)\}", line):
-                returned, left, axis = dot.groups()
-                dots.append(Dot(sizes[left][int(axis)], sizes[returned], times))
-            trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
-            inside = (int(trips[1]) if trips else unknown_trips) if " while(" in line else 1
-            for callee in re.findall(r"(?:body|calls|to_apply)=(%[\w.-]+)", line):
-                dots += walk(callee, times * inside)
-        return dots
-
-    return walk(re.search(r"^ENTRY (%[\w.-]+)", program, re.M)[1], 1)
 
 
 def costly_inner_loss(x, y, batch):

@@ -7,10 +7,11 @@ import pytest
 
 import bilevax as bx
 
-NAMESPACES = (bx, bx.curvature, bx.ihvp, bx.inner)
+NAMESPACES = (bx, bx.algorithms, bx.curvature, bx.decentralized, bx.estimator, bx.ihvp, bx.inner, bx.topology)
+MODULES = (bx.coins, bx.compression, bx.correction, bx.partition)
 PUBLIC = {
     f"{namespace.__name__}.{name}": getattr(namespace, name)
-    for namespace in NAMESPACES
+    for namespace in (*NAMESPACES, *MODULES)
     for name in namespace.__all__
     if inspect.isfunction(getattr(namespace, name)) or inspect.isclass(getattr(namespace, name))
 }

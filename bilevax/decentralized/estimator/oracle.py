@@ -1,0 +1,103 @@
+"""What an estimator is, what it may ask for, and the small steps that estimators share."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from bilevax import checks
+from bilevax.decentralized.gossip import Gossip
+from bilevax.decentralized.levels import Levels, at, levels
+from bilevax.problem import Batch
+from bilevax.sampling import Sample, split
+
+
+class Oracle(NamedTuple):
+    """What an estimator may ask for.
+
+    Attributes:
+      evaluate: `evaluate(point, batch) -> Levels`: d_x, d_y and d_v of m stacked agents at a point with leaves [m,
+        ...], on a `Batch` with leaves [m, ...]; None at the levels that are not moved now.
+      gossip: the gossip of x, for the ids of the agents.
+      group: the levels that are moved now, such as ("x", "y", "v").
+      previous: the point where these levels were estimated last, for estimators that ask for it: with levels that move
+        in turn, its x, y and v come from different iterations.
+
+    Example:
+        >>> import bilevax as bx
+        >>> bx.estimator.Oracle._fields
+        ('evaluate', 'gossip', 'group', 'previous')
+    """
+
+    evaluate: Callable
+    gossip: Gossip
+    group: tuple[str, ...]
+    previous: Any = None
+
+
+class Estimator(NamedTuple):
+    """An estimator of the directions, as a pair of pure functions on stacked agents.
+
+    Attributes:
+      init: `init(oracle, point, batch) -> state`.
+      update: `update(key, state, oracle, point, batch, k) -> (directions, state, evaluations [n])`, at iteration k,
+        with the number of times that each agent evaluated its directions.
+
+    Example:
+        >>> import bilevax as bx
+        >>> bx.estimator.full()._fields
+        ('init', 'update', 'remembers')
+    """
+
+    init: Callable
+    update: Callable
+    remembers: bool = False
+
+
+def where(chosen: chex.Array, new: chex.ArrayTree, old: chex.ArrayTree) -> chex.ArrayTree:
+    """The new leaves [n, ...] of the chosen agents, the old ones of the others."""
+    return jax.tree.map(lambda new, old: jnp.where(chosen.reshape(-1, *[1] * (new.ndim - 1)), new, old), new, old)
+
+
+def needed(key: chex.PRNGKey | None) -> chex.PRNGKey:
+    """Returns the key; raises ValueError if there is none."""
+    if key is None:
+        raise ValueError("key must be a jax.random.key for a random choice; got None. Pass key=jax.random.key(0).")
+    return key
+
+
+def draw(key: Any, sample: Sample, k: chex.Numeric, batch: Batch, oracle: Oracle) -> Batch:
+    """A sample of each agent's outer and inner data, drawn with keys that fold in the id of the agent."""
+
+    def one(agent: chex.Array, data: Batch) -> Batch:
+        outer, inner = split(None if key is None else jax.random.fold_in(key, agent), 2)
+        return Batch(sample(outer, k, data.outer), sample(inner, k, data.inner))
+
+    return jax.vmap(one)(oracle.gossip.agents(), batch)
+
+
+def everybody(oracle: Oracle) -> chex.Array:
+    """One evaluation for each agent held here."""
+    return jnp.ones_like(oracle.gossip.agents())
+
+
+def zeros_like(oracle: Oracle, point: Levels) -> Levels:
+    """Zero directions at the levels that are moved now, None at the others."""
+    return Levels(*(optax.tree.zeros_like(s) if name in oracle.group else None for name, s in point._asdict().items()))
+
+
+def rates_of(name: str, value: Any, zero: bool = False) -> Levels:
+    """Reads a rate in (0, 1] (with `zero`: in [0, 1]) for each level: a number or a schedule."""
+    rates = levels(name, value)
+    for rate in rates:
+        if not callable(rate):
+            checks.fraction(name, rate, zero=zero)
+    return rates
+
+
+def from_one(rates: Levels, k: chex.Numeric) -> Levels:
+    """The rates at iteration k; 1 at the first, where there is nothing to remember."""
+    return Levels(*(jnp.where(k == 0, 1.0, at(k, rate)) for rate in rates))

@@ -1,0 +1,49 @@
+"""One value for each of the three levels of a single-loop method."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+
+
+class Levels(NamedTuple):
+    """One thing per level: a point, its directions, step sizes, corrections, graphs, ...
+
+    Example:
+        >>> import bilevax as bx
+        >>> bx.Levels(x=0.01, y=0.1, v=0.1).y
+        0.1
+    """
+
+    x: Any
+    y: Any
+    v: Any
+
+
+def levels(name: str, value: Any) -> Levels:
+    """Reads `Levels`, three values in the order x, y, v, or one value that holds for all three."""
+    if isinstance(value, Levels):
+        return value
+    if type(value) not in (tuple, list, dict):
+        return Levels(value, value, value)
+    if isinstance(value, dict) or len(value) != 3:
+        raise ValueError(
+            f"{name} must be one value for all levels, or bx.Levels(x, y, v); got a {type(value).__name__} of "
+            f"{len(value)}: {value!r:.80}. Pass, say, {name}=bx.Levels(x=..., y=..., v=...)."
+        )
+    return Levels(*value)
+
+
+def at(k: chex.Numeric, value: Any) -> Any:
+    """The value at iteration k of a number, or of a schedule `k -> number`."""
+    return value(k) if callable(value) else value
+
+
+def each(function: Callable, values: Levels, *trees: Levels) -> Levels:
+    """`function(value, *leaves)` on the leaves of each level that is there (not None), dtypes kept."""
+
+    def on_leaves(value: Any, parts: list) -> Any:
+        return jax.tree.map(lambda *leaves: function(value, *leaves).astype(leaves[0].dtype), *parts)
+
+    return Levels(*(on_leaves(value, parts) for value, *parts in zip(values, *trees, strict=True)))
