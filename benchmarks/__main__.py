@@ -14,6 +14,8 @@ TASKS = {
     "hyper-cleaning": "learn a weight for each training example, half of whose labels are false (the default)",
     "regularization": "learn one penalty for each feature of a logistic regression",
     "meta-learning": "learn a first point from which few steps classify new characters (needs flax)",
+    "decentralized-hyper-cleaning": "the first task over a graph of agents that share no images",
+    "skipping": "time iterations whose agents skip derivatives, and iterations of many agents",
     "peers": "time the same hypergradients by several libraries (needs the extra peers)",
 }
 FLAGS = (tyro.conf.FlagCreatePairsOff,)
@@ -33,7 +35,7 @@ def main(args: Sequence[str]) -> int:
     """Runs the task that the arguments name; returns the exit code."""
     if not args or (args[0].startswith("-") and args[0] not in ("-h", "--help")):
         args = ["hyper-cleaning", *args]
-    tasks = "\n".join(f"  {name:16}{description}" for name, description in TASKS.items())
+    tasks = "\n".join(f"  {name:30}{description}" for name, description in TASKS.items())
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         usage="%(prog)s [task] [options]",

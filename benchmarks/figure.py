@@ -62,19 +62,19 @@ def draw(runs: Sequence[Run], anchors: Sequence[str], load: Callable[[int], Data
     return figure
 
 
-def curves(axes: Axes, runs: Sequence[Run], anchors: Sequence[str], metric: str) -> None:
-    """The mean ± standard error over the seeds of each method, up to the shortest run."""
+def curves(axes: Axes, runs: Sequence[Run], anchors: Sequence[str], metric: str, cost: str = "seconds") -> None:
+    """The mean ± standard error over the seeds of each method against a cost, up to the shortest run."""
     anchor_colours = iter(ANCHOR_COLOURS)
     for method in dict.fromkeys(run.method for run in runs):
         lists = [run.outcome.curve for run in runs if run.method == method]
         length = min(len(curve[metric]) for curve in lists)
-        seconds = np.mean([curve["seconds"][:length] for curve in lists], axis=0)
+        spent = np.mean([curve[cost][:length] for curve in lists], axis=0)
         mean, error = mean_and_error([curve[metric][:length] for curve in lists])
         if method in anchors:
             axes.axhline(mean[-1], color=next(anchor_colours), linestyle="--", label=method)
         else:
-            (line,) = axes.plot(seconds, mean, label=method)
-            axes.fill_between(seconds, mean - error, mean + error, color=line.get_color(), alpha=0.15, linewidth=0)
+            (line,) = axes.plot(spent, mean, label=method)
+            axes.fill_between(spent, mean - error, mean + error, color=line.get_color(), alpha=0.15, linewidth=0)
 
 
 def histogram(axes: Axes, x: np.ndarray, clean: np.ndarray) -> None:

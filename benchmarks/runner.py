@@ -40,7 +40,7 @@ class Options:
     seed: int = 0
     """The first seed."""
     quick: bool = False
-    """At most 20 outer steps, to see that everything runs."""
+    """Few outer steps (at most 20, where a task does not say otherwise), to see that everything runs."""
     results: Path = Path("results")
     """Folder of the results; files go to a subfolder with the name of the task."""
 

@@ -58,7 +58,7 @@ def sparkle(
         >>> method = bx.decentralized.sparkle(problem, gossip, (0.1, 0.2, 0.2), bx.correction.exact_diffusion())
         >>> state = method.init(jnp.zeros(4), jnp.zeros(4))
         >>> state, info = method.step(None, state, bx.Batch(jnp.arange(4.0), jnp.zeros(4)))
-        >>> float(info.bytes[0]), info.rounds
-        (24.0, 3)
+        >>> float(info.bytes[0]) / state.x.dtype.itemsize, info.rounds
+        (6.0, 3)
     """
     return single_loop(problem, gossip, step_sizes, momentum(Levels(theta, 1.0, 1.0), sample), corrections, order)
