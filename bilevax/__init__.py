@@ -1,6 +1,6 @@
 """bilevax: hypergradients and bilevel optimization as small pure functions for JAX."""
 
-from bilevax import algorithms, curvature, decentralized, ihvp, inner
+from bilevax import algorithms, curvature, decentralized, ihvp, inner, parallel
 from bilevax.decentralized import coins, compression, correction, estimator, partition, topology
 from bilevax.decentralized.engine import Algorithm
 from bilevax.decentralized.gossip import Gossip, gossip, push_sum, replicate
@@ -64,6 +64,7 @@ __all__ = [
     "ihvp",
     "inner",
     "inner_gradient",
+    "parallel",
     "partition",
     "penalty",
     "push_sum",

@@ -9,14 +9,23 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-SETUP, LOOP, DOCTOR, MEMORY, TASKS, PURE = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+SETUP, LOOP, DOCTOR, MEMORY, TASKS, PURE, AGENTS, GRAPH, DEVICES = re.findall(
+    r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL
+)
 AFTER_LOOP = """
 accuracy = jnp.mean(jnp.argmax(images[1300:] @ state.y["weights"] + state.y["bias"], axis=1) == labels[1300:])
 gap = x[~corrupted].mean() - x[corrupted].mean()
 """
+AFTER_GRAPH = """
+mean = jax.tree.map(lambda leaf: leaf.mean(0), state.y)
+agents_accuracy = jnp.mean(jnp.argmax(images[1300:] @ mean["weights"] + mean["bias"], axis=1) == labels[1300:])
+assert not info.breakdown.any() and int(info.calls.outer_gradients.sum()) == 2 * len(keys)
+"""
 AT_THE_END = """
+start = bx.parallel.place((bx.replicate(x, 8), bx.replicate(y, 8), batch), mesh)
+assert spread.init(*start).y["bias"].shape == (8, 10)
 norms = [float(optax.tree.norm(tree)) for tree in (grad, meta_grad)]
-print("=====", float(accuracy), float(gap), *norms)
+print("=====", float(accuracy), float(gap), float(agents_accuracy), *norms)
 """
 PAGE = re.search(r"^```text\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)[1]
 
@@ -27,13 +36,19 @@ def words(page):
 
 
 def test_the_code_runs_in_its_order_and_cleans_the_data():
-    program = "\n".join([SETUP, LOOP, AFTER_LOOP, DOCTOR, MEMORY, TASKS, PURE, AT_THE_END])
+    program = "\n".join(
+        [
+            *(SETUP, LOOP, AFTER_LOOP, DOCTOR, MEMORY, TASKS, PURE),
+            *(AGENTS, GRAPH, AFTER_GRAPH, DEVICES, AT_THE_END),
+        ]
+    )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 0, run.stderr
     page, numbers = run.stdout.split("=====")
-    accuracy, gap, *norms = map(float, numbers.split())
+    accuracy, gap, agents_accuracy, *norms = map(float, numbers.split())
     assert words(page) == words(PAGE)
     assert accuracy > 0.92
+    assert agents_accuracy > 0.92
     assert gap > 1.0, "the weights must tell clean from corrupted images"
     assert all(0 < norm < 100 for norm in norms)
 

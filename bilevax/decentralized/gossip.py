@@ -232,7 +232,7 @@ def by_structure(topology: graphs.Topology) -> Form:
     """The cheapest of `shifts`, `dense` and `sparse` for this graph."""
     n, stored = topology.n, topology.matrix.nnz
     number = np.unique(_hops(topology)).size
-    if 2 * number <= n and number * n <= 4 * stored:
+    if number == 1 or (2 * number <= n and number * n <= 4 * stored):
         return shifts(topology)
     return by_rows(topology, ALL_ROWS)
 

@@ -54,7 +54,7 @@ def lazy_snapshot(coins: Callable) -> Estimator:
         ones = everybody(oracle)
         if jnp.issubdtype(chosen.dtype, jnp.integer):
             positions = chosen - oracle.gossip.agents()[0]
-            d = oracle.evaluate(*jax.tree.map(lambda leaf: leaf[positions], (point, batch)))
+            d = oracle.evaluate(*jax.tree.map(lambda leaf: jnp.asarray(leaf)[positions], (point, batch)))
             d = jax.tree.map(lambda old, new: old.at[positions].set(new), state, d)
             return d, d, (0 * ones).at[positions].add(1)
         _check_choice(chosen, ones.shape)

@@ -1,0 +1,342 @@
+"""The same method on many devices and many hosts: each device holds n/devices of the n agents.
+
+A method is written once, for a leading axis of agents and a `Gossip` (`make_algorithm(gossip) -> Algorithm`). Here it
+gets a gossip whose agents live on different devices, and runs on them unchanged, to the same numbers: draws fold the
+global ids of the agents into the key.
+
+    one device           make_algorithm(bx.gossip(topology))
+    devices of a mesh    shard_agents(make_algorithm, topology, mesh)      on one host or on many
+    devices of one host  pmap_agents(make_algorithm, topology, devices)
+
+What travels: a graph with few hops (ring, torus, hypercube, exponential, ...) sends the rows of boundary agents to the
+device that needs them (`ppermute`), any other graph gathers the rows of all agents. Only a mean and a gossip cross the
+devices; a branch that one device takes alone, such as the coin of its only agent, is free to differ.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from bilevax import checks
+from bilevax.decentralized import gossip as gossips
+from bilevax.decentralized import topology as graphs
+from bilevax.decentralized.engine import Algorithm
+from bilevax.decentralized.levels import Levels, levels
+
+_ONE_MESH = 'Pass jax.sharding.Mesh(jax.devices(), ("agents",)).'
+
+
+def shard_agents(make_algorithm: Callable, topology: Any, mesh: Mesh) -> Algorithm:
+    """A method with its agents spread over the devices of a mesh, by `jax.shard_map`.
+
+    It reads and returns the same pytrees as on one device. Leaves [n, ...] are sharded along their first axis and stay
+    so, scalars (counters, a key) are the same on all devices: `place` puts data there beforehand. `jax.jit` and
+    `jax.lax.scan` over `step` work as usual.
+
+    On several hosts call `jax.distributed.initialize()` first, build the mesh of all `jax.devices()`, `place` the data,
+    and run the same text on every host; pass placed data into a jitted function as an argument.
+
+    Args:
+      make_algorithm: `make_algorithm(gossip) -> Algorithm`, any method, such as
+        `lambda gossip: bx.decentralized.sldbo(problem, gossip, step_sizes)`. What a step returns must be [n, ...], agents
+        first, or a scalar that is computed alike on all devices (from counters, keys and `gossip.mean`). Replication is
+        not checked by the tracer, and derivatives inside a method stay on their device.
+      topology: a `Topology`, a sequence of them taken in turn, or `Levels` of these: `make_algorithm` gets `Levels` of
+        gossips then. A directed graph is mixed by push-sum.
+      mesh: a mesh with one axis, of a number of devices that divides n.
+
+    Returns:
+      `Algorithm(init, step)`, both jitted.
+
+    Raises:
+      ValueError: if the mesh has several axes or explicit ones, if its size does not divide n, if `make_algorithm` does not
+        take a gossip and return an `Algorithm`; as `bx.gossip`; from `init` and `step`, if a leaf lacks the agents' axis.
+
+    Cost: that of the method for n/devices agents on each device; the program is traced twice.
+
+    Example:
+        >>> import bilevax as bx, jax, jax.numpy as jnp
+        >>> problem = bx.BilevelProblem(lambda x, y, c: (y - c) ** 2, lambda x, y, c: (y - x) ** 2)
+        >>> mesh = jax.sharding.Mesh(jax.devices()[:1], ("agents",))
+        >>> method = bx.parallel.shard_agents(
+        ...     lambda gossip: bx.decentralized.sldbo(problem, gossip, (0.1, 0.2, 0.2)), bx.topology.ring(4), mesh
+        ... )
+        >>> x, y, batch = bx.parallel.place((jnp.zeros(4), jnp.zeros(4), bx.Batch(jnp.ones(4), jnp.ones(4))), mesh)
+        >>> method.init(x, y).x.sharding.spec
+        P('agents',)
+    """
+    (axis,) = _mesh(mesh).axis_names
+    algorithm, n = _spread(make_algorithm, topology, axis, mesh.size)
+
+    def specs(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: PartitionSpec(axis) if jnp.ndim(leaf) else PartitionSpec(), tree)
+
+    def run(function: Callable, in_specs: tuple, *arguments: Any) -> Any:
+        # Unchecked: all varies or is computed alike, and a derivative at a constant must not be summed over devices
+        shard = partial(jax.shard_map, function, mesh=mesh, in_specs=in_specs, check_vma=False)
+        held = jax.eval_shape(shard(out_specs=PartitionSpec()), *arguments)
+        return shard(out_specs=specs(held))(*arguments)
+
+    @jax.jit
+    def init(x: Any, y: Any, batch: Any) -> Any:
+        return run(algorithm.init, specs((x, y, batch)), x, y, batch)
+
+    @jax.jit
+    def step(key: Any, state: Any, batch: Any) -> Any:
+        return run(algorithm.step, (PartitionSpec(), *specs((state, batch))), key, state, batch)
+
+    def check(name: str, tree: Any) -> None:
+        checks.agents_axis(
+            name, tree, n, f"Pass the rows of all agents, as on one device; {mesh.size} devices share them."
+        )
+
+    return _checked(init, step, check)
+
+
+def pmap_agents(make_algorithm: Callable, topology: Any, devices: Sequence[Any]) -> Algorithm:
+    """A method with its agents spread over the devices of one host, by `jax.pmap`.
+
+    Its pytrees have the axis of the devices first: leaves [devices, n/devices, ...], and [devices] in place of scalars.
+    `split` makes them out of leaves [n, ...], `join` puts them together again. The key is one for all.
+
+    Args:
+      make_algorithm: `make_algorithm(gossip) -> Algorithm`, any method; as in `shard_agents`.
+      topology: a `Topology`, a sequence of them, or `Levels` of these; as in `shard_agents`.
+      devices: the devices, such as `jax.devices()`, of a number that divides n.
+
+    Returns:
+      `Algorithm(init, step)`, both parallel maps: `init(x, y, batch=None)` and `step(key, state, batch)`.
+
+    Raises:
+      ValueError: if `devices` are none or do not divide n, if `make_algorithm` does not take a gossip and return an
+        `Algorithm`; as `bx.gossip`; from `init` and `step`, if a leaf lacks the axis of the devices.
+
+    Cost: that of the method for n/devices agents on each device.
+
+    Example:
+        >>> import bilevax as bx, jax, jax.numpy as jnp
+        >>> problem = bx.BilevelProblem(lambda x, y, c: (y - c) ** 2, lambda x, y, c: (y - x) ** 2)
+        >>> make = lambda gossip: bx.decentralized.sldbo(problem, gossip, (0.1, 0.2, 0.2))
+        >>> method = bx.parallel.pmap_agents(make, bx.topology.ring(4), jax.devices()[:1])
+        >>> method.init(*bx.parallel.split((jnp.zeros(4), jnp.zeros(4)), 1)).x.shape
+        (1, 4)
+    """
+    devices = list(devices) if isinstance(devices, Sequence) else []
+    if not devices or not all(isinstance(device, jax.Device) for device in devices):
+        raise ValueError(f"devices must be a list of devices; got {devices!r:.80}. Pass jax.devices().")
+    algorithm, n = _spread(make_algorithm, topology, "agents", len(devices))
+    first = len(devices), n // len(devices)
+
+    def check(name: str, tree: Any) -> None:
+        fix = f"Pass bx.parallel.split({name}, {first[0]})."
+        _check_shapes(name, tree, f"[{first[0]}, {first[1]}, ...]", lambda shape: shape[:2] == first, fix)
+
+    init = jax.pmap(algorithm.init, "agents", devices=devices)
+    step = jax.pmap(algorithm.step, "agents", in_axes=(None, 0, 0), devices=devices)
+    return _checked(init, step, check)
+
+
+def place(tree: chex.ArrayTree, mesh: Mesh) -> chex.ArrayTree:
+    """Puts the rows of each agent on the device that holds it; scalars on all devices.
+
+    On several hosts every process passes a tree of all n rows and reads the rows of its own devices alone: a leaf may be
+    a `numpy.memmap` of a file larger than the memory. (Rows that only one process has:
+    `jax.make_array_from_process_local_data`.)
+
+    Args:
+      tree: a pytree of arrays [n, ...] and scalars: x, y, a batch, a state.
+      mesh: the mesh of `shard_agents`.
+
+    Returns:
+      The pytree with leaves sharded over the axis of the mesh.
+
+    Raises:
+      ValueError: if the mesh has several axes or explicit ones, or if its size does not divide the rows of a leaf.
+
+    Cost: one copy of each row.
+
+    Example:
+        >>> import bilevax as bx, jax, jax.numpy as jnp
+        >>> bx.parallel.place(jnp.zeros((4, 2)), jax.sharding.Mesh(jax.devices()[:1], ("agents",))).sharding.spec
+        P('agents',)
+    """
+    (axis,) = _mesh(mesh).axis_names
+    _check_rows(tree, mesh.size)
+
+    def put(leaf: Any) -> jax.Array:
+        sharding = NamedSharding(mesh, PartitionSpec(axis) if jnp.ndim(leaf) else PartitionSpec())
+        if sharding.is_fully_addressable:
+            return jax.device_put(leaf, sharding)
+        dtype = jnp.result_type(leaf)
+        return jax.make_array_from_callback(
+            jnp.shape(leaf), sharding, lambda rows: np.asarray(leaf[rows] if rows else leaf, dtype)
+        )
+
+    return jax.tree.map(put, tree)
+
+
+def split(tree: chex.ArrayTree, devices: int) -> chex.ArrayTree:
+    """Gives `pmap_agents` its layout: leaves [n, ...] become [devices, n/devices, ...], scalars [devices].
+
+    Args:
+      tree: a pytree of arrays [n, ...] and scalars: x, y, a batch, a state.
+      devices: the number of devices, a divisor of n.
+
+    Returns:
+      The pytree with the axis of the devices first.
+
+    Raises:
+      ValueError: if `devices` < 1, or if it does not divide the rows of a leaf.
+
+    Cost: one copy of each leaf.
+
+    Example:
+        >>> import bilevax as bx, jax.numpy as jnp
+        >>> bx.parallel.split(jnp.zeros((8, 3)), 4).shape
+        (4, 2, 3)
+    """
+    devices = checks.count("devices", devices, minimum=1)
+    _check_rows(tree, devices)
+
+    def one(leaf: Any) -> jax.Array:
+        if jnp.ndim(leaf) == 0:
+            return jnp.broadcast_to(leaf, (devices,))
+        return jnp.reshape(leaf, (devices, -1, *jnp.shape(leaf)[1:]))
+
+    return jax.tree.map(one, tree)
+
+
+def join(tree: chex.ArrayTree) -> chex.ArrayTree:
+    """Undoes `split`: leaves [devices, n/devices, ...] become [n, ...], [devices] the scalar of the first device.
+
+    Args:
+      tree: a pytree as `pmap_agents` returns it.
+
+    Returns:
+      The pytree as on one device.
+
+    Raises:
+      ValueError: if a leaf has no axis of the devices.
+
+    Cost: one copy of each leaf.
+
+    Example:
+        >>> import bilevax as bx, jax.numpy as jnp
+        >>> bx.parallel.join(jnp.zeros((4, 2, 3))).shape
+        (8, 3)
+    """
+    _check_shapes("tree", tree, "[devices, ...]", bool, "Pass what a method of bx.parallel.pmap_agents returned.")
+    return jax.tree.map(lambda leaf: leaf[0] if leaf.ndim == 1 else leaf.reshape(-1, *leaf.shape[2:]), tree)
+
+
+def _spread(make_algorithm: Callable, topology: Any, axis: str, devices: int) -> tuple[Algorithm, int]:
+    """The method over a gossip whose agents are spread along a named axis, and their number."""
+    checks.function("make_algorithm", make_algorithm, "gossip")
+    gossip = _gossip(topology, axis, devices)
+    algorithm = make_algorithm(gossip)
+    fix = "Return, say, bx.decentralized.sldbo(problem, gossip, step_sizes)."
+    checks.instance("make_algorithm(gossip)", algorithm, Algorithm, fix)
+    n = levels("gossip", gossip).x.n
+    form, fix = f"[{n // devices}, ...] or scalars", "Put the agents held here first, or leave it out."
+
+    def per_agent(function: Callable) -> Callable:
+        def call(*arguments: Any) -> Any:
+            result = function(*arguments)
+            _check_shapes("result", result, form, lambda shape: shape[:1] in ((), (n // devices,)), fix)
+            return result
+
+        return call
+
+    return Algorithm(*map(per_agent, algorithm)), n
+
+
+def _checked(init: Callable, step: Callable, check: Callable) -> Algorithm:
+    """The method behind a check of what the user passes in."""
+
+    def checked_init(x: Any, y: Any, batch: Any = None) -> Any:
+        for name, tree in (("x", x), ("y", y), ("batch", batch)):
+            check(name, tree)
+        return init(x, y, batch)
+
+    def checked_step(key: Any, state: Any, batch: Any) -> Any:
+        check("batch", batch)
+        return step(key, state, batch)
+
+    return Algorithm(checked_init, checked_step)
+
+
+def _gossip(topology: Any, axis: str, devices: int) -> Any:
+    """A gossip for each device of a named axis, which holds n/devices consecutive agents."""
+    if isinstance(topology, Levels):
+        return Levels(*(_gossip(one, axis, devices) for one in topology))
+    graphs.check(topology)
+    sequence = (topology,) if isinstance(topology, graphs.Topology) else tuple(topology)
+    if sequence[0].n % devices:
+        raise ValueError(
+            f"topology must have a number of agents that the devices divide; got {sequence[0].n} agents and {devices} "
+            f"devices. Take {np.gcd(sequence[0].n, devices)} of the devices, or other agents."
+        )
+
+    def agents(n: int) -> chex.Array:
+        return jax.lax.axis_index(axis) * (n // devices) + jnp.arange(n // devices, dtype=jnp.int32)
+
+    def mean(tree: chex.ArrayTree) -> chex.ArrayTree:
+        return jax.lax.pmean(jax.tree.map(lambda leaf: jnp.mean(leaf, 0), tree), axis)
+
+    plain = gossips.assemble(topology, partial(_form, axis, devices), agents, mean)
+    return gossips.with_push_sum(plain) if any(one.directed for one in sequence) else plain
+
+
+def _form(axis: str, devices: int, topology: graphs.Topology) -> gossips.Form:
+    """Shifts between devices where they move fewer rows than gathering all agents, the local rows of W otherwise."""
+    n, local = topology.n, topology.n // devices
+    hops = gossips.hop_weights(topology)
+    cuts = {hop: divmod(hop, local) for hop in hops}
+
+    def receive(rows: chex.Array, far: int, weights: np.ndarray) -> chex.Array:
+        """The rows of the device `far` places on, for the devices that give them weight [devices, rows]."""
+        if far % devices == 0:
+            return rows
+        pairs = [((device + far) % devices, device) for device in range(devices) if weights[device].any()]
+        return jax.lax.ppermute(rows, axis, pairs) if pairs else jnp.zeros_like(rows)
+
+    def shift(leaf: chex.Array, hop: int) -> chex.Array:
+        (far, cut), weights = cuts[hop], hops[hop].reshape(devices, local)
+        near = receive(leaf[cut:], far, weights[:, : local - cut])
+        return jnp.concatenate([near, receive(leaf[:cut], far + 1, weights[:, local - cut :])]) if cut else near
+
+    def index() -> chex.Array:
+        return jax.lax.axis_index(axis)
+
+    moved = sum((local - cut) * (far % devices > 0) + cut * ((far + 1) % devices > 0) for far, cut in cuts.values())
+    if moved < n - local:
+        return gossips.shifted(hops, shift, lambda: index() * local + jnp.arange(local))
+    gathered = gossips.Rows(devices, index, partial(jax.lax.all_gather, axis_name=axis, tiled=True))
+    return gossips.by_rows(topology, gathered)
+
+
+def _mesh(mesh: Any) -> Mesh:
+    checks.instance("mesh", mesh, Mesh, _ONE_MESH)
+    if len(mesh.axis_names) != 1:
+        raise ValueError(f"mesh must have one axis, that of the agents; got {mesh.axis_names}. {_ONE_MESH}")
+    if mesh.axis_types[0] != AxisType.Auto:
+        raise ValueError(f"mesh must have an axis of type Auto; got {mesh.axis_types[0]}. {_ONE_MESH}")
+    return mesh
+
+
+def _check_rows(tree: chex.ArrayTree, devices: int) -> None:
+    form, fix = f"[n, ...], n a multiple of {devices} devices, or scalars", "Take fewer devices, or other agents."
+    _check_shapes("tree", tree, form, lambda shape: not shape or shape[0] % devices == 0, fix)
+
+
+def _check_shapes(name: str, tree: chex.ArrayTree, form: str, fits: Callable, fix: str) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if not fits(jnp.shape(leaf)):
+            where = f"{name}{jax.tree_util.keystr(path)}"
+            raise ValueError(f"{name} must have leaves {form}; got shape {jnp.shape(leaf)} at {where}. {fix}")
