@@ -29,6 +29,8 @@ from bilevax.decentralized import topology as graphs
 from bilevax.decentralized.engine import Algorithm
 from bilevax.decentralized.levels import Levels, levels
 
+__all__ = ["join", "place", "pmap_agents", "shard_agents", "split"]
+
 _ONE_MESH = 'Pass jax.sharding.Mesh(jax.devices(), ("agents",)).'
 
 
@@ -44,9 +46,8 @@ def shard_agents(make_algorithm: Callable, topology: Any, mesh: Mesh) -> Algorit
 
     Args:
       make_algorithm: `make_algorithm(gossip) -> Algorithm`, any method, such as
-        `lambda gossip: bx.decentralized.sldbo(problem, gossip, step_sizes)`. What a step returns must be [n, ...], agents
-        first, or a scalar that is computed alike on all devices (from counters, keys and `gossip.mean`). Replication is
-        not checked by the tracer, and derivatives inside a method stay on their device.
+        `lambda gossip: bx.decentralized.sldbo(problem, gossip, step_sizes)`. What it returns must be [n, ...], agents
+        first, or a scalar that every device computes alike (from counters, keys, `gossip.mean`), which is not checked.
       topology: a `Topology`, a sequence of them taken in turn, or `Levels` of these: `make_algorithm` gets `Levels` of
         gossips then. A directed graph is mixed by push-sum.
       mesh: a mesh with one axis, of a number of devices that divides n.
@@ -55,8 +56,8 @@ def shard_agents(make_algorithm: Callable, topology: Any, mesh: Mesh) -> Algorit
       `Algorithm(init, step)`, both jitted.
 
     Raises:
-      ValueError: if the mesh has several axes or explicit ones, if its size does not divide n, if `make_algorithm` does not
-        take a gossip and return an `Algorithm`; as `bx.gossip`; from `init` and `step`, if a leaf lacks the agents' axis.
+      ValueError: if the mesh has several axes or explicit ones, if its size does not divide n, if `make_algorithm` does
+        not take a gossip and return an `Algorithm`; as `bx.gossip`; from `init` and `step`, if a leaf has other rows.
 
     Cost: that of the method for n/devices agents on each device; the program is traced twice.
 
@@ -68,8 +69,8 @@ def shard_agents(make_algorithm: Callable, topology: Any, mesh: Mesh) -> Algorit
         ...     lambda gossip: bx.decentralized.sldbo(problem, gossip, (0.1, 0.2, 0.2)), bx.topology.ring(4), mesh
         ... )
         >>> x, y, batch = bx.parallel.place((jnp.zeros(4), jnp.zeros(4), bx.Batch(jnp.ones(4), jnp.ones(4))), mesh)
-        >>> method.init(x, y).x.sharding.spec
-        P('agents',)
+        >>> method.init(x, y).x.sharding.spec[0]
+        'agents'
     """
     (axis,) = _mesh(mesh).axis_names
     algorithm, n = _spread(make_algorithm, topology, axis, mesh.size)
@@ -78,7 +79,7 @@ def shard_agents(make_algorithm: Callable, topology: Any, mesh: Mesh) -> Algorit
         return jax.tree.map(lambda leaf: PartitionSpec(axis) if jnp.ndim(leaf) else PartitionSpec(), tree)
 
     def run(function: Callable, in_specs: tuple, *arguments: Any) -> Any:
-        # Unchecked: all varies or is computed alike, and a derivative at a constant must not be summed over devices
+        # With check_vma=True a derivative at a constant of the method's own would be summed over the devices
         shard = partial(jax.shard_map, function, mesh=mesh, in_specs=in_specs, check_vma=False)
         held = jax.eval_shape(shard(out_specs=PartitionSpec()), *arguments)
         return shard(out_specs=specs(held))(*arguments)
@@ -92,9 +93,7 @@ def shard_agents(make_algorithm: Callable, topology: Any, mesh: Mesh) -> Algorit
         return run(algorithm.step, (PartitionSpec(), *specs((state, batch))), key, state, batch)
 
     def check(name: str, tree: Any) -> None:
-        checks.agents_axis(
-            name, tree, n, f"Pass the rows of all agents, as on one device; {mesh.size} devices share them."
-        )
+        checks.agents_axis(name, tree, n, f"Pass the rows of all agents: {mesh.size} devices share them.")
 
     return _checked(init, step, check)
 
@@ -108,14 +107,14 @@ def pmap_agents(make_algorithm: Callable, topology: Any, devices: Sequence[Any])
     Args:
       make_algorithm: `make_algorithm(gossip) -> Algorithm`, any method; as in `shard_agents`.
       topology: a `Topology`, a sequence of them, or `Levels` of these; as in `shard_agents`.
-      devices: the devices, such as `jax.devices()`, of a number that divides n.
+      devices: devices of this host, such as `jax.local_devices()`, of a number that divides n.
 
     Returns:
       `Algorithm(init, step)`, both parallel maps: `init(x, y, batch=None)` and `step(key, state, batch)`.
 
     Raises:
-      ValueError: if `devices` are none or do not divide n, if `make_algorithm` does not take a gossip and return an
-        `Algorithm`; as `bx.gossip`; from `init` and `step`, if a leaf lacks the axis of the devices.
+      ValueError: if `devices` are none, not of this host, or do not divide n, if `make_algorithm` does not take a
+        gossip and return an `Algorithm`; as `bx.gossip`; from `init` and `step`, if a leaf is not split.
 
     Cost: that of the method for n/devices agents on each device.
 
@@ -127,9 +126,12 @@ def pmap_agents(make_algorithm: Callable, topology: Any, devices: Sequence[Any])
         >>> method.init(*bx.parallel.split((jnp.zeros(4), jnp.zeros(4)), 1)).x.shape
         (1, 4)
     """
-    devices = list(devices) if isinstance(devices, Sequence) else []
-    if not devices or not all(isinstance(device, jax.Device) for device in devices):
-        raise ValueError(f"devices must be a list of devices; got {devices!r:.80}. Pass jax.devices().")
+    here = [device for device in devices if device in jax.local_devices()] if isinstance(devices, Sequence) else []
+    if not here or len(here) < len(devices):
+        raise ValueError(
+            f"devices must be a list of devices of this host; got {devices!r:.80}. Pass jax.local_devices(), or take "
+            f"bx.parallel.shard_agents for several hosts."
+        )
     algorithm, n = _spread(make_algorithm, topology, "agents", len(devices))
     first = len(devices), n // len(devices)
 
@@ -145,8 +147,8 @@ def pmap_agents(make_algorithm: Callable, topology: Any, devices: Sequence[Any])
 def place(tree: chex.ArrayTree, mesh: Mesh) -> chex.ArrayTree:
     """Puts the rows of each agent on the device that holds it; scalars on all devices.
 
-    On several hosts every process passes a tree of all n rows and reads the rows of its own devices alone: a leaf may be
-    a `numpy.memmap` of a file larger than the memory. (Rows that only one process has:
+    On several hosts every process passes a tree of all n rows, and reads those of its own devices alone: a leaf may be
+    a `numpy.memmap` of a file larger than the memory. (If a process has its own rows only, take
     `jax.make_array_from_process_local_data`.)
 
     Args:
@@ -163,8 +165,8 @@ def place(tree: chex.ArrayTree, mesh: Mesh) -> chex.ArrayTree:
 
     Example:
         >>> import bilevax as bx, jax, jax.numpy as jnp
-        >>> bx.parallel.place(jnp.zeros((4, 2)), jax.sharding.Mesh(jax.devices()[:1], ("agents",))).sharding.spec
-        P('agents',)
+        >>> bx.parallel.place(jnp.zeros((4, 2)), jax.sharding.Mesh(jax.devices()[:1], ("agents",))).sharding.spec[0]
+        'agents'
     """
     (axis,) = _mesh(mesh).axis_names
     _check_rows(tree, mesh.size)
@@ -283,21 +285,40 @@ def _gossip(topology: Any, axis: str, devices: int) -> Any:
             f"devices. Take {np.gcd(sequence[0].n, devices)} of the devices, or other agents."
         )
 
-    def agents(n: int) -> chex.Array:
-        return jax.lax.axis_index(axis) * (n // devices) + jnp.arange(n // devices, dtype=jnp.int32)
-
     def mean(tree: chex.ArrayTree) -> chex.ArrayTree:
         return jax.lax.pmean(jax.tree.map(lambda leaf: jnp.mean(leaf, 0), tree), axis)
 
-    plain = gossips.assemble(topology, partial(_form, axis, devices), agents, mean)
+    plain = gossips.assemble(topology, partial(_form, axis, devices), lambda n: _held(axis, n // devices), mean)
     return gossips.with_push_sum(plain) if any(one.directed for one in sequence) else plain
 
 
 def _form(axis: str, devices: int, topology: graphs.Topology) -> gossips.Form:
-    """Shifts between devices where they move fewer rows than gathering all agents, the local rows of W otherwise."""
-    n, local = topology.n, topology.n // devices
-    hops = gossips.hop_weights(topology)
-    cuts = {hop: divmod(hop, local) for hop in hops}
+    """Shifts between devices for a graph with few hops, the local rows of W otherwise."""
+    if devices == 1:
+        return gossips.by_structure(topology)
+    if _shifts_pay(devices, topology):
+        return _shifts(axis, devices, topology)
+    gather = partial(jax.lax.all_gather, axis_name=axis, tiled=True)
+    return gossips.by_rows(topology, gossips.Rows(devices, lambda: jax.lax.axis_index(axis), gather))
+
+
+def _shifts_pay(devices: int, topology: graphs.Topology) -> bool:
+    """Whether shifts move fewer rows than gathering them all, in a number of permutes of the order of the devices."""
+    local = topology.n // devices
+    receivers, senders = topology.matrix.nonzero()
+    hops = (senders.astype(np.int64) - receivers) % topology.n
+    far, cut = np.divmod(hops, local)
+    beyond = receivers % local >= local - cut  # in the part that comes from one device more
+    edges = np.flatnonzero((far + beyond) % devices)
+    messages, first = np.unique(((2 * hops + beyond) * devices + receivers // local)[edges], return_index=True)
+    rows = np.where(beyond, cut, local - cut)[edges[first]].sum()
+    permutes = np.unique(messages // devices).size
+    return bool(rows < devices * (topology.n - local) and permutes <= 2 * devices)
+
+
+def _shifts(axis: str, devices: int, topology: graphs.Topology) -> gossips.Form:
+    """A hop of far · local + cut brings the rows from `cut` on from `far` devices on, those before it from one more."""
+    local, hops = topology.n // devices, gossips.hop_weights(topology)
 
     def receive(rows: chex.Array, far: int, weights: np.ndarray) -> chex.Array:
         """The rows of the device `far` places on, for the devices that give them weight [devices, rows]."""
@@ -307,18 +328,15 @@ def _form(axis: str, devices: int, topology: graphs.Topology) -> gossips.Form:
         return jax.lax.ppermute(rows, axis, pairs) if pairs else jnp.zeros_like(rows)
 
     def shift(leaf: chex.Array, hop: int) -> chex.Array:
-        (far, cut), weights = cuts[hop], hops[hop].reshape(devices, local)
+        (far, cut), weights = divmod(hop, local), hops[hop].reshape(devices, local)
         near = receive(leaf[cut:], far, weights[:, : local - cut])
         return jnp.concatenate([near, receive(leaf[:cut], far + 1, weights[:, local - cut :])]) if cut else near
 
-    def index() -> chex.Array:
-        return jax.lax.axis_index(axis)
+    return gossips.shifted(hops, shift, partial(_held, axis, local))
 
-    moved = sum((local - cut) * (far % devices > 0) + cut * ((far + 1) % devices > 0) for far, cut in cuts.values())
-    if moved < n - local:
-        return gossips.shifted(hops, shift, lambda: index() * local + jnp.arange(local))
-    gathered = gossips.Rows(devices, index, partial(jax.lax.all_gather, axis_name=axis, tiled=True))
-    return gossips.by_rows(topology, gathered)
+
+def _held(axis: str, local: int) -> chex.Array:
+    return jax.lax.axis_index(axis) * local + jnp.arange(local, dtype=jnp.int32)
 
 
 def _mesh(mesh: Any) -> Mesh:

@@ -8,7 +8,7 @@ import pytest
 import bilevax as bx
 
 NAMESPACES = (bx, bx.algorithms, bx.curvature, bx.decentralized, bx.estimator, bx.ihvp, bx.inner, bx.topology)
-MODULES = (bx.coins, bx.compression, bx.correction, bx.partition)
+MODULES = (bx.coins, bx.compression, bx.correction, bx.parallel, bx.partition)
 PUBLIC = {
     f"{namespace.__name__}.{name}": getattr(namespace, name)
     for namespace in (*NAMESPACES, *MODULES)

@@ -258,13 +258,13 @@ def dense(topology: graphs.Topology, held: Rows = ALL_ROWS) -> Form:
     """A product with W; the Laplacian agent by agent, in O(n) memory."""
     matrix = topology.matrix.toarray().reshape(held.parts, -1, topology.n)
 
-    def mix(leaf: chex.Array) -> chex.Array:
-        w = jnp.asarray(matrix, leaf.dtype)[held.index()]
-        return jnp.tensordot(w, held.gather(leaf), 1, precision=jax.lax.Precision.HIGHEST)
+    def mix(wide: chex.Array, leaf: chex.Array) -> chex.Array:
+        w = jnp.asarray(matrix, wide.dtype)[held.index()]
+        return jnp.tensordot(w, widen(held.gather(leaf)), 1, precision=jax.lax.Precision.HIGHEST)
 
-    def laplacian(leaf: chex.Array) -> chex.Array:
-        w, every = jnp.asarray(matrix, leaf.dtype)[held.index()], held.gather(leaf)
-        return jax.lax.map(lambda row: jnp.tensordot(row[0], row[1][None] - every, 1), (w, leaf))
+    def laplacian(wide: chex.Array, leaf: chex.Array) -> chex.Array:
+        w, every = jnp.asarray(matrix, wide.dtype)[held.index()], widen(held.gather(leaf))
+        return jax.lax.map(lambda row: jnp.tensordot(row[0], row[1][None] - every, 1), (w, wide))
 
     return Form(_wide(mix), _wide(laplacian))
 
@@ -293,12 +293,12 @@ def shifted(hops: dict[int, np.ndarray], shift: Callable, agents: Callable | Non
         column = jnp.asarray(weights, leaf.dtype)
         return _column(column if agents is None else column[agents()], leaf)
 
-    def mix(leaf: chex.Array) -> chex.Array:
-        return sum(weight(hop, leaf) * (shift(leaf, hop) if hop else leaf) for hop in hops)
+    def mix(wide: chex.Array, leaf: chex.Array) -> chex.Array:
+        return sum(weight(hop, wide) * (widen(shift(leaf, hop)) if hop else wide) for hop in hops)
 
-    def laplacian(leaf: chex.Array) -> chex.Array:
-        differences = (weight(hop, leaf) * (leaf - shift(leaf, hop)) for hop in hops if hop)
-        return sum(differences, start=jnp.zeros_like(leaf))
+    def laplacian(wide: chex.Array, leaf: chex.Array) -> chex.Array:
+        differences = (weight(hop, wide) * (wide - widen(shift(leaf, hop))) for hop in hops if hop)
+        return sum(differences, start=jnp.zeros_like(wide))
 
     return Form(_wide(mix), _wide(laplacian))
 
@@ -315,19 +315,19 @@ def sparse(topology: graphs.Topology, held: Rows = ALL_ROWS) -> Form:
 
     def edges(leaf: chex.Array) -> tuple:
         part = held.index()
-        to, weight = jnp.asarray(receivers)[part], jnp.asarray(weights, leaf.dtype)[part]
-        return to, _column(weight, leaf), held.gather(leaf)[jnp.asarray(senders)[part]]
+        to, sent = jnp.asarray(receivers)[part], widen(held.gather(leaf))[jnp.asarray(senders)[part]]
+        return to, _column(jnp.asarray(weights, sent.dtype)[part], sent), sent
 
     def add(to: chex.Array, terms: chex.Array) -> chex.Array:
         return jax.ops.segment_sum(terms, to, local, indices_are_sorted=True)
 
-    def mix(leaf: chex.Array) -> chex.Array:
+    def mix(wide: chex.Array, leaf: chex.Array) -> chex.Array:
         to, weight, sent = edges(leaf)
         return add(to, weight * sent)
 
-    def laplacian(leaf: chex.Array) -> chex.Array:
+    def laplacian(wide: chex.Array, leaf: chex.Array) -> chex.Array:
         to, weight, sent = edges(leaf)
-        return add(to, weight * (leaf[to] - sent))
+        return add(to, weight * (wide[to] - sent))
 
     return Form(_wide(mix), _wide(laplacian))
 
@@ -351,8 +351,8 @@ def _column(weights: chex.Array, leaf: chex.Array) -> chex.Array:
 
 
 def _wide(function: Callable) -> Callable:
-    """Computes in at least float32, so that half-precision leaves keep their mean."""
-    return lambda leaf: function(widen(leaf)).astype(leaf.dtype)
+    """Computes in at least float32, so that half-precision leaves keep their mean; they travel as they are."""
+    return lambda leaf: function(widen(leaf), leaf).astype(leaf.dtype)
 
 
 def replicate(tree: chex.ArrayTree, n: int) -> chex.ArrayTree:
