@@ -5,7 +5,7 @@ from typing import Any
 from bilevax.decentralized.correction import none
 from bilevax.decentralized.engine import Algorithm, single_loop
 from bilevax.decentralized.estimator import momentum
-from bilevax.decentralized.levels import Levels
+from bilevax.decentralized.estimator.oracle import rates_of
 from bilevax.problem import BilevelProblem
 from bilevax.sampling import Sample, full
 
@@ -48,4 +48,5 @@ def dsoba(problem: BilevelProblem, gossip: Any, step_sizes: Any, sample: Sample 
         >>> float(info.bytes[0]) / state.x.dtype.itemsize
         6.0
     """
-    return single_loop(problem, gossip, step_sizes, momentum(Levels(theta, 1.0, 1.0), sample), none())
+    averaged = momentum(rates_of("theta", theta)._replace(y=1.0, v=1.0), sample)
+    return single_loop(problem, gossip, step_sizes, averaged, none())

@@ -4,7 +4,7 @@ from typing import Any
 
 from bilevax.decentralized.engine import GAUSS_SEIDEL, Algorithm, Order, single_loop
 from bilevax.decentralized.estimator import momentum
-from bilevax.decentralized.levels import Levels
+from bilevax.decentralized.estimator.oracle import rates_of
 from bilevax.problem import BilevelProblem
 from bilevax.sampling import Sample, full
 
@@ -61,4 +61,5 @@ def sparkle(
         >>> float(info.bytes[0]) / state.x.dtype.itemsize, info.rounds
         (6.0, 3)
     """
-    return single_loop(problem, gossip, step_sizes, momentum(Levels(theta, 1.0, 1.0), sample), corrections, order)
+    averaged = momentum(rates_of("theta", theta)._replace(y=1.0, v=1.0), sample)
+    return single_loop(problem, gossip, step_sizes, averaged, corrections, order)

@@ -83,8 +83,8 @@ def _restarted(restart: Callable, sample: Sample) -> Estimator:
             u, _, evaluations = exact.update(None, (), oracle, point, batch, k)
             return u, u, evaluations
 
-        def carried() -> tuple:  # never first: k + 1 says so to the recursion
-            return recursive.update(sample_key, state, oracle, point, batch, k + 1)
+        def carried() -> tuple:
+            return recursive.update(sample_key, state, oracle, point, batch, k)
 
         return jax.lax.cond(restart(coin_key, k), restarted, carried)
 
