@@ -167,17 +167,6 @@ def test_vmap_over_keys_and_step_sizes_equals_a_loop(name):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-13), together, one_by_one)
 
 
-def test_step_sizes_may_be_traced():
-    batch = make_batch()
-
-    def last(step):
-        method = bx.decentralized.sldbo(PROBLEM, RING, (step, 0.05, 0.05), radius=step * 100)
-        return method.step(None, method.init(*make_point()), batch)[0].x
-
-    together = jax.jit(jax.vmap(last))(jnp.array([0.01, 0.02]))
-    np.testing.assert_allclose(together[0][1], last(0.02)[0], rtol=1e-12)
-
-
 # Declared cost = compiled cost.
 
 
@@ -250,23 +239,3 @@ def test_declared_calls_are_those_of_the_table(name):
         assert (mean == mean[0]).all()
     else:
         assert tuple(mean) == CALLS[name]
-
-
-def test_skipping_saves_the_operations_of_the_compiled_program():
-    """Of a problem whose cost is its derivatives: a quarter of the agents takes about a quarter of the operations."""
-    agents = bx.gossip(bx.topology.ring(16))
-    C, A, B = (jnp.ones((16, *shape)) for shape in ((130, 11), (70, 11), (11, 5)))
-    x, y = bx.replicate((jnp.ones(5), jnp.ones(11)), 16)
-    problem = bx.BilevelProblem(costly_outer_loss, costly_inner_loss)
-
-    def operations(coins):
-        method = bx.decentralized.s3ldbo(problem, agents, STEPS, coins)
-        state = method.init(x, y, bx.Batch(C, (A, B)))
-        cost = jax.jit(method.step).lower(KEY, state, bx.Batch(C, (A, B))).compile().cost_analysis()
-        return (cost[0] if isinstance(cost, list) else cost)["flops"]
-
-    everybody, quarter, masked = (
-        operations(coins) for coins in (bx.coins.subset(1.0), bx.coins.subset(0.25), bx.coins.independent(0.25))
-    )
-    assert 0.2 < quarter / everybody < 0.4
-    assert masked > 0.9 * everybody  # a mask evaluates everybody

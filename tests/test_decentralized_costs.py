@@ -1,0 +1,98 @@
+"""What a decentralized method says that it costs is what it costs."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import networks
+import numpy as np
+import pytest
+from cases import ATC, ED, EXTRA, GT, KEY, LAZY_SQUARE, STEPS, make
+from networks import PROBLEM, jit, quadratic
+
+import bilevax as bx
+from bilevax import coins, decentralized
+
+LINEAR = bx.BilevelProblem(
+    lambda x, y, batch: jnp.sum(x) + jnp.sum(y), lambda x, y, batch: 0.5 * jnp.sum(y**2) + jnp.sum(x) * y[0]
+)
+
+
+def variance_reduced(preset):
+    return make(preset, bx.inner.full, 0.1, 1.0)
+
+
+def sparkle(*forms):
+    return make(decentralized.sparkle, bx.Levels(*(form() for form in forms)))
+
+
+COSTS = {  # bytes to each neighbour for d_x = 784 and d_y = 7840; F, G, H and J per agent; rounds
+    "sldbo": (make(decentralized.sldbo), 131_712, (1, 1, 1, 1), 1),
+    "sldbo_atc": (make(decentralized.sldbo, None, ATC()), 131_712, (1, 1, 1, 1), 2),
+    "s3ldbo": (make(decentralized.s3ldbo, coins.independent(0.5)), 131_712, None, 1),
+    "s3ldbo_unbiased": (make(decentralized.s3ldbo_unbiased, 0.5), 131_712, None, 1),
+    "dsvrbgd_simultaneous": (variance_reduced(decentralized.dsvrbgd_simultaneous), 131_712, (2, 2, 2, 2), 1),
+    "dsvrbgd_alternating": (variance_reduced(decentralized.dsvrbgd_alternating), 131_712, (2, 4, 2, 2), 3),
+    "sparkle_gt": (sparkle(GT, GT, GT), 131_712, (1, 2, 1, 1), 3),
+    "sparkle_ed": (sparkle(ED, ED, ED), 65_856, (1, 2, 1, 1), 3),
+    "sparkle_extra": (sparkle(EXTRA, EXTRA, EXTRA), 65_856, (1, 2, 1, 1), 3),
+    "sparkle_mixed": (sparkle(GT, ED, EXTRA), 68_992, (1, 2, 1, 1), 3),
+    "dsoba": (make(decentralized.dsoba), 65_856, (1, 1, 1, 1), 1),
+}
+
+
+@pytest.mark.parametrize("name", COSTS)
+def test_declared_cost(name):
+    preset, size, calls, rounds = COSTS[name]
+    method = preset(LINEAR, LAZY_SQUARE)
+    batch = bx.Batch(outer=jnp.zeros((4, 1)), inner=jnp.zeros((4, 1)))
+
+    @jit
+    def info(keys):
+        state = method.init(*(jnp.zeros((4, d), jnp.float32) for d in (784, 7840)), batch)
+        state, _ = method.step(keys[0], state, batch)
+        return method.step(keys[1], state, batch)[1]._replace(moves=None, breakdown=None)
+
+    got = info(jax.random.split(KEY, 2))
+    np.testing.assert_array_equal(got.bytes, np.full(4, 2 * size))
+    assert got.rounds == rounds
+    for count, expected in zip(got.calls, calls or [got.calls.outer_gradients] * 4, strict=True):
+        np.testing.assert_array_equal(count, np.broadcast_to(expected, 4))
+    assert set(np.asarray(got.calls.outer_gradients).tolist()) <= ({0, 1} if calls is None else {calls[0]})
+
+
+def flops(function, *args):
+    return jit(function).lower(*args).compile().cost_analysis()["flops"]
+
+
+WIDE = quadratic(0, n=4, dx=48, dy=64)
+
+
+@pytest.mark.parametrize("name", ["sldbo", "dsvrbgd_simultaneous", "dsvrbgd_alternating", "sparkle_ed"])
+def test_declared_calls_are_those_of_the_compiled_program(name):
+    """Products with matrices of 64 rows are nearly all of the work, and the compiler counts them."""
+    x, y = networks.zeros(WIDE.batch)
+    unit = flops(jax.vmap(functools.partial(bx.directions, PROBLEM)), x, y, y, WIDE.batch)
+    gradient = flops(jax.vmap(jax.grad(networks.inner_loss, 1)), x, y, WIDE.batch.inner)
+    method = COSTS[name][0](PROBLEM, LAZY_SQUARE)
+    state = jax.eval_shape(method.init, x, y)
+    compiled = flops(lambda state, batch: method.step(None, state, batch)[0], state, WIDE.batch)
+    f, g, *_ = COSTS[name][2]
+    least = f * unit  # the second linearization of a quadratic costs nothing
+    assert least < compiled < 1.05 * (least + (g - f) * gradient)
+
+
+def test_skipping_really_skips():
+    """A subset evaluates its own agents only; a common coin stays a branch of the program."""
+    q = quadratic(0, n=16, dx=48, dy=64)
+    gossip, (x, y) = bx.gossip(bx.topology.ring(16)), networks.zeros(q.batch)
+
+    def compiled(method):
+        state = jax.eval_shape(method.init, x, y, q.batch)
+        return jit(lambda key, state, batch: method.step(key, state, batch)[0]).lower(KEY, state, q.batch).compile()
+
+    everybody = compiled(decentralized.sldbo(PROBLEM, gossip, STEPS))
+    some = compiled(decentralized.s3ldbo(PROBLEM, gossip, STEPS, coins.subset(0.25)))
+    assert some.cost_analysis()["flops"] < 0.35 * everybody.cost_analysis()["flops"]
+    assert " conditional(" in compiled(decentralized.s3ldbo(PROBLEM, gossip, STEPS, coins.common(0.25))).as_text()
+    assert " conditional(" not in everybody.as_text()

@@ -1,0 +1,119 @@
+"""Every bad input of a decentralized method gets a message that helps."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import networks
+import numpy as np
+import optax
+import pytest
+from cases import BATCH, ED, EXTRA, GT, KEY, LAZY_RING, LAZY_SQUARE, TOY_RING, TOY_STEPS, X, Y, make
+from networks import PROBLEM, lazy, ring
+
+import bilevax as bx
+from bilevax import coins, decentralized, estimator
+
+IMAGES = bx.BilevelProblem(lambda x, y, batch: jnp.sum(x["w"] * y), lambda x, y, batch: jnp.sum((x["w"] - y) ** 2))
+DIRECTED = np.array([[0.5, 0, 0, 0.5], [0.5, 0.5, 0, 0], [0, 0.25, 0.5, 0], [0, 0.25, 0.5, 0.5]])
+
+
+def start(x, y=Y, batch=BATCH, problem=PROBLEM):
+    return lambda: decentralized.sldbo(problem, TOY_RING, TOY_STEPS).init(x, y, batch)
+
+
+def steps(step_sizes):
+    return lambda: decentralized.sldbo(PROBLEM, TOY_RING, step_sizes)
+
+
+def corrected(*forms, gossip=TOY_RING):
+    return lambda: decentralized.sparkle(PROBLEM, gossip, TOY_STEPS, bx.Levels(*(form() for form in forms))).init(X, Y)
+
+
+def keyless(preset, *choices):
+    method = preset(PROBLEM, TOY_RING, TOY_STEPS, *choices)
+
+    def step():
+        state = jax.eval_shape(method.init, X, Y, BATCH)
+        jax.eval_shape(functools.partial(method.step, None), state, BATCH)
+
+    return step
+
+
+BAD = {
+    "x_leading_axis": (r"\bx\b.*\(3, 1\)", start(X[:3])),
+    "y_leading_axis": (r"\by\b.*\(5, 1\)", start(X, jnp.zeros((5, 1)))),
+    "leaf_of_x": (r"x\['w'\]", start({"w": jnp.zeros(2)}, Y[:, 0], bx.Batch(X, X), IMAGES)),
+    "scalar_leaf": (r"\bx\b.*\(\)", start(jnp.array(0.0))),
+    "batch_at_init": (r"batch.inner\['A'\]", start(X, batch=BATCH._replace(inner={"A": X[:3]}))),
+    "batch_is_no_batch": (r"bx\.Batch", start(X, batch=BATCH.inner)),
+    "integer_x": ("int", start(X.astype(int))),
+    "p_zero": (r"\bp\b.*0\.0", lambda: coins.independent(0.0)),
+    "p_above_one": (r"\bp\b.*1\.5", lambda: coins.independent(1.5)),
+    "p_negative": (r"\bp\b.*-0\.1", lambda: coins.common(-0.1)),
+    "p_of_a_subset": (r"\bp\b.*1\.01", lambda: coins.subset(1.01)),
+    "p_of_one_agent": (r"\bp\b.*\(0, 1\]", lambda: coins.independent(jnp.array([0.5, 0.0]))),
+    "p_not_a_number": (r"\bp\b.*nan", lambda: coins.independent(float("nan"))),
+    "p_of_other_agents": (r"\bp\b.*\(3,\)", lambda: coins.independent(jnp.full(3, 0.5))(KEY, 0, TOY_RING)),
+    "p_common_to_nobody": (r"coins\.independent", lambda: coins.common(jnp.full(4, 0.5))),
+    "p_unbiased": (r"\bp\b", lambda: decentralized.s3ldbo_unbiased(PROBLEM, TOY_RING, TOY_STEPS, 0.0)),
+    "blocks": ("block.*block=2", lambda: coins.subset(0.5, block=6)(KEY, 0, TOY_RING)),
+    "two_step_sizes": ("step_sizes.*tuple of 2", steps((0.1, 0.2))),
+    "negative_step_size": (r"step_sizes\.y.*-0\.1", steps((0.1, -0.1, 0.1))),
+    "step_sizes_by_name": ("step_sizes.*dict", steps({"x": 0.1, "y": 0.1, "v": 0.1})),
+    "nested_step_sizes": ("step_sizes", steps((0.1, {"w": 0.1}, 0.1))),
+    "radius": ("radius.*-1", lambda: decentralized.sldbo(PROBLEM, TOY_RING, TOY_STEPS, radius=-1.0)),
+    "exact_diffusion_on_an_even_ring": ("lazy", corrected(ED, ED, ED)),
+    "extra_on_an_even_ring": (r"-0\.333.*lazy", corrected(GT, GT, EXTRA)),
+    "exact_diffusion_on_changing_graphs": (
+        "tracking",
+        corrected(GT, ED, GT, gossip=bx.gossip(networks.topology(*[lazy(ring(4))] * 2))),
+    ),
+    "extra_on_an_asymmetric_graph": (
+        "symmetric.*tracking",
+        corrected(GT, EXTRA, GT, gossip=bx.gossip(networks.topology(lazy(networks.doubly_stochastic(1, 4))))),
+    ),
+    "transformation_of_exact_diffusion": (
+        "tracking",
+        lambda: decentralized.sparkle(PROBLEM, LAZY_SQUARE, optax.adam(0.1), ED()).init(X, Y),
+    ),
+    "graphs_of_different_sizes": (
+        r"\[4, 8, 4\]",
+        lambda: decentralized.sldbo(PROBLEM, (TOY_RING, LAZY_RING, TOY_RING), TOY_STEPS),
+    ),
+    "gossip_is_a_topology": ("bx.gossip", lambda: decentralized.sldbo(PROBLEM, bx.topology.ring(4), TOY_STEPS)),
+    "directed_graph": ("push_sum", lambda: bx.gossip(networks.topology(DIRECTED)._replace(directed=True))),
+    "no_batch_at_init": (
+        r"batch.*init\(x, y, batch\)",
+        lambda: decentralized.s3ldbo(PROBLEM, TOY_RING, TOY_STEPS, coins.independent(0.5)).init(X, Y),
+    ),
+    "no_key_for_a_mask": (r"key.*jax\.random\.key", keyless(decentralized.s3ldbo, coins.independent(0.5))),
+    "no_key_for_one_coin": (r"key.*jax\.random\.key", keyless(decentralized.s3ldbo, coins.common(0.5))),
+    "no_key_for_a_subset": (r"key.*jax\.random\.key", keyless(decentralized.s3ldbo, coins.subset(0.5))),
+    "no_key_for_a_minibatch": (r"key.*jax\.random\.key", keyless(decentralized.dsoba, bx.inner.minibatch(1))),
+    "coins_no_function": ("coins.*0.5", lambda: decentralized.s3ldbo(PROBLEM, TOY_RING, TOY_STEPS, 0.5)),
+    "coins_of_another_length": (
+        r"bool \[4\].*bool \[3\]",
+        keyless(decentralized.s3ldbo, lambda key, k, gossip: jnp.ones(3, bool)),
+    ),
+    "coins_that_are_probabilities": (
+        "coins.*float",
+        keyless(decentralized.s3ldbo, lambda key, k, gossip: jnp.full(4, 0.5)),
+    ),
+    "momentum": ("momentum.*-0.1", make(decentralized.dsvrbgd_simultaneous, bx.inner.full, -0.1)),
+    "rate": ("rate.*1.5", make(decentralized.dsvrbgd_alternating, bx.inner.full, 0.1, 1.5)),
+    "theta": ("theta.*0.0", make(decentralized.dsoba, bx.inner.full, 0.0)),
+    "order": (
+        "order",
+        lambda: decentralized.single_loop(PROBLEM, TOY_RING, 0.1, estimator.full(), GT(), order=(("y",), ("x",))),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name):
+    message, call = BAD[name]
+    with pytest.raises(ValueError, match=re.compile(message, re.DOTALL)) as error:
+        call(*([PROBLEM, TOY_RING] if name in ("momentum", "rate", "theta") else []))
+    assert len(str(error.value)) > 40
