@@ -14,7 +14,7 @@ TASKS = {
     "hyper-cleaning": "learn a weight for each training example, half of whose labels are false (the default)",
     "regularization": "learn one penalty for each feature of a logistic regression",
     "meta-learning": "learn a first point from which few steps classify new characters (needs flax)",
-    "decentralized-hyper-cleaning": "the first task over a graph of agents that share no images",
+    "decentralized-hyper-cleaning": "hyper-cleaning by agents on a graph, who share no images",
     "skipping": "time iterations whose agents skip derivatives, and iterations of many agents",
     "peers": "time the same hypergradients by several libraries (needs the extra peers)",
 }

@@ -1,0 +1,231 @@
+import functools
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bilevax as bx
+from benchmarks import corrupted, skipping
+from benchmarks.__main__ import main
+from benchmarks.decentralized_data import (
+    PARTITIONS,
+    TOPOLOGIES,
+    by_weight,
+    cleaning,
+    cross_entropy,
+    divide,
+    mean_loss,
+    parsed,
+)
+
+COUNTS = {"inner_gradients", "outer_gradients", "hessian_products", "cross_products", "breakdowns", "outer_steps"}
+SPENT = {"derivatives", "megabytes", "rounds"}
+POINT = {"seconds", "outer_loss", "gradient_norm", "test_accuracy", "auc"}
+COSTS = {"compile_seconds", "temp_bytes"}
+L2 = 2e-3
+
+
+@pytest.fixture(autouse=True)
+def single_precision():
+    with jax.enable_x64(False):
+        yield
+
+
+@pytest.fixture(scope="module")
+def digits():
+    with jax.enable_x64(False):
+        whole = corrupted.load("digits", seed=1, train=240, validation=80, corruption=0.3)
+        return divide(whole, bx.partition.dirichlet_balanced(4, 0.3, seed=0, minimum=5))
+
+
+@pytest.fixture
+def run(tmp_path, capsys):
+    def start(arguments, folder="decentralized_hyper_cleaning"):
+        code = main([*arguments.split(), "--results", str(tmp_path)])
+        records = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob(f"{folder}/*.json")}
+        return code, capsys.readouterr(), records, list(tmp_path.glob(f"{folder}/*.png"))
+
+    return start
+
+
+def test_the_mean_over_agents_is_the_loss_on_the_undivided_data(digits):
+    problem, batch = cleaning(L2), digits.whole.batch
+    x_key, y_key = jax.random.split(jax.random.key(0))
+    x, y = jax.random.normal(x_key, (240,)), jax.random.normal(y_key, (64, 10))
+    inner = jnp.mean(jax.nn.sigmoid(x) * cross_entropy(y, *batch.inner)) + L2 / 2 * jnp.sum(y**2)
+    outer = jnp.mean(cross_entropy(y, *batch.outer))
+    np.testing.assert_allclose(mean_loss(problem.inner_loss, x, y, digits.batch.inner), inner, rtol=1e-5)
+    np.testing.assert_allclose(mean_loss(problem.outer_loss, x, y, digits.batch.outer), outer, rtol=1e-5)
+
+
+def test_an_agent_reads_the_weights_of_its_own_images_alone(digits):
+    _, _, ids, weights = digits.batch.inner
+    gradients = jax.vmap(jax.grad(cleaning(L2).inner_loss), (None, None, 0))
+    reads = np.asarray(gradients(jnp.zeros(240), jnp.zeros((64, 10)), digits.batch.inner)) != 0
+    assert (reads.sum(axis=0) == 1).all()
+    for agent in range(4):
+        assert set(np.flatnonzero(reads[agent])) == set(ids[agent][weights[agent] > 0])
+
+
+def test_minibatches_keep_the_total_weight_and_draw_no_filling(digits):
+    marks = np.arange(digits.batch.inner[3].shape[1])
+    for weights in digits.batch.inner[3]:
+        chosen, drawn = by_weight(32)(jax.random.key(0), 0, (marks, jnp.asarray(weights)))
+        assert (weights[chosen] > 0).all()
+        np.testing.assert_allclose(drawn.sum(), weights.sum(), rtol=1e-5)
+        assert len(drawn) == 32
+
+
+@pytest.mark.parametrize("choice", TOPOLOGIES, ids=lambda choice: choice.example)
+def test_every_topology_of_the_command_line_suits_all_methods(choice):
+    graph = parsed("topology", choice.example, TOPOLOGIES)(16, 0)
+    assert graph.n == 16
+    assert bx.topology.is_symmetric(graph)
+    assert bx.topology.smallest_eigenvalue(bx.topology.lazy(graph)) > -1 / 3
+
+
+@pytest.mark.parametrize("choice", PARTITIONS, ids=lambda choice: choice.example)
+def test_every_partition_of_the_command_line_loses_nothing(choice):
+    labels = np.arange(2000) % 10
+    train, validation = parsed("partition", choice.example, PARTITIONS)(8, 0)(labels, labels[:600])
+    assert sorted(np.concatenate(train)) == [*range(2000)]
+    assert sorted(np.concatenate(validation)) == [*range(600)]
+
+
+def test_a_run_writes_records_of_one_schema_a_plot_and_what_was_spent(run):
+    code, printed, records, plots = run(
+        "decentralized-hyper-cleaning --seed 3 --outer-steps 4 --methods s3ldbo-0.5 sparkle-ed --coins subset"
+    )
+    assert code == 0
+    assert set(records) == {"s3ldbo-0.5-seed3", "sparkle-ed-seed3"}
+    for record in records.values():
+        assert record["task"] == "decentralized_hyper_cleaning"
+        assert set(record["metrics"]) == COUNTS | SPENT | POINT | COSTS
+        assert set(record["curve"]) == POINT | SPENT | {"outer_step"}
+        chosen = record["configuration"]
+        assert chosen["outer_steps"] == record["metrics"]["outer_steps"] == 4
+        best = int(np.argmin(chosen["grid_losses"]))
+        assert chosen["step_sizes"] == {name: values[best] for name, values in chosen["grid"].items()}
+        np.testing.assert_allclose(record["metrics"]["outer_loss"], chosen["grid_losses"][best], rtol=1e-4)
+    lazy, sparkle = (records[name]["metrics"] for name in ("s3ldbo-0.5-seed3", "sparkle-ed-seed3"))
+    # One evaluation at the start and half of one in each iteration; in turn, ∇_y g is needed twice.
+    assert (lazy["derivatives"], sparkle["derivatives"]) == (3, 5)
+    assert (lazy["rounds"], sparkle["rounds"]) == (4, 12)
+    numbers = 960 + 2 * 640  # to two neighbours, and twice as many with the trackers
+    np.testing.assert_allclose(lazy["megabytes"], 4 * 2 * 2 * numbers * 4 / 1e6, rtol=1e-5)
+    np.testing.assert_allclose(sparkle["megabytes"], 4 * 2 * numbers * 4 / 1e6, rtol=1e-5)
+    assert plots[0].read_bytes().startswith(b"\x89PNG")
+    assert f"{sparkle['test_accuracy']:.3f}" in printed.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--topology rings", "topology must be like one of ring, path,"),
+        ("--topology regular", "got regular. Pass, say, --topology ring."),
+        ("--partition dirichlet", "got dirichlet. Pass, say, --partition dirichlet:0.1."),
+        ("--partition dirichlet:much", "got dirichlet:much. Pass, say, --partition dirichlet:0.1."),
+        ("--agents 0", "agents must be an int >= 1; got 0."),
+        ("--agents 6 --devices 4", "devices must divide the number of agents; got 4 for 6 agents."),
+        ("--corruption 2", "corruption must be from 0 to 1; got 2."),
+        ("--distributed --devices 2", "distributed takes all devices of all hosts"),
+        ("--processes 2", "coordinator, processes and process go together, with distributed."),
+        ("--methods sgd", "d-soba; got sgd. Pass, say, --methods sldbo."),
+        ("--data cifar", "--data"),
+    ],
+)
+def test_bad_values_are_refused_with_the_fix(arguments, message, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["decentralized-hyper-cleaning", *arguments.split()])
+    assert exit_.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--agents 64 --partition dirichlet-plain:0.01", "The partition does not suit the data of seed 0: agent"),
+        ("--agents 512 --devices 512", "--devices 512 needs as many devices; JAX has"),
+    ],
+)
+def test_what_cannot_be_had_is_said_in_one_line(arguments, message, run):
+    code, printed, _, _ = run(f"decentralized-hyper-cleaning {arguments}")
+    assert code == 1
+    assert printed.err.startswith(message)
+
+
+def test_skipping_is_timed_and_memory_grows_with_the_agents(run, monkeypatch):
+    monkeypatch.setattr(skipping, "FRACTIONS", (0.25,))
+    code, printed, records, plots = run(
+        "skipping --quick --data digits --agents 4 --examples 80 --hidden 4 --sizes 64 256", "skipping"
+    )
+    assert code == 0
+    assert {name: record["configuration"]["evaluated"] for name, record in records.items()} == {
+        "sldbo-n4-seed0": 4,
+        "s3ldbo-p0.25-n4-seed0": 1,
+        "sldbo-n64-seed0": 64,
+        "sldbo-n256-seed0": 256,
+    }
+    assert all(len(record["curve"]["seconds"]) == 3 for record in records.values())
+    few, many = (records[f"sldbo-n{n}-seed0"]["metrics"]["memory_bytes"] for n in (64, 256))
+    assert 3.5 * few < many < 4.5 * few
+    assert plots[0].read_bytes().startswith(b"\x89PNG")
+    assert "S3LDBO p = 0.25" in printed.out
+
+
+@pytest.mark.slow
+def test_skipping_agents_reach_the_figures_of_those_that_do_not(run):
+    code, _, records, _ = run(
+        "decentralized-hyper-cleaning --partition shards:1 --corruption 0.36 --methods sldbo s3ldbo-0.1 --budget 120",
+        "decentralized_hyper_cleaning-digits-8-ring-shards_1",
+    )
+    assert code == 0
+    all_of_them, lazy = (records[f"{name}-seed0"]["metrics"] for name in ("sldbo", "s3ldbo-0.1"))
+    assert all_of_them["outer_loss"] < 0.3
+    assert all_of_them["test_accuracy"] > 0.94
+    assert all_of_them["auc"] > 0.95
+    for name in ("outer_loss", "test_accuracy", "auc"):
+        np.testing.assert_allclose(lazy[name], all_of_them[name], atol=0.02)
+    assert lazy["derivatives"] < 0.15 * all_of_them["derivatives"]
+
+
+def _commands(folder, *extra, devices=1):
+    command = ["decentralized-hyper-cleaning", "--outer-steps", "10", "--methods", "s3ldbo-0.5"]
+    environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    return functools.partial(
+        subprocess.Popen,
+        [sys.executable, "-m", "benchmarks", *command, *extra, "--results", str(folder)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def _loss(folder, processes):
+    for process in processes:
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output
+    (path,) = folder.glob("*/s3ldbo-0.5-seed0.json")
+    return json.loads(path.read_text())["curve"]["outer_loss"]
+
+
+@pytest.mark.slow
+def test_devices_and_hosts_give_the_same_numbers(tmp_path):
+    one = _loss(tmp_path / "one", [_commands(tmp_path / "one")()])
+    for placement in ("shard_map", "pmap"):
+        folder = tmp_path / placement
+        many = _loss(folder, [_commands(folder, "--devices", "2", "--placement", placement, devices=2)()])
+        np.testing.assert_allclose(many, one, rtol=1e-4)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    cluster, folder = ("--distributed", "--coordinator", address, "--processes", "2", "--process"), tmp_path / "hosts"
+    hosts = [_commands(folder, *cluster, str(number), devices=2)() for number in range(2)]
+    np.testing.assert_allclose(_loss(folder, hosts), one, rtol=1e-4)
