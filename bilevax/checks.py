@@ -19,13 +19,21 @@ import numpy as np
 def nonnegative(name: str, value: chex.Numeric) -> None:
     """Raises ValueError unless `value` (when concrete) is finite and >= 0 everywhere."""
     if not isinstance(value, jax.core.Tracer) and not (_finite(value) and (np.asarray(value) >= 0).all()):
-        raise ValueError(f"{name} must be a finite number >= 0; got {value!r}. Pass {name}=0.0 to switch it off.")
+        raise ValueError(f"{name} must be a finite number >= 0; got {value!r:.80}. Pass {name}=0.0 to switch it off.")
 
 
 def positive(name: str, value: chex.Numeric) -> None:
     """Raises ValueError unless `value` (when concrete) is finite and > 0 everywhere."""
     if not isinstance(value, jax.core.Tracer) and not (_finite(value) and (np.asarray(value) > 0).all()):
-        raise ValueError(f"{name} must be a finite number > 0; got {value!r}. Pass a small positive {name}.")
+        raise ValueError(f"{name} must be a finite number > 0; got {value!r:.80}. Pass a small positive {name}.")
+
+
+def scalar(name: str, value: Any) -> None:
+    """Raises ValueError unless `value` is one real number, also when traced."""
+    kinds = (int, float, np.ndarray, np.generic, jax.Array)
+    if not isinstance(value, kinds) or jnp.ndim(value) or not jnp.issubdtype(jnp.result_type(value), jnp.number):
+        what = f"shape {jnp.shape(value)}" if isinstance(value, kinds) and jnp.ndim(value) else _describe(value)
+        raise ValueError(f"{name} must be one number; got {what}. Pass, say, {name}=0.1; to try several, use jax.vmap.")
 
 
 def fraction(name: str, value: chex.Numeric, zero: bool = False) -> None:

@@ -12,8 +12,8 @@ from bilevax import checks
 Sample = Callable[[Any, Any, Any], Any]
 
 
-def split(key: chex.PRNGKey | None, number: int) -> list:
-    """Splits a key; no key (None) stays none, for solvers that draw nothing."""
+def check_key(key: chex.PRNGKey | None) -> None:
+    """Raises ValueError unless it is one key, or None."""
     if key is not None:
         typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
         legacy = getattr(key, "dtype", None) == jnp.uint32
@@ -23,6 +23,11 @@ def split(key: chex.PRNGKey | None, number: int) -> list:
                 f"key must be one jax.random.key, or None where nothing is random; got {what}. Pass jax.random.key(0); "
                 f"take several keys one by one or under jax.vmap."
             )
+
+
+def split(key: chex.PRNGKey | None, number: int) -> list:
+    """Splits a key; no key (None) stays none, for solvers that draw nothing."""
+    check_key(key)
     return [None] * number if key is None else list(jax.random.split(key, number))
 
 

@@ -399,11 +399,7 @@ def roll(algorithm, batch, iterations, start=None):
     return state, jax.tree.map(lambda one, many: jnp.concatenate([one[None], many]), first, path), info
 
 
-# Small programs that run once: the compiler may take it easy
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
-
-@functools.partial(jit, static_argnums=(0, 2))
+@functools.partial(jax.jit, static_argnums=(0, 2))
 def run(algorithm, batch, iterations, start=None):
     return roll(algorithm, batch, iterations, start)
 

@@ -59,6 +59,7 @@ def noisy(key, k, data):
 METHODS = {
     "sldbo": (RING, preset("sldbo", radius=5.0)),
     "subset, torus": (graphs.torus(16, 4, graphs.self_weight(0.3)), preset("s3ldbo", bx.coins.subset(0.5, block=2))),
+    "global ids": (RING, preset("s3ldbo", lambda key, k, gossip: jnp.array([2, 5, 9]) + k % 3)),
     "independent, gathered": (RANDOM, preset("s3ldbo", bx.coins.independent(np.linspace(0.3, 1.0, 16)))),
     "one agent per device": (graphs.ring(8), preset("s3ldbo", bx.coins.independent(0.5), problem=OWN_DESCENT)),
     "common, graph per level": (bx.Levels(RING, RANDOM, ONE_PEER), preset("s3ldbo", bx.coins.common(0.5))),

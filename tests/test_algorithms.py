@@ -164,7 +164,8 @@ def test_vmap_over_keys_and_step_sizes_equals_a_loop(name):
 
     together = jax.vmap(twice)(keys)
     one_by_one = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(twice(key) for key in keys))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-13), together, one_by_one)
+    # a leaf of y is in single precision
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-8), together, one_by_one)
 
 
 # Declared cost = compiled cost.

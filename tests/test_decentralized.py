@@ -23,7 +23,7 @@ from cases import (
     semi,
     toy_run,
 )
-from networks import PROBLEM, at_solution, close, jit, numbers, ring, roll, run, simulate, stacked, toy
+from networks import PROBLEM, at_solution, close, numbers, ring, roll, run, simulate, stacked, toy
 
 import bilevax as bx
 from bilevax import coins, correction, decentralized, estimator
@@ -42,7 +42,7 @@ def snapshots():
         method = decentralized.s3ldbo(PROBLEM, TOY_RING, TOY_STEPS, lambda key, k, gossip: masks[k])
         return roll(method, toy().batch, 60)[1:]
 
-    return numbers(jit(jax.vmap(path))(jnp.stack([hand, 0 * hand == 1, 0 * hand == 0])))
+    return numbers(jax.jit(jax.vmap(path))(jnp.stack([hand, 0 * hand == 1, 0 * hand == 0])))
 
 
 def golden_path(form):
@@ -111,7 +111,7 @@ def test_directions_of_the_quadratic():
     """The written-out directions of this page against the package's, at a random point."""
     rng = np.random.default_rng(0)
     point = [rng.normal(size=(8, d)) for d in (2, 3, 3)]
-    got = jit(jax.vmap(functools.partial(bx.directions, PROBLEM)))(*point, INDEFINITE.batch)
+    got = jax.jit(jax.vmap(functools.partial(bx.directions, PROBLEM)))(*point, INDEFINITE.batch)
     close(tuple(got), networks.directions(INDEFINITE, point), 1e-12)
 
 
@@ -147,7 +147,7 @@ def long_run(name):
     def one(p, batch):
         return roll(make(p), batch, 2500)[1:]
 
-    return numbers(jit(jax.vmap(jax.vmap(one, (None, 0)), (0, None)))(jnp.asarray(p), BOTH))
+    return numbers(jax.jit(jax.vmap(jax.vmap(one, (None, 0)), (0, None)))(jnp.asarray(p), BOTH))
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -309,7 +309,7 @@ def test_projection_above_and_below_the_norm_of_v():
     def final(radius):
         return roll(decentralized.sldbo(PROBLEM, LAZY_RING, STEPS, radius=radius), DEFINITE.batch, 2500)[1]
 
-    path = numbers(jit(jax.vmap(final))(jnp.asarray(radii)))
+    path = numbers(jax.jit(jax.vmap(final))(jnp.asarray(radii)))
     error = [max(np.abs(level[row, -1] - s).max() for level, s in zip(path, solution, strict=True)) for row in range(5)]
     assert max(error[:3]) < 1e-10
     assert 1e-4 < error[3] < error[4]

@@ -8,7 +8,7 @@ import networks
 import numpy as np
 import pytest
 from cases import ATC, ED, EXTRA, GT, KEY, LAZY_SQUARE, STEPS, make
-from networks import PROBLEM, jit, quadratic
+from networks import PROBLEM, quadratic
 
 import bilevax as bx
 from bilevax import coins, decentralized
@@ -47,7 +47,7 @@ def test_declared_cost(name):
     method = preset(LINEAR, LAZY_SQUARE)
     batch = bx.Batch(outer=jnp.zeros((4, 1)), inner=jnp.zeros((4, 1)))
 
-    @jit
+    @jax.jit
     def info(keys):
         state = method.init(*(jnp.zeros((4, d), jnp.float32) for d in (784, 7840)), batch)
         state, _ = method.step(keys[0], state, batch)
@@ -62,7 +62,7 @@ def test_declared_cost(name):
 
 
 def flops(function, *args):
-    return jit(function).lower(*args).compile().cost_analysis()["flops"]
+    return jax.jit(function).lower(*args).compile().cost_analysis()["flops"]
 
 
 WIDE = quadratic(0, n=4, dx=48, dy=64)
@@ -89,7 +89,7 @@ def test_skipping_really_skips():
 
     def compiled(method):
         state = jax.eval_shape(method.init, x, y, q.batch)
-        return jit(lambda key, state, batch: method.step(key, state, batch)[0]).lower(KEY, state, q.batch).compile()
+        return jax.jit(lambda key, state, batch: method.step(key, state, batch)[0]).lower(KEY, state, q.batch).compile()
 
     everybody = compiled(decentralized.sldbo(PROBLEM, gossip, STEPS))
     some = compiled(decentralized.s3ldbo(PROBLEM, gossip, STEPS, coins.subset(0.25)))

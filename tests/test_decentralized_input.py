@@ -9,11 +9,11 @@ import networks
 import numpy as np
 import optax
 import pytest
-from cases import BATCH, ED, EXTRA, GT, KEY, LAZY_RING, LAZY_SQUARE, TOY_RING, TOY_STEPS, X, Y, make
+from cases import BATCH, ED, EXTRA, GT, KEY, LAZY_RING, LAZY_SQUARE, TOY_RING, TOY_SLDBO, TOY_STEPS, X, Y, make
 from networks import PROBLEM, lazy, ring
 
 import bilevax as bx
-from bilevax import coins, decentralized, estimator
+from bilevax import coins, correction, decentralized, estimator
 
 IMAGES = bx.BilevelProblem(lambda x, y, batch: jnp.sum(x["w"] * y), lambda x, y, batch: jnp.sum((x["w"] - y) ** 2))
 DIRECTED = np.array([[0.5, 0, 0, 0.5], [0.5, 0.5, 0, 0], [0, 0.25, 0.5, 0], [0, 0.25, 0.5, 0.5]])
@@ -39,6 +39,11 @@ def keyless(preset, *choices):
         jax.eval_shape(functools.partial(method.step, None), state, BATCH)
 
     return step
+
+
+def stepped(method):
+    method = method()
+    return method.step(None, method.init(X, Y), BATCH)
 
 
 BAD = {
@@ -101,7 +106,44 @@ BAD = {
         "coins.*float",
         keyless(decentralized.s3ldbo, lambda key, k, gossip: jnp.full(4, 0.5)),
     ),
-    "momentum": ("momentum.*-0.1", make(decentralized.dsvrbgd_simultaneous, bx.inner.full, -0.1)),
+    "momentum": ("momentum.*-0.1", make(decentralized.dsvrbgd_simultaneous, bx.inner.full, -0.1, 0.5)),
+    "one_step_size_per_agent": (
+        r"step_sizes\.x must be one number; got shape \(4,\).*vmap",
+        steps((jnp.ones(4), 0.1, 0.1)),
+    ),
+    "a_row_of_step_sizes": (r"step_sizes\.x must be one number; got shape \(3,\)", steps(jnp.ones(3))),
+    "optimizer_not_called": ("schedule must be one number; got", lambda: stepped(steps(optax.sgd))),
+    "schedule_of_vectors": (
+        r"schedule must be one number; got shape \(2,\)",
+        lambda: stepped(steps(lambda k: jnp.ones(2))),
+    ),
+    "schedule_of_two_arguments": (r"step_sizes\.x must be a function \(k\)", steps(lambda k, n: 0.1)),
+    "gradient_accumulation": ("gradient_transformation", steps(optax.MultiSteps(optax.sgd(0.1), 2))),
+    "one_damping_per_agent": ("damping must be one number", lambda: correction.tracking(jnp.ones(4))),
+    "one_radius_per_agent": (
+        "radius must be one number",
+        lambda: decentralized.sldbo(PROBLEM, TOY_RING, TOY_STEPS, radius=jnp.ones(4)),
+    ),
+    "correction_in_place_of_radius": (
+        "radius must be one number; got Correction",
+        lambda: decentralized.sldbo(PROBLEM, TOY_RING, TOY_STEPS, GT()),
+    ),
+    "one_id": (
+        r"coins must return.*int32 \[\]",
+        keyless(decentralized.s3ldbo, lambda key, k, gossip: k % 4),
+    ),
+    "swapped_arguments": ("state must be a State; got None", lambda: TOY_SLDBO.step(TOY_SLDBO.init(X, Y), None, BATCH)),
+    "number_as_key": ("key must be one jax.random.key", lambda: TOY_SLDBO.step(0, TOY_SLDBO.init(X, Y), BATCH)),
+    "no_order": (
+        "order must name",
+        lambda: decentralized.single_loop(PROBLEM, TOY_RING, 0.1, estimator.full(), GT(), order=None),
+    ),
+    "an_algorithm_for_one_agent": (
+        r"make_algorithm must be a function \(gossip\)",
+        lambda: bx.algorithms.one_agent(bx.algorithms.soba(PROBLEM, 0.1)),
+    ),
+    "gossip_of_other_agents": (r"tree must have leaves \[4, ...\]", lambda: TOY_RING.mix(None, (), jnp.ones(5))),
+    "gossip_of_integers": ("tree must hold floating-point", lambda: TOY_RING.mix(None, (), jnp.arange(4))),
     "rate": ("rate.*1.5", make(decentralized.dsvrbgd_alternating, bx.inner.full, 0.1, 1.5)),
     "theta": ("theta.*0.0", make(decentralized.dsoba, bx.inner.full, 0.0)),
     "order": (

@@ -8,7 +8,7 @@ import networks
 import numpy as np
 import pytest
 from cases import DEFINITE, INDEFINITE, LAZY_RING, STEPS, W, at, mean_dynamics
-from networks import PROBLEM, at_solution, close, jit, numbers, roll, run, stacked
+from networks import PROBLEM, at_solution, close, numbers, roll, run, stacked
 
 import bilevax as bx
 from bilevax import correction, decentralized, estimator
@@ -36,7 +36,7 @@ def dsvrbgd(kind, a, rate=RATE, sample=bx.inner.per_step):
     return DSVRBGD[kind](PROBLEM, LAZY_RING, STEPS, sample=sample, momentum=a / rate**2, rate=rate)
 
 
-@functools.partial(jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def noisy_run(kind, batch, momenta):
     return jax.vmap(lambda a: roll(dsvrbgd(kind, a), batch, 30)[:2])(momenta)
 
@@ -82,7 +82,7 @@ def test_dsvrbgd_without_noise_reaches_the_solution_whatever_its_momentum(kind):
     def path(a):
         return roll(dsvrbgd(kind, a, 1.0, bx.inner.full), INDEFINITE.batch, 2500)[1]
 
-    got = numbers(jit(jax.vmap(path))(MOMENTA))
+    got = numbers(jax.jit(jax.vmap(path))(MOMENTA))
     for row in range(3):
         at_solution(at(got, row), INDEFINITE)
         close(at(got, row, slice(50)), at(got, 0, slice(50)), 1e-12)
@@ -136,7 +136,7 @@ def test_dsoba_keeps_a_bias_that_is_about_linear_in_the_step():
         method = decentralized.dsoba(PROBLEM, LAZY_RING, tuple(2 * scale * a for a in STEPS), theta=0.5)
         return roll(method, batch, 6000)[1]
 
-    path = numbers(jit(jax.vmap(final))(jnp.array([1.0, 0.5, 0.25, 1.0]), batches))
+    path = numbers(jax.jit(jax.vmap(final))(jnp.array([1.0, 0.5, 0.25, 1.0]), batches))
     bias = np.linalg.norm(path[0][:3, -1].mean(1) - networks.solution(DEFINITE)[0], axis=1)
     assert bias[0] > 1e-3
     ratios = bias[1:] / bias[:-1]

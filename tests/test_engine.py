@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from cases import BATCH, DEFINITE, KEY, LAZY_RING, TOY_RING, TOY_STEPS, X, Y, all_directions, at, semi, toy_run
-from networks import PROBLEM, at_solution, close, jit, ring, roll, run, simulate, stacked, toy
+from networks import PROBLEM, at_solution, close, numbers, ring, roll, run, simulate, stacked, toy
 
 import bilevax as bx
 from bilevax import coins, correction, decentralized
@@ -39,7 +39,7 @@ def test_vmap_over_step_sizes():
         return roll(decentralized.sldbo(PROBLEM, TOY_RING, bx.Levels(*(scale * a for a in TOY_STEPS))), BATCH, 20)[1]
 
     scales = (0.5, 1.0)
-    got = jit(jax.vmap(path))(jnp.array(scales))
+    got = jax.jit(jax.vmap(path))(jnp.array(scales))
     for row, scale in enumerate(scales):
         expected = simulate(toy(), semi(), [scale * a for a in TOY_STEPS], ring(4), 20)
         close(at(got, row), stacked(expected), 1e-13)
@@ -81,7 +81,7 @@ def test_parameters_of_a_network_descend():
     )
     batch = bx.Batch(data, data)
 
-    @jit
+    @jax.jit
     def train(params):
         state = method.init(bx.replicate(jnp.array(-2.0), 4), bx.replicate(params, 4), batch)
         keys = jax.random.split(KEY, 300)
@@ -93,3 +93,15 @@ def test_parameters_of_a_network_descend():
     assert losses[1] < 0.7 * losses[0]
     assert end.x.mean() < -2.1
     assert not np.any(info.breakdown)
+
+
+def test_ids_that_are_not_held_here_are_left_out():
+    def calls_and_path(choice):
+        method = decentralized.s3ldbo(PROBLEM, TOY_RING, TOY_STEPS, lambda key, k, gossip: choice)
+        _, path, info = run(method, BATCH, 5)
+        return numbers(path), info.calls.cross_products
+
+    ids, calls = calls_and_path(np.array([1, 7, -1]))
+    mask, _ = calls_and_path(np.arange(4) == 1)
+    close(ids, mask, 1e-15)
+    np.testing.assert_array_equal(calls, [[0, 1, 0, 0]] * 5)

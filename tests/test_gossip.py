@@ -1,5 +1,7 @@
 """Gossip: every form of a matrix is that matrix, sequences take turns, push-sum finds the average."""
 
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import networkx as nx
@@ -46,10 +48,33 @@ def test_every_form_is_the_matrix(name):
     graph = GRAPHS[name]
     matrix, tree = graph.matrix.toarray(), leaves(graph.n)
     mixed, slope = products(matrix, tree), products(np.eye(graph.n) - matrix, tree)
-    for make in (forms.dense, forms.shifts, forms.sparse, forms.by_structure):
-        form = make(graph)
-        assert_close(jax.tree.map(form.mix, tree), mixed)
-        assert_close(jax.tree.map(form.laplacian, tree), slope)
+    made = [make(graph) for make in (forms.dense, forms.shifts, forms.sparse, forms.by_structure)]
+    both = jax.jit(lambda tree: [(jax.tree.map(form.mix, tree), jax.tree.map(form.laplacian, tree)) for form in made])
+    for got in both(tree):
+        assert_close(got, (mixed, slope))
+
+
+shapes = st.lists(st.integers(0, 3), max_size=3).map(tuple)
+trees = st.recursive(
+    shapes,
+    lambda inner: st.lists(inner, min_size=1, max_size=2) | st.dictionaries(st.text(max_size=1), inner, max_size=2),
+    max_leaves=3,
+)
+
+
+@hypothesis.settings(max_examples=10, deadline=None)
+@hypothesis.given(trees, st.sampled_from(["ring", "star", "exponential", "erdos_renyi"]), st.integers(0, 99))
+def test_any_pytree_is_mixed_leaf_by_leaf_and_keeps_its_mean(tree, name, seed):
+    random, graph = np.random.default_rng(seed), GRAPHS[name]
+
+    def numbers(shape):
+        return jnp.asarray(random.normal(size=(graph.n, *shape)))
+
+    tree = {"any": jax.tree.map(numbers, tree, is_leaf=lambda node: isinstance(node, tuple)), "sure": numbers((2,))}
+    gossip = bx.gossip(graph)
+    mixed = jax.jit(lambda tree: gossip.mix(None, gossip.init(tree), tree)[0])(tree)
+    assert_close(mixed, products(graph.matrix.toarray(), tree))
+    assert_close(gossip.mean(mixed), gossip.mean(tree))
 
 
 def program(topology):

@@ -1,13 +1,16 @@
 """Partitions of data sets over agents: nothing lost, nothing doubled, and skewed as they say."""
 
+import itertools
 import re
 
 import hypothesis
 import hypothesis.strategies as st
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import bilevax as bx
 from bilevax.decentralized import partition
 
 LABELS = np.random.default_rng(0).integers(0, 10, 1000)
@@ -176,19 +179,44 @@ def test_quantity_skew_is_uneven_in_size_alone():
 
 
 @pytest.mark.parametrize("name", ["iid", "dirichlet_balanced", "quantity_skew"])
-def test_weighted_sums(name):
+def test_weighted_means(name):
     (parts,) = PARTITIONS[name](LABELS)
     loss = np.random.default_rng(2).normal(size=len(LABELS))
     stacked, weights = partition.stack({"loss": loss, "pair": np.stack([loss, LABELS], 1)}, parts)
     length = max(len(rows) for rows in parts)
     assert stacked["loss"].shape == weights.shape == (8, length)
     assert stacked["pair"].shape == (8, length, 2)
-    np.testing.assert_allclose((weights * stacked["loss"]).sum(axis=1).mean(), loss.mean(), rtol=0, atol=1e-12)
+    np.testing.assert_allclose((weights * stacked["loss"]).mean(axis=1).mean(), loss.mean(), rtol=0, atol=1e-12)
     _, weights = partition.stack(loss, parts, partition.local)
     own = [loss[rows].mean() for rows in parts]
-    np.testing.assert_allclose((weights * stacked["loss"]).sum(axis=1), own, rtol=0, atol=1e-12)
+    np.testing.assert_allclose((weights * stacked["loss"]).mean(axis=1), own, rtol=0, atol=1e-12)
     with jax.enable_x64(False):
         assert partition.stack(loss, parts)[1].dtype == np.float32
+
+
+@pytest.mark.parametrize("weigh", [partition.pooled, partition.local], ids=["pooled", "local"])
+def test_minibatches_and_blocks_are_unbiased(weigh):
+    """Of agents of very unequal sizes, filled up to 6 rows, in expectation over every minibatch or block."""
+    parts = [np.array([3]), np.array([0, 2, 4, 6, 8, 9]), np.array([1, 5, 7])]
+    loss = np.random.default_rng(3).normal(size=10) + 5
+    expected = {
+        "pooled": [3 * loss[rows].sum() / 10 for rows in parts],
+        "local": [loss[rows].mean() for rows in parts],
+    }[weigh.__name__]
+    stacked, weights = partition.stack(loss, parts, weigh)
+
+    def agents(rows):
+        """The losses of all agents on so many of their L rows [..., B]; agents last."""
+        return np.moveaxis(np.mean((weights * stacked)[:, rows], axis=-1), 0, -1)
+
+    pairs = np.array(list(itertools.product(range(6), repeat=2)))  # each as likely as another
+    np.testing.assert_allclose(agents(pairs).mean(axis=0), expected, rtol=0, atol=1e-12)
+    for blocks in (2, 3, 6):
+        np.testing.assert_allclose(agents(np.arange(6).reshape(blocks, -1)).mean(axis=0), expected, rtol=0, atol=1e-12)
+    keys = jax.random.split(jax.random.key(0), 4000)
+    drawn = agents(np.asarray(jax.vmap(lambda key: bx.inner.minibatch(2)(key, 0, jnp.arange(6)))(keys)))
+    errors = np.abs(drawn.mean(axis=0) - expected)
+    assert (errors < 4 * drawn.std(axis=0) / np.sqrt(len(keys))).all()
 
 
 MISTAKES = {
@@ -221,6 +249,16 @@ MISTAKES = {
     ),
     "lost": (lambda: partition.stack({"x": LABELS}, [np.arange(999)]), r"got shape \(1000,\) at data\['x'\]"),
     "scalar": (lambda: partition.stack([LABELS, 0.1], [np.arange(1000)]), r"got shape \(\) at data\[1\]"),
+    "not unpacked": (
+        lambda: partition.stack(LABELS, partition.iid(8, 0)(LABELS)),
+        r"ONE data set; got a list of lists. Unpack .* \(rows,\) = partition\(labels\), or rows_train, rows_val",
+    ),
+    "two sets": (
+        lambda: partition.stack(LABELS, PARTITIONS["dirichlet"](LABELS, VALIDATION)),
+        r"parts must be n index arrays of ONE data set; got a list of lists. Unpack",
+    ),
+    "one array": (lambda: partition.stack(LABELS, np.arange(1000)), r"ONE data set; got shapes \[\(\), .*Unpack"),
+    "no parts": (lambda: partition.stack(LABELS, []), r"ONE data set; got shapes \[\]"),
     "no function": (lambda: partition.stack(LABELS, [np.arange(1000)], "pooled"), "weigh must be a function"),
 }
 

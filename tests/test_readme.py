@@ -12,6 +12,7 @@ README = (ROOT / "README.md").read_text()
 SETUP, LOOP, DOCTOR, MEMORY, TASKS, PURE, AGENTS, GRAPH, DEVICES = re.findall(
     r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL
 )
+INITIALIZE, PLACE = re.search(r"^```python \{.hosts\}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)[1].splitlines()
 AFTER_LOOP = """
 accuracy = jnp.mean(jnp.argmax(images[1300:] @ state.y["weights"] + state.y["bias"], axis=1) == labels[1300:])
 gap = x[~corrupted].mean() - x[corrupted].mean()
@@ -22,8 +23,7 @@ agents_accuracy = jnp.mean(jnp.argmax(images[1300:] @ mean["weights"] + mean["bi
 assert not info.breakdown.any() and int(info.calls.outer_gradients.sum()) == 2 * len(keys)
 """
 AT_THE_END = """
-start = bx.parallel.place((bx.replicate(x, 8), bx.replicate(y, 8), batch), mesh)
-assert spread.init(*start).y["bias"].shape == (8, 10)
+assert spread.init(x, y, batch).y["bias"].shape == (8, 10)
 norms = [float(optax.tree.norm(tree)) for tree in (grad, meta_grad)]
 print("=====", float(accuracy), float(gap), float(agents_accuracy), *norms)
 """
@@ -39,7 +39,7 @@ def test_the_code_runs_in_its_order_and_cleans_the_data():
     program = "\n".join(
         [
             *(SETUP, LOOP, AFTER_LOOP, DOCTOR, MEMORY, TASKS, PURE),
-            *(AGENTS, GRAPH, AFTER_GRAPH, DEVICES, AT_THE_END),
+            *(AGENTS, GRAPH, AFTER_GRAPH, DEVICES, PLACE, AT_THE_END),
         ]
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import networks
 import numpy as np
 import pytest
-from networks import jit, numbers
+from networks import numbers
 
 import bilevax as bx
 
@@ -41,7 +41,7 @@ def run(name):
         state, info = method.step(key, state, DATA.batch)
         return state, ((state.x, state.y, state.v), info)
 
-    @jit
+    @jax.jit
     def scan(x, y):
         state = method.init(x, y, DATA.batch)
         return (state.x, state.y, state.v), *jax.lax.scan(step, state, jax.random.split(networks.KEY, 1500))[1]

@@ -9,7 +9,6 @@ from networks import (
     PROBLEM,
     at_solution,
     close,
-    jit,
     lazy,
     numbers,
     quadratic,
@@ -54,7 +53,7 @@ def test_practical_recursions_are_the_primal_dual_form(forms, gauss_seidel):
         return roll(sparkle(forms, theta, **order), INDEFINITE.batch, 60, start=start[:2])[1]
 
     thetas = [1.0, 0.2]
-    got = jit(jax.vmap(path))(jnp.array(thetas))
+    got = jax.jit(jax.vmap(path))(jnp.array(thetas))
     for row, theta in enumerate(thetas):
         for table, atol in ((networks.LITERAL, 1e-9), (networks.PRACTICAL, 1e-12)):
             recursions = [table[form]() for form in forms]
@@ -87,7 +86,7 @@ def ends(forms, iterations=2500, **choices):
     def path(batch, theta):
         return roll(sparkle(forms, theta, **choices), batch, iterations)[1]
 
-    return numbers(jit(jax.vmap(jax.vmap(path, (0, None)), (None, 0)))(batches, jnp.array([1.0, 0.2])))
+    return numbers(jax.jit(jax.vmap(jax.vmap(path, (0, None)), (None, 0)))(batches, jnp.array([1.0, 0.2])))
 
 
 @pytest.mark.parametrize("forms", LIMITS, ids="-".join)
@@ -144,7 +143,7 @@ def test_single_precision_does_not_drift(form):
         method = sparkle((form,) * 3)
         batch = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), q.batch)
 
-        @jit
+        @jax.jit
         def end(batch):
             state = method.init(*networks.zeros(batch), batch)
             return jax.lax.fori_loop(0, 20_000, lambda _, state: method.step(None, state, batch)[0], state)

@@ -7,6 +7,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from bilevax import checks
 from bilevax.decentralized import topology
 from bilevax.decentralized.engine import Algorithm, Info, State
 from bilevax.decentralized.gossip import Gossip, gossip
@@ -23,7 +24,7 @@ def one_agent(make_algorithm: Callable[[Gossip], Algorithm]) -> Algorithm:
       `Algorithm(init, step)`; x, y and v of its `State`, and all of its `Info`, are without the agents' axis.
 
     Raises:
-      ValueError: as the method.
+      ValueError: if `make_algorithm` is no function of a gossip; as the method.
 
     Cost: that of the method; nothing is sent.
 
@@ -34,6 +35,7 @@ def one_agent(make_algorithm: Callable[[Gossip], Algorithm]) -> Algorithm:
         >>> float(method.init(1.0, 2.0).x)
         1.0
     """
+    checks.function("make_algorithm", make_algorithm, "gossip")
     algorithm = make_algorithm(gossip(topology.complete(1)))
 
     def init(x: chex.ArrayTree, y: chex.ArrayTree, batch: Batch | None = None) -> State:

@@ -1,17 +1,17 @@
 """Coins: who refreshes its derivatives in an iteration of a snapshot method.
 
 A coin is a function `(key, k, gossip) -> choice`; the choice is a scalar bool (all or none), a bool [n] of the agents
-held here, or int [m], the ids of some agents held here. Draws fold the global id of the agent (or of its block) into
-the key, so that the number of devices changes nothing.
+held here, or int [m], global ids. k counts the coins from 0; the first one is thrown twice, since the first iteration
+finds the point of `init`. Draws fold the global id of the agent (or of its block) into the key, so that the number of
+devices changes nothing.
 """
 
 from collections.abc import Callable
-from math import ceil
+from math import ceil, gcd
 
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from bilevax import checks
 from bilevax.decentralized.estimator.oracle import needed
@@ -92,7 +92,7 @@ def subset(p: float, block: int | None = None) -> Coins:
     """A uniformly drawn subset of ⌈p · block⌉ agents in each block of consecutive agents: skipping really skips.
 
     The number of agents that evaluate is the same in every iteration, so that a program gathers them, evaluates those
-    alone, and scatters the results.
+    alone, and scatters the results. What counts as p is thus ⌈p · block⌉ / block.
 
     Args:
       p: fraction in (0, 1].
@@ -106,7 +106,7 @@ def subset(p: float, block: int | None = None) -> Coins:
       ValueError: if `p` is not in (0, 1] or `block` < 1; when it draws, if there is no key, or if the blocks do not fit
         the agents or span two devices.
 
-    Cost: one permutation of each block.
+    Cost: one permutation of each block; with thousands of agents take blocks.
 
     Example:
         >>> import bilevax as bx, jax
@@ -123,9 +123,11 @@ def subset(p: float, block: int | None = None) -> Coins:
         agents = gossip.agents()
         size = gossip.n if block is None else block
         if agents.size % size:
+            fits = gcd(size, agents.size)
+            fix = f"block={fits}" if fits > 1 else "bx.coins.independent(p), which skips where a device holds one agent"
             raise ValueError(
                 f"block must divide the number of agents on a device; got blocks of {size} and {agents.size} agents "
-                f"on each device. Pass block={int(np.gcd(size, agents.size))}, or fewer devices."
+                f"on each device. Take {fix}, or fewer devices."
             )
         first = agents[::size]
         keys = jax.vmap(lambda agent: jax.random.fold_in(needed(key), agent // size))(first)

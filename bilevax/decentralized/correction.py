@@ -15,10 +15,10 @@ mean s⁺ = mean s − a · mean d in all of them.
 On a curvature L and an eigenvalue λ of W they are stable if
 
     none               |λ (1 − a L)| < 1
-    tracking           a L λ < (1 + λ)²/2  and  a L < (1 − λ²)/|λ|
+    tracking           a L λ < (1 + λ)²/2 for λ > 0,  a L < (1 − λ²)/|λ| for λ < 0
     tracking_atc       a L < (1 + λ)²/(2 λ²)
     tracking_non_atc   a L < (1 + λ)²/2
-    exact_diffusion    2 a L λ < 1 + 3 λ
+    exact_diffusion    2 a L λ < 1 + 3 λ for λ > 0,  a L < 1 + 1/|λ| for λ < 0
     extra              2 a L < 1 + 3 λ
 """
 
@@ -36,9 +36,11 @@ from bilevax.decentralized.gossip import Gossip, per_agent
 
 __all__ = [
     "Correction",
+    "Move",
     "exact_diffusion",
     "extra",
     "none",
+    "share",
     "tracking",
     "tracking_atc",
     "tracking_non_atc",
@@ -52,6 +54,11 @@ class Move(NamedTuple):
       init: `init(s) -> state`.
       apply: `apply(t, state, s) -> (displacement, state)`, −a t for a step size a.
       linear: True for a step size.
+
+    Example:
+        >>> import bilevax as bx
+        >>> bx.correction.Move._fields
+        ('init', 'apply', 'linear')
     """
 
     init: Callable
@@ -116,6 +123,7 @@ def none(damping: chex.Numeric = 1.0) -> Correction:
         >>> bx.correction.none().rounds
         1
     """
+    checks.scalar("damping", damping)
     checks.fraction("damping", damping)
 
     def init(gossip: Gossip, s: chex.ArrayTree, move: Move) -> CorrectionState:
@@ -186,6 +194,7 @@ def tracking_non_atc(damping: chex.Numeric = 1.0) -> Correction:
 
 
 def _tracking(damping: chex.Numeric, adapt_first: bool) -> Correction:
+    checks.scalar("damping", damping)
     checks.fraction("damping", damping)
 
     def init(gossip: Gossip, s: chex.ArrayTree, move: Move) -> CorrectionState:
@@ -231,6 +240,7 @@ def tracking_atc(damping: chex.Numeric = 1.0) -> Correction:
         >>> bx.correction.tracking_atc().rounds
         2
     """
+    checks.scalar("damping", damping)
     checks.fraction("damping", damping)
 
     def init(gossip: Gossip, s: chex.ArrayTree, move: Move) -> CorrectionState:
@@ -357,7 +367,26 @@ def _check_symmetric(name: str, gossip: Gossip) -> None:
 
 
 def share(gossip: Gossip, state: Any, d: chex.ArrayTree) -> chex.ArrayTree:
-    """Divides a direction by the push-sum weights."""
+    """Divides a direction by the push-sum weights ω, as every correction must, so that directed graphs may be used.
+
+    Args:
+      gossip: that of the level.
+      state: its state.
+      d: a direction, leaves [n, ...].
+
+    Returns:
+      d / ω; d itself where W is doubly stochastic.
+
+    Raises:
+      (nothing)
+
+    Cost: one division of each entry.
+
+    Example:
+        >>> import bilevax as bx, jax.numpy as jnp
+        >>> bx.correction.share(bx.gossip(bx.topology.ring(4)), (), jnp.ones(4)).tolist()
+        [1.0, 1.0, 1.0, 1.0]
+    """
     weights = gossip.weights(state)
     return d if isinstance(weights, float) else per_agent(lambda w, leaf: leaf / w, weights, d)
 

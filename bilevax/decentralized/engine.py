@@ -23,6 +23,7 @@ from bilevax.decentralized.estimator import Estimator, Oracle
 from bilevax.decentralized.gossip import Gossip
 from bilevax.decentralized.levels import Levels, at, levels
 from bilevax.problem import Batch, BilevelProblem, Calls, arrays, directions, norm
+from bilevax.sampling import check_key
 
 Order = tuple[tuple[str, ...], ...]
 
@@ -54,7 +55,8 @@ class State(NamedTuple):
       k: iterations so far; scalar.
       x: outer variables.
       y: inner variables.
-      v: inverse-Hessian-vector products, 0 at the start; replace them with `state._replace(v=...)` to start warm.
+      v: inverse-Hessian-vector products, 0 at the start. `state._replace(v=...)` starts them warm, but not after the
+        `init` of a snapshot method, which has evaluated its first directions at v = 0.
       previous: `Levels`, the point of the iteration before; () unless the estimator asks for it.
       estimators: the memory of the estimator, one for each group of the order.
       corrections: `Levels` of the memories of the corrections.
@@ -81,7 +83,7 @@ class Info(NamedTuple):
       moves: `Levels` of ‖s⁺ − s‖ for each agent [n]: they vanish where a method converges.
       breakdown: True [n] where an agent's x, y or v is not finite.
       calls: `Calls` with leaves [n]: evaluations of ∇f and ∇_y g (each with all its arguments) and products with ∇²_yy
-        g and ∇²_xy g, each on whatever batch the estimator drew.
+        g and ∇²_xy g, each on whatever batch the estimator drew; what `init` evaluates comes on top.
       bytes: sent by each agent [n] to all its neighbours together.
       rounds: rounds of communication, one after the other; scalar.
 
@@ -130,7 +132,8 @@ def single_loop(
         a level; from `init` and `step`, if a leaf lacks the agents' axis.
 
     Cost: that of the estimator and of the corrections. Jacobi: one ∇f, one ∇_y g and one pull-back of v for each
-    evaluation; Gauss–Seidel: one ∇_y g more.
+    evaluation; Gauss–Seidel: one ∇_y g more, since y moves in between. (Estimators that branch, such as PAGE or a
+    common coin, share nothing between the groups of an order: one ∇f and one ∇_y g more than declared.)
 
     Example:
         >>> import bilevax as bx
@@ -146,8 +149,11 @@ def single_loop(
     _check_steps(steps)
     _check_order(order)
     if len({one.n for one in gossips}) > 1:
-        raise ValueError(f"gossip must have one number of agents on all levels; got {[one.n for one in gossips]}.")
+        raise ValueError(
+            f"gossip must have one number of agents on all levels; got {[one.n for one in gossips]}. Take equal n."
+        )
     if radius is not None:
+        checks.scalar("radius", radius)
         checks.positive("radius", radius)
     oracles = [Oracle(partial(_evaluate, problem, group), gossips.x, group) for group in order]
     unit_calls = _unit_calls(order)
@@ -169,7 +175,9 @@ def single_loop(
         return State(jnp.zeros((), jnp.int32), *point, previous, estimators, Levels(*memories))
 
     def step(key: chex.PRNGKey | None, state: State, batch: Batch) -> tuple[State, Info]:
+        checks.instance("state", state, State, "Pass step(key, state, batch) the state of init or of the last step.")
         _check_batch(batch, len(gossips.x.agents()))
+        check_key(key)
         key = None if key is None else jax.random.fold_in(key, state.k)
         start = point = Levels(state.x, state.y, state.v)
         previous, estimators, memories, spent, sent = state.previous, [], state.corrections, [], []
@@ -252,17 +260,24 @@ def _kind(name: str, value: Any, kind: type, fix: str) -> Levels:
 
 def _check_steps(steps: Levels) -> None:
     for name, step in steps._asdict().items():
-        if not (isinstance(step, optax.GradientTransformation) or callable(step)):
-            if isinstance(step, tuple | list | dict | str) or step is None:
-                raise ValueError(
-                    f"step_sizes must hold a number, a schedule or an optax transformation for each level; got "
-                    f"{step!r:.80} for {name}. Pass, say, bx.Levels(x=0.01, y=0.1, v=0.1)."
-                )
+        if isinstance(step, optax.GradientTransformation):
+            continue
+        if callable(step):
+            checks.function(f"step_sizes.{name}", step, "k")
+        elif isinstance(step, tuple | list | dict | str) or hasattr(step, "gradient_transformation") or step is None:
+            raise ValueError(
+                f"step_sizes must hold a number, a schedule or an optax transformation for each level; got "
+                f"{step!r:.80} for {name}. Pass, say, bx.Levels(x=0.01, y=0.1, v=0.1); of optax.MultiSteps its "
+                f"gradient_transformation()."
+            )
+        else:
+            checks.scalar(f"step_sizes.{name}", step)
             checks.nonnegative(f"step_sizes.{name}", step)
 
 
 def _check_order(order: Order) -> None:
-    if sorted(name for group in order for name in group) != ["v", "x", "y"]:
+    groups = order if isinstance(order, tuple | list) and all(isinstance(one, tuple | list) for one in order) else ()
+    if sorted(str(name) for group in groups for name in group) != ["v", "x", "y"]:
         raise ValueError(
             f"order must name x, y and v once each, in groups; got {order!r:.80}. Take JACOBI or GAUSS_SEIDEL."
         )

@@ -162,6 +162,9 @@ def assemble(topology: Topologies, form: Callable, agents: Callable, mean: Calla
         branches = [partial(jax.tree.map, function) for function in functions]
 
         def apply(key: chex.PRNGKey | None, state: Any, tree: chex.ArrayTree) -> tuple[chex.ArrayTree, Any]:
+            local = len(agents(n))
+            checks.agents_axis("tree", tree, local, f"Pass leaves of all agents; bx.replicate(tree, {n}) copies one.")
+            checks.floating("tree", tree)
             if period == 1:
                 return branches[0](tree), state
             return jax.lax.switch(state % period, branches, tree), state + 1

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import chex
 import jax
 
+from bilevax import checks
+
 
 class Levels(NamedTuple):
     """One thing per level: a point, its directions, step sizes, corrections, graphs, ...
@@ -37,7 +39,10 @@ def levels(name: str, value: Any) -> Levels:
 
 def at(k: chex.Numeric, value: Any) -> Any:
     """The value at iteration k of a number, or of a schedule `k -> number`."""
-    return value(k) if callable(value) else value
+    if not callable(value):
+        return value
+    checks.scalar("the value of a schedule", number := value(k))
+    return number
 
 
 def each(function: Callable, values: Levels, *trees: Levels) -> Levels:

@@ -6,6 +6,8 @@ proportions in its training and in its validation data:
 
     train, validation = dirichlet(n=8, alpha=0.1, seed=0)(train_labels, validation_labels)
     (images, labels), weights = stack((train_images, train_labels), train)
+
+The loss of an agent is then jnp.mean(weights * losses), over all of its rows or over a uniform minibatch of them.
 """
 
 from collections.abc import Callable
@@ -261,13 +263,16 @@ def quantity_skew(n: int, beta: float, seed: int) -> Partition:
 
 
 def pooled(sizes: np.ndarray) -> np.ndarray:
-    """Weights n/N for `stack`: the mean over agents of Σ_j w_ij ℓ_ij is the mean of ℓ over all N rows of all agents.
+    """Shares n/N for `stack`: the mean over agents of mean_j(w_ij ℓ_ij) is the mean of ℓ over all N rows of all agents.
+
+    With the weights w_ij = n · L / N that `stack` makes of them, the mean of w_ij ℓ_ij over a uniform minibatch of the
+    agent's L rows, padding included, is an unbiased estimate of (n/N) Σ_j ℓ_ij, the agent's part of that loss.
 
     Args:
       sizes: rows of each agent [n].
 
     Returns:
-      The weight of a row of each agent [n].
+      The share of the loss that a row of each agent has [n].
 
     Raises:
       (nothing)
@@ -282,13 +287,16 @@ def pooled(sizes: np.ndarray) -> np.ndarray:
 
 
 def local(sizes: np.ndarray) -> np.ndarray:
-    """Weights 1/N_i for `stack`: Σ_j w_ij ℓ_ij is the mean over the agent's own rows, and each agent counts the same.
+    """Shares 1/N_i for `stack`: mean_j(w_ij ℓ_ij) is the mean over the agent's own rows; each agent counts the same.
+
+    With the weights w_ij = L / N_i that `stack` makes of them, the mean of w_ij ℓ_ij over a uniform minibatch of the
+    agent's L rows, padding included, is an unbiased estimate of the mean over the agent's own rows.
 
     Args:
       sizes: rows of each agent [n].
 
     Returns:
-      The weight of a row of each agent [n].
+      The share of the loss that a row of each agent has [n].
 
     Raises:
       (nothing)
@@ -307,35 +315,45 @@ def stack(
 ) -> tuple[chex.ArrayTree, np.ndarray]:
     """Stacks the rows of every agent to one length L, with weights that leave nothing out and count nothing twice.
 
-    Agents with fewer than L rows repeat theirs, with weight 0. A loss is a sum with these weights, Σ_j w_ij ℓ_ij; with
-    `pooled` ones the agents' mean is the loss on the undivided data.
+    Agents with fewer than L rows repeat theirs, with weight 0. The weights are for a MEAN over the L rows:
+
+        mean_j(w_ij ℓ_ij) = jnp.mean(weights * losses)          w_ij = L · weigh(sizes)_i, and 0 for padding
+
+    With `pooled` weights the mean of this over the agents is the loss on the undivided data. The same expression on a
+    uniform minibatch of the rows, padding included (`bx.inner.minibatch`), or on a uniform block of them
+    (`bx.estimator.saga`), is an unbiased estimate of it. (A weighted sum is not: over B of the rows
+    it is B/L of that over all on average, while a regularizer beside it stays whole.)
 
     Args:
       data: arrays with one common leading axis [N, ...].
-      parts: rows of each agent, n index arrays that together hold 0, …, N − 1 once each.
-      weigh: a function (sizes [n]) -> weights of the rows of each agent [n]: `pooled` (n/N) or `local` (1/N_i).
+      parts: rows of each agent, n index arrays that together hold 0, …, N − 1 once each: one item of the list that a
+        partition returns.
+      weigh: a function (sizes [n]) -> share of the loss that a row of each agent has [n]: `pooled` (n/N) or `local`
+        (1/N_i).
 
     Returns:
       The data with leaves [n, L, ...], where L is the largest number of rows of an agent, and the weights [n, L] in the
-      default floating-point dtype of JAX.
+      default floating-point dtype of JAX: n · L / N (`pooled`) or L / N_i (`local`), 0 for padding.
 
     Raises:
-      ValueError: if an agent has no data, if parts lose or repeat a row, or if the leading axes are not N.
+      ValueError: if parts are those of several data sets, if an agent has no data, if parts lose or repeat a row, or if
+        the leading axes are not N.
 
     Cost: n · L rows of memory, which is n times the whole data where one agent holds nearly all of it.
 
     Example:
-        >>> data, weights = stack(np.array([5, 6, 7]), [np.array([0]), np.array([2, 1])])
-        >>> data.tolist(), weights.round(2).tolist()
-        ([[5, 5], [7, 6]], [[0.67, 0.0], [0.67, 0.67]])
+        >>> data, weights = stack(np.array([5, 6, 7, 8]), [np.array([0]), np.array([2, 1, 3])])
+        >>> data.tolist(), weights.tolist()
+        ([[5, 5, 5], [7, 6, 8]], [[1.5, 0.0, 0.0], [1.5, 1.5, 1.5]])
     """
     checks.function("weigh", weigh, "sizes")
-    parts = [np.asarray(rows) for rows in parts]
+    parts = _one_set(parts)
     _check_sizes([parts], 1)
     sizes = np.array([len(rows) for rows in parts])
     _check_complete(parts, data)
-    rows = np.stack([np.resize(part, sizes.max()) for part in parts])  # which repeats them
-    weights = np.where(np.arange(sizes.max()) < sizes[:, None], weigh(sizes)[:, None], 0)
+    length = sizes.max()
+    rows = np.stack([np.resize(part, length) for part in parts])  # which repeats them
+    weights = np.where(np.arange(length) < sizes[:, None], length * weigh(sizes)[:, None], 0)
     return jax.tree.map(lambda leaf: np.asarray(leaf)[rows], data), weights.astype(jnp.result_type(float))
 
 
@@ -378,6 +396,18 @@ def _arrays(labels: tuple) -> list[np.ndarray]:
         raise ValueError(
             f"labels must be one or more arrays [N] with one label per row; got shapes {[a.shape for a in arrays]}. "
             f"Pass, say, train_labels, validation_labels; of one-hot labels pass .argmax(axis=1)."
+        )
+    return arrays
+
+
+def _one_set(parts: list) -> list[np.ndarray]:
+    nested = any(isinstance(rows, list | tuple) and any(np.ndim(row) for row in rows) for rows in parts)
+    arrays = [] if nested else [np.asarray(rows) for rows in parts]
+    if not arrays or any(rows.ndim != 1 for rows in arrays):
+        got = "a list of lists" if nested else f"shapes {[rows.shape for rows in arrays]}"
+        raise ValueError(
+            f"parts must be n index arrays of ONE data set; got {got}. Unpack what a partition returns: "
+            f"(rows,) = partition(labels), or rows_train, rows_validation = partition(train, validation)."
         )
     return arrays
 

@@ -44,7 +44,7 @@ def s3ldbo(
       ValueError: as `bx.decentralized.single_loop`; from `init` without a batch.
 
     Cost: for each agent and iteration p times one ∇f, one ∇_y g, one Hessian and one cross product; 2 (d_x + 2 d_y)
-    numbers to each neighbour in one round.
+    numbers to each neighbour in one round. Info does not count the first evaluation of everybody, at `init`.
 
     Reference: Yin, Dong, Ma, Wang and Yang, arXiv 2605.31311; the tracking along snapshots follows
     Song, Shi, Pu and Yan, "Optimal gradient tracking for decentralized optimization", arXiv 2110.05282.

@@ -6,7 +6,7 @@ any batch. Which data, which agents and which memory: that is the estimator.
 
 from bilevax.decentralized.estimator.lazy_snapshot import lazy_snapshot
 from bilevax.decentralized.estimator.momentum import momentum
-from bilevax.decentralized.estimator.oracle import Estimator, Oracle
+from bilevax.decentralized.estimator.oracle import Estimator, Oracle, draw
 from bilevax.decentralized.estimator.saga import SagaState, saga
 from bilevax.decentralized.estimator.sampled import full, stochastic
 from bilevax.decentralized.estimator.spider import page, spider
@@ -16,6 +16,7 @@ __all__ = [
     "Estimator",
     "Oracle",
     "SagaState",
+    "draw",
     "full",
     "lazy_snapshot",
     "momentum",

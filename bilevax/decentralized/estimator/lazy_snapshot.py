@@ -24,7 +24,7 @@ def lazy_snapshot(coins: Callable) -> Estimator:
 
     Args:
       coins: `coins(key, k, gossip)` -> who refreshes: a scalar bool (all or none), a bool [n] of the agents held here,
-        or int [m], ids of agents held here. See `bx.coins`.
+        or int [m], global ids, of which those of agents held elsewhere are left out. See `bx.coins`.
 
     Returns:
       `Estimator` whose state is u.
@@ -50,13 +50,14 @@ def lazy_snapshot(coins: Callable) -> Estimator:
         return oracle.evaluate(point, batch)
 
     def update(key: Any, state: Levels, oracle: Oracle, point: Levels, batch: Batch, k: chex.Numeric) -> tuple:
-        chosen = jnp.asarray(coins(key, k - 1, oracle.gossip))
+        chosen = jnp.asarray(coins(key, jnp.maximum(k - 1, 0), oracle.gossip))
         ones = everybody(oracle)
-        if jnp.issubdtype(chosen.dtype, jnp.integer):
+        if jnp.issubdtype(chosen.dtype, jnp.integer) and chosen.ndim == 1:
             positions = chosen - oracle.gossip.agents()[0]
+            positions = jnp.where((positions < 0) | (positions >= ones.size), ones.size, positions)  # held elsewhere
             d = oracle.evaluate(*jax.tree.map(lambda leaf: jnp.asarray(leaf)[positions], (point, batch)))
-            d = jax.tree.map(lambda old, new: old.at[positions].set(new), state, d)
-            return d, d, (0 * ones).at[positions].add(1)
+            d = jax.tree.map(lambda old, new: old.at[positions].set(new, mode="drop"), state, d)
+            return d, d, (0 * ones).at[positions].add(1, mode="drop")
         _check_choice(chosen, ones.shape)
         chosen = chosen & (k > 0)
         if chosen.size == 1:

@@ -70,7 +70,29 @@ def needed(key: chex.PRNGKey | None) -> chex.PRNGKey:
 
 
 def draw(key: Any, sample: Sample, k: chex.Numeric, batch: Batch, oracle: Oracle) -> Batch:
-    """A sample of each agent's outer and inner data, drawn with keys that fold in the id of the agent."""
+    """A sample of each agent's outer and inner data, drawn with keys that fold in the id of the agent.
+
+    Args:
+      key: of this iteration, or None where `sample` draws nothing.
+      sample: `sample(key, k, data) -> batch` for the data of one agent.
+      k: the iteration.
+      batch: `Batch` with leaves [n, ...].
+      oracle: for the ids of the agents.
+
+    Returns:
+      `Batch` of samples, leaves [n, ...].
+
+    Raises:
+      ValueError: from `sample`, say if there is no key.
+
+    Cost: two draws for each agent.
+
+    Example:
+        >>> import bilevax as bx, jax.numpy as jnp
+        >>> oracle = bx.estimator.Oracle(None, bx.gossip(bx.topology.ring(4)), ())
+        >>> bx.estimator.draw(None, bx.inner.full, 0, bx.Batch(jnp.ones((4, 2)), None), oracle).outer.shape
+        (4, 2)
+    """
 
     def one(agent: chex.Array, data: Batch) -> Batch:
         outer, inner = split(None if key is None else jax.random.fold_in(key, agent), 2)
@@ -93,7 +115,10 @@ def rates_of(name: str, value: Any, zero: bool = False) -> Levels:
     """Reads a rate in (0, 1] (with `zero`: in [0, 1]) for each level: a number or a schedule."""
     rates = levels(name, value)
     for rate in rates:
-        if not callable(rate):
+        if callable(rate):
+            checks.function(name, rate, "k")
+        else:
+            checks.scalar(name, rate)
             checks.fraction(name, rate, zero=zero)
     return rates
 

@@ -60,7 +60,7 @@ def saga(blocks: int) -> Estimator:
             if leaf.shape[0] % blocks:
                 raise ValueError(
                     f"blocks must divide the number of examples of each agent; got {blocks} blocks of "
-                    f"{leaf.shape[0]} examples. Choose a divisor of {leaf.shape[0]}, or pad with weights 0."
+                    f"{leaf.shape[0]} examples. Choose a divisor of {leaf.shape[0]}."
                 )
             return leaf.reshape(blocks, -1, *leaf.shape[1:])[b]
 
