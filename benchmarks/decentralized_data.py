@@ -83,8 +83,8 @@ class Divided(NamedTuple):
     Attributes:
       whole: before it was divided.
       batch: leaves [n, L, ...]: outer = validation (images, labels, weights), inner = training (images, labels, ids,
-        weights), where ids are the positions of an agent's images in x, and weights are n/N, and 0 where rows only fill
-        up: sums with these weights have the loss on the undivided data as their mean over agents.
+        weights), where ids are the positions of an agent's images in x, and weights are n · L / N, and 0 where rows
+        only fill up: means over the L rows, so weighted, have the loss on the undivided data as their mean over agents.
     """
 
     whole: corrupted.Data
@@ -114,11 +114,12 @@ def cleaning(l2: float) -> bx.BilevelProblem:
 
     def outer_loss(x: chex.Array, y: chex.Array, batch: tuple) -> chex.Array:
         images, labels, weights = batch
-        return weights @ cross_entropy(y, images, labels)
+        return jnp.mean(weights * cross_entropy(y, images, labels))
 
     def inner_loss(x: chex.Array, y: chex.Array, batch: tuple) -> chex.Array:
         images, labels, ids, weights = batch
-        return (weights * jax.nn.sigmoid(x[ids])) @ cross_entropy(y, images, labels) + l2 / 2 * jnp.sum(y**2)
+        losses = jax.nn.sigmoid(x[ids]) * cross_entropy(y, images, labels)
+        return jnp.mean(weights * losses) + l2 / 2 * jnp.sum(y**2)
 
     return bx.BilevelProblem(outer_loss, inner_loss)
 
@@ -129,11 +130,14 @@ def mean_loss(loss: bx.problem.Loss, x: Any, y: Any, batch: Any) -> chex.Array:
 
 
 def by_weight(size: int) -> Callable:
-    """Draws so many rows of one agent in proportion to their weights, so that no row that only fills up is drawn."""
+    """Draws so many rows of one agent in proportion to their weights, so that no row that only fills up is drawn.
+
+    All of them get the mean weight of the agent's rows: the weighted mean over the draw is then unbiased.
+    """
 
     def sample(key: chex.PRNGKey, k: chex.Numeric, data: tuple) -> tuple:
         *rows, weights = data
         chosen = jax.random.choice(key, len(weights), (size,), p=weights / weights.sum())
-        return (*(leaf[chosen] for leaf in rows), jnp.full(size, weights.sum() / size, weights.dtype))
+        return (*(leaf[chosen] for leaf in rows), jnp.full(size, weights.mean(), weights.dtype))
 
     return sample

@@ -1,10 +1,10 @@
 """Data hyper-cleaning over a graph: the agents learn the weight of each training example without sharing their images.
 
-    min_x  mean_i f_i(y*(x)),                  f_i(y) = Σ_j w_ij CE_ij(y) over the validation images of agent i
-    y*(x) = argmin_y mean_i g_i(x, y),      g_i(x, y) = Σ_j w_ij sigmoid(x_e) CE_ij(y) + l2 / 2 · ‖y‖²,  e = id(i, j)
+    min_x  mean_i f_i(y*(x)),                  f_i(y) = mean_j w_ij CE_ij(y) over the validation images of agent i
+    y*(x) = argmin_y mean_i g_i(x, y),      g_i(x, y) = mean_j w_ij sigmoid(x_e) CE_ij(y) + l2 / 2 · ‖y‖²,  e = id(i, j)
 
 x has an entry for each training image of ALL agents. Every agent holds all of x; its own loss reads its own entries.
-With w_ij = n/N the means are the losses on the undivided data: the solution does not depend on the partition.
+With w_ij = n L / N (0 for padding) the means are the losses on the undivided data: the solution does not depend on the partition.
 """
 
 import dataclasses

@@ -349,7 +349,8 @@ def _mesh(mesh: Any) -> Mesh:
 
 
 def _check_rows(tree: chex.ArrayTree, devices: int) -> None:
-    form, fix = f"[n, ...], n a multiple of {devices} devices, or scalars", "Take fewer devices, or other agents."
+    form = f"[n, ...], n a multiple of {devices} devices, or scalars"
+    fix = "Give each agent its row (bx.replicate), or take fewer devices."
     _check_shapes("tree", tree, form, lambda shape: not shape or shape[0] % devices == 0, fix)
 
 

@@ -284,12 +284,13 @@ def cross_entropy(y, images, labels):
 
 def outer_loss(x, y, batch):
     data, weights = batch
-    return weights @ cross_entropy(y, *data)
+    return jnp.mean(weights * cross_entropy(y, *data))
 
 
 def inner_loss(x, y, batch):
     (images, labels, ids), weights = batch
-    return (weights * jax.nn.sigmoid(x[ids])) @ cross_entropy(y, images, labels) + 1e-3 * jnp.sum(y**2)
+    fit = jnp.mean(weights * jax.nn.sigmoid(x[ids]) * cross_entropy(y, images, labels))
+    return fit + 1e-3 * jnp.sum(y**2)
 
 
 # %%

@@ -395,7 +395,7 @@ REFUSED = [
     (lambda: tp.ring(4, weights=0.5), r"weights must be a function \(adjacency\) -> \.\.\.; got 0\.5"),
     (
         lambda: tp.ring(4, weights=lambda adjacency: adjacency),
-        r"weights\(adjacency\) must have rows .* row 0 with sum 2",
+        r"graph with these weights must have rows .* row 0 with sum 2",
     ),
     (lambda: tp.ring(4, weights=tp.self_weight(1.0)), r"value must be a number in \(0, 1\); got 1\.0"),
     (lambda: tp.torus(12, rows=5), r"rows must divide n=12; got 5\. Pass one of \[1, 2, 3, 4, 6, 12\]"),

@@ -44,6 +44,8 @@ Topologies = Topology | Sequence[Topology]
 def from_matrix(matrix: Any) -> Topology:
     """Any matrix W of your own: entry (i, j) is the weight that agent i gives to what it receives from agent j.
 
+    It is taken as it is. Gradient tracking inherits what its sums are off: with 1e-6, errors of that order stay.
+
     Args:
       matrix: [n, n], an array or a scipy.sparse array, nonnegative; rows and columns sum to 1 within 1e-6, or, for a
         directed graph, the columns do.

@@ -126,7 +126,7 @@ def undirected(n: int, i: np.ndarray, j: np.ndarray, weights: Weights) -> Topolo
 def weighted(adjacency: sparse.csr_array, weights: Weights) -> Topology:
     """The graph with these weights, checked."""
     checks.function("weights", weights, "adjacency")
-    return stochastic("weights(adjacency)", weights(adjacency))
+    return stochastic("graph with these weights", weights(adjacency))
 
 
 def links(n: int, i: np.ndarray, j: np.ndarray) -> sparse.csr_array:
