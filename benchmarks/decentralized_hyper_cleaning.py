@@ -4,7 +4,7 @@
     y*(x) = argmin_y mean_i g_i(x, y),      g_i(x, y) = mean_j w_ij sigmoid(x_e) CE_ij(y) + l2 / 2 · ‖y‖²,  e = id(i, j)
 
 x has an entry for each training image of ALL agents. Every agent holds all of x; its own loss reads its own entries.
-With w_ij = n L / N (0 for padding) the means are the losses on the undivided data: the solution does not depend on the partition.
+With w_ij = n L / N (0 for padding) the means are the losses on the undivided data, however it is divided.
 """
 
 import dataclasses
