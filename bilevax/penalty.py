@@ -12,7 +12,7 @@ from bilevax import checks
 from bilevax.hypergradient import HypergradientInfo, check_call
 from bilevax.inner.descent import Optimizer, check_point, descent
 from bilevax.problem import Batch, Calls, Hypergradient, Iterate, Loss, SolverInfo, arrays, norm
-from bilevax.sampling import Sample, full, split
+from bilevax.sampling import Sample, fold, full, split
 
 
 class PenaltyState(NamedTuple):
@@ -121,7 +121,7 @@ def penalty(
     plain = descent(inner_loss, optimizer, None, sample)
 
     def both(key: chex.PRNGKey | None, t: chex.Numeric, data: Batch) -> Batch:
-        outer_key = None if key is None else jax.random.fold_in(key, 1)
+        outer_key = fold(key, 1)
         return Batch(outer_sample(outer_key, t, data.outer), sample(key, t, data.inner))
 
     def init(x: chex.ArrayTree, y: chex.ArrayTree, batch: Any = None) -> PenaltyState:

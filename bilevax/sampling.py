@@ -31,6 +31,11 @@ def split(key: chex.PRNGKey | None, number: int) -> list:
     return [None] * number if key is None else list(jax.random.split(key, number))
 
 
+def fold(key: chex.PRNGKey | None, number: chex.Numeric) -> chex.PRNGKey | None:
+    """Folds a number into a key; no key (None) stays none."""
+    return None if key is None else jax.random.fold_in(key, number)
+
+
 def full(key: chex.PRNGKey | None, t: chex.Numeric, data: Any) -> Any:
     """All of the data at every step; the default. Needs no key.
 

@@ -7,8 +7,11 @@ import pytest
 
 import bilevax as bx
 
-NAMESPACES = (bx, bx.algorithms, bx.curvature, bx.decentralized, bx.estimator, bx.ihvp, bx.inner, bx.topology)
-MODULES = (bx.coins, bx.compression, bx.correction, bx.parallel, bx.partition)
+NAMESPACES = (
+    *(bx, bx.algorithms, bx.curvature, bx.decentralized, bx.estimator),
+    *(bx.ihvp, bx.inner, bx.partition, bx.topology),
+)
+MODULES = (bx.coins, bx.compression, bx.correction, bx.parallel)
 PUBLIC = {
     f"{namespace.__name__}.{name}": getattr(namespace, name)
     for namespace in (*NAMESPACES, *MODULES)

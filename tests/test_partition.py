@@ -12,6 +12,7 @@ import pytest
 
 import bilevax as bx
 from bilevax.decentralized import partition
+from bilevax.decentralized.partition import deal
 
 LABELS = np.random.default_rng(0).integers(0, 10, 1000)
 VALIDATION = np.random.default_rng(1).integers(0, 10, 400)
@@ -137,7 +138,7 @@ def test_sizes_are_rounded_without_bias():
     """Three rows for eight agents: each gets one in 3/8 of the draws, the last as often as the first."""
     share = np.full((1, 8), 1 / 8)
     rng = np.random.default_rng(0)
-    draws = np.array([[len(rows) for rows in partition._dealt(rng, np.zeros(3, int), share)] for _ in range(2000)])
+    draws = np.array([[len(rows) for rows in deal._dealt(rng, np.zeros(3, int), share)] for _ in range(2000)])
     np.testing.assert_allclose(draws.mean(axis=0), 3 / 8, atol=4 * np.sqrt(3 / 8 * 5 / 8 / 2000))
 
 

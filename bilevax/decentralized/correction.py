@@ -27,12 +27,12 @@ from typing import Any, NamedTuple
 
 import chex
 import jax
-import jax.numpy as jnp
 import optax
 
 from bilevax import checks
 from bilevax.decentralized import topology as graphs
 from bilevax.decentralized.gossip import Gossip, per_agent
+from bilevax.sampling import fold
 
 __all__ = [
     "Correction",
@@ -131,7 +131,7 @@ def none(damping: chex.Numeric = 1.0) -> Correction:
 
     def update(key: Any, state: CorrectionState, gossip: Gossip, s: Any, d: Any, move: Move) -> tuple:
         step, moved = move.apply(share(gossip, state.gossip, d), state.move, s)
-        message = add(s, step)
+        message = optax.apply_updates(s, step)
         new, mixing = gossip.mix(key, state.gossip, message)
         return _damped(damping, s, new), CorrectionState(mixing, moved, ()), gossip.bytes(state.gossip, message)
 
@@ -205,9 +205,9 @@ def _tracking(damping: chex.Numeric, adapt_first: bool) -> Correction:
         change = share(gossip, state.gossip, optax.tree.sub(d, state.memory.last))
         t = optax.tree.add(state.memory.mixed, change)
         step, moved = move.apply(t, state.move, s)
-        message = (add(s, step) if adapt_first else s, t)
+        message = (optax.apply_updates(s, step) if adapt_first else s, t)
         (new, m), mixing = gossip.mix(key, state.gossip, message)
-        new = new if adapt_first else add(new, step)
+        new = new if adapt_first else optax.apply_updates(new, step)
         sent = gossip.bytes(state.gossip, message)
         return _damped(damping, s, new), CorrectionState(mixing, moved, Tracker(m, d)), sent
 
@@ -251,9 +251,9 @@ def tracking_atc(damping: chex.Numeric = 1.0) -> Correction:
         of_t, of_s = state.gossip
         change = share(gossip, of_t, optax.tree.sub(d, state.memory.last))
         sent = gossip.bytes(of_t, change) + gossip.bytes(of_s, s)
-        t, of_t = gossip.mix(_fold(key, 0), of_t, optax.tree.add(state.memory.mixed, change))
+        t, of_t = gossip.mix(fold(key, 0), of_t, optax.tree.add(state.memory.mixed, change))
         step, moved = move.apply(t, state.move, s)
-        new, of_s = gossip.mix(_fold(key, 1), of_s, add(s, step))
+        new, of_s = gossip.mix(fold(key, 1), of_s, optax.apply_updates(s, step))
         return _damped(damping, s, new), CorrectionState((of_t, of_s), moved, Tracker(t, d)), sent
 
     return Correction(init, update, rounds=2)
@@ -290,7 +290,7 @@ def exact_diffusion() -> Correction:
 
     def update(key: Any, state: CorrectionState, gossip: Gossip, s: Any, d: Any, move: Move) -> tuple:
         step, moved = move.apply(d, state.move, s)
-        r = optax.tree.sub(add(s, step), state.memory)
+        r = optax.tree.sub(optax.apply_updates(s, step), state.memory)
         slope, mixing = gossip.laplacian(key, state.gossip, r)
         memory = optax.tree.add(state.memory, slope)
         return optax.tree.sub(r, slope), CorrectionState(mixing, moved, memory), gossip.bytes(state.gossip, r)
@@ -331,7 +331,7 @@ def extra() -> Correction:
         step, moved = move.apply(d, state.move, s)
         slope, mixing = gossip.laplacian(key, state.gossip, s)
         dual = optax.tree.add(state.memory, slope)
-        new = add(optax.tree.sub(s, optax.tree.add(dual, slope)), step)
+        new = optax.apply_updates(optax.tree.sub(s, optax.tree.add(dual, slope)), step)
         return new, CorrectionState(mixing, moved, dual), gossip.bytes(state.gossip, s)
 
     return Correction(_primal_dual("extra"), update, rounds=1)
@@ -391,16 +391,7 @@ def share(gossip: Gossip, state: Any, d: chex.ArrayTree) -> chex.ArrayTree:
     return d if isinstance(weights, float) else per_agent(lambda w, leaf: leaf / w, weights, d)
 
 
-def add(s: chex.ArrayTree, step: chex.ArrayTree) -> chex.ArrayTree:
-    """S + step in the dtypes of s."""
-    return jax.tree.map(lambda s, step: (s + step).astype(s.dtype), s, step)
-
-
 def _damped(damping: chex.Numeric, s: chex.ArrayTree, new: chex.ArrayTree) -> chex.ArrayTree:
     if isinstance(damping, float | int) and damping == 1:
         return new
     return jax.tree.map(lambda s, new: (s + damping * (new - s)).astype(s.dtype), s, new)
-
-
-def _fold(key: chex.PRNGKey | None, number: int) -> chex.PRNGKey | None:
-    return None if key is None else jax.random.fold_in(key, jnp.uint32(number))

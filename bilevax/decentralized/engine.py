@@ -23,7 +23,7 @@ from bilevax.decentralized.estimator import Estimator, Oracle
 from bilevax.decentralized.gossip import Gossip
 from bilevax.decentralized.levels import Levels, at, levels
 from bilevax.problem import Batch, BilevelProblem, Calls, arrays, directions, norm
-from bilevax.sampling import check_key
+from bilevax.sampling import check_key, fold
 
 Order = tuple[tuple[str, ...], ...]
 
@@ -178,17 +178,17 @@ def single_loop(
         checks.instance("state", state, State, "Pass step(key, state, batch) the state of init or of the last step.")
         _check_batch(batch, len(gossips.x.agents()))
         check_key(key)
-        key = None if key is None else jax.random.fold_in(key, state.k)
+        key = fold(key, state.k)
         start = point = Levels(state.x, state.y, state.v)
         previous, estimators, memories, spent, sent = state.previous, [], state.corrections, [], []
         for oracle, memory, unit in zip(oracles, state.estimators, unit_calls, strict=True):
             oracle = oracle._replace(previous=previous)
-            d, memory, evaluations = estimator.update(_fold(key, 0), memory, oracle, point, batch, state.k)
+            d, memory, evaluations = estimator.update(fold(key, 0), memory, oracle, point, batch, state.k)
             estimators.append(memory)
             spent.append(jax.tree.map(lambda calls, times=evaluations: calls * times, unit))
             for name in oracle.group:
                 s, new, size = getattr(corrections, name).update(
-                    _fold(key, 1 + Levels._fields.index(name)),
+                    fold(key, 1 + Levels._fields.index(name)),
                     getattr(memories, name),
                     getattr(gossips, name),
                     getattr(point, name),
@@ -245,10 +245,6 @@ def _projected(v: chex.ArrayTree, radius: chex.Numeric) -> chex.ArrayTree:
 def _moved(start: Levels, end: Levels) -> tuple[Levels, chex.Array]:
     moves = Levels(*(jax.vmap(norm)(optax.tree.sub(new, old)) for new, old in zip(end, start, strict=True)))
     return moves, ~jnp.isfinite(sum(moves))
-
-
-def _fold(key: chex.PRNGKey | None, number: int) -> chex.PRNGKey | None:
-    return None if key is None else jax.random.fold_in(key, number)
 
 
 def _kind(name: str, value: Any, kind: type, fix: str) -> Levels:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from bilevax.decentralized.coins import independent
-from bilevax.decentralized.correction import Correction, CorrectionState, Move, Tracker, add, share, tracking
+from bilevax.decentralized.correction import Correction, CorrectionState, Move, Tracker, share, tracking
 from bilevax.decentralized.engine import Algorithm, single_loop
 from bilevax.decentralized.estimator import Estimator, Oracle, lazy_snapshot
 from bilevax.decentralized.gossip import Gossip, per_agent
@@ -76,7 +76,7 @@ def _boosted_tracking() -> Correction:
         t = optax.tree.add(mixed, share(gossip, state.gossip, optax.tree.sub(tracked, last)))
         along = optax.tree.add(mixed, share(gossip, state.gossip, optax.tree.sub(boosted, last)))
         step, moved = move.apply(along, state.move, s)
-        message = (add(s, step), t)
+        message = (optax.apply_updates(s, step), t)
         (new, m), mixing = gossip.mix(key, state.gossip, message)
         return new, CorrectionState(mixing, moved, Tracker(m, tracked)), gossip.bytes(state.gossip, message)
 

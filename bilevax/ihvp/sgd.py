@@ -11,7 +11,7 @@ from bilevax import checks
 from bilevax.curvature.products import Curvature, Product, damped, hessian
 from bilevax.ihvp.start import start
 from bilevax.problem import IHVP, IHVPInfo, Loss, norm
-from bilevax.sampling import Sample, split
+from bilevax.sampling import Sample, fold, split
 
 
 class _Carry(NamedTuple):
@@ -76,7 +76,7 @@ def sgd(
         (step_key,) = split(key, 1)
 
         def product_at(t: chex.Numeric) -> Product:
-            batch = sample(None if step_key is None else jax.random.fold_in(step_key, t), t, data)
+            batch = sample(fold(step_key, t), t, data)
             return damped(curvature(inner_loss, x, y, batch), damping)
 
         def apply(b: chex.ArrayTree, v0: chex.ArrayTree | None = None) -> tuple[chex.ArrayTree, IHVPInfo]:

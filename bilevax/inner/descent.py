@@ -12,7 +12,7 @@ import optax
 
 from bilevax import checks
 from bilevax.problem import Iterate, Loss, arrays, norm
-from bilevax.sampling import Sample
+from bilevax.sampling import Sample, fold
 
 Optimizer: TypeAlias = optax.GradientTransformation | Callable[[Any], optax.GradientTransformation]
 Initial = Callable[[Any], Any]
@@ -53,7 +53,7 @@ def descent(inner_loss: Loss, optimizer: Optimizer, initial: Initial | None, sam
         )
 
     def draw(key: chex.PRNGKey | None, data: Any, t: chex.Array) -> Any:
-        return sample(None if key is None else jax.random.fold_in(key, t), t, data)
+        return sample(fold(key, t), t, data)
 
     def start(x: chex.ArrayTree, y: chex.ArrayTree) -> Iterate:
         y0 = arrays(y if initial is None else initial(x))

@@ -12,7 +12,7 @@ from bilevax import checks
 from bilevax.decentralized.gossip import Gossip
 from bilevax.decentralized.levels import Levels, at, levels
 from bilevax.problem import Batch
-from bilevax.sampling import Sample, split
+from bilevax.sampling import Sample, fold, split
 
 
 class Oracle(NamedTuple):
@@ -95,7 +95,7 @@ def draw(key: Any, sample: Sample, k: chex.Numeric, batch: Batch, oracle: Oracle
     """
 
     def one(agent: chex.Array, data: Batch) -> Batch:
-        outer, inner = split(None if key is None else jax.random.fold_in(key, agent), 2)
+        outer, inner = split(fold(key, agent), 2)
         return Batch(sample(outer, k, data.outer), sample(inner, k, data.inner))
 
     return jax.vmap(one)(oracle.gossip.agents(), batch)
