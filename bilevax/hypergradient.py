@@ -60,7 +60,8 @@ def hypergradient(outer_loss: Loss, solver: InnerSolver) -> Hypergradient:
       solver: an inner solver, which holds the inner loss.
 
     Returns:
-      `Hypergradient(init, estimate)`: `init(x, y, batch=None) -> state` and
+      `Hypergradient(init, estimate)`: `init(x, y, batch=None) -> state`, whose batch (a `Batch`, or the inner data
+      alone) only a solver that keeps factors of the model asks for, and
       `estimate(key, state, x, Batch(outer, inner)) -> (grad, state, HypergradientInfo)`. The key may be None where
       nothing is drawn at random. Both are pure functions to jit, vmap and scan; without jit, each call traces anew.
 
@@ -85,7 +86,7 @@ def hypergradient(outer_loss: Loss, solver: InnerSolver) -> Hypergradient:
     checks.instance("solver", solver, InnerSolver, "Pass, say, bx.inner.reverse(inner_loss, optax.sgd(0.1), steps=10).")
 
     def init(x: chex.ArrayTree, y: chex.ArrayTree, batch: Any = None) -> HypergradientState:
-        solver_state = solver.init(x, y, batch)
+        solver_state = solver.init(x, y, batch.inner if isinstance(batch, Batch) else batch)
         return HypergradientState(arrays(y), solver_state, checks.Shapes.of(x))
 
     def estimate(key: chex.PRNGKey | None, state: HypergradientState, x: chex.ArrayTree, batch: Batch) -> tuple:

@@ -200,6 +200,7 @@ class IHVPInfo(NamedTuple):
       curvature: the smallest pᵀ(H + damping I)p / pᵀp that was seen; NaN where none was.
       breakdown: True where the solve was cut short or cannot be trusted: negative curvature, a preconditioner that is
         not positive definite, divergence, or numbers that are not finite.
+      setup_gradients: backward passes through the inner loss that `prepare` needed, such as those of Kronecker factors.
 
     Example:
         >>> import bilevax as bx
@@ -214,13 +215,15 @@ class IHVPInfo(NamedTuple):
     residual: chex.Numeric
     curvature: chex.Numeric
     breakdown: chex.Numeric
+    setup_gradients: chex.Numeric = 0
 
 
 class IHVP(NamedTuple):
     """An inverse-Hessian-vector product v ≈ [∇²_yy g]⁻¹ b as a pair of pure functions.
 
     Attributes:
-      init: `init(x, y, batch=None) -> state`: what is worth keeping from one solve to the next.
+      init: `init(x, y, batch=None, inner_loss=None) -> state`: what is worth keeping from one solve to the next. Where
+        its shapes depend on the model, it asks for the batch and the loss.
       prepare: `prepare(key, state, inner_loss, (x, y, batch)) -> (apply, state)`, and
         `apply(b, v0=None) -> (v, IHVPInfo)`, a plain function that lives inside this trace.
       linear: True where `apply(b)` is linear, symmetric and (for a positive definite H) positive definite in b, so that

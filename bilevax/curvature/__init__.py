@@ -1,22 +1,38 @@
-"""Products with second derivatives, and losses with structure."""
+"""Products with second derivatives, losses with structure, and Kronecker factors of their curvature."""
 
-from bilevax.curvature.model_loss import (
-    ModelLoss,
+from bilevax.curvature import capture, fisher, kronecker
+from bilevax.curvature.damped_blocks import inverted
+from bilevax.curvature.describe import Report, describe
+from bilevax.curvature.model_loss import ModelLoss, gauss_newton
+from bilevax.curvature.output_loss import (
     OutputLoss,
-    gauss_newton,
+    convex,
     sigmoid_cross_entropy,
     softmax_cross_entropy,
     squared_error,
 )
 from bilevax.curvature.products import cross, damped, hessian
+from bilevax.curvature.sharing import Sharing, expand, reduce
+from bilevax.curvature.uses import observe
 
 __all__ = [
     "ModelLoss",
     "OutputLoss",
+    "Report",
+    "Sharing",
+    "capture",
+    "convex",
     "cross",
     "damped",
+    "describe",
+    "expand",
+    "fisher",
     "gauss_newton",
     "hessian",
+    "inverted",
+    "kronecker",
+    "observe",
+    "reduce",
     "sigmoid_cross_entropy",
     "softmax_cross_entropy",
     "squared_error",

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import chex
 import jax
@@ -10,104 +10,9 @@ import jax.numpy as jnp
 import optax
 
 from bilevax import checks
+from bilevax.curvature.output_loss import OutputLoss
 from bilevax.curvature.products import Product
 from bilevax.problem import Loss, widen
-
-
-class OutputLoss(NamedTuple):
-    """A convex loss of a model's outputs that knows a root of its own second derivative L = ∂²value/∂z².
-
-    Attributes:
-      value: `value(outputs, targets) -> [N, ...]`, outputs [N, ..., C]: one number for each example and position.
-      root: `root(outputs, targets, s) -> u`, linear in s and like the outputs: u = S s with S Sᵀ = L at every position.
-
-    Example:
-        >>> import bilevax as bx, jax.numpy as jnp
-        >>> bx.curvature.squared_error.value(jnp.array([[1.0, 2.0]]), jnp.zeros((1, 2))).tolist()
-        [2.5]
-    """
-
-    value: Callable[[chex.Array, chex.Array], chex.Array]
-    root: Callable[[chex.Array, chex.Array, chex.Array], chex.Array]
-
-    def product(self, outputs: chex.Array, targets: chex.Array, s: chex.Array) -> chex.Array:
-        """The product L s = S Sᵀ s, like the outputs; never negative in sᵀL s, in floating point too."""
-
-        def root(s: chex.Array) -> chex.Array:
-            return self.root(outputs, targets, s)
-
-        (half,) = jax.linear_transpose(root, s)(s)
-        return root(half)
-
-
-def _component_axis(outputs: chex.Array) -> None:
-    if jnp.ndim(outputs) < 2:
-        raise ValueError(
-            f"model must return outputs of shape [N, ..., C]; got {jnp.shape(outputs)}. Add a last axis for the "
-            f"components, outputs[:, None] where there is one, and the same to targets of that shape."
-        )
-
-
-def _same_shape(targets: chex.Array, outputs: chex.Array) -> None:
-    _component_axis(outputs)
-    if jnp.shape(targets) != jnp.shape(outputs):
-        raise ValueError(
-            f"targets must have the shape of the outputs, {jnp.shape(outputs)}; got {jnp.shape(targets)}. Return both "
-            f"with a last axis for the components, of length 1 where there is one."
-        )
-
-
-def _class_mass(targets: chex.Array, outputs: chex.Array) -> chex.Array:
-    """The sum of the targets over the classes, [N, ..., 1]; checks that they are labels or probabilities."""
-    _component_axis(outputs)
-    if jnp.issubdtype(jnp.result_type(targets), jnp.integer) and jnp.shape(targets) == jnp.shape(outputs)[:-1]:
-        return jnp.ones_like(outputs[..., :1])
-    if jnp.issubdtype(jnp.result_type(targets), jnp.floating) and jnp.shape(targets) == jnp.shape(outputs):
-        return jnp.sum(targets, axis=-1, keepdims=True)
-    raise ValueError(
-        f"targets must be integer labels of shape {jnp.shape(outputs)[:-1]} or probabilities of shape "
-        f"{jnp.shape(outputs)}, for outputs of that shape; got {jnp.shape(targets)} of {jnp.result_type(targets)}. "
-        f"Cast labels with .astype(int)."
-    )
-
-
-def _softmax_value(outputs: chex.Array, targets: chex.Array) -> chex.Array:
-    _class_mass(targets, outputs)
-    if jnp.ndim(targets) == jnp.ndim(outputs):
-        return optax.losses.softmax_cross_entropy(outputs, targets)
-    return optax.losses.softmax_cross_entropy_with_integer_labels(outputs, targets)
-
-
-def _softmax_root(outputs: chex.Array, targets: chex.Array, s: chex.Array) -> chex.Array:
-    p = jax.nn.softmax(outputs)  # S = diag(√p) − p √pᵀ
-    u = jnp.sqrt(p) * s - p * jnp.sum(jnp.sqrt(p) * s, axis=-1, keepdims=True)
-    return jnp.sqrt(_class_mass(targets, outputs)) * u
-
-
-def _sigmoid_value(outputs: chex.Array, targets: chex.Array) -> chex.Array:
-    _same_shape(targets, outputs)
-    return jnp.sum(optax.losses.sigmoid_binary_cross_entropy(outputs, targets), axis=-1)
-
-
-def _sigmoid_root(outputs: chex.Array, targets: chex.Array, s: chex.Array) -> chex.Array:
-    return jnp.sqrt(jax.nn.sigmoid(outputs) * jax.nn.sigmoid(-outputs)) * s
-
-
-def _squared_value(outputs: chex.Array, targets: chex.Array) -> chex.Array:
-    _same_shape(targets, outputs)
-    return 0.5 * jnp.sum((outputs - targets) ** 2, axis=-1)
-
-
-def _squared_root(outputs: chex.Array, targets: chex.Array, s: chex.Array) -> chex.Array:
-    return s
-
-
-softmax_cross_entropy = OutputLoss(_softmax_value, _softmax_root)
-"""−Σ_c t_c log softmax(z)_c; integer labels [N, ...] or probabilities [N, ..., C]. L = diag(p) − p pᵀ."""
-sigmoid_cross_entropy = OutputLoss(_sigmoid_value, _sigmoid_root)
-"""−Σ_c t_c log σ(z_c) + (1 − t_c) log σ(−z_c); targets in [0, 1] like the outputs. L = diag(σ(z) σ(−z))."""
-squared_error = OutputLoss(_squared_value, _squared_root)
-"""½ Σ_c (z_c − t_c)²; targets like the outputs. L = I."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,15 +98,7 @@ class ModelLoss:
 
     def scale(self, values: chex.Array, x: Any, batch: Any) -> chex.Array:
         """w_n m_nt / N, what each of the output loss's values [N, ...] counts, broadcast to them."""
-        scale = jnp.full(jnp.shape(values)[:1], 1 / jnp.shape(values)[0], values.dtype)
-        if self.weights is not None:
-            weights = self.weights(x, batch)
-            if jnp.shape(weights) != scale.shape:
-                raise ValueError(
-                    f"weights must return one number for each of the {scale.shape[0]} examples; got shape "
-                    f"{jnp.shape(weights)}, expected {scale.shape}. Return an array [N] that belongs to the batch."
-                )
-            scale = scale * weights
+        scale = self.example_scale(jnp.shape(values)[0], values.dtype, x, batch)
         scale = jnp.broadcast_to(scale.reshape(scale.shape + (1,) * (values.ndim - 1)), values.shape)
         if self.mask is None:
             return scale
@@ -212,6 +109,19 @@ class ModelLoss:
                 f"{values.shape}. Return an array of ones, and zeros for padding."
             )
         return scale * mask
+
+    def example_scale(self, n: int, dtype: chex.ArrayDType, x: Any, batch: Any) -> chex.Array:
+        """w_n / N, what each of the n examples counts, [N]."""
+        scale = jnp.full((n,), 1 / n, dtype)
+        if self.weights is None:
+            return scale
+        weights = self.weights(x, batch)
+        if jnp.shape(weights) != scale.shape:
+            raise ValueError(
+                f"weights must return one number for each of the {n} examples; got shape {jnp.shape(weights)}, "
+                f"expected {scale.shape}. Return an array [N] that belongs to the batch."
+            )
+        return scale * weights
 
     def penalty(self, x: Any, y: Any) -> tuple[Any, Any]:
         """The decay rates and the center of the penalty, both as pytrees like y (the rates may be scalars)."""
@@ -229,6 +139,19 @@ class ModelLoss:
         center = self.center(x)
         checks.same_shapes("pytree under center", center, y, "Return from center(x) a pytree like y.")
         return rate, center
+
+
+def structured(inner_loss: Loss, what: str) -> ModelLoss:
+    """Returns the loss; raises TypeError with the three lines to write unless it is a `ModelLoss`."""
+    if isinstance(inner_loss, ModelLoss):
+        return inner_loss
+    raise TypeError(
+        f"inner_loss must be a bx.curvature.ModelLoss for {what}, which reads its parts; got {inner_loss!r:.80}. "
+        f"Write, say,\n"
+        f"    model = lambda y, inputs: ...  # outputs [N, C]\n"
+        f"    split = lambda x, batch: batch  # inputs and targets\n"
+        f"    inner_loss = bx.curvature.ModelLoss(model, bx.curvature.softmax_cross_entropy, split)"
+    )
 
 
 def gauss_newton(inner_loss: Loss, x: chex.ArrayTree, y: chex.ArrayTree, batch: Any) -> Product:
@@ -263,14 +186,7 @@ def gauss_newton(inner_loss: Loss, x: chex.ArrayTree, y: chex.ArrayTree, batch: 
         >>> float(product(1.0))
         5.0
     """
-    if not isinstance(inner_loss, ModelLoss):
-        raise TypeError(
-            f"inner_loss must be a bx.curvature.ModelLoss for a Gauss–Newton product, which reads its parts; got "
-            f"{inner_loss!r:.80}. Write, say,\n"
-            f"    model = lambda y, inputs: ...  # outputs [N, C]\n"
-            f"    split = lambda x, batch: batch  # inputs and targets\n"
-            f"    inner_loss = bx.curvature.ModelLoss(model, bx.curvature.softmax_cross_entropy, split)"
-        )
+    inner_loss = structured(inner_loss, "a Gauss–Newton product")
     inputs, targets = inner_loss.inputs_and_targets(x, batch)
     outputs, push = jax.linearize(lambda y: inner_loss.model(y, inputs), y)
     pull = jax.linear_transpose(push, y)

@@ -33,15 +33,17 @@ def _unpreconditioned(r: chex.ArrayTree) -> tuple[chex.ArrayTree, IHVPInfo]:
 
 
 # ihvp.identity would measure each z, which doubles the vector work of an iteration.
-_NONE = IHVP(lambda x, y, batch=None: (), lambda key, state, *args: (_unpreconditioned, state), linear=True)
+_NONE = IHVP(
+    lambda x, y, batch=None, inner_loss=None: (), lambda key, state, *args: (_unpreconditioned, state), linear=True
+)
 
 
 def _conjugate_gradients(
     product: Product, precondition: Callable, v: chex.ArrayTree, r: chex.ArrayTree, maxiter: int, tol: chex.Numeric
-) -> tuple[_Carry, chex.Numeric]:
+) -> tuple[_Carry, IHVPInfo]:
     """Solves H v = b from v with r = b − H v, for ‖b‖ = 1; stops at the first direction that cannot be trusted.
 
-    Returns the last carry, and the products that the preconditioner spent once.
+    Returns the last carry, and what the preconditioner reports.
     """
     z, info = precondition(r)
     size = norm(z)
@@ -79,7 +81,7 @@ def _conjugate_gradients(
 
     rz, products = optax.tree.vdot(r, z), count + info.products
     begin = _Carry(v, r, z, rz, jnp.sqrt(optax.tree.vdot(r, r)), nan, nan, count, products, jnp.asarray(info.breakdown))
-    return jax.lax.while_loop(unfinished, iterate, begin), info.setup_products
+    return jax.lax.while_loop(unfinished, iterate, begin), info
 
 
 def cg(
@@ -140,7 +142,7 @@ def cg(
     if not chosen.linear:
         raise ValueError(
             "preconditioner must be an IHVP whose apply is linear in b (linear=True); got one that is not, such as "
-            "ihvp.cg itself. Pass ihvp.identity, ihvp.neumann, ihvp.nystrom or ihvp.exact, or None."
+            "ihvp.cg itself. Pass ihvp.kfac, ihvp.nystrom, ihvp.neumann, ihvp.identity or ihvp.exact, or None."
         )
 
     def prepare(key: Any, state: Any, inner_loss: Loss, point: tuple) -> tuple:
@@ -151,11 +153,19 @@ def cg(
 
         def apply(b: chex.ArrayTree, v0: chex.ArrayTree | None = None) -> tuple[chex.ArrayTree, IHVPInfo]:
             begin = start(product, b, v0)
-            carry, setup = _conjugate_gradients(product, precondition, begin.v, begin.r, maxiter, tol)
+            carry, outer = _conjugate_gradients(product, precondition, begin.v, begin.r, maxiter, tol)
             finite = jnp.isfinite(carry.norm)
             v = jax.tree.map(lambda leaf: jnp.where(finite, leaf * begin.scale, jnp.nan), carry.v)
             products = begin.products + carry.products
-            info = IHVPInfo(carry.iterations, products, setup, carry.norm, carry.smallest, carry.stop | ~finite)
+            info = IHVPInfo(
+                carry.iterations,
+                products,
+                outer.setup_products,
+                carry.norm,
+                carry.smallest,
+                carry.stop | ~finite,
+                outer.setup_gradients,
+            )
             return optax.tree.cast_like(v, b), info
 
         return apply, state

@@ -42,7 +42,7 @@ def exact(damping: chex.Numeric = 0.0, sample: Sample = full) -> IHVP:
     checks.nonnegative("damping", damping)
     checks.function("sample", sample, "key", "t", "data")
 
-    def init(x: chex.ArrayTree, y: chex.ArrayTree, batch: Any = None) -> tuple:
+    def init(x: chex.ArrayTree, y: chex.ArrayTree, batch: Any = None, inner_loss: Loss | None = None) -> tuple:
         return ()
 
     def prepare(key: Any, state: tuple, inner_loss: Loss, point: tuple) -> tuple:

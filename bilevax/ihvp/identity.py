@@ -39,7 +39,7 @@ def identity(scale: chex.Numeric = 1.0) -> IHVP:
     """
     checks.nonnegative("scale", scale)
 
-    def init(x: chex.ArrayTree, y: chex.ArrayTree, batch: Any = None) -> tuple:
+    def init(x: chex.ArrayTree, y: chex.ArrayTree, batch: Any = None, inner_loss: Loss | None = None) -> tuple:
         return ()
 
     def prepare(key: Any, state: tuple, inner_loss: Loss, point: tuple) -> tuple:

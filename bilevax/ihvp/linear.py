@@ -69,7 +69,7 @@ def linear(
     checks.function("sample", sample, "key", "t", "data")
     tags = (lineax.symmetric_tag, lineax.positive_semidefinite_tag) if tags is None else tags
 
-    def init(x: chex.ArrayTree, y: chex.ArrayTree, batch: Any = None) -> tuple:
+    def init(x: chex.ArrayTree, y: chex.ArrayTree, batch: Any = None, inner_loss: Loss | None = None) -> tuple:
         return ()
 
     def prepare(key: Any, state: tuple, inner_loss: Loss, point: tuple) -> tuple:

@@ -69,7 +69,7 @@ def neumann(
     checks.function("curvature", curvature, "inner_loss", "x", "y", "batch")
     checks.function("sample", sample, "key", "t", "data")
 
-    def init(x: chex.ArrayTree, y: chex.ArrayTree, batch: Any = None) -> tuple:
+    def init(x: chex.ArrayTree, y: chex.ArrayTree, batch: Any = None, inner_loss: Loss | None = None) -> tuple:
         return ()
 
     def prepare(key: Any, state: tuple, inner_loss: Loss, point: tuple) -> tuple:

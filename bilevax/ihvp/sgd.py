@@ -68,7 +68,7 @@ def sgd(
     checks.nonnegative("damping", damping)
     checks.function("curvature", curvature, "inner_loss", "x", "y", "batch")
 
-    def init(x: chex.ArrayTree, y: chex.ArrayTree, batch: Any = None) -> tuple:
+    def init(x: chex.ArrayTree, y: chex.ArrayTree, batch: Any = None, inner_loss: Loss | None = None) -> tuple:
         return ()
 
     def prepare(key: Any, state: tuple, inner_loss: Loss, point: tuple) -> tuple:

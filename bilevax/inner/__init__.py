@@ -4,6 +4,7 @@ from bilevax.inner.chain import ChainState, chain
 from bilevax.inner.implicit import ImplicitState, implicit
 from bilevax.inner.no_gradient import no_gradient
 from bilevax.inner.reverse import Checkpoint, every_step, reverse, store_all, store_products, two_level
+from bilevax.inner.unroll_with_tail import unroll_with_tail
 from bilevax.sampling import full, minibatch, per_step
 
 __all__ = [
@@ -21,4 +22,5 @@ __all__ = [
     "store_all",
     "store_products",
     "two_level",
+    "unroll_with_tail",
 ]

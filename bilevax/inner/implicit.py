@@ -114,7 +114,9 @@ def implicit(
 
     def init(x: chex.ArrayTree, y: chex.ArrayTree, batch: Any = None) -> ImplicitState:
         check_point(x, y)
-        return ImplicitState(optax.tree.zeros_like(arrays(y)) if warm_start else None, solver.init(x, y, batch))
+        return ImplicitState(
+            optax.tree.zeros_like(arrays(y)) if warm_start else None, solver.init(x, y, batch, inner_loss)
+        )
 
     def forward(key: chex.PRNGKey | None, state: ImplicitState, x: chex.ArrayTree, z: Iterate, batch: Any) -> tuple:
         step_key, ihvp_key, cross_key = split(key, 3)
@@ -141,7 +143,7 @@ def implicit(
         apply, ihvp_state = solver.prepare(ihvp_key, state.ihvp, inner_loss, (x, y, batch))
         v, ihvp_info = apply(y_bar, state.v)
         x_bar = optax.tree.scale(-1, inner.pull_back(v)[0])
-        calls = Calls(0, steps + 1, ihvp_info.products + ihvp_info.setup_products, 1)
+        calls = Calls(0, steps + 1 + ihvp_info.setup_gradients, ihvp_info.products + ihvp_info.setup_products, 1)
         size = norm(inner.gradient)
         breakdown = ihvp_info.breakdown | ~jnp.isfinite(inner.loss + size)
         info = SolverInfo(inner.loss, size, breakdown, calls, ihvp_info)

@@ -1,0 +1,152 @@
+"""The damped inverse of all blocks together, from their factors."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from bilevax.curvature import capture
+from bilevax.curvature.inverse import Damping, Inverse, exact, trace_mean
+from bilevax.curvature.kronecker import Diagonal, Kronecker, Setting, setting
+from bilevax.curvature.model_loss import structured
+from bilevax.curvature.sharing import expand
+from bilevax.problem import Loss, widen
+
+
+class Parts(NamedTuple):
+    """What an inverse keeps.
+
+    Attributes:
+      blocks: name -> the decomposition of its factors, or its diagonal.
+      scale: mean eigenvalue of all of them.
+    """
+
+    blocks: dict[str, Any]
+    scale: chex.Array
+
+
+def weight_decay(here: Setting, inner_loss: Loss, x: Any, y: Any) -> dict[str, chex.Array]:
+    """The weight decay of every block: the mean over its elements."""
+    rates = jax.tree.leaves(structured(inner_loss, "Kronecker factors").penalty(x, y)[0])
+    decay = {}
+    for block in here.captured.blocks:
+        leaves = [leaf for leaf in (block.leaf, block.bias) if leaf is not None]
+        sizes = [here.leaves[leaf].size for leaf in leaves]
+        total = sum(jnp.mean(jnp.asarray(rates[k], here.q.dtype)) * size for k, size in zip(leaves, sizes, strict=True))
+        decay[block.name] = total / sum(sizes)
+    return decay
+
+
+def _delta(block: capture.Block, decay: chex.Array, damping: Damping, eigenvalues: chex.Array | None) -> chex.Array:
+    """Adds the two, [*stack, 1, ...] where a function of the eigenvalues gives every layer its own."""
+    if not callable(damping):
+        return decay + jnp.asarray(damping, decay.dtype)
+    if eigenvalues is None:
+        return decay
+    each, depth = damping, len(block.stack)
+    for _ in range(depth):
+        each = jax.vmap(each)
+    extra = jnp.asarray(each(eigenvalues), decay.dtype)
+    if extra.shape != block.stack:
+        raise ValueError(
+            f"damping must return one number for the eigenvalues of a layer; got shape {extra.shape[depth:]}. "
+            f"Reduce them, damping=lambda eigenvalues: 0.1 * eigenvalues.mean()."
+        )
+    return decay + extra.reshape(extra.shape + (1,) * (eigenvalues.ndim - depth))
+
+
+def decompose(here: Setting, found: dict[str, Any], decay: dict[str, Any], damping: Damping, inverse: Inverse) -> Parts:
+    """Decomposes the factors of every block."""
+    named = {block.name: block for block in here.captured.blocks}
+    blocks: dict[str, Any] = {}
+    means = []
+    for name, factors in found.items():
+        if isinstance(factors, Diagonal):
+            blocks[name] = factors.diagonal
+            means.append(jnp.mean(factors.diagonal))
+        else:
+            delta = _delta(named[name], decay[name], damping, None)
+            blocks[name] = inverse.decompose(factors.A, factors.B, delta)
+            diagonal = factors.a.ndim < factors.b.ndim
+            means.append(jnp.mean(trace_mean(factors.A, diagonal) * trace_mean(factors.B, False)))
+    return Parts(blocks, jnp.mean(jnp.stack(means)) if means else jnp.zeros((), here.q.dtype))
+
+
+def solve(
+    here: Setting, parts: Parts, decay: dict[str, Any], damping: Damping, inverse: Inverse, b: chex.ArrayTree
+) -> tuple[chex.ArrayTree, chex.Array]:
+    """The inverse applied to b, and the smallest eigenvalue that it divided by."""
+    wide = dict(enumerate(jax.tree.leaves(widen(b))))
+    solved: dict[int, chex.Array] = {}
+    smallest = []
+    for block in here.captured.blocks:
+        part = parts.blocks.get(block.name)
+        eigenvalues = part
+        if block.matrix is not None:
+            eigenvalues = None if inverse.eigenvalues is None else inverse.eigenvalues(part)
+        delta = _delta(block, decay[block.name], damping, eigenvalues)
+        smallest.append(jnp.min(delta if eigenvalues is None else eigenvalues + delta))
+        if block.matrix is not None:
+            solved |= block.unpack(inverse.solve(part, delta, block.pack(wide)), wide)
+        elif eigenvalues is not None:
+            solved[block.leaf] = wide[block.leaf] / (eigenvalues + delta)
+        elif block.treatment is not None and block.treatment.solve is not None:
+            solved[block.leaf] = block.treatment.solve(wide[block.leaf], delta, parts.scale)
+    v = jax.tree.unflatten(jax.tree.structure(b), [solved[k] for k in range(len(wide))])
+    return optax.tree.cast_like(v, b), jnp.min(jnp.stack(smallest))
+
+
+def inverted(
+    found: dict[str, Kronecker | Diagonal],
+    inner_loss: Loss,
+    x: chex.ArrayTree,
+    y: chex.ArrayTree,
+    batch: Any,
+    damping: Damping = 1e-3,
+    inverse: Inverse = exact,
+    unsupported: capture.Unsupported = capture.error,
+) -> Callable[[chex.ArrayTree], chex.ArrayTree]:
+    """Inverts factors that `kronecker.factors` measured, wherever they come from: other batches, or other agents.
+
+        v = blockdiag(A ⊗ B + (l2 + damping) I)⁻¹ b
+
+    Args:
+      found: the factors of this model.
+      inner_loss: g, a `ModelLoss`.
+      x: outer variable; for the weight decay.
+      y: inner variable.
+      batch: what g takes as its batch; for its shapes.
+      damping: a number >= 0, or a function of the eigenvalues of a layer.
+      inverse: `kronecker.exact` or `kronecker.factored`.
+      unsupported: as it was given to `kronecker.factors`.
+
+    Returns:
+      `b -> v`, pytrees like y; linear, symmetric and positive definite.
+
+    Raises:
+      TypeError: if `inner_loss` is a bare function.
+      ValueError: if the factors are not those of this model.
+
+    Cost: one decomposition of each factor, and two products of matrices for each application and layer.
+
+    Example:
+        >>> import bilevax as bx, jax.numpy as jnp
+        >>> loss = bx.curvature.ModelLoss(lambda y, a: a @ y, bx.curvature.squared_error, lambda x, batch: batch)
+        >>> problem = (loss, 0.0, jnp.ones((1, 1)), (jnp.array([[1.0], [3.0]]), jnp.zeros((2, 1))))
+        >>> found = bx.curvature.kronecker.factors(None, *problem, fisher=bx.curvature.fisher.exact)
+        >>> bx.curvature.inverted(found, *problem, damping=1.0)(jnp.array([[12.0]])).round(4).tolist()
+        [[2.0]]
+    """
+    here = setting(inner_loss, x, y, batch, expand, None, unsupported)
+    wanted = {block.name for block in here.captured.blocks if block.treatment is None or block.treatment.probes}
+    if wanted != set(found):
+        raise ValueError(
+            f"found must hold the factors of the blocks of this model, {sorted(wanted)}; got {sorted(found)}. Pass "
+            f"what kronecker.factors returned for the same model and y."
+        )
+    decay = weight_decay(here, inner_loss, x, y)
+    parts = decompose(here, found, decay, damping, inverse)
+    return lambda b: solve(here, parts, decay, damping, inverse, b)[0]

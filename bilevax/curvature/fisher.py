@@ -1,0 +1,134 @@
+"""Pseudo-gradients u of the outputs, whose products u uᵀ add up to the curvature L of the output loss, or estimate it.
+
+Each is a function `(key, loss, outputs, targets) -> (columns, column)`: so many backward passes, and `column(k)`, the
+cotangent of pass k, like the outputs.
+"""
+
+import math
+from collections.abc import Callable
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from bilevax import checks
+from bilevax.curvature.output_loss import OutputLoss
+
+Columns = tuple[int, Callable[[chex.Numeric], chex.Array]]
+Fisher = Callable[[chex.PRNGKey | None, OutputLoss, chex.Array, chex.Array], Columns]
+
+
+def sampled(samples: int = 1) -> Fisher:
+    """Gradients at labels drawn from the model's own distribution: an unbiased estimate of the curvature.
+
+        u = ∇_z loss(z, t),   t ~ the model          E[u uᵀ] = L
+
+    Args:
+      samples: labels for each output, >= 1; the error falls like 1/√samples.
+
+    Returns:
+      A Fisher estimator.
+
+    Raises:
+      ValueError: if samples < 1, or, when it is used, if there is no key.
+
+    Cost: one backward pass for each sample.
+
+    Reference: Martens and Grosse, arXiv 1503.05671, section 5.
+
+    Example:
+        >>> import bilevax as bx, jax, jax.numpy as jnp
+        >>> fisher, loss = bx.curvature.fisher.sampled(2), bx.curvature.softmax_cross_entropy
+        >>> columns, column = fisher(jax.random.key(0), loss, jnp.zeros((1, 2)), jnp.zeros(1, int))
+        >>> columns, column(0).shape
+        (2, (1, 2))
+    """
+    samples = checks.count("samples", samples, minimum=1)
+
+    def columns(key: chex.PRNGKey | None, loss: OutputLoss, outputs: chex.Array, targets: chex.Array) -> Columns:
+        if key is None:
+            raise ValueError(
+                "key must be a jax.random.key for fisher.sampled, which draws labels; got None. Pass "
+                "key=jax.random.key(0), or fisher=bx.curvature.fisher.exact."
+            )
+
+        def column(k: chex.Numeric) -> chex.Array:
+            here = jax.random.fold_in(key, k)
+            if loss.draw is not None:
+                u = loss.draw(here, outputs, targets)
+            else:
+                u = loss.root(outputs, targets, jax.random.rademacher(here, outputs.shape, outputs.dtype))
+            return u / math.sqrt(samples)
+
+        return samples, column
+
+    return columns
+
+
+def exact(key: chex.PRNGKey | None, loss: OutputLoss, outputs: chex.Array, targets: chex.Array) -> Columns:
+    """The columns of the root S of the curvature, one after the other: exact, and the same every time ("type 2").
+
+        Σ_k u_k u_kᵀ = S Sᵀ = L
+
+    Args:
+      key: not used.
+      loss: output loss.
+      outputs: [N, ..., C].
+      targets: what the loss takes.
+
+    Returns:
+      As many passes as one example has outputs (positions · C), and the function of their number.
+
+    Raises:
+      Nothing.
+
+    Cost: that many backward passes.
+
+    Reference: Botev, Ritter, Barber, arXiv 1706.03662; Dangel et al., arXiv 2507.05127, section 2.
+
+    Example:
+        >>> import bilevax as bx, jax.numpy as jnp
+        >>> loss = bx.curvature.squared_error
+        >>> columns, column = bx.curvature.fisher.exact(None, loss, jnp.zeros((1, 2)), jnp.zeros((1, 2)))
+        >>> [column(k).tolist() for k in range(columns)]
+        [[[1.0, 0.0]], [[0.0, 1.0]]]
+    """
+    one = jnp.shape(outputs)[1:]
+
+    def column(k: chex.Numeric) -> chex.Array:
+        s = (jnp.arange(math.prod(one)) == k).astype(outputs.dtype).reshape(one)
+        return loss.root(outputs, targets, jnp.broadcast_to(s[None], jnp.shape(outputs)))
+
+    return math.prod(one), column
+
+
+def empirical(key: chex.PRNGKey | None, loss: OutputLoss, outputs: chex.Array, targets: chex.Array) -> Columns:
+    """The gradient at the true labels: biased, for comparison with others that use it.
+
+        u = ∇_z loss(z, target)
+
+    Args:
+      key: not used.
+      loss: output loss.
+      outputs: [N, ..., C].
+      targets: what the loss takes.
+
+    Returns:
+      One pass, and the function of its number.
+
+    Raises:
+      Nothing.
+
+    Cost: one backward pass.
+
+    Reference: Kunstner, Balles, Hennig, arXiv 1905.12558, on what is wrong with it.
+
+    Example:
+        >>> import bilevax as bx, jax.numpy as jnp
+        >>> loss = bx.curvature.squared_error
+        >>> _, column = bx.curvature.fisher.empirical(None, loss, jnp.ones((1, 2)), jnp.zeros((1, 2)))
+        >>> column(0).tolist()
+        [[1.0, 1.0]]
+    """
+    gradient = jax.grad(lambda outputs: jnp.sum(loss.value(outputs, targets)))
+    return 1, lambda k: gradient(outputs)

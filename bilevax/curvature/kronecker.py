@@ -1,0 +1,379 @@
+"""Kronecker factors of the Gauss–Newton matrix, block by block.
+
+    G_block ≈ A ⊗ B,   (A ⊗ B) V := A V B,   V = [dW; db]
+    A = Σ_n q_n ā_n ā_nᵀ      q_n = w_n / Σ_m w_m,   ā = [a; 1]
+    B = 1/N Σ_n w_n Σ_k u_nk u_nkᵀ                   u = pseudo-gradient at the output of the layer
+
+The example weights enter both factors: A is taken under the reweighted law of the data, and its mass is in B.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from bilevax.curvature import capture
+from bilevax.curvature.fisher import Fisher, sampled
+from bilevax.curvature.inverse import Cholesky, Eigen, Inverse, exact, factored, trace_mean
+from bilevax.curvature.model_loss import ModelLoss, structured
+from bilevax.curvature.output_loss import OutputLoss
+from bilevax.curvature.sharing import Sharing, expand
+from bilevax.curvature.uses import Rows, Use, Visitor
+from bilevax.problem import Loss, widen
+from bilevax.sampling import split
+
+__all__ = ["Cholesky", "Diagonal", "Eigen", "Inverse", "Kronecker", "exact", "factored", "factors", "trace_mean"]
+
+Positions = Callable[[Any], chex.Array]
+
+
+class Kronecker(NamedTuple):
+    """The factors of one block as means over the data, which add up over batches and agents; leading axes: layers.
+
+    Attributes:
+      a: 1/N Σ_n w_n Σ_t m_nt ā ā_ᵀ, [d_in, d_in] with the bias last; the diagonal [vocabulary] for an embedding.
+      count: 1/N Σ_n w_n Σ_t m_nt, the mass of a.
+      b: B, [d_out, d_out].
+
+    Example:
+        >>> import bilevax as bx, jax.numpy as jnp
+        >>> bx.curvature.kronecker.Kronecker(jnp.array([[6.0]]), jnp.array(2.0), jnp.eye(1)).A.tolist()
+        [[3.0]]
+    """
+
+    a: chex.Array
+    count: chex.Array
+    b: chex.Array
+
+    @property
+    def A(self) -> chex.Array:  # noqa: N802
+        """The normalised factor A = a / count; 0 where every weight is 0."""
+        count = jnp.where(self.count > 0, self.count, 1)
+        return self.a / count.reshape(count.shape + (1,) * (self.a.ndim - count.ndim))
+
+    @property
+    def B(self) -> chex.Array:  # noqa: N802
+        """The factor B."""
+        return self.b
+
+
+class Diagonal(NamedTuple):
+    """The diagonal of one block.
+
+    Attributes:
+      diagonal: shaped like the leaf.
+
+    Example:
+        >>> import bilevax as bx
+        >>> bx.curvature.kronecker.Diagonal(1.0).diagonal
+        1.0
+    """
+
+    diagonal: chex.Array
+
+
+class Setting(NamedTuple):
+    """What all passes over one batch share.
+
+    Attributes:
+      captured: the traced model.
+      leaves: of y.
+      loss: output loss.
+      targets: what it takes.
+      scale: w_n m_nt / N for each of its values.
+      q: w_n / N, [N].
+      mask: which positions count, [N, T], or None.
+      sharing: name of a layer -> `Sharing`.
+    """
+
+    captured: capture.Capture
+    leaves: list[chex.Array]
+    loss: OutputLoss
+    targets: Any
+    scale: Callable[[chex.Array], chex.Array]
+    q: chex.Array
+    mask: chex.Array | None
+    sharing: Callable[[str], Sharing]
+
+
+def setting(
+    inner_loss: Loss, x: Any, y: Any, batch: Any, sharing: Any, positions: Positions | None, unsupported: Any
+) -> Setting:
+    """Traces the model of a `ModelLoss` on this batch, and evaluates its weights and masks."""
+    loss = structured(inner_loss, "Kronecker factors")
+    inputs, targets = loss.inputs_and_targets(x, batch)
+    captured = capture.trace(loss.model, y, inputs, unsupported)
+    leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(y)]
+    dtype = jnp.promote_types(jnp.result_type(*leaves), jnp.float32)
+    q = loss.example_scale(captured.examples, dtype, x, batch).astype(dtype)
+    mask = _mask(loss, batch, positions, captured)
+    choose = (lambda name: sharing) if isinstance(sharing, Sharing) else sharing
+
+    def scale(outputs: chex.Array) -> chex.Array:
+        return loss.scale(jax.eval_shape(loss.loss.value, outputs, targets), x, batch)
+
+    return Setting(captured, leaves, loss.loss, targets, scale, q, mask, choose)
+
+
+def _mask(loss: ModelLoss, batch: Any, positions: Positions | None, captured: capture.Capture) -> chex.Array | None:
+    if positions is None:
+        mask = None if loss.mask is None else loss.mask(batch)
+        return None if mask is None else mask.reshape(captured.examples, -1)
+    mask = positions(batch)
+    found = sorted({block.positions for block in captured.blocks if block.matrix is not None})
+    if jnp.ndim(mask) != 2 or mask.shape[0] != captured.examples or mask.shape[1] not in found:
+        raise ValueError(
+            f"positions must return ones and zeros [N, T] with N = {captured.examples} examples and the T of some "
+            f"layer, one of {found}; got shape {jnp.shape(mask)}. Return the padding mask of the tokens."
+        )
+    return mask
+
+
+# One pass: the factors leave the backward pass as cotangents of dummy inputs of the model
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _observed(statistic: Callable, outputs: chex.Array, residual: Any, dummy: Any) -> chex.Array:
+    return outputs
+
+
+def _observed_forward(statistic: Callable, outputs: chex.Array, residual: Any, dummy: Any) -> tuple:
+    return outputs, residual
+
+
+def _observed_backward(statistic: Callable, residual: Any, u: chex.Array) -> tuple:
+    return u, None, statistic(residual, u)
+
+
+_observed.defvjp(_observed_forward, _observed_backward)
+
+
+def _rows(rows: Rows, block: capture.Block, here: Setting, inputs: chex.Array) -> tuple:
+    """Activations ā [N, T, rows] (ids [N, T] of an embedding) and the mask of their positions [N, T]."""
+    a = rows.inputs(inputs)
+    mask = jnp.ones(a.shape[:2], here.q.dtype)
+    if here.mask is not None and here.mask.shape == mask.shape:
+        mask = here.mask.astype(mask.dtype)
+    if block.rule == "embedding":
+        return a[..., 0], mask
+    a = a.astype(here.q.dtype)
+    return (a if block.bias is None else jnp.concatenate([a, jnp.ones_like(a[..., :1])], axis=-1)), mask
+
+
+def _sums(rows: Rows, block: capture.Block, sharing: Sharing, residual: tuple, u: chex.Array) -> Kronecker:
+    a, mask, q, _ = residual
+    u = rows.outputs(u).astype(q.dtype)
+    if block.rule == "embedding":
+        mass = q[:, None] * mask
+        square = jnp.zeros(block.inputs, q.dtype).at[a.reshape(-1)].add(mass.reshape(-1))
+        return Kronecker(square, jnp.sum(mass), jnp.einsum("nti,ntj->ij", u, u))
+    a, u = sharing.inputs(a, mask), sharing.outputs(u)
+    mass = q[:, None] * mask if sharing.per_position else q[:, None]
+    return Kronecker(jnp.einsum("nti,nt,ntj->ij", a, mass, a), jnp.sum(mass), jnp.einsum("nti,ntj->ij", u, u))
+
+
+def _squares(rows: Rows, block: capture.Block, sharing: Sharing, residual: tuple, u: chex.Array) -> chex.Array:
+    """Σ_n (Q_Aᵀ Σ_t ā_nt u_ntᵀ Q_B)², element by element."""
+    a, _, q, basis = residual
+    u = rows.outputs(u).astype(q.dtype) @ basis.qb
+    if block.rule == "embedding":
+        return _table_squares(a, u, block.inputs)
+    a = a @ basis.qa
+    if a.shape[1] == 1:
+        return jnp.einsum("ni,nj->ij", a[:, 0] ** 2, u[:, 0] ** 2)
+    zero = jnp.zeros((a.shape[-1], u.shape[-1]), q.dtype)
+    return jax.lax.scan(lambda total, au: (total + (au[0].T @ au[1]) ** 2, None), zero, (a, u))[0]
+
+
+def _table_squares(ids: chex.Array, u: chex.Array, size: int) -> chex.Array:
+    """Σ_n (Σ_t e_id(n,t) u_ntᵀ)²: positions of one example with the same id add up before they are squared."""
+    same = (ids[:, :, None] == ids[:, None, :]).astype(u.dtype)
+    first = jnp.argmax(same, axis=2) == jnp.arange(ids.shape[1])[None]
+    sums = jnp.einsum("nst,ntj->nsj", same, u) * first[:, :, None].astype(u.dtype)
+    return jnp.zeros((size, u.shape[-1]), u.dtype).at[ids.reshape(-1)].add(sums.reshape(-1, u.shape[-1]) ** 2)
+
+
+def _passes(here: Setting, statistic: Callable, bases: dict[int, Any], dummies: dict[int, Any]) -> tuple:
+    """The outputs, and the pull-back from a cotangent of them to what every block makes of it."""
+    blocks = {block.leaf: block for block in here.captured.blocks}
+
+    def kronecker(slot: Any, use: Use, rows: Rows, outputs: chex.Array, inputs: chex.Array) -> chex.Array:
+        if slot is None or blocks[use.leaf].rule != use.rule:
+            return outputs
+        block = blocks[use.leaf]
+        dummy, basis = slot
+        residual = (*_rows(rows, block, here, inputs), here.q, basis)
+        measure = functools.partial(statistic, rows, block, here.sharing(block.name))
+        return _observed(measure, outputs, residual, dummy)
+
+    def elementwise(slot: Any, use: Use, leaf: chex.Array) -> chex.Array | None:
+        return None if slot is None or blocks[use.leaf].rule != use.rule else leaf[None] + slot[0].astype(leaf.dtype)
+
+    visitor = Visitor({}, kronecker, elementwise, lambda use: None)
+
+    def outputs(dummies: dict[int, Any], probed: dict[int, chex.Array]) -> chex.Array:
+        slots = {leaf: (dummy, bases.get(leaf, ())) for leaf, dummy in dummies.items()}
+        leaves = [probed.get(leaf, value) for leaf, value in enumerate(here.leaves)]
+        return here.captured.run(visitor._replace(slots=slots), leaves)
+
+    probed = {leaf: here.leaves[leaf] for leaf, block in blocks.items() if block.treatment and block.treatment.probes}
+    return jax.vjp(outputs, dummies, probed)
+
+
+def _dummies(here: Setting, kronecker: Callable[[capture.Block], Any]) -> dict[int, Any]:
+    """Zeros for all that the blocks report: `kronecker(block)` for a matrix, a leaf for each example for a diagonal."""
+    dummies = {}
+    for block in here.captured.blocks:
+        if block.matrix is not None:
+            dummies[block.leaf] = kronecker(block)
+        elif block.treatment is None:
+            shape = here.leaves[block.leaf].shape
+            depth = len(block.stack)
+            dummies[block.leaf] = jnp.zeros((*shape[:depth], here.captured.examples, *shape[depth:]), here.q.dtype)
+    return dummies
+
+
+def _total(columns: int, term: Callable[[chex.Numeric], Any]) -> Any:
+    """The sum of `term(k)` over the columns, one after the other."""
+    first = term(0)
+    if columns == 1:
+        return first
+    add = lambda k, total: optax.tree.add(total, term(k))  # noqa: E731
+    return jax.lax.fori_loop(1, columns, add, first)
+
+
+def measure(key: chex.PRNGKey | None, here: Setting, fisher: Fisher) -> tuple[dict[str, Any], int]:
+    """The factors of every block by name, and the number of backward passes."""
+    label_key, sign_key = split(key, 2)
+    blocks = {block.leaf: block for block in here.captured.blocks}
+    dtype = here.q.dtype
+
+    def zeros(block: capture.Block) -> Kronecker:
+        a = (block.inputs,) if block.rule == "embedding" else (block.rows, block.rows)
+        shapes = (a, (), (block.outputs, block.outputs))
+        return Kronecker(*(jnp.zeros((*block.stack, *shape), dtype) for shape in shapes))
+
+    outputs, pull = _passes(here, _sums, {}, _dummies(here, zeros))
+    columns, column = fisher(label_key, here.loss, outputs, here.targets)
+    root = jnp.sqrt(here.scale(outputs))[..., None]
+
+    def term(k: chex.Numeric) -> tuple:
+        cotangent = (column(k) * root).astype(outputs.dtype)
+        found, _ = pull(cotangent)
+        return {leaf: _curved(blocks[leaf], value) for leaf, value in found.items()}, _probe(
+            sign_key, k, blocks, pull, cotangent
+        )
+
+    seen, probed = _total(columns, term)
+    flat, _ = pull(jnp.zeros_like(outputs))  # A and its mass do not depend on u
+    result: dict[str, Any] = {}
+    for leaf, block in blocks.items():
+        if block.matrix is not None:
+            result[block.name] = flat[leaf]._replace(b=seen[leaf])
+        elif leaf in seen:
+            result[block.name] = Diagonal(seen[leaf])
+        elif leaf in probed:
+            result[block.name] = Diagonal(probed[leaf])
+    probes = max((block.treatment.probes for block in blocks.values() if block.treatment), default=0)
+    return result, columns * (1 + probes)
+
+
+def _curved(block: capture.Block, found: Any) -> chex.Array:
+    """What one column adds to the curvature of a block: B, or the squares of per-example gradients."""
+    return found.b if block.matrix is not None else jnp.sum(found**2, axis=len(block.stack))
+
+
+def _probe(key: Any, k: chex.Numeric, blocks: dict, pull: Callable, cotangent: chex.Array) -> dict[int, chex.Array]:
+    """1/R Σ_r (Σ_n ±1 √(w_n/N) J_nᵀ u_n)² for the leaves that no rule covers."""
+    probes = {leaf: block.treatment.probes for leaf, block in blocks.items() if block.treatment}
+    number = max(probes.values(), default=0)
+    if not number:
+        return {}
+    if key is None:
+        raise ValueError(
+            "key must be a jax.random.key where capture.diagonal draws signs; got None. Pass key=jax.random.key(0)."
+        )
+
+    def one(r: chex.Numeric) -> dict[int, chex.Array]:
+        here = jax.random.fold_in(jax.random.fold_in(key, k), r)
+        signs = jax.random.rademacher(here, cotangent.shape[:1], cotangent.dtype)
+        _, found = pull(cotangent * signs.reshape((-1,) + (1,) * (cotangent.ndim - 1)))
+        return jax.tree.map(lambda g: widen(g) ** 2 / number, found)
+
+    return _total(number, one)
+
+
+def curvatures(
+    key: chex.PRNGKey | None, here: Setting, fisher: Fisher, bases: dict[str, Eigen]
+) -> tuple[dict[str, Eigen], int]:
+    """EKFAC: the diagonal of the curvature in the eigenbases of the factors, and the number of backward passes."""
+    label_key, _ = split(key, 2)
+    blocks = {block.leaf: block for block in here.captured.blocks if block.matrix is not None}
+    by_leaf = {leaf: bases[block.name] for leaf, block in blocks.items()}
+    dummies = {leaf: jnp.zeros_like(basis.eigenvalues) for leaf, basis in by_leaf.items()}
+    outputs, pull = _passes(here, _squares, by_leaf, dummies)
+    columns, column = fisher(label_key, here.loss, outputs, here.targets)
+    root = jnp.sqrt(here.scale(outputs))[..., None]
+    found = _total(columns, lambda k: pull((column(k) * root).astype(outputs.dtype))[0])
+    return {block.name: by_leaf[leaf]._replace(eigenvalues=found[leaf]) for leaf, block in blocks.items()}, columns
+
+
+def factors(
+    key: chex.PRNGKey | None,
+    inner_loss: Loss,
+    x: chex.ArrayTree,
+    y: chex.ArrayTree,
+    batch: Any,
+    *,
+    fisher: Fisher | None = None,
+    sharing: Sharing | Callable[[str], Sharing] = expand,
+    positions: Positions | None = None,
+    unsupported: capture.Unsupported = capture.error,
+) -> dict[str, Kronecker | Diagonal]:
+    """The Kronecker factors of every layer of a model, found without a change to the model.
+
+        A = Σ_n q_n ā_n ā_nᵀ          B = 1/N Σ_n w_n Σ_k u_nk u_nkᵀ          G_block ≈ A ⊗ B
+
+    They are kept as sums, which mean the same over any data: what a gossip of agents should average, before anything is
+    inverted. No derivative flows through them.
+
+    Args:
+      key: draws labels; None for a deterministic `fisher`.
+      inner_loss: g, a `ModelLoss`.
+      x: outer variable; a constant here.
+      y: inner variable.
+      batch: what g takes as its batch.
+      fisher: which pseudo-gradients; `fisher.sampled()` by default.
+      sharing: what becomes of several positions: `expand`, `reduce`, or a function of the name of the leaf.
+      positions: batch -> [N, T] of ones and zeros, which positions count in A; by default the mask of the loss, in
+        layers with as many positions.
+      unsupported: what to do with leaves that no rule covers.
+
+    Returns:
+      A dict: name of the weight -> `Kronecker`, or `Diagonal` for a leaf of its own. Leaves that a treatment inverts
+      without factors are missing.
+
+    Raises:
+      TypeError: if `inner_loss` is a bare function.
+      ValueError: if a leaf is covered by no rule, or positions fit no layer.
+
+    Cost: one forward pass and as many backward passes as `fisher` says; N (d_in² + d_out²) operations for each layer.
+
+    Reference: Martens and Grosse, arXiv 1503.05671; Grosse and Martens, arXiv 1602.01407, for convolutions;
+    Eschenhagen et al., arXiv 2311.00636, for shared positions.
+
+    Example:
+        >>> import bilevax as bx, jax.numpy as jnp
+        >>> loss = bx.curvature.ModelLoss(lambda y, a: a @ y, bx.curvature.squared_error, lambda x, batch: batch)
+        >>> batch = (jnp.array([[1.0], [2.0]]), jnp.zeros((2, 1)))
+        >>> exact = bx.curvature.fisher.exact
+        >>> bx.curvature.kronecker.factors(None, loss, 0.0, jnp.ones((1, 1)), batch, fisher=exact)["y"].A.tolist()
+        [[2.5]]
+    """
+    x, y = jax.lax.stop_gradient((x, y))
+    here = setting(inner_loss, x, y, batch, sharing, positions, unsupported)
+    return measure(key, here, sampled() if fisher is None else fisher)[0]

@@ -1,0 +1,39 @@
+"""What becomes of a layer that is applied at several positions of an example: tokens, or patches of an image."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import chex
+import jax.numpy as jnp
+
+
+class Sharing(NamedTuple):
+    """How rows of positions enter the factors.
+
+    Attributes:
+      inputs: `inputs(a, mask)`, activations [N, T, d_in] and mask [N, T] -> rows [N, T or 1, d_in].
+      outputs: gradients [N, T, d_out] -> rows [N, T or 1, d_out].
+      per_position: whether the rows are still one for each position, so that a mask counts them.
+
+    Example:
+        >>> import bilevax as bx, jax.numpy as jnp
+        >>> bx.curvature.reduce.outputs(jnp.ones((1, 3, 2))).tolist()
+        [[[3.0, 3.0]]]
+    """
+
+    inputs: Callable[[chex.Array, chex.Array], chex.Array]
+    outputs: Callable[[chex.Array], chex.Array]
+    per_position: bool
+
+
+def _mean(a: chex.Array, mask: chex.Array) -> chex.Array:
+    count = jnp.sum(mask, axis=1)[:, None, None]
+    return jnp.sum(a * mask[:, :, None], axis=1, keepdims=True) / jnp.where(count > 0, count, 1)
+
+
+expand = Sharing(lambda a, mask: a, lambda u: u, True)
+"""Each position is an example of its own: A = Σ a aᵀ / count, B = Σ u uᵀ. Exact for deep linear networks with a loss at
+every position. Reference: Eschenhagen et al., arXiv 2311.00636, section 3."""
+reduce = Sharing(_mean, lambda u: jnp.sum(u, axis=1, keepdims=True), False)
+"""One row for each example: the mean of the activations and the sum of the gradients. Exact for linear networks that
+average their positions; not for the keys of attention, whose gradients add up to zero. Reference: as for `expand`."""

@@ -1,0 +1,73 @@
+"""Another inverse, set to the length that one product says it should have."""
+
+from typing import Any
+
+import chex
+import jax.numpy as jnp
+import optax
+
+from bilevax import checks
+from bilevax.curvature.model_loss import gauss_newton
+from bilevax.curvature.products import Curvature, damped
+from bilevax.problem import IHVP, IHVPInfo, Loss
+from bilevax.sampling import Sample, full, split
+
+
+def rescaled(
+    ihvp: IHVP, damping: chex.Numeric = 1e-3, curvature: Curvature = gauss_newton, sample: Sample = full
+) -> IHVP:
+    """Multiplies the v of another IHVP by the number that minimises the error along it, at the price of one product.
+
+        v ← v (vᵀb) / (vᵀ(G + damping I) v)
+
+    One step of conjugate gradients with that IHVP as preconditioner. The direction stays; the length matters to plain
+    gradient steps on x, and not to Adam.
+
+    Args:
+      ihvp: any IHVP, say `kfac()`.
+      damping: a number >= 0 added to the curvature, that of the IHVP as a rule.
+      curvature: a function (inner_loss, x, y, batch) -> product, positive definite once damped.
+      sample: how the batch of the curvature is drawn from the inner data; it is asked with t = 0.
+
+    Returns:
+      An `IHVP` with the state of the other; not linear. `info.curvature` is that along v; `info.residual` is measured.
+
+    Raises:
+      ValueError: if ihvp is no `IHVP`, or damping is negative.
+
+    Cost: that of the other, and one product.
+
+    Example:
+        >>> import bilevax as bx
+        >>> ihvp = bx.ihvp.rescaled(bx.ihvp.identity(), damping=0.0, curvature=bx.curvature.hessian)
+        >>> apply, _ = ihvp.prepare(None, (), lambda x, y, batch: 2.0 * y**2, (0.0, 1.0, None))
+        >>> float(apply(8.0)[0])
+        2.0
+    """
+    checks.instance("ihvp", ihvp, IHVP, "Pass, say, bx.ihvp.kfac(), called.")
+    checks.nonnegative("damping", damping)
+    checks.function("curvature", curvature, "inner_loss", "x", "y", "batch")
+    checks.function("sample", sample, "key", "t", "data")
+
+    def prepare(key: Any, state: Any, inner_loss: Loss, point: tuple) -> tuple:
+        x, y, data = point
+        batch_key, key = split(key, 2)
+        product = damped(curvature(inner_loss, x, y, sample(batch_key, 0, data)), damping)
+        inner, state = ihvp.prepare(key, state, inner_loss, point)
+
+        def apply(b: chex.ArrayTree, v0: chex.ArrayTree | None = None) -> tuple[chex.ArrayTree, IHVPInfo]:
+            v, info = inner(b, v0)
+            hv = product(v)
+            along, vhv, bb = optax.tree.vdot(v, b), optax.tree.vdot(v, hv), optax.tree.vdot(b, b)
+            gain = jnp.where(vhv > 0, along / jnp.where(vhv > 0, vhv, 1), 1.0)
+            rest = optax.tree.norm(optax.tree.add_scale(b, -gain, hv)) / jnp.where(bb > 0, jnp.sqrt(bb), 1)
+            vv = optax.tree.vdot(v, v)
+            broken = info.breakdown | ~jnp.isfinite(vhv) | ((vhv <= 0) & (vv > 0))
+            scaled = optax.tree.cast_like(optax.tree.scale(gain, v), b)
+            return scaled, info._replace(
+                products=info.products + 1, residual=rest, curvature=vhv / jnp.where(vv > 0, vv, 1), breakdown=broken
+            )
+
+        return apply, state
+
+    return IHVP(ihvp.init, prepare)
