@@ -17,6 +17,7 @@ import numpy as np
 import optax
 import pytest
 from compiled import executed_dots
+from jax.flatten_util import ravel_pytree
 
 import bilevax as bx
 
@@ -33,6 +34,42 @@ class Method(NamedTuple):
     exact_number: float
 
 
+def as_model(loss, x, y):
+    """Any convex loss as a `ModelLoss`: the model hands out y itself, and the output loss is all the rest."""
+    flat, unravel = ravel_pytree(y)
+
+    def model(y, ones):
+        parts = [
+            leaf.reshape(1, -1).astype(flat.dtype) * ones.astype(flat.dtype)
+            for leaf in map(jnp.asarray, jax.tree.leaves(y))
+        ]
+        return jnp.concatenate(parts, axis=1)
+
+    output_loss = bx.curvature.convex(lambda outputs, batch: loss(x, unravel(outputs[0]), batch)[None])
+    return bx.curvature.ModelLoss(model, output_loss, lambda x, batch: (jnp.ones((1, 1)), batch))
+
+
+def kronecker(make):
+    """An IHVP that needs structure, on losses that have none."""
+
+    def prepare(key, state, loss, point):
+        return make.prepare(key, state, as_model(loss, *point[:2]), point)
+
+    return bx.IHVP(make.init, prepare, make.linear)
+
+
+def kfac(number, sample):
+    return kronecker(bx.ihvp.kfac(number, fisher=bx.curvature.fisher.exact, sample=sample))
+
+
+def ekfac(number, sample):
+    return kronecker(bx.ihvp.ekfac(number, fisher=bx.curvature.fisher.exact, sample=sample))
+
+
+def rescaled(number, sample):
+    return bx.ihvp.rescaled(bx.ihvp.identity(), number, bx.curvature.hessian, sample)
+
+
 def preconditioned_cg(number, sample):
     preconditioner = bx.ihvp.neumann(1, 0.2, sample=sample)
     return bx.ihvp.cg(3, damping=number, preconditioner=preconditioner, sample=sample)
@@ -44,6 +81,10 @@ IHVPS = {
     "neumann": Method(lambda number, sample: bx.ihvp.neumann(3, number, sample=sample), 0.5),
     "cg": Method(lambda number, sample: bx.ihvp.cg(3, damping=number, sample=sample), 0.0),
     "cg_preconditioned": Method(preconditioned_cg, 0.0),
+    "kfac": Method(kfac, 0.0),
+    "ekfac": Method(ekfac, 0.0),
+    "diagonal": Method(lambda number, sample: bx.ihvp.diagonal(number, sample=sample), 0.5),
+    "rescaled": Method(rescaled, 0.0),
     "nystrom": Method(lambda number, sample: bx.ihvp.nystrom(3, number, sample=sample), 0.0),
     "sgd": Method(lambda number, sample: bx.ihvp.sgd(3, number, sample), 0.5),
     "linear": Method(lambda number, sample: bx.ihvp.linear(GMRES, number, sample=sample), 0.0),
@@ -497,7 +538,7 @@ def test_solver_may_be_constructed_of_a_traced_learning_rate(name):
 # Numbers that every method shares.
 
 
-@over(ESTIMATORS, without=["penalty"])  # which is biased everywhere
+@over(ESTIMATORS, without=["penalty", "implicit_diagonal"])  # biased everywhere; without curvature where ∇g = 0
 def test_fixed_point(name):
     """At y = y*(x) with H = 2 I every method is exact: f = ½‖y − b‖² + ½‖x‖², g = ‖y − M x‖²."""
     M, b, x = jnp.array([[1.0, 2.0], [0.5, -1.0], [3.0, 0.0]]), jnp.array([1.0, 2.0, 3.0]), jnp.array([0.7, -0.4])
@@ -600,7 +641,8 @@ def cg_preconditioned_exact(outer, inner, optimizer, sample):
     return bx.hypergradient(outer, bx.inner.implicit(inner, optimizer, STEPS, ihvp))
 
 
-UNCOUNTED = ("implicit_linear", "two_phase", "two_phase_second")  # lineax; the counts of the parts
+FACTORED = ("implicit_kfac", "implicit_ekfac")  # their passes are those of the model, not of g
+UNCOUNTED = (*FACTORED, "implicit_linear", "two_phase", "two_phase_second")  # lineax; the counts of the parts
 COSTS = {name: make for name, make in ESTIMATORS.items() if name not in UNCOUNTED} | {
     "implicit_cold": cold,
     "implicit_cg_preconditioned_exact": cg_preconditioned_exact,

@@ -11,7 +11,10 @@ NAMESPACES = (
     *(bx, bx.algorithms, bx.curvature, bx.decentralized, bx.estimator),
     *(bx.ihvp, bx.inner, bx.partition, bx.topology),
 )
-MODULES = (bx.coins, bx.compression, bx.correction, bx.parallel)
+MODULES = (
+    *(bx.coins, bx.compression, bx.correction, bx.parallel),
+    *(bx.curvature.capture, bx.curvature.fisher, bx.curvature.kronecker),
+)
 PUBLIC = {
     f"{namespace.__name__}.{name}": getattr(namespace, name)
     for namespace in (*NAMESPACES, *MODULES)

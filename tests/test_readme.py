@@ -9,7 +9,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-SETUP, LOOP, DOCTOR, MEMORY, TASKS, PURE, AGENTS, GRAPH, DEVICES = re.findall(
+SETUP, LOOP, DOCTOR, MEMORY, TASKS, PURE, AGENTS, GRAPH, CURVATURE, DEVICES = re.findall(
     r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL
 )
 INITIALIZE, PLACE = re.search(r"^```python \{.hosts\}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)[1].splitlines()
@@ -22,12 +22,20 @@ mean = jax.tree.map(lambda leaf: leaf.mean(0), state.y)
 agents_accuracy = jnp.mean(jnp.argmax(images[1300:] @ mean["weights"] + mean["bias"], axis=1) == labels[1300:])
 assert not info.breakdown.any() and int(info.calls.outer_gradients.sum()) == 2 * len(keys)
 """
+BEFORE_CURVATURE = """
+norms = [float(optax.tree.norm(tree)) for tree in (grad, meta_grad)]
+before = x, y
+"""
+AFTER_CURVATURE = """
+assert not info.inner.breakdown and int(info.inner.detail.setup_gradients) == 1
+norms.append(float(jnp.linalg.norm(grad)))
+x, y = before
+"""
 AT_THE_END = """
 assert spread.init(x, y, batch).y["bias"].shape == (8, 10)
-norms = [float(optax.tree.norm(tree)) for tree in (grad, meta_grad)]
 print("=====", float(accuracy), float(gap), float(agents_accuracy), *norms)
 """
-PAGE = re.search(r"^```text\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)[1]
+PAGE = "".join(re.findall(r"^```text\n(.*?)^```$", README, re.MULTILINE | re.DOTALL))
 
 
 def words(page):
@@ -39,7 +47,8 @@ def test_the_code_runs_in_its_order_and_cleans_the_data():
     program = "\n".join(
         [
             *(SETUP, LOOP, AFTER_LOOP, DOCTOR, MEMORY, TASKS, PURE),
-            *(AGENTS, GRAPH, AFTER_GRAPH, DEVICES, PLACE, AT_THE_END),
+            *(AGENTS, GRAPH, AFTER_GRAPH, BEFORE_CURVATURE, CURVATURE, AFTER_CURVATURE),
+            *(DEVICES, PLACE, AT_THE_END),
         ]
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)

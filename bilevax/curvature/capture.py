@@ -20,6 +20,8 @@ from bilevax.curvature.uses import Use, Value, View, Visitor
 from bilevax.curvature.view import Strided
 from bilevax.curvature.walk import walk
 
+__all__ = ["Block", "Capture", "Treatment", "diagonal", "error", "identity", "trace", "zero"]
+
 Model = Callable[[Any, Any], chex.Array]
 
 
@@ -230,8 +232,12 @@ class Capture(NamedTuple):
 
 def named(y: Any) -> list[tuple[str, Any]]:
     """The leaves of a pytree with their names, such as dense/kernel; y where there is but one."""
-    leaves = jax.tree_util.tree_leaves_with_path(y)
-    return [(jax.tree_util.keystr(path, simple=True, separator="/") or "y", leaf) for path, leaf in leaves]
+
+    def name(path: tuple) -> str:
+        wrapped = len(path) > 1 and str(path[-1]) == ".value"  # as flax.nnx wraps every parameter
+        return jax.tree_util.keystr(path[:-1] if wrapped else path, simple=True, separator="/") or "y"
+
+    return [(name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(y)]
 
 
 def trace(model: Model, y: Any, inputs: Any, unsupported: Unsupported = error) -> Capture:

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from bilevax import checks
 from bilevax.curvature.output_loss import OutputLoss
 
+__all__ = ["empirical", "exact", "sampled"]
+
 Columns = tuple[int, Callable[[chex.Numeric], chex.Array]]
 Fisher = Callable[[chex.PRNGKey | None, OutputLoss, chex.Array, chex.Array], Columns]
 

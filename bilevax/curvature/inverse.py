@@ -30,7 +30,17 @@ class Eigen(NamedTuple):
 
 
 class Cholesky(NamedTuple):
-    """Cholesky factors of A + π√δ I and B + √δ/π I; for a diagonal A, the roots of its elements."""
+    """Cholesky factors of A + π√δ I and B + √δ/π I; for a diagonal A, the roots of its elements.
+
+    Attributes:
+      a: [..., d_in, d_in], or [..., d_in].
+      b: [..., d_out, d_out].
+
+    Example:
+        >>> import bilevax as bx, jax.numpy as jnp
+        >>> bx.curvature.kronecker.factored.decompose(jnp.eye(1), jnp.eye(1), 9.0).a.tolist()
+        [[2.0]]
+    """
 
     a: chex.Array
     b: chex.Array

@@ -18,7 +18,7 @@ import optax
 
 from bilevax.curvature import capture
 from bilevax.curvature.fisher import Fisher, sampled
-from bilevax.curvature.inverse import Cholesky, Eigen, Inverse, exact, factored, trace_mean
+from bilevax.curvature.inverse import Cholesky, Eigen, Inverse, exact, factored
 from bilevax.curvature.model_loss import ModelLoss, structured
 from bilevax.curvature.output_loss import OutputLoss
 from bilevax.curvature.sharing import Sharing, expand
@@ -26,7 +26,7 @@ from bilevax.curvature.uses import Rows, Use, Visitor
 from bilevax.problem import Loss, widen
 from bilevax.sampling import split
 
-__all__ = ["Cholesky", "Diagonal", "Eigen", "Inverse", "Kronecker", "exact", "factored", "factors", "trace_mean"]
+__all__ = ["Cholesky", "Diagonal", "Eigen", "Inverse", "Kronecker", "exact", "factored", "factors"]
 
 Positions = Callable[[Any], chex.Array]
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from bilevax import checks
+from bilevax.problem import widen
 
 LARGEST = 64  # outputs for which a Hessian is decomposed at every position
 
@@ -163,9 +164,9 @@ def convex(value: Callable[[chex.Array, chex.Array], chex.Array]) -> OutputLoss:
             )
         gradient = jax.grad(lambda outputs: jnp.sum(value(outputs, targets)))
         columns = jax.vmap(lambda e: jax.jvp(gradient, (outputs,), (jnp.broadcast_to(e, outputs.shape),))[1])
-        hessian = jnp.moveaxis(columns(jnp.eye(size, dtype=outputs.dtype)), 0, -1)
+        hessian = widen(jnp.moveaxis(columns(jnp.eye(size, dtype=outputs.dtype)), 0, -1))
         eigenvalues, basis = jnp.linalg.eigh((hessian + jnp.swapaxes(hessian, -1, -2)) / 2)
         halves = jnp.sqrt(jnp.maximum(eigenvalues, 0)) * s
-        return jnp.einsum("...ij,...j->...i", basis, halves)
+        return jnp.einsum("...ij,...j->...i", basis, halves).astype(s.dtype)
 
     return OutputLoss(value, root)

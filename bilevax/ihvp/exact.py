@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from bilevax import checks
+from bilevax.ihvp.start import stateless
 from bilevax.problem import IHVP, IHVPInfo, Loss, norm, widen
 from bilevax.sampling import Sample, full
 
@@ -42,9 +43,6 @@ def exact(damping: chex.Numeric = 0.0, sample: Sample = full) -> IHVP:
     checks.nonnegative("damping", damping)
     checks.function("sample", sample, "key", "t", "data")
 
-    def init(x: chex.ArrayTree, y: chex.ArrayTree, batch: Any = None, inner_loss: Loss | None = None) -> tuple:
-        return ()
-
     def prepare(key: Any, state: tuple, inner_loss: Loss, point: tuple) -> tuple:
         x, y, data = point
         loss = checks.scalar_loss("inner_loss", inner_loss)
@@ -66,4 +64,4 @@ def exact(damping: chex.Numeric = 0.0, sample: Sample = full) -> IHVP:
 
         return apply, state
 
-    return IHVP(init, prepare, linear=True)
+    return IHVP(stateless, prepare, linear=True)

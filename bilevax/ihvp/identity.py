@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from bilevax import checks
+from bilevax.ihvp.start import stateless
 from bilevax.problem import IHVP, IHVPInfo, Loss, norm
 
 
@@ -39,9 +40,6 @@ def identity(scale: chex.Numeric = 1.0) -> IHVP:
     """
     checks.nonnegative("scale", scale)
 
-    def init(x: chex.ArrayTree, y: chex.ArrayTree, batch: Any = None, inner_loss: Loss | None = None) -> tuple:
-        return ()
-
     def prepare(key: Any, state: tuple, inner_loss: Loss, point: tuple) -> tuple:
         def apply(b: chex.ArrayTree, v0: chex.ArrayTree | None = None) -> tuple[chex.ArrayTree, IHVPInfo]:
             v = optax.tree.cast_like(optax.tree.scale(scale, b), b)
@@ -49,4 +47,4 @@ def identity(scale: chex.Numeric = 1.0) -> IHVP:
 
         return apply, state
 
-    return IHVP(init, prepare, linear=True)
+    return IHVP(stateless, prepare, linear=True)

@@ -9,7 +9,7 @@ import optax
 
 from bilevax import checks
 from bilevax.curvature.products import Curvature, damped, hessian
-from bilevax.ihvp.start import start
+from bilevax.ihvp.start import start, stateless
 from bilevax.problem import IHVP, IHVPInfo, Loss, norm
 from bilevax.sampling import Sample, full
 
@@ -69,9 +69,6 @@ def neumann(
     checks.function("curvature", curvature, "inner_loss", "x", "y", "batch")
     checks.function("sample", sample, "key", "t", "data")
 
-    def init(x: chex.ArrayTree, y: chex.ArrayTree, batch: Any = None, inner_loss: Loss | None = None) -> tuple:
-        return ()
-
     def prepare(key: Any, state: tuple, inner_loss: Loss, point: tuple) -> tuple:
         x, y, data = point
         product = damped(curvature(inner_loss, x, y, sample(key, 0, data)), damping)
@@ -97,4 +94,4 @@ def neumann(
 
         return apply, state
 
-    return IHVP(init, prepare, linear=True)
+    return IHVP(stateless, prepare, linear=True)

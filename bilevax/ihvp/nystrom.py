@@ -11,6 +11,7 @@ from jax.flatten_util import ravel_pytree
 
 from bilevax import checks
 from bilevax.curvature.products import Curvature, Product, hessian
+from bilevax.ihvp.start import stateless
 from bilevax.problem import IHVP, IHVPInfo, Loss, norm, widen
 from bilevax.sampling import Sample, full, split
 
@@ -84,9 +85,6 @@ def nystrom(
     checks.function("curvature", curvature, "inner_loss", "x", "y", "batch")
     checks.function("sample", sample, "key", "t", "data")
 
-    def init(x: chex.ArrayTree, y: chex.ArrayTree, batch: Any = None, inner_loss: Loss | None = None) -> tuple:
-        return ()
-
     def prepare(key: Any, state: tuple, inner_loss: Loss, point: tuple) -> tuple:
         if key is None:
             raise ValueError(
@@ -122,4 +120,4 @@ def nystrom(
 
         return apply, state
 
-    return IHVP(init, prepare, linear=True)
+    return IHVP(stateless, prepare, linear=True)

@@ -9,7 +9,7 @@ import optax
 
 from bilevax import checks
 from bilevax.curvature.products import Curvature, Product, damped, hessian
-from bilevax.ihvp.start import start
+from bilevax.ihvp.start import start, stateless
 from bilevax.problem import IHVP, IHVPInfo, Loss, norm
 from bilevax.sampling import Sample, fold, split
 
@@ -68,9 +68,6 @@ def sgd(
     checks.nonnegative("damping", damping)
     checks.function("curvature", curvature, "inner_loss", "x", "y", "batch")
 
-    def init(x: chex.ArrayTree, y: chex.ArrayTree, batch: Any = None, inner_loss: Loss | None = None) -> tuple:
-        return ()
-
     def prepare(key: Any, state: tuple, inner_loss: Loss, point: tuple) -> tuple:
         x, y, data = point
         (step_key,) = split(key, 1)
@@ -100,4 +97,4 @@ def sgd(
 
         return apply, state
 
-    return IHVP(init, prepare)
+    return IHVP(stateless, prepare)

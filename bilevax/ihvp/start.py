@@ -1,6 +1,6 @@
-"""Where an iterative solve of H v = b starts, and the units in which it runs."""
+"""Where an iterative solve of H v = b starts, the units in which it runs, and the state of one that keeps nothing."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from bilevax.curvature.products import Product
-from bilevax.problem import norm, widen
+from bilevax.problem import Loss, norm, widen
 
 
 class Start(NamedTuple):
@@ -47,3 +47,8 @@ def start(product: Product, b: chex.ArrayTree, v0: chex.ArrayTree | None) -> Sta
     convex = optax.tree.vdot(guess, optax.tree.sub(unit, r)) > 0
     better = lower & convex
     return Start(scale, unit, optax.tree.where(better, guess, zeros), optax.tree.where(better, r, unit), 1)
+
+
+def stateless(x: Any, y: Any, batch: Any = None, inner_loss: Loss | None = None) -> tuple:
+    """The `init` of an IHVP that keeps nothing."""
+    return ()
