@@ -44,7 +44,8 @@ def mix_factors(
         [[2.0], [2.0]]
     """
     checks.instance("gossip", gossip, Gossip, "Pass, say, bx.gossip(bx.topology.ring(8)).")
+    rounds = checks.count("rounds", rounds, minimum=1)
     checks.agents_axis("factors", factors, gossip.n, "Measure them under jax.vmap, one agent for each row.")
-    for _ in range(checks.count("rounds", rounds, minimum=1)):
+    for _ in range(rounds):
         factors, state = gossip.mix(key, state, factors)
     return factors, state

@@ -10,7 +10,7 @@ import optax
 
 from bilevax import checks
 from bilevax.curvature.products import Curvature, Product, damped, hessian
-from bilevax.ihvp.start import start
+from bilevax.ihvp.start import start, stateless
 from bilevax.problem import IHVP, IHVPInfo, Loss, norm
 from bilevax.sampling import Sample, full, split
 
@@ -33,9 +33,7 @@ def _unpreconditioned(r: chex.ArrayTree) -> tuple[chex.ArrayTree, IHVPInfo]:
 
 
 # ihvp.identity would measure each z, which doubles the vector work of an iteration.
-_NONE = IHVP(
-    lambda x, y, batch=None, inner_loss=None: (), lambda key, state, *args: (_unpreconditioned, state), linear=True
-)
+_NONE = IHVP(stateless, lambda key, state, *args: (_unpreconditioned, state), linear=True)
 
 
 def _conjugate_gradients(
