@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevax.curvature.examples import SHARED, opened
-from bilevax.curvature.uses import Use, Value, View, Visitor
+from bilevax.curvature.uses import Use, Value, View, Visitor, forget
 from bilevax.curvature.view import Strided
 from bilevax.curvature.walk import walk
 
@@ -267,14 +267,20 @@ def trace(model: Model, y: Any, inputs: Any, unsupported: Unsupported = error) -
     """
     names, leaves = zip(*named(y), strict=True)
     program = opened(jax.make_jaxpr(model)(y, inputs))
-    (outputs,) = [var.aval for var in program[0].outvars]
-    n = outputs.shape[0]
+    shapes = [var.aval.shape for var in program[0].outvars]
+    if len(shapes) != 1 or len(shapes[0]) < 2:
+        raise ValueError(
+            f"model must return one array of outputs [N, ..., C]; got shapes {shapes}. Return the outputs alone, with "
+            f"outputs[:, None] where each example has one number."
+        )
+    n = shapes[0][0]
 
     def run(visitor: Visitor, leaves: Sequence[chex.Array]) -> chex.Array:
         held = [Value(leaf, view=View(k, 0, leaf, None, Strided.whole(leaf.shape))) for k, leaf in enumerate(leaves)]
         data = [jnp.asarray(array) for array in jax.tree.leaves(inputs)]
         examples = [Value(array, 0 if array.shape[:1] == (n,) else SHARED) for array in data]
         (value,) = walk(program, [*held, *examples], visitor, n)
+        forget([value], visitor, (), "is the output")
         return value.array
 
     uses: dict[tuple, Use] = {}
@@ -285,8 +291,8 @@ def trace(model: Model, y: Any, inputs: Any, unsupported: Unsupported = error) -
 
     collector = Visitor({}, note, note, functools.partial(note, None))
     jax.eval_shape(functools.partial(run, collector), [jnp.asarray(leaf) for leaf in leaves])
-    shapes = [jnp.shape(leaf) for leaf in leaves]
-    return Capture(_blocks(names, shapes, list(uses.values()), unsupported), run, n)
+    leaf_shapes = [jnp.shape(leaf) for leaf in leaves]
+    return Capture(_blocks(names, leaf_shapes, list(uses.values()), unsupported), run, n)
 
 
 def _blocks(names: Sequence[str], shapes: Sequence, uses: Sequence[Use], unsupported: Unsupported) -> list[Block]:

@@ -109,9 +109,17 @@ def _alike(held: Sequence[tuple[Any, int]], out: Any) -> Axis:
     return found.pop() if len(found) == 1 and all(aval.ndim == out.ndim for aval, _ in held) else LOST
 
 
+def scan_counts(eqn: Any) -> tuple[int, int]:
+    """How many constants and carries a scan has: what it slices or stacks has one axis more outside."""
+    inner, _ = opened(eqn.params["jaxpr"])
+    carries = sum(a.aval.ndim == b.aval.ndim for a, b in zip(eqn.outvars, inner.outvars, strict=True))
+    sliced = sum(a.aval.ndim != b.aval.ndim for a, b in zip(eqn.invars, inner.invars, strict=True))
+    return len(eqn.invars) - carries - sliced, carries
+
+
 def scan_axes(eqn: Any, axes: Sequence[Axis], n: int) -> tuple[list[Axis], list[Axis]]:
     """The axes of what goes into the body of a scan, and of its results."""
-    consts, carries = eqn.params["num_consts"], eqn.params["num_carry"]
+    consts, carries = scan_counts(eqn)
     jaxpr, _ = opened(eqn.params["jaxpr"])
     slices = [axis if axis in (SHARED, LOST) else axis - 1 for axis in axes[consts + carries :]]  # axis 0 becomes LOST
     inside = [*axes[: consts + carries], *slices]

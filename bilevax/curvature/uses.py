@@ -137,10 +137,15 @@ def plain(eqn: Any, values: Sequence[Value], n: int) -> list[Value]:
 
 def unsupported(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: tuple, what: str) -> list[Value]:
     """Tells the visitor that no rule fits the leaves in this equation."""
+    forget(values, visitor, path, what)
+    return plain(eqn, values, n)
+
+
+def forget(values: Sequence[Value], visitor: Visitor, path: tuple, what: str) -> None:
+    """Tells the visitor of leaves whose further way cannot be followed."""
     for value in values:
         if value.view is not None:
             visitor.unsupported(Use("unsupported", path, value.view.leaf, value.view.stack, what))
-    return plain(eqn, values, n)
 
 
 def _rows(array: chex.Array, axis: int, features: Sequence[int], n: int) -> chex.Array:
@@ -230,7 +235,9 @@ def _embedding(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: tu
     view, index = values[0].view, values[1]
     numbers, shape = eqn.params["dimension_numbers"], values[0].array.shape
     wrong = functools.partial(unsupported, eqn, values, visitor, n, path)
-    by_row = numbers.collapsed_slice_dims == (0,) and numbers.start_index_map == (0,)
+    clips = eqn.params["mode"] == jax.lax.GatherScatterMode.CLIP
+    starts = ((0,), (0, 1)) if clips else ((0,),)  # a whole row can start at 0 alone
+    by_row = numbers.collapsed_slice_dims in ((0,), ()) and numbers.start_index_map in starts
     by_row = by_row and len(shape) == 2 and tuple(eqn.params["slice_sizes"]) == (1, shape[1])
     if view is None or view.base is not None or view.strided != Strided.whole(shape) or not by_row:
         return wrong("gather of anything but rows of a table")
@@ -238,8 +245,13 @@ def _embedding(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: tu
     if axis == LOST:
         return wrong("gather with indices whose examples axis is lost")
     place = [a for a in range(eqn.outvars[0].aval.ndim) if a not in numbers.offset_dims][axis]
+
+    def ids(array: chex.Array) -> chex.Array:
+        found = _rows(array, axis, (array.ndim - 1,), n)
+        return jnp.clip(found, 0, shape[0] - 1) if clips else found
+
     rows = Rows(
-        functools.partial(_rows, axis=axis, features=(index.array.ndim - 1,), n=n),
+        ids,
         functools.partial(_rows, axis=place, features=numbers.offset_dims, n=n),
     )
     use = Use("embedding", path, view.leaf, view.stack, "gather", view.strided, *shape)

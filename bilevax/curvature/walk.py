@@ -9,7 +9,7 @@ import chex
 import jax
 from jax.extend import core
 
-from bilevax.curvature.examples import SHARED, body, opened, scan_axes
+from bilevax.curvature.examples import SHARED, body, opened, scan_axes, scan_counts
 from bilevax.curvature.uses import (
     ELEMENTWISE,
     MARK,
@@ -19,6 +19,7 @@ from bilevax.curvature.uses import (
     Visitor,
     bind,
     elementwise,
+    forget,
     plain,
     tap,
     unsupported,
@@ -60,12 +61,15 @@ def _equation(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: tup
         if source is None or (strided := _moved(eqn, source.strided)) is None:
             return results
         return [results[0]._replace(output=source._replace(strided=strided))]
-    if (inner := body(eqn)) is not None:
+    sees = any(value.axis is not SHARED for value in values)
+    if (inner := body(eqn)) is not None and (sees or not name.startswith("custom")):  # else its rule stays in force
         return _call(eqn, inner, values, visitor, n, path)
     if name == "scan":
         return _scan(eqn, values, visitor, n, path)
     others = [value for value in values if value.view is None]
-    by_example = name == "gather" and len(others) == 1 and others[0].array.ndim > 2 and others[0].array.shape[0] == n
+    by_example = (
+        name == "gather" and n > 1 and [value.array.shape[:1] for value in others if value.array.ndim > 2] == [(n,)]
+    )
     if len({view.leaf for view in views}) == 1 and all(value.axis is SHARED for value in others) and not by_example:
         return _seen_through(eqn, values, views[0])
     if name in RULES and len(views) == 1:
@@ -129,6 +133,7 @@ def _call(eqn: Any, inner: tuple, values: list[Value], visitor: Visitor, n: int,
     def call(arrays: list[chex.Array]) -> list[chex.Array]:
         inside = [value._replace(array=array) for value, array in zip(values, arrays, strict=True)]
         results[:] = walk(inner, inside, visitor, n, path)
+        forget(results, visitor, path, "returned by checkpoint")
         return [value.array for value in results]
 
     policy, prevent_cse = eqn.params["policy"], eqn.params["prevent_cse"]
@@ -138,7 +143,8 @@ def _call(eqn: Any, inner: tuple, values: list[Value], visitor: Visitor, n: int,
 
 def _scan(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: tuple) -> list[Value]:
     """Enters a scan: leaves that it slices are stacked layers, the others are used once in each iteration."""
-    first, last = eqn.params["num_consts"], eqn.params["num_consts"] + eqn.params["num_carry"]
+    first, carries = scan_counts(eqn)
+    last = first + carries
     stacked = {k: v.view for k, v in enumerate(values) if k >= last and v.view is not None}
     whole = all(view.base is None and view.strided == Strided.whole(view.array.shape) for view in stacked.values())
     if any(value.view is not None for value in values[first:last]) or not whole:
@@ -155,8 +161,10 @@ def _scan(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: tuple) 
                 view = View(stacked[k].leaf, stacked[k].stack + 1, array, None, Strided.whole(array.shape))
             again.append(Value(array, axis, view))
         there = visitor._replace(slots={**visitor.slots, **slots})
-        results = [value.array for value in walk(opened(eqn.params["jaxpr"]), again, there, n, path)]
-        return results[: last - first], results[last - first :]
+        results = walk(opened(eqn.params["jaxpr"]), again, there, n, path)
+        forget(results, visitor, path, "returned by scan")
+        arrays = [value.array for value in results]
+        return arrays[: last - first], arrays[last - first :]
 
     arrays = [value.array for value in values]
     consts = arrays[:first]
