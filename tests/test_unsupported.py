@@ -1,0 +1,230 @@
+"""What no rule covers: the error by default, the treatments that `unsupported` chooses, and the table of `describe`."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from blocks import captured, gauss_newton, kfac, make
+from flax import linen as nn
+
+from bilevax import curvature
+from bilevax.curvature import capture
+
+N, D, C = 4, 2, 3
+KEYS = jax.random.split(jax.random.key(0), 4)
+X = jnp.linspace(-0.5, 0.5, N)
+BATCH = (jax.random.normal(KEYS[0], (N, D)), jnp.array([0, 2, 1, 1]))
+OUT = {"kernel": jax.random.normal(KEYS[1], (5, C)), "bias": jax.random.normal(KEYS[2], (C,))}
+
+
+def dense(layer, a):
+    return a @ layer["kernel"] + layer["bias"][None]
+
+
+@jax.custom_vjp
+def tripled(kernel):
+    """The identity, for everything but its gradient."""
+    return kernel
+
+
+tripled.defvjp(lambda kernel: (kernel, None), lambda _, u: (3 * u,))
+
+
+def weight_norm(y, a):
+    kernel = y["odd"]
+    return a @ (kernel / jnp.linalg.norm(kernel, axis=0, keepdims=True))
+
+
+def depthwise(y, a):
+    images = jnp.broadcast_to(a[:, None], (N, 4, D))
+    window = {"feature_group_count": D, "dimension_numbers": ("NWC", "WIO", "NWC")}
+    return jax.lax.conv_general_dilated(images, y["odd"], (1,), "VALID", **window).reshape(N, -1)
+
+
+def classes(a):
+    return jnp.asarray(a[:, 0] > 0, int)
+
+
+def tied_to_the_head(y, a):
+    return y["odd"][classes(a)] @ y["odd"].T
+
+
+def repeated(y, a):
+    return jax.lax.fori_loop(0, jnp.asarray(a[0, 0] > 0, int) + 2, lambda _, a: jnp.tanh(a @ y["odd"]), a)
+
+
+def chosen(y, a):
+    return jax.lax.cond(a[0, 0] > 0, lambda: a @ y["odd"], lambda: -a @ y["odd"])
+
+
+def ridge(y, a):
+    return jnp.linalg.solve(y["odd"] @ y["odd"].T + jnp.eye(D), a.T).T
+
+
+UNSUPPORTED = {
+    "unused": ((D, C), lambda y, a: a, "meets no examples"),
+    "exp": ((D, C), lambda y, a: a @ jnp.exp(y["odd"]), "dot_general of a function of it"),
+    "custom gradient": ((D, C), lambda y, a: a @ tripled(y["odd"]), "dot_general of a function of it"),
+    "product with itself": ((D, D), lambda y, a: a @ (y["odd"] @ y["odd"]), "dot_general of a function of it"),
+    "weight norm": ((D, C), weight_norm, "dot_general of a function of it"),
+    "part of a leaf": ((D, 2, C), lambda y, a: a @ y["odd"][:, 1], "dot_general of a function of it"),
+    "depthwise": ((3, 1, D), depthwise, "conv_general_dilated in groups"),
+    "tied to the head": ((C, D), tied_to_the_head, "gather and dot_general"),
+    "tied transpose": ((D, D), lambda y, a: jnp.tanh(a @ y["odd"]) @ y["odd"].T, "different ways: dot_general"),
+    "dense and scale": ((D, D), lambda y, a: jnp.tanh(a @ y["odd"]) * y["odd"][0][None], "dot_general and mul"),
+    "each its own matrix": ((N, D, C), lambda y, a: jnp.einsum("nd,ndc->nc", a, y["odd"]), "dot_general"),
+    "one number each": ((N, 1), lambda y, a: a * y["odd"], "mul: other values for other examples"),
+    "while": ((D, D), repeated, "while"),
+    "cond": ((D, C), chosen, "cond"),
+    "solve": ((D, D), ridge, "custom_linear_solve"),
+    "columns of a table": ((D, C), lambda y, a: y["odd"][:, classes(a)].T, "gather of anything but rows"),
+    "product of two leaves": ((C,), lambda y, a: a[:, :1] * (y["odd"] * y["inner"][0])[None], "mul"),
+    "one example after the other": (
+        (D, C),
+        lambda y, a: jax.lax.map(lambda a: a @ y["odd"], a),
+        "examples axis is lost",
+    ),
+}
+
+
+def followed_by_a_layer(odd):
+    """The odd leaf, then a dense layer that every capture sees."""
+
+    def model(y, a):
+        z = odd({"odd": y["odd"], "inner": y["out"]["kernel"]}, a)
+        return dense(y["out"], jnp.pad(z, ((0, 0), (0, 5)))[:, :5])
+
+    return model
+
+
+@pytest.mark.parametrize(("shape", "odd", "reason"), UNSUPPORTED.values(), ids=UNSUPPORTED)
+def test_a_leaf_without_a_rule_is_named(shape, odd, reason):
+    y = {"odd": jax.random.normal(KEYS[3], shape), "out": OUT}
+    with pytest.raises(ValueError, match="odd") as caught:
+        captured(followed_by_a_layer(odd), X, y, BATCH)
+    named, fix = str(caught.value).split(". Expected")
+    assert reason in named
+    assert "unsupported=" in fix
+
+
+def exponential(y, a):
+    return dense(y["out"], jnp.tanh(a @ jnp.exp(y["odd"])))
+
+
+ODD = {"odd": 0.5 * jax.random.normal(KEYS[3], (D, 5)), "out": OUT}
+COTANGENT = jax.tree.map(jnp.cos, ODD)
+
+
+def test_zero_leaves_a_leaf_where_it_is():
+    def fixed(out, a):
+        return exponential({"odd": ODD["odd"], "out": out}, a)
+
+    v, _ = kfac(exponential, X, ODD, COTANGENT, BATCH, unsupported=capture.zero)
+    alone, _ = kfac(fixed, X, OUT, COTANGENT["out"], BATCH)
+    np.testing.assert_array_equal(v["odd"], 0)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-10), v["out"], alone)
+
+
+def test_identity_takes_the_mean_eigenvalue_of_the_other_layers():
+    v, _ = kfac(exponential, X, ODD, COTANGENT, BATCH, unsupported=capture.identity)
+    factors = captured(exponential, X, ODD, BATCH, unsupported=capture.identity)["out/kernel"]
+    mean = jnp.trace(factors.A) * jnp.trace(factors.B) / (len(factors.A) * len(factors.B))
+    np.testing.assert_allclose(v["odd"], COTANGENT["odd"] / (0.75 + mean), rtol=1e-10)
+
+
+def test_diagonal_by_random_signs():
+    """Exact for one example; unbiased for more, with an error that falls like the root of the number of probes."""
+    one = jax.tree.map(lambda leaf: leaf[:1], BATCH)
+    v, _ = kfac(exponential, X[:1], ODD, COTANGENT, one, unsupported=capture.diagonal)
+    exact = jnp.diag(gauss_newton(exponential, X[:1], ODD, one))[: ODD["odd"].size].reshape(D, 5)
+    np.testing.assert_allclose(v["odd"], COTANGENT["odd"] / (exact + 0.75), rtol=1e-10)
+
+    exact = jnp.diag(gauss_newton(exponential, X, ODD, BATCH))[: ODD["odd"].size].reshape(D, 5)
+    errors = []
+    for probes in (16, 4096):
+        treatment = functools.partial(capture.diagonal, probes=probes)
+        found = captured(exponential, X, ODD, BATCH, unsupported=treatment)["odd"].diagonal
+        errors.append(jnp.linalg.norm(found - exact) / jnp.linalg.norm(exact))
+    assert errors[1] < 0.05
+    assert errors[1] < errors[0] / 4
+
+
+# The table
+
+TOKENS = jnp.array([[0, 3, 1], [2, 2, 1]])
+TEXT = (TOKENS, jnp.array([0, 1]))
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, tokens):
+        h = nn.Embed(7, 4, name="embed")(tokens)
+        h = nn.LayerNorm(name="norm")(h)
+        odd = self.param("odd", nn.initializers.ones, (4, 4))
+        return nn.Dense(2, name="head")((h @ jnp.exp(odd)).mean(1))
+
+
+def model(y, tokens):
+    return Net().apply({"params": y}, tokens)
+
+
+Y = Net().init(jax.random.key(0), TOKENS)["params"] | {"spare": jnp.ones(3)}
+
+
+Y = optax.tree.cast(Y, jnp.float32)
+
+
+def line(table, leaf):
+    (found,) = [line for line in table.splitlines() if leaf in re.split(r"\s+", line)]
+    return found
+
+
+def test_each_leaf_stands_in_one_line_with_its_rule_or_the_reason():
+    table = str(curvature.describe(make(model), X[:2], Y, TEXT))
+    assert line(table, "head/kernel") == line(table, "head/bias")
+    rules = {"embed/embedding": "embedding", "head/kernel": "dense", "norm/scale": "elementwise", "odd": "unsupported"}
+    for leaf, rule in rules.items():
+        assert rule in line(table, leaf)
+    assert "A [5, 5], B [2, 2]" in line(table, "head/kernel")
+    assert "A [7], B [4, 4]" in line(table, "embed/embedding")
+    assert "dot_general of a function of it" in line(table, "odd")
+    assert "meets no examples" in line(table, "spare")
+
+
+def test_treatments_stand_in_the_table():
+    for treatment, rule in ((capture.zero, "zero"), (capture.identity, "identity"), (capture.diagonal, "estimated")):
+        table = str(curvature.describe(make(model), X[:2], Y, TEXT, treatment))
+        assert rule in line(table, "odd")
+        assert rule not in line(table, "head/kernel")
+
+
+def test_bytes_are_those_of_the_factors():
+    """Also of the estimated diagonals; stacked layers are counted as often as they are there."""
+    report = curvature.describe(make(model), X[:2], Y, TEXT, capture.diagonal)
+    inner_loss, x = make(model), X[:2].astype(jnp.float32)
+
+    def measure(y):
+        factors = curvature.kronecker.factors(KEYS[0], inner_loss, x, y, TEXT, unsupported=capture.diagonal)
+        return {name: (e.A, e.B) if hasattr(e, "A") else e.diagonal for name, e in factors.items()}
+
+    factors = jax.eval_shape(measure, Y)
+    assert {row.leaves[0] for row in report.rows} == set(factors)
+    for row in report.rows:
+        parts = jax.tree.leaves(factors[row.leaves[0]])
+        assert row.bytes == sum(part.size * part.dtype.itemsize for part in parts)
+
+
+def test_stacked_layers_stand_in_the_table():
+    y = {"kernel": jnp.ones((3, D, D)), "bias": jnp.ones((3, D))}
+
+    def scanned(y, a):
+        return jax.lax.scan(lambda a, layer: (dense(layer, a), None), a, y)[0]
+
+    (row,) = curvature.describe(make(scanned), X, y, BATCH).rows
+    assert row.leaves == ("kernel", "bias")
+    assert "3 layers" in row.sizes
+    assert row.bytes == 8 * 3 * ((D + 1) ** 2 + D**2)
