@@ -14,12 +14,20 @@ TASKS = {
     "hyper-cleaning": "learn a weight for each training example, half of whose labels are false (the default)",
     "regularization": "learn one penalty for each feature of a logistic regression",
     "meta-learning": "learn a first point from which few steps classify new characters (needs flax)",
+    "hypergradients": "compare hypergradients with the exact one, against their cost",
+    "poisoning": "alter a few training images so that the validation error rises",
+    "long-tail": "learn a network from losses to weights on classes of very different size (needs flax)",
+    "text-reweighting": "learn weights for texts with weak labels (needs flax)",
+    "safe-selection": "find unwanted texts in what a language model is tuned on (needs flax)",
     "decentralized-hyper-cleaning": "hyper-cleaning by agents on a graph, who share no images",
     "skipping": "time iterations whose agents skip derivatives, and iterations of many agents",
     "peers": "time the same hypergradients by several libraries (needs the extra peers)",
 }
 FLAGS = (tyro.conf.FlagCreatePairsOff,)
-EXTRAS = {"flax": "flax", "jaxopt": "peers", "lineax": "peers", "optimistix": "peers"}
+EXTRAS = {
+    **{"flax": "flax", "safetensors": "text", "tokenizers": "text"},
+    **dict.fromkeys(("jaxopt", "lineax", "optimistix"), "peers"),
+}
 DESCRIPTION = """\
 Compares hypergradients on bilevel problems: prints a table, writes JSON files and a plot.
 
