@@ -21,17 +21,19 @@ import tyro
 from sklearn.metrics import roc_auc_score
 
 import bilevax as bx
-from benchmarks.corrupted import Data, load
+from benchmarks import models
+from benchmarks.corrupted import Data, grey, load
+from benchmarks.estimators import ESTIMATORS, MOMENTUM, Inner, named, no_gradient
 from benchmarks.figure import draw
 from benchmarks.loop import Carry
+from benchmarks.models import Model, accuracy, classifier
 from benchmarks.report import COSTS
 from benchmarks.runner import Method, Options, Task, outer_loops, perform
 
 TASK = "hyper_cleaning"
 L2 = 1e-3
-MOMENTUM = 0.9
 OUTER = {"learning_rate": 0.1}
-HIDDEN = 32
+CORRUPTION = 0.5
 
 
 class Setting(NamedTuple):
@@ -42,21 +44,31 @@ class Setting(NamedTuple):
       outer_steps: of each run.
       inner_steps: in each of them.
       learning_rates: of the inner steps, for each model.
+      minibatch: images of an inner step of the convolutional models; the others take all images.
     """
 
-    split: Mapping[str, Any]
+    split: Mapping[str, int]
     outer_steps: int
     inner_steps: int
     learning_rates: Mapping[str, float]
+    minibatch: int = 200
 
 
-DIGITS = {"train": 1000, "validation": 300, "corruption": 0.5}
-MNIST = {"train": 4000, "validation": 500, "corruption": 0.5}
+DIGITS = {"train": 1000, "validation": 300}
+PUBLIC = {"train": 4000, "validation": 500}
+RATES = {"linear": 0.1, "mlp": 0.1, "cnn": 0.05, "resnet": 0.05, "resnet18": 0.05}
 SETTINGS = {
-    "digits": Setting(DIGITS, 300, 20, {"linear": 0.5, "mlp": 0.2}),
-    "mnist": Setting(MNIST, 40, 10, {"linear": 0.1, "mlp": 0.1}),
-    "fashion-mnist": Setting(MNIST, 40, 10, {"linear": 0.1, "mlp": 0.1}),
+    "digits": Setting(DIGITS, 300, 20, {"linear": 0.5, "mlp": 0.2, "cnn": 0.1, "resnet": 0.1, "resnet18": 0.05}),
+    "mnist": Setting(PUBLIC, 40, 10, RATES),
+    "fashion-mnist": Setting(PUBLIC, 40, 10, RATES),
+    "cifar10": Setting({**PUBLIC, "test": 2000}, 40, 10, {**RATES, "linear": 0.01, "mlp": 0.02}),
 }
+MINIBATCH_STEPS = 10  # inner steps of the models that take minibatches
+# Their quick runs: outer steps, and methods unless some are named; each takes long to compile.
+QUICK_STEPS, QUICK_METHODS = 10, ("identity", "kfac")
+# For a GPU: the sizes of the published runs.
+FULL = {"train": 45_000, "validation": 5000}
+FULL_STEPS = 1000
 
 COLUMNS = {
     "test_accuracy": ("test\nacc.", "{:.3f}".format),
@@ -69,101 +81,34 @@ CAPTION = (
     "alone. outer loss: on the validation images; weight AUC: of true against false labels.\n"
 )
 GAUSS_NEWTON = (
-    "neumann and cg: with the Gauss–Newton matrix in place of the Hessian, which is not positive definite here.\n"
+    "neumann, cg: with the Gauss–Newton matrix in place of the Hessian, which is not positive definite here.\n"
 )
 
 
-class Model(NamedTuple):
-    """A classifier of images.
-
-    Attributes:
-      init: `init(key, pixels) -> y`.
-      logits: `logits(y, images) -> [N, 10]`, images [N, pixels].
-      curvature: what the implicit methods take for the Hessian of the training loss.
-    """
-
-    init: Callable[[chex.PRNGKey, int], chex.ArrayTree]
-    logits: Callable[[chex.ArrayTree, chex.Array], chex.Array]
-    curvature: Callable[..., Any]
-
-
-def affine(y: chex.ArrayTree, images: chex.Array) -> chex.Array:
-    """Softmax regression."""
-    return images @ y["weights"] + y["bias"][None]
-
-
-def zeros(key: chex.PRNGKey, pixels: int) -> chex.ArrayTree:
-    """The first y of softmax regression."""
-    return {"weights": jnp.zeros((pixels, 10)), "bias": jnp.zeros(10)}
-
-
-def perceptron(y: chex.ArrayTree, images: chex.Array) -> chex.Array:
-    """One hidden layer with tanh."""
-    return affine(y["last"], jnp.tanh(affine(y["first"], images)))
-
-
-def random_layers(key: chex.PRNGKey, pixels: int) -> chex.ArrayTree:
-    """The first y of the perceptron: normal weights of variance 1 / inputs."""
-
-    def layer(key: chex.PRNGKey, inputs: int, outputs: int) -> chex.ArrayTree:
-        return {"weights": jax.random.normal(key, (inputs, outputs)) / jnp.sqrt(inputs), "bias": jnp.zeros(outputs)}
-
-    first, last = jax.random.split(key)
-    return {"first": layer(first, pixels, HIDDEN), "last": layer(last, HIDDEN, 10)}
-
-
-MODELS = {
-    "linear": Model(zeros, affine, bx.curvature.hessian),
-    "mlp": Model(random_layers, perceptron, bx.curvature.gauss_newton),
-}
-
-
 def inner_loss(model: Model) -> bx.curvature.ModelLoss:
-    """g, the weighted training loss; x [N]."""
+    """g, the weighted training loss; x [N], and a batch is (images, labels, their numbers in x)."""
     return bx.curvature.ModelLoss(
         model=model.logits,
         loss=bx.curvature.softmax_cross_entropy,
-        split=lambda x, batch: batch,
-        weights=lambda x, batch: jax.nn.sigmoid(x),
+        split=lambda x, batch: batch[:2],
+        weights=lambda x, batch: jax.nn.sigmoid(x[batch[2]]),
         l2=L2,
     )
 
 
 def outer_loss(model: Model, x: chex.Array, y: chex.ArrayTree, batch: tuple) -> chex.Array:
     """f, the validation loss."""
-    images, labels = batch
-    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(model.logits(y, images), labels))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def accuracy(model: Model, y: chex.ArrayTree, images: chex.Array, labels: chex.Array) -> chex.Array:
-    """Share of the images that are classified right; NaN if a logit is not finite."""
-    outputs = model.logits(y, images)
-    return jnp.where(jnp.isfinite(outputs).all(), jnp.mean(jnp.argmax(outputs, axis=1) == labels), jnp.nan)
+    return models.mean_cross_entropy(model, y, batch)
 
 
 def evaluate(model: Model, learns: bool, data: Data, carry: Carry) -> dict[str, float | None]:
     """Test accuracy, and the AUC with which learnt weights tell true labels from false ones."""
-    test_accuracy = accuracy(model, carry.estimator.y, *data.test).item()
+    test_accuracy = accuracy(model, carry.estimator.y, *data.test)
     scores: dict[str, float | None] = {"test_accuracy": test_accuracy, "auc": None}
     if learns:
         weights = np.asarray(jax.nn.sigmoid(carry.x))
         scores["auc"] = float(roc_auc_score(data.clean, weights)) if np.isfinite(weights).all() else float("nan")
     return scores
-
-
-class Inner(NamedTuple):
-    """The inner problem and how it is solved: the loss g, its curvature, and SGD with momentum."""
-
-    loss: bx.curvature.ModelLoss
-    curvature: Callable[..., Any]
-    learning_rate: float
-    steps: int
-
-    @property
-    def optimizer(self) -> optax.GradientTransformation:
-        """Makes the inner steps."""
-        return optax.sgd(self.learning_rate, MOMENTUM)
 
 
 class Row(NamedTuple):
@@ -186,37 +131,7 @@ class Row(NamedTuple):
     learns: bool = True
 
 
-def implicit(ihvp: Callable[..., bx.IHVP], inner: Inner, **settings: Any) -> bx.InnerSolver:
-    """Implicit differentiation with an inverse-Hessian-vector product of these settings."""
-    return bx.inner.implicit(inner.loss, inner.optimizer, inner.steps, ihvp(**settings))
-
-
-def reverse(inner: Inner, steps: int) -> bx.InnerSolver:
-    """Differentiates through all inner steps."""
-    return bx.inner.reverse(inner.loss, inner.optimizer, steps)
-
-
-def no_gradient(inner: Inner, steps: int) -> bx.InnerSolver:
-    """Makes the inner steps, and differentiates none of them."""
-    return bx.inner.no_gradient(inner.loss, inner.optimizer, steps)
-
-
-def truncated(inner: Inner, steps: int) -> bx.InnerSolver:
-    """Differentiates through the last of the inner steps."""
-    return bx.inner.chain(no_gradient(inner, inner.steps - steps), reverse(inner, steps))
-
-
-METHODS = (
-    Row("identity", functools.partial(implicit, bx.ihvp.identity), lambda inner: {"scale": inner.learning_rate}),
-    Row(
-        "neumann",
-        functools.partial(implicit, bx.ihvp.neumann),
-        lambda inner: {"steps": 10, "step_size": inner.learning_rate, "curvature": inner.curvature},
-    ),
-    Row("cg", functools.partial(implicit, bx.ihvp.cg), lambda inner: {"maxiter": 5, "curvature": inner.curvature}),
-    Row("truncated", truncated, lambda inner: {"steps": 5}),
-    Row("reverse", reverse, lambda inner: {"steps": inner.steps}),
-)
+METHODS = tuple(Row(*estimator) for estimator in ESTIMATORS)
 
 # Plain training with fixed weights, for as many steps.
 anchor = functools.partial(Row, solver=no_gradient, settings=lambda inner: {"steps": inner.steps}, learns=False)
@@ -233,10 +148,14 @@ ANCHORS = (
 )
 
 
+def numbered(batch: bx.Batch) -> bx.Batch:
+    """The training images with their numbers, by which a minibatch finds its weights."""
+    return bx.Batch(batch.outer, (*batch.inner, jnp.arange(len(batch.inner[1]))))
+
+
 def method(row: Row, model: Model, inner: Inner, configuration: Mapping[str, Any]) -> Method:
     """The row on one problem."""
     settings = row.settings(inner)
-    names = {key: getattr(value, "__name__", value) for key, value in settings.items()}
 
     def start(data: Data) -> tuple[chex.Array, chex.ArrayTree]:
         pixels = data.batch.inner[0].shape[1]
@@ -247,13 +166,14 @@ def method(row: Row, model: Model, inner: Inner, configuration: Mapping[str, Any
         hypergradient=lambda: bx.hypergradient(functools.partial(outer_loss, model), row.solver(inner, **settings)),
         optimizer=optax.adam(**OUTER) if row.learns else optax.set_to_zero(),
         start=start,
-        batch=row.batch,
+        batch=lambda data: numbered(row.batch(data)),
         evaluate=functools.partial(evaluate, model, row.learns),
         configuration={
             **configuration,
-            "settings": names,
+            "settings": named(settings),
             "l2": L2,
             "inner_steps": inner.steps,
+            "minibatch": inner.minibatch,
             "inner_optimizer": {"sgd": {"learning_rate": inner.learning_rate, "momentum": MOMENTUM}},
             "outer_optimizer": {"adam": OUTER} if row.learns else None,
         },
@@ -265,42 +185,70 @@ DEFAULTS = Options(tuple(row.name for row in METHODS))
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Data hyper-cleaning: learn a weight for each training example, half of whose labels are redrawn at random.
+    """Data hyper-cleaning: learn a weight for each training example, some of whose labels are redrawn at random.
 
     The anchors (plain training on the corrupted labels, on the clean subset, and on the validation images) always run.
+    For one GPU: `--full --budget 3600`, also with `--model resnet18`.
     """
 
-    data: Literal["digits", "mnist", "fashion-mnist"] = "digits"
-    """Images: scikit-learn's embedded digits, or a public data set."""
-    model: Literal["linear", "mlp"] = "linear"
-    """Softmax regression, or a network with one hidden layer of 32 units."""
+    data: Literal["digits", "mnist", "fashion-mnist", "cifar10"] = "digits"
+    """Images: scikit-learn's embedded digits, or a public data set; CIFAR-10 from lossy JPEG."""
+    model: Literal["linear", "mlp", "cnn", "resnet", "resnet18"] = "linear"
+    """Softmax regression, a network with one hidden layer of 32 units, a small convolutional one, or residual ones with
+    8 and 18 layers; the convolutional ones take minibatches."""
+    corruption: float = CORRUPTION
+    """Probability with which a training label is redrawn."""
+    full: bool = False
+    """The sizes of published runs, 45,000 training and 5,000 validation images and 1,000 outer steps, for a GPU."""
     common: tyro.conf.OmitArgPrefixes[Options] = DEFAULTS
     """Options of every task."""
 
     def __post_init__(self) -> None:
         """Refuses what cannot be run."""
         self.common.check_methods([row.name for row in METHODS])
+        if not 0 < self.corruption < 1:
+            raise ValueError(
+                f"corruption must be a probability, 0 < corruption < 1, for weights that tell true labels from false "
+                f"ones; got {self.corruption:g}. Pass, say, --corruption 0.4."
+            )
+        if self.full and self.data == "digits":
+            raise ValueError("full is about public data sets; got it with data=digits. Drop --full, or pass --data.")
 
     def run(self) -> int:
         """Runs everything, prints the table and writes the files; returns the exit code."""
-        setting, model = SETTINGS[self.data], MODELS[self.model]
-        inner = Inner(inner_loss(model), model.curvature, setting.learning_rates[self.model], setting.inner_steps)
-        steps = self.common.steps(setting.outer_steps)
-        rows = [*ANCHORS, *(row for row in METHODS if row.name in self.common.methods)]
-        configuration = {"data": self.data, "model": self.model, **setting.split}
+        setting, model = SETTINGS[self.data], classifier(self.model)
+        split = FULL if self.full else setting.split
+        minibatch = None if self.model in models.MODELS and not self.full else setting.minibatch
+        rate = setting.learning_rates[self.model]
+        inner_steps = MINIBATCH_STEPS if minibatch else setting.inner_steps
+        inner = Inner(inner_loss(model), model.curvature, rate, inner_steps, minibatch)
+        steps = self.common.steps(FULL_STEPS if self.full else setting.outer_steps)
+        steps = min(steps, QUICK_STEPS) if self.common.quick and minibatch else steps
+        short = self.common.quick and minibatch and self.common.methods == DEFAULTS.methods
+        chosen = QUICK_METHODS if short else self.common.methods
+        rows = [*ANCHORS, *(row for row in METHODS if row.name in chosen)]
+        configuration = {"data": self.data, "model": self.model, "corruption": self.corruption, **split}
         methods = [method(row, model, inner, configuration) for row in rows]
         anchors = [row.name for row in ANCHORS]
-        read = functools.partial(load, self.data, **setting.split)
-        first = (self.data, self.model) == ("digits", "linear")
+
+        def read(seed: int) -> Data:
+            return load(self.data, seed, corruption=self.corruption, **split)
+
         task = Task(
-            title=f"Data hyper-cleaning of {self.data}, {self.model} model",
-            folder=TASK if first else f"{TASK}-{self.data}-{self.model}",
+            title=f"Data hyper-cleaning of {self.data}, {self.model} model, {self.corruption:.0%} of labels redrawn",
+            folder=self._folder,
             outer_steps=steps,
             methods=[row.name for row in rows],
             anchors=anchors,
             runs=functools.partial(outer_loops, TASK, methods, read, steps, self.common),
             columns=COLUMNS,
-            caption=CAPTION + (GAUSS_NEWTON if self.model == "mlp" else ""),
-            draw=lambda runs: draw(runs, anchors, read),
+            caption=CAPTION + (GAUSS_NEWTON if model.curvature is bx.curvature.gauss_newton else ""),
+            draw=lambda runs: draw(runs, anchors, lambda seed: grey(read(seed))),
         )
         return perform(task, self.common)
+
+    @property
+    def _folder(self) -> str:
+        first = (self.data, self.model) == ("digits", "linear")
+        share = "" if self.corruption == CORRUPTION else f"-{self.corruption:g}"
+        return f"{TASK}{'' if first else f'-{self.data}-{self.model}'}{share}{'-full' * self.full}"

@@ -69,9 +69,10 @@ def compiled(
     size: int,
 ) -> Program:
     """Compiles `size` outer steps for arrays shaped like these; the batch stays an argument."""
+    inner = batch.inner if isinstance(batch, bx.Batch) else batch  # only its shapes count at the start
 
     def start(x: chex.ArrayTree, y: chex.ArrayTree) -> Carry:
-        return Carry(x, optimizer.init(x), hypergrad.init(x, y))
+        return Carry(x, optimizer.init(x), hypergrad.init(x, y, inner))
 
     def chunk(carry: Carry, keys: chex.PRNGKey, batch: bx.Batch) -> tuple[Carry, Trace]:
         def step(carry: Carry, key: chex.PRNGKey) -> tuple[Carry, bx.HypergradientInfo]:

@@ -1,4 +1,4 @@
-"""Meta-learning: learn a first point from which few steps on one image of each of five new characters classify others.
+"""Meta-learning: learn a first point from which few steps on one image of each of five new classes classify others.
 
     min_x  mean over tasks of f(y(x)) = mean over query of CE_j(y(x))
     MAML     y(x) = T steps of SGD from x on  mean over support of CE_i(y)
@@ -12,12 +12,10 @@ The images here are smaller, the network is narrower, and the training is much s
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import chex
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import matplotlib
@@ -27,15 +25,13 @@ import tyro
 from matplotlib.figure import Figure, SubFigure
 
 import bilevax as bx
-from benchmarks.data import omniglot
+from benchmarks.few_shot import QUERIES, WAYS, Network, draw_task, read
 from benchmarks.figure import COLOURS, STYLE, curves
 from benchmarks.loop import Outcome
 from benchmarks.report import COSTS, Run
 from benchmarks.runner import Advance, Method, Options, Task, outer_loops, perform
 
 TASK = "meta_learning"
-WAYS, QUERIES = 5, 5  # classes of a task, and query images of each class
-POOL = 7  # images shrink from 105 × 105 to 15 × 15
 TASKS, TEST_TASKS = 16, 200
 OUTER_STEPS = 1000
 BUDGET = 90.0  # seconds for each run
@@ -52,7 +48,7 @@ CAPTION = (
     f"error of it: standard error over these tasks. Counts: {TASKS} tasks in each outer step.\n"
     "inner norm: of the gradient of g at the returned y, zero where imaml is exact.\n"
     "untrained: maml's inner steps from random weights; pixels: the nearest support image;\n"
-    "first-order: imaml without the curvature of the task's loss.\n"
+    "first-order: imaml without the curvature of the task's loss; imaml-kfac: by Kronecker factors alone.\n"
     "The settings were chosen on such tasks as well: the accuracies flatter all methods a little.\n"
 )
 
@@ -61,8 +57,8 @@ class Data(NamedTuple):
     """What one seed learns from and is tested on.
 
     Attributes:
-      images: of the background classes, [classes, drawers, side, side], 1 is ink.
-      test: tasks of the evaluation classes, leaves [TEST_TASKS, ...].
+      images: of the classes to learn from, [classes, number, side, side] where 1 is ink, or [..., side, side, 3].
+      test: tasks of other classes, leaves [TEST_TASKS, ...].
       x: random weights.
     """
 
@@ -71,52 +67,7 @@ class Data(NamedTuple):
     x: chex.ArrayTree
 
 
-def patches(images: chex.Array, kernel: chex.Array, strides: Sequence[int], padding: str, **options: Any) -> chex.Array:
-    """A convolution, images [N, H, W, C] and kernel [h, w, C, D], as one matrix product; without dilation or groups.
-
-    On a CPU, XLA's convolution is several times slower where each task of a vmap has its own kernel.
-    """
-    (top, bottom), (left, right) = jax.lax.padtype_to_pads(images.shape[1:3], kernel.shape[:2], strides, padding)
-    padded = jnp.pad(images, ((0, 0), (top, bottom), (left, right), (0, 0)))
-    rows, columns = (size - window + 1 for size, window in zip(padded.shape[1:3], kernel.shape[:2], strict=True))
-    windows = [
-        padded[:, i : i + rows : strides[0], j : j + columns : strides[1]]
-        for i, j in itertools.product(*map(range, kernel.shape[:2]))
-    ]
-    return jnp.concatenate(windows, axis=-1) @ kernel.reshape(-1, kernel.shape[-1])
-
-
-class Network(nn.Module):
-    """Convolutions of stride 2 and a dense layer: images [N, side, side] -> logits [N, WAYS].
-
-    Attributes:
-      width: channels of each convolution.
-      layers: number of convolutions.
-    """
-
-    width: int = 32
-    layers: int = 3
-
-    @nn.compact
-    def __call__(self, images: chex.Array) -> chex.Array:
-        """The logits."""
-        convolution = functools.partial(nn.Conv, self.width, (3, 3), strides=2, conv_general_dilated=patches)
-        hidden = images[..., None]
-        for _ in range(self.layers):
-            hidden = nn.relu(convolution(kernel_init=nn.initializers.he_normal())(hidden))
-        return nn.Dense(WAYS)(hidden.reshape(len(hidden), -1))
-
-
 NETWORK = Network()
-CHOSEN: dict[str, Any] = {
-    "data": "omniglot",
-    "ways": WAYS,
-    "queries": QUERIES,
-    "pool": POOL,
-    "width": NETWORK.width,
-    "layers": NETWORK.layers,
-    "test_tasks": TEST_TASKS,
-}
 
 
 def logits(y: chex.ArrayTree, images: chex.Array) -> chex.Array:
@@ -132,47 +83,28 @@ def loss(model: Callable, output_loss: bx.curvature.OutputLoss, strength: float 
 cross_entropy = functools.partial(loss, logits, bx.curvature.softmax_cross_entropy)
 
 
-def shrink(images: np.ndarray) -> chex.Array:
-    """Drawings, bool [class, drawer, side, side] with False for ink, to means over POOL × POOL pixels; 1 is ink."""
-    side = images.shape[-1] // POOL
-    blocks = images.reshape(*images.shape[:2], side, POOL, side, POOL)
-    return jnp.asarray(1 - blocks.mean(axis=(3, 5), dtype=np.float32))
+@functools.partial(jax.jit, static_argnums=2)
+def draw_tasks(keys: chex.PRNGKey, images: chex.Array, shots: int) -> bx.Batch:
+    """A task for each key."""
+    return jax.vmap(lambda key: draw_task(key, images, shots))(keys)
 
 
-def draw_task(key: chex.PRNGKey, images: chex.Array) -> bx.Batch:
-    """Draws a task: distinct classes, each turned by 0, 90, 180 or 270 degrees, and distinct drawers of each.
-
-    Args:
-      key: of the draw.
-      images: [classes, drawers, side, side].
-
-    Returns:
-      outer = query (images [WAYS · QUERIES, side, side], labels), inner = support (images [WAYS, side, side], labels).
-    """
-    class_key, drawer_key, turn_key = jax.random.split(key, 3)
-    classes = jax.random.choice(class_key, len(images), (WAYS,), replace=False)
-    drawers = jnp.argsort(jax.random.uniform(drawer_key, (WAYS, images.shape[1])), axis=1)[:, : 1 + QUERIES]
-    turns = [functools.partial(jnp.rot90, k=k, axes=(1, 2)) for k in range(4)]
-    turn = jax.vmap(lambda number, drawings: jax.lax.switch(number, turns, drawings))
-    drawings = turn(jax.random.randint(turn_key, (WAYS,), 0, len(turns)), images[classes[:, None], drawers])
-    labels = jnp.broadcast_to(jnp.arange(WAYS)[:, None], drawers.shape)
-
-    def part(of: slice) -> tuple[chex.Array, chex.Array]:
-        return drawings[:, of].reshape(-1, *images.shape[2:]), labels[:, of].reshape(-1)
-
-    return bx.Batch(outer=part(slice(1, None)), inner=part(slice(1)))
-
-
-def over_tasks(hypergradient: bx.Hypergradient, tasks: int) -> bx.Hypergradient:
+def over_tasks(
+    hypergradient: bx.Hypergradient, tasks: int, shots: int = 1, one_by_one: bool = False
+) -> bx.Hypergradient:
     """The mean of a hypergradient over tasks that are drawn anew at each outer step, from the images in the batch.
 
     Its info has means of the losses and of the norm, sums of the calls, and whether any task broke down. Each task
-    starts from the first state: nothing is kept.
+    starts from the first state: nothing is kept. Tasks run in one batch, or `one_by_one`.
     """
 
     def estimate(key: chex.PRNGKey, state: Any, x: chex.ArrayTree, images: chex.Array) -> tuple:
-        batch = jax.vmap(draw_task, (0, None))(jax.random.split(key, tasks), images)
-        grads, _, info = jax.vmap(hypergradient.estimate, (None, None, None, 0))(None, state, x, batch)
+        batch = draw_tasks(jax.random.split(key, tasks), images, shots)
+
+        def estimate_one(task: bx.Batch) -> tuple:
+            return hypergradient.estimate(None, state, x, task)
+
+        grads, _, info = jax.lax.map(estimate_one, batch) if one_by_one else jax.vmap(estimate_one)(batch)
         inner = info.inner._replace(
             inner_loss=jnp.mean(info.inner.inner_loss),
             gradient_norm=jnp.mean(info.inner.gradient_norm),
@@ -182,7 +114,7 @@ def over_tasks(hypergradient: bx.Hypergradient, tasks: int) -> bx.Hypergradient:
         grad = jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), grads)
         return grad, state, bx.HypergradientInfo(jnp.mean(info.outer_loss), inner)
 
-    return bx.Hypergradient(hypergradient.init, estimate)
+    return bx.Hypergradient(lambda x, y, images=None: hypergradient.init(x, y), estimate)
 
 
 def maml(steps: int, learning_rate: float) -> bx.InnerSolver:
@@ -208,6 +140,26 @@ def imaml(strength: float, maxiter: int, **descent: Any) -> bx.InnerSolver:
     return proximal(ihvp, strength=strength, **descent)
 
 
+def factors() -> bx.IHVP:
+    """Kronecker factors of one task: exact pseudo-gradients, as it has few images, and no damping but the strength.
+
+    Each task has its own at each outer step, too many for eigenvalues: they are inverted by Cholesky factors, which
+    split the strength between the two of them and so damp more than it does.
+    """
+    return bx.ihvp.kfac(0.0, fisher=bx.curvature.fisher.exact, inverse=bx.curvature.kronecker.factored)
+
+
+def imaml_kfac(strength: float, **descent: Any) -> bx.InnerSolver:
+    """Takes v from Kronecker factors."""
+    return proximal(factors(), strength=strength, **descent)
+
+
+def imaml_pcg(strength: float, maxiter: int, **descent: Any) -> bx.InnerSolver:
+    """Takes v from conjugate gradients as `imaml` does, preconditioned by Kronecker factors."""
+    ihvp = bx.ihvp.cg(maxiter, curvature=bx.curvature.gauss_newton, preconditioner=factors())
+    return proximal(ihvp, strength=strength, **descent)
+
+
 class Row(NamedTuple):
     """A row of the table.
 
@@ -216,12 +168,15 @@ class Row(NamedTuple):
       solver: `solver(**settings)` builds the inner solver.
       settings: what it is built with.
       outer_rate: the first step size of Adam, which decays to zero along a cosine over the outer steps.
+      decomposes: whether each task decomposes matrices; a CPU then takes the tasks one by one, since batches of
+        decompositions were seen to block each other there.
     """
 
     name: str
     solver: Callable[..., bx.InnerSolver]
     settings: Mapping[str, Any]
     outer_rate: float
+    decomposes: bool = False
 
 
 # Only maml's gradient sees where SGD diverges; the others need smaller steps, inside and outside.
@@ -230,20 +185,16 @@ METHODS = (
     Row("maml", maml, {"steps": 3, "learning_rate": 0.4}, outer_rate=6e-3),
     Row("first-order", first_order, PROXIMAL, outer_rate=3e-3),
     Row("imaml", imaml, {**PROXIMAL, "maxiter": 5}, outer_rate=3e-3),
+    Row("imaml-kfac", imaml_kfac, PROXIMAL, outer_rate=3e-3, decomposes=True),
+    Row("imaml-pcg", imaml_pcg, {**PROXIMAL, "maxiter": 2}, outer_rate=3e-3, decomposes=True),
 )
 
 
-@functools.cache
-def read() -> tuple[chex.Array, chex.Array]:
-    """The images of the background and of the evaluation classes."""
-    return shrink(omniglot("background")), shrink(omniglot("evaluation"))
-
-
-def load(seed: int) -> Data:
+def load(name: str, shots: int, seed: int) -> Data:
     """Draws the test tasks and the first weights."""
-    images, unseen = read()
+    images, unseen = read(name)
     test_key, network_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), 1))
-    test = jax.jit(jax.vmap(draw_task, (0, None)))(jax.random.split(test_key, TEST_TASKS), unseen)
+    test = draw_tasks(jax.random.split(test_key, TEST_TASKS), unseen, shots)
     return Data(images, test, jax.jit(NETWORK.init)(network_key, images[0, :1])["params"])
 
 
@@ -254,8 +205,10 @@ def adapted(solver: bx.InnerSolver) -> Callable[[chex.ArrayTree, bx.Batch], chex
 
 
 def nearest(x: chex.ArrayTree, task: bx.Batch) -> chex.Array:
-    """Minus the squared distances to the support images, as logits of the query images."""
-    return -jnp.sum((task.outer[0][:, None] - task.inner[0][None]) ** 2, axis=(2, 3))
+    """Minus the squared distances to the nearest support image of each class, as logits of the query images."""
+    support, query = (part[0].reshape(len(part[0]), -1) for part in (task.inner, task.outer))
+    distances = jnp.sum((query[:, None] - support[None]) ** 2, axis=2)
+    return -distances.reshape(len(query), WAYS, -1).min(axis=2)
 
 
 def scores(predict: Callable) -> Callable[[chex.ArrayTree, bx.Batch], dict[str, float | None]]:
@@ -283,7 +236,7 @@ def scores(predict: Callable) -> Callable[[chex.ArrayTree, bx.Batch], dict[str, 
 ANCHORS: dict[str, Callable] = {"untrained": adapted(maml(**METHODS[0].settings)), "pixels": nearest}
 
 
-def anchor_runs(seeds: Sequence[int]) -> Iterator[Run]:
+def anchor_runs(seeds: Sequence[int], load: Callable[[int], Data], configuration: Mapping[str, Any]) -> Iterator[Run]:
     """Tests what learns nothing."""
     for name, predict in ANCHORS.items():
         evaluate = scores(predict)
@@ -294,10 +247,10 @@ def anchor_runs(seeds: Sequence[int]) -> Iterator[Run]:
                 point["test_loss"] = None  # distances are no logits
             curve: dict[str, list[Any]] = {metric: [value] for metric, value in point.items()}
             metrics = {**dict.fromkeys(COLUMNS), **point}
-            yield Run(TASK, name, seed, CHOSEN, Outcome(data.x, metrics, {"seconds": [0.0], **curve}))
+            yield Run(TASK, name, seed, dict(configuration), Outcome(data.x, metrics, {"seconds": [0.0], **curve}))
 
 
-def draw(runs: Sequence[Run], anchors: Sequence[str]) -> Figure:
+def draw(runs: Sequence[Run], anchors: Sequence[str], load: Callable[[int], Data]) -> Figure:
     """Loss and accuracy against time, and the first test task of the best run with its predictions."""
     learnt = [run for run in runs if run.method not in anchors and run.finite]
     best = max(learnt, key=lambda run: (-run.seed, run.outcome.metrics["test_accuracy"]))
@@ -310,22 +263,22 @@ def draw(runs: Sequence[Run], anchors: Sequence[str]) -> Figure:
         curves(accuracy, runs, anchors, "test_accuracy")
         accuracy.set(xlabel="run time without compilation (s)", ylabel="accuracy on test tasks")
         figure.legend(*accuracy.get_legend_handles_labels(), loc="outside upper center", ncols=8)
-        right.suptitle(f"A test task ({best.method}, seed {best.seed}): its support images, and what was predicted")
-        gallery(right, best)
+        right.suptitle(f"A test task ({best.method}, seed {best.seed}): support images, and what was predicted")
+        gallery(right, best, load(best.seed))
     return figure
 
 
-def gallery(figure: SubFigure, run: Run) -> None:
-    """One row for each class: its support image, and the query images with their predicted class."""
-    task = jax.tree.map(lambda leaf: leaf[0], load(run.seed).test)
+def gallery(figure: SubFigure, run: Run, data: Data) -> None:
+    """One row for each class: a support image, and the query images with their predicted class."""
+    task = jax.tree.map(lambda leaf: leaf[0], data.test)
     row = next(row for row in METHODS if row.name == run.method)
     outputs = jax.jit(adapted(row.solver(**row.settings)))(run.outcome.x, task)
     predicted = np.asarray(outputs.argmax(axis=1)).reshape(WAYS, QUERIES)
-    query = np.asarray(task.outer[0]).reshape(WAYS, QUERIES, *task.outer[0].shape[1:])
+    support, query = (np.asarray(part[0]).reshape(WAYS, -1, *part[0].shape[1:]) for part in (task.inner, task.outer))
     for label, line in enumerate(figure.subplots(WAYS, 1 + QUERIES)):
         names = [f"class {label}", *(f"→ {guess}" for guess in predicted[label])]
         wrong = [False, *(predicted[label] != label)]
-        for axes, image, name, bad in zip(line, [task.inner[0][label], *query[label]], names, wrong, strict=True):
+        for axes, image, name, bad in zip(line, [support[label, 0], *query[label]], names, wrong, strict=True):
             axes.imshow(image, cmap="gray_r", vmin=0, vmax=1)
             axes.set_title(name, color=COLOURS[4] if bad else "black", fontsize="small")
             axes.axis("off")
@@ -336,19 +289,27 @@ DEFAULTS = Options(tuple(row.name for row in METHODS), budget=BUDGET)
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Meta-learning: 5-way 1-shot classification of handwritten characters, by MAML and by implicit MAML.
+    """Meta-learning: 5-way few-shot classification of characters or photographs, by MAML and by implicit MAML.
 
     The anchors (the nearest support image in pixels, and the same inner steps from random weights) always run.
+    For one GPU: `--outer-steps 20000 --budget 3600`.
     """
 
-    data: Literal["omniglot"] = "omniglot"
-    """Images: Omniglot, shrunk to 15 × 15; 964 classes to learn from, 659 others for the test."""
+    data: Literal["omniglot", "mini-imagenet"] = "omniglot"
+    """Images: Omniglot, shrunk to 15 × 15, 964 classes to learn from and 659 others for the test; or a third of
+    miniImageNet, 200 images of each class, shrunk to 21 × 21, 64 classes and 20 others: figures on it are not those of
+    other papers."""
+    shots: int = 1
+    """Support images of each class."""
     common: tyro.conf.OmitArgPrefixes[Options] = DEFAULTS
     """Options of every task."""
 
     def __post_init__(self) -> None:
         """Refuses what cannot be run."""
         self.common.check_methods([row.name for row in METHODS])
+        most = 20 - QUERIES
+        if not 1 <= self.shots <= most:
+            raise ValueError(f"shots must lie between 1 and {most}; got {self.shots}. Pass, say, --shots 5.")
 
     def run(self) -> int:
         """Runs everything, prints the table and writes the files; returns the exit code."""
@@ -356,34 +317,51 @@ class Config:
         methods = [self._method(row, steps) for row in METHODS if row.name in self.common.methods]
 
         def runs(advance: Advance) -> Iterator[Run]:
-            yield from anchor_runs(self.common.all_seeds)
-            yield from outer_loops(TASK, methods, load, steps, self.common, advance)
+            yield from anchor_runs(self.common.all_seeds, self._load, self._configuration)
+            yield from outer_loops(TASK, methods, self._load, steps, self.common, advance)
 
+        first = (self.data, self.shots) == ("omniglot", 1)
         task = Task(
-            title=f"Meta-learning on {self.data}, {WAYS}-way 1-shot",
-            folder=TASK,
+            title=f"Meta-learning on {self.data}, {WAYS}-way {self.shots}-shot",
+            folder=TASK if first else f"{TASK}-{self.data}-{self.shots}",
             outer_steps=steps,
             methods=[*ANCHORS, *(method.name for method in methods)],
             anchors=[*ANCHORS],
             runs=runs,
             columns=COLUMNS,
             caption=CAPTION,
-            draw=lambda runs: draw(runs, [*ANCHORS]),
+            draw=lambda runs: draw(runs, [*ANCHORS], self._load),
         )
         return perform(task, self.common)
+
+    def _load(self, seed: int) -> Data:
+        return load(self.data, self.shots, seed)
+
+    @property
+    def _configuration(self) -> dict[str, Any]:
+        return {
+            "data": self.data,
+            "ways": WAYS,
+            "shots": self.shots,
+            "queries": QUERIES,
+            "width": NETWORK.width,
+            "layers": NETWORK.layers,
+            "test_tasks": TEST_TASKS,
+        }
 
     def _method(self, row: Row, steps: int) -> Method:
         solver = row.solver(**row.settings)
         evaluate = scores(adapted(solver))
+        one_by_one = row.decomposes and jax.default_backend() == "cpu"
         return Method(
             name=row.name,
-            hypergradient=lambda: over_tasks(bx.hypergradient(cross_entropy(), solver), TASKS),
+            hypergradient=lambda: over_tasks(bx.hypergradient(cross_entropy(), solver), TASKS, self.shots, one_by_one),
             optimizer=optax.adam(optax.cosine_decay_schedule(row.outer_rate, steps)),
             start=lambda data: (data.x, data.x),
             batch=lambda data: data.images,
             evaluate=lambda data, carry: evaluate(carry.x, data.test),
             configuration={
-                **CHOSEN,
+                **self._configuration,
                 "settings": dict(row.settings),
                 "tasks": TASKS,
                 "outer_optimizer": {"adam": {"cosine_decay_schedule": row.outer_rate}},

@@ -162,7 +162,7 @@ def test_public_images_run_with_each_model(run, monkeypatch, model):
     random = np.random.default_rng(0)
     images, labels = random.integers(0, 256, (60, 28, 28), np.uint8), random.integers(0, 10, 60).astype(np.uint8)
     parts = {"train": (images, labels), "t10k": (images[:50], labels[:50])}
-    small = {"train": 40, "validation": 20, "corruption": 0.5}
+    small = {"train": 40, "validation": 20}
     setting = hyper_cleaning.SETTINGS["fashion-mnist"]._replace(split=small)
     monkeypatch.setitem(hyper_cleaning.SETTINGS, "fashion-mnist", setting)
     monkeypatch.setattr(corrupted.data, "images", lambda name, part: parts[part])

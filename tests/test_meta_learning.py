@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import bilevax as bx
-from benchmarks import meta_learning
+from benchmarks import few_shot, meta_learning, vision
 from benchmarks.__main__ import main
 
 COUNTS = {"inner_gradients", "outer_gradients", "hessian_products", "cross_products", "breakdowns", "outer_steps"}
@@ -28,13 +28,13 @@ def single_precision():
 def small(monkeypatch):
     """Drawings that are noise around a picture of their class, a narrow network, and few tasks."""
 
-    def read():
+    def read(name):
         pictures = jax.random.uniform(jax.random.key(0), (9, 1, SIDE, SIDE))
         noise = jax.random.uniform(jax.random.key(1), (9, 8, SIDE, SIDE), maxval=0.2)
         images = jnp.broadcast_to(pictures, noise.shape) + noise
         return images, images
 
-    network = meta_learning.Network(width=4, layers=1)
+    network = few_shot.Network(width=4, layers=1)
     for name, value in {"NETWORK": network, "TASKS": 2, "TEST_TASKS": 3, "read": read}.items():
         monkeypatch.setattr(meta_learning, name, value)
 
@@ -54,7 +54,7 @@ def in_double_precision(data):
 
 
 def test_the_meta_gradient_of_maml_is_that_of_a_loop_written_by_hand(small):
-    data = in_double_precision(meta_learning.load(0))
+    data = in_double_precision(meta_learning.load("omniglot", 1, 0))
     rate, steps = 0.4, 3
 
     def mean_loss(y, batch):
@@ -68,7 +68,7 @@ def test_the_meta_gradient_of_maml_is_that_of_a_loop_written_by_hand(small):
         return mean_loss(y, task.outer)
 
     key = jax.random.key(5)
-    tasks = jax.jit(jax.vmap(meta_learning.draw_task, (0, None)))(jax.random.split(key, 2), data.images)
+    tasks = jax.jit(jax.vmap(few_shot.draw_task, (0, None)))(jax.random.split(key, 2), data.images)
     mean = jax.value_and_grad(lambda x, tasks: jax.vmap(by_hand, (None, 0))(x, tasks).mean())
     value, expected = jax.jit(mean)(data.x, tasks)
     one = bx.hypergradient(meta_learning.cross_entropy(), meta_learning.maml(steps, rate))
@@ -82,23 +82,37 @@ def test_the_meta_gradient_of_maml_is_that_of_a_loop_written_by_hand(small):
     assert optax.tree.norm(grad) > 1e-2
 
 
-@pytest.mark.parametrize(("maxiter", "expected"), [(5, -1 / 12), (None, -1 / 2)])
-def test_the_meta_gradient_of_imaml_is_known_for_ridge_regression(maxiter, expected):
-    """y* = 1/2 and H = 3, so that ∇F = strength (y* − 1) / 3; without curvature it is y* − 1."""
-    squared = functools.partial(meta_learning.loss, lambda y, inputs: inputs * y, bx.curvature.squared_error)
+CG = functools.partial(bx.ihvp.cg, curvature=bx.curvature.gauss_newton)
+
+
+@pytest.mark.parametrize(
+    ("ihvp", "expected"),
+    [
+        (CG(5), -1 / 12),
+        (meta_learning.factors(), -0.25 / ((2.5 + 1.25**0.5) * (1 + 0.2**0.5))),
+        (CG(1, preconditioner=meta_learning.factors()), -1 / 12),
+        (bx.ihvp.identity(2.0), -1 / 2),
+    ],
+)
+def test_the_meta_gradient_of_imaml_is_known_for_ridge_regression(ihvp, expected):
+    """y* = 1/2 and H = 3, so that ∇F = strength (y* − 1) / 3; without curvature it is y* − 1.
+
+    Cholesky factors split the strength between A = 5/2 and B = 1: (A + √(A s / B)) (B + √(B s / A)) in place of H.
+    """
+    squared = functools.partial(meta_learning.loss, lambda y, inputs: inputs @ y, bx.curvature.squared_error)
     support = (jnp.array([[1.0], [2.0]]), jnp.ones((2, 1)))
     query = (jnp.ones((1, 1)), jnp.ones((1, 1)))
-    ihvp = bx.ihvp.identity(2.0) if maxiter is None else bx.ihvp.cg(maxiter, curvature=bx.curvature.gauss_newton)
     solver = bx.inner.implicit(squared(0.5), optax.sgd(1 / 3), 1, ihvp, initial=lambda x: x)
     hypergrad = bx.hypergradient(squared(), solver)
-    grad, state, info = jax.jit(hypergrad.estimate)(None, hypergrad.init(0.0, 0.0), 0.0, bx.Batch(query, support))
+    x = jnp.zeros((1, 1))
+    grad, state, info = jax.jit(hypergrad.estimate)(None, hypergrad.init(x, x), x, bx.Batch(query, support))
     np.testing.assert_allclose(grad, expected, rtol=1e-12)
     np.testing.assert_allclose(state.y, 0.5, rtol=1e-12)
     np.testing.assert_allclose(info.outer_loss, 1 / 8, rtol=1e-12)
 
 
 def test_first_order_is_the_query_gradient_at_the_adapted_weights(small):
-    data = in_double_precision(meta_learning.load(0))
+    data = in_double_precision(meta_learning.load("omniglot", 1, 0))
     task = jax.tree.map(lambda leaf: leaf[0], data.test)
     solver = meta_learning.first_order(steps=3, learning_rate=0.1, strength=0.5)
     hypergrad = bx.hypergradient(meta_learning.cross_entropy(), solver)
@@ -112,7 +126,7 @@ def test_the_convolution_by_patches_is_that_of_jax():
         jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(2, 7, 6, 3), (3, 3, 3, 4)])
     )
     expected = jax.lax.conv_general_dilated(images, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-    got = jax.jit(meta_learning.patches, static_argnums=(2, 3))(images, kernel, (2, 2), "SAME")
+    got = jax.jit(vision.patches, static_argnums=(2, 3))(images, kernel, (2, 2), "SAME")
     np.testing.assert_allclose(got, expected, atol=1e-12)
 
 
@@ -120,7 +134,7 @@ def test_shrunk_drawings_have_ink_as_one():
     drawings = np.ones((2, 3, 14, 14), bool)
     drawings[1, 2, :7, 7:] = False
     drawings[0, 0, 13, 13] = False
-    shrunk = meta_learning.shrink(drawings)
+    shrunk = few_shot.shrink(drawings)
     expected = np.zeros((2, 3, 2, 2))
     expected[1, 2, 0, 1], expected[0, 0, 1, 1] = 1, 1 / 49
     np.testing.assert_allclose(shrunk, expected, atol=1e-7)
@@ -136,7 +150,7 @@ def numbered(classes=9, drawers=7):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_task_has_distinct_classes_with_their_labels_and_no_query_image_in_the_support(seed):
-    task = jax.jit(meta_learning.draw_task)(jax.random.key(seed), numbered())
+    task = jax.jit(few_shot.draw_task)(jax.random.key(seed), numbered())
     (query, query_labels), (support, support_labels) = task
     assert query.shape == (25, 3, 3)
     assert support.shape == (5, 3, 3)
@@ -155,14 +169,14 @@ def test_a_task_has_distinct_classes_with_their_labels_and_no_query_image_in_the
 
 def test_the_same_key_draws_the_same_task_and_another_one_another():
     images = numbered()
-    draw = jax.jit(meta_learning.draw_task)
+    draw = jax.jit(few_shot.draw_task)
     chex.assert_trees_all_equal(draw(jax.random.key(0), images), draw(jax.random.key(0), images))
     assert not np.array_equal(draw(jax.random.key(0), images).outer[0], draw(jax.random.key(1), images).outer[0])
 
 
 def test_all_classes_drawers_and_turns_are_drawn():
     images = numbered(6, 7)
-    many = jax.jit(jax.vmap(meta_learning.draw_task, (0, None)))
+    many = jax.jit(jax.vmap(few_shot.draw_task, (0, None)))
     tasks = many(jax.random.split(jax.random.key(0), 200), images)
     numbers, counts = np.unique(tasks.inner[0][..., 1, 1], return_counts=True)
     np.testing.assert_array_equal(numbers, np.arange(42))
@@ -198,7 +212,7 @@ def test_a_run_writes_records_of_one_schema_a_plot_and_a_table(run):
 
 @pytest.mark.usefixtures("single_precision", "small")
 def test_a_logit_that_is_not_finite_makes_the_accuracy_nan():
-    data = meta_learning.load(0)
+    data = meta_learning.load("omniglot", 1, 0)
     evaluate = meta_learning.scores(meta_learning.adapted(meta_learning.maml(1, 0.4)))
     assert np.isnan(evaluate(jax.tree.map(lambda leaf: leaf * jnp.nan, data.x), data.test)["test_accuracy"])
 

@@ -5,7 +5,10 @@ import re
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import pytest
+
+import bilevax as bx
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -69,3 +72,12 @@ def test_the_loop_has_at_most_nine_lines():
 @pytest.mark.parametrize("command", ['".[bench]" && python -m benchmarks', '".[test]" && pytest'])
 def test_each_command_stands_on_one_line_of_its_own(command):
     assert README.splitlines().count(f"pip install -e {command}") == 1
+
+
+def test_the_three_lines_of_the_curvature_page():
+    (code,) = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / "curvature.md").read_text(), re.M | re.S)
+    found = {"bx": bx}
+    exec(compile(code, "docs/curvature.md", "exec"), found)
+    batch = (jnp.ones((4, 3)), jnp.zeros(4, int))
+    report = bx.curvature.describe(found["inner_loss"], 0.0, {"w": jnp.zeros((3, 2))}, batch)
+    assert [row.rule for row in report.rows] == ["dense"]

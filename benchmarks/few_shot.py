@@ -1,0 +1,84 @@
+"""Few-shot tasks: images of Omniglot and of miniImageNet, how a task is drawn from them, and a network for it."""
+
+import functools
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import bilevax as bx
+from benchmarks.data import omniglot
+from benchmarks.photos import mini_imagenet
+from benchmarks.vision import patches
+
+WAYS, QUERIES = 5, 5  # classes of a task, and query images of each class
+POOL, POOL_PHOTOS = 7, 4  # drawings shrink from 105 × 105 to 15 × 15, photographs from 84 × 84 to 21 × 21
+
+
+class Network(nn.Module):
+    """Convolutions of stride 2 and a dense layer: images [N, side, side] or [N, side, side, 3] -> logits [N, WAYS].
+
+    Of a photograph it sees how far each pixel is from the mean colour.
+
+    Attributes:
+      width: channels of each convolution.
+      layers: number of convolutions.
+    """
+
+    width: int = 32
+    layers: int = 3
+
+    @nn.compact
+    def __call__(self, images: chex.Array) -> chex.Array:
+        """The logits."""
+        convolution = functools.partial(nn.Conv, self.width, (3, 3), strides=2, conv_general_dilated=patches)
+        grey = images.ndim == 3
+        hidden = images[..., None] if grey else 4 * (images - images.mean(axis=(1, 2), keepdims=True))
+        for _ in range(self.layers):
+            hidden = nn.relu(convolution(kernel_init=nn.initializers.he_normal())(hidden))
+        return nn.Dense(WAYS)(hidden.reshape(len(hidden), -1))
+
+
+def shrink(images: np.ndarray) -> chex.Array:
+    """Drawings, bool [class, drawer, side, side] with False for ink, to means over POOL × POOL pixels; 1 is ink."""
+    side = images.shape[-1] // POOL
+    blocks = images.reshape(*images.shape[:2], side, POOL, side, POOL)
+    return jnp.asarray(1 - blocks.mean(axis=(3, 5), dtype=np.float32))
+
+
+def draw_task(key: chex.PRNGKey, images: chex.Array, shots: int = 1) -> bx.Batch:
+    """Draws a task: distinct classes, and distinct images of each; drawings are turned by 0, 90, 180 or 270 degrees.
+
+    Args:
+      key: of the draw.
+      images: drawings [classes, drawers, side, side], or photographs [classes, number, side, side, 3].
+      shots: support images of each class.
+
+    Returns:
+      outer = query (images [WAYS · QUERIES, ...], labels), inner = support (images [WAYS · shots, ...], labels).
+    """
+    class_key, drawer_key, turn_key = jax.random.split(key, 3)
+    classes = jax.random.choice(class_key, len(images), (WAYS,), replace=False)
+    drawers = jnp.argsort(jax.random.uniform(drawer_key, (WAYS, images.shape[1])), axis=1)[:, : shots + QUERIES]
+    drawings = images[classes[:, None], drawers]
+    if images.ndim == 4:
+        turns = [functools.partial(jnp.rot90, k=k, axes=(1, 2)) for k in range(4)]
+        turn = jax.vmap(lambda number, drawings: jax.lax.switch(number, turns, drawings))
+        drawings = turn(jax.random.randint(turn_key, (WAYS,), 0, len(turns)), drawings)
+    labels = jnp.broadcast_to(jnp.arange(WAYS)[:, None], drawers.shape)
+
+    def part(of: slice) -> tuple[chex.Array, chex.Array]:
+        return drawings[:, of].reshape(-1, *images.shape[2:]), labels[:, of].reshape(-1)
+
+    return bx.Batch(outer=part(slice(shots, None)), inner=part(slice(shots)))
+
+
+@functools.cache
+def read(name: str) -> tuple[chex.Array, chex.Array]:
+    """The images of the classes to learn from, and of those for the test, [classes, images, side, side(, 3)]."""
+    if name == "omniglot":
+        return shrink(omniglot("background")), shrink(omniglot("evaluation"))
+    train, test = (mini_imagenet(part, POOL_PHOTOS) for part in ("train", "test"))
+    return jnp.asarray(train, jnp.float32) / 255, jnp.asarray(test, jnp.float32) / 255

@@ -1,0 +1,285 @@
+import io
+import json
+import tarfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from PIL import Image
+
+import bilevax as bx
+from benchmarks import corrupted, estimators, few_shot, hyper_cleaning, long_tail, models, photos, poisoning, vision
+from benchmarks.data import DataError
+from benchmarks.loop import Outcome
+from benchmarks.report import Run
+from benchmarks.runner import Options
+
+
+@pytest.fixture
+def single_precision():
+    with jax.enable_x64(False):
+        yield
+
+
+@pytest.fixture
+def archive(tmp_path, monkeypatch):
+    """Packs JPEG files of one colour, a function (name, {path in the archive: (colour, side)}) -> path."""
+    monkeypatch.setenv("BILEVAX_DATA", str(tmp_path))
+    monkeypatch.setattr(photos, "CIFAR10", {"train": 2, "test": 1})
+    monkeypatch.setattr(photos, "MINI_IMAGENET", 2)
+    for reader in (photos.cifar10, photos.mini_imagenet):
+        reader.cache_clear()
+
+    def pack(name, files):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        with tarfile.open(path, "w:xz") as tar:
+            for member, (colour, side) in files.items():
+                content = io.BytesIO()
+                Image.new("RGB", (side, side), colour).save(content, "JPEG")
+                info = tarfile.TarInfo(member)
+                info.size = content.tell()
+                content.seek(0)
+                tar.addfile(info, content)
+        return path
+
+    yield pack
+    for reader in (photos.cifar10, photos.mini_imagenet):
+        reader.cache_clear()
+
+
+def test_cifar10_is_read_with_labels_in_the_order_of_the_class_names(archive):
+    shades = {"train/frog/0.jpg": 200, "train/cat/1.jpg": 10, "train/frog/1.jpg": 220, "train/cat/0.jpg": 30}
+    archive("cifar10-jpeg/train.tar.xz", {path: ((shade, 0, 255 - shade), 32) for path, shade in shades.items()})
+    images, labels = photos.cifar10("train")
+    assert images.shape == (4, 32, 32, 3)
+    assert images.dtype == np.uint8
+    assert labels.tolist() == [0, 0, 1, 1]
+    np.testing.assert_allclose(images[:, 5, 7, 0], [10, 30, 200, 220], atol=6)
+    np.testing.assert_allclose(images[:, 5, 7, 2], [245, 225, 55, 35], atol=6)
+
+
+def test_photographs_of_miniimagenet_are_shrunk_to_means(archive):
+    files = {
+        f"test/{wnid}_{i}.jpg": ((shade, shade, shade), 84) for wnid, shade in (("n2", 90), ("n1", 40)) for i in (0, 1)
+    }
+    archive("mini-imagenet/test_first200.tar.xz", files)
+    images = photos.mini_imagenet("test", 4)
+    assert images.shape == (2, 2, 21, 21, 3)
+    np.testing.assert_allclose(images[0], 40, atol=4)
+    np.testing.assert_allclose(images[1], 90, atol=4)
+
+
+def test_archives_that_are_missing_cut_or_of_other_images_are_refused(archive):
+    with pytest.raises(
+        DataError, match=r"test.tar.xz is missing. Name a folder that has it with BILEVAX_DATA=<folder>"
+    ):
+        photos.cifar10("test")
+    path = archive("cifar10-jpeg/test.tar.xz", {"test/cat/0.jpg": ((0, 0, 0), 16)})
+    with pytest.raises(DataError, match=r"must have 1 images of 32 × 32 for each class; got 1 for cat.*\(16, 16, 3\)"):
+        photos.cifar10("test")
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(DataError, match=r"test.tar.xz cannot be read: .* Copy it again."):
+        photos.cifar10("test")
+
+
+def test_bytes_become_shares_colours_become_grey_and_a_test_set_can_be_drawn(monkeypatch):
+    images = np.zeros((6, 12), np.uint8)
+    images[:, 3:6] = [0, 51, 255]
+    tests = np.arange(20, dtype=np.uint8)[:, None] * np.ones((1, 12), np.uint8)
+    pool = (images, np.arange(6)), (tests, np.arange(20) % 10)
+    monkeypatch.setitem(corrupted.POOLS, "coloured", lambda: pool)
+    data = corrupted.load("coloured", seed=0, train=4, validation=2, corruption=0, test=5)
+    assert bool(data.clean.all())
+    np.testing.assert_allclose(data.batch.inner[0][0, 3:6], [0, 0.2, 1], rtol=1e-6)
+    np.testing.assert_allclose(corrupted.grey(data).batch.inner[0], [[0, 0.4, 0, 0]] * 4, rtol=1e-6)
+    drawn = np.rint(np.asarray(data.test[0][:, 0]) * 255).astype(int)
+    assert len({*drawn.tolist()}) == 5
+    np.testing.assert_array_equal(data.test[1], drawn % 10)
+
+
+@pytest.mark.parametrize("name", ["cnn", "resnet", "resnet18"])
+def test_networks_take_grey_and_coloured_images_and_every_leaf_has_a_curvature(name):
+    model = vision.MODELS[name]
+    for pixels in (64, 784, 3072):
+        y = jax.eval_shape(lambda pixels=pixels: model.init(jax.random.key(0), pixels))
+        logits = jax.eval_shape(model.logits, y, jax.ShapeDtypeStruct((2, pixels), jnp.float32))
+        assert logits.shape == (2, 10)
+    kernels = [leaf.shape for leaf in jax.tree.leaves(y) if leaf.ndim == 4]
+    assert sum(shape[:2] == (3, 3) for shape in kernels) == {"cnn": 3, "resnet": 7, "resnet18": 17}[name]
+    if name != "resnet18":
+        y = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), y)
+        batch = jnp.zeros((2, 3072)), jnp.zeros(2, int), jnp.arange(2)
+        report = str(bx.curvature.describe(hyper_cleaning.inner_loss(model), jnp.zeros(2), y, batch))
+        assert "unsupported" not in report
+        assert report.count("Dense_0") == 2
+
+
+def test_the_logits_of_an_image_do_not_depend_on_the_others():
+    model = vision.classifier(vision.Residual((8,)))
+    images = jax.random.uniform(jax.random.key(0), (3, 64))
+    y = model.init(jax.random.key(1), 64)
+    logits = jax.jit(model.logits)(y, jnp.concatenate([images, images[::-1]]))
+    np.testing.assert_allclose(logits[:3], logits[:2:-1], rtol=1e-5)
+    assert np.ptp(logits[:, 0]) > 1e-3
+
+
+def test_a_minibatch_finds_its_weights_by_number():
+    """Two images of a set of four, with the weights that belong to them."""
+    loss = hyper_cleaning.inner_loss(models.MODELS["linear"])
+    x, y = jnp.array([0.0, 1.0, -1.0, 2.0]), {"weights": jnp.full((3, 10), 0.1), "bias": jnp.arange(10.0)}
+    whole = hyper_cleaning.numbered(bx.Batch(None, (jnp.ones((4, 3)), jnp.array([0, 1, 2, 3])))).inner
+    some = jax.tree.map(lambda leaf: leaf[jnp.array([3, 1])], whole)
+    values = jax.nn.logsumexp(jnp.arange(10.0)) - jnp.array([3.0, 1.0])
+    fit = jnp.mean(jax.nn.sigmoid(jnp.array([2.0, 1.0])) * values)
+    decay = hyper_cleaning.L2 / 2 * (30 * 0.01 + jnp.sum(jnp.arange(10.0) ** 2))
+    np.testing.assert_allclose(loss(x, y, some), fit + decay, rtol=1e-6)
+
+
+@pytest.mark.usefixtures("single_precision")
+def test_a_convolutional_network_is_cleaned_by_minibatches_with_kronecker_factors(tmp_path, monkeypatch):
+    monkeypatch.setitem(vision.MODELS, "cnn", vision.classifier(vision.Convolutional((4,))))
+    setting = hyper_cleaning.SETTINGS["digits"]._replace(split={"train": 60, "validation": 30}, minibatch=12)
+    monkeypatch.setitem(hyper_cleaning.SETTINGS, "digits", setting)
+    monkeypatch.setattr(hyper_cleaning, "ANCHORS", hyper_cleaning.ANCHORS[:1])
+    options = Options(("kfac",), outer_steps=2, results=tmp_path)
+    assert hyper_cleaning.Config(model="cnn", corruption=0.3, common=options).run() == 0
+    folder = tmp_path / "hyper_cleaning-digits-cnn-0.3"
+    record = json.loads((folder / "kfac-seed0.json").read_text())
+    assert record["configuration"]["minibatch"] == 12
+    assert record["configuration"]["corruption"] == 0.3
+    assert record["metrics"]["cross_products"] == 2
+    assert record["metrics"]["breakdowns"] == 0
+    assert (folder / f"{folder.name}.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("task", "arguments", "message"),
+    [
+        (hyper_cleaning, {"corruption": 1.0}, "corruption must be a probability, 0 < corruption < 1"),
+        (hyper_cleaning, {"full": True}, "full is about public data sets; got it with data=digits"),
+        (poisoning, {"radius": 0.0}, r"radius must lie in \(0, 1\]; got 0. Pass, say, --radius 0.5"),
+        (poisoning, {"full": True}, "full is about MNIST; got it with data=digits"),
+        (long_tail, {"full": True}, "full is about public data sets; got it with data=digits"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(task, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        task.Config(**arguments)
+
+
+def test_altered_images_stay_in_their_box_and_the_others_stay_as_they_are():
+    first = jnp.array([[0.0, 0.3, 0.9], [0.5, 1.0, 0.2]])
+    optimizer = poisoning.within(optax.sgd(1.0), radius=0.25)
+    x, state = first, optimizer.init(first)
+    for grad in (jnp.full((2, 3), -9.0), jnp.full((2, 3), 0.1), jnp.full((2, 3), 9.0)):
+        updates, state = optimizer.update(grad, state, x)
+        x = optax.apply_updates(x, updates)
+        if grad[0, 0] < 0:
+            highest = x
+    np.testing.assert_allclose(highest, [[0.25, 0.55, 1], [0.75, 1, 0.45]], atol=1e-12)
+    np.testing.assert_allclose(x, [[0, 0.05, 0.65], [0.25, 0.75, 0]], atol=1e-12)
+    images, labels = poisoning.poisoned(x, (jnp.arange(12.0).reshape(4, 3), jnp.arange(4)))
+    np.testing.assert_array_equal(images[:2], x)
+    np.testing.assert_array_equal(images[2:], [[6, 7, 8], [9, 10, 11]])
+    np.testing.assert_array_equal(labels, np.arange(4))
+
+
+@pytest.mark.usefixtures("single_precision")
+def test_an_attack_raises_the_validation_loss_of_a_model_trained_anew(tmp_path, monkeypatch):
+    setting = poisoning.SETTINGS["digits"]._replace(split={"train": 120, "validation": 100}, poisons=6, anew=100)
+    monkeypatch.setitem(poisoning.SETTINGS, "digits", setting)
+    config = poisoning.Config(common=Options(("kfac",), outer_steps=10, results=tmp_path))
+    assert config.run() == 0
+    folder = tmp_path / "poisoning-digits-linear"
+    found = {
+        name: json.loads((folder / f"{name}-seed0.json").read_text())["metrics"] for name in ("none", "random", "kfac")
+    }
+    assert found["none"]["change"] == 0
+    assert 0.25 < found["random"]["change"] <= 0.5
+    assert 0 < found["kfac"]["change"] <= 0.5
+    assert found["kfac"]["anew_loss"] > max(found["none"]["anew_loss"], found["random"]["anew_loss"]) * 1.05
+    assert found["none"]["validation_error"] < 0.3
+    assert (folder / f"{folder.name}.png").exists()
+
+
+def test_methods_are_compared_after_the_time_of_the_fastest():
+    def run(method, seed, seconds, errors):
+        curve = {"seconds": seconds, "test_error": errors}
+        return Run("poisoning", method, seed, {}, Outcome(jnp.zeros(1), {}, curve))
+
+    runs = [
+        run("fast", 0, [0.5, 1.0], [0.1, 0.2]),
+        run("fast", 1, [0.6, 1.2], [0.3, 0.4]),
+        run("slow", 0, [0.9, 1.8], [0.5, 0.9]),
+        run("slow", 1, [2.0, 4.0], [0.6, 0.9]),
+    ]
+    assert poisoning.at_equal_time(runs, "test_error") == (1.0, {"fast": [0.2, 0.3], "slow": [0.5, 0.6]})
+
+
+def test_training_images_fall_geometrically_and_validation_is_balanced():
+    setting = long_tail.SETTINGS["digits"]
+    data = long_tail.load("digits", setting, seed=3)
+    np.testing.assert_array_equal(data.counts, np.geomspace(120, 3, 10).round())
+    np.testing.assert_array_equal(np.bincount(data.batch.outer[1]), [5] * 10)
+    assert sum(len(part[1]) for part in (*data.batch, data.test)) == 1797
+    _, labels, weights = long_tail.ANCHORS["balanced"](data).inner
+    masses = np.bincount(labels, weights=np.asarray(long_tail.scaled(weights)))
+    np.testing.assert_allclose(masses, len(labels) / 10, rtol=1e-4)
+
+
+def test_weights_read_the_losses_at_the_warm_y_as_constants():
+    """The derivative of the weighted loss in x is that of fixed losses, whatever y does to them later."""
+    model = models.MODELS["linear"]
+    x, y = long_tail.weight_network(jax.random.key(0)), {"weights": jnp.ones((2, 10)), "bias": jnp.arange(10.0)}
+    images, labels = jax.random.normal(jax.random.key(1), (4, 2)), jnp.array([9, 1, 9, 4])
+    seen = []
+    inner = bx.Hypergradient(
+        lambda x, y, batch: seen.append(batch),
+        lambda key, state, x, batch: seen.append(batch.inner),
+    )
+    wrapped = long_tail.with_losses(inner, model)
+    wrapped.init(x, y, (images, labels))
+    warm = bx.HypergradientState(y, (), None)
+    wrapped.estimate(None, warm, x, bx.Batch(None, (images, labels)))
+    logits = images @ y["weights"] + y["bias"][None]
+    expected = jax.nn.logsumexp(logits, axis=1) - logits[jnp.arange(4), labels]
+    for batch in seen:
+        np.testing.assert_allclose(batch[2], expected, rtol=1e-6)
+    assert len(seen) == 2
+
+
+@pytest.mark.usefixtures("single_precision")
+def test_a_weight_network_is_learnt_for_long_tailed_digits(tmp_path, monkeypatch):
+    monkeypatch.delitem(long_tail.ANCHORS, "validation")
+    assert long_tail.Config(model="linear", common=Options(("kfac",), outer_steps=3, results=tmp_path)).run() == 0
+    folder = tmp_path / "long_tail-digits-linear"
+    found = {path.stem: json.loads(path.read_text())["metrics"] for path in folder.glob("*.json")}
+    assert {*found} == {"uniform-seed0", "balanced-seed0", "kfac-seed0"}
+    assert found["uniform-seed0"]["tail_accuracy"] < found["balanced-seed0"]["tail_accuracy"]
+    assert found["kfac-seed0"]["cross_products"] == 3
+    assert (folder / f"{folder.name}.png").exists()
+
+
+def test_several_shots_give_each_class_so_many_support_images_and_photographs_are_not_turned():
+    images = jnp.zeros((6, 12, 2, 2, 3)).at[:, :, 0, 0].set(1.0)
+    images = images.at[:, :, 1, 1, 0].set(jnp.arange(72.0).reshape(6, 12))
+    (query, query_labels), (support, support_labels) = jax.jit(few_shot.draw_task, static_argnums=2)(
+        jax.random.key(0), images, 3
+    )
+    np.testing.assert_array_equal(np.bincount(support_labels), [3] * 5)
+    np.testing.assert_array_equal(np.bincount(query_labels), [5] * 5)
+    both = np.concatenate([support, query])
+    assert len({*both[:, 1, 1, 0].tolist()}) == 40
+    np.testing.assert_array_equal(both[:, 0, 0], 1)
+
+
+def test_every_estimator_has_a_name_of_its_own_and_settings_for_the_files():
+    inner = estimators.Inner(hyper_cleaning.inner_loss(models.MODELS["linear"]), bx.curvature.hessian, 0.1, 20)
+    names = [row.name for row in estimators.ESTIMATORS]
+    assert len({*names}) == len(names)
+    assert {"identity", "cg", "kfac", "ekfac", "pcg-kfac", "reverse"} <= {*names}
+    for row in estimators.ESTIMATORS:
+        assert json.loads(json.dumps(estimators.named(row.settings(inner))))
