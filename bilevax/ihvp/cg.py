@@ -140,7 +140,7 @@ def cg(
     if not chosen.linear:
         raise ValueError(
             "preconditioner must be an IHVP whose apply is linear in b (linear=True); got one that is not, such as "
-            "ihvp.cg itself. Pass ihvp.kfac, ihvp.nystrom, ihvp.neumann, ihvp.identity or ihvp.exact, or None."
+            "ihvp.cg itself. Pass ihvp.identity, ihvp.kfac, ihvp.nystrom, ihvp.neumann or ihvp.exact, or None."
         )
 
     def prepare(key: Any, state: Any, inner_loss: Loss, point: tuple) -> tuple:

@@ -26,7 +26,7 @@ def ekfac(
     unsupported: capture.Unsupported = capture.error,
     sample: Sample = full,
 ) -> IHVP:
-    """`kfac` with the true diagonal of the curvature in the eigenbasis of the factors.
+    """Inverts Kronecker factors with corrected eigenvalues: the diagonal of the curvature in the basis of `kfac`.
 
         E = 1/N Σ_n w_n Σ_k [Q_Aᵀ (Σ_t ā_nt u_nktᵀ) Q_B]²          v = Q_A [(Q_Aᵀ b Q_B) / (E + l2 + damping)] Q_Bᵀ
 
