@@ -16,7 +16,7 @@ TASKS = {
     "meta-learning": "learn a first point from which few steps classify new characters (needs flax)",
     "hypergradients": "compare hypergradients with the exact one, against their cost",
     "poisoning": "alter a few training images so that the validation error rises",
-    "long-tail": "learn a network from losses to weights on classes of very different size (needs flax)",
+    "long-tail": "learn a network from losses to weights on classes of very different size",
     "text-reweighting": "learn weights for texts with weak labels (needs flax)",
     "safe-selection": "find unwanted texts in what a language model is tuned on (needs flax)",
     "decentralized-hyper-cleaning": "hyper-cleaning by agents on a graph, who share no images",

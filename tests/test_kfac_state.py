@@ -182,7 +182,6 @@ def test_no_derivative_runs_through_the_factors():
         ({"sample": 3}, "sample must be a function"),
         ({"fisher": 3}, "fisher must be a function"),
     ],
-    ids=str,
 )
 def test_choices_that_do_not_fit(make_ihvp, choices, says):
     with pytest.raises(ValueError, match=says):

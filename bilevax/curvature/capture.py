@@ -15,7 +15,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from bilevax.curvature.examples import SHARED, opened
+from bilevax import checks
+from bilevax.curvature.examples import SHARED, Axis, opened
 from bilevax.curvature.uses import Use, Value, View, Visitor, forget
 from bilevax.curvature.view import Strided
 from bilevax.curvature.walk import walk
@@ -237,7 +238,11 @@ def named(y: Any) -> list[tuple[str, Any]]:
         wrapped = len(path) > 1 and str(path[-1]) == ".value"  # as flax.nnx wraps every parameter
         return jax.tree_util.keystr(path[:-1] if wrapped else path, simple=True, separator="/") or "y"
 
-    return [(name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(y)]
+    leaves = jax.tree_util.tree_leaves_with_path(y)
+    names = [name(path) for path, _ in leaves]
+    if len(set(names)) < len(names):  # as with keys that contain a slash
+        names = [jax.tree_util.keystr(path) for path, _ in leaves]
+    return [(name, leaf) for name, (_, leaf) in zip(names, leaves, strict=True)]
 
 
 def trace(model: Model, y: Any, inputs: Any, unsupported: Unsupported = error) -> Capture:
@@ -265,6 +270,7 @@ def trace(model: Model, y: Any, inputs: Any, unsupported: Unsupported = error) -
         >>> [(block.name, block.rule, block.rows, block.outputs) for block in captured.blocks]
         [('w', 'dense', 4, 2)]
     """
+    checks.floating("y", y)
     names, leaves = zip(*named(y), strict=True)
     program = opened(jax.make_jaxpr(model)(y, inputs))
     shapes = [var.aval.shape for var in program[0].outvars]
@@ -274,6 +280,13 @@ def trace(model: Model, y: Any, inputs: Any, unsupported: Unsupported = error) -
             f"outputs[:, None] where each example has one number."
         )
     n = shapes[0][0]
+    if all(jnp.shape(array)[:1] != (n,) for array in jax.tree.leaves(inputs)):
+        raise ValueError(
+            f"inputs must hold the examples of the outputs [N, ..., C] along the first axis of an array; got outputs "
+            f"{shapes[0]} and no array with {n} rows. Return outputs with one row for each example."
+        )
+
+    ends: list[Axis] = []
 
     def run(visitor: Visitor, leaves: Sequence[chex.Array]) -> chex.Array:
         held = [Value(leaf, view=View(k, 0, leaf, None, Strided.whole(leaf.shape))) for k, leaf in enumerate(leaves)]
@@ -281,6 +294,7 @@ def trace(model: Model, y: Any, inputs: Any, unsupported: Unsupported = error) -
         examples = [Value(array, 0 if array.shape[:1] == (n,) else SHARED) for array in data]
         (value,) = walk(program, [*held, *examples], visitor, n)
         forget([value], visitor, (), "is the output")
+        ends.append(value.axis)
         return value.array
 
     uses: dict[tuple, Use] = {}
@@ -292,7 +306,13 @@ def trace(model: Model, y: Any, inputs: Any, unsupported: Unsupported = error) -
     collector = Visitor({}, note, note, functools.partial(note, None))
     jax.eval_shape(functools.partial(run, collector), [jnp.asarray(leaf) for leaf in leaves])
     leaf_shapes = [jnp.shape(leaf) for leaf in leaves]
-    return Capture(_blocks(names, leaf_shapes, list(uses.values()), unsupported), run, n)
+    blocks = _blocks(names, leaf_shapes, list(uses.values()), unsupported)
+    if ends[0] not in (0, SHARED) and any(block.treatment is None for block in blocks):
+        raise ValueError(
+            "model must return outputs [N, ..., C] whose row n belongs to example n of the inputs; got outputs in "
+            "which the examples cannot be followed to the first axis. Put them there, in their order."
+        )
+    return Capture(blocks, run, n)
 
 
 def _blocks(names: Sequence[str], shapes: Sequence, uses: Sequence[Use], unsupported: Unsupported) -> list[Block]:
@@ -316,7 +336,12 @@ def _blocks(names: Sequence[str], shapes: Sequence, uses: Sequence[Use], unsuppo
     if missing:
         treatments = unsupported({names[leaf]: what for leaf, what in missing.items()})
         for leaf, what in missing.items():
-            treatment = treatments[names[leaf]]
+            treatment = treatments.get(names[leaf]) if isinstance(treatments, Mapping) else None
+            if not isinstance(treatment, Treatment):
+                raise ValueError(
+                    f"unsupported must return a dict with a Treatment for each leaf that it is given; got "
+                    f"{treatment!r} for {names[leaf]}. Return, say, bx.curvature.capture.identity(leaves)."
+                )
             blocks[leaf] = Block(names[leaf], treatment.rule, leaf, treatment=treatment, what=what)
     return [blocks[leaf] for leaf in sorted(blocks)]
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from bilevax import checks
 from bilevax.curvature import capture
 from bilevax.curvature.inverse import Damping, Inverse, exact, trace_mean
 from bilevax.curvature.kronecker import Diagonal, Kronecker, Setting, setting
@@ -79,6 +80,9 @@ def solve(
     here: Setting, parts: Parts, decay: dict[str, Any], damping: Damping, inverse: Inverse, b: chex.ArrayTree
 ) -> tuple[chex.ArrayTree, chex.Array]:
     """The inverse applied to b, and the smallest eigenvalue that it divided by."""
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(b)]
+    if shapes != (wanted := [leaf.shape for leaf in here.leaves]):
+        raise ValueError(f"b must be a pytree like y, with leaves {wanted}; got {shapes}. Pass ∇_y f at the same y.")
     wide = dict(enumerate(jax.tree.leaves(widen(b))))
     solved: dict[int, chex.Array] = {}
     smallest = []
@@ -88,7 +92,8 @@ def solve(
         if block.matrix is not None:
             eigenvalues = None if inverse.eigenvalues is None else inverse.eigenvalues(part)
         delta = _delta(block, decay[block.name], damping, eigenvalues)
-        smallest.append(jnp.min(delta if eigenvalues is None else eigenvalues + delta))
+        if eigenvalues is not None or block.matrix is not None:
+            smallest.append(jnp.min(delta if eigenvalues is None else eigenvalues + delta))
         if block.matrix is not None:
             solved |= block.unpack(inverse.solve(part, delta, block.pack(wide)), wide)
         elif eigenvalues is not None:
@@ -96,7 +101,7 @@ def solve(
         elif block.treatment is not None and block.treatment.solve is not None:
             solved[block.leaf] = block.treatment.solve(wide[block.leaf], delta, parts.scale)
     v = jax.tree.unflatten(jax.tree.structure(b), [solved[k] for k in range(len(wide))])
-    return optax.tree.cast_like(v, b), jnp.min(jnp.stack(smallest))
+    return optax.tree.cast_like(v, b), jnp.min(jnp.stack(smallest)) if smallest else jnp.full((), jnp.nan)
 
 
 def inverted(
@@ -140,6 +145,8 @@ def inverted(
         >>> bx.curvature.inverted(found, *problem, damping=1.0)(jnp.array([[12.0]])).round(4).tolist()
         [[2.0]]
     """
+    if not callable(damping):
+        checks.nonnegative("damping", damping)
     here = setting(inner_loss, x, y, batch, expand, None, unsupported)
     wanted = {block.name for block in here.captured.blocks if block.treatment is None or block.treatment.probes}
     if wanted != set(found):

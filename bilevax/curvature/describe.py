@@ -124,6 +124,11 @@ def describe(inner_loss: Loss, x: Any, y: Any, batch: Any, unsupported: capture.
     dtype = jnp.promote_types(jnp.result_type(*jax.tree.leaves(y)), jnp.float32)
     rows = tuple(_row(block, names, shapes, dtype.itemsize) for block in captured.blocks)
     rates, _ = loss.penalty(x, y)
-    mixed = [name for name, rate in capture.named(rates) if jnp.ndim(rate)]
+    by_leaf = jax.tree.leaves(rates)
+    mixed = [
+        " + ".join(row.leaves)
+        for row, block in zip(rows, captured.blocks, strict=True)
+        if len({float(rate) for k in (block.leaf, block.bias) if k is not None for rate in jnp.ravel(by_leaf[k])}) > 1
+    ]
     notes = [f"l2 varies inside {', '.join(mixed)}: its mean is added to the eigenvalues."] if mixed else []
     return Report(rows, captured.examples, tuple(notes))

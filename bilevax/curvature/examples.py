@@ -100,7 +100,15 @@ def _one(eqn: Any, axes: Sequence[Axis], n: int) -> Axis:
     if name == "stack":
         place = eqn.params.get("axis", 0)
         return axis + (place <= axis) if len({axis for _, axis in held}) == 1 else LOST
-    return _alike(held, out)
+    return LOST if axis in _crossed(eqn, aval.ndim) else _alike(held, out)
+
+
+def _crossed(eqn: Any, rank: int) -> list[int]:
+    """Axes along which an equation mixes or moves elements without a change of shape."""
+    if eqn.primitive.name == "pad":
+        return [axis for axis, config in enumerate(eqn.params["padding_config"]) if config != (0, 0, 0)]
+    found = next((eqn.params[name] for name in ("dimensions", "dimension", "axis", "axes") if name in eqn.params), ())
+    return [a % rank for a in (found if isinstance(found, tuple | list) else (found,)) if isinstance(a, int)]
 
 
 def _alike(held: Sequence[tuple[Any, int]], out: Any) -> Axis:
@@ -153,7 +161,7 @@ def result_axes(eqn: Any, axes: Sequence[Axis], n: int) -> list[Axis]:
         return [a if all(a == b for b in rest) else LOST for a, *rest in zip(*branches, strict=True)]
     if name in ("while", "sort") or len(eqn.outvars) != 1:
         held = [(var.aval, axis) for var, axis in zip(eqn.invars, axes, strict=True) if axis is not SHARED]
-        lost = any(axis == LOST for _, axis in held)
+        lost = any(axis == LOST or axis in _crossed(eqn, aval.ndim) for aval, axis in held)
         return [LOST if lost else _alike(held, out.aval) for out in eqn.outvars]
     return [_one(eqn, axes, n)]
 

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from bilevax import checks
 from bilevax.curvature import capture
 from bilevax.curvature.fisher import Fisher, sampled
 from bilevax.curvature.inverse import Cholesky, Eigen, Inverse, exact, factored
@@ -105,13 +106,22 @@ def setting(
 ) -> Setting:
     """Traces the model of a `ModelLoss` on this batch, and evaluates its weights and masks."""
     loss = structured(inner_loss, "Kronecker factors")
+    if not isinstance(sharing, Sharing):
+        checks.function("sharing", sharing, "name")
+    if positions is not None:
+        checks.function("positions", positions, "batch")
+    checks.function("unsupported", unsupported, "leaves")
     inputs, targets = loss.inputs_and_targets(x, batch)
     captured = capture.trace(loss.model, y, inputs, unsupported)
     leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(y)]
     dtype = jnp.promote_types(jnp.result_type(*leaves), jnp.float32)
     q = loss.example_scale(captured.examples, dtype, x, batch).astype(dtype)
     mask = _mask(loss, batch, positions, captured)
-    choose = (lambda name: sharing) if isinstance(sharing, Sharing) else sharing
+
+    def choose(name: str) -> Sharing:
+        chosen = sharing if isinstance(sharing, Sharing) else sharing(name)
+        checks.instance("sharing", chosen, Sharing, "Return bx.curvature.expand or bx.curvature.reduce for every name.")
+        return chosen
 
     def scale(outputs: chex.Array) -> chex.Array:
         return loss.scale(jax.eval_shape(loss.loss.value, outputs, targets), x, batch)
@@ -121,9 +131,8 @@ def setting(
 
 def _mask(loss: ModelLoss, batch: Any, positions: Positions | None, captured: capture.Capture) -> chex.Array | None:
     if positions is None:
-        mask = None if loss.mask is None else loss.mask(batch)
-        return None if mask is None else mask.reshape(captured.examples, -1)
-    mask = positions(batch)
+        return None if loss.mask is None else jnp.asarray(loss.mask(batch)).reshape(captured.examples, -1)
+    mask = jnp.asarray(positions(batch))
     found = sorted({block.positions for block in captured.blocks if block.matrix is not None})
     if jnp.ndim(mask) != 2 or mask.shape[0] != captured.examples or mask.shape[1] not in found:
         raise ValueError(
@@ -152,20 +161,28 @@ def _observed_backward(statistic: Callable, residual: Any, u: chex.Array) -> tup
 _observed.defvjp(_observed_forward, _observed_backward)
 
 
-def _rows(rows: Rows, block: capture.Block, here: Setting, inputs: chex.Array) -> tuple:
-    """Activations ā [N, T, rows] (ids [N, T] of an embedding) and the mask of their positions [N, T]."""
-    a = rows.inputs(inputs)
-    mask = jnp.ones(a.shape[:2], here.q.dtype)
-    if here.mask is not None and here.mask.shape == mask.shape:
-        mask = here.mask.astype(mask.dtype)
-    if block.rule == "embedding":
-        return a[..., 0], mask
-    a = a.astype(here.q.dtype)
-    return (a if block.bias is None else jnp.concatenate([a, jnp.ones_like(a[..., :1])], axis=-1)), mask
+class Residual(NamedTuple):
+    """What a use keeps for its backward pass."""
+
+    inputs: chex.Array
+    mask: chex.Array | None
+    q: chex.Array
+    basis: Any
+
+    def activations(self, rows: Rows, block: capture.Block) -> tuple[chex.Array, chex.Array]:
+        """Rows ā [N, T, rows] (ids [N, T] of an embedding), and the mask of their positions [N, T]."""
+        a, dtype = rows.inputs(self.inputs), self.q.dtype
+        mask = jnp.ones(a.shape[:2], dtype)
+        if self.mask is not None and self.mask.shape == mask.shape:
+            mask = self.mask.astype(dtype)
+        if block.rule == "embedding":
+            return a[..., 0], mask
+        ones = [] if block.bias is None else [jnp.ones_like(a[..., :1], dtype)]
+        return jnp.concatenate([a.astype(dtype), *ones], axis=-1), mask
 
 
-def _sums(rows: Rows, block: capture.Block, sharing: Sharing, residual: tuple, u: chex.Array) -> Kronecker:
-    a, mask, q, _ = residual
+def _sums(rows: Rows, block: capture.Block, sharing: Sharing, residual: Residual, u: chex.Array) -> Kronecker:
+    (a, mask), q = residual.activations(rows, block), residual.q
     u = rows.outputs(u).astype(q.dtype)
     if block.rule == "embedding":
         mass = q[:, None] * mask
@@ -176,9 +193,9 @@ def _sums(rows: Rows, block: capture.Block, sharing: Sharing, residual: tuple, u
     return Kronecker(jnp.einsum("nti,nt,ntj->ij", a, mass, a), jnp.sum(mass), jnp.einsum("nti,ntj->ij", u, u))
 
 
-def _squares(rows: Rows, block: capture.Block, sharing: Sharing, residual: tuple, u: chex.Array) -> chex.Array:
+def _squares(rows: Rows, block: capture.Block, sharing: Sharing, residual: Residual, u: chex.Array) -> chex.Array:
     """Σ_n (Q_Aᵀ Σ_t ā_nt u_ntᵀ Q_B)², element by element."""
-    a, _, q, basis = residual
+    (a, _), q, basis = residual.activations(rows, block), residual.q, residual.basis
     u = rows.outputs(u).astype(q.dtype) @ basis.qb
     if block.rule == "embedding":
         return _table_squares(a, u, block.inputs)
@@ -206,7 +223,7 @@ def _passes(here: Setting, statistic: Callable, bases: dict[int, Any], dummies: 
             return outputs
         block = blocks[use.leaf]
         dummy, basis = slot
-        residual = (*_rows(rows, block, here, inputs), here.q, basis)
+        residual = Residual(inputs, here.mask, here.q, basis)
         measure = functools.partial(statistic, rows, block, here.sharing(block.name))
         return _observed(measure, outputs, residual, dummy)
 
@@ -375,5 +392,6 @@ def factors(
         [[2.5]]
     """
     x, y = jax.lax.stop_gradient((x, y))
-    here = setting(inner_loss, x, y, batch, sharing, positions, unsupported)
-    return measure(key, here, sampled() if fisher is None else fisher)[0]
+    chosen = sampled() if fisher is None else fisher
+    checks.function("fisher", chosen, "key", "loss", "outputs", "targets")
+    return measure(key, setting(inner_loss, x, y, batch, sharing, positions, unsupported), chosen)[0]

@@ -63,6 +63,11 @@ def _same_shape(targets: chex.Array, outputs: chex.Array) -> None:
 def _class_mass(targets: chex.Array, outputs: chex.Array) -> chex.Array:
     """The sum of the targets over the classes, [N, ..., 1]; checks that they are labels or probabilities."""
     _component_axis(outputs)
+    if jnp.shape(outputs)[-1] < 2:
+        raise ValueError(
+            f"model must return outputs [N, ..., C] with C >= 2 classes for softmax_cross_entropy; got shape "
+            f"{jnp.shape(outputs)}. Use bx.curvature.sigmoid_cross_entropy for one output."
+        )
     if jnp.issubdtype(jnp.result_type(targets), jnp.integer) and jnp.shape(targets) == jnp.shape(outputs)[:-1]:
         return jnp.ones_like(outputs[..., :1])
     if jnp.issubdtype(jnp.result_type(targets), jnp.floating) and jnp.shape(targets) == jnp.shape(outputs):
@@ -154,6 +159,16 @@ def convex(value: Callable[[chex.Array, chex.Array], chex.Array]) -> OutputLoss:
     """
     checks.function("value", value, "outputs", "targets")
 
+    def checked(outputs: chex.Array, targets: chex.Array) -> chex.Array:
+        _component_axis(outputs)
+        values = value(outputs, targets)
+        if jnp.shape(values) != jnp.shape(outputs)[:-1]:
+            raise ValueError(
+                f"value must return one number for the C outputs of each position, {jnp.shape(outputs)[:-1]}; got "
+                f"shape {jnp.shape(values)}. Sum over the last axis alone."
+            )
+        return values
+
     def root(outputs: chex.Array, targets: chex.Array, s: chex.Array) -> chex.Array:
         _component_axis(outputs)
         size = outputs.shape[-1]
@@ -162,11 +177,11 @@ def convex(value: Callable[[chex.Array, chex.Array], chex.Array]) -> OutputLoss:
                 f"outputs must have at most {LARGEST} components for curvature.convex, which decomposes a matrix "
                 f"[C, C] at every position; got {size}. Write an OutputLoss with a root of its own."
             )
-        gradient = jax.grad(lambda outputs: jnp.sum(value(outputs, targets)))
+        gradient = jax.grad(lambda outputs: jnp.sum(checked(outputs, targets)))
         columns = jax.vmap(lambda e: jax.jvp(gradient, (outputs,), (jnp.broadcast_to(e, outputs.shape),))[1])
         hessian = widen(jnp.moveaxis(columns(jnp.eye(size, dtype=outputs.dtype)), 0, -1))
         eigenvalues, basis = jnp.linalg.eigh((hessian + jnp.swapaxes(hessian, -1, -2)) / 2)
         halves = jnp.sqrt(jnp.maximum(eigenvalues, 0)) * s
         return jnp.einsum("...ij,...j->...i", basis, halves).astype(s.dtype)
 
-    return OutputLoss(value, root)
+    return OutputLoss(checked, root)

@@ -236,7 +236,8 @@ def _embedding(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: tu
     numbers, shape = eqn.params["dimension_numbers"], values[0].array.shape
     wrong = functools.partial(unsupported, eqn, values, visitor, n, path)
     clips = eqn.params["mode"] == jax.lax.GatherScatterMode.CLIP
-    starts = ((0,), (0, 1)) if clips else ((0,),)  # a whole row can start at 0 alone
+    bounded = clips or eqn.params["mode"] == jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS
+    starts = ((0,), (0, 1)) if bounded else ((0,),)  # a whole row can start at 0 alone
     by_row = numbers.collapsed_slice_dims in ((0,), ()) and numbers.start_index_map in starts
     by_row = by_row and len(shape) == 2 and tuple(eqn.params["slice_sizes"]) == (1, shape[1])
     if view is None or view.base is not None or view.strided != Strided.whole(shape) or not by_row:
@@ -348,7 +349,7 @@ _mark.__name__ = MARK
 
 def _width(shape: Sequence[int], size: int) -> int | None:
     """How many trailing axes have `size` elements together."""
-    return next((k for k in range(1, len(shape)) if math.prod(shape[-k:]) == size), None)
+    return next((k for k in range(1, len(shape) + 1) if math.prod(shape[-k:]) == size), None)
 
 
 def tap(values: Sequence[Value], visitor: Visitor, n: int, path: tuple) -> list[Value]:
@@ -375,6 +376,11 @@ def tap(values: Sequence[Value], visitor: Visitor, n: int, path: tuple) -> list[
         functools.partial(_rows, axis=outputs.axis, features=features, n=n),
     )
     positions = jax.eval_shape(rows.outputs, outputs.array).shape[1]
+    if (found := jax.eval_shape(rows.inputs, inputs.array).shape[1]) != positions:
+        raise ValueError(
+            f"inputs of observe must have the positions of its outputs, {positions} for each example; got {found}. "
+            f"Pass the activations that made these outputs."
+        )
     bias = biases[0] if biases else None
     use = Use("observed", path, view.leaf, view.stack, "observe", view.strided, width, size, positions, bias=bias)
     array = visitor.kronecker(visitor.slots.get(use.leaf), use, rows, outputs.array, inputs.array)

@@ -47,27 +47,40 @@ class Refresh(NamedTuple):
       factors: step -> whether factors are measured.
       inverse: step -> whether they are decomposed.
       stateful: whether anything is kept at all.
+      averages: whether factors outlive the step in which they are measured.
     """
 
     ema: chex.Numeric
     factors: Callable[[chex.Array], chex.Numeric]
     inverse: Callable[[chex.Array], chex.Numeric]
     stateful: bool
+    averages: bool
 
     @classmethod
     def of(cls, ema: chex.Numeric, factors_every: Schedule, inverse_every: Schedule) -> "Refresh":
         """Checks the options of a user."""
         traced = isinstance(ema, jax.core.Tracer)
+        checks.scalar("ema", ema)
         if not traced and not 0 <= ema < 1:
             raise ValueError(f"ema must be in [0, 1); got {ema!r}. Pass 0.0 for fresh factors, or, say, 0.95.")
         due = _schedule("factors_every", factors_every), _schedule("inverse_every", inverse_every)
-        return cls(ema, *due, traced or ema != 0 or (factors_every, inverse_every) != (1, 1))
+        averages = traced or ema != 0 or factors_every != 1
+        return cls(ema, *due, averages or inverse_every != 1, averages)
 
 
 def _schedule(name: str, every: Schedule) -> Callable[[chex.Array], chex.Numeric]:
     if callable(every):
         checks.function(name, every, "step")
-        return every
+
+        def due(step: chex.Array) -> chex.Array:
+            answer = every(step)
+            if answer is None or jnp.shape(answer) or jnp.asarray(answer).dtype != jnp.bool_:
+                raise ValueError(
+                    f"{name} must return one bool for a step; got {answer!r:.80}. Return, say, step % 10 == 0."
+                )
+            return jnp.asarray(answer)
+
+        return due
     period = checks.count(name, every, minimum=1)
     return lambda step: step % period == 0
 
@@ -141,7 +154,8 @@ def curved(passes: Passes, options: Options, refresh: Refresh) -> IHVP:
     def aged(key: Any, here: kronecker.Setting, decay: dict, state: KFACState) -> tuple:
         """What is kept is refreshed where it is due; the first step refreshes everything."""
         first = state.step == 0
-        measure, invert = first | refresh.factors(state.step), first | refresh.inverse(state.step)
+        due, invert = first | refresh.factors(state.step), first | refresh.inverse(state.step)
+        measure = due if refresh.averages else invert  # factors that would be forgotten are not measured
         counts = []
 
         def average(old: dict) -> dict:
@@ -160,8 +174,8 @@ def curved(passes: Passes, options: Options, refresh: Refresh) -> IHVP:
 
         found = jax.lax.cond(measure, average, lambda old: old, state.factors)
         parts = jax.lax.cond(invert, decomposed, lambda old: old, state.parts)
-        parts = jax.lax.cond(measure | invert, correct, lambda old: old, parts)
-        spent = jnp.where(measure, counts[0], 0) + jnp.where(measure | invert, counts[1], 0)
+        parts = jax.lax.cond(due | invert, correct, lambda old: old, parts)
+        spent = jnp.where(measure, counts[0], 0) + jnp.where(due | invert, counts[1], 0)
         return found, parts, spent
 
     def init(x: Any, y: Any, batch: Any = None, inner_loss: Loss | None = None) -> Any:
@@ -184,6 +198,7 @@ def curved(passes: Passes, options: Options, refresh: Refresh) -> IHVP:
     def prepare(key: Any, state: Any, inner_loss: Loss, point: tuple) -> tuple:
         key, here, decay = measured(key, inner_loss, point)
         if refresh.stateful:
+            checks.instance("state", state, KFACState, "Pass that of ihvp.init(x, y, batch, inner_loss).")
             found, parts, spent = aged(key, here, decay, state)
             state = KFACState(state.step + 1, found, parts)
         else:
@@ -191,7 +206,7 @@ def curved(passes: Passes, options: Options, refresh: Refresh) -> IHVP:
 
         def apply(b: chex.ArrayTree, v0: chex.ArrayTree | None = None) -> tuple[chex.ArrayTree, IHVPInfo]:
             v, smallest = solve(here, parts, decay, damping, inverse, b)
-            breakdown = ~jnp.isfinite(norm(v))
+            breakdown = ~jnp.isfinite(norm(v)) | (smallest <= 0)
             return v, IHVPInfo(0, 0, 0, jnp.nan, smallest, breakdown, spent)
 
         return apply, state

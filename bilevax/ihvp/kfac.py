@@ -45,9 +45,10 @@ def kfac(
       sharing: what becomes of several positions: `expand`, `reduce`, or a function of the name of the leaf.
       positions: batch -> [N, T] of ones and zeros, which tokens count; by default the mask of the loss.
       ema: decay of the moving averages of the factors, in [0, 1).
-      factors_every: outer steps from one measurement to the next, or a function step -> bool.
+      factors_every: outer steps from one measurement to the next, or a function step -> bool. Without averages, those
+        at every step are measured only when they are decomposed.
       inverse_every: outer steps from one decomposition to the next, or a function step -> bool. The first step always
-        does both.
+        does both. Under `jax.vmap` of the state, `lax.cond` runs both branches: a period saves nothing there.
       unsupported: what to do with leaves that no rule covers; `capture.error` refuses them.
       sample: how the batch of the factors is drawn from the inner data; it is asked with t = 0.
 
