@@ -86,7 +86,7 @@ def test_decay_that_differs_between_a_weight_and_its_bias_is_told():
 def test_options_of_factors():
     with pytest.raises(ValueError, match="sharing must be a function"):
         factors(sharing="expand")
-    with pytest.raises(ValueError, match="sharing must be a Sharing; got None.*Return bx.curvature.expand"):
+    with pytest.raises(ValueError, match=r"sharing must be a Sharing; got None.*Return bx.curvature.expand"):
         factors(sharing=lambda name: None)
     with pytest.raises(ValueError, match="fisher must be a function"):
         kronecker.factors(None, make_loss(), 0.0, Y, (INPUTS, LABELS), fisher="exact")
@@ -98,13 +98,13 @@ def test_options_of_factors():
 def test_treatments_of_ones_own_must_be_treatments(answer):
     unused = make_loss(lambda y, inputs: inputs[:, :2] * y["s"][None])
     with pytest.raises(
-        ValueError, match="unsupported must return a dict with a Treatment for each leaf.*for w. Return"
+        ValueError, match=r"unsupported must return a dict with a Treatment for each leaf.*for w. Return"
     ):
         factors(unused, unsupported=lambda leaves: answer)
 
 
 def test_damping_below_zero():
-    with pytest.raises(ValueError, match="damping must be a finite number >= 0; got -1.0"):
+    with pytest.raises(ValueError, match=r"damping must be a finite number >= 0; got -1.0"):
         bx.curvature.inverted(factors(), make_loss(), 0.0, Y, (INPUTS, LABELS), damping=-1.0)
     apply, _ = prepared(bx.ihvp.kfac(lambda eigenvalues: -1.0))
     assert apply(Y)[1].breakdown
@@ -138,7 +138,9 @@ def test_a_tap_must_see_the_same_positions():
         outputs = inputs @ y["w"] * y["s"][None]
         return bx.curvature.observe(outputs, jnp.stack([inputs, inputs], axis=1), y["w"])
 
-    with pytest.raises(ValueError, match="inputs of observe must have the positions of its outputs, 1 for each.*got 2"):
+    with pytest.raises(
+        ValueError, match=r"inputs of observe must have the positions of its outputs, 1 for each.*got 2"
+    ):
         factors(make_loss(wrong))
 
 
