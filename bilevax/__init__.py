@@ -1,12 +1,15 @@
 """bilevax: hypergradients and bilevel optimization as small pure functions for JAX."""
 
-from bilevax import algorithms, curvature, decentralized, ihvp, inner, parallel
+from bilevax import algorithms, curvature, decentralized, ihvp, inner, parallel, random_directions
+from bilevax.black_box import black_box
 from bilevax.decentralized import coins, compression, correction, estimator, partition, topology
 from bilevax.decentralized.engine import Algorithm
 from bilevax.decentralized.gossip import Gossip, gossip, push_sum, replicate
 from bilevax.decentralized.levels import Levels
 from bilevax.doctor import HypergradientReport, check_hypergradient
+from bilevax.full_zeroth_order import full_zeroth_order
 from bilevax.hypergradient import HypergradientInfo, HypergradientState, differentiable, hypergradient
+from bilevax.inner import guides
 from bilevax.penalty import PenaltyDetail, PenaltyState, penalty
 from bilevax.problem import (
     IHVP,
@@ -50,6 +53,7 @@ __all__ = [
     "TwoPhaseInfo",
     "TwoPhaseState",
     "algorithms",
+    "black_box",
     "check_hypergradient",
     "coins",
     "compression",
@@ -59,7 +63,9 @@ __all__ = [
     "differentiable",
     "directions",
     "estimator",
+    "full_zeroth_order",
     "gossip",
+    "guides",
     "hypergradient",
     "ihvp",
     "inner",
@@ -68,6 +74,7 @@ __all__ = [
     "partition",
     "penalty",
     "push_sum",
+    "random_directions",
     "replicate",
     "topology",
     "two_phase",

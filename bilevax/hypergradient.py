@@ -125,9 +125,10 @@ def differentiable(solver: InnerSolver) -> Callable:
         solve(x, y0, batch, key=None) -> y_T
 
     The derivative with respect to x comes from `solver.backward`, that with respect to y0 too (zero for an implicit
-    solver). Nothing else is differentiated: what the loss or the optimizer closes over must not depend on the
-    variable of `jax.grad`; move it into x. There is no info: `hypergradient` of the same solver tells how far to
-    trust it. vmap it over tasks and use it anywhere inside a loss; jit the whole, or it is traced at each call.
+    solver, refused for one that pushes tangents from x alone). Nothing else is differentiated: what the loss or the
+    optimizer closes over must not depend on the variable of `jax.grad`; move it into x. There is no info:
+    `hypergradient` of the same solver tells how far to trust it. vmap it over tasks and use it anywhere inside a loss;
+    jit the whole, or it is traced at each call.
 
     Args:
       solver: an inner solver.
@@ -137,7 +138,8 @@ def differentiable(solver: InnerSolver) -> Callable:
 
     Raises:
       ValueError: if a derivative with respect to `batch`, or to something that the solver closes over, is asked (it is
-        refused, not returned as zero), or x or y0 is empty or not floating-point.
+        refused, not returned as zero), or with respect to y0 of a solver without one; if x or y0 is empty or not
+        floating-point.
       TypeError: from JAX for forward mode (jvp), and for second derivatives of an implicit solver.
 
     Cost: that of the solver; without a derivative, of its forward pass.
@@ -170,6 +172,12 @@ def differentiable(solver: InnerSolver) -> Callable:
                     f"batch of a differentiable solve must not be differentiated; got a derivative with respect to "
                     f"batch{jax.tree_util.keystr(path)}. Move that array into x, or wrap it in jax.lax.stop_gradient."
                 )
+        if solver.first_only and any(leaf.perturbed for leaf in jax.tree.leaves(y0, is_leaf=_is_primal)):
+            raise ValueError(
+                "y0 must not be differentiated where the solver pushes tangents from x alone, such as "
+                "inner.forward_gradient; got a derivative with respect to y0. Pass initial=lambda x: ... to the "
+                "solver, or wrap y0 in jax.lax.stop_gradient."
+            )
         return run(*jax.tree.map(lambda leaf: leaf.value, (x, y0, batch, key), is_leaf=_is_primal))
 
     def backward(residual: tuple, y_bar: chex.ArrayTree) -> tuple:

@@ -269,7 +269,8 @@ class SolverInfo(NamedTuple):
       breakdown: True where the derivative cannot be trusted: the inverse-Hessian-vector product broke down, or a loss
         or a gradient is not finite.
       calls: `Calls` of the forward and the backward pass together.
-      detail: `IHVPInfo` for `inner.implicit`, the two infos for `inner.chain`, () otherwise.
+      detail: `IHVPInfo` for `inner.implicit`, `DirectionalInfo` for `inner.forward_gradient` and `inner.zeroth_order`,
+        the two infos for `inner.chain`, () otherwise.
 
     Example:
         >>> import bilevax as bx
@@ -294,6 +295,8 @@ class InnerSolver(NamedTuple):
       forward: `forward(key, state, x, z, batch) -> (z_T, residual, state)`.
       backward: `backward(residual, state, z_bar) -> ((x_bar, z0_bar), state, SolverInfo)`, the pull-back of
         (x, z_0) ↦ z_T.
+      first_only: True where it pushes tangents from x through `start` itself and has no derivative with respect to
+        z_0 to send back: it cannot be the last link of a chain.
 
     Example:
         >>> import bilevax as bx, optax
@@ -308,6 +311,7 @@ class InnerSolver(NamedTuple):
     start: Callable
     forward: Callable
     backward: Callable
+    first_only: bool = False
 
 
 class Hypergradient(NamedTuple):

@@ -124,6 +124,56 @@ def chain(first, last):
     return lambda *parts: bx.inner.chain(first(*parts), last(*parts))
 
 
+def _all_coordinates(key, like, number):
+    """√b times the unit vectors, and zero beyond them: exact for every x of at most b entries."""
+    flat, unravel = ravel_pytree(like)
+    rows = jnp.sqrt(jnp.asarray(number, flat.dtype)) * jnp.eye(number, flat.size, dtype=flat.dtype)
+    return lambda i: unravel(rows[i])
+
+
+EXACT = bx.random_directions.Sampler(_all_coordinates, lambda size, number: 0.0)
+MOST = 10  # entries of the x below
+
+
+def forward_gradient(steps=STEPS, sampler=EXACT, **options):
+    return lambda loss, optimizer, sample: bx.inner.forward_gradient(
+        loss, optimizer, steps, MOST, sampler=sampler, sample=sample, **options
+    )
+
+
+def guided(loss, optimizer, sample):
+    guide = bx.guides.at_solution(implicit("cg", steps=0)(loss, optimizer, sample))
+    return bx.inner.forward_gradient(loss, optimizer, STEPS, MOST + 1, sampler=EXACT, sample=sample, guide=guide)
+
+
+def shifted(loss, optimizer, sample):
+    truncated = chain(no_gradient(STEPS - 1), reverse(1))(loss, optimizer, sample)
+    shift = bx.guides.from_start(truncated)
+    return bx.inner.forward_gradient(loss, optimizer, STEPS, MOST, sampler=EXACT, sample=sample, control_variate=shift)
+
+
+def unrolled(loss, optimizer, sample):
+    """The steps as a black box: differences of any length are exact where it is linear in x."""
+    steps = bx.inner.no_gradient(loss, optimizer, STEPS, sample=sample)
+    return lambda x, y, batch: steps.forward(KEY, (), x, steps.start(x, y), batch)[0].y
+
+
+def zeroth_order(difference):
+    return lambda loss, optimizer, sample: bx.inner.zeroth_order(
+        unrolled(loss, optimizer, sample),
+        MOST,
+        1.0,
+        difference=difference,
+        sampler=EXACT,
+        inner_loss=last(loss, sample),
+    )
+
+
+def last(loss, sample):
+    """The loss on the batch of the last step, for a report."""
+    return lambda x, y, batch: loss(x, y, sample(KEY, STEPS - 1, batch))
+
+
 SOLVERS = {
     **{f"implicit_{ihvp}": implicit(ihvp) for ihvp in IHVPS},
     "implicit_no_steps": implicit("exact", steps=0),
@@ -137,6 +187,14 @@ SOLVERS = {
     "chain_reverse_reverse": chain(reverse(2), reverse(2)),
     "chain_implicit_reverse": chain(implicit("cg", 2), reverse(2)),
     "chain_reverse_implicit": chain(reverse(2), implicit("cg", 2)),
+    "forward_gradient": forward_gradient(),
+    "forward_gradient_chunk": forward_gradient(chunk=4),
+    "forward_gradient_rademacher": forward_gradient(sampler=bx.random_directions.rademacher),
+    "forward_gradient_guide": guided,
+    "forward_gradient_control_variate": shifted,
+    "chain_forward_gradient_reverse": chain(forward_gradient(2), reverse(2)),
+    "zeroth_order": zeroth_order(bx.inner.one_sided),
+    "zeroth_order_central": zeroth_order(bx.inner.central),
 }
 OWN_SOLUTION = ("implicit_no_steps", "implicit_solve")
 
@@ -156,11 +214,16 @@ def penalty(outer, inner, optimizer, sample):
     return bx.penalty(outer, inner, optimizer, STEPS, 10.0, sample=sample, cross_sample=sample)
 
 
+def full_zeroth_order(outer, inner, optimizer, sample):
+    return bx.full_zeroth_order(outer, unrolled(inner, optimizer, sample), MOST, 1.0, sampler=EXACT)
+
+
 ESTIMATORS = {
     **{name: of_solver(name) for name in SOLVERS},
     "two_phase_second": two_phase(0),
     "two_phase": two_phase(3),
     "penalty": penalty,
+    "full_zeroth_order": full_zeroth_order,
 }
 
 

@@ -34,6 +34,7 @@ def chain(first: InnerSolver, last: InnerSolver) -> InnerSolver:
 
         truncated unroll         chain(no_gradient(T − K), reverse(K))
         unroll + implicit tail   chain(implicit(T − K, ihvp), reverse(K))
+        forward, then reverse    chain(forward_gradient(T − K), reverse(K))
 
     The tail needs a damping of about 1 / (step size · K), and an optimizer without momentum.
 
@@ -46,7 +47,8 @@ def chain(first: InnerSolver, last: InnerSolver) -> InnerSolver:
       links added up and the breakdowns joined; `info.detail` holds both infos.
 
     Raises:
-      ValueError: if the optimizer state of one link does not fit the other.
+      ValueError: if `last` pushes tangents from x alone (forward gradients), or the optimizer state of one link does
+        not fit the other.
 
     Cost: the sum of both.
 
@@ -61,6 +63,11 @@ def chain(first: InnerSolver, last: InnerSolver) -> InnerSolver:
     """
     for name, link in (("first", first), ("last", last)):
         checks.instance(name, link, InnerSolver, "Pass two inner solvers; nest chains to join more.")
+    if last.first_only:
+        raise ValueError(
+            "last must send a derivative back to the link before it; got a solver that pushes tangents from x alone, "
+            "such as inner.forward_gradient. Make it the first link."
+        )
 
     def init(x: chex.ArrayTree, y: chex.ArrayTree, batch: Any = None) -> ChainState:
         state = ChainState(first.init(x, y, batch), last.init(x, y, batch))
@@ -83,4 +90,4 @@ def chain(first: InnerSolver, last: InnerSolver) -> InnerSolver:
         info = last_info._replace(breakdown=breakdown, calls=calls, detail=(first_info, last_info))
         return (optax.tree.add(first_x_bar, last_x_bar), z_bar), ChainState(first_state, last_state), info
 
-    return InnerSolver(init, first.start, forward, backward)
+    return InnerSolver(init, first.start, forward, backward, first.first_only)

@@ -1,0 +1,350 @@
+"""The estimate that forward gradients and finite differences share: u from its products with random directions."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+from jax.flatten_util import ravel_pytree
+
+from bilevax import checks, random_directions
+from bilevax.inner.descent import check_point
+from bilevax.inner.guides import Guide, Solution
+from bilevax.problem import Calls, InnerSolver, Iterate, SolverInfo, arrays, norm, widen
+from bilevax.random_directions import Row, Sampler
+from bilevax.sampling import check_key, fold
+
+_KEY = 2**31 - 1  # beyond every step that is folded into the same key
+
+
+class DirectionalInfo(NamedTuple):
+    """How far an estimate from random directions can be trusted, measured by these directions themselves; scalars.
+
+    Attributes:
+      variance: the predicted E‖ĝ − g‖², the noise of the sampler times the mean square of the directional derivatives
+        that neither guide nor control variate explains.
+      relative_error: √variance / ‖u‖, with u the indirect gradient; above 1 the noise is longer than the gradient.
+      cosine: that of the angle between u and the span of the guesses; NaN without a guide.
+      step_scale: 1 / (1 + relative_error²): times the step size that suits the exact gradient, it is one that suits
+        this one. (The noise shrinks with the gradient, so that convergence stays linear.)
+      solves: runs of the inner solver.
+      tangents: directions that were pushed through it.
+
+    Example:
+        >>> import bilevax as bx
+        >>> info = bx.inner.DirectionalInfo(4.0, 2.0, cosine=0.9, step_scale=0.2, solves=1, tangents=8)
+        >>> info.step_scale
+        0.2
+    """
+
+    variance: chex.Numeric
+    relative_error: chex.Numeric
+    cosine: chex.Numeric
+    step_scale: chex.Numeric
+    solves: chex.Numeric
+    tangents: chex.Numeric
+
+
+class DirectionalState(NamedTuple):
+    """What an estimate from random directions keeps: the states of its guides, () without one.
+
+    Example:
+        >>> import bilevax as bx
+        >>> bx.inner.DirectionalState(guide=(), control_variate=()).guide
+        ()
+    """
+
+    guide: Any
+    control_variate: Any
+
+
+class Push(NamedTuple):
+    """A solve of the inner problem, and its derivatives along directions of x.
+
+    Attributes:
+      solve: `solve() -> z_T`.
+      along: `along(v) -> (z_T, ż_T)`, the tangents of the floating-point parts of z_T.
+    """
+
+    solve: Callable
+    along: Callable
+
+
+class Plan(NamedTuple):
+    """Which directions are pushed, and how.
+
+    Attributes:
+      directions: b, guesses included.
+      sampler: draws the others.
+      guide: proposes k of the b directions, or None.
+      control_variate: proposes what is taken away, or None.
+      chunk: how many are pushed at once; None for all.
+      axis: name of the device axis that shares the random ones, or None.
+    """
+
+    directions: int
+    sampler: Sampler
+    guide: Guide | None
+    control_variate: Guide | None
+    chunk: int | None
+    axis: str | None
+
+    @property
+    def guesses(self) -> int:
+        """Those that the guide proposes."""
+        return self.guide.number if self.guide else 0
+
+    @property
+    def random(self) -> int:
+        """Those that are drawn."""
+        return self.directions - self.guesses
+
+    @property
+    def devices(self) -> int:
+        """Those that share the random ones."""
+        return jax.lax.axis_size(self.axis) if self.axis else 1
+
+
+def plan(
+    directions: int,
+    sampler: Sampler,
+    guide: Guide | None,
+    control_variate: Guide | None,
+    chunk: int | None,
+    axis: str | None,
+) -> Plan:
+    """Checks what a user asks for."""
+    directions = checks.count("directions", directions, minimum=1)
+    for name, given in (("guide", guide), ("control_variate", control_variate)):
+        if given is not None:
+            checks.instance(name, given, Guide, "Pass, say, bx.guides.blocks(4).")
+    if guide is not None and guide.number >= directions:
+        raise ValueError(
+            f"directions must be more than the {guide.number} guesses of the guide, or the estimate is biased; got "
+            f"{directions}. Pass directions={guide.number + 1} or more."
+        )
+    if control_variate is not None and control_variate.number != 1:
+        raise ValueError(
+            f"control_variate must propose one guess; got one with {control_variate.number}. Pass it as guide."
+        )
+    if chunk is not None:
+        chunk = checks.count("chunk", chunk, minimum=1)
+    return Plan(directions, sampler, guide, control_variate, chunk, axis)
+
+
+def no_loss(x: chex.ArrayTree, y: chex.ArrayTree, batch: Any) -> chex.Array:
+    """Stands for an inner loss that is not known: NaN in every report."""
+    return jnp.full((), jnp.nan)
+
+
+def floating(z: Iterate) -> Iterate:
+    """The floating-point leaves of each part, those that have a tangent, as lists."""
+    parts = ([leaf for leaf in jax.tree.leaves(part) if jnp.issubdtype(leaf.dtype, jnp.inexact)] for part in z)
+    return Iterate(*parts)
+
+
+def directional(
+    start: Callable, prepare: Callable, report: Callable, plan: Plan, solves: Callable[[Plan], int], calls: Callable
+) -> InnerSolver:
+    """An inner solver that estimates x_bar from directional derivatives.
+
+    Args:
+      start: `start(x, y) -> z`.
+      prepare: `prepare(key, x, z, batch, z_T=None) -> Push`; z_T where the solve is already known.
+      report: `report(key, batch, x, z_T) -> (g, ‖∇_y g‖)`.
+      plan: of the directions.
+      solves: `solves(plan)`, runs of the inner solver.
+      calls: `calls(solves, tangents) -> Calls` of these.
+
+    Returns:
+      An `InnerSolver`.
+    """
+
+    def init(x: chex.ArrayTree, y: chex.ArrayTree, batch: Any = None) -> DirectionalState:
+        check_point(x, y)
+        random_directions.check(plan.sampler, x, plan.random)
+        guides = (plan.guide, plan.control_variate)
+        return DirectionalState(*(guide.init(x, y, batch) if guide else () for guide in guides))
+
+    def forward(key: chex.PRNGKey, state: DirectionalState, x: chex.ArrayTree, z: Iterate, batch: Any) -> tuple:
+        check_key(key)
+        if key is None:
+            raise ValueError("key must be a jax.random.key for random directions; got None. Pass jax.random.key(0).")
+        x = arrays(x)
+        row, indices = _rows(key, x, plan)
+        z_T, tangents = _push(prepare(key, x, z, batch), row, indices, plan.chunk)
+        return z_T, (key, x, z, z_T, tangents, batch), state
+
+    def backward(residual: tuple, state: DirectionalState, z_bar: Iterate) -> tuple:
+        key, x, z, z_T, tangents, batch = residual
+        solution, (row, indices) = Solution(z, z_T, z_bar, batch), _rows(key, x, plan)
+        known, guide_state, shift_state = optax.tree.zeros_like(widen(x)), (), ()
+        explained, asked, basis = jnp.asarray(jnp.nan), Calls(), None
+        if plan.control_variate:
+            shift, shift_state, asked = _ask(plan.control_variate, key, state.control_variate, x, solution)
+            known = _entry(shift, 0)
+        if plan.guide:
+            guesses, guide_state, more = _ask(plan.guide, key, state.guide, x, solution)
+            basis = _orthonormal(guesses)
+            push, columns = prepare(key, x, z, batch, z_T), optax.tree.cast_like(basis, x)
+            _, pushed = _push(push, lambda j: _entry(columns, j), jnp.arange(plan.guesses), plan.chunk)
+            exact = _products(z_bar, pushed)
+            known, asked = optax.tree.add(_outside(basis, known), _combine(exact, basis)), _add(asked, more)
+            explained = jnp.sum(exact**2)
+        derivatives = _products(z_bar, tangents)
+        unknown = derivatives - _over(lambda i: optax.tree.vdot(widen(row(i)), known), indices, plan.chunk)
+        rest, unexplained, squares = _mean(
+            (_sum(unknown, row, indices, plan.chunk), jnp.sum(unknown**2), jnp.sum(derivatives**2)), plan
+        )
+        x_bar = optax.tree.cast_like(optax.tree.add(known, _outside(basis, rest)), x)
+
+        variance = plan.sampler.noise(optax.tree.size(x), plan.random) * unexplained
+        if plan.guide:
+            variance *= _share_outside(basis, unknown, row, indices, plan)
+            squares = squares if plan.control_variate else explained + unexplained
+        relative = jnp.where(variance > 0, variance / squares, variance)
+        runs = solves(plan)
+        cosine = jnp.sqrt(explained / squares)
+        detail = DirectionalInfo(
+            variance, jnp.sqrt(relative), cosine, 1 / (1 + relative), solves=runs, tangents=plan.directions
+        )
+        value, gradient_norm = report(key, batch, x, z_T)
+        breakdown = ~jnp.isfinite(norm(floating(z_T)) + norm(x_bar))
+        info = SolverInfo(value, gradient_norm, breakdown, _add(calls(runs, plan.directions), asked), detail)
+        states = (
+            guide.update(part, x_bar) if guide else ()
+            for guide, part in ((plan.guide, guide_state), (plan.control_variate, shift_state))
+        )
+        return (x_bar, Iterate(optax.tree.zeros_like(z.y))), DirectionalState(*states), info
+
+    return InnerSolver(init, start, forward, backward, first_only=True)
+
+
+def _rows(key: chex.PRNGKey, x: chex.ArrayTree, plan: Plan) -> tuple[Row, chex.Array]:
+    """Draws the random directions, and counts those of this device."""
+    if plan.random % plan.devices:
+        raise ValueError(
+            f"directions must be a multiple of the {plan.devices} devices that share them, besides the guesses of the "
+            f"guide; got {plan.random} random ones. Pass directions={plan.guesses + plan.devices}, say."
+        )
+    local = plan.random // plan.devices
+    indices = jnp.arange(local)
+    if plan.axis:
+        device = jax.lax.axis_index(plan.axis)
+        if jax.typeof(device) != jax.typeof(jnp.zeros((), device.dtype)):
+            raise ValueError(
+                f"axis={plan.axis!r} must be one of jax.shard_map(..., check_vma=False): with its checks, derivatives "
+                f"at values that all devices share would be summed over them. Use bx.parallel.shard_directions."
+            )
+        indices += device * local
+    return plan.sampler.draw(fold(key, _KEY), x, plan.random), indices
+
+
+def _push(push: Push, row: Row, indices: chex.Array, chunk: int | None) -> tuple[Iterate, Iterate]:
+    """Solves, and pushes the tangents of some rows: leaves [rows, *z]."""
+    if chunk is None:
+        return jax.vmap(lambda i: push.along(row(i)), out_axes=(None, 0))(indices)
+    return push.solve(), _over(lambda i: push.along(row(i))[1], indices, chunk)
+
+
+def _over(function: Callable, indices: chex.Array, chunk: int | None) -> Any:
+    """The function of each index, in chunks; one after the other (no vmap) where a chunk is one."""
+    if chunk is None:
+        return jax.vmap(function)(indices)
+    return jax.lax.map(function, indices, batch_size=None if chunk == 1 else chunk)
+
+
+def _products(z_bar: Iterate, tangents: Iterate) -> chex.Array:
+    """⟨z_bar, ż_i⟩ for tangents of leading axis i; a part of z_bar that is None is zero."""
+    pairs = [
+        (bar, dot)
+        for bars, dots in zip(z_bar, tangents, strict=True)
+        if bars is not None
+        for bar, dot in zip(floating(Iterate(bars)).y, dots, strict=True)
+    ]
+    return sum(
+        jnp.dot(widen(dot).reshape(len(dot), -1), widen(bar).ravel(), precision=jax.lax.Precision.HIGHEST)
+        for bar, dot in pairs
+    )
+
+
+def _combine(weights: chex.Array, vectors: chex.ArrayTree) -> chex.ArrayTree:
+    """Σ weights_i vectors_i for leaves [i, ...]."""
+    highest = jax.lax.Precision.HIGHEST
+    return jax.tree.map(
+        lambda leaf: jnp.tensordot(weights.astype(leaf.dtype), leaf, 1, precision=highest), widen(vectors)
+    )
+
+
+def _sum(weights: chex.Array, row: Row, indices: chex.Array, chunk: int | None) -> chex.ArrayTree:
+    """Σ weights_i row(i), drawn once more; with chunks one at a time."""
+    if chunk is None:
+        return _combine(weights, jax.vmap(row)(indices))
+
+    def add(total: chex.ArrayTree, entry: tuple) -> tuple:
+        weight, i = entry
+        return jax.tree.map(lambda sum, leaf: sum + weight.astype(leaf.dtype) * leaf, total, widen(row(i))), None
+
+    zeros = optax.tree.zeros_like(jax.eval_shape(lambda: widen(row(0))))
+    return jax.lax.scan(add, zeros, (weights, indices))[0]
+
+
+def _entry(stacked: chex.ArrayTree, i: chex.Numeric) -> chex.ArrayTree:
+    return jax.tree.map(lambda leaf: leaf[i], stacked)
+
+
+def _add(one: Calls, other: Calls) -> Calls:
+    return jax.tree.map(lambda a, b: a + b, one, other)
+
+
+def _ask(guide: Guide, key: chex.PRNGKey, state: Any, x: chex.ArrayTree, solution: Solution) -> tuple:
+    """The guesses of a guide, [k, *x] in at least float32; those that are not finite are zero."""
+    guesses, state, calls = guide.propose(key, state, x, solution)
+    expected = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((guide.number, *leaf.shape), leaf.dtype), x)
+    fix = "Return from propose(key, state, x, solution) leaves [number, *x], the state, and bx.Calls()."
+    checks.same_shapes("guesses of a guide", guesses, expected, fix)
+    finite = jnp.isfinite(jax.vmap(norm)(guesses))
+
+    def clean(leaf: chex.Array) -> chex.Array:
+        return jnp.where(finite.reshape(-1, *[1] * (leaf.ndim - 1)), leaf, 0)
+
+    return jax.tree.map(clean, widen(guesses)), state, calls
+
+
+def _orthonormal(guesses: chex.ArrayTree) -> chex.ArrayTree:
+    """An orthonormal basis [k, ...] that spans the guesses [k, ...].
+
+    Guesses that are zero or depend on others are made up for by further vectors, which do no harm.
+    """
+    lengths = jax.vmap(norm)(guesses)
+    unit = jax.vmap(optax.tree.scale)(1 / jnp.where(lengths > 0, lengths, 1), guesses)
+    unravel = ravel_pytree(_entry(unit, 0))[1]
+    return jax.vmap(unravel)(jnp.linalg.qr(jax.vmap(lambda one: ravel_pytree(one)[0])(unit).T)[0].T)
+
+
+def _inside(basis: chex.ArrayTree, tree: chex.ArrayTree) -> chex.Array:
+    return jax.vmap(lambda one: optax.tree.vdot(one, tree))(basis)
+
+
+def _outside(basis: chex.ArrayTree | None, tree: chex.ArrayTree) -> chex.ArrayTree:
+    """The projection of a tree to the orthogonal complement of the basis."""
+    return tree if basis is None else optax.tree.sub(tree, _combine(_inside(basis, tree), basis))
+
+
+def _share_outside(basis: chex.ArrayTree, unknown: chex.Array, row: Row, indices: chex.Array, plan: Plan) -> chex.Array:
+    """The part of the noise that the projection leaves, 1 − k/N on average over the guesses."""
+
+    def squares(i: chex.Numeric) -> tuple[chex.Array, chex.Array]:
+        v = widen(row(i))
+        return jnp.sum(_inside(basis, v) ** 2), optax.tree.norm(v, squared=True) - 1
+
+    inside, all_but_one = (unknown**2 @ part for part in _over(squares, indices, plan.chunk))
+    inside, all_but_one = _mean((inside, all_but_one), plan)
+    return 1 - jnp.where(all_but_one > 0, inside / all_but_one, 0)
+
+
+def _mean(sums: Any, plan: Plan) -> Any:
+    """Sums over the rows of this device, made means over all."""
+    return optax.tree.scale(1 / plan.random, jax.lax.psum(sums, plan.axis) if plan.axis else sums)

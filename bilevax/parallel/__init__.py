@@ -1,0 +1,14 @@
+"""The same methods on many devices and many hosts."""
+
+from bilevax.parallel.agents import join, place, pmap_agents, shard_agents, split
+from bilevax.parallel.directions import pmap_directions, shard_directions
+
+__all__ = [
+    "join",
+    "place",
+    "pmap_agents",
+    "pmap_directions",
+    "shard_agents",
+    "shard_directions",
+    "split",
+]

@@ -1,0 +1,112 @@
+"""The same hypergradient on many devices: each pushes its share of the random directions.
+
+    make = lambda axis: bx.hypergradient(f, bx.inner.forward_gradient(g, optimizer, T, directions=256, axis=axis))
+    hypergrad = bx.parallel.shard_directions(make, mesh)
+
+Each device solves the inner problem, pushes b / devices tangents of it and adds up their part of the estimate; one sum
+over the devices, of a vector like x, is all that travels. No device needs the tangents of another. For one key the
+estimate is that of one device, up to the order of the sum.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, PartitionSpec
+
+from bilevax import checks
+from bilevax.problem import Hypergradient
+
+
+def shard_directions(make_hypergradient: Callable[[str], Hypergradient], mesh: Mesh) -> Hypergradient:
+    """A hypergradient whose random directions are spread over the devices of a mesh, by `jax.shard_map`.
+
+    It reads and returns the same pytrees as on one device, each of them whole on every device. On several hosts call
+    `jax.distributed.initialize()` first and run the same text on every one.
+
+    Args:
+      make_hypergradient: `make_hypergradient(axis) -> Hypergradient`, whose solver gets `axis=axis`:
+        `inner.forward_gradient` or `inner.zeroth_order`.
+      mesh: a mesh with one axis, of a number of devices that divides the random directions.
+
+    Returns:
+      A `Hypergradient`, to jit.
+
+    Raises:
+      ValueError: if the mesh has several axes, or `make_hypergradient` returns no `Hypergradient`; from `estimate`, if
+        the devices do not divide the random directions.
+
+    Cost: on each device that of its share of the directions, and one run of the primal; one sum of a vector like x over
+    the devices. Guides run on each of them.
+
+    Reference: Shen et al., arXiv 2406.14095, section 3.3, on directions in parallel.
+
+    Example:
+        >>> import bilevax as bx, jax, jax.numpy as jnp, optax
+        >>> loss, f = lambda x, y, batch: 0.5 * jnp.sum((y - x) ** 2), lambda x, y, batch: jnp.sum(y)
+        >>> make = lambda axis: bx.hypergradient(f, bx.inner.forward_gradient(loss, optax.sgd(1.0), 1, 4, axis=axis))
+        >>> hypergrad = bx.parallel.shard_directions(make, jax.sharding.Mesh(jax.devices()[:1], ("directions",)))
+        >>> x, batch = jnp.zeros(1), bx.Batch(None, None)
+        >>> jax.jit(hypergrad.estimate)(jax.random.key(0), hypergrad.init(x, x), x, batch)[0].tolist()
+        [1.0]
+    """
+    checks.instance("mesh", mesh, Mesh, 'Pass jax.sharding.Mesh(jax.devices(), ("directions",)).')
+    if len(mesh.axis_names) != 1 or mesh.axis_types[0] != AxisType.Auto:
+        raise ValueError(
+            f"mesh must have one axis, of type Auto; got {mesh.axis_names} of {mesh.axis_types}. "
+            f'Pass jax.sharding.Mesh(jax.devices(), ("directions",)).'
+        )
+    hypergrad = _made(make_hypergradient, mesh.axis_names[0])
+    everywhere = PartitionSpec()
+    # With check_vma=True a derivative at values that all devices share would be summed over them
+    shard = partial(jax.shard_map, mesh=mesh, in_specs=everywhere, out_specs=everywhere, check_vma=False)
+    return Hypergradient(hypergrad.init, shard(hypergrad.estimate))
+
+
+def pmap_directions(make_hypergradient: Callable[[str], Hypergradient], devices: Sequence[Any]) -> Hypergradient:
+    """A hypergradient whose random directions are spread over the devices of one host, by `jax.pmap`.
+
+    It reads and returns the same pytrees as on one device; `estimate` is compiled, and is not to be jitted again.
+
+    Args:
+      make_hypergradient: `make_hypergradient(axis) -> Hypergradient`; as in `shard_directions`.
+      devices: devices of this host, such as `jax.local_devices()`, of a number that divides the random directions.
+
+    Returns:
+      A `Hypergradient`.
+
+    Raises:
+      ValueError: if `make_hypergradient` returns no `Hypergradient`; from `estimate`, if the devices do not divide the
+        random directions.
+
+    Cost: as in `shard_directions`; arguments are copied to the devices at each call.
+
+    Example:
+        >>> import bilevax as bx, jax, jax.numpy as jnp, optax
+        >>> loss, f = lambda x, y, batch: 0.5 * jnp.sum((y - x) ** 2), lambda x, y, batch: jnp.sum(y)
+        >>> make = lambda axis: bx.hypergradient(f, bx.inner.forward_gradient(loss, optax.sgd(1.0), 1, 4, axis=axis))
+        >>> hypergrad = bx.parallel.pmap_directions(make, jax.devices()[:1])
+        >>> x, batch = jnp.zeros(1), bx.Batch(None, None)
+        >>> hypergrad.estimate(jax.random.key(0), hypergrad.init(x, x), x, batch)[0].tolist()
+        [1.0]
+    """
+    hypergrad = _made(make_hypergradient, "directions")
+    here = np.arange(len(devices))  # pmap asks for an argument that is mapped
+    run = jax.pmap(
+        lambda _, *arguments: hypergrad.estimate(*arguments),
+        "directions",
+        in_axes=(0, None, None, None, None),
+        out_axes=None,
+        devices=devices,
+    )
+    return Hypergradient(hypergrad.init, partial(run, here))
+
+
+def _made(make_hypergradient: Callable[[str], Hypergradient], axis: str) -> Hypergradient:
+    checks.function("make_hypergradient", make_hypergradient, "axis")
+    hypergrad = make_hypergradient(axis)
+    fix = "Return, say, bx.hypergradient(outer_loss, bx.inner.forward_gradient(..., axis=axis))."
+    checks.instance("make_hypergradient(axis)", hypergrad, Hypergradient, fix)
+    return hypergrad
