@@ -89,6 +89,7 @@ def full_zeroth_order(
     def estimate(key: chex.PRNGKey | None, state: HypergradientState, x: chex.ArrayTree, batch: Batch) -> tuple:
         check_call(HypergradientState, state, x, batch)
         grad, state, info = pair.estimate(key, state._replace(y=(state.y, value)), x, Batch(None, batch))
-        return grad, state._replace(y=state.y[0]), info
+        inner = info.inner._replace(calls=info.inner.calls._replace(outer_gradients=0))
+        return grad, state._replace(y=state.y[0]), info._replace(inner=inner)
 
     return Hypergradient(init, estimate)

@@ -9,10 +9,10 @@ import bilevax as bx
 
 NAMESPACES = (
     *(bx, bx.algorithms, bx.curvature, bx.decentralized, bx.estimator),
-    *(bx.ihvp, bx.inner, bx.partition, bx.topology),
+    *(bx.ihvp, bx.inner, bx.parallel, bx.partition, bx.topology),
 )
 MODULES = (
-    *(bx.coins, bx.compression, bx.correction, bx.parallel),
+    *(bx.coins, bx.compression, bx.correction, bx.guides, bx.random_directions),
     *(bx.curvature.capture, bx.curvature.fisher, bx.curvature.kronecker),
 )
 PUBLIC = {

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -12,7 +13,7 @@ import bilevax as bx
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-SETUP, LOOP, DOCTOR, MEMORY, TASKS, PURE, AGENTS, GRAPH, CURVATURE, DEVICES = re.findall(
+SETUP, LOOP, DOCTOR, MEMORY, TASKS, PURE, AGENTS, GRAPH, CURVATURE, FORWARD, DEVICES = re.findall(
     r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL
 )
 INITIALIZE, PLACE = re.search(r"^```python \{.hosts\}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)[1].splitlines()
@@ -32,6 +33,10 @@ before = x, y
 AFTER_CURVATURE = """
 assert not info.inner.breakdown and int(info.inner.detail.setup_gradients) == 1
 norms.append(float(jnp.linalg.norm(grad)))
+"""
+AFTER_FORWARD = """
+assert not info.inner.breakdown and int(detail.tangents) == 8 and 0 < detail.cosine < 1
+norms.append(float(jnp.linalg.norm(grad)))
 x, y = before
 """
 AT_THE_END = """
@@ -50,7 +55,7 @@ def test_the_code_runs_in_its_order_and_cleans_the_data():
     program = "\n".join(
         [
             *(SETUP, LOOP, AFTER_LOOP, DOCTOR, MEMORY, TASKS, PURE),
-            *(AGENTS, GRAPH, AFTER_GRAPH, BEFORE_CURVATURE, CURVATURE, AFTER_CURVATURE),
+            *(AGENTS, GRAPH, AFTER_GRAPH, BEFORE_CURVATURE, CURVATURE, AFTER_CURVATURE, FORWARD, AFTER_FORWARD),
             *(DEVICES, PLACE, AT_THE_END),
         ]
     )
@@ -81,3 +86,14 @@ def test_the_three_lines_of_the_curvature_page():
     batch = (jnp.ones((4, 3)), jnp.zeros(4, int))
     report = bx.curvature.describe(found["inner_loss"], 0.0, {"w": jnp.zeros((3, 2))}, batch)
     assert [row.rule for row in report.rows] == ["dense"]
+
+
+def test_the_lines_of_the_page_on_forward_gradients():
+    (code,) = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / "forward_gradients.md").read_text(), re.M | re.S)
+    found = {}
+    exec(compile(code, "docs/forward_gradients.md", "exec"), found)
+    hypergrad, x, y = found["hypergrad"], jnp.zeros(32), jnp.zeros(3)
+    rows = jax.random.normal(jax.random.key(0), (32, 3))
+    grad, _, info = jax.jit(hypergrad.estimate)(jax.random.key(1), hypergrad.init(x, y), x, bx.Batch(None, rows))
+    assert grad.shape == (32,)
+    assert 0.5 < info.inner.detail.cosine < 1

@@ -136,7 +136,7 @@ def plan(
 
 def no_loss(x: chex.ArrayTree, y: chex.ArrayTree, batch: Any) -> chex.Array:
     """Stands for an inner loss that is not known: NaN in every report."""
-    return jnp.full((), jnp.nan)
+    return jnp.nan * optax.tree.sum(y)
 
 
 def floating(z: Iterate) -> Iterate:

@@ -296,7 +296,7 @@ def several(*guides: Guide) -> Guide:
     """The guesses of several guides together; the estimate is exact along each of them.
 
     Args:
-      *guides: one or more.
+      guides: one or more.
 
     Returns:
       A `Guide` with the sum of their numbers.
