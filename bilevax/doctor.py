@@ -77,7 +77,7 @@ class HypergradientReport(NamedTuple):
             f"{'ok' if self.ok else 'WRONG'}: {self.verdict}\n"
             f"  relative error      {self.relative_error:.2g}   cosine {self.cosine:.6f}\n"
             f"    because of y      {self.inner_error:.2g}   of the derivative at that y {self.solver_error:.2g}"
-            f"{'' if math.isnan(self.noise) else f'   of random batches {self.noise:.2g}'}\n"
+            f"{'' if math.isnan(self.noise) else f'   of random draws {self.noise:.2g}'}\n"
             f"  ‖∇_y g‖             {self.gradient_norm:.2g}   at y* {self.reference_gradient_norm:.2g}\n"
             f"  curvature at y*     {self.smallest_curvature:.3g} to {self.largest_curvature:.3g}   "
             f"condition {self.condition:.3g}\n"
@@ -117,7 +117,7 @@ def check_hypergradient(
     estimator, solves the linear system directly (above 1,000 inner unknowns by conjugate gradients), confirms the
     result by a central difference of F(x) = f(x, y*(x)), and then looks for the cause: an inner problem that is not
     solved, an indefinite or flat curvature, too few iterations, a damping or another curvature, an unroll that is too
-    short, a penalty that is too weak, noise of random batches. It is meant for a small instance of your problem: no jit
+    short, a penalty that is too weak, noise of random draws. It is meant for a small instance of your problem: no jit
     around it. The measure is y*(x): an unroll that is meant to stop early (MAML) is right in its own way, and wrong
     here. A loss must be the same function in float64: one that draws random numbers without a dtype, or computes in
     bfloat16, is not.
@@ -331,9 +331,10 @@ def _cause(r: HypergradientReport, info: Any, stuck: list[str], tol: float) -> t
         )
     if r.noise > 0.5 * r.relative_error:
         return (
-            "the noise of random batches is most of the error",
+            "the noise of random draws is most of the error",
             "Draw larger batches (sample= of the inner steps and of the IHVP, cross_sample=), take smaller inner "
-            "steps, or average: a small outer step size does that too.",
+            "steps, more directions of a forward gradient or a guide for them, or average: a small outer step size "
+            "does that too.",
         )
     if stuck:
         return (

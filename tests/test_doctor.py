@@ -226,7 +226,7 @@ def test_noise_of_random_batches():
     )
     batch = bx.Batch(B, rows)
     report = check(solver, inner_loss=loss, batch=batch, key=jax.random.key(0))
-    assert report.verdict == "the noise of random batches is most of the error", str(report)
+    assert report.verdict == "the noise of random draws is most of the error", str(report)
     assert report.noise > 0.05
 
 

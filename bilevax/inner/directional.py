@@ -164,6 +164,11 @@ def directional(
 
     def init(x: chex.ArrayTree, y: chex.ArrayTree, batch: Any = None) -> DirectionalState:
         check_point(x, y)
+        if plan.guesses > (size := optax.tree.size(x)):
+            raise ValueError(
+                f"guide must propose at most as many guesses as x has entries, {size}; got {plan.guesses}. Without it, "
+                f"directions={size} with sampler=random_directions.coordinate is exact."
+            )
         random_directions.check(plan.sampler, x, plan.random)
         guides = (plan.guide, plan.control_variate)
         return DirectionalState(*(guide.init(x, y, batch) if guide else () for guide in guides))
@@ -200,16 +205,13 @@ def directional(
         )
         x_bar = optax.tree.cast_like(optax.tree.add(known, _outside(basis, rest)), x)
 
-        variance = plan.sampler.noise(optax.tree.size(x), plan.random) * unexplained
-        if plan.guide:
-            variance *= _share_outside(basis, unknown, row, indices, plan)
-            squares = squares if plan.control_variate else explained + unexplained
-        relative = jnp.where(variance > 0, variance / squares, variance)
+        share = jnp.ones(()) if basis is None else _share_outside(basis, unknown, row, indices, plan)
+        variance = plan.sampler.noise(optax.tree.size(x), plan.random) * share * unexplained
+        squared_norm = squares if plan.control_variate or basis is None else explained + unexplained
+        relative = jnp.where(variance > 0, variance / squared_norm, variance)
+        measured = variance, jnp.sqrt(relative), jnp.sqrt(explained / squared_norm), 1 / (1 + relative)
         runs = solves(plan)
-        cosine = jnp.sqrt(explained / squares)
-        detail = DirectionalInfo(
-            variance, jnp.sqrt(relative), cosine, 1 / (1 + relative), solves=runs, tangents=plan.directions
-        )
+        detail = DirectionalInfo(*measured, solves=runs, tangents=plan.directions)
         value, gradient_norm = report(key, batch, x, z_T)
         breakdown = ~jnp.isfinite(norm(floating(z_T)) + norm(x_bar))
         info = SolverInfo(value, gradient_norm, breakdown, _add(calls(runs, plan.directions), asked), detail)
