@@ -60,6 +60,14 @@ class Outcome(NamedTuple):
     curve: dict[str, list[Any]]
 
 
+def active(info: Any) -> Any:
+    """The info of the estimator that ran: of two phases its losses, norms and counts, without the details."""
+    if not isinstance(info, bx.TwoPhaseInfo):
+        return info
+    first, second = (part._replace(inner=part.inner._replace(detail=())) for part in map(active, info[1:]))
+    return jax.tree.map(lambda *parts: jnp.where(info.phase == 0, *parts), first, second)
+
+
 def compiled(
     hypergrad: bx.Hypergradient,
     optimizer: optax.GradientTransformation,
@@ -78,7 +86,7 @@ def compiled(
         def step(carry: Carry, key: chex.PRNGKey) -> tuple[Carry, bx.HypergradientInfo]:
             grad, estimator, info = hypergrad.estimate(key, carry.estimator, carry.x, batch)
             updates, state = optimizer.update(grad, carry.optimizer, carry.x)
-            return Carry(optax.apply_updates(carry.x, updates), state, estimator), info
+            return Carry(optax.apply_updates(carry.x, updates), state, estimator), active(info)
 
         carry, info = jax.lax.scan(step, carry, keys)
         counts = {name: jnp.sum(calls) for name, calls in info.inner.calls._asdict().items()}

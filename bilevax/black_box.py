@@ -20,7 +20,8 @@ def black_box(function: Callable, returns: Callable = _like_y) -> Callable:
 
     It runs on the host, on NumPy arrays, whenever the compiled program reaches it (`jax.pure_callback`): it must give
     the same result for the same arguments, so let it take seeds from the batch. Under `jax.vmap` and `chunk=None` it is
-    called once for each row, one row after the other.
+    called once for each row, one row after the other. JAX calls it from a thread of its own, which does not see
+    `with jax.enable_x64(True)`: for float64 set it once for the whole program.
 
     Args:
       function: `function(x, y, batch)` on NumPy arrays, such as an ODE solver; it may return Python numbers as well.
@@ -53,11 +54,21 @@ def black_box(function: Callable, returns: Callable = _like_y) -> Callable:
             result = function(*jax.tree.map(np.asarray, (x, y, batch)))
             fix = "Return what `returns` returns: by default a pytree like y."
             checks.same_shapes("result of the black box", result, expected, fix)
-            return jax.tree.map(lambda leaf, like: np.asarray(leaf, like.dtype), result, expected)
+            return jax.tree.map(_cast, result, expected)
 
         return jax.pure_callback(on_host, expected, *arguments, vmap_method="sequential")
 
     return call
+
+
+def _cast(leaf: Any, like: jax.ShapeDtypeStruct) -> np.ndarray:
+    array = np.asarray(leaf)
+    if not jnp.can_cast(array.dtype, like.dtype, "same_kind"):
+        raise ValueError(
+            f"result of the black box must hold {like.dtype}; got {array.dtype}. Return real numbers, or let `returns` "
+            f"say what comes."
+        )
+    return array.astype(like.dtype)
 
 
 def _raw(leaf: Any) -> Any:

@@ -77,7 +77,7 @@ def _gaussian(key: chex.PRNGKey, like: chex.ArrayTree, number: int) -> Row:
 
 
 def _sphere(key: chex.PRNGKey, like: chex.ArrayTree, number: int) -> Row:
-    gaussian_row, radius = _gaussian(key, like, number), np.sqrt(optax.tree.size(like))
+    gaussian_row, radius = _gaussian(key, like, number), optax.tree.size(like) ** 0.5
 
     def row(i: chex.Numeric) -> chex.ArrayTree:
         v = gaussian_row(i)
@@ -90,7 +90,7 @@ def _orthogonal(key: chex.PRNGKey, like: chex.ArrayTree, number: int) -> Row:
     size = _at_most("orthogonal", number, optax.tree.size(like))
     flat, unravel = ravel_pytree(like)
     q, r = jnp.linalg.qr(jax.random.normal(key, (size, number), jnp.promote_types(flat.dtype, jnp.float32)))
-    columns = np.sqrt(size) * q * jnp.sign(jnp.diagonal(r))[None, :]  # without the signs, q is not uniform
+    columns = size**0.5 * q * jnp.sign(jnp.diagonal(r))[None, :]  # without the signs, q is not uniform
     return lambda i: unravel(columns[:, i].astype(flat.dtype))
 
 
@@ -113,7 +113,7 @@ def _coordinate(key: chex.PRNGKey, like: chex.ArrayTree, number: int) -> Row:
     size = _at_most("coordinate", number, optax.tree.size(like))
     flat, unravel = ravel_pytree(like)
     entries = jax.random.permutation(key, size)[:number]
-    return lambda i: unravel(jnp.zeros_like(flat).at[entries[i]].set(np.sqrt(size)))
+    return lambda i: unravel(jnp.zeros_like(flat).at[entries[i]].set(size**0.5))
 
 
 def _power(size: int) -> int:

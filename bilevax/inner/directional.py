@@ -25,16 +25,19 @@ class DirectionalInfo(NamedTuple):
     Attributes:
       variance: the predicted E‖ĝ − g‖², the noise of the sampler times the mean square of the directional derivatives
         that neither guide nor control variate explains.
-      relative_error: √variance / ‖u‖, with u the indirect gradient; above 1 the noise is longer than the gradient.
+      relative_error: √variance / ‖u‖, with u the indirect gradient (in a chain the part that comes through this link);
+        above 1 the noise is longer than the gradient. Without guide and control variate it is √noise, known beforehand.
       cosine: that of the angle between u and the span of the guesses; NaN without a guide.
       step_scale: 1 / (1 + relative_error²): times the step size that suits the exact gradient, it is one that suits
         this one. (The noise shrinks with the gradient, so that convergence stays linear.)
       solves: runs of the inner solver.
       tangents: directions that were pushed through it.
+      refused: guesses that were zero or not finite, in whose place an arbitrary direction was pushed, or nothing taken
+        away. The estimate is unbiased all the same.
 
     Example:
         >>> import bilevax as bx
-        >>> info = bx.inner.DirectionalInfo(4.0, 2.0, cosine=0.9, step_scale=0.2, solves=1, tangents=8)
+        >>> info = bx.inner.DirectionalInfo(4.0, 2.0, cosine=0.9, step_scale=0.2, solves=1, tangents=8, refused=0)
         >>> info.step_scale
         0.2
     """
@@ -45,6 +48,7 @@ class DirectionalInfo(NamedTuple):
     step_scale: chex.Numeric
     solves: chex.Numeric
     tangents: chex.Numeric
+    refused: chex.Numeric
 
 
 class DirectionalState(NamedTuple):
@@ -70,6 +74,15 @@ class Push(NamedTuple):
 
     solve: Callable
     along: Callable
+
+
+class Guesses(NamedTuple):
+    """What a guide answered: vectors [k, *x] in at least float32, its state, its cost, and how many are of no use."""
+
+    vectors: chex.ArrayTree | None
+    state: Any
+    calls: Calls
+    refused: chex.Array
 
 
 class Plan(NamedTuple):
@@ -104,7 +117,13 @@ class Plan(NamedTuple):
     @property
     def devices(self) -> int:
         """Those that share the random ones."""
-        return jax.lax.axis_size(self.axis) if self.axis else 1
+        try:
+            return jax.lax.axis_size(self.axis) if self.axis else 1
+        except NameError as error:
+            raise ValueError(
+                f"axis must be the name of a device axis around the estimate; got {self.axis!r}, which is unbound. Use "
+                f"bx.parallel.shard_directions, or drop axis= on one device."
+            ) from error
 
 
 def plan(
@@ -178,47 +197,56 @@ def directional(
         if key is None:
             raise ValueError("key must be a jax.random.key for random directions; got None. Pass jax.random.key(0).")
         x = arrays(x)
-        row, indices = _rows(key, x, plan)
-        z_T, tangents = _push(prepare(key, x, z, batch), row, indices, plan.chunk)
+        push, (row, indices) = prepare(key, x, z, batch), _rows(key, x, plan)
+        if plan.chunk is None:
+            z_T, tangents = jax.vmap(lambda i: push.along(row(i)), out_axes=(None, 0))(indices)
+        else:  # pushed in the backward pass, where they shrink to numbers
+            z_T, tangents = push.solve(), None
         return z_T, (key, x, z, z_T, tangents, batch), state
 
     def backward(residual: tuple, state: DirectionalState, z_bar: Iterate) -> tuple:
         key, x, z, z_T, tangents, batch = residual
         solution, (row, indices) = Solution(z, z_T, z_bar, batch), _rows(key, x, plan)
-        known, guide_state, shift_state = optax.tree.zeros_like(widen(x)), (), ()
-        explained, asked, basis = jnp.asarray(jnp.nan), Calls(), None
-        if plan.control_variate:
-            shift, shift_state, asked = _ask(plan.control_variate, key, state.control_variate, x, solution)
-            known = _entry(shift, 0)
-        if plan.guide:
-            guesses, guide_state, more = _ask(plan.guide, key, state.guide, x, solution)
-            basis = _orthonormal(guesses)
-            push, columns = prepare(key, x, z, batch, z_T), optax.tree.cast_like(basis, x)
-            _, pushed = _push(push, lambda j: _entry(columns, j), jnp.arange(plan.guesses), plan.chunk)
-            exact = _products(z_bar, pushed)
-            known, asked = optax.tree.add(_outside(basis, known), _combine(exact, basis)), _add(asked, more)
-            explained = jnp.sum(exact**2)
-        derivatives = _products(z_bar, tangents)
-        unknown = derivatives - _over(lambda i: optax.tree.vdot(widen(row(i)), known), indices, plan.chunk)
-        rest, unexplained, squares = _mean(
-            (_sum(unknown, row, indices, plan.chunk), jnp.sum(unknown**2), jnp.sum(derivatives**2)), plan
+        push, zeros = prepare(key, x, z, batch, z_T), optax.tree.zeros_like(widen(x))
+
+        def derivatives(row: Row, indices: chex.Array) -> chex.Array:
+            return _over(lambda i: _product(z_bar, push.along(row(i))[1]), indices, plan.chunk)
+
+        shift, guesses = (
+            _ask(guide, key, kept, x, solution) if guide else Guesses(None, (), Calls(), jnp.zeros((), int))
+            for guide, kept in ((plan.control_variate, state.control_variate), (plan.guide, state.guide))
         )
-        x_bar = optax.tree.cast_like(optax.tree.add(known, _outside(basis, rest)), x)
+        basis = None if guesses.vectors is None else _orthonormal(guesses.vectors)
+        known = zeros if shift.vectors is None else _outside(basis, _entry(shift.vectors, 0))
+        explained = jnp.asarray(jnp.nan)
+        if basis is not None:
+            columns = optax.tree.cast_like(basis, x)
+            exact = derivatives(lambda j: _entry(columns, j), jnp.arange(plan.guesses))
+            known, explained = optax.tree.add(known, _combine(exact, basis)), jnp.sum(exact**2)
+
+        along = derivatives(row, indices) if tangents is None else jax.vmap(lambda one: _product(z_bar, one))(tangents)
+        unknown = along - _over(lambda i: optax.tree.vdot(widen(row(i)), known), indices, plan.chunk)
+        rest, unexplained = _mean((_sum(unknown, row, indices, plan.chunk), jnp.sum(unknown**2)), plan)
+        rest = _outside(basis, rest)
+        x_bar = optax.tree.cast_like(optax.tree.add(known, rest), x)
 
         share = jnp.ones(()) if basis is None else _share_outside(basis, unknown, row, indices, plan)
         variance = plan.sampler.noise(optax.tree.size(x), plan.random) * share * unexplained
-        squared_norm = squares if plan.control_variate or basis is None else explained + unexplained
-        relative = jnp.where(variance > 0, variance / squared_norm, variance)
-        measured = variance, jnp.sqrt(relative), jnp.sqrt(explained / squared_norm), 1 / (1 + relative)
-        runs = solves(plan)
-        detail = DirectionalInfo(*measured, solves=runs, tangents=plan.directions)
+        # of known + (u - known), whose second part has the mean square `unexplained`
+        square = optax.tree.norm(known, squared=True) + 2 * optax.tree.vdot(known, rest) + unexplained
+        square = jnp.maximum(square, jnp.nan_to_num(explained))
+        relative = jnp.where(variance > 0, variance / square, variance)
+        measured = variance, jnp.sqrt(relative), jnp.sqrt(explained / square), 1 / (1 + relative)
+        runs, refused = solves(plan), guesses.refused + shift.refused
+        detail = DirectionalInfo(*measured, solves=runs, tangents=plan.directions, refused=refused)
         value, gradient_norm = report(key, batch, x, z_T)
         breakdown = ~jnp.isfinite(norm(floating(z_T)) + norm(x_bar))
-        info = SolverInfo(value, gradient_norm, breakdown, _add(calls(runs, plan.directions), asked), detail)
+        total = _add(calls(runs, plan.directions), _add(shift.calls, guesses.calls))
         states = (
-            guide.update(part, x_bar) if guide else ()
-            for guide, part in ((plan.guide, guide_state), (plan.control_variate, shift_state))
+            guide.update(asked.state, x_bar) if guide else ()
+            for guide, asked in ((plan.guide, guesses), (plan.control_variate, shift))
         )
+        info = SolverInfo(value, gradient_norm, breakdown, total, detail)
         return (x_bar, Iterate(optax.tree.zeros_like(z.y))), DirectionalState(*states), info
 
     return InnerSolver(init, start, forward, backward, first_only=True)
@@ -244,13 +272,6 @@ def _rows(key: chex.PRNGKey, x: chex.ArrayTree, plan: Plan) -> tuple[Row, chex.A
     return plan.sampler.draw(fold(key, _KEY), x, plan.random), indices
 
 
-def _push(push: Push, row: Row, indices: chex.Array, chunk: int | None) -> tuple[Iterate, Iterate]:
-    """Solves, and pushes the tangents of some rows: leaves [rows, *z]."""
-    if chunk is None:
-        return jax.vmap(lambda i: push.along(row(i)), out_axes=(None, 0))(indices)
-    return push.solve(), _over(lambda i: push.along(row(i))[1], indices, chunk)
-
-
 def _over(function: Callable, indices: chex.Array, chunk: int | None) -> Any:
     """The function of each index, in chunks; one after the other (no vmap) where a chunk is one."""
     if chunk is None:
@@ -258,18 +279,15 @@ def _over(function: Callable, indices: chex.Array, chunk: int | None) -> Any:
     return jax.lax.map(function, indices, batch_size=None if chunk == 1 else chunk)
 
 
-def _products(z_bar: Iterate, tangents: Iterate) -> chex.Array:
-    """⟨z_bar, ż_i⟩ for tangents of leading axis i; a part of z_bar that is None is zero."""
-    pairs = [
-        (bar, dot)
-        for bars, dots in zip(z_bar, tangents, strict=True)
-        if bars is not None
-        for bar, dot in zip(floating(Iterate(bars)).y, dots, strict=True)
-    ]
-    return sum(
-        jnp.dot(widen(dot).reshape(len(dot), -1), widen(bar).ravel(), precision=jax.lax.Precision.HIGHEST)
-        for bar, dot in pairs
+def _product(z_bar: Iterate, z_dot: Iterate) -> chex.Array:
+    """⟨z_bar, ż⟩; a part of z_bar that is None is zero."""
+    pairs = (
+        pair
+        for bar, dots in zip(z_bar, z_dot, strict=True)
+        if bar is not None
+        for pair in zip(floating(Iterate(bar)).y, dots, strict=True)
     )
+    return sum(jnp.vdot(widen(bar), widen(dot), precision=jax.lax.Precision.HIGHEST) for bar, dot in pairs)
 
 
 def _combine(weights: chex.Array, vectors: chex.ArrayTree) -> chex.ArrayTree:
@@ -301,18 +319,19 @@ def _add(one: Calls, other: Calls) -> Calls:
     return jax.tree.map(lambda a, b: a + b, one, other)
 
 
-def _ask(guide: Guide, key: chex.PRNGKey, state: Any, x: chex.ArrayTree, solution: Solution) -> tuple:
-    """The guesses of a guide, [k, *x] in at least float32; those that are not finite are zero."""
-    guesses, state, calls = guide.propose(key, state, x, solution)
+def _ask(guide: Guide, key: chex.PRNGKey, state: Any, x: chex.ArrayTree, solution: Solution) -> Guesses:
+    """What a guide proposes; guesses that are not finite become zero."""
+    vectors, state, calls = guide.propose(key, state, x, solution)
     expected = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((guide.number, *leaf.shape), leaf.dtype), x)
     fix = "Return from propose(key, state, x, solution) leaves [number, *x], the state, and bx.Calls()."
-    checks.same_shapes("guesses of a guide", guesses, expected, fix)
-    finite = jnp.isfinite(jax.vmap(norm)(guesses))
+    checks.same_shapes("guesses of a guide", vectors, expected, fix)
+    lengths = jax.vmap(norm)(vectors)
 
     def clean(leaf: chex.Array) -> chex.Array:
-        return jnp.where(finite.reshape(-1, *[1] * (leaf.ndim - 1)), leaf, 0)
+        return jnp.where(jnp.isfinite(lengths).reshape(-1, *[1] * (leaf.ndim - 1)), leaf, 0)
 
-    return jax.tree.map(clean, widen(guesses)), state, calls
+    refused = jnp.sum(~(jnp.isfinite(lengths) & (lengths > 0)))
+    return Guesses(jax.tree.map(clean, widen(vectors)), state, calls, refused)
 
 
 def _orthonormal(guesses: chex.ArrayTree) -> chex.ArrayTree:

@@ -61,7 +61,8 @@ def forward_gradient(
         derivatives. Randomness comes from keys in the batch.
       initial: y_0 as a function of x; by default y_0 is the warm y, and has no tangent.
       sample: how inner step t draws its batch from the data.
-      chunk: how many tangents are pushed at once; by default all.
+      chunk: how many tangents are pushed at once; by default all. With chunks they are pushed in the backward pass, and
+        none is kept.
       axis: name of the device axis whose devices share the random directions; see `parallel.shard_directions`.
 
     Returns:
@@ -73,7 +74,8 @@ def forward_gradient(
         from `init`, if the sampler cannot draw so many, or draws something else; from `forward`, without a key.
 
     Cost: T gradients and b T products with the Hessian and the cross derivative at once, in one run of the primal, or
-    in one for each chunk and one more; each guide another run. Memory of 1 + b copies of z and of one step.
+    in one for each chunk and one more; a guide another run. Memory of 1 + b copies of z and of one step, of 1 + chunk
+    with chunks.
 
     Reference: Shen et al., "Memory-efficient gradient unrolling for large-scale bi-level optimization", arXiv
     2406.14095, section 3; Baydin et al., arXiv 2202.08587, for forward gradients.

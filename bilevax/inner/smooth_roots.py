@@ -34,7 +34,14 @@ def smooth_roots(optimizer: Optimizer) -> Optimizer:
     a NaN, while the update m / (√s + ε) has the derivative dm / ε whatever d√s is, since m = 0. Values do not change.
     """
     if not isinstance(optimizer, optax.GradientTransformation):
-        return (lambda x: smooth_roots(optimizer(x))) if callable(optimizer) else optimizer
+        if not callable(optimizer):
+            return optimizer
+
+        @functools.wraps(optimizer)  # so that `descent` still sees an optimizer that was not called
+        def made(x: chex.ArrayTree) -> optax.GradientTransformation:
+            return smooth_roots(optimizer(x))
+
+        return made
     update = optax.with_extra_args_support(optimizer).update
 
     def smooth_update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple:

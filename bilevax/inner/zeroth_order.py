@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
+import jax.numpy as jnp
 import optax
 
 from bilevax import checks
@@ -68,7 +69,8 @@ def zeroth_order(
     The outer loss is differentiated exactly: only the solver is a black box. (`full_zeroth_order` differences both.)
     The error is O(μ) one-sided and O(μ²) central, besides rounding and the solver's own tolerance divided by μ, and
     the noise of the sampler as in `forward_gradient`. For x of order 1 a μ about 1e-4 suits float64, and 1e-3
-    (one-sided) or 1e-2 (central) float32; let `solve` take logarithms or multiples of what has another scale.
+    (one-sided) or 1e-2 (central) float32; let `solve` take logarithms or multiples of what has another scale. Where
+    x + μ v is rounded to x, the estimate is NaN.
 
     All evaluations of one estimate see the same y0 and the same batch. Where the solver is random, let it take its key
     from the batch: with fresh randomness in each evaluation the difference would be noise divided by μ.
@@ -77,7 +79,8 @@ def zeroth_order(
     `forward_gradient(solve=...)` costs about as much for one direction and is exact along it.
 
     Args:
-      solve: S, a function (x, y0, batch) -> y_T: a JAX function, or a Python function in `bx.black_box`.
+      solve: S, a function (x, y0, batch) -> y_T: a JAX function, or a Python function in `bx.black_box`. (A
+        `jax.pure_callback` of your own needs its vmap_method, or chunk=1.)
       directions: b >= 1, guesses of the guide included.
       mu: μ > 0, the length of the difference.
       difference: `one_sided` or `central`.
@@ -127,7 +130,13 @@ def zeroth_order(
 
         def along(v: chex.ArrayTree) -> tuple[Iterate, Iterate]:
             step = optax.tree.cast_like(optax.tree.scale(mu, v), x)
-            return base, floating(Iterate(optax.tree.scale(1 / mu, difference.change(at, x, base.y, step))))
+            change = floating(Iterate(optax.tree.scale(1 / mu, difference.change(at, x, base.y, step))))
+            moved = optax.tree.norm(
+                optax.tree.sub(optax.tree.add(x, step), x)
+            )  # less than the step where it is rounded off
+            return base, optax.tree.where(
+                moved > 0.5 * optax.tree.norm(step), change, optax.tree.full_like(change, jnp.nan)
+            )
 
         return Push(lambda: base, along)
 
