@@ -1,7 +1,7 @@
 """The problem of online adaptation: a language model takes a weighted step on each document, and is then judged.
 
 y_t = y_{t−1} − rate · ∇ mean over bytes of w(x) · NLL(y_{t−1}),  document t = 1..T,  from the base model y_0
-f(y_T) = NLL of the salient bytes of the T documents + ½ KL(base model ‖ y_T) on unrelated ones
+f(y_T) = NLL of the salient bytes of the T documents + ½ KL(base model ‖ y_T) on others
 """
 
 import math
@@ -30,7 +30,7 @@ class Setting(NamedTuple):
       first_steps: of training the base model.
       first_rate: step size of it.
       inner_steps: T, and the documents of an outer step.
-      unrelated: documents of the divergence.
+      others: documents of the divergence.
       outer_steps: of each run.
       streams: draws of documents to validate on, and as many to test on.
     """
@@ -39,7 +39,7 @@ class Setting(NamedTuple):
     first_steps: int
     first_rate: float
     inner_steps: int
-    unrelated: int
+    others: int
     outer_steps: int
     streams: int
 
@@ -75,12 +75,12 @@ class Aim(NamedTuple):
 
     Attributes:
       chunks: the documents that it read, with their marks.
-      unrelated: other documents, int32 [number, length].
+      others: other documents, int32 [number, length].
       base: the base model's log-probabilities there, [number, length − 1, BYTES].
     """
 
     chunks: Chunks
-    unrelated: chex.Array
+    others: chex.Array
     base: chex.Array
 
 
@@ -113,7 +113,7 @@ class Problem(NamedTuple):
 
     def parts(self, y: chex.ArrayTree, aim: Aim) -> tuple[chex.Array, chex.Array]:
         """The negative log-likelihood of salient bytes, and the divergence."""
-        found = logits(self.model, y, jnp.concatenate([aim.chunks.words, aim.unrelated]))
+        found = logits(self.model, y, jnp.concatenate([aim.chunks.words, aim.others]))
         there, elsewhere = jnp.split(found, [self.steps])
         marks = aim.chunks.salient[:, 1:]
         value = jnp.sum(marks * likelihoods(there, aim.chunks.words)) / jnp.sum(marks)
@@ -127,7 +127,7 @@ class Problem(NamedTuple):
 
     def draw(self, key: chex.PRNGKey, base: chex.ArrayTree, pool: Pool) -> bx.Batch:
         """Draws documents, all of them distinct."""
-        number = self.steps + self.setting.unrelated
+        number = self.steps + self.setting.others
         rows = jax.random.choice(key, len(pool.chunks.words), (number,), replace=False)
         words, salient = (leaf[rows] for leaf in pool.chunks)
         found, hidden = read(self.model, base, words)

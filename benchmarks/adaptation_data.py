@@ -19,6 +19,7 @@ import optax
 import bilevax as bx
 from benchmarks.data import SOURCES, DataError, Source, fetch
 from benchmarks.decoder import Decoder
+from benchmarks.text import wrench
 
 AGNEWS = "agnews-weak/dev_data.json"
 SOURCES[AGNEWS] = Source(
@@ -47,11 +48,15 @@ class Corpus(NamedTuple):
     test: list[str]
 
 
+def joined(texts: list[str], size: int) -> list[str]:
+    """Makes one text of so many short ones."""
+    return ["\n".join(texts[k : k + size]) for k in range(0, len(texts), size)]
+
+
 def news(content: bytes, size: int) -> list[str]:
     """Reads a JSON list of objects with `text`, and joins so many of these, which are short, to one text."""
     try:
-        texts = [example["text"] for example in json.loads(content)]
-        return ["\n".join(texts[k : k + size]) for k in range(0, len(texts), size)]
+        return joined([example["text"] for example in json.loads(content)], size)
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"an AG News file must be a JSON list of objects with text: {error!r}") from error
 
@@ -72,10 +77,11 @@ class Collection(NamedTuple):
     chunks: int
 
 
-# The help topics of Python itself, and short news.
+# The help topics of Python itself, short news, and short questions.
 COLLECTIONS = {
     "topics": Collection(lambda: [*topics.values()], 50, 12, 1200),
     "agnews": Collection(lambda: news(fetch(AGNEWS), 20), 300, 100, 2400),
+    "trec": Collection(lambda: joined(wrench("trec", "train").texts, 40), 80, 20, 1200),
 }
 
 

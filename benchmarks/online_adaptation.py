@@ -1,6 +1,6 @@
 """Online adaptation: which bytes of the documents it reads should a language model learn from, and how much?
 
-    min_x  f(y_T(x)) = NLL of the salient bytes of T documents + ½ KL(base model ‖ y_T) on unrelated ones
+    min_x  f(y_T(x)) = NLL of the salient bytes of T documents + ½ KL(base model ‖ y_T) on others
     y_t = y_{t−1} − rate · ∇ mean over bytes of w(x) · NLL(y_{t−1}),  document t = 1..T,  from the base model y_0
 
 The weight of a byte is softplus(hᵀ x_slope / √width + x_bias), h what the base model computes before it reads the byte.
@@ -208,8 +208,8 @@ class Config:
     three seeds.
     """
 
-    data: Literal["topics", "agnews"] = "topics"
-    """Texts: the help topics of Python itself, or short news."""
+    data: Literal["topics", "agnews", "trec"] = "topics"
+    """Texts: the help topics of Python itself, short news, or short questions."""
     model: Literal["small", "large"] = "small"
     """A transformer decoder of bytes: two blocks of width 48 and documents of 64 bytes, or six of width 384 and 256
     bytes (for a GPU, with --budget 3600). A quick run has a smaller one."""

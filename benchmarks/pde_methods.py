@@ -11,7 +11,6 @@ import numpy as np
 
 import bilevax as bx
 from benchmarks.pde_solvers import Equation, advance, solve, solve_by_scipy
-from bilevax import checks
 
 FEW = 4  # directions, where not all N are taken
 MU = {"jax": 1e-4, "scipy": 1e-3}  # of the differences
@@ -71,20 +70,26 @@ class Passes(NamedTuple):
     tangents: int
 
 
+class Solved(NamedTuple):
+    """The state of a hypergradient that keeps the solution alone."""
+
+    y: chex.ArrayTree
+
+
 def reverse(outer_loss: Callable, solve: Callable) -> bx.Hypergradient:
     """The derivative of x ↦ f(x, solve(x)) by reverse mode."""
 
-    def init(x: chex.ArrayTree, y: chex.ArrayTree, batch: Any = None) -> bx.HypergradientState:
-        return bx.HypergradientState(y, (), checks.Shapes.of(x))
+    def init(x: chex.ArrayTree, y: chex.ArrayTree, batch: Any = None) -> Solved:
+        return Solved(y)
 
-    def estimate(key: chex.PRNGKey, state: bx.HypergradientState, x: chex.ArrayTree, batch: bx.Batch) -> tuple:
+    def estimate(key: chex.PRNGKey, state: Solved, x: chex.ArrayTree, batch: bx.Batch) -> tuple:
         def loss(x: chex.ArrayTree) -> tuple[chex.Array, chex.ArrayTree]:
             y = solve(x, state.y, batch.inner)
             return outer_loss(x, y, batch.outer), y
 
         (value, y), grad = jax.value_and_grad(loss, has_aux=True)(x)
         inner = bx.SolverInfo(jnp.nan, jnp.nan, ~jnp.isfinite(value), bx.Calls(1), Passes(1, 1))
-        return grad, state._replace(y=y), bx.HypergradientInfo(value, inner)
+        return grad, Solved(y), bx.HypergradientInfo(value, inner)
 
     return bx.Hypergradient(init, estimate)
 

@@ -112,6 +112,8 @@ def perform(task: Task, options: Options) -> int:
         title = f"{task.title}, {task.outer_steps} outer steps, {which}"
         console.print(table(title, finished, task.columns, task.anchors))
         console.print(task.caption, style="dim")
+        if options.quick:
+            console.print("A quick run shows that everything runs, and claims nothing.", style="dim")
         for note in (note for run in finished for note in run.notes):
             console.print(note, style="yellow", soft_wrap=True)
         console.print(f"One JSON file for each run: {folder}", markup=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""The hypergradient of T inner steps, as T grows: its error, its memory and its time, for every inner solver.
+"""The hypergradient of T inner steps, as T grows: its error, its memory and its time, for every kind of inner solver.
 
 Hyper-cleaning of digits by a network with one hidden layer, T steps of SGD with momentum from its first weights:
 F(x) = f(x, y_T(x)). Exact is the derivative of these very steps, in float64. Each estimate is made with other random

@@ -607,7 +607,7 @@ def test_fixed_point(name):
     indirect = 0 if name == "no_gradient" else M.T @ (M @ x - b)
     assert_close(grad, indirect + x)
     assert_close(state.y, M @ x)
-    assert active(info).inner.gradient_norm < 1e-12
+    assert name == "full_zeroth_order" or active(info).inner.gradient_norm < 1e-12  # which knows no g
 
 
 @over([name for name, method in IHVPS.items() if method.make(method.exact_number, FULL).linear])

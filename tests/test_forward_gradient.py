@@ -392,6 +392,14 @@ def test_memory_is_constant_in_the_number_of_steps(optimizer, options):
     assert temporary_bytes(gradient, 64) == temporary_bytes(gradient, 1024)
 
 
+def test_memory_of_chunks_is_constant_in_the_number_of_directions():
+    few, many = (
+        temporary_bytes(gradient_of(forward_gradient, optax.sgd(0.1), directions=number, chunk=2), 64)
+        for number in (4, 64)
+    )
+    assert many - few < 60 * 16 * 8 / 2, "no copy of y for each direction"
+
+
 def linearized(steps):
     """What must not be done: all of the loop linearized at once, its tangents vectorized afterwards."""
 
@@ -442,6 +450,8 @@ LINK = reverse(QUADRATIC.inner_loss, QUADRATIC_SGD, 2)
         (lambda: chain(LINK, quadratic()), ["last must send a derivative back", "Make it the first link"]),
         (lambda: chain(LINK, chain(quadratic(), LINK)), ["last must send a derivative back"]),
         (lambda: forward_gradient(None, solve=lambda x: x), ["solve must be a function (x, y0, batch)"]),
+        (lambda: forward_gradient(QUADRATIC.inner_loss, optax.sgd, 3), ["optimizer must be an optax", "sgd"]),
+        (lambda: forward_gradient(QUADRATIC.inner_loss, 0.1, 3), ["optimizer must be an optax", "0.1"]),
     ],
 )
 def test_mistakes_of_construction(make, says):
@@ -471,6 +481,7 @@ def sampler_of(draw):
             {},
             ["sampler"],
         ),
+        (quadratic(2, axis="devices"), {}, ["axis must be the name of a device axis", "got 'devices'"]),
         (
             forward_gradient(None, solve=lambda x, y0, batch: jnp.zeros(3)),
             {},
@@ -488,6 +499,7 @@ def sampler_of(draw):
         "shape",
         "tree",
         "variance",
+        "axis",
         "solve",
     ],
 )

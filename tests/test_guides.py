@@ -183,12 +183,14 @@ def test_a_useless_guess_does_no_harm(column, others):
     guesses = np.concatenate([useless[None], GUESSES[:others]])
     grads, info = enumerate_signs(2 + others, guided, guesses)
     assert not info.breakdown.any()
+    assert (info.detail.refused == 1).all()
     np.testing.assert_allclose(grads.mean(axis=0), U, atol=1e-12)
     rest = outside(GUESSES[:1]) @ U if others else U
     assert np.sum((grads - U) ** 2, axis=1).mean() <= 5 * (rest @ rest)
     grads, info = enumerate_signs(1, shifted, useless[None])
     np.testing.assert_allclose(grads, enumerate_signs(1, plain, useless[None])[0], atol=1e-12)
     assert not info.breakdown.any()
+    assert (info.detail.refused == 1).all()
 
 
 def test_guesses_that_repeat_themselves():
@@ -398,7 +400,10 @@ def test_more_guesses_than_numbers():
         (lambda: several(), ["guides must be one Guide or more"]),
         (lambda: several(blocks(2), 0.1), ["guides must be a Guide", "got 0.1"]),
         (lambda: probe(2, U, guide=blocks(2)), ["directions must be more than the 2 guesses", "got 2"]),
-        (lambda: probe(9, U, guide=blocks(6)), ["number of blocks must be at most the 5 entries", "got 6"]),
+        (
+            lambda: probe(9, U, guide=blocks(6)),
+            ["guide must propose at most as many guesses as x has entries, 5", "got 6"],
+        ),
         (lambda: probe(2, U, guide=fixed(jnp.ones((1, 4)))), ["directions of guides.fixed", "(4,)", "(5,)"]),
         (lambda: probe(9, U, control_variate=blocks(2)), ["control_variate must propose one guess", "got one with 2"]),
         (

@@ -25,7 +25,7 @@ TINY = Setting(
     first_steps=2,
     first_rate=1e-3,
     inner_steps=3,
-    unrelated=2,
+    others=2,
     outer_steps=4,
     streams=2,
 )
@@ -77,7 +77,7 @@ def test_texts_are_dealt_out_once(seed):
     assert sorted(text for part in parts for text in part) == sorted(collection.texts())
     assert [len(part) for part in parts[:2]] == [50, 12]
     assert parts.test != data.corpus(collection, seed + 1).test
-    needed = task.SMALL.inner_steps + task.SMALL.unrelated
+    needed = task.SMALL.inner_steps + task.SMALL.others
     assert min(len(data.informative(data.cut(part, task.SMALL.length), seed).words) for part in parts) >= needed
 
 
@@ -145,7 +145,7 @@ def test_hypergradients_are_those_of_a_written_out_loop():
         np.testing.assert_array_equal(found[name][1].y["head"]["bias"], y["head"]["bias"])  # the next step starts there
     for name in ("identity", "truncated"):
         assert abs(found[name][0]["bias"] - exact["bias"]) > 1e-3 * abs(exact["bias"]), name
-    rows = np.concatenate([stream.inner.words, stream.outer.unrelated])
+    rows = np.concatenate([stream.inner.words, stream.outer.others])
     assert len(np.unique(rows, axis=0)) == len(rows)
 
 

@@ -314,3 +314,17 @@ def test_mistakes(make, says):
     with pytest.raises(ValueError, match="must") as caught:
         make()
     assert [part for part in says if part not in str(caught.value)] == []
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [(jnp.bfloat16, 1.0), (jnp.float32, 1e5)])
+def test_a_step_that_rounding_swallows_is_reported(dtype, scale):
+    x = jnp.full(3, scale, dtype)
+    grad, _, info = estimated(bx.hypergradient(lambda x, y, batch: jnp.sum(y), zeroth_order(lambda x, y0, _: x)), x, x)
+    assert np.isnan(grad.astype(float)).all()
+    assert info.inner.breakdown
+
+
+def test_a_black_box_returns_real_numbers():
+    solve = bx.black_box(lambda x, y, batch: x + 1j)
+    with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match="black box must hold float64; got complex128"):
+        jax.block_until_ready(solve(jnp.ones(2), jnp.ones(2), None))

@@ -165,7 +165,13 @@ def floating(z: Iterate) -> Iterate:
 
 
 def directional(
-    start: Callable, prepare: Callable, report: Callable, plan: Plan, solves: Callable[[Plan], int], calls: Callable
+    start: Callable,
+    prepare: Callable,
+    report: Callable,
+    plan: Plan,
+    solves: Callable[[Plan], int],
+    calls: Callable,
+    reports: bool,
 ) -> InnerSolver:
     """An inner solver that estimates x_bar from directional derivatives.
 
@@ -176,6 +182,7 @@ def directional(
       plan: of the directions.
       solves: `solves(plan)`, runs of the inner solver.
       calls: `calls(solves, tangents) -> Calls` of these.
+      reports: whether `report` evaluates a gradient.
 
     Returns:
       An `InnerSolver`.
@@ -225,23 +232,19 @@ def directional(
             known, explained = optax.tree.add(known, _combine(exact, basis)), jnp.sum(exact**2)
 
         along = derivatives(row, indices) if tangents is None else jax.vmap(lambda one: _product(z_bar, one))(tangents)
-        unknown = along - _over(lambda i: optax.tree.vdot(widen(row(i)), known), indices, plan.chunk)
-        rest, unexplained = _mean((_sum(unknown, row, indices, plan.chunk), jnp.sum(unknown**2)), plan)
-        rest = _outside(basis, rest)
-        x_bar = optax.tree.cast_like(optax.tree.add(known, rest), x)
-
-        share = jnp.ones(()) if basis is None else _share_outside(basis, unknown, row, indices, plan)
-        variance = plan.sampler.noise(optax.tree.size(x), plan.random) * share * unexplained
-        # of known + (u - known), whose second part has the mean square `unexplained`
-        square = optax.tree.norm(known, squared=True) + 2 * optax.tree.vdot(known, rest) + unexplained
+        estimate, variance, square = _estimate(known, along, basis, row, indices, plan)
+        x_bar = optax.tree.cast_like(estimate, x)
         square = jnp.maximum(square, jnp.nan_to_num(explained))
         relative = jnp.where(variance > 0, variance / square, variance)
-        measured = variance, jnp.sqrt(relative), jnp.sqrt(explained / square), 1 / (1 + relative)
+        cosine = jnp.where(guesses.refused < plan.guesses, jnp.sqrt(explained / square), jnp.nan)
         runs, refused = solves(plan), guesses.refused + shift.refused
-        detail = DirectionalInfo(*measured, solves=runs, tangents=plan.directions, refused=refused)
+        detail = DirectionalInfo(
+            *(variance, jnp.sqrt(relative), cosine, 1 / (1 + relative), runs, plan.directions, refused)
+        )
         value, gradient_norm = report(key, batch, x, z_T)
         breakdown = ~jnp.isfinite(norm(floating(z_T)) + norm(x_bar))
-        total = _add(calls(runs, plan.directions), _add(shift.calls, guesses.calls))
+        each = _add(Calls(inner_gradients=int(reports)), _add(shift.calls, guesses.calls))
+        total = _add(calls(runs, plan.directions), optax.tree.scale(plan.devices, each))
         states = (
             guide.update(asked.state, x_bar) if guide else ()
             for guide, asked in ((plan.guide, guesses), (plan.control_variate, shift))
@@ -352,6 +355,20 @@ def _inside(basis: chex.ArrayTree, tree: chex.ArrayTree) -> chex.Array:
 def _outside(basis: chex.ArrayTree | None, tree: chex.ArrayTree) -> chex.ArrayTree:
     """The projection of a tree to the orthogonal complement of the basis."""
     return tree if basis is None else optax.tree.sub(tree, _combine(_inside(basis, tree), basis))
+
+
+def _estimate(
+    known: chex.ArrayTree, along: chex.Array, basis: chex.ArrayTree | None, row: Row, indices: chex.Array, plan: Plan
+) -> tuple[chex.ArrayTree, chex.Array, chex.Array]:
+    """Estimates of u, of its own variance and of ‖u‖², from what is known and what the rows say beyond it."""
+    unknown = along - _over(lambda i: optax.tree.vdot(widen(row(i)), known), indices, plan.chunk)
+    rest, unexplained = _mean((_sum(unknown, row, indices, plan.chunk), jnp.sum(unknown**2)), plan)
+    rest = _outside(basis, rest)
+    share = jnp.ones(()) if basis is None else _share_outside(basis, unknown, row, indices, plan)
+    variance = plan.sampler.noise(optax.tree.size(known), plan.random) * share * unexplained
+    # u = known + (u − known), of which the second part has the squared norm `unexplained` in the mean
+    square = optax.tree.norm(known, squared=True) + 2 * optax.tree.vdot(known, rest) + unexplained
+    return optax.tree.add(known, rest), variance, square
 
 
 def _share_outside(basis: chex.ArrayTree, unknown: chex.Array, row: Row, indices: chex.Array, plan: Plan) -> chex.Array:

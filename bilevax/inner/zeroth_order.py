@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -131,12 +132,8 @@ def zeroth_order(
         def along(v: chex.ArrayTree) -> tuple[Iterate, Iterate]:
             step = optax.tree.cast_like(optax.tree.scale(mu, v), x)
             change = floating(Iterate(optax.tree.scale(1 / mu, difference.change(at, x, base.y, step))))
-            moved = optax.tree.norm(
-                optax.tree.sub(optax.tree.add(x, step), x)
-            )  # less than the step where it is rounded off
-            return base, optax.tree.where(
-                moved > 0.5 * optax.tree.norm(step), change, optax.tree.full_like(change, jnp.nan)
-            )
+            lost = optax.tree.max(jax.tree.map(_lost, x, step, v))
+            return base, optax.tree.where(lost, optax.tree.full_like(change, jnp.nan), change)
 
         return Push(lambda: base, along)
 
@@ -147,7 +144,12 @@ def zeroth_order(
         return report_on(None, batch, x, z)
 
     def calls(solves: int, tangents: int) -> Calls:
-        return Calls(inner_gradients=int(inner_loss is not None))
+        return Calls()
 
     chosen = plan(directions, sampler, guide, control_variate, chunk, axis)
-    return directional(start, prepare, report, chosen, solves, calls)
+    return directional(start, prepare, report, chosen, solves, calls, reports=inner_loss is not None)
+
+
+def _lost(x: chex.Array, step: chex.Array, v: chex.Array) -> chex.Array:
+    """Whether rounding swallows the step in an entry that should move by about μ."""
+    return jnp.any((jnp.abs(x + step - x) < 0.5 * jnp.abs(step)) & (jnp.abs(v) > 0.5))
