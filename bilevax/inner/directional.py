@@ -227,8 +227,9 @@ def directional(
         known = zeros if shift.vectors is None else _outside(basis, _entry(shift.vectors, 0))
         explained = jnp.asarray(jnp.nan)
         if basis is not None:
-            columns = optax.tree.cast_like(basis, x)
-            exact = derivatives(lambda j: _entry(columns, j), jnp.arange(plan.guesses))
+            length = optax.tree.size(x) ** 0.5  # that of a random direction, for the sake of finite differences
+            columns = optax.tree.cast_like(optax.tree.scale(length, basis), x)
+            exact = derivatives(lambda j: _entry(columns, j), jnp.arange(plan.guesses)) / length
             known, explained = optax.tree.add(known, _combine(exact, basis)), jnp.sum(exact**2)
 
         along = derivatives(row, indices) if tangents is None else jax.vmap(lambda one: _product(z_bar, one))(tangents)
@@ -366,8 +367,10 @@ def _estimate(
     rest = _outside(basis, rest)
     share = jnp.ones(()) if basis is None else _share_outside(basis, unknown, row, indices, plan)
     variance = plan.sampler.noise(optax.tree.size(known), plan.random) * share * unexplained
-    # u = known + (u − known), of which the second part has the squared norm `unexplained` in the mean
-    square = optax.tree.norm(known, squared=True) + 2 * optax.tree.vdot(known, rest) + unexplained
+    # u = known + (u − known), whose second part has the length √unexplained: that bounds their product
+    length = optax.tree.norm(known)
+    most = length * jnp.sqrt(unexplained)
+    square = length**2 + 2 * jnp.clip(optax.tree.vdot(known, rest), -most, most) + unexplained
     return optax.tree.add(known, rest), variance, square
 
 

@@ -28,7 +28,7 @@ def shard_directions(make_hypergradient: Callable[[str], Hypergradient], mesh: M
 
     Args:
       make_hypergradient: `make_hypergradient(axis) -> Hypergradient`, whose solver gets `axis=axis`:
-        `inner.forward_gradient` or `inner.zeroth_order`.
+        `inner.forward_gradient` or `inner.zeroth_order`. (Without it every device does all of the work.)
       mesh: a mesh with one axis, of a number of devices that divides the random directions.
 
     Returns:
