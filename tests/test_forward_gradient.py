@@ -164,9 +164,12 @@ def test_first_link_of_a_chain():
     assert info.inner.detail[0].detail.tangents == N
 
 
-def test_an_unused_parameter_under_adam():
+@pytest.mark.parametrize(
+    "optimizer", [optax.adamw(0.1), optax.apply_if_finite(optax.adam(0.1), 3)], ids=["adamw", "within_a_condition"]
+)
+def test_an_unused_parameter_under_adam(optimizer):
     """Its second moment is exactly zero, where the square root has no derivative."""
-    y, optimizer = Y0 | {"unused": jnp.ones(3)}, optax.adamw(0.1)
+    y = Y0 | {"unused": jnp.ones(3)}
     solvers = [cleaning(optimizer=optimizer, steps=4), reverse(cleaning_loss, optimizer, 4)]
     (grad, state, info), (expected, _, _) = (
         estimate(solver, validation_loss, WEIGHTS, y, CLEANING) for solver in solvers
