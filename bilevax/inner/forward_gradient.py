@@ -44,9 +44,9 @@ def forward_gradient(
 
     Use it where reverse mode is impossible (a `lax.while_loop` with a stopping rule, operations without a transpose),
     where even √T copies of z do not fit, where N is a handful (`random_directions.coordinate`, b = N, is exact and
-    cheap), or where many devices share the directions. Otherwise `inner.reverse` with checkpoints is exact at about
-    the cost of two to four directions. From scratch the noise loses against a good biased estimator: guide it by one, or
-    use it as the second phase after one (`two_phase`).
+    cheap), or where many devices share the directions. Otherwise `inner.reverse` with checkpoints is exact for the cost
+    of two to four directions. From scratch the noise loses against a good biased estimator: guide it by one, or use it
+    as the second phase after one (`two_phase`).
 
     Args:
       inner_loss: g, a function (x, y, batch) -> scalar; None with a `solve` of your own, if no report is wanted.
