@@ -69,7 +69,7 @@ def hadamard(training: Training) -> bx.InnerSolver:
 
 
 class Row(NamedTuple):
-    """A method.
+    """A method, here and in the learning of schedules.
 
     Attributes:
       name: in lower case.
@@ -79,7 +79,7 @@ class Row(NamedTuple):
 
     name: str
     solver: Callable[..., bx.InnerSolver]
-    settings: Mapping[str, float]
+    settings: Mapping[str, Any] = {}
 
 
 # A network fits its ten images: their curvature at y_T is small, and so is the damping that does not drown it, chosen
@@ -94,9 +94,9 @@ ROWS = (
     Row("cg", functools.partial(implicit, ihvp=cg), CG),
     Row("kfac", functools.partial(implicit, ihvp=kfac), KFAC),
     Row("truncated", truncated, {"tail": 10}),
-    Row("forward-gradient", forward, {}),
+    Row("forward-gradient", forward),
     Row("guided-kfac", functools.partial(guided, ihvp=kfac), KFAC),
     Row("guided-cg", functools.partial(guided, ihvp=cg), CG),
-    Row("hadamard", hadamard, {}),
-    Row("reverse", reverse, {}),
+    Row("hadamard", hadamard),
+    Row("reverse", reverse),
 )

@@ -31,6 +31,7 @@ import tyro
 from matplotlib.figure import Figure
 
 import bilevax as bx
+from benchmarks.condensation_methods import Row
 from benchmarks.corrupted import Data, load
 from benchmarks.figure import ANCHOR_COLOURS, STYLE, curves
 from benchmarks.models import MODELS, hits, mean_cross_entropy
@@ -171,20 +172,6 @@ def exact(training: Training) -> bx.InnerSolver:
 def blocks(training: Training, directions: int, blocks: int) -> bx.InnerSolver:
     """Forward gradients that are exact for what is constant on blocks of steps; the blocks count as directions."""
     return forward(training, directions, guide=bx.guides.blocks(blocks))
-
-
-class Row(NamedTuple):
-    """A method.
-
-    Attributes:
-      name: in lower case.
-      solver: `solver(training, **settings)` builds the inner solver.
-      settings: what it is built with.
-    """
-
-    name: str
-    solver: Callable[..., bx.InnerSolver]
-    settings: Mapping[str, Any] = {}
 
 
 ROWS = (
