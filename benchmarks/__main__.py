@@ -45,6 +45,12 @@ The options of a task: `python -m benchmarks hyper-cleaning --help`.
 Public data sets are downloaded once to a cache folder; BILEVAX_DATA=<folder> names another one."""
 
 
+def module_of(task: str) -> str:
+    """Where a task lies: `decentralized-` at the front is a package, other hyphens are underscores."""
+    name = task.removeprefix("decentralized-")
+    return f"benchmarks.{'decentralized.' * (name != task)}{name.replace('-', '_')}"
+
+
 def main(args: Sequence[str]) -> int:
     """Runs the task that the arguments name; returns the exit code."""
     if not args or (args[0].startswith("-") and args[0] not in ("-h", "--help")):
@@ -59,7 +65,7 @@ def main(args: Sequence[str]) -> int:
     parser.add_argument("task", choices=TASKS, help=argparse.SUPPRESS)
     task = parser.parse_args(args[:1]).task
     try:
-        module = importlib.import_module(f"benchmarks.{task.replace('-', '_')}")
+        module = importlib.import_module(module_of(task))
         config = tyro.cli(module.Config, prog=f"python -m benchmarks {task}", args=args[1:], config=FLAGS)
         return config.run()
     except DataError as error:

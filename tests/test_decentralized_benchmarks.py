@@ -13,7 +13,7 @@ import pytest
 import bilevax as bx
 from benchmarks import corrupted, skipping
 from benchmarks.__main__ import main
-from benchmarks.decentralized_data import (
+from benchmarks.decentralized.data import (
     PARTITIONS,
     TOPOLOGIES,
     by_weight,
@@ -23,7 +23,7 @@ from benchmarks.decentralized_data import (
     mean_loss,
     parsed,
 )
-from benchmarks.decentralized_methods import Carry, evaluate, start
+from benchmarks.decentralized.methods import Carry, evaluate, start
 
 COUNTS = {"inner_gradients", "outer_gradients", "hessian_products", "cross_products", "breakdowns", "outer_steps"}
 SPENT = {"derivatives", "megabytes", "rounds"}

@@ -13,8 +13,8 @@ from sklearn.metrics import roc_auc_score
 
 import bilevax as bx
 from benchmarks import timing
-from benchmarks.decentralized_data import Divided, by_weight, mean_loss
-from benchmarks.decentralized_placement import Placed, fetch
+from benchmarks.decentralized.data import Divided, by_weight, mean_loss
+from benchmarks.decentralized.placement import Placed, fetch
 from benchmarks.loop import Program, Trace
 
 REFRESH = (0.5, 0.2, 0.1)

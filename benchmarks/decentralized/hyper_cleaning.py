@@ -21,10 +21,10 @@ import tyro
 import bilevax as bx
 from benchmarks import corrupted
 from benchmarks.data import DataError
-from benchmarks.decentralized_data import PARTITIONS, TOPOLOGIES, Divided, cleaning, divide, parsed
-from benchmarks.decentralized_figure import draw
-from benchmarks.decentralized_methods import Row, compiled, evaluate, rows, start, tuned
-from benchmarks.decentralized_placement import join_hosts, place, start_devices
+from benchmarks.decentralized.data import PARTITIONS, TOPOLOGIES, Divided, cleaning, divide, parsed
+from benchmarks.decentralized.figure import draw
+from benchmarks.decentralized.methods import Row, compiled, evaluate, rows, start, tuned
+from benchmarks.decentralized.placement import join_hosts, place, start_devices
 from benchmarks.loop import drive
 from benchmarks.report import COSTS, Run
 from benchmarks.runner import Advance, Options, Task, perform

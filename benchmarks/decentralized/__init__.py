@@ -1,0 +1,1 @@
+"""Decentralized methods compared: one harness, and a module for each task."""
