@@ -1,13 +1,13 @@
-"""The picture of decentralized hyper-cleaning."""
+"""The picture of a decentralized task."""
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import matplotlib
-import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from benchmarks.figure import STYLE, curves, histogram
+from benchmarks.figure import STYLE, curves
 from benchmarks.report import Run
 
 COSTS = {
@@ -18,33 +18,48 @@ COSTS = {
 }
 
 
-def draw(runs: Sequence[Run], clean: Callable[[int], np.ndarray]) -> Figure:
-    """Validation loss and test accuracy against four costs, and the learnt weights of the run with the lowest loss.
+class Panel(NamedTuple):
+    """What is drawn: a key of the curves, its label, and "linear" or "log"."""
+
+    metric: str
+    label: str
+    scale: str = "linear"
+
+
+GRADIENT = Panel("exact_gradient", "|∇F(x)|²", "log")
+LOSS = Panel("exact_loss", "F(x)", "log")
+
+
+def draw(
+    runs: Sequence[Run], panel: Panel, finish: Callable[[Figure, Sequence[Run]], None] | None, loss: Panel = LOSS
+) -> Figure:
+    """F(x) and a score against four costs.
 
     Args:
       runs: those that finished, one with a finite outer loss among them.
-      clean: seed -> which training labels are true.
+      panel: what the lower row shows.
+      finish: `finish(part of the figure, finite runs)` draws below, if given.
+      loss: what the upper row shows.
 
     Returns:
       A figure, ready for `savefig`.
     """
     finite = [run for run in runs if run.finite]
-    best = min(finite, key=lambda run: (run.seed, run.outcome.metrics["outer_loss"]))
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(13, 8.5), dpi=150, layout="constrained")
-        top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=(5, 2)).flat
-        panels = top.subplots(2, len(COSTS), sharex="col", sharey="row")
-        for (losses, accuracies), (cost, label) in zip(panels.T, COSTS.items(), strict=True):
-            curves(losses, finite, (), "outer_loss", cost)
-            curves(accuracies, finite, (), "test_accuracy", cost)
-            losses.set(xscale="log", yscale="log")
-            accuracies.set(xlabel=label)
-        panels[0, 0].set(ylabel="validation loss")
+        figure = Figure(figsize=(13, 8.5 if finish else 6.5), dpi=150, layout="constrained")
+        parts = figure.subfigures(2 if finish else 1, 1, squeeze=False, height_ratios=(5, 2) if finish else (1,)).flat
+        panels = parts[0].subplots(2, len(COSTS), sharex="col", sharey="row")
+        for column, (cost, label) in zip(panels.T, COSTS.items(), strict=True):
+            for axes, shown in zip(column, (loss, panel), strict=True):
+                curves(axes, finite, (), shown.metric, cost)
+                axes.set(xscale="log", yscale=shown.scale)
+            column[1].set(xlabel=label)
+        for axes, shown in zip(panels[:, 0], (loss, panel), strict=True):
+            axes.set(ylabel=shown.label)
         panels[0, 0].yaxis.set(
             major_locator=LogLocator(subs=(1, 2, 3, 5, 7)), major_formatter="{x:g}", minor_locator=NullLocator()
         )
-        panels[1, 0].set(ylabel="test accuracy")
         figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=7)
-        bottom.suptitle(f"Learnt weights ({best.method}, seed {best.seed})")
-        histogram(bottom.subplots(), np.asarray(best.outcome.x), clean(best.seed))
+        if finish:
+            finish(parts[1], finite)
     return figure

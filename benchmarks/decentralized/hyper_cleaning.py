@@ -10,29 +10,31 @@ With w_ij = n L / N (0 for padding) the means are the losses on the undivided da
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from sklearn.metrics import roc_auc_score
 
 import bilevax as bx
 from benchmarks import corrupted
 from benchmarks.data import DataError
-from benchmarks.decentralized.data import PARTITIONS, TOPOLOGIES, Divided, cleaning, divide, parsed
-from benchmarks.decentralized.figure import draw
-from benchmarks.decentralized.methods import Row, compiled, evaluate, rows, start, tuned
-from benchmarks.decentralized.placement import join_hosts, place, start_devices
-from benchmarks.loop import drive
-from benchmarks.report import COSTS, Run
-from benchmarks.runner import Advance, Options, Task, perform
+from benchmarks.decentralized.choices import PARTITIONS, Agents, changed, parsed
+from benchmarks.decentralized.cleaning import Divided, cleaning, divide
+from benchmarks.decentralized.comparison import Job, Place, compare, defaults
+from benchmarks.decentralized.figure import Panel
+from benchmarks.decentralized.methods import names
+from benchmarks.decentralized.network import Network, by_weight
+from benchmarks.decentralized.placement import join_hosts, start_devices
+from benchmarks.figure import histogram
+from benchmarks.report import Columns, Run
+from benchmarks.runner import Options
 
 TASK = "decentralized_hyper_cleaning"
 L2 = 2e-3
 OUTER_GRID = (0.3, 1.0, 3.0)  # times N, since an entry of the outer gradient is of order 1/N
-LARGEST_CHUNK = 10
 
 
 class Setting(NamedTuple):
@@ -40,7 +42,7 @@ class Setting(NamedTuple):
 
     Attributes:
       train, validation: numbers of images of all agents together.
-      iterations: of each run.
+      iterations: of SLDBO.
       inner_grid: step sizes of y and v.
     """
 
@@ -55,65 +57,74 @@ SETTINGS = {
     "mnist": Setting(2000, 500, 600, (0.05, 0.1, 0.2, 0.4)),
     "fashion-mnist": Setting(2000, 500, 600, (0.05, 0.1, 0.2, 0.4)),
 }
-QUICK_ITERATIONS = 300
-
-COLUMNS = {
+QUICK_ITERATIONS = 200
+COLUMNS: Columns = {
     "test_accuracy": ("test\nacc.", "{:.3f}".format),
     "auc": ("weight\nAUC", "{:.3f}".format),
-    "outer_loss": ("outer\nloss", "{:.3f}".format),
-    "derivatives": ("deriv.\nevals", "{:,.0f}".format),
-    "megabytes": ("sent\n(MB)", "{:,.1f}".format),
-    "rounds": ("comm.\nrounds", "{:,.0f}".format),
-    **{name: COSTS[name] for name in ("seconds", "compile_seconds")},
 }
-CAPTION = """\
-All at the mean iterate. outer loss: on the validation images; weight AUC: of true against false labels; deriv. evals:
-of one agent, where one is ∇f, ∇_y g, a Hessian and a cross product on all its images (a quarter each, and a minibatch
-counts as its share); sent: by one agent to all its neighbours.
-s3ldbo-p: {coins}; dsvrbgd: minibatches of {batch_size} images, all others exact derivatives; sparkle-ed: on (I + W)/2.
-Steps: for each method the best of the same {pairs} pairs of step sizes, by the last outer loss of seed {seed}.
-"""
-COINS: Mapping[str, tuple[Callable, str]] = {
-    "independent": (lambda p, block: bx.coins.independent(p), "each agent refreshes with probability p"),
-    "subset": (bx.coins.subset, "⌈p·m⌉ of the m agents on each device refresh in each iteration"),
-}
+CAPTION = "F(x): on the validation images; weight AUC: of true against false labels.\n"
+METHODS = (
+    *("sldbo", "s3ldbo-0.5", "s3ldbo-0.2", "s3ldbo-0.1", "dsvrbgd", "sparkle-ed", "sparkle-gt", "sparkle-mixed"),
+    *("d-soba", "ma-dsbo", "mdbo", "c2dfb", "sldbo-top0.1"),
+)
+DEFAULTS = defaults([name for name in METHODS if name in names()])
 
 
-NAMES = tuple(row.name for row in rows(bx.coins.independent, 1))
+def network(data: Divided) -> Network:
+    """All weights are 1/2 (x = 0), and y = 0, at every agent."""
+    images, labels = (np.asarray(part) for part in data.whole.test)
+    clean, (n, _) = np.asarray(data.whole.clean), data.batch.inner[1].shape
+
+    def scores(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
+        if not (np.isfinite(x).all() and np.isfinite(y).all()):
+            return {"test_accuracy": math.nan, "auc": math.nan}
+        hits = np.argmax(images @ y, axis=1) == labels
+        return {"test_accuracy": float(hits.mean()), "auc": float(roc_auc_score(clean, x))}
+
+    return Network(
+        problem=cleaning(L2),
+        batch=data.batch,
+        x=jnp.zeros(len(clean)),
+        y=jnp.zeros((images.shape[1], 10)),
+        sample=by_weight,
+        sizes=bx.Batch(outer=len(data.whole.batch.outer[1]) / n, inner=len(clean) / n),
+        curvature=bounded(data),
+        scores=scores,
+    )
 
 
-def grid(setting: Setting) -> bx.Levels:
-    """Every pair of an outer step and an inner one, which serves v too; leaves [pairs]."""
-    x, y = (part.ravel() for part in np.meshgrid(setting.train * np.array(OUTER_GRID), setting.inner_grid))
-    return bx.Levels(x, y, y)
+def bounded(data: Divided) -> float:
+    """L of the agents' g_i: λ_max of the images' second moments, times ½, the bound of a softmax, plus l2."""
+    *_, weights = data.batch.inner
+    largest = [
+        np.linalg.eigvalsh((images * weight[:, None]).T @ images / len(images))[-1]
+        for images, weight in zip(data.batch.inner[0], weights, strict=True)
+    ]
+    return float(max(largest)) / 2 + L2
 
 
-DEFAULTS = Options(NAMES)
+def finish(clean: Callable[[int], np.ndarray], figure: Any, runs: Sequence[Run]) -> None:
+    """The learnt weights of the run with the lowest loss."""
+    best = min(runs, key=lambda run: (run.seed, run.outcome.metrics["exact_loss"]))
+    figure.suptitle(f"Learnt weights ({best.method}, seed {best.seed})")
+    histogram(figure.subplots(), np.asarray(best.outcome.x), clean(best.seed))
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Data hyper-cleaning over a graph of agents, by decentralized single-loop methods.
+    """Data hyper-cleaning over a graph of agents, by decentralized methods.
 
     Agents learn one weight for each training example of all of them, part of whose labels are redrawn at random.
     """
 
     data: Literal["digits", "mnist", "fashion-mnist"] = "digits"
     """Images: scikit-learn's embedded digits, or a public data set."""
-    agents: int = 8
-    """Number of agents."""
-    topology: str = "ring"
-    """Graph: ring, path, star, complete, torus, grid, hypercube, erdos-renyi:PROBABILITY or regular:DEGREE."""
     partition: str = "dirichlet:0.1"
     """How images are divided: dirichlet:ALPHA (drawn as in NIID-Bench, until every agent has 10 images of each kind),
     dirichlet-plain:ALPHA (one draw, where an agent may be left without), classes:NUMBER, shards:NUMBER, quantity:BETA
     or iid."""
     corruption: float = 0.3
     """Share of the training labels that are redrawn uniformly; a tenth of those are right by luck."""
-    coins: Literal["independent", "subset"] = "independent"
-    """Of s3ldbo: each agent by itself with probability p, or ceil(p · m) of the m agents on each device."""
-    batch_size: int = 32
-    """Images of each kind in a minibatch of dsvrbgd."""
     devices: int = 1
     """Devices that the agents are divided over; on a CPU, as many virtual ones are made."""
     placement: Literal["shard_map", "pmap"] = "shard_map"
@@ -127,19 +138,21 @@ class Config:
     """Number of processes of all hosts, with `coordinator`."""
     process: int | None = None
     """Number of this process, from 0, with `coordinator`."""
+    network: tyro.conf.OmitArgPrefixes[Agents] = Agents()  # noqa: RUF009
+    """The agents."""
     common: tyro.conf.OmitArgPrefixes[Options] = DEFAULTS
     """Options of every task."""
 
     def __post_init__(self) -> None:
         """Refuses what cannot be run."""
-        self.common.check_methods(NAMES)
-        for name in ("agents", "batch_size", "devices"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"{name} must be an int >= 1; got {value}. Pass, say, --{name.replace('_', '-')} 8.")
-        if self.agents % self.devices:
+        self.common.check_methods(names())
+        if self.devices < 1:
+            raise ValueError(f"devices must be an int >= 1; got {self.devices}. Pass, say, --devices 8.")
+        agents = self.network.agents
+        if agents % self.devices:
             raise ValueError(
-                f"devices must divide the number of agents; got {self.devices} for {self.agents} agents. Pass, say, "
-                f"--devices {self.agents}."
+                f"devices must divide the number of agents; got {self.devices} for {agents} agents. Pass, say, "
+                f"--devices {agents}."
             )
         cluster = [value is not None for value in (self.coordinator, self.processes, self.process)]
         if any(cluster) and not (self.distributed and all(cluster)):
@@ -154,17 +167,6 @@ class Config:
         if not 0 <= self.corruption <= 1:
             raise ValueError(f"corruption must be from 0 to 1; got {self.corruption:g}. Pass, say, --corruption 0.3.")
         parsed("partition", self.partition, PARTITIONS)
-        bx.topology.check(self.graph)
-
-    @property
-    def graph(self) -> Any:
-        """The graph of the agents."""
-        return parsed("topology", self.topology, TOPOLOGIES)(self.agents, self.common.seed)
-
-    @property
-    def budget(self) -> float:
-        """Seconds for each run; no end on several hosts, which would stop at different iterations."""
-        return math.inf if self.distributed else self.common.budget
 
     @property
     def setting(self) -> Setting:
@@ -178,42 +180,7 @@ class Config:
         """The data of a seed, divided."""
         sizes = {"train": self.setting.train, "validation": self.setting.validation}
         whole = corrupted.load(self.data, seed, corruption=self.corruption, **sizes)
-        return divide(whole, parsed("partition", self.partition, PARTITIONS)(self.agents, seed))
-
-    def runs(self, chosen: Sequence[Row], devices: int, advance: Advance) -> Iterator[Run]:
-        """Tunes each method on the first seed, and runs it on all of them."""
-        problem, setting, options = cleaning(L2), self.setting, self.common
-        size = max(size for size in range(1, LARGEST_CHUNK + 1) if setting.iterations % size == 0)
-        for row in chosen:
-            graph = row.graph(self.graph)
-            make = functools.partial(row.make, problem, bx.gossip(graph))
-            choice = tuned(make, problem, self.load(options.seed), grid(setting), setting.iterations)
-            steps, shapes = bx.Levels(**choice["step_sizes"]), None
-            placed = place(functools.partial(row.make, problem, step_sizes=steps), graph, devices, self.placement)
-            for seed in options.all_seeds:
-                data = self.load(seed)
-                if (found := jax.tree.map(jnp.shape, data.batch)) != shapes:
-                    shapes, program = found, compiled(row, placed, problem, data, size)
-                keys = jnp.broadcast_to(jax.random.key(seed), (setting.iterations // size, size))
-                first, scores = program.start(*start(data)), functools.partial(evaluate, data)
-                outcome = drive(program, first, keys, placed.put(data.batch), scores, self.budget, advance)
-                yield Run(TASK, row.name, seed, self.configuration(row, devices) | choice, outcome)
-
-    def configuration(self, row: Row, devices: int) -> dict[str, Any]:
-        """What was chosen, for the JSON files."""
-        names = ("data", "agents", "topology", "partition", "corruption", "coins")
-        setting = self.setting
-        return {
-            **{name: getattr(self, name) for name in names},
-            "batch_size": row.batch_size,
-            "train": setting.train,
-            "validation": setting.validation,
-            "l2": L2,
-            "outer_steps": setting.iterations,
-            "budget": self.budget,
-            "devices": devices,
-            "placement": self.placement if devices > 1 else None,
-        }
+        return divide(whole, parsed("partition", self.partition, PARTITIONS)(self.network.agents, seed))
 
     def run(self) -> int:
         """Runs everything, prints the table and writes the files; returns the exit code."""
@@ -221,31 +188,29 @@ class Config:
             devices = join_hosts(self.coordinator, self.processes, self.process)
         else:
             devices = start_devices(self.devices)
-        if self.agents % devices:
-            raise DataError(f"--agents must be a multiple of the {devices} devices of all hosts; got {self.agents}.")
-        coins, words = COINS[self.coins]
-        everything = rows(functools.partial(coins, block=self.agents // devices), self.batch_size)
-        chosen = [row for row in everything if row.name in self.common.methods]
-        for seed in self.common.all_seeds:
-            self.load(seed)
-        if jax.process_index() > 0:  # the first host reports
-            return 0 * sum(1 for _ in self.runs(chosen, devices, lambda number: None))
-        plain = (self.data, self.agents, self.topology, self.partition) == ("digits", 8, "ring", "dirichlet:0.1")
-        suffix = f"-{self.data}-{self.agents}-{self.topology}-{self.partition}".replace(":", "_")
-        task = Task(
-            title=f"Hyper-cleaning of {self.data} by {self.agents} agents, {self.topology}, {self.partition}",
-            folder=TASK if plain else TASK + suffix,
-            outer_steps=self.setting.iterations,
-            methods=[row.name for row in chosen],
-            anchors=(),
-            runs=functools.partial(self.runs, chosen, devices),
+        if self.network.agents % devices:
+            raise DataError(
+                f"--agents must be a multiple of the {devices} devices of all hosts; got {self.network.agents}."
+            )
+        setting = self.setting
+        job = Job(
+            name=TASK,
+            title=f"Hyper-cleaning of {self.data}, {self.partition}",
+            folder=TASK + changed(self),
+            load=functools.cache(lambda seed: network(self.load(seed))),
+            iterations=setting.iterations,
+            outer_grid=[setting.train * step for step in OUTER_GRID],
+            inner_grid=setting.inner_grid,
             columns=COLUMNS,
-            caption=CAPTION.format(
-                coins=words,
-                batch_size=self.batch_size,
-                pairs=len(OUTER_GRID) * len(self.setting.inner_grid),
-                seed=self.common.seed,
-            ),
-            draw=lambda finished: draw(finished, lambda seed: np.asarray(self.load(seed).whole.clean)),
+            panel=Panel("test_accuracy", "test accuracy"),
+            configuration={
+                **{name: getattr(self, name) for name in ("data", "partition", "corruption")},
+                "train": setting.train,
+                "validation": setting.validation,
+                "l2": L2,
+            },
+            caption=CAPTION,
+            finish=functools.partial(finish, lambda seed: np.asarray(self.load(seed).whole.clean)),
         )
-        return perform(task, self.common)
+        where = Place(devices, self.placement, math.inf if self.distributed else None)
+        return compare(job, self.network, self.common, where)

@@ -1,26 +1,20 @@
-"""The methods of decentralized hyper-cleaning, their step sizes, and how they run."""
+"""The methods that every decentralized task compares."""
 
 import functools
-import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
-
-import chex
-import jax
-import jax.numpy as jnp
-import numpy as np
-from sklearn.metrics import roc_auc_score
+from typing import Any, NamedTuple
 
 import bilevax as bx
-from benchmarks import timing
-from benchmarks.decentralized.data import Divided, by_weight, mean_loss
-from benchmarks.decentralized.placement import Placed, fetch
-from benchmarks.loop import Program, Trace
+from benchmarks.decentralized.network import Network
 
 REFRESH = (0.5, 0.2, 0.1)
 MOMENTUM = 0.4  # α of DSVRBGD, and its η: a = α η² = 0.1
 RATE = 0.5
-Start = tuple[chex.Array, chex.Array]
+COMPRESSION = {0.3: 0.4, 0.1: 0.2}  # share of the entries that are sent -> step of CHOCO gossip
+MOST_PACE = 2.0
+ONE = bx.Calls(1, 1, 1, 1)
+TWO = bx.Calls(2, 2, 2, 2)
+IN_TURN = bx.Calls(1, 2, 1, 1)  # y moves in between
 
 
 class Row(NamedTuple):
@@ -28,136 +22,135 @@ class Row(NamedTuple):
 
     Attributes:
       name: in lower case, also the name of its files.
-      make: `make(problem, gossip, step_sizes) -> Algorithm`.
-      graph: what it makes of the topology.
-      batch_size: images that an evaluation reads of each kind; None for all.
+      make: `make(network, gossip, step_sizes) -> Algorithm`; the gossip is one, or `Levels` of them.
+      calls: the most derivative evaluations of an agent in one iteration.
+      batch_size: examples that an evaluation reads of each kind; None for all.
+      graphs: `graphs(topologies) -> topologies`, `Levels` of them: what it makes of the graphs.
       at_start: evaluations before the first iteration.
+      symmetric: whether it needs a symmetric W.
+      fixed: whether it needs one graph for all rounds.
+      personal: whether it solves a lower level of each agent's own, and no common one.
     """
 
     name: str
-    make: Callable[..., bx.Algorithm]
-    graph: Callable[[Any], Any] = lambda topology: topology
+    make: Callable[[Network, Any, bx.Levels], bx.Algorithm]
+    calls: bx.Calls = ONE
     batch_size: int | None = None
+    graphs: Callable[[bx.Levels], bx.Levels] = lambda topologies: topologies
     at_start: int = 0
+    symmetric: bool = False
+    fixed: bool = False
+    personal: bool = False
 
 
-def rows(coins: Callable, batch_size: int) -> tuple[Row, ...]:
-    """All methods, with these coins of S3LDBO and this minibatch of DSVRBGD."""
-    methods = bx.decentralized
-    dsvrbgd = functools.partial(
-        methods.dsvrbgd_simultaneous, sample=by_weight(batch_size), momentum=MOMENTUM, rate=RATE
+def preset(method: Callable, **settings: Any) -> Callable:
+    """`make` of a method that takes a problem, a gossip and step sizes, and these settings."""
+    return lambda network, gossip, steps: method(network.problem, gossip, steps, **settings)
+
+
+def drawn(method: Callable, size: int, **settings: Any) -> Callable:
+    """The same for one that draws minibatches."""
+    return lambda network, gossip, steps: method(
+        network.problem, gossip, steps, sample=network.sample(size), **settings
     )
-    sparkle_ed = functools.partial(methods.sparkle, corrections=bx.correction.exact_diffusion())
-    return (
-        Row("sldbo", methods.sldbo),
-        *(Row(f"s3ldbo-{p:g}", functools.partial(methods.s3ldbo, coins=coins(p)), at_start=1) for p in REFRESH),
-        Row("dsvrbgd", dsvrbgd, batch_size=batch_size),
-        Row("sparkle-ed", sparkle_ed, graph=bx.topology.lazy),
-        Row("d-soba", methods.dsoba),
+
+
+def compressed(make: Callable, fraction: float) -> Callable:
+    """`make` over gossip that sends the largest entries of each change."""
+    compression = bx.compression
+
+    def wrapped(network: Network, gossip: Any, steps: bx.Levels) -> bx.Algorithm:
+        def one(gossip: bx.Gossip) -> bx.Gossip:
+            return compression.choco(gossip, compression.top_k(fraction), COMPRESSION[fraction])
+
+        return make(network, each(one, gossip), steps)
+
+    return wrapped
+
+
+def each(function: Callable, value: Any) -> Any:
+    """Of `Levels`, `function` of all three; or of the one value that holds for all."""
+    return bx.Levels(*map(function, value)) if isinstance(value, bx.Levels) else function(value)
+
+
+def lazy(levels: str) -> Callable[[bx.Levels], bx.Levels]:
+    """(I + W)/2 on these levels."""
+    return lambda topologies: topologies._replace(
+        **{level: bx.topology.lazy(getattr(topologies, level)) for level in levels}
     )
 
 
-def start(data: Divided) -> Start:
-    """All weights are 1/2 (x = 0), and y = 0, at every agent."""
-    n, pixels = len(data.batch.inner[1]), data.whole.test[0].shape[1]
-    return bx.replicate((jnp.zeros(len(data.whole.truth)), jnp.zeros((pixels, 10))), n)
+def rows(coins: Callable, size: int) -> tuple[Row, ...]:
+    """All methods.
 
+    Args:
+      coins: `coins(p)` of S3LDBO.
+      size: of a minibatch.
 
-class Carry(NamedTuple):
-    """What a chunk hands to the next.
-
-    Attributes:
-      state: of the method.
-      x, y: their means over the agents.
-      spent: so far, by an agent on average.
+    Returns:
+      Those with a common lower level, then those with one of each agent's own.
     """
+    methods, correction = bx.decentralized, bx.correction
+    reduced = {"momentum": MOMENTUM, "rate": RATE}
+    simultaneous = drawn(methods.dsvrbgd_simultaneous, size, **reduced)
+    alternating = drawn(methods.dsvrbgd_alternating, size, **reduced)
+    exact_diffusion, extra, tracking = correction.exact_diffusion(), correction.extra(), correction.tracking()
+    mixed = bx.Levels(tracking, exact_diffusion, exact_diffusion)
+    sparkle = functools.partial(preset, methods.sparkle)
+    in_turn = functools.partial(Row, calls=IN_TURN)
+    dual = functools.partial(in_turn, symmetric=True, fixed=True)
+    sampled = functools.partial(Row, batch_size=size)
+    return (
+        Row("sldbo", preset(methods.sldbo)),
+        *(Row(f"s3ldbo-{p:g}", preset(methods.s3ldbo, coins=coins(p)), at_start=1) for p in REFRESH),
+        Row("s3ldbo-unbiased-0.2", preset(methods.s3ldbo_unbiased, coins=coins(0.2)), at_start=1),
+        sampled("dsvrbgd", simultaneous, TWO),
+        sampled("dsvrbgd-alternating", alternating, bx.Calls(2, 4, 2, 2)),
+        dual("sparkle-ed", sparkle(corrections=exact_diffusion), graphs=lazy("xyv")),
+        dual("sparkle-extra", sparkle(corrections=extra), graphs=lazy("xyv")),
+        in_turn("sparkle-gt", sparkle(corrections=tracking)),
+        dual("sparkle-mixed", sparkle(corrections=mixed), graphs=lazy("yv")),
+        Row("d-soba", preset(methods.dsoba)),
+        *(
+            Row(f"sldbo-top{fraction:g}", compressed(preset(methods.sldbo), fraction), fixed=True)
+            for fraction in COMPRESSION
+        ),
+        *(
+            sampled(f"dsvrbgd-top{fraction:g}", compressed(simultaneous, fraction), TWO, fixed=True)
+            for fraction in COMPRESSION
+        ),
+    )
 
-    state: bx.decentralized.State
-    x: chex.Array
-    y: chex.Array
-    spent: dict[str, chex.Array]
+
+def names(personal: bool = False) -> tuple[str, ...]:
+    """Of all rows for tasks with a common lower level, or for those with personal ones."""
+    return tuple(row.name for row in suitable(rows(bx.coins.independent, 1), personal))
 
 
-def shares(row: Row, data: Divided) -> bx.Calls:
-    """What an evaluation reads of an agent's images, on average, for each kind of derivative; 1 is all of them."""
+def suitable(everything: tuple[Row, ...], personal: bool) -> tuple[Row, ...]:
+    """The rows for a common lower level, or for personal ones."""
+    return tuple(row for row in everything if row.personal == personal)
+
+
+def refusal(row: Row, topologies: bx.Levels) -> str | None:
+    """Why a row cannot run on these graphs, or None."""
+    changing = [one for one in topologies if not isinstance(one, bx.topology.Topology)]
+    if row.fixed and changing:
+        return "it needs one graph for all rounds"
+    if row.symmetric and not all(bx.topology.is_symmetric(one) for one in topologies):
+        return "it needs a symmetric W"
+    return None
+
+
+def shares(row: Row, network: Network) -> bx.Calls:
+    """What an evaluation reads of an agent's examples, on average, for each kind of derivative; 1 is all of them."""
     if row.batch_size is None:
         return bx.Calls(1.0, 1.0, 1.0, 1.0)
-    n = len(data.batch.inner[1])
-    outer, inner = (row.batch_size * n / len(labels) for labels in (data.whole.batch.outer[1], data.whole.truth))
+    outer, inner = (row.batch_size / size for size in (network.sizes.outer, network.sizes.inner))
     return bx.Calls(outer_gradients=outer, inner_gradients=inner, hessian_products=inner, cross_products=inner)
 
 
-def spending(info: Any, share: bx.Calls) -> dict[str, chex.Array]:
-    """What one iteration costs an agent, on average."""
-    units = (part * jnp.mean(calls) for part, calls in zip(share, info.calls, strict=True))
-    return {
-        "derivatives": sum(units, start=jnp.zeros(())) / len(share),
-        "megabytes": jnp.mean(info.bytes) / 1e6,
-        "rounds": jnp.mean(jnp.asarray(info.rounds, float)),
-    }
-
-
-def compiled(row: Row, placed: Placed, problem: bx.BilevelProblem, data: Divided, size: int) -> Program:
-    """Compiles so many iterations, and the losses at the mean iterate after them."""
-    share = shares(row, data)
-
-    def begin(x: chex.Array, y: chex.Array) -> Carry:
-        spent = {"derivatives": jnp.full((), float(row.at_start)), "megabytes": jnp.zeros(()), "rounds": jnp.zeros(())}
-        return Carry(placed.method.init(*placed.put((x, y)), placed.put(data.batch)), x[0], y[0], spent)
-
-    def chunk(carry: Carry, keys: chex.PRNGKey, batch: bx.Batch) -> tuple[Carry, Trace]:
-        def step(state: Any, key: chex.PRNGKey) -> tuple[Any, tuple]:
-            state, info = placed.method.step(key, state, batch)
-            calls = {name: jnp.mean(number) for name, number in info.calls._asdict().items()}
-            return state, (spending(info, share), calls | {"breakdowns": jnp.any(info.breakdown)})
-
-        state, (spent, counts) = jax.lax.scan(step, carry.state, keys)
-        x, y = (jnp.mean(placed.join(s), axis=0) for s in (state.x, state.y))
-        spent = jax.tree.map(lambda before, now: before + now.sum(), carry.spent, spent)
-        whole = placed.join(batch)
-        gradient = jax.grad(mean_loss, argnums=2)(problem.inner_loss, x, y, whole.inner)
-        loss = mean_loss(problem.outer_loss, x, y, whole.outer)
-        return Carry(state, x, y, spent), Trace(loss, jnp.linalg.norm(gradient), jax.tree.map(jnp.sum, counts))
-
-    keys, batch = jax.random.split(jax.random.key(0), size), placed.put(data.batch)
-    made, seconds, memory = timing.compiled(chunk, (begin(*start(data)), keys, batch))
-    return Program(cast(Any, begin), made, seconds, memory)
-
-
-def evaluate(data: Divided, carry: Carry) -> dict[str, float | None]:
-    """Test accuracy and AUC of the weights at the mean iterate, and what an agent has spent."""
-    (x, y, spent), (images, labels) = fetch((carry.x, carry.y, carry.spent)), data.whole.test
-    finite = bool(np.isfinite(x).all() and np.isfinite(y).all())
-    hits = np.argmax(np.asarray(images) @ y, axis=1) == np.asarray(labels)
-    scores = {
-        "test_accuracy": float(hits.mean()) if finite else math.nan,
-        "auc": float(roc_auc_score(data.whole.clean, x)) if finite else math.nan,
-    }
-    return scores | {name: number.item() for name, number in spent.items()}
-
-
-def tuned(
-    make: Callable[[bx.Levels], bx.Algorithm],
-    problem: bx.BilevelProblem,
-    data: Divided,
-    grid: bx.Levels,
-    iterations: int,
-) -> dict[str, Any]:
-    """The step sizes of the grid whose `make(steps)` ends with the lowest outer loss; one program runs all of them."""
-
-    def loss(steps: bx.Levels, x: chex.Array, y: chex.Array, batch: bx.Batch) -> chex.Array:
-        method = make(steps)
-
-        def step(state: Any, _: None) -> tuple[Any, None]:
-            return method.step(jax.random.key(data.whole.seed), state, batch)[0], None
-
-        state, _ = jax.lax.scan(step, method.init(x, y, batch), None, iterations)
-        return mean_loss(problem.outer_loss, jnp.mean(state.x, 0), jnp.mean(state.y, 0), batch.outer)
-
-    losses = jax.jit(jax.vmap(loss, (0, None, None, None)))(grid, *start(data), data.batch)
-    best = int(jnp.argmin(jnp.where(jnp.isfinite(losses), losses, jnp.inf)))
-    return {
-        "step_sizes": {name: float(values[best]) for name, values in grid._asdict().items()},
-        "grid": {name: values.tolist() for name, values in grid._asdict().items()},
-        "grid_losses": np.asarray(losses, float).tolist(),
-    }
+def pace(row: Row, network: Network) -> float:
+    """Iterations for each one of SLDBO, at most 2: so many that it evaluates no more derivatives."""
+    cost = sum(share * calls for share, calls in zip(shares(row, network), row.calls, strict=True)) / len(row.calls)
+    return min(MOST_PACE, 1 / cost)

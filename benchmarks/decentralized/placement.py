@@ -27,12 +27,17 @@ class Placed(NamedTuple):
     join: Callable[[Any], Any]
 
 
-def place(make: Callable[[bx.Gossip], bx.Algorithm], topology: Any, devices: int, by: str) -> Placed:
+def gossip(topology: Any) -> Any:
+    """A gossip, or `Levels` of them."""
+    return bx.Levels(*map(bx.gossip, topology)) if isinstance(topology, bx.Levels) else bx.gossip(topology)
+
+
+def place(make: Callable[[Any], bx.Algorithm], topology: Any, devices: int, by: str) -> Placed:
     """Places a method.
 
     Args:
-      make: builds it on a gossip.
-      topology: of the agents.
+      make: builds it on a gossip, or on `Levels` of them.
+      topology: of the agents, or `Levels` of them.
       devices: how many.
       by: "shard_map" or "pmap".
 
@@ -41,7 +46,7 @@ def place(make: Callable[[bx.Gossip], bx.Algorithm], topology: Any, devices: int
     """
     chosen = jax.devices()[:devices]
     if devices == 1:
-        return Placed(make(bx.gossip(topology)), jax.device_put, lambda tree: tree)
+        return Placed(make(gossip(topology)), jax.device_put, lambda tree: tree)
     if by == "pmap":
         put = lambda tree: parallel.split(tree, devices)  # noqa: E731
         return Placed(parallel.pmap_agents(make, topology, chosen), put, parallel.join)

@@ -1,0 +1,211 @@
+"""The harness of the decentralized tasks: every method is tuned alike, has the same budget, and is judged alike."""
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.figure import Figure
+
+import bilevax as bx
+from benchmarks.data import DataError
+from benchmarks.decentralized.choices import COINS, Agents
+from benchmarks.decentralized.exact import Effort, evaluator
+from benchmarks.decentralized.figure import Panel, draw
+from benchmarks.decentralized.methods import Row, pace, refusal, rows, suitable
+from benchmarks.decentralized.network import Network
+from benchmarks.decentralized.placement import gossip, place
+from benchmarks.decentralized.running import compiled, evaluate, tuned
+from benchmarks.loop import drive
+from benchmarks.report import COSTS, Columns, Run
+from benchmarks.runner import Advance, Options, Task, perform
+
+CHECKPOINTS, QUICK_CHECKPOINTS = 20, 12
+BUDGET = 120.0  # seconds of a run, so that derivatives and not seconds end it
+SPENT: Columns = {
+    "exact_loss": ("F(x)", "{:.4f}".format),
+    "exact_gradient": ("|∇F(x)|²", "{:.1e}".format),
+    "consensus": ("dist. of\nx_i", "{:.1e}".format),
+    "derivatives": ("deriv.\nevals", "{:,.0f}".format),
+    "megabytes": ("sent\n(MB)", "{:,.1f}".format),
+    "rounds": ("comm.\nrounds", "{:,.0f}".format),
+    "seconds": COSTS["seconds"],
+}
+CAPTION = """\
+All at the mean x, where F(x) and its gradient are of the accurately solved inner problem. deriv. evals: of one agent,
+where one is ∇f, ∇_y g, a Hessian and a cross product on all its examples (a quarter each, and a minibatch counts as
+its share); sent: by one agent to all its neighbours; dist.: root mean square distance of the agents' x to their mean.
+Each method has as many iterations as evaluate no more derivatives than {iterations} of sldbo do, at most twice as many.
+Steps: for each method the best of the same {pairs} pairs of step sizes, by the last F(x) of seed {seed}.
+s3ldbo-p: {coins}; dsvrbgd: minibatches of {batch_size};
+sparkle-ed, sparkle-extra: on (I + W)/2; -topq: sends a share q of the entries of each change.
+"""
+
+
+class Job(NamedTuple):
+    """A decentralized task.
+
+    Attributes:
+      name: in the JSON files.
+      title: of the table.
+      folder: subfolder of the results.
+      load: `load(seed)`; the same problem and shapes for all seeds save time.
+      iterations: of SLDBO.
+      outer_grid: step sizes of x.
+      inner_grid: step sizes of y and v.
+      columns: of the table, the scores of the task in front of those of all tasks.
+      panel: what is drawn under F(x): a score, or the gradient.
+      configuration: what the task chose, for the JSON files.
+      caption: its own lines.
+      effort: of the accurate solution.
+      finish: `finish(figure, runs)` adds something below the curves, if anything.
+    """
+
+    name: str
+    title: str
+    folder: str
+    load: Callable[[int], Network]
+    iterations: int
+    outer_grid: Sequence[float]
+    inner_grid: Sequence[float]
+    columns: Columns
+    panel: Panel
+    configuration: Mapping[str, Any]
+    caption: str = ""
+    effort: Effort = Effort()
+    finish: Callable[[Figure, Sequence[Run]], None] | None = None
+
+
+class Place(NamedTuple):
+    """Where the agents live; see `placement.place`."""
+
+    devices: int = 1
+    by: str = "shard_map"
+    budget: float | None = None  # seconds in place of the option: several hosts must not stop at different iterations
+
+
+def defaults(methods: Sequence[str]) -> Options:
+    """The options of a decentralized task."""
+    return Options(tuple(methods), budget=BUDGET)
+
+
+def pairs(job: Job) -> bx.Levels:
+    """Every pair of an outer step and an inner one, which serves v too; leaves [pairs]."""
+    x, y = (part.ravel() for part in np.meshgrid(np.asarray(job.outer_grid, float), np.asarray(job.inner_grid, float)))
+    return bx.Levels(x, y, y)
+
+
+def schedule(row: Row, network: Network, iterations: int, checkpoints: int) -> tuple[int, int]:
+    """Number of chunks and iterations of each, where SLDBO would take so many iterations in all."""
+    own = max(1, math.floor(iterations * pace(row, network)))
+    size = math.ceil(own / checkpoints)
+    return own // size, size
+
+
+def runs(
+    job: Job, agents: Agents, options: Options, chosen: Sequence[Row], where: Place, advance: Advance
+) -> Iterator[Run]:
+    """Tunes each method on the first seed, and runs it on all of them."""
+    first, budget = job.load(options.seed), options.budget if where.budget is None else where.budget
+    checkpoints, exactly = QUICK_CHECKPOINTS if options.quick else CHECKPOINTS, evaluator(first, job.effort)
+    for row in chosen:
+        graphs = row.graphs(agents.topologies(options.seed))
+        topology = graphs.x if graphs.x is graphs.y is graphs.v else graphs
+        number, size = schedule(row, first, job.iterations, checkpoints)
+        choice = tuned(_over(row, first, gossip(topology)), first, exactly, pairs(job), number * size, options.seed)
+        steps, shapes = bx.Levels(**choice["step_sizes"]), None
+        placed = place(_on(row, first, steps), topology, where.devices, where.by)
+        chosen_here = {
+            **job.configuration,
+            **{name: getattr(agents, name) for name in ("agents", "topology", "lower_topology", "coins")},
+            "batch_size": row.batch_size,
+            "outer_steps": number * size,
+            "pace": pace(row, first),
+            "budget": budget,
+            "devices": where.devices,
+            "placement": where.by if where.devices > 1 else None,
+            **choice,
+        }
+        for seed in options.all_seeds:
+            network = job.load(seed)
+            if (found := jax.tree.map(jnp.shape, network.batch)) != shapes:
+                shapes, program = found, compiled(row, placed, network, size)
+            keys = jnp.broadcast_to(jax.random.key(seed), (number, size))
+            start = program.start(*network.start, network.batch)
+            scores = functools.partial(evaluate, network, exactly)
+            scaled = functools.partial(_scaled, advance, job.iterations / number)
+            outcome = drive(program, start, keys, placed.put(network.batch), scores, budget, scaled)
+            yield Run(job.name, row.name, seed, chosen_here, outcome)
+
+
+def _over(row: Row, network: Network, gossip: Any) -> Callable[[bx.Levels], bx.Algorithm]:
+    """The row, but for the step sizes."""
+    return lambda steps: row.make(network, gossip, steps)
+
+
+def _on(row: Row, network: Network, steps: bx.Levels) -> Callable[[Any], bx.Algorithm]:
+    """The row, but for the gossip."""
+    return lambda gossip: row.make(network, gossip, steps)
+
+
+def _scaled(advance: Advance, iterations: float, number: int) -> None:
+    """Every chunk counts the same in the bar, as iterations of SLDBO."""
+    advance(round(iterations))
+
+
+def selected(everything: Sequence[Row], options: Options, agents: Agents) -> tuple[list[Row], str]:
+    """The wanted rows that run on these graphs, and a line about those that do not.
+
+    Raises:
+      DataError: if none is left.
+    """
+    wanted = [row for row in everything if row.name in options.methods]
+    topologies = agents.topologies(options.seed)
+    refused = {row.name: why for row in wanted if (why := refusal(row, topologies))}
+    if len(refused) == len(wanted):
+        why = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
+        raise DataError(f"No method is left on {agents.words}. {why}. Pass, say, --methods sldbo.")
+    line = f"Left out on this graph: {', '.join(refused)}.\n" if refused else ""
+    return [row for row in wanted if row.name not in refused], line
+
+
+def compare(job: Job, agents: Agents, options: Options, where: Place = Place()) -> int:  # noqa: B008
+    """Runs everything, prints the table and writes the files; returns the exit code.
+
+    Args:
+      job: the task.
+      agents: how many, on which graphs.
+      options: methods and seeds.
+      where: devices.
+
+    Raises:
+      DataError: if no method is left.
+    """
+    coins, words = COINS[agents.coins]
+    everything = rows(functools.partial(coins, block=agents.agents // where.devices), agents.batch_size)
+    personal = job.load(options.seed).personal
+    chosen, left_out = selected(suitable(everything, personal), options, agents)
+    for seed in options.all_seeds:
+        job.load(seed)
+    make = functools.partial(runs, job, agents, options, chosen, where)
+    if jax.process_index() > 0:  # the first host reports
+        return 0 * sum(1 for _ in make(lambda number: None))
+    count = len(job.outer_grid) * len(job.inner_grid)
+    shared = CAPTION.format(
+        coins=words, batch_size=agents.batch_size, pairs=count, seed=options.seed, iterations=job.iterations
+    )
+    task = Task(
+        title=f"{job.title}, {agents.words}",
+        folder=job.folder,
+        outer_steps=job.iterations,
+        methods=[row.name for row in chosen],
+        anchors=(),
+        runs=make,
+        columns={**job.columns, **SPENT},
+        caption=job.caption + shared + left_out,
+        draw=lambda finished: draw(finished, job.panel, job.finish),
+    )
+    return perform(task, options)

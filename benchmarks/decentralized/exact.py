@@ -1,0 +1,113 @@
+"""The outer loss and its gradient at a point x, with the inner problem solved accurately, whatever a method did."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+from jax.scipy.sparse.linalg import cg
+
+import bilevax as bx
+from benchmarks.decentralized.network import Network
+
+SIZES = (1.0, 0.5, 0.25, 0.0625, 0.0)  # of a Newton step; the last one stays where it is
+
+
+class Effort(NamedTuple):
+    """Where the solvers give up: `newton` steps, and `products` with the Hessian for each solution of a system."""
+
+    newton: int = 12
+    products: int = 200
+
+
+class Exact(NamedTuple):
+    """F at x.
+
+    Attributes:
+      loss: F(x).
+      gradient: ∇F(x), like x.
+      y: the inner solution.
+      residual: ‖∇_y g‖ there.
+      product_residual: ‖∇²_yy g v − ∇_y f‖ / ‖∇_y f‖ of the v that the gradient was made with.
+    """
+
+    loss: chex.Array
+    gradient: chex.ArrayTree
+    y: chex.ArrayTree
+    residual: chex.Array
+    product_residual: chex.Array
+
+
+def exact(effort: Effort, problem: bx.BilevelProblem, x: Any, y: Any, batch: bx.Batch) -> Exact:
+    """Newton's method for y from a guess, where the gradient's norm is what has to fall; then v and ∇F.
+
+        y ← y − size · H⁻¹ ∇_y g          until ‖∇_y g‖ falls by less than half
+        H v = ∇_y f                       ∇F = ∇_x f − ∇²_xy g v
+
+    Args:
+      effort: limits.
+      problem: f and g, g convex in y.
+      x: outer variable.
+      y: guess of the inner solution.
+      batch: of both losses.
+
+    Returns:
+      F, ∇F and what is left of both equations.
+    """
+
+    def slope(y: chex.ArrayTree) -> chex.ArrayTree:
+        return jax.grad(problem.inner_loss, 1)(x, y, batch.inner)
+
+    def length(y: chex.ArrayTree) -> chex.Array:
+        return optax.tree.norm(slope(y))
+
+    def solved(y: chex.ArrayTree, b: chex.ArrayTree) -> tuple[chex.ArrayTree, chex.ArrayTree]:
+        _, product = jax.linearize(slope, y)
+        dtype = jnp.result_type(*jax.tree.leaves(b))
+        v, _ = cg(product, b, tol=10 * jnp.finfo(dtype).eps, maxiter=effort.products)
+        return v, optax.tree.sub(product(v), b)
+
+    def newton(carry: tuple) -> tuple:
+        k, y, _, now = carry
+        step, _ = solved(y, slope(y))
+
+        def moved(size: chex.Numeric) -> chex.ArrayTree:
+            return jax.tree.map(lambda leaf, part: (leaf - size * part).astype(leaf.dtype), y, step)
+
+        norms = jax.lax.map(lambda size: length(moved(size)), jnp.array(SIZES))
+        best = jnp.nanargmin(norms)
+        return k + 1, moved(jnp.array(SIZES)[best]), now, norms[best].astype(now.dtype)
+
+    first = length(y)
+    state = jax.lax.while_loop(
+        lambda carry: (carry[0] < effort.newton) & (carry[3] < carry[2] / 2) & (carry[3] > 0),
+        newton,
+        (0, y, jnp.full_like(first, jnp.inf), first),
+    )
+    y, residual = state[1], state[3]
+    loss, (x_bar, b) = jax.value_and_grad(problem.outer_loss, (0, 1))(x, y, batch.outer)
+    v, rest = solved(y, b)
+    cross = jax.grad(lambda x: optax.tree.vdot(jax.grad(problem.inner_loss, 1)(x, y, batch.inner), v))(x)
+    relative = optax.tree.norm(rest) / jnp.maximum(optax.tree.norm(b), jnp.finfo(first.dtype).tiny)
+    return Exact(loss, optax.tree.sub(x_bar, cross), y, residual, relative)
+
+
+def evaluator(network: Network, effort: Effort) -> Callable[[Any, Any, bx.Batch], Exact]:
+    """A compiled `exact(x, y, batch)` at a point of the network: of the mean losses, or agent by agent where personal.
+
+    Its gradient is that of the mean over agents, and its residuals are the largest.
+    """
+    if not network.personal:
+        losses = (partial(network.loss, loss) for loss in network.problem)
+        return jax.jit(partial(exact, effort, bx.BilevelProblem(*losses)))
+
+    @jax.jit
+    def personal(x: Any, y: Any, batch: bx.Batch) -> Exact:
+        each = jax.vmap(partial(exact, effort, network.problem), (None, 0, 0))(x, y, batch)
+        gradient = jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), each.gradient)
+        return Exact(each.loss.mean(), gradient, each.y, each.residual.max(), each.product_residual.max())
+
+    return personal

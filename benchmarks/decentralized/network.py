@@ -1,0 +1,80 @@
+"""One bilevel problem of n agents with their data: what a task hands to the harness."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+import bilevax as bx
+
+
+class Network(NamedTuple):
+    """A problem divided over agents.
+
+    Attributes:
+      problem: f_i and g_i of one agent; the same functions for all seeds, since programs are compiled once.
+      batch: leaves [n, ...]; outer = what f_i reads, inner = what g_i reads.
+      x, y: the first point of every agent, without the agents' axis.
+      sample: `sample(size)` draws minibatches: a function `(key, k, data of one agent) -> data`, unbiased; `by_weight`
+        where rows fill up.
+      sizes: mean numbers of examples of an agent, outer and inner: a minibatch counts as its share of them.
+      curvature: L, a bound of the eigenvalues of each agent's ∇²_yy g_i.
+      scores: `scores(x, y) -> {name: number}`, of NumPy arrays: the mean x, and the mean y or, where personal, leaves
+        [n, ...]. Numbers may be NaN.
+      personal: whether each agent has a lower level of its own, y_i = argmin g_i(x, y_i), in place of a common one.
+    """
+
+    problem: bx.BilevelProblem
+    batch: bx.Batch
+    x: chex.ArrayTree
+    y: chex.ArrayTree
+    sample: Callable[[int], Callable]
+    sizes: bx.Batch
+    curvature: float
+    scores: Callable[[Any, Any], dict[str, float]]
+    personal: bool = False
+
+    @property
+    def n(self) -> int:
+        """Number of agents."""
+        return len(jax.tree.leaves(self.batch)[0])
+
+    @property
+    def start(self) -> tuple[chex.ArrayTree, chex.ArrayTree]:
+        """The first point, leaves [n, ...]."""
+        return bx.replicate((self.x, self.y), self.n)
+
+    def point(self, x: chex.ArrayTree, y: chex.ArrayTree) -> tuple[chex.ArrayTree, chex.ArrayTree]:
+        """Where a method is judged: the mean x, and the mean y, or that of each agent where the lower level is its own.
+
+        Args:
+          x: leaves [n, ...].
+          y: leaves [n, ...].
+        """
+        return mean(x), y if self.personal else mean(y)
+
+    def loss(self, loss: bx.problem.Loss, x: chex.ArrayTree, y: chex.ArrayTree, batch: Any) -> chex.Array:
+        """The mean over agents of their losses at a `point`."""
+        return jnp.mean(jax.vmap(loss, (None, 0 if self.personal else None, 0))(x, y, batch))
+
+
+def mean(tree: chex.ArrayTree) -> chex.ArrayTree:
+    """Over the agents."""
+    return jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), tree)
+
+
+def by_weight(size: int) -> Callable:
+    """Draws so many rows of one agent in proportion to their weights, so that no row that only fills up is drawn.
+
+    The data are `(*rows, weights)`, leaves [L, ...]. All rows drawn get the mean weight of the agent's rows: the
+    weighted mean over the draw is then unbiased.
+    """
+
+    def sample(key: chex.PRNGKey, k: chex.Numeric, data: tuple) -> tuple:
+        *rows, weights = data
+        chosen = jax.random.choice(key, len(weights), (size,), p=weights / weights.sum())
+        return (*(leaf[chosen] for leaf in rows), jnp.full(size, weights.mean(), weights.dtype))
+
+    return sample

@@ -1,0 +1,132 @@
+"""How a method runs on a network, what is recorded, and how its step sizes are chosen."""
+
+import math
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import bilevax as bx
+from benchmarks import timing
+from benchmarks.decentralized.exact import Exact
+from benchmarks.decentralized.methods import Row, shares
+from benchmarks.decentralized.network import Network
+from benchmarks.decentralized.placement import Placed, fetch
+from benchmarks.loop import Program, Trace
+
+Exactly = Callable[[Any, Any, bx.Batch], Exact]
+EXACT = ("exact_loss", "exact_gradient", "exact_residual", "exact_product_residual")
+
+
+class Carry(NamedTuple):
+    """What a chunk hands to the next.
+
+    Attributes:
+      state: of the method.
+      x, y: where the method is judged, `Network.point`.
+      consensus: root mean square distance of the agents' x to their mean.
+      spent: so far, by an agent on average.
+    """
+
+    state: Any
+    x: chex.ArrayTree
+    y: chex.ArrayTree
+    consensus: chex.Array
+    spent: dict[str, chex.Array]
+
+
+def spending(info: Any, share: bx.Calls) -> dict[str, chex.Array]:
+    """What one iteration costs an agent, on average."""
+    units = (part * jnp.mean(calls) for part, calls in zip(share, info.calls, strict=True))
+    return {
+        "derivatives": sum(units, start=jnp.zeros(())) / len(share),
+        "megabytes": jnp.mean(info.bytes) / 1e6,
+        "rounds": jnp.mean(jnp.asarray(info.rounds, float)),
+    }
+
+
+def compiled(row: Row, placed: Placed, network: Network, size: int) -> Program:
+    """Compiles so many iterations, and the losses at the mean iterate after them."""
+    share, problem = shares(row, network), network.problem
+
+    def begin(x: chex.ArrayTree, y: chex.ArrayTree, batch: bx.Batch) -> Carry:
+        spent = {"derivatives": jnp.full((), float(row.at_start)), "megabytes": jnp.zeros(()), "rounds": jnp.zeros(())}
+        state = placed.method.init(*placed.put((x, y)), placed.put(batch))
+        return Carry(state, *network.point(x, y), jnp.zeros(()), spent)
+
+    def chunk(carry: Carry, keys: chex.PRNGKey, batch: bx.Batch) -> tuple[Carry, Trace]:
+        def step(state: Any, key: chex.PRNGKey) -> tuple[Any, tuple]:
+            state, info = placed.method.step(key, state, batch)
+            calls = {name: jnp.mean(number) for name, number in info.calls._asdict().items()}
+            return state, (spending(info, share), calls | {"breakdowns": jnp.any(info.breakdown)})
+
+        state, (spent, counts) = jax.lax.scan(step, carry.state, keys)
+        spent = jax.tree.map(lambda before, now: before + now.sum(), carry.spent, spent)
+        (every, ys), whole = placed.join((state.x, state.y)), placed.join(batch)
+        x, y = network.point(every, ys)
+        slope = jax.grad(network.loss, argnums=2)(problem.inner_loss, x, y, whole.inner)
+        loss = network.loss(problem.outer_loss, x, y, whole.outer)
+        trace = Trace(loss, optax.tree.norm(slope), jax.tree.map(jnp.sum, counts))
+        return Carry(state, x, y, consensus(every, x), spent), trace
+
+    keys, batch = jax.random.split(jax.random.key(0), size), placed.put(network.batch)
+    made, seconds, memory = timing.compiled(chunk, (begin(*network.start, network.batch), keys, batch))
+    return Program(cast(Any, begin), made, seconds, memory)
+
+
+def consensus(every: chex.ArrayTree, x: chex.ArrayTree) -> chex.Array:
+    """Root mean square distance of all x [n, ...] to one."""
+    away = jax.tree.map(lambda leaf, one: leaf - one[None], every, x)
+    return optax.tree.norm(away) / len(jax.tree.leaves(every)[0]) ** 0.5
+
+
+def evaluate(network: Network, exactly: Exactly, carry: Carry) -> dict[str, float | None]:
+    """F and ‖∇F‖² at the mean x, the scores of the task, and what an agent has spent."""
+    x, y, distance, spent = fetch((carry.x, carry.y, carry.consensus, carry.spent))
+    accurate = judged(exactly, x, y, network.batch)
+    spent = {name: number.item() for name, number in spent.items()}
+    return {**accurate, **network.scores(x, y), "consensus": distance.item(), **spent}
+
+
+def judged(exactly: Exactly, x: Any, y: Any, batch: bx.Batch) -> dict[str, float | None]:
+    """F(x), ‖∇F(x)‖² and how well the inner problem was solved; all NaN where the point is not finite."""
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((x, y))):
+        return dict.fromkeys(EXACT, math.nan)
+    at = exactly(x, y, batch)
+    numbers = (at.loss, optax.tree.norm(at.gradient) ** 2, at.residual, at.product_residual)
+    return dict(zip(EXACT, map(float, numbers), strict=True))
+
+
+def tuned(
+    make: Callable[[bx.Levels], bx.Algorithm],
+    network: Network,
+    exactly: Exactly,
+    grid: bx.Levels,
+    iterations: int,
+    seed: int,
+) -> dict[str, Any]:
+    """The step sizes of the grid whose `make(steps)` ends with the lowest F(x); one program runs all of them."""
+
+    def end(steps: bx.Levels, x: chex.ArrayTree, y: chex.ArrayTree, batch: bx.Batch) -> tuple[Any, Any]:
+        method = make(steps)
+
+        def step(state: Any, _: None) -> tuple[Any, None]:
+            return method.step(jax.random.key(seed), state, batch)[0], None
+
+        state, _ = jax.lax.scan(step, method.init(x, y, batch), None, iterations)
+        return network.point(state.x, state.y)
+
+    ends = jax.jit(jax.vmap(end, (0, None, None, None)))(grid, *network.start, network.batch)
+    points = [jax.tree.map(operator.itemgetter(i), jax.device_get(ends)) for i in range(len(grid.x))]
+    losses = np.array([judged(exactly, x, y, network.batch)["exact_loss"] for x, y in points], dtype=float)
+    best = int(np.argmin(np.where(np.isfinite(losses), losses, np.inf)))
+    return {
+        "step_sizes": {name: float(values[best]) for name, values in grid._asdict().items()},
+        "grid": {name: values.tolist() for name, values in grid._asdict().items()},
+        "grid_losses": losses.tolist(),
+    }
