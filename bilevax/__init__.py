@@ -2,7 +2,7 @@
 
 from bilevax import algorithms, curvature, decentralized, ihvp, inner, parallel, random_directions
 from bilevax.black_box import black_box
-from bilevax.decentralized import coins, compression, correction, estimator, partition, topology
+from bilevax.decentralized import coins, compression, correction, estimator, local_directions, partition, topology
 from bilevax.decentralized.engine import Algorithm
 from bilevax.decentralized.gossip import Gossip, gossip, push_sum, replicate
 from bilevax.decentralized.levels import Levels
@@ -70,6 +70,7 @@ __all__ = [
     "ihvp",
     "inner",
     "inner_gradient",
+    "local_directions",
     "parallel",
     "partition",
     "penalty",

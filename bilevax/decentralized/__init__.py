@@ -1,30 +1,68 @@
 """Decentralized bilevel optimization: agents are a leading array axis, gossip moves information between them.
 
-An engine (`single_loop`) out of an estimator, a correction for each level and an order; every method is a preset of it.
+An engine (`single_loop`) out of local directions, an estimator, a correction for each level and an order; most methods
+are presets of it, and those with inner loops or matrices are built of the same parts.
+
+| method                        | lower level | limit, exact derivatives   | numbers to a neighbour in an iteration |
+|-------------------------------|-------------|----------------------------|----------------------------------------|
+| `sldbo`, `s3ldbo`, `dsvrbgd`  | common      | x*                         | 2 (d_x + 2 d_y)                        |
+| `sparkle`                     | common      | x*                         | d_x + 2 d_y; with tracking twice that  |
+| `dsoba`, `dsoba_first_order`  | common      | x* but for O(step)         | d_x + 2 d_y                            |
+| `adasdbo`                     | common      | x*, slowly                 | d_x + 2 d_y + 3                        |
+| `ma_dsbo`                     | common      | x* with `track`            | d_x + (T + 2 N) d_y                    |
+| `mdbo`, `vrdbo`               | common      | x_l: own inverse Hessians  | 2 (d_x + d_y)                          |
+| `gbdsbo`                      | common      | x*                         | 2 d_x + 3 d_y + d_x d_y + b d_y²       |
+| `c2dfb`                       | common      | x_λ: x* but for O(1/λ)     | 2 d_x + 4 K compressed d_y             |
+| `interact`, `diamond`         | personal    | x_p                        | 2 d_x                                  |
+| `lopa_local`, `lopa_tracking` | personal    | x_p but for O(step); x_p   | d_x; 2 d_x                             |
 """
 
+from bilevax.decentralized.adasdbo import adasdbo
+from bilevax.decentralized.c2dfb import c2dfb
+from bilevax.decentralized.diamond import diamond
 from bilevax.decentralized.dsoba import dsoba
+from bilevax.decentralized.dsoba_first_order import dsoba_first_order
 from bilevax.decentralized.dsvrbgd import dsvrbgd, dsvrbgd_alternating, dsvrbgd_simultaneous
 from bilevax.decentralized.engine import GAUSS_SEIDEL, JACOBI, Info, State, single_loop
+from bilevax.decentralized.gbdsbo import gbdsbo
+from bilevax.decentralized.interact import interact, interact_svr
+from bilevax.decentralized.lopa import lopa_local, lopa_tracking
+from bilevax.decentralized.ma_dsbo import ma_dsbo
+from bilevax.decentralized.mdbo import mdbo
 from bilevax.decentralized.mix_factors import mix_factors
+from bilevax.decentralized.preconditioned import preconditioned
 from bilevax.decentralized.s3ldbo import s3ldbo
 from bilevax.decentralized.s3ldbo_unbiased import s3ldbo_unbiased
 from bilevax.decentralized.sldbo import sldbo
 from bilevax.decentralized.sparkle import sparkle
+from bilevax.decentralized.vrdbo import vrdbo
 
 __all__ = [
     "GAUSS_SEIDEL",
     "JACOBI",
     "Info",
     "State",
+    "adasdbo",
+    "c2dfb",
+    "diamond",
     "dsoba",
+    "dsoba_first_order",
     "dsvrbgd",
     "dsvrbgd_alternating",
     "dsvrbgd_simultaneous",
+    "gbdsbo",
+    "interact",
+    "interact_svr",
+    "lopa_local",
+    "lopa_tracking",
+    "ma_dsbo",
+    "mdbo",
     "mix_factors",
+    "preconditioned",
     "s3ldbo",
     "s3ldbo_unbiased",
     "single_loop",
     "sldbo",
     "sparkle",
+    "vrdbo",
 ]

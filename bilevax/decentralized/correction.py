@@ -6,6 +6,7 @@ mean s⁺ = mean s − a · mean d in all of them.
 | correction         | recursion                               | vectors | rounds | W                              |
 |--------------------|-----------------------------------------|---------|--------|--------------------------------|
 | `none`             | s⁺ = W (s − a d)                        | 1       | 1      | any; biased                    |
+| `local`            | s⁺ = s − a d                            | 0       | 0      | not used; a level of one's own |
 | `tracking`         | s⁺ = W (s − a t), t⁺ = W t + d⁺ − d     | 2       | 1      | any                            |
 | `tracking_atc`     | s⁺ = W (s − a t), t⁺ = W (t + d⁺ − d)   | 2       | 2      | any                            |
 | `tracking_non_atc` | s⁺ = W s − a t, t⁺ = W t + d⁺ − d       | 2       | 1      | any                            |
@@ -27,6 +28,7 @@ from typing import Any, NamedTuple
 
 import chex
 import jax
+import jax.numpy as jnp
 import optax
 
 from bilevax import checks
@@ -39,6 +41,7 @@ __all__ = [
     "Move",
     "exact_diffusion",
     "extra",
+    "local",
     "none",
     "share",
     "tracking",
@@ -136,6 +139,38 @@ def none(damping: chex.Numeric = 1.0) -> Correction:
         return _damped(damping, s, new), CorrectionState(mixing, moved, ()), gossip.bytes(state.gossip, message)
 
     return Correction(init, update, rounds=1)
+
+
+def local() -> Correction:
+    """No communication: each agent descends alone, on a level of its own (a personalised lower level).
+
+        s_i⁺ = s_i − a d_i
+
+    Args:
+      (none)
+
+    Returns:
+      `Correction` with the memory ().
+
+    Raises:
+      (nothing)
+
+    Cost: nothing is sent, no round.
+
+    Example:
+        >>> import bilevax as bx
+        >>> bx.correction.local().rounds
+        0
+    """
+
+    def init(gossip: Gossip, s: chex.ArrayTree, move: Move) -> CorrectionState:
+        return CorrectionState((), move.init(s), ())
+
+    def update(key: Any, state: CorrectionState, gossip: Gossip, s: Any, d: Any, move: Move) -> tuple:
+        step, moved = move.apply(d, state.move, s)
+        return optax.apply_updates(s, step), state._replace(move=moved), jnp.zeros(gossip.agents().shape)
+
+    return Correction(init, update, rounds=0)
 
 
 def tracking(damping: chex.Numeric = 1.0) -> Correction:

@@ -4,7 +4,7 @@ from typing import Any
 
 from bilevax.decentralized.correction import none
 from bilevax.decentralized.engine import Algorithm, single_loop
-from bilevax.decentralized.estimator import momentum
+from bilevax.decentralized.estimator import Estimator, momentum
 from bilevax.decentralized.estimator.oracle import rates_of
 from bilevax.problem import BilevelProblem
 from bilevax.sampling import Sample, full
@@ -48,5 +48,9 @@ def dsoba(problem: BilevelProblem, gossip: Any, step_sizes: Any, sample: Sample 
         >>> float(info.bytes[0]) / state.x.dtype.itemsize
         6.0
     """
-    averaged = momentum(rates_of("theta", theta)._replace(y=1.0, v=1.0), sample)
-    return single_loop(problem, gossip, step_sizes, averaged, none())
+    return single_loop(problem, gossip, step_sizes, averaged_outer(theta, sample), none())
+
+
+def averaged_outer(theta: Any, sample: Sample) -> Estimator:
+    """Plain directions of y and v, and a moving average of that of x, with weight θ in (0, 1] of the new one."""
+    return momentum(rates_of("theta", theta)._replace(y=1.0, v=1.0), sample)

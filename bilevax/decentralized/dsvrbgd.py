@@ -111,6 +111,12 @@ def dsvrbgd_alternating(
 def _dsvrbgd(
     problem: BilevelProblem, gossip: Any, steps: Any, sample: Sample, momentum: Any, rate: chex.Numeric, order: Order
 ) -> Algorithm:
+    estimator = storm(averaging_weights(momentum, rate), sample)
+    return single_loop(problem, gossip, steps, estimator, tracking_non_atc(damping=rate), order)
+
+
+def averaging_weights(momentum: Any, rate: chex.Numeric) -> Levels:
+    """The schedules a = min(1, α η²) of momentum α at rate η; raises ValueError where these are out of range."""
     factors = levels("momentum", momentum)
     for factor in factors:
         if not callable(factor):
@@ -118,8 +124,7 @@ def _dsvrbgd(
             checks.nonnegative("momentum", factor)
     checks.scalar("rate", rate)
     checks.fraction("rate", rate)
-    a = Levels(*(lambda k, factor=factor: jnp.minimum(1.0, at(k, factor) * rate**2) for factor in factors))
-    return single_loop(problem, gossip, steps, storm(a, sample), tracking_non_atc(damping=rate), order)
+    return Levels(*(lambda k, factor=factor: jnp.minimum(1.0, at(k, factor) * rate**2) for factor in factors))
 
 
 dsvrbgd = dsvrbgd_simultaneous

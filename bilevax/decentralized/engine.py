@@ -1,6 +1,7 @@
-"""The engine of the decentralized single-loop methods: three independent choices make a method.
+"""The engine of the decentralized single-loop methods: four independent choices make a method.
 
-    an Estimator    what each agent believes its directions d_x, d_y, d_v to be
+    LocalDirections what each agent can evaluate: its directions d_x, d_y, d_v, by default from one pull-back
+    an Estimator    what each agent believes its directions to be
     a Correction    how a level moves although the directions differ from agent to agent, one for each level
     an order        which levels move at once: JACOBI all three, GAUSS_SEIDEL y, then v, then x
 
@@ -22,7 +23,9 @@ from bilevax.decentralized.correction import Correction, Move
 from bilevax.decentralized.estimator import Estimator, Oracle
 from bilevax.decentralized.gossip import Gossip
 from bilevax.decentralized.levels import Levels, at, levels
-from bilevax.problem import Batch, BilevelProblem, Calls, arrays, directions, norm
+from bilevax.decentralized.local_directions import LocalDirections, second_order
+from bilevax.decentralized.preconditioned import Preconditioned, Setting, preconditioned_move
+from bilevax.problem import Batch, BilevelProblem, Calls, arrays, norm
 from bilevax.sampling import check_key, fold
 
 Order = tuple[tuple[str, ...], ...]
@@ -55,8 +58,8 @@ class State(NamedTuple):
       k: iterations so far; scalar.
       x: outer variables.
       y: inner variables.
-      v: inverse-Hessian-vector products, 0 at the start. `state._replace(v=...)` starts them warm, but not after the
-        `init` of a snapshot method, which has evaluated its first directions at v = 0.
+      v: inverse-Hessian-vector products, 0 at the start; () in a method without them. `state._replace(v=...)` starts
+        them warm, but not after the `init` of a snapshot method, which has evaluated its first directions at v = 0.
       previous: `Levels`, the point of the iteration before; () unless the estimator asks for it.
       estimators: the memory of the estimator, one for each group of the order.
       corrections: `Levels` of the memories of the corrections.
@@ -73,14 +76,15 @@ class State(NamedTuple):
     v: chex.ArrayTree
     previous: Any
     estimators: Any
-    corrections: Levels
+    corrections: Any
 
 
 class Info(NamedTuple):
     """What one iteration reports, agent by agent.
 
     Attributes:
-      moves: `Levels` of ‖s⁺ − s‖ for each agent [n]: they vanish where a method converges.
+      moves: `Levels` of ‖s⁺ − s‖ for each agent [n]: they vanish where a method converges. () for a level that a method
+        does not have.
       breakdown: True [n] where an agent's x, y or v is not finite.
       calls: `Calls` with leaves [n]: evaluations of ∇f and ∇_y g (each with all its arguments) and products with ∇²_yy
         g and ∇²_xy g, each on whatever batch the estimator drew; what `init` evaluates comes on top.
@@ -108,8 +112,9 @@ def single_loop(
     corrections: Any,
     order: Order = JACOBI,
     radius: chex.Numeric | None = None,
+    local_directions: LocalDirections | None = None,
 ) -> Algorithm:
-    """A decentralized single-loop bilevel method out of an estimator, corrections and an order.
+    """A decentralized single-loop bilevel method out of local directions, an estimator, corrections and an order.
 
         u = estimate of the directions at (x, y, v)      s⁺ = correct, mix and move s along u,  s in the group
         v⁺ ← v⁺ · min(1, radius/‖v⁺‖), agent by agent
@@ -118,11 +123,14 @@ def single_loop(
       problem: f_i and g_i, one signature for all agents: what differs is their batch.
       gossip: a `Gossip`, or `Levels` of them: one graph for each level.
       step_sizes: `Levels(x, y, v)` (or a tuple in that order) of numbers, schedules k -> number, or optax
-        transformations, applied to each agent's corrected direction apart; one value holds for all levels.
+        transformations, applied to each agent's corrected direction apart; of y and v also
+        `bx.decentralized.preconditioned`. One value holds for all levels.
       estimator: see `bx.estimator`.
       corrections: see `bx.correction`; one, or `Levels` of them.
       order: groups of level names, such as `JACOBI` or `GAUSS_SEIDEL`; each level once.
       radius: of the ball that v is projected on, agent by agent, > 0; None for no projection.
+      local_directions: see `bx.local_directions`; None for `second_order()`. Without a level v, what the other
+        arguments say of it does not count.
 
     Returns:
       `Algorithm(init, step)` with `State` and `Info`.
@@ -131,9 +139,10 @@ def single_loop(
       ValueError: if an argument is of another kind, if the graphs differ in their number of agents, if the order misses
         a level; from `init` and `step`, if a leaf lacks the agents' axis.
 
-    Cost: that of the estimator and of the corrections. Jacobi: one ∇f, one ∇_y g and one pull-back of v for each
-    evaluation; Gauss–Seidel: one ∇_y g more, since y moves in between. (Estimators that branch, such as PAGE or a
-    common coin, share nothing between the groups of an order: one ∇f and one ∇_y g more than declared.)
+    Cost: that of the local directions, the estimator and the corrections. By default, in Jacobi order: one ∇f, one
+    ∇_y g and one pull-back of v for each evaluation; Gauss–Seidel: one ∇_y g more, since y moves in between.
+    (Estimators that branch, such as PAGE or a common coin, share nothing between the groups of an order: one ∇f and
+    one ∇_y g more than declared.)
 
     Example:
         >>> import bilevax as bx
@@ -143,41 +152,38 @@ def single_loop(
     """
     checks.instance("problem", problem, BilevelProblem, "Pass bx.BilevelProblem(outer_loss, inner_loss).")
     checks.instance("estimator", estimator, Estimator, "Pass, say, bx.estimator.full().")
-    gossips = _kind("gossip", gossip, Gossip, "Pass bx.gossip(bx.topology.ring(8)).")
-    corrections = _kind("corrections", corrections, Correction, "Pass, say, bx.correction.tracking().")
-    steps = levels("step_sizes", step_sizes)
-    _check_steps(steps)
+    rule = second_order() if local_directions is None else local_directions
+    checks.instance("local_directions", rule, LocalDirections, "Pass, say, bx.local_directions.second_order().")
+    gossips = read_gossips(gossip)
+    corrections = of_kind("corrections", corrections, Correction, "Pass, say, bx.correction.tracking().")
+    steps = read_steps(step_sizes)
     _check_order(order)
-    if len({one.n for one in gossips}) > 1:
-        raise ValueError(
-            f"gossip must have one number of agents on all levels; got {[one.n for one in gossips]}. Take equal n."
-        )
+    order = tuple(group for group in (tuple(name for name in group if name in rule.levels) for group in order) if group)
     if radius is not None:
         checks.scalar("radius", radius)
         checks.positive("radius", radius)
-    oracles = [Oracle(partial(_evaluate, problem, group), gossips.x, group) for group in order]
-    unit_calls = _unit_calls(order)
+    oracles = [Oracle(partial(_evaluate, rule, problem, group), gossips.x, group) for group in order]
+    unit_calls = _unit_calls(rule, order)
 
     def init(x: chex.ArrayTree, y: chex.ArrayTree, batch: Batch | None = None) -> State:
-        local = len(gossips.x.agents())
-        for name, tree in (("x", x), ("y", y)):
-            checks.floating(name, tree)
-            checks.agents_axis(name, tree, local, f"Give each agent its own copy with bx.replicate({name}, {local}).")
-        if batch is not None:
-            _check_batch(batch, local)
-        point = Levels(arrays(x), arrays(y), optax.tree.zeros_like(arrays(y)))
-        memories = [
-            correction.init(one, s, _move(step, 0))
-            for correction, one, s, step in zip(corrections, gossips, point, steps, strict=True)
-        ]
+        check_start(gossips.x, x, y, batch)
+        x, y = arrays(x), arrays(y)
+        point = Levels(x, y, optax.tree.zeros_like(y) if "v" in rule.levels else ())
+        memories = {
+            name: getattr(corrections, name).init(
+                getattr(gossips, name),
+                getattr(point, name),
+                move(getattr(steps, name), 0, Setting(problem, point, batch)),
+            )
+            for name in rule.levels
+        }
         estimators = tuple(estimator.init(oracle, point, batch) for oracle in oracles)
         previous = point if estimator.remembers else ()
-        return State(jnp.zeros((), jnp.int32), *point, previous, estimators, Levels(*memories))
+        start = jnp.zeros((), jnp.int32)
+        return State(start, *point, previous, estimators, Levels((), (), ())._replace(**memories))
 
     def step(key: chex.PRNGKey | None, state: State, batch: Batch) -> tuple[State, Info]:
-        checks.instance("state", state, State, "Pass step(key, state, batch) the state of init or of the last step.")
-        _check_batch(batch, len(gossips.x.agents()))
-        check_key(key)
+        check_step(gossips.x, key, state, State, batch)
         key = fold(key, state.k)
         start = point = Levels(state.x, state.y, state.v)
         previous, estimators, memories, spent, sent = state.previous, [], state.corrections, [], []
@@ -186,14 +192,16 @@ def single_loop(
             d, memory, evaluations = estimator.update(fold(key, 0), memory, oracle, point, batch, state.k)
             estimators.append(memory)
             spent.append(jax.tree.map(lambda calls, times=evaluations: calls * times, unit))
+            here = point
             for name in oracle.group:
+                level_key = fold(key, 1 + Levels._fields.index(name))
                 s, new, size = getattr(corrections, name).update(
-                    fold(key, 1 + Levels._fields.index(name)),
+                    level_key,
                     getattr(memories, name),
                     getattr(gossips, name),
                     getattr(point, name),
                     getattr(d, name),
-                    _move(getattr(steps, name), state.k),
+                    move(getattr(steps, name), state.k, Setting(problem, here, batch, key, gossips.x.agents())),
                 )
                 s = _projected(s, radius) if name == "v" and radius is not None else s
                 point, memories = point._replace(**{name: s}), memories._replace(**{name: new})
@@ -201,29 +209,33 @@ def single_loop(
                 previous = previous._replace(**{name: getattr(start, name)}) if estimator.remembers else ()
         rounds = sum(max(getattr(corrections, name).rounds for name in group) for group in order)
         calls = jax.tree.map(lambda *parts: sum(parts), *spent)
-        info = Info(*_moved(start, point), calls, sum(sent), rounds)
+        info = Info(*moved(start, point), calls, sum(sent), rounds)
         return State(state.k + 1, *point, previous, tuple(estimators), memories), info
 
     return Algorithm(init, step)
 
 
-def _evaluate(problem: BilevelProblem, group: tuple[str, ...], point: Levels, batch: Batch) -> Levels:
-    d = jax.vmap(partial(directions, problem))(point.x, point.y, point.v, batch)
+def _evaluate(
+    rule: LocalDirections, problem: BilevelProblem, group: tuple[str, ...], point: Levels, batch: Batch
+) -> Levels:
+    d = jax.vmap(partial(rule.evaluate, problem))(point.x, point.y, point.v, batch)
     return Levels(*(getattr(d, name) if name in group else None for name in Levels._fields))
 
 
-def _unit_calls(order: Order) -> list[Calls]:
+def _unit_calls(rule: LocalDirections, order: Order) -> list[Calls]:
     """The calls of one evaluation of each group; what two groups read at one (x, y) is evaluated once."""
-    units, known_f, known_g = [], False, False
+    units: list[Calls] = []
+    seen: tuple[str, ...] = ()
     for group in order:
-        reads_f = "x" in group or "v" in group
-        units.append(Calls(int(reads_f and not known_f), int(not known_g), int("v" in group), int("x" in group)))
-        stays = not {"x", "y"} & set(group)
-        known_f, known_g = stays and (known_f or reads_f), stays
+        units.append(rule.calls(group, seen))
+        seen = () if {"x", "y"} & {*group} else seen + group
     return units
 
 
-def _move(step: Any, k: chex.Numeric) -> Move:
+def move(step: Any, k: chex.Numeric, setting: Setting) -> Move:
+    """How a level moves along a corrected direction, for the step size of that level at iteration k."""
+    if isinstance(step, Preconditioned):
+        return preconditioned_move(step, at(k, step.step_size), setting)
     if isinstance(step, optax.GradientTransformation):
         return Move(jax.vmap(step.init), jax.vmap(step.update), linear=False)
 
@@ -239,26 +251,50 @@ def _projected(v: chex.ArrayTree, radius: chex.Numeric) -> chex.ArrayTree:
         scale = jnp.minimum(1.0, radius / jnp.maximum(norm(v), jnp.finfo(jnp.float32).tiny))
         return jax.tree.map(lambda leaf: (scale * leaf).astype(leaf.dtype), v)
 
-    return jax.vmap(one)(v)
+    return jax.vmap(one)(v) if jax.tree.leaves(v) else v
 
 
-def _moved(start: Levels, end: Levels) -> tuple[Levels, chex.Array]:
-    moves = Levels(*(jax.vmap(norm)(optax.tree.sub(new, old)) for new, old in zip(end, start, strict=True)))
-    return moves, ~jnp.isfinite(sum(moves))
+def moved(start: Levels, end: Levels) -> tuple[Levels, chex.Array]:
+    """How far each level of each agent has moved, and which agents are no longer finite."""
+
+    def distance(new: chex.ArrayTree, old: chex.ArrayTree) -> Any:
+        return jax.vmap(norm)(optax.tree.sub(new, old)) if jax.tree.leaves(new) else ()
+
+    moves = Levels(*map(distance, end, start))
+    return moves, ~jnp.isfinite(sum(jax.tree.leaves(moves)))
 
 
-def _kind(name: str, value: Any, kind: type, fix: str) -> Levels:
+def of_kind(name: str, value: Any, kind: type, fix: str) -> Levels:
+    """Reads `Levels` of values of one kind."""
     values = levels(name, value)
     for one in values:
         checks.instance(name, one, kind, fix)
     return values
 
 
-def _check_steps(steps: Levels) -> None:
+def read_gossips(gossip: Any) -> Levels:
+    """Reads a gossip for each level, all with one number of agents."""
+    gossips = of_kind("gossip", gossip, Gossip, "Pass bx.gossip(bx.topology.ring(8)).")
+    if len({one.n for one in gossips}) > 1:
+        raise ValueError(
+            f"gossip must have one number of agents on all levels; got {[one.n for one in gossips]}. Take equal n."
+        )
+    return gossips
+
+
+def read_steps(step_sizes: Any) -> Levels:
+    """Reads a step size, a schedule or a transformation for each level."""
+    steps = levels("step_sizes", step_sizes)
     for name, step in steps._asdict().items():
         if isinstance(step, optax.GradientTransformation):
             continue
-        if callable(step):
+        if isinstance(step, Preconditioned):
+            if name == "x":
+                raise ValueError(
+                    "step_sizes.x must be a number, a schedule or an optax transformation; got preconditioned(...), "
+                    "which has the curvature of y. Precondition y and v."
+                )
+        elif callable(step):
             checks.function(f"step_sizes.{name}", step, "k")
         elif isinstance(step, tuple | list | dict | str) or hasattr(step, "gradient_transformation") or step is None:
             raise ValueError(
@@ -269,6 +305,7 @@ def _check_steps(steps: Levels) -> None:
         else:
             checks.scalar(f"step_sizes.{name}", step)
             checks.nonnegative(f"step_sizes.{name}", step)
+    return steps
 
 
 def _check_order(order: Order) -> None:
@@ -277,6 +314,23 @@ def _check_order(order: Order) -> None:
         raise ValueError(
             f"order must name x, y and v once each, in groups; got {order!r:.80}. Take JACOBI or GAUSS_SEIDEL."
         )
+
+
+def check_start(gossip: Gossip, x: chex.ArrayTree, y: chex.ArrayTree, batch: Batch | None) -> None:
+    """Refuses a start whose leaves lack the axis of the agents held here."""
+    local = len(gossip.agents())
+    for name, tree in (("x", x), ("y", y)):
+        checks.floating(name, tree)
+        checks.agents_axis(name, tree, local, f"Give each agent its own copy with bx.replicate({name}, {local}).")
+    if batch is not None:
+        _check_batch(batch, local)
+
+
+def check_step(gossip: Gossip, key: Any, state: Any, kind: type, batch: Batch) -> None:
+    """Refuses a state, a key or a batch that is none."""
+    checks.instance("state", state, kind, "Pass step(key, state, batch) the state of init or of the last step.")
+    _check_batch(batch, len(gossip.agents()))
+    check_key(key)
 
 
 def _check_batch(batch: Any, n: int) -> None:

@@ -2,9 +2,8 @@
 
 from typing import Any
 
+from bilevax.decentralized.dsoba import averaged_outer
 from bilevax.decentralized.engine import GAUSS_SEIDEL, Algorithm, Order, single_loop
-from bilevax.decentralized.estimator import momentum
-from bilevax.decentralized.estimator.oracle import rates_of
 from bilevax.problem import BilevelProblem
 from bilevax.sampling import Sample, full
 
@@ -61,5 +60,5 @@ def sparkle(
         >>> float(info.bytes[0]) / state.x.dtype.itemsize, info.rounds
         (6.0, 3)
     """
-    averaged = momentum(rates_of("theta", theta)._replace(y=1.0, v=1.0), sample)
+    averaged = averaged_outer(theta, sample)
     return single_loop(problem, gossip, step_sizes, averaged, corrections, order)

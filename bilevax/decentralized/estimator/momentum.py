@@ -18,14 +18,14 @@ def momentum(a: Any, sample: Sample = all_data) -> Estimator:
         u_k = (1 − a) u_{k−1} + a d(s_k; ξ_k),      u_0 = d(s_0; ξ_0)
 
     Args:
-      a: weight of the new direction in (0, 1]: a number, a schedule k -> number, or `Levels` of them.
+      a: weight of the new direction in [0, 1]: a number, a schedule k -> number, or `Levels` of them.
       sample: `sample(key, k, data) -> batch` for the data of one agent.
 
     Returns:
       `Estimator` whose state is u.
 
     Raises:
-      ValueError: if a concrete `a` is not in (0, 1].
+      ValueError: if a concrete `a` is not in [0, 1].
 
     Cost: one evaluation of the directions for each agent and iteration; one more copy of each direction.
 
@@ -33,7 +33,7 @@ def momentum(a: Any, sample: Sample = all_data) -> Estimator:
         >>> import bilevax as bx
         >>> estimator = bx.estimator.momentum(bx.Levels(x=0.1, y=1.0, v=1.0))
     """
-    rates = rates_of("a", a)
+    rates = rates_of("a", a, zero=True)
     plain = stochastic(sample)
 
     def update(key: Any, state: Any, oracle: Oracle, point: Levels, batch: Batch, k: chex.Numeric) -> tuple:

@@ -69,7 +69,7 @@ def needed(key: chex.PRNGKey | None) -> chex.PRNGKey:
     return key
 
 
-def draw(key: Any, sample: Sample, k: chex.Numeric, batch: Batch, oracle: Oracle) -> Batch:
+def draw(key: Any, sample: Sample, k: chex.Numeric, batch: Batch, agents: chex.Array) -> Batch:
     """A sample of each agent's outer and inner data, drawn with keys that fold in the id of the agent.
 
     Args:
@@ -77,7 +77,7 @@ def draw(key: Any, sample: Sample, k: chex.Numeric, batch: Batch, oracle: Oracle
       sample: `sample(key, k, data) -> batch` for the data of one agent.
       k: the iteration.
       batch: `Batch` with leaves [n, ...].
-      oracle: for the ids of the agents.
+      agents: their global ids [n], `gossip.agents()`.
 
     Returns:
       `Batch` of samples, leaves [n, ...].
@@ -89,8 +89,7 @@ def draw(key: Any, sample: Sample, k: chex.Numeric, batch: Batch, oracle: Oracle
 
     Example:
         >>> import bilevax as bx, jax.numpy as jnp
-        >>> oracle = bx.estimator.Oracle(None, bx.gossip(bx.topology.ring(4)), ())
-        >>> bx.estimator.draw(None, bx.inner.full, 0, bx.Batch(jnp.ones((4, 2)), None), oracle).outer.shape
+        >>> bx.estimator.draw(None, bx.inner.full, 0, bx.Batch(jnp.ones((4, 2)), None), jnp.arange(4)).outer.shape
         (4, 2)
     """
 
@@ -98,7 +97,7 @@ def draw(key: Any, sample: Sample, k: chex.Numeric, batch: Batch, oracle: Oracle
         outer, inner = split(fold(key, agent), 2)
         return Batch(sample(outer, k, data.outer), sample(inner, k, data.inner))
 
-    return jax.vmap(one)(oracle.gossip.agents(), batch)
+    return jax.vmap(one)(agents, batch)
 
 
 def everybody(oracle: Oracle) -> chex.Array:

@@ -61,6 +61,7 @@ def stochastic(sample: Sample) -> Estimator:
     checks.function("sample", sample, "key", "k", "data")
 
     def update(key: Any, state: Any, oracle: Oracle, point: Levels, batch: Batch, k: chex.Numeric) -> tuple:
-        return oracle.evaluate(point, draw(key, sample, k, batch, oracle)), state, everybody(oracle)
+        drawn = draw(key, sample, k, batch, oracle.gossip.agents())
+        return oracle.evaluate(point, drawn), state, everybody(oracle)
 
     return Estimator(lambda oracle, point, batch: (), update)

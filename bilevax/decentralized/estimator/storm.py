@@ -43,7 +43,7 @@ def storm(a: Any, sample: Sample = all_data) -> Estimator:
     checks.function("sample", sample, "key", "k", "data")
 
     def update(key: Any, state: Levels, oracle: Oracle, point: Levels, batch: Batch, k: chex.Numeric) -> tuple:
-        drawn = draw(key, sample, k, batch, oracle)
+        drawn = draw(key, sample, k, batch, oracle.gossip.agents())
         then, now = oracle.evaluate(oracle.previous, drawn), oracle.evaluate(point, drawn)
         u = each(lambda a, u, then, now: (1 - a) * (u - then) + now, from_one(rates, k), state, then, now)
         return u, u, 2 * everybody(oracle)
