@@ -1,8 +1,61 @@
-"""Single-machine bilevel algorithms: the engine of `bx.decentralized` with one agent."""
+"""Single-machine bilevel algorithms: the engine of `bx.decentralized` with one agent, and descent along hypergradients.
 
+| method    | in each iteration                                             | estimate of ∇F                        |
+|-----------|---------------------------------------------------------------|---------------------------------------|
+| `soba`    | one step on x, y and v, on one sample                         | d_x at v                              |
+| `saba`    | the same, with a table of past directions (SAGA)              | d_x at v                              |
+| `sustain` | the same, with recursive momentum (STORM)                     | d_x at v                              |
+| `srba`    | the same, with recursive differences (SARAH)                  | d_x at v                              |
+| `fsla`    | y, then v, then x, which has momentum (STORM)                 | d_x at v                              |
+| `mrbo`    | one step on x and y, with recursive momentum                  | Neumann series on one sample          |
+| `vrbo`    | one step on x and several on y, with recursive differences    | Neumann series on one sample          |
+| `amigo`   | several steps on y and on v, both warm, one on x              | d_x at v                              |
+| `stocbio` | several steps on y, one on x                                  | Neumann series on several samples     |
+| `bsa`     | more and more steps on y, one on x                            | one random term of the Neumann series |
+| `ttsa`    | one step on y and on x, on two time scales                    | one random term of the Neumann series |
+| `f2sa`    | several steps on y and y_λ, one on x                          | λ times a gap of first derivatives    |
+| `pzobo`   | several steps on y, and again at x + μ u, one on x            | differences of solves                 |
+
+`descent` makes such a method out of any hypergradient.
+"""
+
+from bilevax.algorithms.amigo import AmigoState, amigo
+from bilevax.algorithms.bsa import bsa, growing_steps
+from bilevax.algorithms.descent import DescentInfo, DescentState, decay, descent
+from bilevax.algorithms.f2sa import f2sa
+from bilevax.algorithms.fsla import fsla
+from bilevax.algorithms.mrbo import mrbo
 from bilevax.algorithms.one_agent import one_agent
+from bilevax.algorithms.pzobo import pzobo
 from bilevax.algorithms.saba import saba
 from bilevax.algorithms.soba import soba
+from bilevax.algorithms.srba import srba
+from bilevax.algorithms.stocbio import stocbio
 from bilevax.algorithms.sustain import sustain
+from bilevax.algorithms.ttsa import ttsa
+from bilevax.algorithms.vrbo import VrboInfo, VrboState, vrbo
 
-__all__ = ["one_agent", "saba", "soba", "sustain"]
+__all__ = [
+    "AmigoState",
+    "DescentInfo",
+    "DescentState",
+    "VrboInfo",
+    "VrboState",
+    "amigo",
+    "bsa",
+    "decay",
+    "descent",
+    "f2sa",
+    "fsla",
+    "growing_steps",
+    "mrbo",
+    "one_agent",
+    "pzobo",
+    "saba",
+    "soba",
+    "srba",
+    "stocbio",
+    "sustain",
+    "ttsa",
+    "vrbo",
+]

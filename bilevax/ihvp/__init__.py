@@ -10,6 +10,7 @@ from bilevax.ihvp.kfac import kfac
 from bilevax.ihvp.linear import linear
 from bilevax.ihvp.neumann import neumann
 from bilevax.ihvp.nystrom import nystrom
+from bilevax.ihvp.random_neumann import random_neumann
 from bilevax.ihvp.rescaled import rescaled
 from bilevax.ihvp.sgd import sgd
 
@@ -25,6 +26,7 @@ __all__ = [
     "linear",
     "neumann",
     "nystrom",
+    "random_neumann",
     "rescaled",
     "sgd",
 ]
