@@ -61,7 +61,7 @@ def adasdbo(
         >>> method = bx.decentralized.adasdbo(problem, gossip, 1.0)
         >>> state, info = method.step(None, method.init(jnp.zeros(4), jnp.zeros(4)), batch)
         >>> float(info.bytes[0]) / state.x.dtype.itemsize, info.rounds
-        (18.0, 1)
+        (12.0, 1)
     """
     checks.instance("problem", problem, BilevelProblem, "Pass bx.BilevelProblem(outer_loss, inner_loss).")
     gossips, sizes, rule = read_gossips(gossip), levels("step_sizes", step_sizes), second_order()

@@ -50,8 +50,8 @@ def diamond(
     2 d_x numbers to each neighbour in one round.
 
     Reference: Qiu et al., "DIAMOND: taming sample and communication complexities in decentralized bilevel
-    optimization", arXiv 2212.02376. Reconstructed: single loop, momentum with tracking and no full gradients are the paper's.
-    Deviation: all factors of the series are on one sample.
+    optimization", arXiv 2212.02376. Reconstructed: single loop, momentum with tracking and no full gradients are the
+    paper's. Deviation: all factors of the series are on one sample.
 
     Example:
         >>> import bilevax as bx, jax.numpy as jnp

@@ -141,9 +141,8 @@ def gbdsbo(
         vector = jnp.zeros((n, d), flat.dtype)
         cross = jax.tree.map(lambda leaf: jnp.zeros((n, d, *leaf.shape[1:]), leaf.dtype), x)
         zeros = Tracked(optax.tree.zeros_like(x), vector, vector, cross, jnp.zeros((n, number, d, d), flat.dtype))
-        moves = tuple(
-            move(step, 0, Setting(problem, (x, y, ()), batch)).init(s) for step, s in zip(steps, (x, y), strict=False)
-        )
+        setting = Setting(problem, (x, y, ()), batch)
+        moves = tuple(move(step, 0, setting).init(s) for step, s in zip(steps[:2], (x, y), strict=True))
         return State(jnp.zeros((), jnp.int32), x, y, (), (), zeros, (zeros, gossip.init((x, y, zeros)), moves))
 
     def step(key: chex.PRNGKey | None, state: State, batch: Batch) -> tuple[State, Info]:
@@ -161,7 +160,7 @@ def gbdsbo(
 
         along = jax.vmap(outer)(t.outer_x, t.cross, v), jax.vmap(unravel)(t.inner_y)
         message, states = [], []
-        for s, d, size, old in zip((state.x, state.y), along, steps, moves, strict=False):
+        for s, d, size, old in zip((state.x, state.y), along, steps[:2], moves, strict=True):
             change, new = move(size, state.k, Setting(problem, (state.x, state.y, ()), batch)).apply(d, old, s)
             message.append(optax.apply_updates(s, change))
             states.append(new)
