@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,11 @@ from benchmarks.data import DataError
 from benchmarks.decentralized.choices import COINS, Agents
 from benchmarks.decentralized.exact import Effort, evaluator
 from benchmarks.decentralized.figure import Panel, draw
-from benchmarks.decentralized.methods import Row, pace, refusal, rows, suitable
+from benchmarks.decentralized.methods import Row, pace, refusal
 from benchmarks.decentralized.network import Network
 from benchmarks.decentralized.placement import gossip, place
+from benchmarks.decentralized.rows import CAPTION as METHODS
+from benchmarks.decentralized.rows import personal_rows, rows
 from benchmarks.decentralized.running import compiled, evaluate, tuned
 from benchmarks.loop import drive
 from benchmarks.report import COSTS, Columns, Run
@@ -40,8 +42,6 @@ where one is ∇f, ∇_y g, a Hessian and a cross product on all its examples (a
 its share); sent: by one agent to all its neighbours; dist.: root mean square distance of the agents' x to their mean.
 Each method has as many iterations as evaluate no more derivatives than {iterations} of sldbo do, at most twice as many.
 Steps: for each method the best of the same {pairs} pairs of step sizes, by the last F(x) of seed {seed}.
-s3ldbo-p: {coins}; dsvrbgd: minibatches of {batch_size};
-sparkle-ed, sparkle-extra: on (I + W)/2; -topq: sends a share q of the entries of each change.
 """
 
 
@@ -134,7 +134,7 @@ def runs(
             if (found := jax.tree.map(jnp.shape, network.batch)) != shapes:
                 shapes, program = found, compiled(row, placed, network, size)
             keys = jnp.broadcast_to(jax.random.key(seed), (number, size))
-            start = program.start(*network.start, network.batch)
+            start = cast(Any, program.start)(*network.start, network.batch)
             scores = functools.partial(evaluate, network, exactly)
             scaled = functools.partial(_scaled, advance, job.iterations / number)
             outcome = drive(program, start, keys, placed.put(network.batch), scores, budget, scaled)
@@ -156,20 +156,19 @@ def _scaled(advance: Advance, iterations: float, number: int) -> None:
     advance(round(iterations))
 
 
-def selected(everything: Sequence[Row], options: Options, agents: Agents) -> tuple[list[Row], str]:
-    """The wanted rows that run on these graphs, and a line about those that do not.
+def selected(everything: Sequence[Row], options: Options, network: Network, agents: Agents) -> tuple[list[Row], str]:
+    """The wanted rows that suit problem and graphs, and a line about those that do not.
 
     Raises:
       DataError: if none is left.
     """
     wanted = [row for row in everything if row.name in options.methods]
     topologies = agents.topologies(options.seed)
-    refused = {row.name: why for row in wanted if (why := refusal(row, topologies))}
+    refused = {row.name: why for row in wanted if (why := refusal(row, network, topologies))}
+    reasons = "; ".join(f"{name}: {why}" for name, why in refused.items())
     if len(refused) == len(wanted):
-        why = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
-        raise DataError(f"No method is left on {agents.words}. {why}. Pass, say, --methods sldbo.")
-    line = f"Left out on this graph: {', '.join(refused)}.\n" if refused else ""
-    return [row for row in wanted if row.name not in refused], line
+        raise DataError(f"No method is left on {agents.words}: {reasons}. Pass, say, --methods sldbo.")
+    return [row for row in wanted if row.name not in refused], f"Left out: {reasons}.\n" * bool(refused)
 
 
 def compare(job: Job, agents: Agents, options: Options, where: Place = Place()) -> int:  # noqa: B008
@@ -185,18 +184,17 @@ def compare(job: Job, agents: Agents, options: Options, where: Place = Place()) 
       DataError: if no method is left.
     """
     coins, words = COINS[agents.coins]
-    everything = rows(functools.partial(coins, block=agents.agents // where.devices), agents.batch_size)
-    personal = job.load(options.seed).personal
-    chosen, left_out = selected(suitable(everything, personal), options, agents)
-    for seed in options.all_seeds:
-        job.load(seed)
+    first, *_ = [job.load(seed) for seed in options.all_seeds]
+    everything = (personal_rows if first.personal else rows)(
+        functools.partial(coins, block=agents.agents // where.devices), agents.batch_size
+    )
+    chosen, left_out = selected(everything, options, first, agents)
     make = functools.partial(runs, job, agents, options, chosen, where)
     if jax.process_index() > 0:  # the first host reports
         return 0 * sum(1 for _ in make(lambda number: None))
     count = len(job.outer_grid) * len(job.inner_grid)
-    shared = CAPTION.format(
-        coins=words, batch_size=agents.batch_size, pairs=count, seed=options.seed, iterations=job.iterations
-    )
+    shared = CAPTION.format(pairs=count, seed=options.seed, iterations=job.iterations)
+    about = METHODS.format(coins=words, batch_size=agents.batch_size)
     task = Task(
         title=f"{job.title}, {agents.words}",
         folder=job.folder,
@@ -205,7 +203,7 @@ def compare(job: Job, agents: Agents, options: Options, where: Place = Place()) 
         anchors=(),
         runs=make,
         columns={**job.columns, **SPENT},
-        caption=job.caption + shared + left_out,
+        caption=job.caption + shared + about + left_out,
         draw=lambda finished: draw(finished, job.panel, job.finish),
     )
     return perform(task, options)

@@ -25,9 +25,9 @@ from benchmarks.decentralized.choices import PARTITIONS, Agents, changed, parsed
 from benchmarks.decentralized.cleaning import Divided, cleaning, divide
 from benchmarks.decentralized.comparison import Job, Place, compare, defaults
 from benchmarks.decentralized.figure import Panel
-from benchmarks.decentralized.methods import names
 from benchmarks.decentralized.network import Network, by_weight
 from benchmarks.decentralized.placement import join_hosts, start_devices
+from benchmarks.decentralized.rows import names
 from benchmarks.figure import histogram
 from benchmarks.report import Columns, Run
 from benchmarks.runner import Options
@@ -67,7 +67,7 @@ METHODS = (
     *("sldbo", "s3ldbo-0.5", "s3ldbo-0.2", "s3ldbo-0.1", "dsvrbgd", "sparkle-ed", "sparkle-gt", "sparkle-mixed"),
     *("d-soba", "ma-dsbo", "mdbo", "c2dfb", "sldbo-top0.1"),
 )
-DEFAULTS = defaults([name for name in METHODS if name in names()])
+DEFAULTS = defaults(METHODS)
 
 
 def network(data: Divided) -> Network:

@@ -14,7 +14,7 @@ import optax
 import bilevax as bx
 from benchmarks import timing
 from benchmarks.decentralized.exact import Exact
-from benchmarks.decentralized.methods import Row, shares
+from benchmarks.decentralized.methods import Row, evaluations, shares
 from benchmarks.decentralized.network import Network
 from benchmarks.decentralized.placement import Placed, fetch
 from benchmarks.loop import Program, Trace
@@ -42,12 +42,21 @@ class Carry(NamedTuple):
 
 def spending(info: Any, share: bx.Calls) -> dict[str, chex.Array]:
     """What one iteration costs an agent, on average."""
-    units = (part * jnp.mean(calls) for part, calls in zip(share, info.calls, strict=True))
+    calls = bx.Calls(*map(jnp.mean, info.calls))
     return {
-        "derivatives": sum(units, start=jnp.zeros(())) / len(share),
+        "derivatives": jnp.asarray(evaluations(calls, share), float),
         "megabytes": jnp.mean(info.bytes) / 1e6,
         "rounds": jnp.mean(jnp.asarray(info.rounds, float)),
     }
+
+
+def share_at(row: Row, share: bx.Calls, state: Any) -> bx.Calls:
+    """The share of the next iteration: 1 where it is the turn of all examples."""
+    return (
+        bx.Calls(*(jnp.where(jnp.ravel(state.k)[0] % row.every == 0, 1.0, part) for part in share))
+        if row.every
+        else share
+    )
 
 
 def compiled(row: Row, placed: Placed, network: Network, size: int) -> Program:
@@ -61,9 +70,10 @@ def compiled(row: Row, placed: Placed, network: Network, size: int) -> Program:
 
     def chunk(carry: Carry, keys: chex.PRNGKey, batch: bx.Batch) -> tuple[Carry, Trace]:
         def step(state: Any, key: chex.PRNGKey) -> tuple[Any, tuple]:
+            now = share_at(row, share, state)
             state, info = placed.method.step(key, state, batch)
             calls = {name: jnp.mean(number) for name, number in info.calls._asdict().items()}
-            return state, (spending(info, share), calls | {"breakdowns": jnp.any(info.breakdown)})
+            return state, (spending(info, now), calls | {"breakdowns": jnp.any(info.breakdown)})
 
         state, (spent, counts) = jax.lax.scan(step, carry.state, keys)
         spent = jax.tree.map(lambda before, now: before + now.sum(), carry.spent, spent)

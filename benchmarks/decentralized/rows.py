@@ -1,0 +1,151 @@
+"""The methods that every decentralized task compares."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import bilevax as bx
+from benchmarks.decentralized.methods import Row, counted, size_of
+from benchmarks.decentralized.network import Network
+
+REFRESH = (0.5, 0.2, 0.1)
+MOMENTUM = 0.4  # α of DSVRBGD, MDBO and VRDBO, and their η: a = α η² = 0.1
+RATE = 0.5
+TERMS = 10  # of a Neumann series
+INNER_STEPS = 5  # of MA-DSBO, for y and for v, and of C2DFB
+PENALTY = {"multiplier": 100.0, "gossip_step": 0.4}  # of C2DFB, which sends the largest 30 % of the entries
+COMPRESSION = {0.3: 0.4, 0.1: 0.2}  # share of the entries that are sent -> step of CHOCO gossip
+EVERY = 10  # SVR-INTERACT reads all examples in one of so many iterations
+LARGEST = 130  # numbers in y up to which GBDSBO's matrices are formed
+CAPTION = f"""\
+s3ldbo-p: {{coins}}; dsvrbgd, mdbo, vrdbo, diamond, interact-svr: minibatches of {{batch_size}}, the latter all examples
+in one of {EVERY} iterations; all others exact. ma-dsbo, c2dfb: {INNER_STEPS} inner steps; mdbo, vrdbo, interact and
+diamond: {TERMS} terms of a Neumann series, each agent with its own Hessian; c2dfb: penalty {PENALTY["multiplier"]:g}.
+sparkle-ed, -extra, -mixed: on (I + W)/2 where not tracked; -topq: the share q of each change that is sent.
+"""
+
+
+def preset(method: Callable, **settings: Any) -> Callable:
+    """`make` of a method that takes a problem, a gossip and step sizes, and these settings."""
+    return lambda network, gossip, steps: method(network.problem, gossip, steps, **settings)
+
+
+def drawn(method: Callable, size: int, **settings: Any) -> Callable:
+    """The same for one that draws minibatches."""
+    return lambda network, gossip, steps: method(
+        network.problem, gossip, steps, sample=network.sample(size), **settings
+    )
+
+
+def series(make: Callable[..., Callable], method: Callable, *size: int, **settings: Any) -> Callable:
+    """`make` by `preset` or `drawn` of a method with a Neumann series, whose step is one over the curvature."""
+    return lambda network, gossip, steps: make(
+        method, *size, terms=TERMS, inverse_step=1 / network.curvature, **settings
+    )(network, gossip, steps)
+
+
+def each(function: Callable, value: Any) -> Any:
+    """Of `Levels`, `function` of all three; or of the one value that holds for all."""
+    return bx.Levels(*map(function, value)) if isinstance(value, bx.Levels) else function(value)
+
+
+def compressed(make: Callable, fraction: float) -> Callable:
+    """`make` over gossip that sends the largest entries of each change."""
+    compression = bx.compression
+
+    def wrapped(network: Network, gossip: Any, steps: bx.Levels) -> bx.Algorithm:
+        def one(gossip: bx.Gossip) -> bx.Gossip:
+            return compression.choco(gossip, compression.top_k(fraction), COMPRESSION[fraction])
+
+        return make(network, each(one, gossip), steps)
+
+    return wrapped
+
+
+def lazy(levels: str) -> Callable[[bx.Levels], bx.Levels]:
+    """(I + W)/2 on these levels."""
+    return lambda topologies: topologies._replace(
+        **{level: bx.topology.lazy(getattr(topologies, level)) for level in levels}
+    )
+
+
+def matrices(network: Network) -> bx.Calls:
+    """Whole matrices: as many products as y has numbers."""
+    return bx.Calls(1, 1, size_of(network.y), size_of(network.y))
+
+
+def rows(coins: Callable, size: int) -> tuple[Row, ...]:
+    """The methods for a common lower level.
+
+    Args:
+      coins: `coins(p)` of S3LDBO.
+      size: of a minibatch.
+    """
+    methods, correction = bx.decentralized, bx.correction
+    reduced = {"momentum": MOMENTUM, "rate": RATE}
+    simultaneous = drawn(methods.dsvrbgd_simultaneous, size, **reduced)
+    exact_diffusion, tracking = correction.exact_diffusion(), correction.tracking()
+    mixed = bx.Levels(tracking, exact_diffusion, exact_diffusion)
+    sparkle = functools.partial(preset, methods.sparkle)
+    in_turn = functools.partial(Row, calls=counted(inner=2))  # y moves in between
+    dual = functools.partial(in_turn, symmetric=True, fixed=True)
+    sampled = functools.partial(Row, batch_size=size)
+    ma_dsbo = functools.partial(preset, methods.ma_dsbo, inner_steps=INNER_STEPS, product_steps=INNER_STEPS)
+    c2dfb = preset(methods.c2dfb, inner_steps=INNER_STEPS, compressor=bx.compression.top_k(0.3), **PENALTY)
+    loops = counted(inner=INNER_STEPS + 1, hessian=INNER_STEPS)
+    twice = counted(2, 2, 2, 2)
+    return (
+        Row("sldbo", preset(methods.sldbo)),
+        *(Row(f"s3ldbo-{p:g}", preset(methods.s3ldbo, coins=coins(p)), at_start=1) for p in REFRESH),
+        Row("s3ldbo-unbiased-0.2", preset(methods.s3ldbo_unbiased, coins=coins(0.2)), at_start=1),
+        sampled("dsvrbgd", simultaneous, twice),
+        sampled("dsvrbgd-alternating", drawn(methods.dsvrbgd_alternating, size, **reduced), counted(2, 4, 2, 2)),
+        dual("sparkle-ed", sparkle(corrections=exact_diffusion), graphs=lazy("xyv")),
+        dual("sparkle-extra", sparkle(corrections=correction.extra()), graphs=lazy("xyv")),
+        in_turn("sparkle-gt", sparkle(corrections=tracking)),
+        dual("sparkle-mixed", sparkle(corrections=mixed), graphs=lazy("yv")),
+        Row("d-soba", preset(methods.dsoba)),
+        Row("d-soba-first-order", preset(methods.dsoba_first_order), counted(inner=3, hessian=0, cross=0)),
+        Row("adasdbo", preset(methods.adasdbo)),
+        Row("ma-dsbo", ma_dsbo(), loops),
+        Row("ma-dsbo-gt", ma_dsbo(track=True), loops),
+        sampled("mdbo", series(drawn, methods.mdbo, size, **reduced), counted(hessian=TERMS)),
+        sampled("vrdbo", series(drawn, methods.vrdbo, size, **reduced), counted(2, 2, 2 * TERMS, 2)),
+        Row("c2dfb", c2dfb, counted(INNER_STEPS + 1, 2 * INNER_STEPS + 2, 0, 0), fixed=True),
+        Row("gbdsbo", preset(methods.gbdsbo), matrices, common=True, largest=LARGEST),
+        *(Row(f"sldbo-top{q:g}", compressed(preset(methods.sldbo), q), fixed=True) for q in COMPRESSION),
+        *(sampled(f"dsvrbgd-top{q:g}", compressed(simultaneous, q), twice, fixed=True) for q in COMPRESSION),
+    )
+
+
+def personal_rows(coins: Callable, size: int) -> tuple[Row, ...]:
+    """The methods for a lower level of each agent's own, which correct x alone.
+
+    Args:
+      coins: `coins(p)` of S3LDBO.
+      size: of a minibatch.
+    """
+    methods, correction = bx.decentralized, bx.correction
+
+    def own(upper: Any) -> bx.Levels:
+        return bx.Levels(upper, correction.local(), correction.local())
+
+    s3ldbo = functools.partial(preset, methods.s3ldbo, correction=own(correction.tracking()))
+    sparkle = preset(methods.sparkle, corrections=own(correction.exact_diffusion()))
+    sampled, twice = functools.partial(Row, batch_size=size), counted(2, 2, 2 * TERMS, 2)
+    svr = series(drawn, methods.interact_svr, size, every=EVERY)
+    return (
+        Row("sldbo", preset(methods.sldbo, correction=own(correction.tracking()))),
+        *(Row(f"s3ldbo-{p:g}", s3ldbo(coins=coins(p)), at_start=1) for p in REFRESH),
+        Row("sparkle-ed", sparkle, counted(inner=2), graphs=lazy("x"), symmetric=True, fixed=True),
+        Row("lopa-local", preset(methods.lopa_local)),
+        sampled("lopa-tracking", drawn(methods.lopa_tracking, size, theta=0.1)),
+        Row("interact", series(preset, methods.interact), counted(hessian=TERMS)),
+        sampled("interact-svr", svr, twice, every=EVERY),
+        sampled("diamond", series(drawn, methods.diamond, size, a=MOMENTUM * RATE**2), twice),
+    )
+
+
+def names(personal: bool = False) -> tuple[str, ...]:
+    """Of all rows, for a common lower level or for personal ones."""
+    return tuple(row.name for row in (personal_rows if personal else rows)(bx.coins.independent, 1))
