@@ -161,7 +161,11 @@ def own_neumann(terms: int, step_size: chex.Numeric) -> LocalDirections:
         outer_loss = checks.scalar_loss("outer_loss", problem.outer_loss)
         outer_x, outer_y = jax.grad(outer_loss, argnums=(0, 1))(x, y, batch.outer)
         inner = inner_gradient(problem.inner_loss, x, y, batch.inner)
-        series = ihvp.neumann(terms, step_size, curvature=lambda *point: lambda v: inner.pull_back(v)[1])
+
+        def product(v: Any) -> Any:
+            return inner.pull_back(optax.tree.cast_like(v, y))[1]
+
+        series = ihvp.neumann(terms, step_size, curvature=lambda *point: product)
         apply, _ = series.prepare(None, (), problem.inner_loss, (x, y, batch.inner))
         cross, _ = inner.pull_back(apply(outer_y)[0])
         return Directions(optax.tree.sub(outer_x, cross), inner.gradient, None)
