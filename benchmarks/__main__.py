@@ -26,6 +26,8 @@ TASKS = {
     "two-phase": "a cheap estimator first, an unbiased one after it",
     "unrolling": "error, memory and time of hypergradients as the inner steps grow in number",
     "decentralized-hyper-cleaning": "hyper-cleaning by agents on a graph, who share no images",
+    "decentralized-policy-evaluation": "find one value function for the rewards that agents on a graph see",
+    "decentralized-regularization": "one penalty for each feature, by agents on a graph, who share no rows",
     "skipping": "time iterations whose agents skip derivatives, and iterations of many agents",
     "peers": "time the same hypergradients by several libraries (needs the extra peers)",
 }

@@ -25,7 +25,7 @@ from benchmarks.loop import drive
 from benchmarks.report import COSTS, Columns, Run
 from benchmarks.runner import Advance, Options, Task, perform
 
-CHECKPOINTS, QUICK_CHECKPOINTS = 20, 12
+CHECKPOINTS, QUICK_CHECKPOINTS = 20, 6
 BUDGET = 120.0  # seconds of a run, so that derivatives and not seconds end it
 SPENT: Columns = {
     "exact_loss": ("F(x)", "{:.4f}".format),
@@ -101,7 +101,7 @@ def pairs(job: Job) -> bx.Levels:
 def schedule(row: Row, network: Network, iterations: int, checkpoints: int) -> tuple[int, int]:
     """Number of chunks and iterations of each, where SLDBO would take so many iterations in all."""
     own = max(1, math.floor(iterations * pace(row, network)))
-    size = math.ceil(own / checkpoints)
+    size = max(1, own // checkpoints)
     return own // size, size
 
 

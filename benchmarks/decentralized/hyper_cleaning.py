@@ -53,9 +53,9 @@ class Setting(NamedTuple):
 
 
 SETTINGS = {
-    "digits": Setting(960, 320, 1500, (0.3, 0.6, 1.2, 2.4)),
-    "mnist": Setting(2000, 500, 600, (0.05, 0.1, 0.2, 0.4)),
-    "fashion-mnist": Setting(2000, 500, 600, (0.05, 0.1, 0.2, 0.4)),
+    "digits": Setting(960, 320, 1500, (0.15, 0.3, 0.6, 1.2, 2.4)),
+    "mnist": Setting(2000, 500, 600, (0.025, 0.05, 0.1, 0.2, 0.4)),
+    "fashion-mnist": Setting(2000, 500, 600, (0.025, 0.05, 0.1, 0.2, 0.4)),
 }
 QUICK_ITERATIONS = 200
 COLUMNS: Columns = {

@@ -18,9 +18,10 @@ COMPRESSION = {0.3: 0.4, 0.1: 0.2}  # share of the entries that are sent -> step
 EVERY = 10  # SVR-INTERACT reads all examples in one of so many iterations
 LARGEST = 130  # numbers in y up to which GBDSBO's matrices are formed
 CAPTION = f"""\
-s3ldbo-p: {{coins}}; dsvrbgd, mdbo, vrdbo, diamond, interact-svr: minibatches of {{batch_size}}, the latter all examples
-in one of {EVERY} iterations; all others exact. ma-dsbo, c2dfb: {INNER_STEPS} inner steps; mdbo, vrdbo, interact and
-diamond: {TERMS} terms of a Neumann series, each agent with its own Hessian; c2dfb: penalty {PENALTY["multiplier"]:g}.
+s3ldbo-p: {{coins}}.
+dsvrbgd, mdbo, vrdbo, diamond, interact-svr: minibatches of {{batch_size}} (the last: and all examples in every {EVERY}th
+iteration); all others exact. ma-dsbo, c2dfb: {INNER_STEPS} inner steps; mdbo, vrdbo, interact, diamond: {TERMS} terms of a
+Neumann series of each agent's own Hessian; c2dfb: penalty {PENALTY["multiplier"]:g}, 30 % of the entries sent.
 sparkle-ed, -extra, -mixed: on (I + W)/2 where not tracked; -topq: the share q of each change that is sent.
 """
 

@@ -52,11 +52,10 @@ def spending(info: Any, share: bx.Calls) -> dict[str, chex.Array]:
 
 def share_at(row: Row, share: bx.Calls, state: Any) -> bx.Calls:
     """The share of the next iteration: 1 where it is the turn of all examples."""
-    return (
-        bx.Calls(*(jnp.where(jnp.ravel(state.k)[0] % row.every == 0, 1.0, part) for part in share))
-        if row.every
-        else share
-    )
+    if row.every is None:
+        return share
+    turn = jnp.ravel(state.k)[0] % row.every == 0
+    return bx.Calls(*(jnp.where(turn, 1.0, part) for part in share))
 
 
 def compiled(row: Row, placed: Placed, network: Network, size: int) -> Program:

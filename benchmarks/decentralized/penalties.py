@@ -1,0 +1,126 @@
+"""The data and the problems of learnt penalties, divided over agents."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy.sparse import csr_matrix
+
+import bilevax as bx
+from benchmarks import data
+from benchmarks.corrupted import POOLS
+from benchmarks.data import DataError
+
+CLASSES = 10
+NOISE = 1.0  # standard deviation of what is added to aᵀy before its sign is the label
+FEATURES = {"a9a": 123, "ijcnn1": 22, "w8a": 300}
+MOST_TESTED = 10_000
+
+
+class Rows(NamedTuple):
+    """Features [N, d] and labels [N], -1 and 1 or classes."""
+
+    features: np.ndarray
+    labels: np.ndarray
+
+
+class Divided(NamedTuple):
+    """Data of all agents.
+
+    Attributes:
+      train, validation: before they were divided; of test rows there is one set for all.
+      test: those.
+      batch: leaves [n, L, ...], outer = validation and inner = training, each (features, labels, weights): means over
+        the L rows, so weighted, have the loss on the undivided data as their mean over agents.
+    """
+
+    train: Rows
+    validation: Rows
+    test: Rows
+    batch: bx.Batch
+
+
+def real(name: str, seed: int, train: int, partition: Callable[..., list]) -> Divided:
+    """So many training rows and half as many validation rows of a data set, drawn by a seed; others to test on."""
+    features, labels = _mnist() if name == "mnist" else data.libsvm(name, FEATURES[name])
+    order = np.random.default_rng(seed).permutation(len(labels))
+    parts = np.split(order, [train, train + train // 2])
+    if not len(parts[2]):
+        raise DataError(f"{name} has {len(labels)} rows; --rows {train} leaves none to test on. Pass fewer.")
+
+    def part(chosen: np.ndarray) -> Rows:
+        rows = features[chosen]
+        dense = rows.toarray() if isinstance(rows, csr_matrix) else rows
+        kind = np.int32 if name == "mnist" else np.float32
+        return Rows(dense.astype(np.float32), labels[chosen].astype(kind))
+
+    inner, outer, test = part(parts[0]), part(parts[1]), part(parts[2][:MOST_TESTED])
+    try:
+        mine, others = partition(*(np.maximum(rows.labels, 0).astype(int) for rows in (inner, outer)))
+    except ValueError as error:
+        raise DataError(f"The partition does not suit the data of seed {seed}: {error}") from error
+    (stacked, weights), (validating, outer_weights) = bx.partition.stack(inner, mine), bx.partition.stack(outer, others)
+    batch = bx.Batch(outer=(*validating, outer_weights), inner=(*stacked, weights))
+    return Divided(inner, outer, test, jax.tree.map(np.asarray, batch))
+
+
+def _mnist() -> Rows:
+    (images, labels), _ = POOLS["mnist"]()
+    return Rows(images, labels)
+
+
+def synthetic(n: int, seed: int, features: int, train: int, heterogeneity: float) -> Divided:
+    """Agent i = 1, ..., n has features of variance (i · r)², r the heterogeneity; labels sign(aᵀy + noise), one y.
+
+    Half as many rows to validate on, and as many to test on. Only the first half of the entries of y are not zero.
+    """
+    random = np.random.default_rng(seed)
+    y = random.normal(size=features) * (np.arange(features) < features // 2)
+    scales = heterogeneity * np.arange(1, n + 1)
+
+    def part(rows: int) -> Rows:
+        drawn = random.normal(size=(n, rows, features)) * scales[:, None, None]
+        labels = np.sign(drawn @ y + NOISE * random.normal(size=(n, rows)))
+        return Rows(drawn.astype(np.float32), labels.astype(np.float32))
+
+    def pooled(rows: Rows) -> Rows:
+        return Rows(rows.features.reshape(-1, features), rows.labels.reshape(-1))
+
+    inner, outer, test = (part(rows) for rows in (train // n, train // 2 // n, train // n))
+    batch = bx.Batch(*((*rows, np.ones_like(rows.labels)) for rows in (outer, inner)))
+    return Divided(pooled(inner), pooled(outer), pooled(test), batch)
+
+
+def logistic() -> bx.BilevelProblem:
+    """f_i and g_i of one agent; x [d], y [d], labels -1 and 1."""
+
+    def outer_loss(x: chex.Array, y: chex.Array, batch: tuple) -> chex.Array:
+        features, labels, weights = batch
+        return jnp.mean(weights * jax.nn.softplus(-labels * (features @ y)))
+
+    def inner_loss(x: chex.Array, y: chex.Array, batch: tuple) -> chex.Array:
+        return outer_loss(x, y, batch) + jnp.sum(jnp.exp(x) * y**2) / 2
+
+    return bx.BilevelProblem(outer_loss, inner_loss)
+
+
+def softmax() -> bx.BilevelProblem:
+    """The same for classes; x [p], y [p, classes], and a penalty divided by their number."""
+
+    def outer_loss(x: chex.Array, y: chex.Array, batch: tuple) -> chex.Array:
+        features, labels, weights = batch
+        logits = jax.nn.log_softmax(features @ y)
+        return -jnp.mean(weights * jnp.take_along_axis(logits, labels[:, None], axis=1)[:, 0])
+
+    def inner_loss(x: chex.Array, y: chex.Array, batch: tuple) -> chex.Array:
+        return outer_loss(x, y, batch) + jnp.sum(jnp.exp(x)[:, None] * y**2) / y.size
+
+    return bx.BilevelProblem(outer_loss, inner_loss)
+
+
+def largest(features: np.ndarray, weights: np.ndarray) -> float:
+    """The largest eigenvalue of the mean of w a aᵀ."""
+    return float(np.linalg.eigvalsh((features * weights[:, None]).T @ features / len(features))[-1])

@@ -1,0 +1,180 @@
+"""Learnt penalties over a graph: one for each feature of a logistic regression, without sharing rows.
+
+    min_x  mean_i f_i(y*(x)),                  f_i(y) = mean_j w_ij ψ(b aᵀy) over the validation rows of agent i
+    y*(x) = argmin_y mean_i g_i(x, y),      g_i(x, y) = mean_j w_ij ψ(b aᵀy) + ½ yᵀ diag(exp x) y over its training rows
+
+with ψ(t) = log(1 + exp(−t)). mnist: softmax regression, g_i = mean_j w_ij CE_ij(y) + (1 / c p) Σ_kj exp(x_j) y_kj², for
+c = 10 classes and p = 784 pixels. With w_ij = n L / N (0 for padding) the means are the losses on the undivided data.
+
+Synthetic: agent i has features of variance (i r)², r the heterogeneity, and labels sign(aᵀy + noise) of one y.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Literal, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+import bilevax as bx
+from benchmarks.decentralized.choices import PARTITIONS, Agents, changed, parsed
+from benchmarks.decentralized.comparison import Job, compare, defaults
+from benchmarks.decentralized.exact import Effort
+from benchmarks.decentralized.figure import GRADIENT
+from benchmarks.decentralized.network import Network, by_weight
+from benchmarks.decentralized.penalties import CLASSES, Divided, largest, logistic, real, softmax, synthetic
+from benchmarks.decentralized.rows import names
+from benchmarks.report import Columns
+from benchmarks.runner import Options
+
+TASK = "decentralized_regularization"
+INNER_GRID = (0.125, 0.25, 0.5, 1.0, 2.0)  # over the curvature L of the mean inner loss
+QUICK_ITERATIONS, QUICK_ROWS = 200, 1000
+PARTITION = "dirichlet:0.1"
+COLUMNS: Columns = {"test_accuracy": ("test\nacc.", "{:.3f}".format)}
+CAPTION = "F(x): mean loss on the validation rows. Step sizes of y and v: {grid} over L = {curvature:.3g}.\n"
+METHODS = (
+    *("sldbo", "s3ldbo-0.5", "s3ldbo-0.2", "dsvrbgd", "sparkle-ed", "sparkle-gt", "sparkle-mixed", "d-soba"),
+    *("adasdbo", "ma-dsbo", "mdbo", "c2dfb", "sldbo-top0.1"),
+)
+DEFAULTS = defaults(METHODS)
+
+
+class Setting(NamedTuple):
+    """What suits a data set.
+
+    Attributes:
+      rows: to train on, of all agents together; half as many to validate on.
+      iterations: of SLDBO.
+      outer_grid: step sizes of x.
+      start: first x.
+      effort: of the accurate solution.
+    """
+
+    rows: int
+    iterations: int
+    outer_grid: tuple[float, ...]
+    start: float
+    effort: Effort = Effort()
+
+
+SETTINGS = {
+    "synthetic": Setting(1600, 1000, (8.0, 32.0, 128.0), -2.0),
+    "mnist": Setting(2000, 400, (10.0, 100.0, 1000.0), 2.0, Effort(products=300)),
+    "a9a": Setting(8000, 600, (10.0, 40.0, 160.0), -2.0),
+    "ijcnn1": Setting(8000, 1000, (10.0, 40.0, 160.0), -2.0),
+    "w8a": Setting(8000, 600, (10.0, 40.0, 160.0), -2.0),
+}
+SYNTHETIC_FEATURES = 40
+
+
+def curvature(data: Divided, start: float) -> tuple[float, float]:
+    """L of the mean inner loss at the first x, and the largest of the agents' own."""
+    features, _, weights = data.batch.inner
+    classes = np.issubdtype(data.train.labels.dtype, np.integer)
+    bound = 0.5 if classes else 0.25  # of the second derivative of a softmax, or of ψ
+    penalty = 2 * math.exp(start) / (CLASSES * features.shape[-1]) if classes else math.exp(start)
+    whole = largest(data.train.features, np.ones(len(data.train.labels), np.float32))
+    own = max(largest(rows, weight) for rows, weight in zip(features, weights, strict=True))
+    return bound * whole + penalty, bound * own + penalty
+
+
+def network(data: Divided, start: float) -> Network:
+    """All penalties are the same, and y = 0, at every agent."""
+    features, labels, n = data.train.features.shape[1], data.test.labels, len(data.batch.inner[1])
+    classes = np.issubdtype(labels.dtype, np.integer)
+
+    def scores(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
+        given = data.test.features @ y
+        hits = (np.argmax(given, axis=1) if classes else np.sign(given)) == labels
+        return {"test_accuracy": float(hits.mean()) if np.isfinite(y).all() else math.nan}
+
+    return Network(
+        problem=softmax() if classes else logistic(),
+        batch=data.batch,
+        x=jnp.full(features, start),
+        y=jnp.zeros((features, CLASSES) if classes else features),
+        sample=by_weight,
+        sizes=bx.Batch(outer=len(data.validation.labels) / n, inner=len(data.train.labels) / n),
+        curvature=curvature(data, start)[1],
+        scores=scores,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Regularization over a graph of agents, by decentralized methods: learn one penalty for each feature."""
+
+    data: Literal["synthetic", "mnist", "a9a", "ijcnn1", "w8a"] = "synthetic"
+    """Drawn for each agent, or a public data set."""
+    partition: str = PARTITION
+    """How the rows of a public data set are divided, by their labels: dirichlet:ALPHA (drawn as in NIID-Bench, until
+    every agent has 10 rows of each kind), dirichlet-plain:ALPHA, classes:NUMBER, shards:NUMBER, quantity:BETA, iid."""
+    heterogeneity: float = 0.2
+    """r of synthetic data: agent i = 1, 2, ... has features of variance (i · r)²."""
+    rows: int | None = None
+    """Rows to train on, of all agents together; half as many to validate on. By default as many as suit the data."""
+    network: tyro.conf.OmitArgPrefixes[Agents] = Agents()  # noqa: RUF009
+    """The agents."""
+    common: tyro.conf.OmitArgPrefixes[Options] = DEFAULTS
+    """Options of every task."""
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot be run."""
+        self.common.check_methods(names())
+        parsed("partition", self.partition, PARTITIONS)
+        drawn = self.data == "synthetic"
+        if drawn and self.partition != PARTITION:
+            raise ValueError(
+                f"partition is about public data sets; got {self.partition} with data=synthetic, where each agent has "
+                f"rows of its own. Drop --partition, or pass, say, --data a9a."
+            )
+        if not drawn and self.heterogeneity != type(self).heterogeneity:
+            raise ValueError(
+                f"heterogeneity is about synthetic data; got {self.heterogeneity:g} with data={self.data}. Pass "
+                f"--partition instead."
+            )
+        if not self.heterogeneity > 0:
+            raise ValueError(
+                f"heterogeneity must be a number > 0; got {self.heterogeneity:g}. Pass, say, --heterogeneity 0.2."
+            )
+        if self.rows is not None and self.rows < (least := 20 * self.network.agents):
+            raise ValueError(f"rows must be an int >= 20 for each agent; got {self.rows}. Pass, say, --rows {least}.")
+
+    @functools.cache  # noqa: B019
+    def load(self, seed: int) -> Divided:
+        """The data of a seed, divided."""
+        n, usual = self.network.agents, SETTINGS[self.data].rows
+        rows = self.rows or (min(usual, QUICK_ROWS) if self.common.quick else usual)
+        if self.data == "synthetic":
+            return synthetic(n, seed, SYNTHETIC_FEATURES, rows, self.heterogeneity)
+        return real(self.data, seed, rows, parsed("partition", self.partition, PARTITIONS)(n, seed))
+
+    def run(self) -> int:
+        """Runs everything, prints the table and writes the files; returns the exit code."""
+        setting, data = SETTINGS[self.data], self.load(self.common.seed)
+        level = curvature(data, setting.start)[0]
+        how = f"r = {self.heterogeneity:g}" if self.data == "synthetic" else self.partition
+        job = Job(
+            name=TASK,
+            title=f"Penalties of {self.data}, {how}",
+            folder=TASK + changed(self),
+            load=functools.cache(lambda seed: network(self.load(seed), setting.start)),
+            iterations=self.common.outer_steps or (QUICK_ITERATIONS if self.common.quick else setting.iterations),
+            outer_grid=setting.outer_grid,
+            inner_grid=[step / level for step in INNER_GRID],
+            columns=COLUMNS,
+            panel=GRADIENT,
+            configuration={
+                **{name: getattr(self, name) for name in ("data", "partition", "heterogeneity")},
+                "train": len(data.train.labels),
+                "validation": len(data.validation.labels),
+                "start": setting.start,
+                "curvature": level,
+            },
+            caption=CAPTION.format(grid=", ".join(f"{step:g}" for step in INNER_GRID), curvature=level),
+            effort=setting.effort,
+        )
+        return compare(job, self.network, self.common)
