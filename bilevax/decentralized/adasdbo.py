@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from bilevax import checks
+from bilevax.decentralized.correction import share
 from bilevax.decentralized.engine import Algorithm, Info, State, check_start, check_step, moved, read_gossips
 from bilevax.decentralized.estimator.oracle import draw
 from bilevax.decentralized.gossip import per_agent
@@ -90,7 +91,8 @@ def adasdbo(
         results, sent = [], jnp.zeros(m.x.shape)
         for number, one in enumerate(gossips):
             scale, old = sizes[number] / q[number], state.corrections[number]
-            message = optax.tree.sub(start[number], per_agent(jnp.multiply, scale, d[number])), m[number]
+            step = per_agent(jnp.multiply, scale, share(one, old, d[number]))
+            message = optax.tree.sub(start[number], step), m[number]
             sent += one.bytes(old, message)
             (s, averaged), old = one.mix(fold(key, 1 + number), old, message)
             results.append((s, averaged, old))

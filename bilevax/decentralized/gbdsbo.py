@@ -9,6 +9,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from bilevax import checks
+from bilevax.decentralized.correction import share
 from bilevax.decentralized.engine import Algorithm, Info, State, check_start, check_step, move, moved, read_steps
 from bilevax.decentralized.estimator.oracle import draw
 from bilevax.decentralized.gossip import Gossip
@@ -151,7 +152,8 @@ def gbdsbo(
         key, (mixed, mixing, moves) = fold(key, state.k), state.corrections
         data = tuple(draw(fold(key, 1 + factor), sample, state.k, batch, agents) for factor in range(number))
         q = jax.vmap(evaluate)(state.x, state.y, data)
-        t = jax.tree.map(lambda m, new, old: m + (new - old).astype(m.dtype), mixed, q, state.estimators)
+        change = share(gossip, mixing, optax.tree.sub(q, state.estimators))
+        t = jax.tree.map(lambda m, change: m + change.astype(m.dtype), mixed, change)
         v = jax.vmap(inverse)(t.hessians, t.outer_y)
         unravel = ravel_pytree(jax.tree.map(lambda leaf: leaf[0], state.y))[1]
 
