@@ -1,0 +1,289 @@
+"""What the papers claim of the decentralized methods, and how each claim is measured."""
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from benchmarks.decentralized.records import Record, Results, by_seed, matched
+from benchmarks.decentralized.speed_up import SIZES
+from benchmarks.decentralized.verdicts import (
+    FAILS,
+    HOLDS,
+    OPEN,
+    SHARE,
+    Interval,
+    Spent,
+    averaged,
+    behind,
+    close_to_the_end,
+    halfway,
+    judge,
+    ratio,
+    spent_until,
+)
+
+SLACK = 1.5  # S3LDBO may take so many times p of SLDBO's evaluations
+STEEP = -0.75  # a slope that counts as linear speed-up, which is −1
+PROBABILITIES = (0.5, 0.2, 0.1)
+SHARES_SENT = (0.3, 0.1)
+SKIPPING_JOBS = {
+    "synthetic": "penalties, synthetic",
+    "mnist": "penalties, MNIST",
+    "cleaning": "hyper-cleaning",
+    "meta": "meta-learning (a lower level of each agent's own; sldbo tracks x alone)",
+}
+
+
+class Finding(NamedTuple):
+    """One comparison: of what, its numbers and its verdict."""
+
+    what: str
+    numbers: str
+    verdict: str
+
+
+class Claim(NamedTuple):
+    """A claim beside its findings.
+
+    Attributes:
+      title: in a few words.
+      source: paper and arXiv id.
+      words: the claim.
+      measure: the definition of the number.
+      findings: what was measured.
+    """
+
+    title: str
+    source: str
+    words: str
+    measure: str
+    findings: Sequence[Finding]
+
+
+def missing(what: str, job: str) -> Finding:
+    """Where results are not there."""
+    return Finding(what, "–", f"{OPEN}: no results of {job}")
+
+
+def against(
+    what: str,
+    job: str,
+    pairs: Sequence[tuple[Record, Record]],
+    costs: Callable[[Record, Record], tuple[Spent, Spent]],
+    unit: str,
+    bound: float,
+    meets: Callable[[float, float], bool],
+) -> Finding:
+    """The cost of the first of each pair over that of the second, with both costs beside it."""
+    if not pairs:
+        return missing(what, job)
+    spent = [costs(*pair) for pair in pairs]
+    words, verdict = judge([ratio(*both) for both in spent], bound, meets)
+    own, other = (averaged(side) for side in zip(*spent, strict=True))
+    return Finding(what, f"ratio {words}; {own} against {other} {unit}", verdict)
+
+
+def until_the_loss(cost: str) -> Callable[[Record, Record], tuple[Spent, Spent]]:
+    """Costs of both until F is close to where the second one ends."""
+
+    def costs(method: Record, base: Record) -> tuple[Spent, Spent]:
+        target = close_to_the_end(base)
+        return spent_until(method, cost, "exact_loss", target), spent_until(base, cost, "exact_loss", target)
+
+    return costs
+
+
+def until_halfway(cost: str) -> Callable[[Record, Record], tuple[Spent, Spent]]:
+    """Costs of both until ‖∇F‖² is halfway down the first one's descent, on a scale of logarithms."""
+
+    def costs(method: Record, other: Record) -> tuple[Spent, Spent]:
+        target = halfway(method, "exact_gradient")
+        return spent_until(method, cost, "exact_gradient", target), spent_until(other, cost, "exact_gradient", target)
+
+    return costs
+
+
+def joined(results: Results, *jobs: str) -> list[Record]:
+    """The runs of several jobs."""
+    return [record for job in jobs for record in results.get(job, ())]
+
+
+def snapshots(results: Results) -> Claim:
+    """S3LDBO against SLDBO, on the four tasks of its paper."""
+    findings = []
+    for job, words in SKIPPING_JOBS.items():
+        bases, lazy = by_seed(results.get(job, ()), "sldbo"), results.get(f"{job}-skipping", ())
+        for p in PROBABILITIES:
+            runs = by_seed(lazy, f"s3ldbo-{p:g}")
+            pairs = [(runs[seed], bases[seed]) for seed in sorted(set(runs) & set(bases))]
+            costs = until_the_loss("derivatives")
+            what = f"{words}, p = {p:g} (at most {SLACK * p:g})"
+            findings.append(
+                against(what, f"{job}, {job}-skipping", pairs, costs, "evaluations", SLACK * p, operator.le)
+            )
+    return Claim(
+        "Snapshots save derivatives",
+        "S3LDBO, arXiv 2605.31311",
+        "S3LDBO reaches the quality of SLDBO with fewer derivative evaluations. (Its abstract names no factor; what "
+        f"is asked here is at most {SLACK:g} · p of them, for a refresh probability p.)",
+        "Target: SLDBO's last F(x̄) and 1 % of its decrease since the first checkpoint. Number: derivative evaluations "
+        "of an agent until F(x̄) is first at the target, linear between checkpoints, over those of SLDBO until the same "
+        "target. S3LDBO may take twice as many iterations.",
+        findings,
+    )
+
+
+def communication(results: Results) -> Claim:
+    """DSVRBGD against the stochastic methods before it."""
+    rows = [(other, "megabytes", "MB") for other in ("mdbo", "vrdbo", "ma-dsbo")] + [("d-soba", "rounds", "rounds")]
+    findings = []
+    for other, cost, unit in rows:
+        pairs = [(one, two) for one, two in matched(results.get("cleaning", ()), "dsvrbgd", other)]
+        findings.append(
+            against(f"dsvrbgd / {other}, {unit}", "cleaning", pairs, until_halfway(cost), unit, 1.0, operator.lt)
+        )
+    return Claim(
+        "Variance reduction saves communication",
+        "DSVRBGD, arXiv 2311.11342",
+        "DSVRBGD reaches a stationary point with fewer bytes than MDBO, VRDBO and MA-DSBO where agents differ, and "
+        "with fewer rounds than D-SOBA.",
+        "Hyper-cleaning. Target: the geometric mean of DSVRBGD's first and last ‖∇F(x̄)‖², the same for all. "
+        "Number: MB that an agent sent, or rounds, until ‖∇F(x̄)‖² is first at the target, over those of the other "
+        "method. DSVRBGD reaches this target by definition, if it descends at all. MA-DSBO and D-SOBA read all "
+        "examples here, the others minibatches.",
+        findings,
+    )
+
+
+def order(what: str, job: str, pairs: Sequence[tuple[Record, Record]]) -> Finding:
+    """Whether the first of each pair is at least as good as the second."""
+    if not pairs:
+        return missing(what, job)
+    words, verdict = judge([behind(*pair) for pair in pairs], SHARE)
+    return Finding(what, f"lacks {words} of the decrease; {gradients(pairs)}", verdict)
+
+
+def gradients(pairs: Sequence[tuple[Record, Record]]) -> str:
+    """The last ‖∇F‖² of both."""
+    one, two = (
+        averaged([Spent(record.along("exact_gradient")[-1], True) for record in side], ".2e")
+        for side in zip(*pairs, strict=True)
+    )
+    return f"last ‖∇F‖² {one} against {two}"
+
+
+def corrections(results: Results) -> Claim:
+    """SPARKLE's corrections on a sparse graph."""
+    chain = (("sparkle-ed", "sparkle-gt"), ("sparkle-extra", "sparkle-gt"), ("sparkle-gt", "d-soba"))
+    findings = []
+    for job, words in (("sparse-policy", "policy evaluation"), ("sparse-cleaning", "hyper-cleaning, two classes each")):
+        for one, two in chain:
+            pairs = [(a, b) for a, b in matched(results.get(job, ()), one, two)]
+            findings.append(order(f"{words}: {one} ≥ {two}", job, pairs))
+    return Claim(
+        "Exact diffusion and EXTRA before tracking, tracking before nothing",
+        "SPARKLE, arXiv 2411.14166",
+        "On sparse graphs with severe heterogeneity SPARKLE-ED and SPARKLE-EXTRA are at least as good as SPARKLE-GT, "
+        "which is at least as good as D-SOBA.",
+        "Ring of 20 agents. Number: F(x̄) of the first method minus that of the second after the same derivative "
+        "evaluations, over the second's decrease since its first checkpoint; at least as good is at most 0.01.",
+        findings,
+    )
+
+
+def levels(results: Results) -> Claim:
+    """A complete graph below against one above."""
+    lower, upper = results.get("lower-complete", ()), results.get("upper-complete", ())
+    findings = []
+    for method in ("sparkle-ed", "sparkle-gt"):
+        below, above = by_seed(lower, method), by_seed(upper, method)
+        seeds = sorted(set(below) & set(above))
+        if not seeds:
+            findings.append(missing(method, "lower-complete, upper-complete"))
+            continue
+        words, verdict = judge([behind(below[seed], above[seed]) for seed in seeds], -SHARE)
+        if verdict == FAILS and judge([behind(above[seed], below[seed]) for seed in seeds], -SHARE)[1] != HOLDS:
+            verdict = f"{OPEN}: no difference above {SHARE:.0%}"
+        pairs = [(below[seed], above[seed]) for seed in seeds]
+        findings.append(Finding(method, f"lower complete lacks {words} of the decrease; {gradients(pairs)}", verdict))
+    return Claim(
+        "The graph of the lower level matters more",
+        "SPARKLE, arXiv 2411.14166",
+        "The topology of the lower level and of v matters more than that of the upper level.",
+        "Hyper-cleaning, 20 agents of two classes each. Number: F(x̄) with x on a ring, y and v on a complete graph, "
+        "minus F(x̄) with x on a complete graph, y and v on a ring, after the same derivative evaluations, over the "
+        "latter's decrease since its first checkpoint; it holds if that is at most −0.01.",
+        findings,
+    )
+
+
+def slope(runs: Sequence[Record]) -> float:
+    """Of log floor against log n, least squares; NaN where a floor is not finite and positive."""
+    floors = np.array([run.metrics["floor"] or math.nan for run in runs], float)
+    sizes = np.array([run.configuration["agents"] for run in runs], float)
+    if not (np.isfinite(floors) & (floors > 0)).all():
+        return math.nan
+    return float(np.polyfit(np.log(sizes), np.log(floors), 1)[0])
+
+
+def speed_up(results: Results) -> Claim:
+    """The noise floor against n."""
+    findings = []
+    for method in ("d-soba", "dsvrbgd"):
+        groups = matched(results.get("speed-up", ()), *(f"{method}-n{n}" for n in SIZES))
+        if not groups:
+            findings.append(missing(method, "speed-up"))
+            continue
+        found = [slope(group) for group in groups]
+        everything = Interval(-math.inf, math.inf)
+        words, verdict = judge([everything if math.isnan(one) else Interval(one, one) for one in found], STEEP)
+        columns = zip(SIZES, zip(*groups, strict=True), strict=True)
+        floors = [
+            f"n = {n}: {averaged([Spent(run.metrics['floor'] or math.nan, True) for run in runs], '.3g')}"
+            for n, runs in columns
+        ]
+        findings.append(Finding(method, f"slope {words}; " + ", ".join(floors), verdict))
+    return Claim(
+        "Linear speed-up",
+        "D-SOBA, arXiv 2402.03167; DSVRBGD, arXiv 2311.11342",
+        "The noise of stochastic methods falls like 1/n with the number n of agents.",
+        f"Quadratic problem with known x*, ring, rows divided at random, the same constant steps and size of a "
+        f"minibatch for n = {', '.join(map(str, SIZES))}. Number: slope of log floor against log n, by least "
+        f"squares for each seed, where the floor is the mean of ‖x̄ − x*‖² over the second half of a run; it holds if "
+        f"the slope is at most {STEEP:g}, where 1/n is −1.",
+        findings,
+    )
+
+
+def compression(results: Results) -> Claim:
+    """Compressed messages, beyond the papers."""
+    findings = []
+    for base in ("sldbo", "dsvrbgd"):
+        for share in SHARES_SENT:
+            name = f"{base}-top{share:g}"
+            pairs = [(one, two) for one, two in matched(results.get("cleaning", ()), name, base)]
+            costs = until_the_loss("megabytes")
+            findings.append(against(f"{name} / {base}", "cleaning", pairs, costs, "MB", 1.0, operator.lt))
+    return Claim(
+        "Compression saves bytes",
+        "beyond the papers",
+        "With compressed differences (CHOCO, the largest entries) SLDBO and DSVRBGD reach the same loss with fewer "
+        "bytes.",
+        "Hyper-cleaning. Target: the uncompressed method's last F(x̄) and 1 % of its decrease since the first "
+        "checkpoint. Number: MB that an agent sent until F(x̄) is first at the target, over those of the uncompressed "
+        "method; the share of entries that is sent is behind the word top, and each takes an index with it.",
+        findings,
+    )
+
+
+CLAIMS: tuple[Callable[[Results], Claim], ...] = (
+    snapshots,
+    communication,
+    corrections,
+    levels,
+    speed_up,
+    compression,
+)  # another claim is another function

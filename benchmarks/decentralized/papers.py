@@ -1,0 +1,120 @@
+"""All decentralized tasks, one after the other, and a page that puts each paper's claim beside what was measured."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from benchmarks.decentralized.paper_jobs import JOBS, OPTIONAL, Job
+from benchmarks.decentralized.records import read
+from benchmarks.decentralized.results import Log, render
+
+TASK = "decentralized_papers"
+LOG = "job.json"
+INTERRUPTED = 130
+
+Start = Callable[[Sequence[str]], int]
+
+
+def started(arguments: Sequence[str]) -> int:
+    """Runs `python -m benchmarks` in a process of its own, so that no job takes another one down."""
+    return subprocess.run([sys.executable, "-m", "benchmarks", *arguments], check=False).returncode
+
+
+def read_log(folder: Path) -> Log | None:
+    """How a job went, if it was started."""
+    path = folder / LOG
+    return Log(**json.loads(path.read_text())) if path.exists() else None
+
+
+def perform(job: Job, command: Sequence[str], folder: Path, start: Start) -> Log:
+    """Runs a job in place of what its folder holds."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    begin = time.perf_counter()
+    code = start([*command, "--results", str(folder)])
+    log = Log(f"python -m benchmarks {' '.join(command)}", code, round(time.perf_counter() - begin, 1))
+    (folder / LOG).write_text(json.dumps(log._asdict(), indent=1) + "\n")
+    return log
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Runs all decentralized tasks, and writes what was measured beside what the papers claim."""
+
+    quick: bool = False
+    """Short runs on small data, half an hour in all on two cores."""
+    seeds: int = 3
+    """How many seeds of each job."""
+    results: Path = Path("results")
+    """Folder of the results; each job has a subfolder of decentralized_papers, or decentralized_papers-quick."""
+    output: Path = Path("benchmarks/decentralized/RESULTS.md")
+    """The page that is written."""
+    report_only: bool = False
+    """Run nothing: write the page from the files that are there."""
+    resume: bool = False
+    """Skip jobs that have ended well with the same command."""
+    jobs: tuple[str, ...] = ()
+    """Run these jobs alone; the page is about all that are there."""
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot be run."""
+        if self.seeds < 1:
+            raise ValueError(f"seeds must be an int >= 1; got {self.seeds}. Pass --seeds 1 or more.")
+        names = [job.name for job in JOBS]
+        if not {*self.jobs} <= {*names}:
+            raise ValueError(
+                f"jobs must be some of {', '.join(names)}; got {' '.join(self.jobs)}. Pass, say, --jobs {names[0]}."
+            )
+
+    @property
+    def folder(self) -> Path:
+        """Of the results of this setting."""
+        return self.results / (TASK + "-quick" * self.quick)
+
+    @property
+    def command(self) -> str:
+        """What makes the page."""
+        return f"python -m benchmarks decentralized-papers{' --quick' * self.quick} --seeds {self.seeds}"
+
+    def run_all(self, console: Console, start: Start = started) -> int:
+        """Runs one job after the other, whatever becomes of each; the exit code is that of the last one that failed."""
+        chosen = [job for job in JOBS if job.name in self.jobs or not self.jobs]
+        code = 0
+        for place, job in enumerate(chosen, 1):
+            command, folder = job.command(self.quick, self.seeds), self.folder / job.name
+            log = read_log(folder)
+            console.print(f"[{place}/{len(chosen)}] {job.name}", markup=False)
+            if self.resume and log and not log.code and log.command == f"python -m benchmarks {' '.join(command)}":
+                continue
+            try:
+                log = perform(job, command, folder, start)
+            except KeyboardInterrupt:
+                return INTERRUPTED
+            code = log.code or code
+            console.print(f"{job.name}: {log.seconds:,.0f} s, exit code {log.code}", markup=False)
+            if log.code == INTERRUPTED:
+                return INTERRUPTED
+        return code
+
+    def write(self) -> None:
+        """Writes the page."""
+        names = [job.name for job in (*JOBS, *OPTIONAL)]
+        results = {name: read(self.folder / name) for name in names}
+        logs = {name: log for name in names if (log := read_log(self.folder / name))}
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        self.output.write_text(render(self.command, self.quick, JOBS, OPTIONAL, results, logs))
+
+    def run(self) -> int:
+        """Runs everything and writes the page; returns the exit code."""
+        console = Console(highlight=False)
+        code = 0 if self.report_only else self.run_all(console)
+        self.write()
+        console.print(f"Page: {self.output}", markup=False, soft_wrap=True)
+        return code

@@ -1,0 +1,57 @@
+"""The JSON files of finished runs, read back."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Record(NamedTuple):
+    """One finished run, as `report.Run` wrote it.
+
+    Attributes:
+      task: name in the file.
+      method: name of the row.
+      seed: of the data and the key.
+      configuration: what was chosen.
+      versions: of the packages.
+      device: in words.
+      metrics: the last numbers; None for what was not finite or has no meaning.
+      curve: lists of one length, an entry for each checkpoint.
+    """
+
+    task: str
+    method: str
+    seed: int
+    configuration: dict[str, Any]
+    versions: dict[str, str]
+    device: str
+    metrics: dict[str, Any]
+    curve: dict[str, list[Any]]
+
+    def along(self, name: str) -> np.ndarray:
+        """A curve, with NaN for what was not finite."""
+        return np.array([np.nan if value is None else value for value in self.curve.get(name, ())], float)
+
+
+Results = Mapping[str, Sequence[Record]]  # job -> its runs
+
+
+def read(folder: Path) -> list[Record]:
+    """All runs in the subfolders of the folder of a job, in the order of method and seed; none if it is not there."""
+    files = (json.loads(path.read_text()) for path in folder.glob("*/*.json"))
+    return sorted((Record(**record) for record in files), key=lambda record: (record.method, record.seed))
+
+
+def by_seed(records: Sequence[Record], method: str) -> dict[int, Record]:
+    """The runs of a method."""
+    return {record.seed: record for record in records if record.method == method}
+
+
+def matched(records: Sequence[Record], *methods: str) -> list[tuple[Record, ...]]:
+    """One tuple for each seed that all of the methods ran with."""
+    tables = [by_seed(records, method) for method in methods]
+    seeds = sorted(set.intersection(*map(set, tables)))
+    return [tuple(table[seed] for table in tables) for seed in seeds]

@@ -1,0 +1,235 @@
+"""RESULTS.md: claims beside what was measured, and the numbers of every job, made of the JSON files alone."""
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from benchmarks.decentralized.claims import CLAIMS, Claim
+from benchmarks.decentralized.paper_jobs import Job
+from benchmarks.decentralized.records import Record, Results
+from benchmarks.decentralized.verdicts import FAILS, HOLDS, OPEN
+from benchmarks.report import mean_and_error
+
+COLUMNS = {
+    "exact_loss": "F(x)",
+    "exact_gradient": "‖∇F(x)‖²",
+    "derivatives": "derivative evaluations",
+    "megabytes": "MB sent",
+    "rounds": "rounds",
+    "seconds": "seconds",
+}
+COUNTS = frozenset(
+    (
+        *("outer_loss", "gradient_norm", "exact_residual", "exact_product_residual", "consensus", "outer_steps"),
+        *("compile_seconds", "temp_bytes", "breakdowns", "inner_gradients", "outer_gradients", "hessian_products"),
+        "cross_products",
+    )
+)
+LEAST = 2  # numbers of a mean with an error
+TEMPLATE = """\
+# Decentralized methods: what the papers claim, and what was measured
+
+This file is made by the command below, of the JSON files of its runs. Do not edit it: run the command again, with
+`--report-only` to write it from files that are there.
+
+    {command}
+
+- Setting: {setting}
+- Seeds: {seeds}
+- Device: {devices}
+- Versions: {versions}
+- Missing: {missing}
+
+Numbers are mean ± standard error over seeds. A verdict is about these runs, not about the papers: "{holds}", "{fails}",
+or "{open}" where a target was not reached or a mean is within its standard error of the bound. The methods are written
+from what is public of the papers, and their docstrings say where that left a choice. The steps of every method are the
+best of the same grid, by the last F(x) of the first seed.
+
+## Claims
+
+{overview}
+{claims}
+## Numbers
+
+F(x) and its gradient are of the accurately solved inner problem, at the mean x. Evaluations, MB and rounds are of one
+agent; an evaluation is ∇f, ∇_y g, a Hessian and a cross product on all its examples, a quarter each. Rows are in the
+order of F(x). Seconds are run time on this machine, and depend on what else it does. Last quarter: the
+share of its decrease of F since the first checkpoint that a method makes in the last quarter of its run; where that is
+much, the run was short.
+
+{numbers}"""
+SETTINGS = {
+    True: "quick: short runs on small data, some of them too short to decide; nothing here is about the full setting.",
+    False: "full.",
+}
+
+
+class Log(NamedTuple):
+    """What is known of a job that was started.
+
+    Attributes:
+      command: as it was run.
+      code: its exit code.
+      seconds: that it took.
+    """
+
+    command: str
+    code: int
+    seconds: float
+
+
+def number(value: float) -> str:
+    """Four digits."""
+    size = abs(value)
+    if not math.isfinite(value):
+        return "not finite"
+    if size and (size < 1e-3 or size >= 1e7):
+        return f"{value:.2e}"
+    return f"{value:,.0f}" if size >= 1000 else f"{value:.4g}"
+
+
+def cell(values: Sequence[Any]) -> str:
+    """Mean ± standard error, and how many of the values were not finite."""
+    finite = [value for value in values if value is not None and math.isfinite(value)]
+    if not finite:
+        return "not finite"
+    mean, error = (float(part) for part in mean_and_error(finite))
+    text = f"{number(mean)} ± {error:.1g}" if len(finite) >= LEAST and error else number(mean)
+    return text + f" ({len(values) - len(finite)} not finite)" * (len(finite) < len(values))
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """In Markdown, the first column to the left and others too."""
+    lines = [headers, ["---"] * len(headers), *([text.replace("|", "\\|") for text in row] for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def mean_loss(records: Sequence[Record]) -> float:
+    """For the order of rows; those without a finite loss come last."""
+    losses = [record.metrics.get("exact_loss") for record in records]
+    return sum(math.inf if loss is None else loss for loss in losses) / len(losses)
+
+
+def still_falling(records: Sequence[Record]) -> str:
+    """Share of its decrease that F brings in the last quarter of a run."""
+    shares = []
+    for losses in (record.along("exact_loss") for record in records):
+        decrease = losses[0] - losses[-1] if len(losses) else math.nan
+        shares.append(float((losses[-1 - len(losses) // 4] - losses[-1]) / decrease) if decrease > 0 else None)
+    return f"{mean_and_error(known)[0]:.1%}" if (known := [share for share in shares if share is not None]) else "–"
+
+
+def numbers(records: Sequence[Record]) -> str:
+    """The table of a job: scores of the task, and the columns of all tasks that it has."""
+    known = {name for record in records for name in record.metrics}
+    columns = {
+        **{name: header for name, header in COLUMNS.items() if name in known},
+        **{name: name.replace("_", " ") for name in sorted(known - set(COLUMNS) - COUNTS)},
+    }
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(record.method, []).append(record)
+    ordered = sorted(
+        groups.items(), key=lambda item: (mean_loss(item[1]), item[1][0].configuration.get("agents", 0), item[0])
+    )
+    rows = [
+        [method, *(cell([record.metrics.get(name) for record in group]) for name in columns), still_falling(group)]
+        for method, group in ordered
+    ]
+    return table(["method", *columns.values(), "last quarter"], rows)
+
+
+def words(records: Sequence[Record]) -> str:
+    """Agents, graphs, division and iterations, as the files have them."""
+    chosen = [record.configuration for record in records]
+
+    def each(name: str) -> str:
+        return ", ".join(map(str, sorted({one[name] for one in chosen if one.get(name) is not None})))
+
+    named = {
+        "data": each("data"),
+        "n": each("agents"),
+        "topology": each("topology"),
+        "topology of y and v": each("lower_topology"),
+        "partition": each("partition"),
+        "heterogeneity": each("heterogeneity"),
+        "iterations": each("outer_steps"),
+        "seeds": ", ".join(map(str, sorted({record.seed for record in records}))),
+    }
+    return "; ".join(f"{name}: {value}" for name, value in named.items() if value)
+
+
+def section(job: Job, records: Sequence[Record], log: Log | None) -> str:
+    """One job."""
+    parts = [f"### {job.title}\n"]
+    if log is not None:
+        ended = "" if log.code == 0 else f", ended with code {log.code}"
+        parts.append(f"`{log.command}`, {log.seconds:,.0f} s in all{ended}.\n")
+    parts.append(f"{words(records)}.\n\n{numbers(records)}" if records else "No results.\n")
+    return "\n".join(parts)
+
+
+def tally(claim: Claim) -> list[int]:
+    """How many findings hold, do not hold, and are not decided."""
+    counts = Counter(finding.verdict.partition(":")[0] for finding in claim.findings)
+    return [counts[verdict] for verdict in (HOLDS, FAILS, OPEN)]
+
+
+def described(place: int, claim: Claim) -> str:
+    """A claim, its measure and its findings."""
+    rows = [[finding.what, finding.numbers, f"**{finding.verdict}**"] for finding in claim.findings]
+    findings = table(["of", "numbers", "verdict"], rows)
+    title = f"### {place}. {claim.title} ({claim.source})"
+    return f"{title}\n\nClaim: {claim.words}\n\nMeasured: {claim.measure}\n\n{findings}"
+
+
+def distinct(values: Iterator[str]) -> str:
+    """Each once, in order."""
+    return "; ".join(sorted(set(values))) or "–"
+
+
+def render(
+    command: str, quick: bool, jobs: Sequence[Job], optional: Sequence[Job], results: Results, logs: Mapping[str, Log]
+) -> str:
+    """The text of RESULTS.md; the same for the same files.
+
+    Args:
+      command: what makes it.
+      quick: the setting.
+      jobs: of the plan.
+      optional: shown where they have results.
+      results: job -> runs.
+      logs: job -> how it went, where it was started.
+
+    Returns:
+      Markdown.
+    """
+    everything = [record for records in results.values() for record in records]
+    claims = [make(results) for make in CLAIMS]
+    overview = [
+        [f"{place}. {claim.title}", claim.source, *map(str, tally(claim))] for place, claim in enumerate(claims, 1)
+    ]
+    shown = [*jobs, *(job for job in optional if results.get(job.name))]
+    absent = [job.name for job in jobs if not results.get(job.name)]
+    failed = [f"{name} (code {log.code})" for name, log in logs.items() if log.code and results.get(name)]
+    return TEMPLATE.format(
+        command=command,
+        setting=SETTINGS[quick],
+        seeds=", ".join(map(str, sorted({record.seed for record in everything}))) or "–",
+        devices=distinct(record.device for record in everything),
+        versions=distinct(
+            ", ".join(f"{name} {version}" for name, version in record.versions.items()) for record in everything
+        ),
+        missing="; ".join(
+            [f"no results of {', '.join(absent)}"] * bool(absent)
+            + [f"not complete: {', '.join(failed)}"] * bool(failed)
+        )
+        or "nothing",
+        holds=HOLDS,
+        fails=FAILS,
+        open=OPEN,
+        overview=table(["claim", "paper", HOLDS, FAILS, OPEN], overview),
+        claims="\n".join(described(place, claim) for place, claim in enumerate(claims, 1)),
+        numbers="\n".join(section(job, results.get(job.name, ()), logs.get(job.name)) for job in shown),
+    )
