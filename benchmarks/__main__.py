@@ -13,6 +13,7 @@ from benchmarks.data import DataError
 TASKS = {
     "hyper-cleaning": "learn a weight for each training example, half of whose labels are false (the default)",
     "regularization": "learn one penalty for each feature of a logistic regression",
+    "single-machine": "compare single-machine methods from small batches, penalties of a logistic regression again",
     "meta-learning": "learn a first point from which few steps classify new characters (needs flax)",
     "hypergradients": "compare hypergradients with the exact one, against their cost",
     "poisoning": "alter a few training images so that the validation error rises",
@@ -26,6 +27,7 @@ TASKS = {
     "two-phase": "a cheap estimator first, an unbiased one after it",
     "unrolling": "error, memory and time of hypergradients as the inner steps grow in number",
     "decentralized-hyper-cleaning": "hyper-cleaning by agents on a graph, who share no images",
+    "decentralized-meta-learning": "learn features by agents on a graph, with heads of their own (needs flax)",
     "decentralized-policy-evaluation": "find one value function for the rewards that agents on a graph see",
     "decentralized-regularization": "one penalty for each feature, by agents on a graph, who share no rows",
     "decentralized-speed-up": "the noise that constant steps leave, against the number of agents on a graph",

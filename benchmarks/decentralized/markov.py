@@ -14,35 +14,27 @@ SPREAD = 0.1  # of a Dirichlet draw for each row of transitions: a few successor
 
 
 class States(NamedTuple):
-    """What f_i reads.
+    """What f_i reads: φ of all states, [S, d]."""
 
-    Attributes:
-      states: int [m].
-      features: φ of these states, [m, d].
-    """
-
-    states: chex.Array
     features: chex.Array
 
 
 class Transitions(NamedTuple):
-    """What g_i reads: states with the mean over their successors, or with one that was drawn.
+    """What g_i reads: for each state, means over its successors, or over a few that were drawn.
 
     Attributes:
-      states: int [m].
-      weights: how often the agent visits them; 1 is average. In a draw of m states, times S / m.
-      rewards: r_i, [m].
-      features: φ of the successor, [m, d].
-      chances: P [S, S], from which successors are drawn.
+      weights: how often the agent visits a state, [S]; 1 is average.
+      rewards: mean of r_i(s, s'), [S].
+      features: mean of φ_s', [S, d].
+      cumulative: sums of P along its rows, [S, S], from which successors are drawn.
       table: r_i(s, s'), [S, S].
       every: φ of all states, [S, d].
     """
 
-    states: chex.Array
     weights: chex.Array
     rewards: chex.Array
     features: chex.Array
-    chances: chex.Array
+    cumulative: chex.Array
     table: chex.Array
     every: chex.Array
 
@@ -82,34 +74,27 @@ class Chain(NamedTuple):
 
     @property
     def batch(self) -> bx.Batch:
-        """All states for all agents, leaves [n, ...] in single precision."""
-        n, (number, _) = len(self.rewards), self.features.shape
-        states = np.arange(number, dtype=np.int32)
-        means = np.einsum("st,nst->ns", self.chances, self.rewards)
-        nexts = self.chances @ self.features
+        """The same states for all agents, leaves [n, ...] in single precision."""
 
         def alike(array: np.ndarray) -> np.ndarray:
-            return np.broadcast_to(array, (n, *array.shape))
+            return np.broadcast_to(array, (len(self.rewards), *array.shape))
 
-        shared = (alike(array) for array in (nexts, self.chances))
-        features, chances = shared
-        inner = Transitions(
-            alike(states), self.visits, means, features, chances, self.rewards, alike(self.features)
-        )
-        outer = States(alike(states), alike(self.features))
-        return jax.tree.map(lambda leaf: leaf if leaf.dtype == np.int32 else leaf.astype(np.float32), bx.Batch(outer, inner))
+        phi, cumulative = alike(self.features), alike(np.cumsum(self.chances, axis=1))
+        means = np.einsum("st,nst->ns", self.chances, self.rewards), alike(self.chances @ self.features)
+        inner = Transitions(self.visits, *means, cumulative, self.rewards, phi)
+        return jax.tree.map(lambda leaf: leaf.astype(np.float32), bx.Batch(States(phi), inner))
 
 
 def draw(
     seed: int, agents: int, states: int, features: int, discount: float, differing: float, uneven: float | None
 ) -> Chain:
-    """Draws a chain: φ and the mean rewards uniform in [0, 1], transitions by a Dirichlet distribution.
+    """Draws a chain: rewards uniform in [0, 1], transitions by a Dirichlet distribution.
 
     Args:
       seed: of all draws.
       agents: n.
       states: S.
-      features: d.
+      features: d; the first is 1, the others are uniform in [−1, 1].
       discount: γ.
       differing: standard deviation of an agent's rewards around the mean ones.
       uneven: visits to a state are divided over the agents by a Dirichlet distribution with this parameter; None for
@@ -119,7 +104,7 @@ def draw(
       The chain.
     """
     random = np.random.default_rng(seed)
-    phi = random.uniform(size=(states, features))
+    phi = np.column_stack([np.ones(states), random.uniform(-1, 1, size=(states, features - 1))])
     chances = random.dirichlet(np.full(states, SPREAD), size=states)
     rewards = random.uniform(size=(states, states)) + differing * random.normal(size=(agents, states, states))
     visits = np.ones((agents, states))
@@ -132,32 +117,27 @@ def evaluation(discount: float) -> bx.BilevelProblem:
     """f_i and g_i of one agent; x [d]; y [S], the value of each state one step on."""
 
     def outer_loss(x: chex.Array, y: chex.Array, batch: States) -> chex.Array:
-        return jnp.mean((batch.features @ x - y[batch.states]) ** 2) / 2
+        return jnp.mean((batch.features @ x - y) ** 2) / 2
 
     def inner_loss(x: chex.Array, y: chex.Array, batch: Transitions) -> chex.Array:
-        targets = batch.rewards + discount * batch.features @ x
-        return jnp.sum(batch.weights * (y[batch.states] - targets) ** 2) / 2
+        return jnp.mean(batch.weights * (y - batch.rewards - discount * batch.features @ x) ** 2) / 2
 
     return bx.BilevelProblem(outer_loss, inner_loss)
 
 
-def visited(size: int) -> Callable:
-    """Draws so many states uniformly, and for g_i one successor of each; ∇f and ∇_y g, ∇²_yy g, ∇²_xy g are unbiased.
+def successors(size: int) -> Callable:
+    """Draws so many successors of each state for g_i: ∇_y g, ∇²_yy g and ∇²_xy g are unbiased. f_i is left as it is.
 
-    The gradient ∇_x g alone would not be, as one successor stands in a square there; no method that draws reads it.
+    The gradient ∇_x g alone would be biased, by the variance of what is drawn; no method that draws reads it.
     """
 
     def sample(key: chex.PRNGKey, k: chex.Numeric, data: Any) -> Any:
-        state_key, next_key = jax.random.split(key)
-        drawn = jax.random.randint(state_key, (size,), 0, len(data.states))
         if isinstance(data, States):
-            return States(data.states[drawn], data.features[drawn])
-        after = jax.random.categorical(next_key, jnp.log(data.chances[drawn]))
-        return data._replace(
-            states=data.states[drawn],
-            weights=data.weights[drawn] * len(data.states) / size,
-            rewards=data.table[drawn, after],
-            features=data.every[after],
-        )
+            return data
+        chances = jax.random.uniform(key, (len(data.table), size))
+        after = jax.vmap(lambda row, chance: jnp.searchsorted(row, chance, side="right"))(data.cumulative, chances)
+        after = jnp.minimum(after, len(data.table) - 1)  # the last sum may round to less than 1
+        rewards = jnp.take_along_axis(data.table, after, axis=1).mean(axis=1)
+        return data._replace(rewards=rewards, features=data.every[after].mean(axis=1))
 
     return sample

@@ -1,0 +1,202 @@
+"""Few-shot tasks of many agents, a backbone that they share, and a linear head for each task of each agent."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import bilevax as bx
+from benchmarks.data import DataError
+from benchmarks.few_shot import QUERIES, WAYS
+from benchmarks.vision import patches
+
+LENGTH = 4.0  # of the features of every image: then ∇²_yy g is bounded for every x
+ADAPTATION = 100  # steps of the heads of new tasks
+
+
+class Backbone(nn.Module):
+    """Convolutions of stride 2: images [N, side, side] or [N, side, side, 3] -> features [N, F] of one length.
+
+    Of a photograph it sees how far each pixel is from the mean colour.
+
+    Attributes:
+      width: channels of each convolution.
+      layers: number of convolutions.
+    """
+
+    width: int = 16
+    layers: int = 3
+
+    @nn.compact
+    def __call__(self, images: chex.Array) -> chex.Array:
+        """The features; their mean is 0 for each image."""
+        convolution = functools.partial(nn.Conv, self.width, (3, 3), strides=2, conv_general_dilated=patches)
+        grey = images.ndim == 3
+        hidden = images[..., None] if grey else 4 * (images - images.mean(axis=(1, 2), keepdims=True))
+        for _ in range(self.layers):
+            hidden = nn.relu(convolution(kernel_init=nn.initializers.he_normal())(hidden))
+        rows = hidden.reshape(len(hidden), -1)
+        rows = rows - rows.mean(axis=1, keepdims=True)
+        squares = jnp.sum(rows**2, axis=1, keepdims=True)
+        return LENGTH * rows / jnp.sqrt(squares + 1e-6)
+
+
+BACKBONE = Backbone()
+
+
+def features(x: chex.ArrayTree, images: chex.Array) -> chex.Array:
+    """Of the backbone with the weights x: images [tasks, N, ...] -> [tasks, N, F]."""
+    tasks, number = images.shape[:2]
+    return BACKBONE.apply({"params": x}, images.reshape(-1, *images.shape[2:])).reshape(tasks, number, -1)
+
+
+def cross_entropy(x: chex.ArrayTree, y: chex.Array, images: chex.Array, labels: chex.Array) -> chex.Array:
+    """Mean over tasks and images; y [tasks, F, WAYS]."""
+    logits = jnp.einsum("tnf,tfw->tnw", features(x, images), y)
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+
+
+def personal(l2: float) -> bx.BilevelProblem:
+    """f_i and g_i of one agent; x are the weights of the backbone, y [tasks, F, WAYS] the heads of its own tasks."""
+
+    def outer_loss(x: chex.ArrayTree, y: chex.Array, batch: tuple) -> chex.Array:
+        return cross_entropy(x, y, *batch)
+
+    def inner_loss(x: chex.ArrayTree, y: chex.Array, batch: tuple) -> chex.Array:
+        return cross_entropy(x, y, *batch) + l2 / 2 * jnp.sum(y**2) / len(y)
+
+    return bx.BilevelProblem(outer_loss, inner_loss)
+
+
+def curvature(l2: float) -> float:
+    """L of the loss of one task in its head, whatever x is: LENGTH² times ½, the bound of a softmax, plus l2."""
+    return LENGTH**2 / 2 + l2
+
+
+class Tasks(NamedTuple):
+    """The tasks of all agents.
+
+    Attributes:
+      classes: int [n, tasks, WAYS], what they tell apart.
+      ids: int [n, tasks, WAYS, shots + QUERIES], numbers of their images among all of them.
+      batch: leaves [n, tasks, ...]: outer = query (images, labels), inner = support (images, labels).
+    """
+
+    classes: np.ndarray
+    ids: np.ndarray
+    batch: bx.Batch
+
+
+def deal(images: np.ndarray, partition: Callable[..., list], tasks: int, shots: int, seed: int) -> Tasks:
+    """Gives the agents their images, and draws the tasks of each from its own.
+
+    Args:
+      images: [classes, number, side, side(, 3)].
+      partition: of the labels of all images.
+      tasks: of each agent.
+      shots: support images of each class.
+      seed: of the draws.
+
+    Returns:
+      The tasks.
+
+    Raises:
+      DataError: where an agent has fewer than WAYS classes with enough images.
+    """
+    number, each = images.shape[1], shots + QUERIES
+    labels = np.repeat(np.arange(len(images)), number)
+    try:
+        (parts,) = partition(labels)
+    except ValueError as error:
+        raise DataError(f"The partition does not suit the data of seed {seed}: {error}") from error
+    random = np.random.default_rng((seed, len(parts)))
+    classes, ids = [], []
+    for agent, rows in enumerate(parts):
+        held, counts = np.unique(labels[rows], return_counts=True)
+        enough = held[counts >= each]
+        if len(enough) < WAYS:
+            raise DataError(
+                f"The partition leaves agent {agent} with {len(enough)} classes of {each} images or more, for tasks of "
+                f"{WAYS} classes. Pass fewer --shots or --agents, or another --partition, say dirichlet:0.1."
+            )
+        for _ in range(tasks):
+            chosen = random.choice(enough, WAYS, replace=False)
+            classes.append(chosen)
+            ids.append([random.choice(rows[labels[rows] == one], each, replace=False) for one in chosen])
+    shape = (len(parts), tasks, WAYS, each)
+    return _tasks(images, np.reshape(classes, shape[:3]), np.reshape(ids, shape), shots)
+
+
+def _tasks(images: np.ndarray, classes: np.ndarray, ids: np.ndarray, shots: int) -> Tasks:
+    drawn = images.reshape(-1, *images.shape[2:])[ids]
+    labels = np.broadcast_to(np.arange(WAYS)[:, None], ids.shape)
+
+    def part(of: slice) -> tuple[np.ndarray, np.ndarray]:
+        shape = (*ids.shape[:2], -1)
+        return drawn[:, :, :, of].reshape(*shape[:2], WAYS * len(range(ids.shape[3])[of]), *images.shape[2:]), labels[
+            :, :, :, of
+        ].reshape(shape)
+
+    return Tasks(classes, ids, bx.Batch(outer=part(slice(shots, None)), inner=part(slice(shots))))
+
+
+def of_each_task(size: int) -> Callable:
+    """Draws so many images of an agent in all, equally many of each of its tasks: the mean is unbiased."""
+
+    def sample(key: chex.PRNGKey, k: chex.Numeric, data: tuple) -> tuple:
+        images, labels = data
+        tasks, number = labels.shape
+        drawn = jax.random.randint(key, (tasks, size // tasks), 0, number)
+        return jax.vmap(lambda leaf, rows: leaf[rows])(images, drawn), jnp.take_along_axis(labels, drawn, axis=1)
+
+    return sample
+
+
+@jax.jit
+def adapted(x: chex.ArrayTree, tasks: bx.Batch, l2: chex.Numeric) -> tuple[chex.Array, chex.Array]:
+    """Accuracy and loss on the query images of new tasks, whose heads descend from zero on the support images.
+
+        y ← y − 1/L ∇_y g(x, y), ADAPTATION times, with the features of x
+
+    Args:
+      x: weights of the backbone.
+      tasks: leaves [tasks, ...].
+      l2: strength of the penalty on a head.
+
+    Returns:
+      Means over tasks and query images.
+    """
+
+    def logits(y: chex.Array, inputs: chex.Array) -> chex.Array:
+        return jnp.einsum("tnf,tfw->tnw", inputs, y)
+
+    support, query = features(x, tasks.inner[0]), features(x, tasks.outer[0])
+
+    def loss(y: chex.Array) -> chex.Array:
+        """Added up over the tasks, each of which descends by itself."""
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits(y, support), tasks.inner[1])
+        return jnp.sum(jnp.mean(losses, axis=1)) + l2 / 2 * jnp.sum(y**2)
+
+    step = 1 / (LENGTH**2 / 2 + l2)
+    start = jnp.zeros((len(support), support.shape[2], WAYS))
+    y = jax.lax.fori_loop(0, ADAPTATION, lambda k, y: y - step * jax.grad(loss)(y), start)
+    outputs, labels = logits(y, query), tasks.outer[1]
+    losses = optax.softmax_cross_entropy_with_integer_labels(outputs, labels)
+    return jnp.mean(outputs.argmax(axis=2) == labels), jnp.mean(losses)
+
+
+def scores(tasks: bx.Batch, l2: float) -> Callable[[Any, Any], dict[str, float]]:
+    """Of new tasks; the heads y of the agents' own tasks do not count."""
+
+    def numbers(x: Any, y: Any) -> dict[str, float]:
+        accuracy, loss = map(float, adapted(x, tasks, l2))
+        finite = np.isfinite(loss)
+        return {"test_accuracy": accuracy if finite else np.nan, "test_loss": loss if finite else np.nan}
+
+    return numbers
