@@ -114,32 +114,45 @@ def solution(q):
     return x, y, np.linalg.solve(m.A, m.Q @ y - m.e + m.S.T @ x)
 
 
-def personal_solution(q):
-    """x_p: every agent has a lower level of its own."""
+def personal_solution(q, inverse=np.linalg.inv):
+    """x_p: every agent has a lower level of its own, and `inverse(A_i)` in its hypergradient."""
     affine = []
     for a in agents(q):
         slope, offset = np.linalg.solve(a.A, a.B), np.linalg.solve(a.A, a.c)
-        lift = slope.T
-        affine.append(
-            (
-                a.R + a.S @ slope + lift @ (a.Q @ slope + a.S.T),
-                a.r + a.S @ offset + lift @ (a.Q @ offset - a.e),
-            )
-        )
+        affine.append(_hypergradient(a, slope, offset, inverse(a.A)))
     G, h = (np.mean(part, axis=0) for part in zip(*affine, strict=True))
     return -np.linalg.solve(G, h)
 
 
-def local_inverse_solution(q):
-    """x_l: one common y*(x), but every agent inverts its own Hessian."""
+def local_inverse_solution(q, inverse=np.linalg.inv):
+    """x_l: one common y*(x), but `inverse(A_i)` of every agent's own Hessian."""
     m = q.mean
     slope, offset = np.linalg.solve(m.A, m.B), np.linalg.solve(m.A, m.c)
-    G, h = 0.0, 0.0
-    for a in agents(q):
-        lift = np.linalg.solve(a.A, a.B).T
-        G = G + a.R + a.S @ slope + lift @ (a.Q @ slope + a.S.T)
-        h = h + a.r + a.S @ offset + lift @ (a.Q @ offset - a.e)
+    affine = [_hypergradient(a, slope, offset, inverse(a.A)) for a in agents(q)]
+    G, h = (np.mean(part, axis=0) for part in zip(*affine, strict=True))
     return -np.linalg.solve(G, h)
+
+
+def _hypergradient(a, slope, offset, inverse):
+    """(G, h) of the affine ∇_x f + Bᵀ inverse ∇_y f = G x + h at y = slope x + offset."""
+    lift = a.B.T @ inverse
+    G = a.R + a.S @ slope + lift @ (a.Q @ slope + a.S.T)
+    return G, a.r + a.S @ offset + lift @ (a.Q @ offset - a.e)
+
+
+def neumann(terms, c):
+    """c Σ_{j ≤ terms} (I − c A)ʲ, as a function of A."""
+    return lambda A: c * sum(np.linalg.matrix_power(np.eye(len(A)) - c * A, j) for j in range(terms + 1))
+
+
+def penalized_solution(q, multiplier):
+    """x_λ = argmin_x min_y mean f(x, y) + λ (mean g(x, y) − min_z mean g(x, z))."""
+    m = q.mean
+    inverse = np.linalg.inv(m.Q + multiplier * m.A)
+    slope, offset = inverse @ (multiplier * m.B - m.S.T), inverse @ (m.e + multiplier * m.c)
+    lower_slope, lower_offset = np.linalg.solve(m.A, m.B), np.linalg.solve(m.A, m.c)
+    G = m.R + m.S @ slope - multiplier * m.B.T @ (slope - lower_slope)
+    return -np.linalg.solve(G, m.r + m.S @ offset - multiplier * m.B.T @ (offset - lower_offset))
 
 
 # The three local directions, leaves [n, d]
@@ -199,6 +212,10 @@ def topology(*matrices):
 
 def none():
     return lambda W, s, d, a: W @ (s - a * d)
+
+
+def local():
+    return lambda W, s, d, a: s - a * d
 
 
 def _tracked(step, matrix_on_change):
