@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from bilevax import checks
-from bilevax.algorithms.descent import check_schedule
+from bilevax.algorithms.descent import check_schedule, check_step_size, outer_step
 from bilevax.decentralized.engine import Algorithm
 from bilevax.decentralized.levels import Levels, at, levels
 from bilevax.decentralized.local_directions import own_neumann
@@ -24,17 +24,19 @@ class VrboState(NamedTuple):
       x: outer variable.
       y: inner variable.
       u: `Directions(x, y, None)`, the estimates at x and y.
+      optimizer: the state of the outer optimizer; () for a number or a schedule.
 
     Example:
         >>> import bilevax as bx
         >>> bx.algorithms.VrboState._fields
-        ('k', 'x', 'y', 'u')
+        ('k', 'x', 'y', 'u', 'optimizer')
     """
 
     k: chex.Array
     x: chex.ArrayTree
     y: chex.ArrayTree
     u: Directions
+    optimizer: Any
 
 
 class VrboInfo(NamedTuple):
@@ -72,8 +74,8 @@ def vrbo(
 
     Args:
       problem: f and g, means over their examples.
-      step_sizes: `Levels(x, y, v)`: of x and y numbers or schedules k -> number; that of v, a number in (0, 2 / L), is
-        that of the series.
+      step_sizes: `Levels(x, y, v)`: of x and y numbers or schedules k -> number, of x also an optax transformation;
+        that of v, a number in (0, 2 / L), is that of the series.
       sample: `sample(key, t, data) -> batch`, such as `bx.inner.minibatch(64)`.
       period: q >= 1, iterations from one exact evaluation to the next.
       steps: steps on y in each iteration, >= 1.
@@ -100,7 +102,7 @@ def vrbo(
     """
     checks.instance("problem", problem, BilevelProblem, "Pass bx.BilevelProblem(outer_loss, inner_loss).")
     sizes = levels("step_sizes", step_sizes)
-    check_schedule("step_sizes.x", sizes.x)
+    check_step_size("step_sizes.x", sizes.x)
     check_schedule("step_sizes.y", sizes.y)
     rule = own_neumann(terms, sizes.v)
     checks.function("sample", sample, "key", "t", "data")
@@ -112,9 +114,9 @@ def vrbo(
         checks.floating("x", x)
         checks.floating("y", y)
         x, y = arrays(x), arrays(y)
-        return VrboState(
-            jnp.zeros((), jnp.int32), x, y, Directions(optax.tree.zeros_like(x), optax.tree.zeros_like(y), None)
-        )
+        u = Directions(optax.tree.zeros_like(x), optax.tree.zeros_like(y), None)
+        optimizer = sizes.x.init(x) if isinstance(sizes.x, optax.GradientTransformation) else ()
+        return VrboState(jnp.zeros((), jnp.int32), x, y, u, optimizer)
 
     def step(key: chex.PRNGKey | None, state: VrboState, batch: Batch) -> tuple[VrboState, VrboInfo]:
         checks.instance("state", state, VrboState, "Pass step(key, state, batch) the state of init or of a step.")
@@ -135,16 +137,16 @@ def vrbo(
 
         refresh = k % period == 0
         u = jax.lax.cond(refresh, lambda: rule.evaluate(problem, state.x, state.y, (), batch), lambda: state.u)
-        start = state.x, state.y
-        carry = u, start, (_moved(state.x, at(k, sizes.x), u.x), state.y)
+        x, optimizer = outer_step(sizes.x, k, u.x, state.optimizer, state.x)
+        carry = u, (state.x, state.y), (x, state.y)
         (u, before, (x, y)), _ = jax.lax.scan(move, carry, jnp.arange(steps))
         u = follow(jnp.asarray(steps), u, before, (x, y))
         moves = Levels(norm(optax.tree.sub(x, state.x)), norm(optax.tree.sub(y, state.y)), ())
         calls = jax.tree.map(lambda one: one * (2 * (steps + 1) + refresh), unit)
-        return VrboState(k + 1, x, y, u), VrboInfo(moves, ~jnp.isfinite(moves.x + moves.y), calls)
+        return VrboState(k + 1, x, y, u, optimizer), VrboInfo(moves, ~jnp.isfinite(moves.x + moves.y), calls)
 
     return Algorithm(init, step)
 
 
-def _moved(tree: chex.ArrayTree, step_size: chex.Numeric, direction: chex.ArrayTree) -> chex.ArrayTree:
-    return optax.tree.cast_like(optax.tree.add_scale(tree, -step_size, direction), tree)
+def _moved(y: chex.ArrayTree, step_size: chex.Numeric, direction: chex.ArrayTree) -> chex.ArrayTree:
+    return optax.tree.cast_like(optax.tree.add_scale(y, -step_size, direction), y)
