@@ -31,6 +31,7 @@ TASKS = {
     "decentralized-policy-evaluation": "find one value function for the rewards that agents on a graph see",
     "decentralized-regularization": "one penalty for each feature, by agents on a graph, who share no rows",
     "decentralized-speed-up": "the noise that constant steps leave, against the number of agents on a graph",
+    "decentralized-curvature": "y and v of agents on a graph, preconditioned with Kronecker factors",
     "decentralized-papers": "all decentralized tasks, and what was measured beside what the papers claim",
     "skipping": "time iterations whose agents skip derivatives, and iterations of many agents",
     "peers": "time the same hypergradients by several libraries (needs the extra peers)",
