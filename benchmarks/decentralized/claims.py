@@ -68,47 +68,61 @@ def missing(what: str, job: str) -> Finding:
     return Finding(what, "–", f"{OPEN}: no results of {job}")
 
 
+Costs = Callable[[Record, Record], tuple[Spent, Spent] | None]  # None where there is no target
+
+
 def against(
     what: str,
     job: str,
     pairs: Sequence[tuple[Record, Record]],
-    costs: Callable[[Record, Record], tuple[Spent, Spent]],
+    costs: Costs,
+    setter: str,
     unit: str,
     bound: float,
-    meets: Callable[[float, float], bool],
+    meets: Callable[[float, float], bool] = operator.lt,
 ) -> Finding:
-    """The cost of the first of each pair over that of the second, with both costs beside it."""
+    """The cost of the first of each pair over that of the second, with both costs beside it.
+
+    Args:
+      what: for the table.
+      job: where the runs are from.
+      pairs: one for each seed.
+      costs: of both until the target; seeds without one are left out, and counted.
+      setter: name of the method whose curve sets the target.
+      unit: of the costs.
+      bound: of the ratio.
+      meets: how the ratio has to compare with it.
+
+    Returns:
+      The finding.
+    """
     if not pairs:
         return missing(what, job)
-    spent = [costs(*pair) for pair in pairs]
+    spent = [both for pair in pairs if (both := costs(*pair))]
+    if not spent:
+        return Finding(what, "no target", f"{OPEN}: {setter} does not descend")
     words, verdict = judge([ratio(*both) for both in spent], bound, meets)
     own, other = (averaged(side) for side in zip(*spent, strict=True))
-    return Finding(what, f"ratio {words}; {own} against {other} {unit}", verdict)
+    without = len(pairs) - len(spent)
+    note = f"; no target with {without} of {len(pairs)} seeds, where {setter} does not descend" * bool(without)
+    return Finding(what, f"ratio {words}; {own} against {other} {unit}{note}", verdict)
 
 
-def until_the_loss(cost: str) -> Callable[[Record, Record], tuple[Spent, Spent]]:
+def until(metric: str, cost: str, target: float, method: Record, other: Record) -> tuple[Spent, Spent] | None:
+    """Costs of both until the metric is at the target."""
+    if math.isnan(target):
+        return None
+    return spent_until(method, cost, metric, target), spent_until(other, cost, metric, target)
+
+
+def until_the_loss(cost: str) -> Costs:
     """Costs of both until F is close to where the second one ends."""
-
-    def costs(method: Record, base: Record) -> tuple[Spent, Spent]:
-        target = close_to_the_end(base)
-        return spent_until(method, cost, "exact_loss", target), spent_until(base, cost, "exact_loss", target)
-
-    return costs
+    return lambda method, base: until("exact_loss", cost, close_to_the_end(base), method, base)
 
 
-def until_halfway(cost: str) -> Callable[[Record, Record], tuple[Spent, Spent]]:
+def until_halfway(cost: str) -> Costs:
     """Costs of both until ‖∇F‖² is halfway down the first one's descent, on a scale of logarithms."""
-
-    def costs(method: Record, other: Record) -> tuple[Spent, Spent]:
-        target = halfway(method, "exact_gradient")
-        return spent_until(method, cost, "exact_gradient", target), spent_until(other, cost, "exact_gradient", target)
-
-    return costs
-
-
-def joined(results: Results, *jobs: str) -> list[Record]:
-    """The runs of several jobs."""
-    return [record for job in jobs for record in results.get(job, ())]
+    return lambda method, other: until("exact_gradient", cost, halfway(method, "exact_gradient"), method, other)
 
 
 def snapshots(results: Results) -> Claim:
@@ -122,7 +136,7 @@ def snapshots(results: Results) -> Claim:
             costs = until_the_loss("derivatives")
             what = f"{words}, p = {p:g} (at most {SLACK * p:g})"
             findings.append(
-                against(what, f"{job}, {job}-skipping", pairs, costs, "evaluations", SLACK * p, operator.le)
+                against(what, f"{job}, {job}-skipping", pairs, costs, "sldbo", "evaluations", SLACK * p, operator.le)
             )
     return Claim(
         "Snapshots save derivatives",
@@ -143,7 +157,7 @@ def communication(results: Results) -> Claim:
     for other, cost, unit in rows:
         pairs = [(one, two) for one, two in matched(results.get("cleaning", ()), "dsvrbgd", other)]
         findings.append(
-            against(f"dsvrbgd / {other}, {unit}", "cleaning", pairs, until_halfway(cost), unit, 1.0, operator.lt)
+            against(f"dsvrbgd / {other}, {unit}", "cleaning", pairs, until_halfway(cost), "dsvrbgd", unit, 1.0)
         )
     return Claim(
         "Variance reduction saves communication",
@@ -266,7 +280,7 @@ def compression(results: Results) -> Claim:
             name = f"{base}-top{share:g}"
             pairs = [(one, two) for one, two in matched(results.get("cleaning", ()), name, base)]
             costs = until_the_loss("megabytes")
-            findings.append(against(f"{name} / {base}", "cleaning", pairs, costs, "MB", 1.0, operator.lt))
+            findings.append(against(f"{name} / {base}", "cleaning", pairs, costs, base, "MB", 1.0))
     return Claim(
         "Compression saves bytes",
         "beyond the papers",

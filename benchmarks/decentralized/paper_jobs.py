@@ -58,15 +58,15 @@ ALL_CLEANING = (
     *("sldbo-top0.3", "sldbo-top0.1", "dsvrbgd-top0.3", "dsvrbgd-top0.1"),
 )
 JOBS = (
-    *pair("synthetic", "Penalties of synthetic data", PENALTIES, (200, 1000), ("--data", "synthetic")),
+    *pair("synthetic", "Penalties of synthetic data", PENALTIES, (600, 1000), ("--data", "synthetic")),
     *pair("mnist", "Penalties of MNIST", PENALTIES, (150, 400), ("--data", "mnist")),
     Job("cleaning", "Hyper-cleaning, all methods", CLEANING, (), ALL_CLEANING, (200, 600), full=FASHION),
     Job("cleaning-skipping", "Hyper-cleaning: skipping", CLEANING, (), SKIPPING, (400, 1200), full=FASHION),
     *pair("meta", "Meta-learning", META, (24, 300)),
     Job(
-        "policy", "Policy evaluation", POLICY, (), ("sldbo", "sparkle-ed", "sparkle-gt", "d-soba", "mdbo"), (200, 1000)
+        "policy", "Policy evaluation", POLICY, (), ("sldbo", "sparkle-ed", "sparkle-gt", "d-soba", "mdbo"), (2000, 5000)
     ),
-    Job("sparse-policy", "Policy evaluation, sparse", POLICY, SEVERE_POLICY, (*DUAL, "d-soba"), (300, 1000)),
+    Job("sparse-policy", "Policy evaluation, sparse", POLICY, SEVERE_POLICY, (*DUAL, "d-soba"), (2000, 5000)),
     Job("sparse-cleaning", "Hyper-cleaning, sparse", CLEANING, SEVERE_CLEANING, (*DUAL, "d-soba"), (200, 1000)),
     *(
         Job(

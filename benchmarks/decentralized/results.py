@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 from benchmarks.decentralized.claims import CLAIMS, Claim
 from benchmarks.decentralized.paper_jobs import Job
 from benchmarks.decentralized.records import Record, Results
-from benchmarks.decentralized.verdicts import FAILS, HOLDS, OPEN
-from benchmarks.report import mean_and_error
+from benchmarks.decentralized.verdicts import FAILS, HOLDS, OPEN, summary
 
 COLUMNS = {
     "exact_loss": "F(x)",
@@ -94,7 +93,7 @@ def cell(values: Sequence[Any]) -> str:
     finite = [value for value in values if value is not None and math.isfinite(value)]
     if not finite:
         return "not finite"
-    mean, error = (float(part) for part in mean_and_error(finite))
+    mean, error = summary(finite)
     text = f"{number(mean)} ± {error:.1g}" if len(finite) >= LEAST and error else number(mean)
     return text + f" ({len(values) - len(finite)} not finite)" * (len(finite) < len(values))
 
@@ -117,7 +116,7 @@ def still_falling(records: Sequence[Record]) -> str:
     for losses in (record.along("exact_loss") for record in records):
         decrease = losses[0] - losses[-1] if len(losses) else math.nan
         shares.append(float((losses[-1 - len(losses) // 4] - losses[-1]) / decrease) if decrease > 0 else None)
-    return f"{mean_and_error(known)[0]:.1%}" if (known := [share for share in shares if share is not None]) else "–"
+    return f"{summary(known)[0]:.1%}" if (known := [share for share in shares if share is not None]) else "–"
 
 
 def numbers(records: Sequence[Record]) -> str:

@@ -11,6 +11,7 @@ from benchmarks.decentralized.records import Record
 from benchmarks.report import mean_and_error
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "not decided"
+ROUNDING = 1e-12
 SHARE = 0.01  # of a decrease of F: what counts as the same loss
 
 
@@ -44,6 +45,12 @@ class Interval(NamedTuple):
         return f"> {self.least:.3g}" if self.least > 0 else "unknown"
 
 
+def summary(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard error, which is zero where rounding alone makes one."""
+    mean, error = (float(number) for number in mean_and_error(values))
+    return mean, error if error > ROUNDING * abs(mean) else 0.0
+
+
 UNKNOWN = Interval(0.0, math.inf)
 
 
@@ -63,7 +70,7 @@ def spent_until(record: Record, cost: str, metric: str, target: float) -> Spent:
       What was spent, and whether that was enough.
     """
     costs, values = record.along(cost), record.along(metric)
-    if not len(values) or math.isnan(target):
+    if not len(values):
         return Spent(0.0, False)
     below = np.flatnonzero(values <= target)
     if not len(below):
@@ -141,17 +148,18 @@ def judge(
     if not intervals:
         return "–", f"{OPEN}: no results"
     if all(interval.known for interval in intervals):
-        mean, error = (float(number) for number in mean_and_error([interval.least for interval in intervals]))
+        mean, error = summary([interval.least for interval in intervals])
         words = f"{mean:.3g} ± {error:.1g}" if len(intervals) > 1 else f"{mean:.3g} (one seed)"
         if error and abs(mean - bound) < error:
             return words, f"{OPEN}: within a standard error of {bound:.3g}"
         return words, HOLDS if meets(mean, bound) else FAILS
     words = ", ".join(interval.words for interval in intervals)
-    if all(meets(interval.most, bound) for interval in intervals):
-        return words, HOLDS
-    if all(not meets(interval.least, bound) for interval in intervals):
-        return words, FAILS
-    return words, f"{OPEN}: target not reached"
+    held = [meets(interval.most, bound) for interval in intervals]
+    missed = [not meets(interval.least, bound) for interval in intervals]
+    if all(held) or all(missed):
+        return words, HOLDS if all(held) else FAILS
+    why = "seeds do not agree" if any(held) and any(missed) else "target not reached"
+    return words, f"{OPEN}: {why}"
 
 
 def averaged(amounts: Sequence[Spent], form: str = ",.4g") -> str:
@@ -161,6 +169,6 @@ def averaged(amounts: Sequence[Spent], form: str = ",.4g") -> str:
     if not reached:
         spent = max((spent.amount for spent in amounts if math.isfinite(spent.amount)), default=math.nan)
         return "not reached" + (f" ({spent:{form}} spent)" if math.isfinite(spent) else "")
-    mean, error = (float(number) for number in mean_and_error(reached))
+    mean, error = summary(reached)
     text = f"{mean:{form}} ± {error:.1g}" if len(reached) > 1 else f"{mean:{form}}"
     return text + (f" (not reached: {missed} of {len(amounts)} seeds)" if missed else "")
