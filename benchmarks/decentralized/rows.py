@@ -13,15 +13,15 @@ MOMENTUM = 0.4  # α of DSVRBGD, MDBO and VRDBO, and their η: a = α η² = 0.1
 RATE = 0.5
 TERMS = 10  # of a Neumann series
 INNER_STEPS = 5  # of MA-DSBO, for y and for v, and of C2DFB
-PENALTY = {"multiplier": 100.0, "gossip_step": 0.4}  # of C2DFB, which sends the largest 30 % of the entries
+PENALTY = 100.0  # λ of C2DFB, which sends the largest 30 % of the entries
 COMPRESSION = {0.3: 0.4, 0.1: 0.2}  # share of the entries that are sent -> step of CHOCO gossip
 EVERY = 10  # SVR-INTERACT reads all examples in one of so many iterations
 LARGEST = 130  # numbers in y up to which GBDSBO's matrices are formed
 CAPTION = f"""\
 s3ldbo-p: {{coins}}.
-dsvrbgd, mdbo, vrdbo, diamond, interact-svr: minibatches of {{batch_size}} (the last: and all examples in every {EVERY}th
-iteration); all others exact. ma-dsbo, c2dfb: {INNER_STEPS} inner steps; mdbo, vrdbo, interact, diamond: {TERMS} terms of a
-Neumann series of each agent's own Hessian; c2dfb: penalty {PENALTY["multiplier"]:g}, 30 % of the entries sent.
+dsvrbgd, mdbo, vrdbo, diamond, interact-svr: minibatches of {{batch_size}} (the last: all in every {EVERY}th iteration);
+all others exact. ma-dsbo, c2dfb: {INNER_STEPS} inner steps, c2dfb with penalty {PENALTY:g}, 30 % of entries sent.
+mdbo, vrdbo, interact, diamond: {TERMS} terms of a Neumann series, of each agent's own Hessian.
 sparkle-ed, -extra, -mixed: on (I + W)/2 where not tracked; -topq: the share q of each change that is sent.
 """
 
@@ -92,13 +92,19 @@ def rows(coins: Callable, size: int) -> tuple[Row, ...]:
     dual = functools.partial(in_turn, symmetric=True, fixed=True)
     sampled = functools.partial(Row, batch_size=size)
     ma_dsbo = functools.partial(preset, methods.ma_dsbo, inner_steps=INNER_STEPS, product_steps=INNER_STEPS)
-    c2dfb = preset(methods.c2dfb, inner_steps=INNER_STEPS, compressor=bx.compression.top_k(0.3), **PENALTY)
+    c2dfb = preset(
+        methods.c2dfb,
+        inner_steps=INNER_STEPS,
+        compressor=bx.compression.top_k(0.3),
+        multiplier=PENALTY,
+        gossip_step=0.4,
+    )
     loops = counted(inner=INNER_STEPS + 1, hessian=INNER_STEPS)
     twice = counted(2, 2, 2, 2)
     return (
         Row("sldbo", preset(methods.sldbo)),
         *(Row(f"s3ldbo-{p:g}", preset(methods.s3ldbo, coins=coins(p)), at_start=1) for p in REFRESH),
-        Row("s3ldbo-unbiased-0.2", preset(methods.s3ldbo_unbiased, coins=coins(0.2)), at_start=1),
+        Row("s3ldbo-unbiased-0.2", preset(methods.s3ldbo_unbiased, p=0.2), at_start=1),
         sampled("dsvrbgd", simultaneous, twice),
         sampled("dsvrbgd-alternating", drawn(methods.dsvrbgd_alternating, size, **reduced), counted(2, 4, 2, 2)),
         dual("sparkle-ed", sparkle(corrections=exact_diffusion), graphs=lazy("xyv")),

@@ -1,0 +1,214 @@
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.sparse import csr_matrix
+
+import bilevax as bx
+from benchmarks import logistic
+from benchmarks.__main__ import main
+from benchmarks.data import DataError
+from benchmarks.decentralized import penalties, regularization
+from benchmarks.decentralized.choices import Agents
+from benchmarks.decentralized.comparison import schedule, selected
+from benchmarks.decentralized.exact import Effort, evaluator
+from benchmarks.decentralized.methods import evaluations, pace, refusal, shares
+from benchmarks.decentralized.network import Network
+from benchmarks.decentralized.rows import personal_rows, rows
+from benchmarks.decentralized.running import consensus, judged
+from benchmarks.runner import Options
+
+EVERY_ROW = [(row, False) for row in rows(bx.coins.independent, 8)] + [
+    (row, True) for row in personal_rows(bx.coins.independent, 8)
+]
+ALL = bx.Calls(1, 1, 1, 1)
+
+
+@pytest.fixture(scope="module")
+def divided():
+    return penalties.synthetic(4, seed=0, features=6, train=80, heterogeneity=0.3)
+
+
+@pytest.fixture(autouse=True)
+def single_precision():
+    with jax.enable_x64(False):
+        yield
+
+
+@pytest.fixture(scope="module")
+def network(divided):
+    with jax.enable_x64(False):
+        return regularization.network(divided, -1.0)
+
+
+def sparse(rows):
+    return logistic.Rows(csr_matrix(rows.features.astype(float)), rows.labels.astype(float))
+
+
+@pytest.mark.parametrize("problem", [penalties.logistic(), penalties.softmax()], ids=["logistic", "softmax"])
+def test_the_mean_over_unequal_agents_is_the_loss_on_the_undivided_data(problem):
+    random, classes = np.random.default_rng(0), problem.inner_loss is not None
+    features, labels = random.normal(size=(50, 6)), random.integers(0, 3, 50)
+    y = random.normal(size=(6, 3))
+    if problem.outer_loss.__qualname__.startswith("logistic"):
+        labels, y, classes = np.where(labels > 0, 1.0, -1.0), y[:, 0], False
+    (*stacked,), weights = bx.partition.stack((features, labels), [np.arange(30), np.arange(30, 43), np.arange(43, 50)])
+    task = Network(problem, bx.Batch((), ()), 0, 0, None, None, 1.0, None)
+    x = jnp.zeros(6)
+    for loss in problem:
+        whole = loss(x, y, (features, labels, np.ones(50)))
+        np.testing.assert_allclose(task.loss(loss, x, y, (*stacked, weights)), whole, rtol=1e-6)
+    assert classes == (y.ndim == 2)
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [(True, 1e-8), (False, 2e-4)], ids=["double", "single"])
+def test_the_accurate_solution_is_that_of_newton_in_numpy(divided, precision, tolerance):
+    x = np.linspace(-6, 1, 6)
+    with jax.enable_x64(precision):
+        kind = np.float64 if precision else np.float32
+        task = regularization.network(divided, -1.0)
+        batch = jax.tree.map(lambda leaf: leaf.astype(kind), task.batch)
+        found = evaluator(task, Effort())(x.astype(kind), np.zeros(6, kind), batch)
+    expected = logistic.exact(sparse(divided.train), sparse(divided.validation), x, np.zeros(6))
+    np.testing.assert_allclose(found.loss, expected.value, rtol=tolerance)
+    np.testing.assert_allclose(found.y, expected.y, rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(found.gradient, expected.gradient, rtol=10 * tolerance, atol=tolerance / 10)
+    assert float(found.residual) < tolerance
+    assert float(found.product_residual) < tolerance
+
+
+def test_where_the_lower_level_is_personal_each_agent_solves_its_own(divided, network):
+    x, task = np.linspace(-2, 1, 6), network._replace(personal=True)
+    with jax.enable_x64(True):
+        batch = jax.tree.map(lambda leaf: leaf.astype(float), task.batch)
+        found = evaluator(task, Effort())(x, np.zeros((4, 6)), batch)
+    values = []
+    for i in range(4):
+        outer, inner = (penalties.Rows(part[0][i], part[1][i]) for part in network.batch)
+        values.append(logistic.exact(sparse(inner), sparse(outer), x, np.zeros(6)))
+    np.testing.assert_allclose(found.loss, np.mean([one.value for one in values]), rtol=1e-8)
+    np.testing.assert_allclose(found.gradient, np.mean([one.gradient for one in values], axis=0), rtol=1e-6)
+    np.testing.assert_allclose(found.y, [one.y for one in values], rtol=1e-6)
+
+
+def test_a_point_that_is_not_finite_is_no_trouble(network):
+    numbers = judged(lambda *point: pytest.fail("solved"), np.full(6, np.nan), np.zeros(6), network.batch)
+    assert np.isnan([*numbers.values()]).all()
+
+
+@pytest.mark.parametrize(("row", "personal"), EVERY_ROW, ids=lambda value: getattr(value, "name", None))
+def test_no_method_evaluates_more_than_it_declares_and_none_more_than_sldbo(network, row, personal):
+    task = network._replace(personal=personal)
+    topologies = row.graphs(Agents(agents=4).topologies(0))
+    gossip = bx.gossip(topologies.x) if row.common else bx.Levels(*map(bx.gossip, topologies))
+    method = row.make(task, gossip, bx.Levels(0.1, 0.1, 0.1))
+
+    @jax.jit
+    def calls(key, x, y, batch):
+        _, info = method.step(key, method.init(x, y, batch), batch)
+        return info.calls
+
+    spent = calls(jax.random.key(0), *task.start, task.batch)
+    for number, most in zip(spent, row.calls(task), strict=True):
+        assert number.shape == (4,)
+        assert (number <= most).all()
+    number, size = schedule(row, task, 240, 6)
+    assert number >= 6 or size == 1
+    cost = evaluations(row.calls(task), shares(row, task))
+    if row.every is None:
+        assert number * size * cost <= 240
+    assert number * size <= 480
+    assert pace(row, task) <= 2
+
+
+def test_the_shares_of_minibatches_and_of_whole_iterations(network):
+    by_name = {row.name: row for row, _ in EVERY_ROW}
+    assert network.sizes == bx.Batch(outer=10, inner=20)
+    assert shares(by_name["dsvrbgd"], network) == bx.Calls(0.8, 0.4, 0.4, 0.4)
+    assert pace(by_name["dsvrbgd"], network) == pytest.approx(1 / (2 * (0.8 + 3 * 0.4) / 4))
+    assert pace(by_name["sparkle-ed"], network) == pytest.approx(0.8)
+    assert pace(by_name["ma-dsbo"], network) == pytest.approx(4 / (1 + 6 + 5 + 1))
+    assert evaluations(by_name["gbdsbo"].calls(network), ALL) == (1 + 1 + 6 + 6) / 4
+    assert schedule(by_name["sldbo"], network, 4, 20) == (4, 1)
+
+
+def test_consensus_is_the_root_mean_square_distance():
+    every = {"a": jnp.array([[1.0], [3.0]]), "b": jnp.array([0.0, 2.0])}
+    assert consensus(every, {"a": jnp.array([2.0]), "b": jnp.array(1.0)}) == pytest.approx(2**0.5)
+
+
+def test_rows_that_do_not_suit_a_graph_or_a_problem_are_left_out_and_named(network):
+    everything = rows(bx.coins.independent, 8)
+    options = Options(("sldbo", "sparkle-ed", "sldbo-top0.1", "gbdsbo"))
+    for agents, left in (
+        (Agents(4, "exponential"), ["sldbo", "gbdsbo", "sldbo-top0.1"]),
+        (Agents(4, "one-peer-exponential"), ["sldbo", "gbdsbo"]),
+        (Agents(4, "ring", "complete"), ["sldbo", "sparkle-ed", "sldbo-top0.1"]),
+    ):
+        chosen, line = selected(everything, options, network, agents)
+        assert {row.name for row in chosen} == set(left)
+        assert line.startswith("Left out: ")
+    with pytest.raises(DataError, match="No method is left on 4 agents, exponential: sparkle-ed: it needs a symmetric"):
+        selected(everything, Options(("sparkle-ed",)), network, Agents(4, "exponential"))
+    large = network._replace(y=jnp.zeros(1000))
+    gbdsbo = next(row for row in everything if row.name == "gbdsbo")
+    assert refusal(gbdsbo, large, Agents(4).topologies(0)) == "it is for y of at most 130 numbers, not 1000"
+
+
+def test_the_partition_of_a_data_set_loses_nothing():
+    features, labels = np.random.default_rng(0).random((4000, 22)), np.tile([1.0, 1.0, -1.0, -1.0], 1000)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(penalties.data, "libsvm", lambda name, width: (csr_matrix(features), labels))
+        found = penalties.real("ijcnn1", 0, 400, bx.partition.dirichlet_balanced(4, 0.5, 0))
+        with pytest.raises(DataError, match="ijcnn1 has 4000 rows; --rows 4000 leaves none to test on"):
+            penalties.real("ijcnn1", 0, 4000, bx.partition.iid(4, 0))
+    assert [len(rows.labels) for rows in found[:3]] == [400, 200, 3400]
+    for part, rows_ in zip(found.batch, (found.validation, found.train), strict=True):
+        kept = part[2] > 0
+        np.testing.assert_allclose(np.sort(part[0][kept].sum(-1)), np.sort(rows_.features.sum(-1)), rtol=1e-6)
+
+
+def test_a_run_writes_all_that_curves_need(tmp_path, capsys):
+    code = main(
+        "decentralized-regularization --quick --outer-steps 12 --rows 80 --agents 4 --methods sldbo dsvrbgd "
+        f"--lower-topology complete --results {tmp_path}".split()
+    )
+    assert code == 0
+    folder = "decentralized_regularization-rows_80-agents_4-lower_topology_complete"
+    records = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob(f"{folder}/*.json")}
+    assert set(records) == {"sldbo-seed0", "dsvrbgd-seed0"}
+    keys = {"exact_loss", "exact_gradient", "exact_residual", "exact_product_residual", "outer_loss", "gradient_norm"}
+    keys |= {"consensus", "derivatives", "megabytes", "rounds", "seconds", "test_accuracy", "outer_step"}
+    for record in records.values():
+        assert set(record["curve"]) == keys
+        chosen = record["configuration"]
+        assert record["metrics"]["derivatives"] <= 12
+        assert len(chosen["grid_losses"]) == 20
+        assert record["metrics"]["exact_loss"] < np.log(2)
+        least = min(loss for loss in chosen["grid_losses"] if loss is not None)
+        np.testing.assert_allclose(record["metrics"]["exact_loss"], least, rtol=1e-3)
+    # y and v go to three neighbours, x to two; t as far as s
+    assert records["sldbo-seed0"]["metrics"]["megabytes"] == pytest.approx(12 * 2 * 4 * 40 * (2 + 2 * 3) / 1e6)
+    assert list(tmp_path.glob(f"{folder}/*.png"))
+    assert "(y and v: complete)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--lower-topology rings", "lower_topology must be like one of ring, path,"),
+        ("--lower-topology rings", "Pass, say, --lower-topology ring."),
+        ("--heterogeneity 0", "heterogeneity must be a number > 0; got 0. Pass, say, --heterogeneity 0.2."),
+        ("--data a9a --heterogeneity 0.5", "heterogeneity is about synthetic data; got 0.5 with data=a9a."),
+        ("--partition iid", "partition is about public data sets; got iid with data=synthetic"),
+        ("--rows 100", "rows must be an int >= 20 for each agent; got 100. Pass, say, --rows 160."),
+        ("--methods interact", "got interact. Pass, say, --methods sldbo."),
+    ],
+)
+def test_bad_values_are_refused_with_the_fix(arguments, message, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["decentralized-regularization", *arguments.split()])
+    assert exit_.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
