@@ -219,7 +219,7 @@ def test_the_page_is_made_of_the_files_alone_and_always_the_same(tmp_path, capsy
     text = pages[0].read_text()
     assert text == pages[1].read_text()
     for part in (
-        "python -m benchmarks decentralized-papers --quick --seeds 3",
+        "python -m benchmarks decentralized-papers --quick --seeds 2",
         "- Seeds: 0, 1\n- Device: cpu\n- Versions: python 3.12, jax 0.9\n- Missing: no results of mnist\n",
         "penalties, MNIST, p = 0.5 (at most 0.75) | – | **not decided: no results of mnist, mnist-skipping**",
         "| 5. Linear speed-up | D-SOBA, arXiv 2402.03167; DSVRBGD, arXiv 2311.11342 | 2 | 0 | 0 |",

@@ -46,8 +46,8 @@ def pair(name: str, title: str, task: str, iterations: tuple[int, int], options:
     """SLDBO, and the methods that skip with twice its iterations, so that a late arrival is seen too."""
     few, many = iterations
     return (
-        Job(name, title, task, options, ("sldbo",), iterations),
-        Job(f"{name}-skipping", f"{title}: skipping", task, options, SKIPPING, (2 * few, 2 * many)),
+        Job(name, title, task, options, ("sldbo",), iterations, quick),
+        Job(f"{name}-skipping", f"{title}: skipping", task, options, SKIPPING, (2 * few, 2 * many), quick),
     )
 
 
@@ -62,7 +62,7 @@ JOBS = (
     *pair("mnist", "Penalties of MNIST", PENALTIES, (150, 400), ("--data", "mnist")),
     Job("cleaning", "Hyper-cleaning, all methods", CLEANING, (), ALL_CLEANING, (200, 600), full=FASHION),
     Job("cleaning-skipping", "Hyper-cleaning: skipping", CLEANING, (), SKIPPING, (400, 1200), full=FASHION),
-    *pair("meta", "Meta-learning", META, (24, 300)),
+    *pair("meta", "Meta-learning", META, (30, 300), quick=("--tasks", "2")),
     Job(
         "policy", "Policy evaluation", POLICY, (), ("sldbo", "sparkle-ed", "sparkle-gt", "d-soba", "mdbo"), (2000, 5000)
     ),

@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks.decentralized.paper_jobs import JOBS, OPTIONAL, Job
-from benchmarks.decentralized.records import read
+from benchmarks.decentralized.records import Results, read
 from benchmarks.decentralized.results import Log, render
 
 TASK = "decentralized_papers"
@@ -78,10 +78,10 @@ class Config:
         """Of the results of this setting."""
         return self.results / (TASK + "-quick" * self.quick)
 
-    @property
-    def command(self) -> str:
-        """What makes the page."""
-        return f"python -m benchmarks decentralized-papers{' --quick' * self.quick} --seeds {self.seeds}"
+    def command(self, results: Results) -> str:
+        """What makes such a page, with as many seeds as there are."""
+        seeds = len({record.seed for records in results.values() for record in records}) or self.seeds
+        return f"python -m benchmarks decentralized-papers{' --quick' * self.quick} --seeds {seeds}"
 
     def run_all(self, console: Console, start: Start = started) -> int:
         """Runs one job after the other, whatever becomes of each; the exit code is that of the last one that failed."""
@@ -109,7 +109,7 @@ class Config:
         results = {name: read(self.folder / name) for name in names}
         logs = {name: log for name in names if (log := read_log(self.folder / name))}
         self.output.parent.mkdir(parents=True, exist_ok=True)
-        self.output.write_text(render(self.command, self.quick, JOBS, OPTIONAL, results, logs))
+        self.output.write_text(render(self.command(results), self.quick, JOBS, OPTIONAL, results, logs))
 
     def run(self) -> int:
         """Runs everything and writes the page; returns the exit code."""
