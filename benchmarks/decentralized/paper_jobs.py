@@ -42,7 +42,14 @@ class Job(NamedTuple):
         return [*arguments, "--methods", *self.methods] if self.methods else arguments
 
 
-def pair(name: str, title: str, task: str, iterations: tuple[int, int], options: Sequence[str] = ()) -> tuple[Job, Job]:
+def pair(
+    name: str,
+    title: str,
+    task: str,
+    iterations: tuple[int, int],
+    options: Sequence[str] = (),
+    quick: Sequence[str] = (),
+) -> tuple[Job, Job]:
     """SLDBO, and the methods that skip with twice its iterations, so that a late arrival is seen too."""
     few, many = iterations
     return (
