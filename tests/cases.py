@@ -46,5 +46,5 @@ def all_directions(q, path, iterations):
     return stacked([networks.directions(q, [level[k] for level in path]) for k in range(iterations)])
 
 
-def make(preset, *choices):
-    return lambda problem, gossip: preset(problem, gossip, STEPS, *choices)
+def make(preset, *choices, **options):
+    return lambda problem, gossip: preset(problem, gossip, STEPS, *choices, **options)

@@ -26,6 +26,11 @@ def sparkle(*forms):
     return make(decentralized.sparkle, bx.Levels(*(form() for form in forms)))
 
 
+def neumann(preset, *choices, terms=3):
+    return make(preset, *choices, terms, 0.1)
+
+
+FIFTH = bx.compression.top_k(0.2)
 COSTS = {  # bytes to each neighbour for d_x = 784 and d_y = 7840; F, G, H and J per agent; rounds
     "sldbo": (make(decentralized.sldbo), 131_712, (1, 1, 1, 1), 1),
     "sldbo_atc": (make(decentralized.sldbo, None, ATC()), 131_712, (1, 1, 1, 1), 2),
@@ -38,18 +43,37 @@ COSTS = {  # bytes to each neighbour for d_x = 784 and d_y = 7840; F, G, H and J
     "sparkle_extra": (sparkle(EXTRA, EXTRA, EXTRA), 65_856, (1, 2, 1, 1), 3),
     "sparkle_mixed": (sparkle(GT, ED, EXTRA), 68_992, (1, 2, 1, 1), 3),
     "dsoba": (make(decentralized.dsoba), 65_856, (1, 1, 1, 1), 1),
+    "dsoba_first_order": (make(decentralized.dsoba_first_order), 65_856, (1, 3, 0, 0), 1),
+    "adasdbo": (make(decentralized.adasdbo), 65_868, (1, 1, 1, 1), 1),  # three numbers more
+    "ma_dsbo": (make(decentralized.ma_dsbo, 10, 10), 943_936, (1, 11, 10, 1), 21),
+    "ma_dsbo_tracked": (make(decentralized.ma_dsbo, 10, 10, track=True), 1_260_672, (1, 11, 10, 1), 21),
+    "mdbo": (neumann(decentralized.mdbo, bx.inner.full, 0.1, 1.0), 68_992, (1, 1, 3, 1), 1),
+    "vrdbo": (neumann(decentralized.vrdbo, bx.inner.full, 0.1, 1.0), 68_992, (2, 2, 6, 2), 1),
+    "interact": (neumann(decentralized.interact), 6_272, (1, 1, 3, 1), 1),
+    "interact_svr": (make(decentralized.interact_svr, 3, 0.1, 2, bx.inner.full), 6_272, (2, 2, 6, 2), 1),
+    "diamond": (neumann(decentralized.diamond, bx.inner.full, 0.1), 6_272, (2, 2, 6, 2), 1),
+    "lopa_local": (make(decentralized.lopa_local), 3_136, (1, 1, 1, 1), 1),
+    "lopa_tracking": (make(decentralized.lopa_tracking), 6_272, (1, 1, 1, 1), 1),
+    # 2 · 784 numbers and 40 messages of 1568 values; half of the compressed bytes are indices
+    "c2dfb": (make(decentralized.c2dfb, 10, 10.0, FIFTH, 0.2), 508_032, (11, 22, 0, 0), 11),
 }
 
 
-@pytest.mark.parametrize("name", COSTS)
+MATRICES = {  # those that send some, for d_x = 3 and d_y = 5
+    "gbdsbo": (make(decentralized.gbdsbo), 4 * (6 + 15 + 15 + 25), (1, 1, 5, 5), 1),
+    "gbdsbo_factors": (make(decentralized.gbdsbo, bx.inner.full, 4, 0.1), 4 * (6 + 15 + 15 + 100), (1, 4, 20, 5), 1),
+}
+
+
+@pytest.mark.parametrize("name", [*COSTS, *MATRICES])
 def test_declared_cost(name):
-    preset, size, calls, rounds = COSTS[name]
-    method = preset(LINEAR, LAZY_SQUARE)
+    preset, size, calls, rounds = {**COSTS, **MATRICES}[name]
+    method, sizes = preset(LINEAR, LAZY_SQUARE), (3, 5) if name in MATRICES else (784, 7840)
     batch = bx.Batch(outer=jnp.zeros((4, 1)), inner=jnp.zeros((4, 1)))
 
     @jax.jit
     def info(keys):
-        state = method.init(*(jnp.zeros((4, d), jnp.float32) for d in (784, 7840)), batch)
+        state = method.init(*(jnp.zeros((4, d), jnp.float32) for d in sizes), batch)
         state, _ = method.step(keys[0], state, batch)
         return method.step(keys[1], state, batch)[1]._replace(moves=None, breakdown=None)
 

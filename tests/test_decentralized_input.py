@@ -159,3 +159,111 @@ def test_bad_input(name):
     with pytest.raises(ValueError, match=re.compile(message, re.DOTALL)) as error:
         call(*([PROBLEM, TOY_RING] if name in ("momentum", "rate", "theta") else []))
     assert len(str(error.value)) > 40
+
+
+# The rest of the field: each row a method, what it is given, and what the message names
+
+FULL, WHOLE, RECURSIVE = bx.inner.full, bx.compression.top_k(1.0), ("mdbo", "vrdbo")
+FIELD = {
+    **{f"{name}_momentum": ("momentum.*-0.1", name, (FULL, -0.1, 0.5, 3, 0.1)) for name in RECURSIVE},
+    **{f"{name}_rate": ("rate.*0.0", name, (FULL, 0.1, 0.0, 3, 0.1)) for name in RECURSIVE},
+    **{f"{name}_terms": ("terms.*-1", name, (FULL, 0.1, 0.5, -1, 0.1)) for name in RECURSIVE},
+    **{f"{name}_inverse_step": ("inverse_step.*0.0", name, (FULL, 0.1, 0.5, 3, 0.0)) for name in RECURSIVE},
+    **{f"{name}_sample": (r"sample must be a function \(key", name, (None, 0.1, 0.5, 3, 0.1)) for name in RECURSIVE},
+    "interact_terms": ("terms must be a static Python int.*float", "interact", (1.5, 0.1)),
+    "interact_inverse_step": ("inverse_step.*-0.1", "interact", (3, -0.1)),
+    "interact_svr_every": ("every.*0", "interact_svr", (3, 0.1, 0, FULL)),
+    "interact_svr_sample": (r"sample must be a function \(key", "interact_svr", (3, 0.1, 2, 16)),
+    "diamond_a": (r"\ba\b.*1.5", "diamond", (FULL, 1.5, 3, 0.1)),
+    "diamond_terms": ("terms", "diamond", (FULL, 0.5, "3", 0.1)),
+    "diamond_inverse_step": ("inverse_step.*nan", "diamond", (FULL, 0.5, 3, float("nan"))),
+    "diamond_correction": ("corrections.*bx.correction", "diamond", (FULL, 0.5, 3, 0.1, 0.5)),
+    "lopa_local_theta": ("theta.*0.0", "lopa_local", (FULL, 0.0)),
+    "lopa_tracking_theta": ("theta.*1.1", "lopa_tracking", (FULL, 1.1)),
+    "dsoba_first_order_delta": ("delta.*0.0", "dsoba_first_order", (FULL, 1.0, 0.0)),
+    "dsoba_first_order_deltas": ("delta must be one number", "dsoba_first_order", (FULL, 1.0, jnp.ones(3))),
+    "dsoba_first_order_theta": ("theta.*-1", "dsoba_first_order", (FULL, -1)),
+    "ma_dsbo_inner_steps": ("inner_steps.*0", "ma_dsbo", (0, 2)),
+    "ma_dsbo_product_steps": ("product_steps.*0", "ma_dsbo", (2, 0)),
+    "ma_dsbo_sample": (r"sample must be a function \(key", "ma_dsbo", (2, 2, 8)),
+    "ma_dsbo_theta": ("theta.*0", "ma_dsbo", (2, 2, FULL, 0.0)),
+    "gbdsbo_factors": ("factors.*0", "gbdsbo", (FULL, 0, 0.1)),
+    "gbdsbo_no_inverse_step": ("inverse_step and factors go together", "gbdsbo", (FULL, 2)),
+    "gbdsbo_no_factors": ("inverse_step and factors go together", "gbdsbo", (FULL, None, 0.1)),
+    "gbdsbo_inverse_step": ("inverse_step.*-0.1", "gbdsbo", (FULL, 2, -0.1)),
+    "gbdsbo_sample": (r"sample must be a function \(key", "gbdsbo", (0.5,)),
+    "c2dfb_inner_steps": ("inner_steps.*0", "c2dfb", (0, 10.0, WHOLE, 0.5)),
+    "c2dfb_multiplier": ("multiplier.*-1.0", "c2dfb", (2, -1.0, WHOLE, 0.5)),
+    "c2dfb_multipliers": ("multiplier must be one number", "c2dfb", (2, jnp.ones(2), WHOLE, 0.5)),
+    "c2dfb_compressor": ("compressor must be a Compressor", "c2dfb", (2, 10.0, 0.2, 0.5)),
+    "c2dfb_gossip_step": ("step.*0.0", "c2dfb", (2, 10.0, WHOLE, 0.0)),
+    "c2dfb_sample": (r"sample must be a function \(key", "c2dfb", (2, 10.0, WHOLE, 0.5, 3)),
+    "adasdbo_sample": (r"sample must be a function \(key", "adasdbo", (3,)),
+    "adasdbo_accumulated": ("accumulated.*0.0", "adasdbo", (FULL, 0.0)),
+}
+
+
+@pytest.mark.parametrize("name", FIELD)
+def test_bad_input_of_the_field(name):
+    message, method, choices = FIELD[name]
+    with pytest.raises(ValueError, match=re.compile(message, re.DOTALL)) as error:
+        getattr(decentralized, method)(PROBLEM, TOY_RING, TOY_STEPS, *choices)
+    assert len(str(error.value)) > 40
+
+
+MINIBATCH = bx.inner.minibatch(1)
+DRAWING = {
+    "mdbo": (MINIBATCH, 0.1, 0.5, 3, 0.1),
+    "vrdbo": (MINIBATCH, 0.1, 0.5, 3, 0.1),
+    "interact_svr": (3, 0.1, 2, MINIBATCH),
+    "diamond": (MINIBATCH, 0.5, 3, 0.1),
+    "lopa_local": (MINIBATCH,),
+    "lopa_tracking": (MINIBATCH,),
+    "dsoba_first_order": (MINIBATCH,),
+    "ma_dsbo": (2, 2, MINIBATCH),
+    "gbdsbo": (MINIBATCH,),
+    "c2dfb": (2, 10.0, WHOLE, 0.5, MINIBATCH),
+    "adasdbo": (MINIBATCH,),
+}
+
+
+@pytest.mark.parametrize("name", DRAWING)
+def test_a_minibatch_needs_a_key(name):
+    with pytest.raises(ValueError, match=r"key.*jax\.random\.key"):
+        keyless(getattr(decentralized, name), *DRAWING[name])()
+
+
+INTERACTIVE = {**DRAWING, "interact": (3, 0.1)}
+
+
+@pytest.mark.parametrize("name", INTERACTIVE)
+def test_every_method_checks_what_all_methods_are_given(name):
+    """A problem, a gossip, steps, a start, a state and a batch."""
+    preset, choices = getattr(decentralized, name), INTERACTIVE[name]
+    method = preset(PROBLEM, TOY_RING, TOY_STEPS, *choices)
+    attempts = {
+        "problem must be a BilevelProblem": lambda: preset(None, TOY_RING, TOY_STEPS, *choices),
+        "gossip must be.*Gossip": lambda: preset(PROBLEM, bx.topology.ring(4), TOY_STEPS, *choices),
+        "step_sizes.*tuple of 2": lambda: preset(PROBLEM, TOY_RING, (0.1, 0.2), *choices),
+        r"step_sizes\.y.*-0\.1": lambda: preset(PROBLEM, TOY_RING, (0.1, -0.1, 0.1), *choices),
+        r"\bx\b.*\(3, 1\)": lambda: method.init(X[:3], Y, BATCH),
+        "state must be a": lambda: method.step(None, method.init(X, Y, BATCH)._asdict(), BATCH),
+        r"bx\.Batch": lambda: method.step(None, method.init(X, Y, BATCH), BATCH.inner),
+        r"key must be one jax\.random\.key": lambda: method.step(0, method.init(X, Y, BATCH), BATCH),
+    }
+    for message, attempt in attempts.items():
+        with pytest.raises(ValueError, match=re.compile(message, re.DOTALL)):
+            attempt()
+
+
+def test_compressed_inner_loops_need_one_fixed_graph():
+    changing = bx.gossip(bx.topology.one_peer_exponential(4))
+    with pytest.raises(ValueError, match="gossip must mix over one fixed graph"):
+        decentralized.c2dfb(PROBLEM, changing, TOY_STEPS, 2, 10.0, WHOLE, 0.5)
+    apart = bx.Levels(changing, TOY_RING, TOY_RING)  # of x it may change
+    decentralized.c2dfb(PROBLEM, apart, TOY_STEPS, 2, 10.0, WHOLE, 0.5)
+
+
+def test_gbdsbo_has_one_graph_for_everything():
+    with pytest.raises(ValueError, match="gossip must be a Gossip"):
+        decentralized.gbdsbo(PROBLEM, bx.Levels(TOY_RING, TOY_RING, TOY_RING), TOY_STEPS)

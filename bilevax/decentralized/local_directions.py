@@ -126,7 +126,7 @@ def first_order(delta: chex.Numeric) -> LocalDirections:
     return LocalDirections(evaluate, calls)
 
 
-def own_neumann(terms: int, step_size: chex.Numeric) -> LocalDirections:
+def own_neumann(terms: int, inverse_step: chex.Numeric) -> LocalDirections:
     """The hypergradient of each agent with the inverse of its OWN Hessian, by a Neumann series; there is no v.
 
         d_y = ∇_y g          d_x = ∇_x f − ∇²_xy g · c Σ_{j=0}^{J} (I − c ∇²_yy g)ʲ ∇_y f
@@ -136,26 +136,26 @@ def own_neumann(terms: int, step_size: chex.Numeric) -> LocalDirections:
 
     Args:
       terms: J, the number of Hessian products, >= 0. The error shrinks as (1 − c μ)^(J+1).
-      step_size: c in (0, 2 / λ_max(∇²_yy g)), usually 1 / L.
+      inverse_step: c in (0, 2 / λ_max(∇²_yy g)), usually 1 / L.
 
     Returns:
       `LocalDirections` with the levels x and y.
 
     Raises:
-      ValueError: if `terms` < 0 or a concrete `step_size` is not positive.
+      ValueError: if `terms` < 0 or a concrete `inverse_step` is not positive.
 
     Cost: one ∇f, one ∇_y g, J Hessian products and one cross product.
 
     Example:
         >>> import bilevax as bx
         >>> problem = bx.BilevelProblem(lambda x, y, batch: y**2, lambda x, y, batch: (y - x) ** 2)
-        >>> rule = bx.local_directions.own_neumann(terms=0, step_size=0.5)  # exact for a Hessian of 2
+        >>> rule = bx.local_directions.own_neumann(terms=0, inverse_step=0.5)  # exact for a Hessian of 2
         >>> float(rule.evaluate(problem, 3.0, 3.0, (), bx.Batch(None, None)).x)
         6.0
     """
     terms = checks.count("terms", terms)
-    checks.scalar("step_size", step_size)
-    checks.positive("step_size", step_size)
+    checks.scalar("inverse_step", inverse_step)
+    checks.positive("inverse_step", inverse_step)
 
     def evaluate(problem: BilevelProblem, x: Any, y: Any, v: Any, batch: Batch) -> Directions:
         outer_loss = checks.scalar_loss("outer_loss", problem.outer_loss)
@@ -165,7 +165,7 @@ def own_neumann(terms: int, step_size: chex.Numeric) -> LocalDirections:
         def product(v: Any) -> Any:
             return inner.pull_back(optax.tree.cast_like(v, y))[1]
 
-        series = ihvp.neumann(terms, step_size, curvature=lambda *point: product)
+        series = ihvp.neumann(terms, inverse_step, curvature=lambda *point: product)
         apply, _ = series.prepare(None, (), problem.inner_loss, (x, y, batch.inner))
         cross, _ = inner.pull_back(apply(outer_y)[0])
         return Directions(optax.tree.sub(outer_x, cross), inner.gradient, None)
