@@ -1,8 +1,7 @@
 """Few-shot tasks of many agents, a backbone that they share, and a linear head for each task of each agent."""
 
-import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
 
 import chex
 import flax.linen as nn
@@ -21,30 +20,26 @@ ADAPTATION = 100  # steps of the heads of new tasks
 
 
 class Backbone(nn.Module):
-    """Convolutions of stride 2: images [N, side, side] or [N, side, side, 3] -> features [N, F] of one length.
-
-    Of a photograph it sees how far each pixel is from the mean colour.
+    """Convolutions of stride 2 and means over the positions: images [N, side, side(, 3)] -> features [N, F].
 
     Attributes:
-      width: channels of each convolution.
-      layers: number of convolutions.
+      widths: channels of each convolution; the last are F.
     """
 
-    width: int = 16
-    layers: int = 3
+    widths: Sequence[int] = (16, 32)
 
     @nn.compact
     def __call__(self, images: chex.Array) -> chex.Array:
-        """The features; their mean is 0 for each image."""
-        convolution = functools.partial(nn.Conv, self.width, (3, 3), strides=2, conv_general_dilated=patches)
-        grey = images.ndim == 3
-        hidden = images[..., None] if grey else 4 * (images - images.mean(axis=(1, 2), keepdims=True))
-        for _ in range(self.layers):
-            hidden = nn.relu(convolution(kernel_init=nn.initializers.he_normal())(hidden))
-        rows = hidden.reshape(len(hidden), -1)
+        """Features of one length for all images, whose mean is 0."""
+        hidden = images[..., None] if images.ndim == 3 else 4 * (images - 0.5)
+        for width in self.widths:
+            convolution = nn.Conv(
+                width, (3, 3), 2, conv_general_dilated=patches, kernel_init=nn.initializers.he_normal()
+            )
+            hidden = nn.relu(convolution(hidden))
+        rows = hidden.mean(axis=(1, 2))
         rows = rows - rows.mean(axis=1, keepdims=True)
-        squares = jnp.sum(rows**2, axis=1, keepdims=True)
-        return LENGTH * rows / jnp.sqrt(squares + 1e-6)
+        return LENGTH * rows / jnp.sqrt(jnp.sum(rows**2, axis=1, keepdims=True) + 1e-6)
 
 
 BACKBONE = Backbone()
@@ -53,7 +48,8 @@ BACKBONE = Backbone()
 def features(x: chex.ArrayTree, images: chex.Array) -> chex.Array:
     """Of the backbone with the weights x: images [tasks, N, ...] -> [tasks, N, F]."""
     tasks, number = images.shape[:2]
-    return BACKBONE.apply({"params": x}, images.reshape(-1, *images.shape[2:])).reshape(tasks, number, -1)
+    rows = cast(chex.Array, BACKBONE.apply({"params": x}, images.reshape(-1, *images.shape[2:])))
+    return rows.reshape(tasks, number, -1)
 
 
 def cross_entropy(x: chex.ArrayTree, y: chex.Array, images: chex.Array, labels: chex.Array) -> chex.Array:
@@ -74,7 +70,7 @@ def personal(l2: float) -> bx.BilevelProblem:
     return bx.BilevelProblem(outer_loss, inner_loss)
 
 
-def curvature(l2: float) -> float:
+def curvature(l2: Any) -> Any:
     """L of the loss of one task in its head, whatever x is: LENGTH² times ½, the bound of a softmax, plus l2."""
     return LENGTH**2 / 2 + l2
 
@@ -134,16 +130,13 @@ def deal(images: np.ndarray, partition: Callable[..., list], tasks: int, shots: 
 
 
 def _tasks(images: np.ndarray, classes: np.ndarray, ids: np.ndarray, shots: int) -> Tasks:
-    drawn = images.reshape(-1, *images.shape[2:])[ids]
-    labels = np.broadcast_to(np.arange(WAYS)[:, None], ids.shape)
+    rows, labels = images.reshape(-1, *images.shape[2:]), np.arange(WAYS, dtype=np.int32)
 
-    def part(of: slice) -> tuple[np.ndarray, np.ndarray]:
-        shape = (*ids.shape[:2], -1)
-        return drawn[:, :, :, of].reshape(*shape[:2], WAYS * len(range(ids.shape[3])[of]), *images.shape[2:]), labels[
-            :, :, :, of
-        ].reshape(shape)
+    def part(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        flat = ids.reshape(*ids.shape[:2], -1)
+        return rows[flat], np.broadcast_to(np.repeat(labels, ids.shape[3]), flat.shape)
 
-    return Tasks(classes, ids, bx.Batch(outer=part(slice(shots, None)), inner=part(slice(shots))))
+    return Tasks(classes, ids, bx.Batch(outer=part(ids[..., shots:]), inner=part(ids[..., :shots])))
 
 
 def of_each_task(size: int) -> Callable:
@@ -183,9 +176,8 @@ def adapted(x: chex.ArrayTree, tasks: bx.Batch, l2: chex.Numeric) -> tuple[chex.
         losses = optax.softmax_cross_entropy_with_integer_labels(logits(y, support), tasks.inner[1])
         return jnp.sum(jnp.mean(losses, axis=1)) + l2 / 2 * jnp.sum(y**2)
 
-    step = 1 / (LENGTH**2 / 2 + l2)
     start = jnp.zeros((len(support), support.shape[2], WAYS))
-    y = jax.lax.fori_loop(0, ADAPTATION, lambda k, y: y - step * jax.grad(loss)(y), start)
+    y = jax.lax.fori_loop(0, ADAPTATION, lambda k, y: y - jax.grad(loss)(y) / curvature(l2), start)
     outputs, labels = logits(y, query), tasks.outer[1]
     losses = optax.softmax_cross_entropy_with_integer_labels(outputs, labels)
     return jnp.mean(outputs.argmax(axis=2) == labels), jnp.mean(losses)
