@@ -9,6 +9,7 @@ from benchmarks.decentralized.methods import Row, counted, size_of
 from benchmarks.decentralized.network import Network
 
 REFRESH = (0.5, 0.2, 0.1)
+ADAPTIVE = (0.25, 0.125)  # whole agents of 8 and of 16
 MOMENTUM = 0.4  # α of DSVRBGD, MDBO and VRDBO, and their η: a = α η² = 0.1
 RATE = 0.5
 TERMS = 10  # of a Neumann series
@@ -18,7 +19,7 @@ COMPRESSION = {0.3: 0.4, 0.1: 0.2}  # share of the entries that are sent -> step
 EVERY = 10  # SVR-INTERACT reads all examples in one of so many iterations
 LARGEST = 130  # numbers in y up to which GBDSBO's matrices are formed
 CAPTION = f"""\
-s3ldbo-p: {{coins}}.
+s3ldbo-p: {{coins}}; -subset-p, -adaptive-p: ⌈p · n⌉ agents at a time, at random or those that moved farthest.
 dsvrbgd, mdbo, vrdbo, diamond, interact-svr: minibatches of {{batch_size}} (the last: all in every {EVERY}th iteration);
 all others exact. ma-dsbo, c2dfb: {INNER_STEPS} inner steps, c2dfb with penalty {PENALTY:g}, 30 % of entries sent.
 mdbo, vrdbo, interact, diamond: {TERMS} terms of a Neumann series, of each agent's own Hessian.
@@ -104,6 +105,8 @@ def rows(coins: Callable, size: int) -> tuple[Row, ...]:
     return (
         Row("sldbo", preset(methods.sldbo)),
         *(Row(f"s3ldbo-{p:g}", preset(methods.s3ldbo, coins=coins(p)), at_start=1) for p in REFRESH),
+        *(Row(f"s3ldbo-subset-{p:g}", preset(methods.s3ldbo, coins=bx.coins.subset(p)), at_start=1) for p in ADAPTIVE),
+        *(Row(f"s3ldbo-adaptive-{p:g}", preset(methods.s3ldbo_adaptive, p=p), at_start=1) for p in ADAPTIVE),
         Row("s3ldbo-unbiased-0.2", preset(methods.s3ldbo_unbiased, p=0.2), at_start=1),
         sampled("dsvrbgd", simultaneous, twice),
         sampled("dsvrbgd-alternating", drawn(methods.dsvrbgd_alternating, size, **reduced), counted(2, 4, 2, 2)),
@@ -138,12 +141,15 @@ def personal_rows(coins: Callable, size: int) -> tuple[Row, ...]:
         return bx.Levels(upper, correction.local(), correction.local())
 
     s3ldbo = functools.partial(preset, methods.s3ldbo, correction=own(correction.tracking()))
+    adaptive = functools.partial(preset, methods.s3ldbo_adaptive, correction=own(correction.tracking()))
     sparkle = preset(methods.sparkle, corrections=own(correction.exact_diffusion()))
     sampled, twice = functools.partial(Row, batch_size=size), counted(2, 2, 2 * TERMS, 2)
     svr = series(drawn, methods.interact_svr, size, every=EVERY)
     return (
         Row("sldbo", preset(methods.sldbo, correction=own(correction.tracking()))),
         *(Row(f"s3ldbo-{p:g}", s3ldbo(coins=coins(p)), at_start=1) for p in REFRESH),
+        *(Row(f"s3ldbo-subset-{p:g}", s3ldbo(coins=bx.coins.subset(p)), at_start=1) for p in ADAPTIVE),
+        *(Row(f"s3ldbo-adaptive-{p:g}", adaptive(p=p), at_start=1) for p in ADAPTIVE),
         Row("sparkle-ed", sparkle, counted(inner=2), graphs=lazy("x"), symmetric=True, fixed=True),
         Row("lopa-local", preset(methods.lopa_local)),
         sampled("lopa-tracking", drawn(methods.lopa_tracking, size, theta=0.1)),
