@@ -11,7 +11,7 @@ from benchmarks.decentralized.claims import CLAIMS, snapshots
 from benchmarks.decentralized.paper_jobs import JOBS, OPTIONAL
 from benchmarks.decentralized.papers import Config
 from benchmarks.decentralized.records import Record, matched, read
-from benchmarks.decentralized.results import cell, render, table
+from benchmarks.decentralized.results import render, table
 from benchmarks.decentralized.speed_up import FEATURES, PROBLEM, RHO, RIDGE, ROWS, SIZES, minimum, quadratic
 from benchmarks.decentralized.verdicts import (
     FAILS,
@@ -21,6 +21,7 @@ from benchmarks.decentralized.verdicts import (
     Spent,
     averaged,
     behind,
+    cell,
     close_to_the_end,
     halfway,
     judge,

@@ -18,6 +18,7 @@ from benchmarks.decentralized.verdicts import (
     Spent,
     averaged,
     behind,
+    cell,
     close_to_the_end,
     halfway,
     judge,
@@ -182,10 +183,7 @@ def order(what: str, job: str, pairs: Sequence[tuple[Record, Record]]) -> Findin
 
 def gradients(pairs: Sequence[tuple[Record, Record]]) -> str:
     """The last ‖∇F‖² of both."""
-    one, two = (
-        averaged([Spent(record.along("exact_gradient")[-1], True) for record in side], ".2e")
-        for side in zip(*pairs, strict=True)
-    )
+    one, two = (cell([run.metrics["exact_gradient"] for run in side]) for side in zip(*pairs, strict=True))
     return f"last ‖∇F‖² {one} against {two}"
 
 
@@ -255,10 +253,7 @@ def speed_up(results: Results) -> Claim:
         everything = Interval(-math.inf, math.inf)
         words, verdict = judge([everything if math.isnan(one) else Interval(one, one) for one in found], STEEP)
         columns = zip(SIZES, zip(*groups, strict=True), strict=True)
-        floors = [
-            f"n = {n}: {averaged([Spent(run.metrics['floor'] or math.nan, True) for run in runs], '.3g')}"
-            for n, runs in columns
-        ]
+        floors = [f"n = {n}: {cell([run.metrics['floor'] for run in runs])}" for n, runs in columns]
         findings.append(Finding(method, f"slope {words}; " + ", ".join(floors), verdict))
     return Claim(
         "Linear speed-up",

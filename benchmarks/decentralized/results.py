@@ -3,12 +3,12 @@
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from benchmarks.decentralized.claims import CLAIMS, Claim
 from benchmarks.decentralized.paper_jobs import Job
 from benchmarks.decentralized.records import Record, Results
-from benchmarks.decentralized.verdicts import FAILS, HOLDS, OPEN, summary
+from benchmarks.decentralized.verdicts import FAILS, HOLDS, OPEN, cell, summary
 
 COLUMNS = {
     "exact_loss": "F(x)",
@@ -25,7 +25,6 @@ COUNTS = frozenset(
         "cross_products",
     )
 )
-LEAST = 2  # numbers of a mean with an error
 TEMPLATE = """\
 # Decentralized methods: what the papers claim, and what was measured
 
@@ -76,26 +75,6 @@ class Log(NamedTuple):
     command: str
     code: int
     seconds: float
-
-
-def number(value: float) -> str:
-    """Four digits."""
-    size = abs(value)
-    if not math.isfinite(value):
-        return "not finite"
-    if size and (size < 1e-3 or size >= 1e7):
-        return f"{value:.2e}"
-    return f"{value:,.0f}" if size >= 1000 else f"{value:.4g}"
-
-
-def cell(values: Sequence[Any]) -> str:
-    """Mean ± standard error, and how many of the values were not finite."""
-    finite = [value for value in values if value is not None and math.isfinite(value)]
-    if not finite:
-        return "not finite"
-    mean, error = summary(finite)
-    text = f"{number(mean)} ± {error:.1g}" if len(finite) >= LEAST and error else number(mean)
-    return text + f" ({len(values) - len(finite)} not finite)" * (len(finite) < len(values))
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -172,3 +172,23 @@ def averaged(amounts: Sequence[Spent], form: str = ",.4g") -> str:
     mean, error = summary(reached)
     text = f"{mean:{form}} ± {error:.1g}" if len(reached) > 1 else f"{mean:{form}}"
     return text + (f" (not reached: {missed} of {len(amounts)} seeds)" if missed else "")
+
+
+def number(value: float) -> str:
+    """Four digits."""
+    size = abs(value)
+    if not math.isfinite(value):
+        return "not finite"
+    if size and (size < 1e-3 or size >= 1e7):
+        return f"{value:.2e}"
+    return f"{value:,.0f}" if size >= 1000 else f"{value:.4g}"
+
+
+def cell(values: Sequence[float | None]) -> str:
+    """Mean ± standard error, and how many of the values were not finite."""
+    finite = [value for value in values if value is not None and math.isfinite(value)]
+    if not finite:
+        return "not finite"
+    mean, error = summary(finite)
+    text = f"{number(mean)} ± {error:.1g}" if error else number(mean)
+    return text + f" ({len(values) - len(finite)} not finite)" * (len(finite) < len(values))
