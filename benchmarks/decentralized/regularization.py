@@ -62,7 +62,7 @@ class Setting(NamedTuple):
 
 SETTINGS = {
     "synthetic": Setting(1600, 1000, (8.0, 32.0, 128.0, 512.0), -2.0),
-    "mnist": Setting(2000, 400, (1.0, 10.0, 100.0, 1000.0), 2.0, Effort(products=300)),
+    "mnist": Setting(2000, 400, (10.0, 40.0, 160.0, 640.0), 5.0, Effort(products=300)),
     "a9a": Setting(8000, 600, (10.0, 40.0, 160.0, 640.0), -2.0),
     "ijcnn1": Setting(8000, 1000, (10.0, 40.0, 160.0, 640.0), -2.0),
     "w8a": Setting(8000, 600, (10.0, 40.0, 160.0, 640.0), -2.0),
