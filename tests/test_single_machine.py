@@ -18,9 +18,11 @@ DATA = networks.quadratic(5, n=12)  # its leading axis counts examples here
 MEAN = DATA.mean
 EXACT = networks.solution(DATA)
 START = jnp.array([0.3, -0.2]), jnp.array([0.1, 0.4, -0.5])
-STEPS = (0.05, 0.2, 0.3)
+STEPS = (0.1, 0.2, 0.3)
 FULL, SMALL = bx.inner.full, bx.inner.minibatch(4)
 KEY = jax.random.key(0)
+A = bx.algorithms
+MANY = 25  # terms of a series that leave nothing: the eigenvalues of I − 0.3 ∇²_yy g are below 0.4
 
 
 def over_examples(loss):
@@ -28,46 +30,278 @@ def over_examples(loss):
 
 
 PROBLEM = bx.BilevelProblem(over_examples(networks.outer_loss), over_examples(networks.inner_loss))
-A = bx.algorithms
-MANY = 25  # terms of a series that leave nothing: the eigenvalues of I − 0.3 ∇²_yy g are below 0.4
-METHODS = {  # exact limits
-    "srba": A.srba(PROBLEM, STEPS, SMALL, period=3),
-    "fsla": A.fsla(PROBLEM, STEPS, FULL),
-    "mrbo": A.mrbo(PROBLEM, STEPS, FULL, terms=MANY),
-    "vrbo": A.vrbo(PROBLEM, STEPS, FULL, period=5, steps=2, terms=MANY),
-    "vrbo_minibatch": A.vrbo(PROBLEM, STEPS, SMALL, period=1, steps=2, terms=MANY),
-    "stocbio": A.stocbio(PROBLEM, STEPS, FULL, steps=3, terms=MANY),
-    "amigo": A.amigo(PROBLEM, STEPS, FULL, steps=3),
-    "amigo_adam": A.amigo(PROBLEM, (optax.adam(A.decay(0.3, 0.7)), 0.2, 0.3), FULL, steps=3, v_steps=2),
-    "descent": A.descent(
-        bx.hypergradient(
-            PROBLEM.outer_loss, bx.inner.implicit(PROBLEM.inner_loss, optax.sgd(0.3), 40, bx.ihvp.exact())
-        ),
-        optax.sgd(0.1, momentum=0.5),
-    ),
+
+
+def exact_descent(problem, sample):
+    solver = bx.inner.implicit(problem.inner_loss, optax.sgd(0.3), 40, bx.ihvp.exact())
+    return A.descent(bx.hypergradient(problem.outer_loss, solver), optax.sgd(0.1, momentum=0.5))
+
+
+MAKE = {  # (problem, sample) -> method
+    "srba": lambda problem, sample: A.srba(problem, STEPS, sample, period=3),
+    "fsla": lambda problem, sample: A.fsla(problem, STEPS, sample),
+    "mrbo": lambda problem, sample: A.mrbo(problem, STEPS, sample, terms=3),
+    "vrbo": lambda problem, sample: A.vrbo(problem, STEPS, sample, period=3, steps=2, terms=3),
+    "stocbio": lambda problem, sample: A.stocbio(problem, STEPS, sample, steps=3, terms=3),
+    "amigo": lambda problem, sample: A.amigo(problem, (optax.adam(0.1), *STEPS[1:]), sample, steps=3, v_steps=2),
+    "bsa": lambda problem, sample: A.bsa(problem, STEPS, sample, terms=3),
+    "ttsa": lambda problem, sample: A.ttsa(problem, STEPS, sample, terms=3),
+    "f2sa": lambda problem, sample: A.f2sa(problem, STEPS, sample, lambda k: 10.0 + k, steps=3),
+    "pzobo": lambda problem, sample: A.pzobo(problem, STEPS, sample, steps=3, directions=2),
+    "descent": exact_descent,
 }
-ITERATIONS = 600
 
 
-@functools.cache
-def run(method, iterations=ITERATIONS):
+def run(method, iterations):
     """(x, y, info) of all iterations."""
 
     def step(state, key):
         state, info = method.step(key, state, DATA.batch)
         return state, (state.x, state.y, info)
 
-    @jax.jit
-    def scan(x, y):
-        return jax.lax.scan(step, method.init(x, y, DATA.batch), jax.random.split(networks.KEY, iterations))[1]
-
-    return numbers(scan(*START))
+    return jax.lax.scan(step, method.init(*START, DATA.batch), jax.random.split(networks.KEY, iterations))[1]
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_limits(name):
-    x, y, info = run(METHODS[name])
-    tolerance = 1e-3 if name == "vrbo_minibatch" else 1e-4 if name == "amigo_adam" else 1e-9
-    np.testing.assert_allclose(x[-1], EXACT[0], rtol=0, atol=tolerance)
-    np.testing.assert_allclose(y[-1], EXACT[1], rtol=0, atol=tolerance)
+def limit(method, iterations=300):
+    x, y, info = numbers(jax.jit(lambda: run(method, iterations))())
     assert not np.any(info.breakdown)
+    return x, y
+
+
+EXACT_LIMITS = {
+    "srba": MAKE["srba"](PROBLEM, SMALL),
+    "fsla": MAKE["fsla"](PROBLEM, FULL),
+    "mrbo": A.mrbo(PROBLEM, STEPS, FULL, terms=MANY),
+    "vrbo": A.vrbo(PROBLEM, STEPS, SMALL, period=3, steps=2, terms=MANY),
+    "stocbio": A.stocbio(PROBLEM, STEPS, FULL, steps=2, terms=MANY),
+    "amigo": A.amigo(PROBLEM, STEPS, FULL, steps=2),
+    "descent": exact_descent(PROBLEM, FULL),
+}
+
+
+@pytest.mark.parametrize("name", EXACT_LIMITS)
+def test_converges_to_the_solution(name):
+    x, y = limit(EXACT_LIMITS[name])
+    np.testing.assert_allclose(x[-1], EXACT[0], rtol=0, atol=1e-8)
+    np.testing.assert_allclose(y[-1], EXACT[1], rtol=0, atol=1e-8)
+
+
+def root(inverse):
+    """Where ∇_x f + Bᵀ · inverse · ∇_y f = 0 at y = y*(x): an affine equation."""
+    m = MEAN
+
+    def residual(x):
+        y = np.linalg.solve(m.A, m.B @ x + m.c)
+        return m.R @ x + m.r + m.S @ y + m.B.T @ inverse @ (m.Q @ y - m.e + m.S.T @ x)
+
+    zero = residual(np.zeros(2))
+    return -np.linalg.solve(np.stack([residual(one) - zero for one in np.eye(2)], axis=1), zero)
+
+
+def test_the_limits_of_truncated_series():
+    """Drawn as a whole, or one term at random: the same mean, and the stated bias."""
+    terms, c = 2, 0.2
+    series = c * sum(np.linalg.matrix_power(np.eye(3) - c * MEAN.A, q) for q in range(terms))
+    expected = root(series)
+    assert np.linalg.norm(expected - EXACT[0]) > 0.03
+    np.testing.assert_allclose(root(np.linalg.inv(MEAN.A)), EXACT[0], rtol=1e-12)
+    steps = (0.1, 0.3, c)
+    x, _ = limit(A.stocbio(PROBLEM, steps, FULL, steps=9, terms=terms), 200)
+    np.testing.assert_allclose(x[-1], expected, rtol=0, atol=1e-8)
+    for method in (A.bsa(PROBLEM, steps, FULL, terms=terms), A.ttsa(PROBLEM, steps, FULL, terms=terms)):
+        x, _ = limit(method, 2000)
+        np.testing.assert_allclose(x[1000:].mean(0), expected, rtol=0, atol=0.03)
+
+
+def test_the_bias_of_a_constant_multiplier_is_of_order_one_over_it():
+    def end(multiplier):
+        method = A.f2sa(PROBLEM, (0.1, 0.25, 0.0), FULL, multiplier, steps=10)
+        return run(method, 200)[0][-1]
+
+    ends = np.asarray(jax.jit(jax.vmap(end))(jnp.array([50.0, 100.0, 200.0])))
+    bias = np.linalg.norm(ends - EXACT[0], axis=1)
+    np.testing.assert_allclose(bias[:2] / bias[1:], 2, rtol=0.05)
+    assert 1e-4 < bias[2] < 1e-2
+
+
+def test_more_directions_are_less_noise():
+    spread = []
+    for directions in (1, 16):
+        x, _ = limit(A.pzobo(PROBLEM, (0.02, 0.3, 0.0), FULL, steps=12, directions=directions), 600)
+        np.testing.assert_allclose(x[200:].mean(0), EXACT[0], rtol=0, atol=0.1)
+        spread.append(x[200:].std(0).mean())
+    assert spread[1] < 0.5 * spread[0]
+
+
+def test_amigo_averages_over_minibatches():
+    x, _ = limit(A.amigo(PROBLEM, (0.02, 0.05, 0.05), SMALL, steps=2), 600)
+    np.testing.assert_allclose(x[300:].mean(0), EXACT[0], rtol=0, atol=0.05)
+
+
+# Contracts
+
+
+def spec(tree):
+    return jax.tree.map(lambda leaf: (jnp.shape(leaf), jnp.result_type(leaf)), tree)
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_state_keeps_its_form_and_its_dtypes(name):
+    method = MAKE[name](PROBLEM, SMALL)
+    for dtype in (jnp.float64, jnp.float32):
+        with jax.enable_x64(dtype == jnp.float64):
+            x, y, batch = jax.tree.map(functools.partial(jnp.asarray, dtype=dtype), (*START, DATA.batch))
+            state = jax.eval_shape(method.init, x, y, batch)
+            new, info = jax.eval_shape(method.step, jax.eval_shape(lambda: jax.random.key(0)), state, batch)
+        assert spec(state) == spec(new)
+        assert state.x.dtype == state.y.dtype == dtype
+        assert {leaf.shape for leaf in jax.tree.leaves(info)} == {()}
+
+
+@functools.cache
+def jitted(name):
+    method, traces = MAKE[name](PROBLEM, SMALL), []
+
+    def step(*arguments):
+        traces.append(None)
+        return method.step(*arguments)
+
+    return method, jax.jit(step), traces
+
+
+CALLS = {  # ∇f, ∇_y g, Hessian products, cross products of the third iteration
+    "srba": (2, 2, 2, 2),
+    "fsla": (2, 4, 2, 2),
+    "mrbo": (2, 2, 6, 2),
+    "vrbo": (6, 6, 18, 6),
+    "stocbio": (1, 4, 3, 1),
+    "amigo": (1, 4, 2, 1),
+    "bsa": (1, 3, None, 1),
+    "ttsa": (1, 2, None, 1),
+    "f2sa": (4, 8, 0, 0),
+    "pzobo": (1, 9, 0, 0),
+    "descent": (1, 41, None, 1),
+}
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_ten_steps_are_one_trace_and_cost_what_is_declared(name):
+    method, step, traces = jitted(name)
+    state = method.init(*START, DATA.batch)
+    for k, key in enumerate(jax.random.split(KEY, 10)):
+        before = state
+        state, info = step(key, state, DATA.batch)
+        assert info.moves.x > 0
+        assert not info.breakdown
+        if k == 2:
+            for got, expected in zip(info.calls, CALLS[name], strict=True):
+                assert expected in (None, got)
+    assert len(traces) == 1
+    assert int(state.k) == 10
+    spoiled = jax.tree.map(lambda leaf: leaf * jnp.nan if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, before)
+    assert step(KEY, spoiled, DATA.batch)[1].breakdown
+
+
+@pytest.mark.parametrize("name", ["amigo", "f2sa"])
+def test_compiled_equals_not_compiled(name):
+    method, step, _ = jitted(name)
+    start = method.init(*START, DATA.batch)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12)
+    jax.tree.map(close, step(KEY, start, DATA.batch), method.step(KEY, start, DATA.batch))
+
+
+def costly_inner_loss(x, y, batch):
+    """One A y in each gradient and in each Hessian product, which contracts 11 to 7; one Bᵀv in each cross product."""
+    A, B = batch
+    return jnp.sum(jax.nn.softplus(A @ jnp.tanh(y))) + jnp.sum(y**2) + y @ (B @ x)
+
+
+def costly_outer_loss(x, y, C):
+    """One Cᵀr in each gradient, which contracts 13."""
+    return jnp.sum(jax.nn.softplus(C @ (y * jnp.sum(x))))
+
+
+OWN_BATCH = ("stocbio", "amigo")  # each product on a batch of its own takes one more gradient there
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="reads HLO text as it is printed since jax 0.10")
+@pytest.mark.parametrize("name", ["mrbo", "stocbio", "amigo", "f2sa", "pzobo"])
+def test_declared_calls_are_those_that_the_compiled_program_runs(name):
+    def sample(key, t, data):
+        return jax.tree.map(lambda leaf: leaf[jax.random.randint(key, (), 0, 2)], data)
+
+    random = np.random.default_rng(0)
+    C, A, B = (jnp.asarray(random.normal(size=(2, *shape))) / 3 for shape in ((13, 11), (7, 11), (11, 5)))
+    method, batch = MAKE[name](bx.BilevelProblem(costly_outer_loss, costly_inner_loss), sample), bx.Batch(C, (A, B))
+    state = method.init(jnp.ones(5), jnp.ones(11), batch)
+    with jax.default_device(jax.devices("cpu")[0]):
+        compiled = jax.jit(method.step).lower(KEY, state, batch).compile()
+        calls = compiled(KEY, state, batch)[1].calls
+    dots = executed_dots(compiled.as_text(), unknown_trips=1)
+
+    def products(contracted, returned):
+        found = [dot for dot in dots if dot.contracted == contracted and returned in dot.returned]
+        return sum(dot.times * math.prod(dot.returned) / returned for dot in found)
+
+    assert products(13, 11) == calls.outer_gradients
+    again = calls.hessian_products if name in OWN_BATCH else 0
+    assert products(11, 7) == calls.inner_gradients + calls.hessian_products + again
+    assert products(11, 5) == calls.cross_products + (2 if name == "f2sa" else 0)  # its two ∇_x g
+
+
+def test_step_sizes_that_fall():
+    np.testing.assert_allclose(A.decay(0.3, 0.5)(jnp.arange(9))[jnp.array([0, 8])], [0.3, 0.1])
+    problem = bx.BilevelProblem(lambda x, y, batch: y**2, lambda x, y, batch: 0.5 * (y - x) ** 2)
+    by_number = A.ttsa(problem, (0.1, 0.5, 1.0), FULL, terms=1)
+    by_schedule = A.bsa(problem, (A.decay(0.1, 0.6), A.decay(0.5, 0.4), 1.0), FULL, steps=1, terms=1)
+    for method in (by_number, by_schedule):
+        state = method.init(1.0, 0.0)
+        for _ in range(2):
+            state, _ = method.step(KEY, state, bx.Batch(None, None))
+        y = 0.5
+        x = 1 - 0.1 * 2 * y
+        y = y - 0.5 * 2**-0.4 * (y - x)
+        x = x - 0.1 * 2**-0.6 * 2 * y
+        np.testing.assert_allclose([state.x, state.y], [x, y], rtol=1e-6)
+
+
+BAD = {
+    "period": (r"every.*0|period.*0", lambda: A.srba(PROBLEM, STEPS, SMALL, 0)),
+    "period_vrbo": ("period", lambda: A.vrbo(PROBLEM, STEPS, SMALL, 0)),
+    "steps_vrbo": ("steps", lambda: A.vrbo(PROBLEM, STEPS, SMALL, 2, steps=0)),
+    "momentum": (r"\ba\b.*1\.5", lambda: A.fsla(PROBLEM, STEPS, SMALL, a=1.5)),
+    "terms_mrbo": ("terms", lambda: A.mrbo(PROBLEM, STEPS, SMALL, terms=-1)),
+    "steps_amigo": ("steps", lambda: A.amigo(PROBLEM, STEPS, SMALL, steps=0)),
+    "v_steps_amigo": ("v_steps", lambda: A.amigo(PROBLEM, STEPS, SMALL, v_steps=0)),
+    "optimizer_of_v": (r"step_sizes\.v", lambda: A.amigo(PROBLEM, (0.1, 0.1, optax.adam(0.1)), SMALL)),
+    "negative_step": (r"step_sizes\.x.*-1", lambda: A.stocbio(PROBLEM, (-1.0, 0.1, 0.1), SMALL)),
+    "two_step_sizes": ("step_sizes", lambda: A.bsa(PROBLEM, (0.1, 0.1), SMALL)),
+    "steps_bsa": ("steps", lambda: A.bsa(PROBLEM, STEPS, SMALL, steps=-1)),
+    "multiplier": ("multiplier", lambda: A.f2sa(PROBLEM, STEPS, SMALL, -1.0)),
+    "directions": ("directions", lambda: A.pzobo(PROBLEM, STEPS, SMALL, directions=0)),
+    "mu": ("mu", lambda: A.pzobo(PROBLEM, STEPS, SMALL, mu=0.0)),
+    "power": ("power", lambda: A.decay(0.1, -1.0)),
+    "problem": ("problem", lambda: A.stocbio(networks.outer_loss, STEPS, SMALL)),
+    "estimator": ("estimator", lambda: A.descent(3.0, 0.1)),
+    "estimator_of_k": ("estimator", lambda: A.descent(lambda k: 3.0, 0.1).init(*START)),
+    "state": ("state", lambda: MAKE["amigo"](PROBLEM, FULL).step(KEY, START, DATA.batch)),
+    "batch": (
+        "batch",
+        lambda: MAKE["descent"](PROBLEM, FULL).step(KEY, MAKE["descent"](PROBLEM, FULL).init(*START), 0),
+    ),
+    "integer_x": ("int", lambda: MAKE["vrbo"](PROBLEM, FULL).init(jnp.zeros(2, int), START[1])),
+    "no_key": ("key", lambda: keyless("ttsa")),
+    "no_key_for_directions": ("key", lambda: keyless("pzobo")),
+}
+
+
+def keyless(name):
+    method = MAKE[name](PROBLEM, FULL)
+    method.step(None, method.init(*START), DATA.batch)
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name):
+    message, call = BAD[name]
+    with pytest.raises(ValueError, match=message):
+        call()

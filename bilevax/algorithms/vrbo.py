@@ -69,8 +69,8 @@ def vrbo(
         `steps` times:      u ← u + d(point; ξ_t) − d(previous point; ξ_t),      y ← y − a_y u_y
         u ← u + d(point; ξ) − d(previous point; ξ)
 
-    With constant steps it converges; the limit is biased by (1 − a_v μ)^(terms+1), and between two full passes by the
-    noise of the Hessian of a sample. `srba` has no series to compute and no bias.
+    With constant steps it converges, to a point that is biased by (1 − a_v μ)^(terms+1) alone: the differences vanish
+    with the moves, and with them the noise. `srba` has no bias and no series to compute.
 
     Args:
       problem: f and g, means over their examples.
