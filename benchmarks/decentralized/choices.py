@@ -114,12 +114,17 @@ class Agents:
         return f"{self.agents} agents, {self.topology}{lower}"
 
 
-def changed(config: Any) -> str:
-    """What a configuration changes of its defaults, apart from `common`, for the name of a folder: `-agents_16`."""
+def changed(config: Any, but: Sequence[str] = ()) -> str:
+    """What a configuration changes of its defaults, for the name of a folder: `-agents_16`.
+
+    Args:
+      config: a dataclass; fields that are dataclasses are looked into.
+      but: fields that do not count, besides `common`, which every task has.
+    """
     parts = []
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if field.name == "common":
+        if field.name in ("common", *but):
             continue
         if dataclasses.is_dataclass(value):
             parts.append(changed(value))

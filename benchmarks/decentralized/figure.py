@@ -4,10 +4,11 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import matplotlib
+from cycler import cycler
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from benchmarks.figure import STYLE, curves
+from benchmarks.figure import COLOURS, STYLE, curves
 from benchmarks.report import Run
 
 COSTS = {
@@ -16,6 +17,7 @@ COSTS = {
     "rounds": "rounds of communication",
     "seconds": "run time without compilation (s)",
 }
+LINES = {"axes.prop_cycle": cycler(linestyle=("-", ":", "--", "-.")) * cycler(color=COLOURS)}
 
 
 class Panel(NamedTuple):
@@ -45,7 +47,7 @@ def draw(
       A figure, ready for `savefig`.
     """
     finite = [run for run in runs if run.finite]
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE | LINES):
         figure = Figure(figsize=(13, 8.5 if finish else 6.5), dpi=150, layout="constrained")
         parts = figure.subfigures(2 if finish else 1, 1, squeeze=False, height_ratios=(5, 2) if finish else (1,)).flat
         panels = parts[0].subplots(2, len(COSTS), sharex="col", sharey="row")

@@ -63,6 +63,7 @@ COLUMNS: Columns = {
     "auc": ("weight\nAUC", "{:.3f}".format),
 }
 CAPTION = "F(x): on the validation images; weight AUC: of true against false labels.\n"
+EXECUTION = ("devices", "placement", "distributed", "coordinator", "processes", "process")
 METHODS = (
     *("sldbo", "s3ldbo-0.5", "s3ldbo-0.2", "s3ldbo-0.1", "dsvrbgd", "sparkle-ed", "sparkle-gt", "sparkle-mixed"),
     *("d-soba", "ma-dsbo", "mdbo", "c2dfb", "sldbo-top0.1"),
@@ -196,7 +197,7 @@ class Config:
         job = Job(
             name=TASK,
             title=f"Hyper-cleaning of {self.data}, {self.partition}",
-            folder=TASK + changed(self),
+            folder=TASK + changed(self, EXECUTION),
             load=functools.cache(lambda seed: network(self.load(seed))),
             iterations=setting.iterations,
             outer_grid=[setting.train * step for step in OUTER_GRID],
