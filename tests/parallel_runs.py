@@ -65,7 +65,10 @@ METHODS = {
     "common, graph per level": (bx.Levels(RING, RANDOM, ONE_PEER), preset("s3ldbo", bx.coins.common(0.5))),
     "variance-reduced, one peer": (ONE_PEER, preset("dsvrbgd", noisy, 0.3, 0.5)),
     "mixed": (bx.Levels(RING, graphs.lazy(RING), ONE_WAY), mixed),
+    "compressed inner loops": (RING, preset("c2dfb", 2, 10.0, bx.compression.top_k(0.5), 0.4, noisy)),
+    "matrices": (RING, preset("gbdsbo")),
 }
+FIELD = ("compressed inner loops", "matrices")
 
 
 def data(n):
@@ -85,7 +88,7 @@ def roll(method, x, y, batch):
 
     def step(state, key):
         state, info = method.step(key, state, batch)
-        return state, ((state.x, state.y, state.v), info)
+        return state, (state[1:4], info)  # x, y and what stands in the place of v
 
     return jax.lax.scan(step, method.init(x, y, batch), jax.random.split(KEY, ITERATIONS))
 
@@ -318,7 +321,8 @@ def report():
 
 
 def main(parts):
-    methods = {name: compare(name) for name in METHODS} if "methods" in parts else None
+    names = {"methods": [name for name in METHODS if name not in FIELD], "field": FIELD}
+    methods = {name: compare(name) for part in parts for name in names.get(part, ())}
     print(json.dumps({"methods": methods} if methods else report()))
 
 

@@ -289,7 +289,8 @@ def test_local_correction_sends_nothing():
 
 def noisy(key, k, data):
     """Gradients with noise of their own: both directions of one draw are wrong by the same amount."""
-    return {name: leaf + 0.1 * jax.random.normal(key, leaf.shape) * (name in "cer") for name, leaf in data.items()}
+    errors = {name: 0.1 * jax.random.normal(key, data[name].shape) for name in data.keys() & {"c", "e", "r"}}
+    return data | {name: data[name] + error for name, error in errors.items()}
 
 
 def spread(method, iterations=1000):

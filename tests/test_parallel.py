@@ -76,15 +76,20 @@ def received(run):
     return sum(size * pairs for _, size, pairs in run["collectives"])
 
 
-def test_methods_on_eight_devices():
-    (found,) = findings(start(8, "parallel_runs.py", "methods"))
-    runs = found["methods"]
-    for name, run in runs.items():
+def runs_on_eight_devices(part):
+    """Of methods that are the same there."""
+    (found,) = findings(start(8, "parallel_runs.py", part))
+    for name, run in found["methods"].items():
         assert run["moved"] > 0.1, name
         assert run["shard_map"] < SMALL, name
         assert run["pmap"] < SMALL, name
         assert run["kept"], name
         assert run["counters"], name
+    return found["methods"]
+
+
+def test_methods_on_eight_devices():
+    runs = runs_on_eight_devices("methods")
 
     # Boundary agents alone travel: of two agents on a device each has one of its two neighbours elsewhere
     assert received(runs["sldbo"]) == sum(runs["sldbo"]["bytes"]) / 2
@@ -103,6 +108,14 @@ def test_methods_on_eight_devices():
     # An irregular graph gathers each leaf once: the two messages of x, y and v
     gathered = runs["independent, gathered"]["collectives"]
     assert sorted(gathered) == sorted([["all-gather", 16 * 8 * d, None] for d in (2, 3, 3)] * 2)
+
+
+def test_inner_loops_and_matrices_on_eight_devices():
+    runs = runs_on_eight_devices("field")
+    assert set(runs) == {"compressed inner loops", "matrices"}
+
+    # Of tracked Hessians and all else half the agents' messages leave the device, and nothing more does
+    assert received(runs["matrices"]) == sum(runs["matrices"]["bytes"]) / 2
 
 
 def test_calls_and_bad_input():
