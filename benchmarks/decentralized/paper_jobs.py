@@ -66,15 +66,15 @@ ALL_CLEANING = (
 )
 JOBS = (
     *pair("synthetic", "Penalties of synthetic data", PENALTIES, (600, 1000), ("--data", "synthetic")),
-    *pair("mnist", "Penalties of MNIST", PENALTIES, (150, 400), ("--data", "mnist")),
-    Job("cleaning", "Hyper-cleaning, all methods", CLEANING, (), ALL_CLEANING, (200, 600), full=FASHION),
-    Job("cleaning-skipping", "Hyper-cleaning: skipping", CLEANING, (), SKIPPING, (400, 1200), full=FASHION),
+    *pair("mnist", "Penalties of MNIST", PENALTIES, (150, 400), ("--data", "mnist"), ("--rows", "400")),
+    Job("cleaning", "Hyper-cleaning, all methods", CLEANING, (), ALL_CLEANING, (300, 600), full=FASHION),
+    Job("cleaning-skipping", "Hyper-cleaning: skipping", CLEANING, (), SKIPPING, (600, 1200), full=FASHION),
     *pair("meta", "Meta-learning", META, (30, 300), quick=("--tasks", "2")),
     Job(
         "policy", "Policy evaluation", POLICY, (), ("sldbo", "sparkle-ed", "sparkle-gt", "d-soba", "mdbo"), (2000, 5000)
     ),
     Job("sparse-policy", "Policy evaluation, sparse", POLICY, SEVERE_POLICY, (*DUAL, "d-soba"), (2000, 5000)),
-    Job("sparse-cleaning", "Hyper-cleaning, sparse", CLEANING, SEVERE_CLEANING, (*DUAL, "d-soba"), (200, 1000)),
+    Job("sparse-cleaning", "Hyper-cleaning, sparse", CLEANING, SEVERE_CLEANING, (*DUAL, "d-soba"), (500, 1000)),
     *(
         Job(
             f"{where}-complete",
@@ -82,7 +82,7 @@ JOBS = (
             CLEANING,
             ("--partition", "classes:2", "--agents", "20", "--topology", upper, "--lower-topology", lower),
             ("sparkle-ed", "sparkle-gt"),
-            (200, 1000),
+            (500, 1000),
         )
         for where, levels, upper, lower in (
             ("lower", "y and v", "ring", "complete"),
