@@ -16,7 +16,7 @@ from bilevax import correction, decentralized
 
 full, whole = bx.inner.full, bx.compression.top_k(1.0)
 C = 0.28  # 1 / L on the definite problem
-EXACT = 200, C  # terms of a Neumann series, of which nothing is missing
+EXACT = 50, C  # terms of a Neumann series, of which nothing is missing
 
 
 def make(preset, *choices, gossip=LAZY_RING, steps=TOY_STEPS, **options):

@@ -58,7 +58,7 @@ OTHERS = {
     "ma_dsbo": lambda: decentralized.ma_dsbo(PROBLEM, LAZY_RING, STEPS, 2, 2, track=True),
     "gbdsbo": lambda: decentralized.gbdsbo(PROBLEM, LAZY_RING, bx.Levels(0.05, NEWTON, 0.0)),
     "diamond": lambda: decentralized.diamond(
-        PROBLEM, LAZY_RING, bx.Levels(0.05, NEWTON, 0.0), bx.inner.full, 0.3, 200, 0.28
+        PROBLEM, LAZY_RING, bx.Levels(0.05, NEWTON, 0.0), bx.inner.full, 0.3, 50, 0.28
     ),
     "c2dfb": lambda: decentralized.c2dfb(PROBLEM, LAZY_RING, STEPS, 5, 10.0, bx.compression.top_k(1.0), 0.5),
 }
