@@ -2,11 +2,12 @@ import json
 import math
 import operator
 
+import jax
 import numpy as np
 import pytest
 
 from benchmarks.__main__ import main
-from benchmarks.decentralized import papers
+from benchmarks.decentralized import papers, speed_up
 from benchmarks.decentralized.claims import CLAIMS, snapshots
 from benchmarks.decentralized.paper_jobs import JOBS, OPTIONAL
 from benchmarks.decentralized.papers import Config
@@ -341,3 +342,20 @@ def test_where_the_base_has_no_target_its_seed_is_left_out_and_counted():
     assert found.numbers.endswith("; no target with 1 of 2 seeds, where sldbo does not descend")
     results["synthetic"] = [record("sldbo", (1.0, 2.0))]
     assert snapshots(results).findings[0].verdict == f"{OPEN}: sldbo does not descend"
+
+
+def test_the_speed_up_writes_what_its_claim_reads(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(speed_up, "SIZES", (4,))
+    monkeypatch.setattr(speed_up, "QUICK_ITERATIONS", 40)
+    with jax.enable_x64(False):
+        assert main(["decentralized-speed-up", "--quick", "--seeds", "2", "--results", str(tmp_path / "job")]) == 0
+    records = read(tmp_path / "job")
+    assert [(run.method, run.seed) for run in records] == [
+        (f"{m}-n4", seed) for m in ("d-soba", "dsvrbgd") for seed in (0, 1)
+    ]
+    for run in records:
+        assert run.configuration["agents"] == 4
+        distances = run.along("squared_distance")
+        assert len(distances) == speed_up.CHECKPOINTS
+        assert run.metrics["floor"] == pytest.approx(distances[10:].mean())
+    assert "d-soba, n = 4, seed 1: ‖x̄ − x*‖² = " in capsys.readouterr().out
