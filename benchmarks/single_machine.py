@@ -105,7 +105,7 @@ def _block(i: chex.Array, size: int, data: Any) -> Any:
 
 
 def trimmed(batch: bx.Batch) -> bx.Batch:
-    """As many rows as make whole blocks: of 64 inner rows, and an equal number of blocks of outer rows."""
+    """As many rows as make whole blocks: of 64 inner rows or a few more, and equally many blocks of outer rows."""
     number = len(batch.inner[1]) // BATCH
     return jax.tree.map(lambda leaf: leaf[: len(leaf) // number * number], batch)
 
@@ -148,7 +148,7 @@ METHODS = (
         sample=blocks_in_order,
     ),
     Row("amigo-published", plain(algorithms.amigo), sizes(10 / 8, 1 / 8, x_power=0.0), tuned=False),
-    Row("soba", plain(algorithms.soba), sizes(0.1, 0.5, y_power=0.2)),
+    Row("soba", plain(algorithms.soba), sizes(0.1, 1.0, y_power=0.2)),
     Row("saba", saba, sizes(0.1, 0.25), batch=trimmed),
     Row("sustain", plain(algorithms.sustain), sizes(0.1, 0.25), {"a": 0.1}),
     Row("srba", recursive(algorithms.srba), sizes(0.1, 0.25)),

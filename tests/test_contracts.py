@@ -84,6 +84,7 @@ IHVPS = {
     "kfac": Method(kfac, 0.0),
     "ekfac": Method(ekfac, 0.0),
     "diagonal": Method(lambda number, sample: bx.ihvp.diagonal(number, sample=sample), 0.5),
+    "random_neumann": Method(lambda number, sample: bx.ihvp.random_neumann(1, number, sample), 0.5),  # p = 0
     "rescaled": Method(rescaled, 0.0),
     "nystrom": Method(lambda number, sample: bx.ihvp.nystrom(3, number, sample=sample), 0.0),
     "sgd": Method(lambda number, sample: bx.ihvp.sgd(3, number, sample), 0.5),

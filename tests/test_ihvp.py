@@ -93,6 +93,34 @@ def test_neumann_is_its_truncated_series(steps):
     assert info.products == steps + 1
 
 
+def test_a_random_term_of_the_series_is_right_in_the_mean_and_over_batches():
+    """E over p and over the matrices of the factors, which are H ± D with the mean H."""
+    terms, eta = 4, 0.03
+    spread = 0.3 * jnp.diag(jnp.arange(1.0, 10.0))
+    rows = jnp.stack([H - spread, H + spread])
+
+    def loss(x, y, batch):
+        return 0.5 * joined(y) @ batch @ joined(y)
+
+    def draw(key):
+        ihvp = bx.ihvp.random_neumann(terms, eta, lambda key, t, data: data[jax.random.randint(key, (), 0, 2)])
+        apply, _ = ihvp.prepare(key, (), loss, (*POINT[:2], rows))
+        v, info = apply(split_like_y(B))
+        return joined(v), info.products, info.breakdown
+
+    v, products, breakdown = jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(1), 4_000))
+    series = eta * sum(jnp.linalg.matrix_power(jnp.eye(9) - eta * H, k) for k in range(terms))
+    np.testing.assert_allclose(v.mean(0), series @ B, atol=5 * float(v.std(0).max()) / 4_000**0.5)
+    assert set(products.tolist()) == {0, 1, 2, 3}
+    assert not breakdown.any()
+    _, info = solve(bx.ihvp.random_neumann(40, 0.1))  # 0.1 > 2 / 50
+    assert info.breakdown == (info.products > 0)
+    with pytest.raises(ValueError, match="key must be"):
+        bx.ihvp.random_neumann(2, eta).prepare(None, (), loss, POINT)
+    with pytest.raises(ValueError, match="terms must be"):
+        bx.ihvp.random_neumann(0, eta)
+
+
 def test_neumann_reports_divergence_even_in_one_direction():
     h = jnp.diag(jnp.array([1.0] * 8 + [25.0]))
     _, info = solve(bx.ihvp.neumann(10, 0.1), b=jnp.ones(9), h=h)  # 0.1 > 2 / 25
