@@ -12,7 +12,7 @@ NAMESPACES = (
     *(bx.ihvp, bx.inner, bx.parallel, bx.partition, bx.topology),
 )
 MODULES = (
-    *(bx.coins, bx.compression, bx.correction, bx.guides, bx.random_directions),
+    *(bx.coins, bx.compression, bx.correction, bx.guides, bx.local_directions, bx.random_directions),
     *(bx.curvature.capture, bx.curvature.fisher, bx.curvature.kronecker),
 )
 PUBLIC = {
