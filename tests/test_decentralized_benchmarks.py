@@ -116,8 +116,9 @@ def test_a_run_writes_records_of_one_schema_a_plot_and_what_was_spent(run):
         assert set(record["curve"]) == POINT | SPENT | JUDGED | {"outer_step"}
         chosen = record["configuration"]
         assert chosen["outer_steps"] == record["metrics"]["outer_steps"]
-        best = int(np.argmin(chosen["grid_losses"]))
-        assert chosen["step_sizes"] == {name: values[best] for name, values in chosen["grid"].items()}
+        pairs = [dict(zip(chosen["grid"], pair, strict=True)) for pair in zip(*chosen["grid"].values(), strict=True)]
+        best = pairs.index(chosen["step_sizes"])
+        assert chosen["grid_losses_halfway"][best] <= chosen["start_loss"]
         np.testing.assert_allclose(record["metrics"]["exact_loss"], chosen["grid_losses"][best], rtol=1e-4)
     lazy, sparkle = (records[name]["metrics"] for name in ("s3ldbo-0.5-seed3", "sparkle-ed-seed3"))
     # One evaluation at the start and half of one in each iteration; in turn, ∇_y g is needed twice.

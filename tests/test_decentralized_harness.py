@@ -17,7 +17,7 @@ from benchmarks.decentralized.exact import Effort, evaluator
 from benchmarks.decentralized.methods import evaluations, pace, refusal, shares
 from benchmarks.decentralized.network import Network
 from benchmarks.decentralized.rows import personal_rows, rows
-from benchmarks.decentralized.running import consensus, judged
+from benchmarks.decentralized.running import chosen, consensus, judged
 from benchmarks.runner import Options
 
 EVERY_ROW = [(row, False) for row in rows(bx.coins.independent, 8)] + [
@@ -137,6 +137,12 @@ def test_the_shares_of_minibatches_and_of_whole_iterations(network):
 def test_consensus_is_the_root_mean_square_distance():
     every = {"a": jnp.array([[1.0], [3.0]]), "b": jnp.array([0.0, 2.0])}
     assert consensus(every, {"a": jnp.array([2.0]), "b": jnp.array(1.0)}) == pytest.approx(2**0.5)
+
+
+def test_steps_that_go_astray_are_not_chosen_for_a_lucky_end():
+    losses = np.array([0.3, 0.1, np.nan, 0.2])
+    assert chosen(0.7, np.array([0.4, 5.0, np.nan, 0.6]), losses) == 3
+    assert chosen(0.7, np.array([0.8, 5.0, np.nan, 0.9]), losses) == 1
 
 
 def test_rows_that_do_not_suit_a_graph_or_a_problem_are_left_out_and_named(network):

@@ -41,7 +41,8 @@ All at the mean x, where F(x) and its gradient are of the accurately solved inne
 where one is ∇f, ∇_y g, a Hessian and a cross product on all its examples (a quarter each, and a minibatch counts as
 its share); sent: by one agent to all its neighbours; dist.: root mean square distance of the agents' x to their mean.
 Each method has as many iterations as evaluate no more derivatives than {iterations} of sldbo do, at most twice as many.
-Steps: for each method the best of the same {pairs} pairs of step sizes, by the last F(x) of seed {seed}.
+Steps: for each method the best of the same {pairs} pairs of step sizes, by the last F(x) of seed {seed}, without those
+that halfway had F(x) above that of the start.
 """
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import matplotlib
 from cycler import cycler
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
+from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
 from benchmarks.figure import COLOURS, STYLE, curves
 from benchmarks.report import Run
@@ -56,6 +56,7 @@ def draw(
                 curves(axes, finite, (), shown.metric, cost)
                 axes.set(xscale="log", yscale=shown.scale)
             column[1].set(xlabel=label)
+            column[1].xaxis.set_minor_formatter(NullFormatter())
         for axes, shown in zip(panels[:, 0], (loss, panel), strict=True):
             axes.set(ylabel=shown.label)
         panels[0, 0].yaxis.set(

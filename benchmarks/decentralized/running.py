@@ -119,23 +119,45 @@ def tuned(
     iterations: int,
     seed: int,
 ) -> dict[str, Any]:
-    """The step sizes of the grid whose `make(steps)` ends with the lowest F(x); one program runs all of them."""
+    """The step sizes of the grid whose `make(steps)` ends with the lowest F(x); one program runs all of them.
 
-    def end(steps: bx.Levels, x: chex.ArrayTree, y: chex.ArrayTree, batch: bx.Batch) -> tuple[Any, Any]:
+    Steps that have F(x) above that of the start halfway are left out, since their ends are good or bad by luck.
+    """
+
+    def ends(steps: bx.Levels, x: chex.ArrayTree, y: chex.ArrayTree, batch: bx.Batch) -> tuple[Any, Any]:
         method = make(steps)
 
-        def step(state: Any, _: None) -> tuple[Any, None]:
-            return method.step(jax.random.key(seed), state, batch)[0], None
+        def step(k: chex.Numeric, carry: tuple) -> tuple:
+            state, halfway = carry
+            state, _ = method.step(jax.random.key(seed), state, batch)
+            now = network.point(state.x, state.y)
+            return state, jax.tree.map(lambda new, old: jnp.where(k == iterations // 2, new, old), now, halfway)
 
-        state, _ = jax.lax.scan(step, method.init(x, y, batch), None, iterations)
-        return network.point(state.x, state.y)
+        first = method.init(x, y, batch), network.point(x, y)
+        state, halfway = jax.lax.fori_loop(0, iterations, step, first)
+        return halfway, network.point(state.x, state.y)
 
-    ends = jax.jit(jax.vmap(end, (0, None, None, None)))(grid, *network.start, network.batch)
-    points = [jax.tree.map(operator.itemgetter(i), jax.device_get(ends)) for i in range(len(grid.x))]
-    losses = np.array([judged(exactly, x, y, network.batch)["exact_loss"] for x, y in points], dtype=float)
-    best = int(np.argmin(np.where(np.isfinite(losses), losses, np.inf)))
+    points = jax.device_get(jax.jit(jax.vmap(ends, (0, None, None, None)))(grid, *network.start, network.batch))
+    halfway, losses = (_losses(exactly, network, point, len(grid.x)) for point in points)
+    start = judged(exactly, *network.point(*network.start), network.batch)["exact_loss"]
+    best = chosen(start, halfway, losses)
     return {
         "step_sizes": {name: float(values[best]) for name, values in grid._asdict().items()},
         "grid": {name: values.tolist() for name, values in grid._asdict().items()},
         "grid_losses": losses.tolist(),
+        "grid_losses_halfway": halfway.tolist(),
+        "start_loss": start,
     }
+
+
+def _losses(exactly: Exactly, network: Network, points: tuple[Any, Any], number: int) -> np.ndarray:
+    """F at so many points, the first axis of these leaves."""
+    each = [jax.tree.map(operator.itemgetter(i), points) for i in range(number)]
+    return np.array([judged(exactly, x, y, network.batch)["exact_loss"] for x, y in each], dtype=float)
+
+
+def chosen(start: float | None, halfway: np.ndarray, losses: np.ndarray) -> int:
+    """The lowest of the last losses whose loss halfway is not above the first one; the lowest of all if none is."""
+    finite = np.where(np.isfinite(losses), losses, np.inf)
+    steady = np.where(halfway <= start, finite, np.inf)
+    return int(np.argmin(steady if np.isfinite(steady).any() else finite))
