@@ -19,7 +19,22 @@ from bilevax.sampling import Sample, split
 
 
 def growing_steps(k: chex.Array) -> chex.Array:
-    """t_k = ⌈√(k + 1)⌉, the steps on y that the theory of BSA asks for up to a factor.
+    """The number of inner steps that the theory of BSA asks for, up to a factor.
+
+        t_k = ⌈√(k + 1)⌉
+
+    Args:
+      k: the iteration.
+
+    Returns:
+      t_k, an integer.
+
+    Raises:
+      (nothing)
+
+    Cost: none.
+
+    Reference: Ghadimi and Wang, arXiv 1802.02246, section 2.
 
     Example:
         >>> import bilevax as bx, jax.numpy as jnp
