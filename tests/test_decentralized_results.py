@@ -9,7 +9,7 @@ import pytest
 from benchmarks.__main__ import main
 from benchmarks.decentralized import papers, speed_up
 from benchmarks.decentralized.claims import CLAIMS, snapshots
-from benchmarks.decentralized.paper_jobs import JOBS, OPTIONAL
+from benchmarks.decentralized.paper_jobs import JOBS
 from benchmarks.decentralized.papers import Config
 from benchmarks.decentralized.records import Record, matched, read
 from benchmarks.decentralized.results import render, table
@@ -144,6 +144,9 @@ def everything(seeds=2):
             for p in (0.5, 0.2, 0.1):
                 costs = (10 * p, 20 * p, 30 * p, 40 * p)
                 results[f"{job}-skipping"].append(record(f"s3ldbo-{p:g}", fast, costs, seed))
+            for p in (0.25, 0.125):
+                results[f"{job}-skipping"].append(record(f"s3ldbo-subset-{p:g}", slow, seed=seed))
+                results[f"{job}-skipping"].append(record(f"s3ldbo-adaptive-{p:g}", fast, seed=seed))
         for method in ("dsvrbgd", "sldbo-top0.3", "sldbo-top0.1"):
             results["cleaning"].append(record(method, fast, (1, 2, 3, 4), seed))
         for method in ("mdbo", "vrdbo", "ma-dsbo", "d-soba"):
@@ -158,6 +161,8 @@ def everything(seeds=2):
             for n in SIZES:
                 run = record(f"{method}-n{n}", seed=seed, floor=(1 + seed) / n)
                 results["speed-up"].append(run._replace(configuration={**run.configuration, "agents": n}))
+        for method, iterations in (("plain", None), ("kfac-v", 20), ("kfac", 10), ("ekfac", 10)):
+            results["curvature"].append(record(method, seed=seed, iterations=iterations, penalty=0.1))
     return results
 
 
@@ -166,8 +171,9 @@ def verdicts(results):
 
 
 def test_the_claims_find_their_numbers():
-    *first, compressed = verdicts(everything())
-    assert {verdict for claim in first for verdict in claim} == {HOLDS}
+    *first, compressed, moved, curved = verdicts(everything())
+    assert {verdict for claim in (*first, moved, curved) for verdict in claim} == {HOLDS}
+    assert (len(moved), len(curved)) == (8, 3)
     assert compressed == [HOLDS, HOLDS, f"{OPEN}: no results of cleaning", f"{OPEN}: no results of cleaning"]
     assert "slope -1 ± 0" in CLAIMS[4](everything()).findings[0].numbers
 
@@ -211,7 +217,6 @@ def test_the_page_is_made_of_the_files_alone_and_always_the_same(tmp_path, capsy
     results = everything()
     del results["mnist"]
     results["cleaning"].append(record("c2dfb", (1.0, None), seed=0, test_accuracy=None))
-    results["curvature"] = [record("kfac")]
     written(tmp_path / "decentralized_papers-quick", results)
     pages = [tmp_path / "one.md", tmp_path / "more" / "two.md"]
     for page in pages:
@@ -229,16 +234,15 @@ def test_the_page_is_made_of_the_files_alone_and_always_the_same(tmp_path, capsy
         "| sldbo | 0.1 | 0.1 | 40 | 40 | 40 | 40 |",
         "| c2dfb | not finite |",
         "### Penalties of MNIST\n\nNo results.",
-        "### Curvature as a preconditioner of v",
+        "### Curvature as a preconditioner of y and v",
     ):
         assert part in text
-    assert "Adaptive refresh" not in text
     table_of_cleaning = text.partition("### Hyper-cleaning, all methods")[2].partition("###")[0]
     assert table_of_cleaning.index("| sldbo |") < table_of_cleaning.index("| mdbo |") < table_of_cleaning.index("c2dfb")
 
 
 def test_a_page_without_any_files_says_so(tmp_path):
-    text = render("command", False, JOBS, OPTIONAL, {}, {})
+    text = render("command", False, JOBS, {}, {})
     assert "- Setting: full." in text
     assert "no results of synthetic, " in text
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 SKIPPING = ("s3ldbo-0.5", "s3ldbo-0.2", "s3ldbo-0.1")
+REFRESH = tuple(f"s3ldbo-{which}-{p}" for p in ("0.25", "0.125") for which in ("subset", "adaptive"))
 SPARSE = ("--agents", "20", "--topology", "ring")
 DUAL = ("sparkle-ed", "sparkle-extra", "sparkle-gt")
 CLEANING, PENALTIES = "decentralized-hyper-cleaning", "decentralized-regularization"
@@ -90,9 +91,5 @@ JOBS = (
         )
     ),
     Job("speed-up", "Noise floors of stochastic methods", "decentralized-speed-up"),
-)
-# Sections of results that other commands make: shown where their files are there.
-OPTIONAL = (
-    Job("curvature", "Curvature as a preconditioner of v", "decentralized-curvature"),
-    Job("refresh", "Adaptive refresh", "decentralized-refresh"),
+    Job("curvature", "Curvature as a preconditioner of y and v", "decentralized-curvature"),
 )

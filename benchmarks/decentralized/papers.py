@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks.decentralized.paper_jobs import JOBS, OPTIONAL, Job
+from benchmarks.decentralized.paper_jobs import JOBS, Job
 from benchmarks.decentralized.records import Results, read
 from benchmarks.decentralized.results import Log, render
 
@@ -105,11 +105,11 @@ class Config:
 
     def write(self) -> None:
         """Writes the page."""
-        names = [job.name for job in (*JOBS, *OPTIONAL)]
+        names = [job.name for job in JOBS]
         results = {name: read(self.folder / name) for name in names}
         logs = {name: log for name in names if (log := read_log(self.folder / name))}
         self.output.parent.mkdir(parents=True, exist_ok=True)
-        self.output.write_text(render(self.command(results), self.quick, JOBS, OPTIONAL, results, logs))
+        self.output.write_text(render(self.command(results), self.quick, JOBS, results, logs))
 
     def run(self) -> int:
         """Runs everything and writes the page; returns the exit code."""

@@ -167,16 +167,13 @@ def distinct(values: Iterator[str]) -> str:
     return "; ".join(sorted(set(values))) or "–"
 
 
-def render(
-    command: str, quick: bool, jobs: Sequence[Job], optional: Sequence[Job], results: Results, logs: Mapping[str, Log]
-) -> str:
+def render(command: str, quick: bool, jobs: Sequence[Job], results: Results, logs: Mapping[str, Log]) -> str:
     """The text of RESULTS.md; the same for the same files.
 
     Args:
       command: what makes it.
       quick: the setting.
       jobs: of the plan.
-      optional: shown where they have results.
       results: job -> runs.
       logs: job -> how it went, where it was started.
 
@@ -188,7 +185,6 @@ def render(
     overview = [
         [f"{place}. {claim.title}", claim.source, *map(str, tally(claim))] for place, claim in enumerate(claims, 1)
     ]
-    shown = [*jobs, *(job for job in optional if results.get(job.name))]
     absent = [job.name for job in jobs if not results.get(job.name)]
     failed = [f"{name} (code {log.code})" for name, log in logs.items() if log.code and results.get(name)]
     return TEMPLATE.format(
@@ -209,5 +205,5 @@ def render(
         open=OPEN,
         overview=table(["claim", "paper", HOLDS, FAILS, OPEN], overview),
         claims="\n".join(described(place, claim) for place, claim in enumerate(claims, 1)),
-        numbers="\n".join(section(job, results.get(job.name, ()), logs.get(job.name)) for job in shown),
+        numbers="\n".join(section(job, results.get(job.name, ()), logs.get(job.name)) for job in jobs),
     )
