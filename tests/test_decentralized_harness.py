@@ -141,8 +141,10 @@ def test_consensus_is_the_root_mean_square_distance():
 
 def test_steps_that_go_astray_are_not_chosen_for_a_lucky_end():
     losses = np.array([0.3, 0.1, np.nan, 0.2])
-    assert chosen(0.7, np.array([0.4, 5.0, np.nan, 0.6]), losses) == 3
-    assert chosen(0.7, np.array([0.8, 5.0, np.nan, 0.9]), losses) == 1
+    halfway, together = np.array([0.4, 5.0, np.nan, 0.6]), np.ones(4, bool)
+    assert chosen(0.7, halfway, losses, together) == 3
+    assert chosen(0.7, halfway, losses, np.array([True, True, True, False])) == 0
+    assert chosen(0.7, 2 * halfway, losses, together) == 1
 
 
 def test_rows_that_do_not_suit_a_graph_or_a_problem_are_left_out_and_named(network):
@@ -193,8 +195,11 @@ def test_a_run_writes_all_that_curves_need(tmp_path, capsys):
         assert record["metrics"]["derivatives"] <= 12
         assert len(chosen["grid_losses"]) == 20
         assert record["metrics"]["exact_loss"] < np.log(2)
-        least = min(loss for loss in chosen["grid_losses"] if loss is not None)
-        np.testing.assert_allclose(record["metrics"]["exact_loss"], least, rtol=1e-3)
+        pairs = list(zip(*(chosen["grid"][name] for name in "xyv"), strict=True))
+        found = chosen["grid_losses"][pairs.index(tuple(chosen["step_sizes"].values()))]
+        np.testing.assert_allclose(record["metrics"]["exact_loss"], found, rtol=1e-3)
+        assert (record["curve"]["outer_step"][0], record["curve"]["rounds"][0]) == (0, 0)
+        assert record["curve"]["exact_loss"][0] == chosen["start_loss"]
     # y and v go to three neighbours, x to two; t as far as s
     assert records["sldbo-seed0"]["metrics"]["megabytes"] == pytest.approx(12 * 2 * 4 * 40 * (2 + 2 * 3) / 1e6)
     assert list(tmp_path.glob(f"{folder}/*.png"))

@@ -145,7 +145,7 @@ def snapshots(results: Results) -> Claim:
         "S3LDBO, arXiv 2605.31311",
         "S3LDBO reaches the quality of SLDBO with fewer derivative evaluations. (Its abstract names no factor; what "
         f"is asked here is at most {SLACK:g} · p of them, for a refresh probability p.)",
-        "Target: SLDBO's last F(x̄) and 1 % of its decrease since the first checkpoint. Number: derivative evaluations "
+        "Target: SLDBO's last F(x̄) and 1 % of its decrease since the start. Number: derivative evaluations "
         "of an agent until F(x̄) is first at the target, linear between checkpoints, over those of SLDBO until the same "
         "target. S3LDBO may take twice as many iterations.",
         findings,
@@ -202,7 +202,7 @@ def corrections(results: Results) -> Claim:
         "On sparse graphs with severe heterogeneity SPARKLE-ED and SPARKLE-EXTRA are at least as good as SPARKLE-GT, "
         "which is at least as good as D-SOBA.",
         "Ring of 20 agents. Number: F(x̄) of the first method minus that of the second after the same derivative "
-        "evaluations, over the second's decrease since its first checkpoint; at least as good is at most 0.01.",
+        "evaluations, over the second's decrease since the start; at least as good is at most 0.01.",
         findings,
     )
 
@@ -228,7 +228,7 @@ def levels(results: Results) -> Claim:
         "The topology of the lower level and of v matters more than that of the upper level.",
         "Hyper-cleaning, 20 agents of two classes each. Number: F(x̄) with x on a ring, y and v on a complete graph, "
         "minus F(x̄) with x on a complete graph, y and v on a ring, after the same derivative evaluations, over the "
-        "latter's decrease since its first checkpoint; it holds if that is at most −0.01.",
+        "latter's decrease since the start; it holds if that is at most −0.01.",
         findings,
     )
 
@@ -282,8 +282,8 @@ def compression(results: Results) -> Claim:
         "beyond the papers",
         "With compressed differences (CHOCO, the largest entries) SLDBO and DSVRBGD reach the same loss with fewer "
         "bytes.",
-        "Hyper-cleaning. Target: the uncompressed method's last F(x̄) and 1 % of its decrease since the first "
-        "checkpoint. Number: MB that an agent sent until F(x̄) is first at the target, over those of the uncompressed "
+        "Hyper-cleaning. Target: the uncompressed method's last F(x̄) and 1 % of its decrease since the "
+        "start. Number: MB that an agent sent until F(x̄) is first at the target, over those of the uncompressed "
         "method; the share of entries that is sent is behind the word top, and each takes an index with it.",
         findings,
     )
@@ -308,7 +308,7 @@ def refresh(results: Results) -> Claim:
         "S3LDBO ends lower if those agents evaluate who have moved farthest since they last did (s3ldbo_adaptive), in "
         "place of as many at random.",
         "Number: F(x̄) with the agents that moved farthest minus F(x̄) with as many at random, after the same derivative "
-        "evaluations, over the latter's decrease since its first checkpoint; it holds if that is negative.",
+        "evaluations, over the latter's decrease since the start; it holds if that is negative.",
         findings,
     )
 

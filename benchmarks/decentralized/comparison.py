@@ -20,7 +20,7 @@ from benchmarks.decentralized.network import Network
 from benchmarks.decentralized.placement import gossip, place
 from benchmarks.decentralized.rows import CAPTION as METHODS
 from benchmarks.decentralized.rows import personal_rows, rows
-from benchmarks.decentralized.running import compiled, evaluate, tuned
+from benchmarks.decentralized.running import before, compiled, evaluate, tuned
 from benchmarks.loop import drive
 from benchmarks.report import COSTS, Columns, Run
 from benchmarks.runner import Advance, Options, Task, perform
@@ -139,7 +139,9 @@ def runs(
             scores = functools.partial(evaluate, network, exactly)
             scaled = functools.partial(_scaled, advance, job.iterations / number)
             outcome = drive(program, start, keys, placed.put(network.batch), scores, budget, scaled)
-            yield Run(job.name, row.name, seed, chosen_here, outcome)
+            first_point = before(network, exactly, row.at_start)
+            curve = {name: [first_point.get(name), *values] for name, values in outcome.curve.items()}
+            yield Run(job.name, row.name, seed, chosen_here, outcome._replace(curve=curve))
 
 
 def _over(row: Row, network: Network, gossip: Any) -> Callable[[bx.Levels], bx.Algorithm]:

@@ -1,5 +1,6 @@
 """The picture of a decentralized task."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -46,7 +47,7 @@ def draw(
     Returns:
       A figure, ready for `savefig`.
     """
-    finite = [run for run in runs if run.finite]
+    finite = [_on_the_way(run) for run in runs if run.finite]
     with matplotlib.rc_context(STYLE | LINES):
         figure = Figure(figsize=(13, 8.5 if finish else 6.5), dpi=150, layout="constrained")
         parts = figure.subfigures(2 if finish else 1, 1, squeeze=False, height_ratios=(5, 2) if finish else (1,)).flat
@@ -66,3 +67,9 @@ def draw(
         if finish:
             finish(parts[1], finite)
     return figure
+
+
+def _on_the_way(run: Run) -> Run:
+    """Without the start, which has cost nothing and is not to be found on a logarithmic axis."""
+    curve = {name: values[1:] for name, values in run.outcome.curve.items()}
+    return dataclasses.replace(run, outcome=run.outcome._replace(curve=curve))

@@ -102,6 +102,15 @@ def evaluate(network: Network, exactly: Exactly, carry: Carry) -> dict[str, floa
     return {**accurate, **network.scores(x, y), "consensus": distance.item(), **spent}
 
 
+def before(network: Network, exactly: Exactly, at_start: int) -> dict[str, float | None]:
+    """The same before the first iteration, with the evaluations that `init` needs."""
+    x, y = jax.device_get(network.point(*network.start))
+    loss = network.loss(network.problem.outer_loss, x, y, network.batch.outer).item()
+    spent = {"derivatives": float(at_start), "megabytes": 0.0, "rounds": 0.0, "seconds": 0.0}
+    first = {"outer_step": 0, "outer_loss": loss, "consensus": 0.0}
+    return {**first, **judged(exactly, x, y, network.batch), **network.scores(x, y), **spent}
+
+
 def judged(exactly: Exactly, x: Any, y: Any, batch: bx.Batch) -> dict[str, float | None]:
     """F(x), ‖∇F(x)‖² and how well the inner problem was solved; all NaN where the point is not finite."""
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((x, y))):
@@ -121,10 +130,11 @@ def tuned(
 ) -> dict[str, Any]:
     """The step sizes of the grid whose `make(steps)` ends with the lowest F(x); one program runs all of them.
 
-    Steps that have F(x) above that of the start halfway are left out, since their ends are good or bad by luck.
+    Steps that have F(x) above that of the start halfway are left out, since their ends are good or bad by luck, and so
+    are those whose agents end farther from their mean than that has moved.
     """
 
-    def ends(steps: bx.Levels, x: chex.ArrayTree, y: chex.ArrayTree, batch: bx.Batch) -> tuple[Any, Any]:
+    def ends(steps: bx.Levels, x: chex.ArrayTree, y: chex.ArrayTree, batch: bx.Batch) -> tuple[Any, Any, chex.Array]:
         method = make(steps)
 
         def step(k: chex.Numeric, carry: tuple) -> tuple:
@@ -135,12 +145,15 @@ def tuned(
 
         first = method.init(x, y, batch), network.point(x, y)
         state, halfway = jax.lax.fori_loop(0, iterations, step, first)
-        return halfway, network.point(state.x, state.y)
+        last = network.point(state.x, state.y)
+        moved = optax.tree.norm(optax.tree.sub(last[0], network.point(x, y)[0]))
+        return halfway, last, consensus(state.x, last[0]) <= moved
 
-    points = jax.device_get(jax.jit(jax.vmap(ends, (0, None, None, None)))(grid, *network.start, network.batch))
+    found = jax.device_get(jax.jit(jax.vmap(ends, (0, None, None, None)))(grid, *network.start, network.batch))
+    *points, together = found
     halfway, losses = (_losses(exactly, network, point, len(grid.x)) for point in points)
     start = judged(exactly, *network.point(*network.start), network.batch)["exact_loss"]
-    best = chosen(start, halfway, losses)
+    best = chosen(start, halfway, losses, together)
     return {
         "step_sizes": {name: float(values[best]) for name, values in grid._asdict().items()},
         "grid": {name: values.tolist() for name, values in grid._asdict().items()},
@@ -156,8 +169,11 @@ def _losses(exactly: Exactly, network: Network, points: tuple[Any, Any], number:
     return np.array([judged(exactly, x, y, network.batch)["exact_loss"] for x, y in each], dtype=float)
 
 
-def chosen(start: float | None, halfway: np.ndarray, losses: np.ndarray) -> int:
-    """The lowest of the last losses whose loss halfway is not above the first one; the lowest of all if none is."""
+def chosen(start: float | None, halfway: np.ndarray, losses: np.ndarray, together: np.ndarray) -> int:
+    """The lowest of the last losses where the agents are together and F halfway is not above the first one.
+
+    If there is none, the lowest of all.
+    """
     finite = np.where(np.isfinite(losses), losses, np.inf)
-    steady = np.where(halfway <= start, finite, np.inf)
+    steady = np.where((halfway <= start) & together, finite, np.inf)
     return int(np.argmin(steady if np.isfinite(steady).any() else finite))
