@@ -196,7 +196,7 @@ def test_a_run_writes_all_that_curves_need(tmp_path, capsys):
         assert len(chosen["grid_losses"]) == 20
         assert record["metrics"]["exact_loss"] < np.log(2)
         pairs = list(zip(*(chosen["grid"][name] for name in "xyv"), strict=True))
-        found = chosen["grid_losses"][pairs.index(tuple(chosen["step_sizes"].values()))]
+        found = chosen["grid_losses"][pairs.index(tuple(chosen["step_sizes"][name] for name in "xyv"))]
         np.testing.assert_allclose(record["metrics"]["exact_loss"], found, rtol=1e-3)
         assert (record["curve"]["outer_step"][0], record["curve"]["rounds"][0]) == (0, 0)
         assert record["curve"]["exact_loss"][0] == chosen["start_loss"]

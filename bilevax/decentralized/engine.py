@@ -201,7 +201,9 @@ def single_loop(
                     getattr(gossips, name),
                     getattr(point, name),
                     getattr(d, name),
-                    move(getattr(steps, name), state.k, Setting(problem, here, batch, fold(key, 4), gossips.x.agents())),
+                    move(
+                        getattr(steps, name), state.k, Setting(problem, here, batch, fold(key, 4), gossips.x.agents())
+                    ),
                 )
                 s = _projected(s, radius) if name == "v" and radius is not None else s
                 point, memories = point._replace(**{name: s}), memories._replace(**{name: new})
