@@ -55,7 +55,7 @@ def pair(
     few, many = iterations
     return (
         Job(name, title, task, options, ("sldbo",), iterations, quick),
-        Job(f"{name}-skipping", f"{title}: skipping", task, options, SKIPPING, (2 * few, 2 * many), quick),
+        Job(f"{name}-skipping", f"{title}: skipping", task, options, SKIPPING + REFRESH, (2 * few, 2 * many), quick),
     )
 
 
@@ -69,7 +69,7 @@ JOBS = (
     *pair("synthetic", "Penalties of synthetic data", PENALTIES, (600, 1000), ("--data", "synthetic")),
     *pair("mnist", "Penalties of MNIST", PENALTIES, (150, 400), ("--data", "mnist"), ("--rows", "400")),
     Job("cleaning", "Hyper-cleaning, all methods", CLEANING, (), ALL_CLEANING, (300, 600), full=FASHION),
-    Job("cleaning-skipping", "Hyper-cleaning: skipping", CLEANING, (), SKIPPING, (600, 1200), full=FASHION),
+    Job("cleaning-skipping", "Hyper-cleaning: skipping", CLEANING, (), SKIPPING + REFRESH, (600, 1200), full=FASHION),
     *pair("meta", "Meta-learning", META, (30, 300), quick=("--tasks", "2")),
     Job(
         "policy", "Policy evaluation", POLICY, (), ("sldbo", "sparkle-ed", "sparkle-gt", "d-soba", "mdbo"), (2000, 5000)

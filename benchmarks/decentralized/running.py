@@ -2,7 +2,7 @@
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
 import chex
@@ -122,44 +122,47 @@ def judged(exactly: Exactly, x: Any, y: Any, batch: bx.Batch) -> dict[str, float
 
 def tuned(
     make: Callable[[bx.Levels], bx.Algorithm],
-    network: Network,
+    networks: Mapping[int, Network],
     exactly: Exactly,
     grid: bx.Levels,
     iterations: int,
-    seed: int,
 ) -> dict[str, Any]:
     """The step sizes of the grid whose `make(steps)` ends with the lowest F(x); one program runs all of them.
 
-    Steps that have F(x) above that of the start halfway are left out, since their ends are good or bad by luck, and so
-    are those whose agents end farther from their mean than that has moved.
+    Of several seeds (the keys of `networks`) the worst one counts. Steps that have F(x) above that of the start halfway
+    are left out, since their ends are good or bad by luck, and so are those whose agents end farther from their mean
+    than that has moved.
     """
+    first = next(iter(networks.values()))
 
-    def ends(steps: bx.Levels, x: chex.ArrayTree, y: chex.ArrayTree, batch: bx.Batch) -> tuple[Any, Any, chex.Array]:
+    def ends(steps: bx.Levels, key: Any, x: chex.ArrayTree, y: chex.ArrayTree, batch: bx.Batch) -> tuple:
         method = make(steps)
 
         def step(k: chex.Numeric, carry: tuple) -> tuple:
             state, halfway = carry
-            state, _ = method.step(jax.random.key(seed), state, batch)
-            now = network.point(state.x, state.y)
+            state, _ = method.step(key, state, batch)
+            now = first.point(state.x, state.y)
             return state, jax.tree.map(lambda new, old: jnp.where(k == iterations // 2, new, old), now, halfway)
 
-        first = method.init(x, y, batch), network.point(x, y)
-        state, halfway = jax.lax.fori_loop(0, iterations, step, first)
-        last = network.point(state.x, state.y)
-        moved = optax.tree.norm(optax.tree.sub(last[0], network.point(x, y)[0]))
+        begin = method.init(x, y, batch), first.point(x, y)
+        state, halfway = jax.lax.fori_loop(0, iterations, step, begin)
+        last = first.point(state.x, state.y)
+        moved = optax.tree.norm(optax.tree.sub(last[0], first.point(x, y)[0]))
         return halfway, last, consensus(state.x, last[0]) <= moved
 
-    found = jax.device_get(jax.jit(jax.vmap(ends, (0, None, None, None)))(grid, *network.start, network.batch))
-    *points, together = found
-    halfway, losses = (_losses(exactly, network, point, len(grid.x)) for point in points)
-    start = judged(exactly, *network.point(*network.start), network.batch)["exact_loss"]
-    best = chosen(start, halfway, losses, together)
+    program = jax.jit(jax.vmap(ends, (0, None, None, None, None)))
+    scores = []
+    for seed, network in networks.items():
+        *points, together = jax.device_get(program(grid, jax.random.key(seed), *network.start, network.batch))
+        halfway, losses = (_losses(exactly, network, point, len(grid.x)) for point in points)
+        start = judged(exactly, *network.point(*network.start), network.batch)["exact_loss"]
+        scores.append((losses, (halfway <= start) & together))
+    best = chosen(*(np.stack(parts) for parts in zip(*scores, strict=True)))
     return {
         "step_sizes": {name: float(values[best]) for name, values in grid._asdict().items()},
         "grid": {name: values.tolist() for name, values in grid._asdict().items()},
-        "grid_losses": losses.tolist(),
-        "grid_losses_halfway": halfway.tolist(),
-        "start_loss": start,
+        "grid_losses": {str(seed): losses.tolist() for seed, (losses, _) in zip(networks, scores, strict=True)},
+        "grid_steady": {str(seed): steady.tolist() for seed, (_, steady) in zip(networks, scores, strict=True)},
     }
 
 
@@ -169,11 +172,8 @@ def _losses(exactly: Exactly, network: Network, points: tuple[Any, Any], number:
     return np.array([judged(exactly, x, y, network.batch)["exact_loss"] for x, y in each], dtype=float)
 
 
-def chosen(start: float | None, halfway: np.ndarray, losses: np.ndarray, together: np.ndarray) -> int:
-    """The lowest of the last losses where the agents are together and F halfway is not above the first one.
-
-    If there is none, the lowest of all.
-    """
-    finite = np.where(np.isfinite(losses), losses, np.inf)
-    steady = np.where((halfway <= start) & together, finite, np.inf)
-    return int(np.argmin(steady if np.isfinite(steady).any() else finite))
+def chosen(losses: np.ndarray, steady: np.ndarray) -> int:
+    """The lowest of the last losses [seeds, pairs], the worst seed of each, where all are steady; if none is, of all."""
+    worst = np.where(np.isfinite(losses), losses, np.inf).max(axis=0)
+    kept = np.where(steady.all(axis=0), worst, np.inf)
+    return int(np.argmin(kept if np.isfinite(kept).any() else worst))
