@@ -25,7 +25,7 @@ from benchmarks.loop import drive
 from benchmarks.report import COSTS, Columns, Run
 from benchmarks.runner import Advance, Options, Task, perform
 
-CHECKPOINTS, QUICK_CHECKPOINTS = 20, 6
+CHECKPOINTS, QUICK_CHECKPOINTS = 20, 12
 TUNED = 2  # seeds that step sizes are chosen on, where there are so many
 BUDGET = 120.0  # seconds of a run, so that derivatives and not seconds end it
 SPENT: Columns = {

@@ -173,7 +173,7 @@ def _losses(exactly: Exactly, network: Network, points: tuple[Any, Any], number:
 
 
 def chosen(losses: np.ndarray, steady: np.ndarray) -> int:
-    """The lowest of the last losses [seeds, pairs], the worst seed of each, where all are steady; if none is, of all."""
+    """The lowest of the last losses [seeds, pairs], the worst seed of each, where all are steady; else of all."""
     worst = np.where(np.isfinite(losses), losses, np.inf).max(axis=0)
     kept = np.where(steady.all(axis=0), worst, np.inf)
     return int(np.argmin(kept if np.isfinite(kept).any() else worst))
