@@ -71,10 +71,11 @@ def test_the_accurate_solution_is_that_of_newton_in_numpy(divided, precision, to
         task = regularization.network(divided, -1.0)
         batch = jax.tree.map(lambda leaf: leaf.astype(kind), task.batch)
         found = evaluator(task, Effort())(x.astype(kind), np.zeros(6, kind), batch)
-    expected = logistic.exact(sparse(divided.train), sparse(divided.validation), x, np.zeros(6))
+    log_penalty, slope = x - np.log1p(np.exp(x)), 1 / (1 + np.exp(x))  # of exp(x) / (1 + exp(x))
+    expected = logistic.exact(sparse(divided.train), sparse(divided.validation), log_penalty, np.zeros(6))
     np.testing.assert_allclose(found.loss, expected.value, rtol=tolerance)
     np.testing.assert_allclose(found.y, expected.y, rtol=tolerance, atol=tolerance)
-    np.testing.assert_allclose(found.gradient, expected.gradient, rtol=10 * tolerance, atol=tolerance / 10)
+    np.testing.assert_allclose(found.gradient, slope * expected.gradient, rtol=10 * tolerance, atol=tolerance / 10)
     assert float(found.residual) < tolerance
     assert float(found.product_residual) < tolerance
 
@@ -87,10 +88,16 @@ def test_where_the_lower_level_is_personal_each_agent_solves_its_own(divided, ne
     values = []
     for i in range(4):
         outer, inner = (penalties.Rows(part[0][i], part[1][i]) for part in network.batch)
-        values.append(logistic.exact(sparse(inner), sparse(outer), x, np.zeros(6)))
+        values.append(logistic.exact(sparse(inner), sparse(outer), x - np.log1p(np.exp(x)), np.zeros(6)))
     np.testing.assert_allclose(found.loss, np.mean([one.value for one in values]), rtol=1e-8)
-    np.testing.assert_allclose(found.gradient, np.mean([one.gradient for one in values], axis=0), rtol=1e-6)
+    gradient = np.mean([one.gradient for one in values], axis=0) / (1 + np.exp(x))
+    np.testing.assert_allclose(found.gradient, gradient, rtol=1e-6)
     np.testing.assert_allclose(found.y, [one.y for one in values], rtol=1e-6)
+
+
+def test_penalties_are_exponentials_up_to_a_bound():
+    x = jnp.array([-20.0, 0.0, 40.0])
+    np.testing.assert_allclose(penalties.bounded(x, 8.0), 8 * np.exp(x) / (8 + np.exp(x)), rtol=1e-5)
 
 
 def test_a_point_that_is_not_finite_is_no_trouble(network):

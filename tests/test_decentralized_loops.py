@@ -253,3 +253,10 @@ def test_noise_of_the_samples_leaves_noise_around_the_limit(name):
     if name == "gbdsbo":  # with one draw for both factors, equal Hessians would stand in the series
         hessians = state.estimators.hessians[1]
         assert np.abs(hessians[:, 0] - hessians[:, 1]).max((1, 2)).min() > 1e-2
+
+
+def test_a_restart_forgets_the_tracker_and_not_the_round_of_a_sequence():
+    gossip = bx.gossip(bx.topology.one_peer_exponential(8))
+    method = decentralized.ma_dsbo(PROBLEM, gossip, STEPS, 1, 1, restart=True)
+    state, _, _ = run(method, DEFINITE.batch, 7)
+    assert int(state.corrections.v.gossip) == 7

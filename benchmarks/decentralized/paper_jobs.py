@@ -60,17 +60,38 @@ def pair(
 
 
 FASHION = ("--data", "fashion-mnist")
+LIBSVM = ("a9a", "ijcnn1", "w8a")
+FEW = ("sldbo", "s3ldbo-0.2", "dsvrbgd", "sparkle-gt", "d-soba")
+OWN = ("interact", "interact-svr", "diamond", "lopa-local", "lopa-tracking")
 ALL_CLEANING = (
     *("sldbo", *SKIPPING, "s3ldbo-unbiased-0.2", "dsvrbgd", "dsvrbgd-alternating", *DUAL, "sparkle-mixed"),
-    *("d-soba", "d-soba-first-order", "adasdbo", "ma-dsbo", "ma-dsbo-gt", "mdbo", "vrdbo", "c2dfb"),
+    *("d-soba", "d-soba-sampled", "d-soba-first-order", "adasdbo", "ma-dsbo", "ma-dsbo-sampled", "ma-dsbo-gt"),
+    *("ma-dsbo-restart", "mdbo", "vrdbo", "c2dfb"),
     *("sldbo-top0.3", "sldbo-top0.1", "dsvrbgd-top0.3", "dsvrbgd-top0.1"),
 )
 JOBS = (
     *pair("synthetic", "Penalties of synthetic data", PENALTIES, (600, 1000), ("--data", "synthetic")),
+    Job("matrices", "Penalties of synthetic data, matrices", PENALTIES, (), ("gbdsbo", "sldbo"), (600, 1000)),
+    *(Job(name, f"Penalties of {name}", PENALTIES, ("--data", name), FEW, (300, 600)) for name in LIBSVM),
     *pair("mnist", "Penalties of MNIST", PENALTIES, (150, 400), ("--data", "mnist"), ("--rows", "400")),
     Job("cleaning", "Hyper-cleaning, all methods", CLEANING, (), ALL_CLEANING, (300, 600), full=FASHION),
     Job("cleaning-skipping", "Hyper-cleaning: skipping", CLEANING, (), SKIPPING + REFRESH, (600, 1200), full=FASHION),
     *pair("meta", "Meta-learning", META, (30, 300), quick=("--tasks", "2")),
+    Job("meta-all", "Meta-learning, methods with their own heads", META, (), OWN, (30, 300), quick=("--tasks", "2")),
+    *(
+        Job(
+            f"{topology}-cleaning",
+            f"Hyper-cleaning on {graph}",
+            CLEANING,
+            ("--agents", str(n), "--topology", topology, "--partition", partition),
+            FEW,
+            (300, 600),
+        )
+        for topology, graph, n, partition in (
+            ("torus", "a torus of 16 agents", 16, "dirichlet:1"),
+            ("exponential", "an exponential graph of 20 agents", 20, "iid"),
+        )
+    ),
     Job(
         "policy", "Policy evaluation", POLICY, (), ("sldbo", "sparkle-ed", "sparkle-gt", "d-soba", "mdbo"), (2000, 5000)
     ),

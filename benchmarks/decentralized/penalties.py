@@ -1,5 +1,6 @@
 """The data and the problems of learnt penalties, divided over agents."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ CLASSES = 10
 NOISE = 1.0  # standard deviation of what is added to aᵀy before its sign is the label
 FEATURES = {"a9a": 123, "ijcnn1": 22, "w8a": 300}
 MOST_TESTED = 10_000
+LARGEST = 1.0  # what a penalty adds to the curvature at most
 
 
 class Rows(NamedTuple):
@@ -94,6 +96,14 @@ def synthetic(n: int, seed: int, features: int, train: int, heterogeneity: float
     return Divided(pooled(inner), pooled(outer), pooled(test), batch)
 
 
+def bounded(x: chex.Array, largest: float) -> chex.Array:
+    """exp(x) as long as that is far below the largest penalty, which it approaches then.
+
+    The penalty of a feature without use would grow for ever, and with it the curvature, until no step size holds.
+    """
+    return largest * jax.nn.sigmoid(x - math.log(largest))
+
+
 def logistic() -> bx.BilevelProblem:
     """f_i and g_i of one agent; x [d], y [d], labels -1 and 1."""
 
@@ -102,7 +112,7 @@ def logistic() -> bx.BilevelProblem:
         return jnp.mean(weights * jax.nn.softplus(-labels * (features @ y)))
 
     def inner_loss(x: chex.Array, y: chex.Array, batch: tuple) -> chex.Array:
-        return outer_loss(x, y, batch) + jnp.sum(jnp.exp(x) * y**2) / 2
+        return outer_loss(x, y, batch) + jnp.sum(bounded(x, LARGEST) * y**2) / 2
 
     return bx.BilevelProblem(outer_loss, inner_loss)
 
@@ -116,7 +126,7 @@ def softmax() -> bx.BilevelProblem:
         return -jnp.mean(weights * jnp.take_along_axis(logits, labels[:, None], axis=1)[:, 0])
 
     def inner_loss(x: chex.Array, y: chex.Array, batch: tuple) -> chex.Array:
-        return outer_loss(x, y, batch) + jnp.sum(jnp.exp(x)[:, None] * y**2) / y.size
+        return outer_loss(x, y, batch) + jnp.sum(bounded(x, LARGEST * y.size / 2)[:, None] * y**2) / y.size
 
     return bx.BilevelProblem(outer_loss, inner_loss)
 

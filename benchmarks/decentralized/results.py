@@ -42,7 +42,8 @@ This file is made by the command below, of the JSON files of its runs. Do not ed
 Numbers are mean ± standard error over seeds. A verdict is about these runs, not about the papers: "{holds}", "{fails}",
 or "{open}" where a target was not reached or a mean is within its standard error of the bound. The methods are written
 from what is public of the papers, and their docstrings say where that left a choice. The steps of every method are the
-best of the same grid, by the last F(x) of the worse of the first two seeds.
+best of the same grid, by the last F(x) of the worse of the first two seeds; but noise floors are of given steps, and
+those with Kronecker factors are the best of the first seed by iterations.
 
 ## Claims
 

@@ -20,8 +20,8 @@ EVERY = 10  # SVR-INTERACT reads all examples in one of so many iterations
 LARGEST = 130  # numbers in y up to which GBDSBO's matrices are formed
 CAPTION = f"""\
 s3ldbo-p: {{coins}}; -subset-p, -adaptive-p: ⌈p · n⌉ agents at a time, at random or those that moved farthest.
-dsvrbgd, mdbo, vrdbo, diamond, interact-svr: minibatches of {{batch_size}} (the last: all in every {EVERY}th iteration);
-all others exact. ma-dsbo, c2dfb: {INNER_STEPS} inner steps, c2dfb with penalty {PENALTY:g}, 30 % of entries sent.
+dsvrbgd, mdbo, vrdbo, diamond, interact-svr, -sampled: minibatches of {{batch_size}} (interact-svr: all in every
+{EVERY}th iteration); all others exact. ma-dsbo, c2dfb: {INNER_STEPS} inner steps, c2dfb with penalty {PENALTY:g}, 30 % of entries sent.
 mdbo, vrdbo, interact, diamond: {TERMS} terms of a Neumann series, of each agent's own Hessian.
 sparkle-ed, -extra, -mixed: on (I + W)/2 where not tracked; -topq: the share q of each change that is sent.
 """
@@ -92,7 +92,8 @@ def rows(coins: Callable, size: int) -> tuple[Row, ...]:
     in_turn = functools.partial(Row, calls=counted(inner=2))  # y moves in between
     dual = functools.partial(in_turn, symmetric=True, fixed=True)
     sampled = functools.partial(Row, batch_size=size)
-    ma_dsbo = functools.partial(preset, methods.ma_dsbo, inner_steps=INNER_STEPS, product_steps=INNER_STEPS)
+    inner_loops = {"inner_steps": INNER_STEPS, "product_steps": INNER_STEPS}
+    ma_dsbo = functools.partial(preset, methods.ma_dsbo, **inner_loops)
     c2dfb = preset(
         methods.c2dfb,
         inner_steps=INNER_STEPS,
@@ -115,10 +116,13 @@ def rows(coins: Callable, size: int) -> tuple[Row, ...]:
         in_turn("sparkle-gt", sparkle(corrections=tracking)),
         dual("sparkle-mixed", sparkle(corrections=mixed), graphs=lazy("yv")),
         Row("d-soba", preset(methods.dsoba)),
+        sampled("d-soba-sampled", drawn(methods.dsoba, size)),
         Row("d-soba-first-order", preset(methods.dsoba_first_order), counted(inner=3, hessian=0, cross=0)),
         Row("adasdbo", preset(methods.adasdbo)),
         Row("ma-dsbo", ma_dsbo(), loops),
         Row("ma-dsbo-gt", ma_dsbo(track=True), loops),
+        Row("ma-dsbo-restart", ma_dsbo(restart=True), loops),
+        sampled("ma-dsbo-sampled", drawn(methods.ma_dsbo, size, **inner_loops), loops),
         sampled("mdbo", series(drawn, methods.mdbo, size, **reduced), counted(hessian=TERMS)),
         sampled("vrdbo", series(drawn, methods.vrdbo, size, **reduced), counted(2, 2, 2 * TERMS, 2)),
         Row("c2dfb", c2dfb, counted(INNER_STEPS + 1, 2 * INNER_STEPS + 2, 0, 0), fixed=True),

@@ -135,7 +135,8 @@ def ma_dsbo(
         data = draw(fold(key, 0), sample, state.k, batch, agents)
         outer_x, outer_y = jax.vmap(jax.grad(outer_loss, argnums=(0, 1)))(start.x, y, data.outer)
         _, pull_back = jax.vjp(lambda x, y: jax.vmap(jax.grad(inner_loss, argnums=1))(x, y, data.inner), start.x, y)
-        begin = memory("v", point, batch) if restart else state.corrections.v
+        begin = state.corrections.v
+        begin = begin._replace(memory=memory("v", point, batch).memory) if restart else begin
         v, of_v = loop("v", point, begin, lambda now, v: optax.tree.sub(pull_back(v)[1], outer_y))
         d = optax.tree.sub(outer_x, pull_back(v)[0])
         a = from_one(rates, state.k).x
