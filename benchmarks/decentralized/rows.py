@@ -21,8 +21,8 @@ LARGEST = 130  # numbers in y up to which GBDSBO's matrices are formed
 CAPTION = f"""\
 s3ldbo-p: {{coins}}; -subset-p, -adaptive-p: ⌈p · n⌉ agents at a time, at random or those that moved farthest.
 dsvrbgd, mdbo, vrdbo, diamond, interact-svr, -sampled: minibatches of {{batch_size}} (interact-svr: all in every
-{EVERY}th iteration); all others exact. ma-dsbo, c2dfb: {INNER_STEPS} inner steps, c2dfb with penalty {PENALTY:g}, 30 % of entries sent.
-mdbo, vrdbo, interact, diamond: {TERMS} terms of a Neumann series, of each agent's own Hessian.
+{EVERY}th iteration); all others exact. ma-dsbo, c2dfb: {INNER_STEPS} inner steps; c2dfb: penalty {PENALTY:g}, 30 % of
+the entries sent. mdbo, vrdbo, interact, diamond: {TERMS} terms of a Neumann series, of each agent's own Hessian.
 sparkle-ed, -extra, -mixed: on (I + W)/2 where not tracked; -topq: the share q of each change that is sent.
 """
 
