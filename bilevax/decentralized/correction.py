@@ -23,7 +23,6 @@ On a curvature L and an eigenvalue λ of W they are stable if
     extra              2 a L < 1 + 3 λ
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
@@ -32,8 +31,9 @@ import jax.numpy as jnp
 import optax
 
 from bilevax import checks
-from bilevax.decentralized import topology as graphs
+from bilevax.decentralized.correction_type import Correction, CorrectionState, Move
 from bilevax.decentralized.gossip import Gossip, per_agent
+from bilevax.decentralized.primal_dual import exact_diffusion, extra
 from bilevax.sampling import fold
 
 __all__ = [
@@ -48,52 +48,6 @@ __all__ = [
     "tracking_atc",
     "tracking_non_atc",
 ]
-
-
-class Move(NamedTuple):
-    """How a corrected direction becomes a displacement: a step size, or an optax transformation for each agent.
-
-    Attributes:
-      init: `init(s) -> state`.
-      apply: `apply(t, state, s) -> (displacement, state)`, −a t for a step size a.
-      linear: True for a step size.
-
-    Example:
-        >>> import bilevax as bx
-        >>> bx.correction.Move._fields
-        ('init', 'apply', 'linear')
-    """
-
-    init: Callable
-    apply: Callable
-    linear: bool
-
-
-class Correction(NamedTuple):
-    """How one level mixes and moves, as a pair of pure functions.
-
-    Attributes:
-      init: `init(gossip, s, move) -> state`.
-      update: `update(key, state, gossip, s, d, move) -> (s⁺, state, bytes [n])`.
-      rounds: rounds of communication in one update.
-
-    Example:
-        >>> import bilevax as bx
-        >>> bx.correction.tracking().rounds, bx.correction.tracking_atc().rounds
-        (1, 2)
-    """
-
-    init: Callable
-    update: Callable
-    rounds: int
-
-
-class CorrectionState(NamedTuple):
-    """What one level remembers: the states of its gossip and its move, and the memory of its correction."""
-
-    gossip: Any
-    move: Any
-    memory: Any
 
 
 class Tracker(NamedTuple):
@@ -292,113 +246,6 @@ def tracking_atc(damping: chex.Numeric = 1.0) -> Correction:
         return _damped(damping, s, new), CorrectionState((of_t, of_s), moved, Tracker(t, d)), sent
 
     return Correction(init, update, rounds=2)
-
-
-def exact_diffusion() -> Correction:
-    """Exact diffusion (D²): one vector, no bias.
-
-        r = s − a d − P,      s⁺ = r − L r,      P⁺ = P + L r            L = I − W, P = 0 at first
-
-    which is s⁺⁺ = W (2 s⁺ − s − a (d⁺ − d)) with s_1 = W (s_0 − a d_0). L r is summed edge by edge and P keeps the mean
-    0: the recursion in s itself drifts in single precision.
-
-    Args:
-      (none)
-
-    Returns:
-      `Correction` with the memory P.
-
-    Raises:
-      ValueError: from `init`, if W is not symmetric, not fixed, or λ_min(W) <= −1/3, where it is not stable: take
-        `bx.topology.lazy`; or if the step size is an optax transformation.
-
-    Cost: one vector in one round.
-
-    Reference: Yuan, Ying, Zhao and Sayed, "Exact diffusion for distributed optimization and learning", arXiv
-    1702.05122; Tang et al., "D²", arXiv 1803.07068.
-
-    Example:
-        >>> import bilevax as bx
-        >>> bx.correction.exact_diffusion().rounds
-        1
-    """
-
-    def update(key: Any, state: CorrectionState, gossip: Gossip, s: Any, d: Any, move: Move) -> tuple:
-        step, moved = move.apply(d, state.move, s)
-        r = optax.tree.sub(optax.apply_updates(s, step), state.memory)
-        slope, mixing = gossip.laplacian(key, state.gossip, r)
-        memory = optax.tree.add(state.memory, slope)
-        return optax.tree.sub(r, slope), CorrectionState(mixing, moved, memory), gossip.bytes(state.gossip, r)
-
-    return Correction(_primal_dual("exact_diffusion"), update, rounds=1)
-
-
-def extra() -> Correction:
-    """EXTRA: one vector, no bias.
-
-        s⁺ = s − 2 L s − P − a d,      P⁺ = P + L s            L = I − W, P = 0 at first
-
-    which is s⁺⁺ = W (2 s⁺ − s) − a (d⁺ − d) with s_1 = W s_0 − a d_0 from a common start. L s is summed edge by edge
-    and P keeps the mean 0: the recursion in s itself drifts in single precision.
-
-    Args:
-      (none)
-
-    Returns:
-      `Correction` with the memory P.
-
-    Raises:
-      ValueError: from `init`, if W is not symmetric, not fixed, or λ_min(W) <= −1/3, where no step is stable: take
-        `bx.topology.lazy`; or if the step size is an optax transformation.
-
-    Cost: one vector in one round.
-
-    Reference: Shi, Ling, Wu and Yin, "EXTRA: an exact first-order algorithm for decentralized consensus optimization",
-    arXiv 1404.6264.
-
-    Example:
-        >>> import bilevax as bx
-        >>> bx.correction.extra().rounds
-        1
-    """
-
-    def update(key: Any, state: CorrectionState, gossip: Gossip, s: Any, d: Any, move: Move) -> tuple:
-        step, moved = move.apply(d, state.move, s)
-        slope, mixing = gossip.laplacian(key, state.gossip, s)
-        dual = optax.tree.add(state.memory, slope)
-        new = optax.apply_updates(optax.tree.sub(s, optax.tree.add(dual, slope)), step)
-        return new, CorrectionState(mixing, moved, dual), gossip.bytes(state.gossip, s)
-
-    return Correction(_primal_dual("extra"), update, rounds=1)
-
-
-def _primal_dual(name: str) -> Callable:
-    def init(gossip: Gossip, s: chex.ArrayTree, move: Move) -> CorrectionState:
-        _check_symmetric(name, gossip)
-        if not move.linear:
-            raise ValueError(
-                f"step_sizes of a level with {name} must be numbers or schedules; got an optax transformation, with "
-                f"which its limit would be wrong. Take bx.correction.tracking() for that level."
-            )
-        return CorrectionState(gossip.init(s), move.init(s), optax.tree.zeros_like(s))
-
-    return init
-
-
-def _check_symmetric(name: str, gossip: Gossip) -> None:
-    graph = gossip.topology
-    if not isinstance(graph, graphs.Topology) or abs(graph.matrix - graph.matrix.T).max() > 1e-6:
-        what = "one that is not symmetric" if isinstance(graph, graphs.Topology) else "a sequence of matrices"
-        raise ValueError(
-            f"{name} needs one fixed symmetric W; got {what}. Take bx.correction.tracking(), which takes any doubly "
-            f"stochastic matrices."
-        )
-    smallest = graphs.smallest_eigenvalue(graph)
-    if smallest <= -1 / 3 + 1e-9:
-        raise ValueError(
-            f"{name} needs a W whose smallest eigenvalue is above -1/3; got {smallest:.6g}, where it diverges or does "
-            f"not converge. Take bx.gossip(bx.topology.lazy(topology)), that is (I + W)/2."
-        )
 
 
 def share(gossip: Gossip, state: Any, d: chex.ArrayTree) -> chex.ArrayTree:
