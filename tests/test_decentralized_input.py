@@ -43,7 +43,7 @@ def keyless(preset, *choices):
 
 def stepped(method):
     method = method()
-    return method.step(None, method.init(X, Y), BATCH)
+    return method.step(None, method.init(X, Y, BATCH), BATCH)
 
 
 BAD = {
@@ -64,6 +64,11 @@ BAD = {
     "p_common_to_nobody": (r"coins\.independent", lambda: coins.common(jnp.full(4, 0.5))),
     "p_unbiased": (r"\bp\b", lambda: decentralized.s3ldbo_unbiased(PROBLEM, TOY_RING, TOY_STEPS, 0.0)),
     "blocks": ("block.*block=2", lambda: coins.subset(0.5, block=6)(KEY, 0, TOY_RING)),
+    "blocks_of_nobody": ("coins.independent", lambda: coins.subset(0.5, block=3)(KEY, 0, TOY_RING)),
+    "blocks_of_the_farthest": (
+        "block=4, all agents",
+        lambda: stepped(lambda: decentralized.s3ldbo_adaptive(PROBLEM, TOY_RING, TOY_STEPS, 0.5, block=3)),
+    ),
     "two_step_sizes": ("step_sizes.*tuple of 2", steps((0.1, 0.2))),
     "negative_step_size": (r"step_sizes\.y.*-0\.1", steps((0.1, -0.1, 0.1))),
     "step_sizes_by_name": ("step_sizes.*dict", steps({"x": 0.1, "y": 0.1, "v": 0.1})),
@@ -196,8 +201,18 @@ FIELD = {
     "c2dfb_multiplier": ("multiplier.*-1.0", "c2dfb", (2, -1.0, WHOLE, 0.5)),
     "c2dfb_multipliers": ("multiplier must be one number", "c2dfb", (2, jnp.ones(2), WHOLE, 0.5)),
     "c2dfb_compressor": ("compressor must be a Compressor", "c2dfb", (2, 10.0, 0.2, 0.5)),
-    "c2dfb_gossip_step": ("step.*0.0", "c2dfb", (2, 10.0, WHOLE, 0.0)),
+    "c2dfb_gossip_step": ("^gossip_step.*-1", "c2dfb", (2, 10.0, WHOLE, -1)),
+    "c2dfb_gossip_steps": ("^gossip_step must be one number", "c2dfb", (2, 10.0, WHOLE, jnp.ones(4))),
     "c2dfb_sample": (r"sample must be a function \(key", "c2dfb", (2, 10.0, WHOLE, 0.5, 3)),
+    **{
+        f"{name}_correction": ("^correction must be a Correction", name, (*choices, "gt"))
+        for name, choices in {
+            "interact": (3, 0.1),
+            "interact_svr": (3, 0.1, 2, FULL),
+            "diamond": (FULL, 0.5, 3, 0.1),
+            "s3ldbo_adaptive": (0.5, None, None),
+        }.items()
+    },
     "adasdbo_sample": (r"sample must be a function \(key", "adasdbo", (3,)),
     "adasdbo_accumulated": ("accumulated.*0.0", "adasdbo", (FULL, 0.0)),
 }

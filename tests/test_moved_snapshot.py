@@ -87,7 +87,7 @@ BAD = {
     "p_above_one": (r"\bp\b.*1\.5", lambda: bx.estimator.moved_snapshot(1.5)),
     "p_for_each_agent": (r"\bp\b", lambda: bx.estimator.moved_snapshot(jnp.ones(8) / 2)),
     "empty_block": ("block", lambda: bx.estimator.moved_snapshot(0.5, block=0)),
-    "block_no_divisor": (r"block.*3.*8", lambda: run(blocks_of_three(), DEFINITE.batch, 1)),
+    "block_no_divisor": (r"block.*3.*8.*block=8", lambda: run(blocks_of_three(), DEFINITE.batch, 1)),
 }
 START = jnp.zeros((8, 2)), jnp.zeros((8, 3))
 

@@ -78,7 +78,15 @@ def test_other_methods_keep_their_limits_too(name):
     np.testing.assert_allclose(last(start, DEFINITE.batch), np.tile(x, (8, 1)), rtol=0, atol=1e-10)
 
 
-def one_step(fisher, key):
+def by_sldbo(problem, newton):
+    return decentralized.sldbo(problem, LAZY_SQUARE, bx.Levels(0.1, newton, newton), correction=correction.none())
+
+
+def by_gbdsbo(problem, newton):
+    return decentralized.gbdsbo(problem, LAZY_SQUARE, bx.Levels(0.1, newton, 0.0))
+
+
+def one_step(make, fisher, key):
     """The y of four agents with the same data after a step from one start."""
     loss = bx.curvature.ModelLoss(
         lambda y, inputs: inputs @ y, bx.curvature.softmax_cross_entropy, lambda x, batch: batch, l2=0.1
@@ -86,20 +94,20 @@ def one_step(fisher, key):
     problem = bx.BilevelProblem(lambda x, y, batch: jnp.sum(y**2) + x**2, loss)
     inputs = jnp.asarray(np.random.default_rng(0).normal(size=(6, 3)))
     data = bx.replicate((inputs, jnp.arange(6) % 3), 4)
-    newton = preconditioned(1.0, bx.ihvp.kfac(0.01, fisher=fisher))
-    method = decentralized.sldbo(problem, LAZY_SQUARE, bx.Levels(0.1, newton, newton), correction=correction.none())
+    method = make(problem, preconditioned(1.0, bx.ihvp.kfac(0.01, fisher=fisher)))
     start = method.init(*bx.replicate((jnp.ones(()), jnp.zeros((3, 3))), 4), bx.Batch(data, data))
     return numbers(jax.jit(method.step)(key, start, bx.Batch(data, data))[0].y)
 
 
-def test_every_agent_draws_labels_of_its_own():
-    sampled = one_step(bx.curvature.fisher.sampled(), networks.KEY)
+@pytest.mark.parametrize("make", [by_sldbo, by_gbdsbo])
+def test_every_agent_draws_labels_of_its_own(make):
+    sampled = one_step(make, bx.curvature.fisher.sampled(), jax.random.key(1))  # no two draws of equal counts
     assert np.abs(sampled).max() > 0.1
     assert np.unique(sampled[:, 0, 0].round(9)).size == 4
-    exact = one_step(bx.curvature.fisher.exact, None)
+    exact = one_step(make, bx.curvature.fisher.exact, None)
     np.testing.assert_allclose(exact, exact[:1].repeat(4, 0), rtol=0, atol=1e-14)
     with pytest.raises(ValueError, match="key"):
-        one_step(bx.curvature.fisher.sampled(), None)
+        one_step(make, bx.curvature.fisher.sampled(), None)
 
 
 def test_memory_of_the_curvature_is_carried_along():

@@ -33,13 +33,12 @@ from bilevax.algorithms.srba import srba
 from bilevax.algorithms.stocbio import stocbio
 from bilevax.algorithms.sustain import sustain
 from bilevax.algorithms.ttsa import ttsa
-from bilevax.algorithms.vrbo import VrboInfo, VrboState, vrbo
+from bilevax.algorithms.vrbo import VrboState, vrbo
 
 __all__ = [
     "AmigoState",
     "DescentInfo",
     "DescentState",
-    "VrboInfo",
     "VrboState",
     "amigo",
     "bsa",

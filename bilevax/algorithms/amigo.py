@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from bilevax import checks
-from bilevax.algorithms.descent import DescentInfo, check_schedule, check_step_size, outer_step
+from bilevax.algorithms.descent import DescentInfo, check_schedule, check_step_size, moved, outer_step
 from bilevax.decentralized.engine import Algorithm
 from bilevax.decentralized.levels import Levels, at, levels
 from bilevax.problem import Batch, BilevelProblem, Calls, arrays, inner_gradient, norm
@@ -107,7 +107,7 @@ def amigo(
 
         def y_step(y: chex.ArrayTree, t: chex.Array) -> tuple[chex.ArrayTree, None]:
             gradient = jax.grad(inner_loss, argnums=1)(x, y, sample(fold(y_key, t), t, batch.inner))
-            return _moved(y, -at(state.k, sizes.y), gradient), None
+            return moved(y, -at(state.k, sizes.y), gradient), None
 
         y, _ = jax.lax.scan(y_step, state.y, jnp.arange(steps))
         outer = sample(outer_key, state.k, batch.outer)
@@ -115,7 +115,7 @@ def amigo(
 
         def v_step(v: chex.ArrayTree, t: chex.Array) -> tuple[chex.ArrayTree, None]:
             inner = inner_gradient(inner_loss, x, y, sample(fold(v_key, t), t, batch.inner))
-            return _moved(v, -at(state.k, sizes.v), optax.tree.sub(inner.pull_back(v)[1], outer_y)), None
+            return moved(v, -at(state.k, sizes.v), optax.tree.sub(inner.pull_back(v)[1], outer_y)), None
 
         v, _ = jax.lax.scan(v_step, state.v, jnp.arange(v_steps))
         inner = inner_gradient(inner_loss, x, y, sample(x_key, state.k, batch.inner))
@@ -126,7 +126,3 @@ def amigo(
         return AmigoState(state.k + 1, new, y, v, optimizer), info
 
     return Algorithm(init, step)
-
-
-def _moved(tree: chex.ArrayTree, scale: chex.Numeric, direction: chex.ArrayTree) -> chex.ArrayTree:
-    return optax.tree.cast_like(optax.tree.add_scale(tree, scale, direction), tree)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevax import checks, ihvp
-from bilevax.algorithms.descent import check_levels, counting, decay, descent, inner_optimizer
+from bilevax.algorithms.descent import check_levels, check_series, counting, decay, descent, inner_optimizer
 from bilevax.decentralized.engine import Algorithm
 from bilevax.decentralized.levels import at
 from bilevax.hypergradient import hypergradient
@@ -71,8 +71,8 @@ def bsa(
       `Algorithm(init, step)` with `DescentState` and `DescentInfo`, on x and y without an agents' axis.
 
     Raises:
-      ValueError: if a number of `steps` is negative, `terms` < 1, or a step size is negative or of another kind; when
-        it draws, if there is no key.
+      ValueError: if a number of `steps` is negative, `terms` < 1, a step size is negative or of another kind, or that
+        of v is 0; when it draws, if there is no key.
 
     Cost: one ∇f, `steps` + 1 ∇_y g, (terms − 1) / 2 Hessian products in the mean and one cross product, on a sample
     each; each product on a sample of its own takes one more ∇_y g there.
@@ -87,7 +87,9 @@ def bsa(
         >>> float(state.x), float(state.y)
         (0.5, 1.0)
     """
-    sizes = check_levels(problem, step_sizes)
+    sizes = check_levels(problem, step_sizes, sample)
+    check_series(sizes.v)
+    terms = checks.count("terms", terms, minimum=1)
     sizes = sizes._replace(x=falling(sizes.x, 1 / 2), y=falling(sizes.y, 1 / 2))
     if callable(steps):
         checks.function("steps", steps, "k")

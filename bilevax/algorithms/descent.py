@@ -48,7 +48,7 @@ class DescentInfo(NamedTuple):
       moves: `Levels` of ‖s⁺ − s‖; () for the v of a hypergradient.
       breakdown: True where the estimate cannot be trusted, or x or y is not finite.
       calls: `Calls` of the iteration.
-      outer_loss: f at the x before the step and at its y, on the outer batch of the iteration.
+      outer_loss: f at the x before the step and at its y, on the outer batch of the iteration; NaN in `vrbo`.
       inner_loss: g there, on a batch of the estimator; NaN where it has none.
 
     Example:
@@ -162,9 +162,10 @@ def decay(start: chex.Numeric, power: chex.Numeric) -> Callable[[chex.Array], ch
     return lambda k: start / (k + 1.0) ** power
 
 
-def check_levels(problem: Any, step_sizes: Any) -> Levels:
+def check_levels(problem: Any, step_sizes: Any, sample: Any) -> Levels:
     """Reads the step sizes of x and y, which may be optax transformations, and of v, which may not."""
     checks.instance("problem", problem, BilevelProblem, "Pass bx.BilevelProblem(outer_loss, inner_loss).")
+    checks.function("sample", sample, "key", "t", "data")
     sizes = levels("step_sizes", step_sizes)
     check_step_size("step_sizes.x", sizes.x)
     check_step_size("step_sizes.y", sizes.y)
@@ -192,6 +193,11 @@ def outer_step(step_size: Any, k: chex.Array, grad: chex.ArrayTree, state: Any, 
     return optax.apply_updates(x, update), state
 
 
+def moved(tree: chex.ArrayTree, scale: chex.Numeric, direction: chex.ArrayTree) -> chex.ArrayTree:
+    """`tree` + scale · direction, in the dtypes of `tree`."""
+    return optax.tree.cast_like(optax.tree.add_scale(tree, scale, direction), tree)
+
+
 def inner_optimizer(step_size: Any, k: chex.Array) -> optax.GradientTransformation:
     """Gradient descent with the step size of iteration k, unless it is an optimizer already."""
     return step_size if isinstance(step_size, optax.GradientTransformation) else optax.sgd(at(k, step_size))
@@ -205,8 +211,18 @@ def check_step_size(name: str, step: Any) -> None:
 
 def check_schedule(name: str, step: Any) -> None:
     """Raises ValueError unless it is a number >= 0 or a schedule."""
+    if isinstance(step, optax.GradientTransformation):
+        raise ValueError(
+            f"{name} must be a number or a schedule k -> number; got an optax transformation. Pass, say, {name}=0.1."
+        )
     if callable(step):
         checks.function(name, step, "k")
         return
     checks.scalar(name, step)
     checks.nonnegative(name, step)
+
+
+def check_series(step: Any) -> None:
+    """Raises ValueError unless the step size of v, which scales a series, is a number > 0 or a schedule."""
+    if not callable(step):
+        checks.positive("step_sizes.v", step)

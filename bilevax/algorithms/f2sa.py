@@ -52,8 +52,12 @@ def f2sa(problem: BilevelProblem, step_sizes: Any, sample: Sample, multiplier: A
         >>> round(float(state.x), 3), float(state.y)
         (0.505, 1.0)
     """
-    sizes = check_levels(problem, step_sizes)
-    if not callable(multiplier):
+    sizes = check_levels(problem, step_sizes, sample)
+    steps = checks.count("steps", steps)
+    if callable(multiplier):
+        checks.function("multiplier", multiplier, "k")
+    else:
+        checks.scalar("multiplier", multiplier)
         checks.positive("multiplier", multiplier)
 
     def at_iteration(k: chex.Array) -> Hypergradient:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from bilevax import checks
 from bilevax.algorithms.one_agent import one_agent
 from bilevax.decentralized.correction import none
 from bilevax.decentralized.engine import Algorithm, single_loop
@@ -50,5 +51,7 @@ def mrbo(problem: BilevelProblem, step_sizes: Any, sample: Sample, a: Any = 0.1,
         >>> state, info = method.step(jax.random.key(0), method.init(1.0, 2.0), bx.Batch(data, data))
     """
     sizes = levels("step_sizes", step_sizes)
+    checks.scalar("step_sizes.v", sizes.v)
+    checks.positive("step_sizes.v", sizes.v)
     rule, estimator = own_neumann(terms, sizes.v), storm(a, sample)
     return one_agent(lambda gossip: single_loop(problem, gossip, sizes, estimator, none(), local_directions=rule))

@@ -70,7 +70,7 @@ def pzobo(
         >>> float(state.x) < 1, float(state.y), info.calls.inner_gradients
         (True, 1.0, 101)
     """
-    sizes = check_levels(problem, step_sizes)
+    sizes = check_levels(problem, step_sizes, sample)
     steps = checks.count("steps", steps, minimum=1)
     directions = checks.count("directions", directions, minimum=1)
 

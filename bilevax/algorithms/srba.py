@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from bilevax import checks
 from bilevax.algorithms.one_agent import one_agent
 from bilevax.decentralized.correction import none
 from bilevax.decentralized.engine import Algorithm, single_loop
@@ -45,4 +46,5 @@ def srba(problem: BilevelProblem, step_sizes: Any, sample: Sample, period: int) 
         >>> method, data = bx.algorithms.srba(problem, (0.1, 0.5, 0.5), bx.inner.minibatch(2), 4), jnp.arange(8.0)
         >>> state, info = method.step(jax.random.key(0), method.init(1.0, 2.0), bx.Batch(data, data))
     """
+    period = checks.count("period", period, minimum=1)
     return one_agent(lambda gossip: single_loop(problem, gossip, step_sizes, spider(period, sample), none()))

@@ -4,8 +4,8 @@ from typing import Any
 
 import chex
 
-from bilevax import ihvp
-from bilevax.algorithms.descent import check_levels, descent, inner_optimizer
+from bilevax import checks, ihvp
+from bilevax.algorithms.descent import check_levels, check_series, descent, inner_optimizer
 from bilevax.decentralized.engine import Algorithm
 from bilevax.decentralized.levels import at
 from bilevax.hypergradient import hypergradient
@@ -35,7 +35,7 @@ def stocbio(problem: BilevelProblem, step_sizes: Any, sample: Sample, steps: int
       `Algorithm(init, step)` with `DescentState` and `DescentInfo`, on x and y without an agents' axis.
 
     Raises:
-      ValueError: if `steps` < 0 or `terms` < 1, or a step size is negative or of another kind.
+      ValueError: if `steps` < 0 or `terms` < 1, a step size is negative or of another kind, or that of v is 0.
 
     Cost: one ∇f, `steps` + 1 ∇_y g, `terms` Hessian products and one cross product, on a sample each; each product on a
     sample of its own takes one more ∇_y g there.
@@ -51,7 +51,9 @@ def stocbio(problem: BilevelProblem, step_sizes: Any, sample: Sample, steps: int
         >>> float(state.x), float(state.y)
         (0.5, 1.0)
     """
-    sizes = check_levels(problem, step_sizes)
+    sizes = check_levels(problem, step_sizes, sample)
+    check_series(sizes.v)
+    steps, terms = checks.count("steps", steps), checks.count("terms", terms, minimum=1)
 
     def at_iteration(k: chex.Array) -> Hypergradient:
         solver = implicit(

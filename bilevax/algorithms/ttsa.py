@@ -29,7 +29,8 @@ def ttsa(problem: BilevelProblem, step_sizes: Any, sample: Sample, terms: int = 
       `Algorithm(init, step)` with `DescentState` and `DescentInfo`, on x and y without an agents' axis.
 
     Raises:
-      ValueError: if `terms` < 1, or a step size is negative or of another kind; when it draws, if there is no key.
+      ValueError: if `terms` < 1, a step size is negative or of another kind, or that of v is 0; when it draws, if there
+        is no key.
 
     Cost: one ∇f, two ∇_y g, (terms − 1) / 2 Hessian products in the mean and one cross product, on a sample each; each
     product on a sample of its own takes one more ∇_y g there.
@@ -45,6 +46,6 @@ def ttsa(problem: BilevelProblem, step_sizes: Any, sample: Sample, terms: int = 
         >>> float(state.x), float(state.y)
         (0.5, 1.0)
     """
-    sizes = check_levels(problem, step_sizes)
+    sizes = check_levels(problem, step_sizes, sample)
     sizes = sizes._replace(x=falling(sizes.x, 3 / 5), y=falling(sizes.y, 2 / 5))
     return bsa(problem, sizes, sample, steps=1, terms=terms)

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import optax
 
 from bilevax import checks
-from bilevax.algorithms.descent import check_schedule, check_step_size, outer_step
+from bilevax.algorithms.descent import DescentInfo, check_schedule, check_step_size, moved, outer_step
 from bilevax.decentralized.engine import Algorithm
 from bilevax.decentralized.levels import Levels, at, levels
 from bilevax.decentralized.local_directions import own_neumann
-from bilevax.problem import Batch, BilevelProblem, Calls, Directions, arrays, norm
+from bilevax.problem import Batch, BilevelProblem, Directions, arrays, norm
 from bilevax.sampling import Sample, check_key, fold, split
 
 
@@ -39,25 +39,6 @@ class VrboState(NamedTuple):
     optimizer: Any
 
 
-class VrboInfo(NamedTuple):
-    """What one iteration reports; scalars.
-
-    Attributes:
-      moves: `Levels` of ‖x⁺ − x‖ and ‖y⁺ − y‖; () for v.
-      breakdown: True where x or y is not finite.
-      calls: `Calls` of the iteration, on all data or on samples.
-
-    Example:
-        >>> import bilevax as bx
-        >>> bx.algorithms.VrboInfo._fields
-        ('moves', 'breakdown', 'calls')
-    """
-
-    moves: Levels
-    breakdown: chex.Array
-    calls: Calls
-
-
 def vrbo(
     problem: BilevelProblem, step_sizes: Any, sample: Sample, period: int, steps: int = 10, terms: int = 10
 ) -> Algorithm:
@@ -82,10 +63,12 @@ def vrbo(
       terms: Hessian products of each series, >= 0.
 
     Returns:
-      `Algorithm(init, step)` with `VrboState` and `VrboInfo`, on x and y without an agents' axis.
+      `Algorithm(init, step)` with `VrboState` and `DescentInfo` (whose losses are NaN), on x and y without an agents'
+      axis.
 
     Raises:
-      ValueError: if `period` < 1, `steps` < 1 or `terms` < 0, or a step size is negative or of another kind.
+      ValueError: if `period` < 1, `steps` < 1 or `terms` < 0, a step size is negative or of another kind, or that of v
+        is not a positive number.
 
     Cost: 2 (`steps` + 1) evaluations, each one ∇f, one ∇_y g, `terms` Hessian products and one cross product on a
     sample; in every `period`-th iteration one on all data besides.
@@ -104,6 +87,8 @@ def vrbo(
     sizes = levels("step_sizes", step_sizes)
     check_step_size("step_sizes.x", sizes.x)
     check_schedule("step_sizes.y", sizes.y)
+    checks.scalar("step_sizes.v", sizes.v)
+    checks.positive("step_sizes.v", sizes.v)
     rule = own_neumann(terms, sizes.v)
     checks.function("sample", sample, "key", "t", "data")
     period = checks.count("period", period, minimum=1)
@@ -118,7 +103,7 @@ def vrbo(
         optimizer = sizes.x.init(x) if isinstance(sizes.x, optax.GradientTransformation) else ()
         return VrboState(jnp.zeros((), jnp.int32), x, y, u, optimizer)
 
-    def step(key: chex.PRNGKey | None, state: VrboState, batch: Batch) -> tuple[VrboState, VrboInfo]:
+    def step(key: chex.PRNGKey | None, state: VrboState, batch: Batch) -> tuple[VrboState, DescentInfo]:
         checks.instance("state", state, VrboState, "Pass step(key, state, batch) the state of init or of a step.")
         checks.instance("batch", batch, Batch, "Pass bx.Batch(outer=..., inner=...).")
         check_key(key)
@@ -133,7 +118,7 @@ def vrbo(
         def move(carry: tuple, t: chex.Array) -> tuple[tuple, None]:
             u, before, (x, y) = carry
             u = follow(t, u, before, (x, y))
-            return (u, (x, y), (x, _moved(y, at(k, sizes.y), u.y))), None
+            return (u, (x, y), (x, moved(y, -at(k, sizes.y), u.y))), None
 
         refresh = k % period == 0
         u = jax.lax.cond(refresh, lambda: rule.evaluate(problem, state.x, state.y, (), batch), lambda: state.u)
@@ -143,10 +128,8 @@ def vrbo(
         u = follow(jnp.asarray(steps), u, before, (x, y))
         moves = Levels(norm(optax.tree.sub(x, state.x)), norm(optax.tree.sub(y, state.y)), ())
         calls = jax.tree.map(lambda one: one * (2 * (steps + 1) + refresh), unit)
-        return VrboState(k + 1, x, y, u, optimizer), VrboInfo(moves, ~jnp.isfinite(moves.x + moves.y), calls)
+        unknown = jnp.full_like(moves.x, jnp.nan)
+        info = DescentInfo(moves, ~jnp.isfinite(moves.x + moves.y), calls, unknown, unknown)
+        return VrboState(k + 1, x, y, u, optimizer), info
 
     return Algorithm(init, step)
-
-
-def _moved(y: chex.ArrayTree, step_size: chex.Numeric, direction: chex.ArrayTree) -> chex.ArrayTree:
-    return optax.tree.cast_like(optax.tree.add_scale(y, -step_size, direction), y)

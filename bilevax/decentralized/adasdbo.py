@@ -31,9 +31,9 @@ def adasdbo(
         q^y = √m^y,      q^v = √max(m^y, m^v),      q^x = √m^x · q^v
         s_i ← Σ_j w_ij (s_j − a_s d^s_j / q^s_j),      m^s_i ← Σ_j w_ij m^s_j
 
-    As long as the agents' own directions do not vanish their m grow, and the steps shrink as 1/√k (of x as 1/k): it
-    approaches x* without a correction, but slowly. Do not use it where the agents differ much and steps can be tuned:
-    gradient tracking converges linearly there.
+    m^s travels with s: it is averaged with the gossip of its own level. As long as the agents' own directions do not
+    vanish their m grow, and the steps shrink as 1/√k (of x as 1/k): it approaches x* without a correction, but slowly.
+    Do not use it where the agents differ much and steps can be tuned: gradient tracking converges linearly there.
 
     Args:
       problem: f_i and g_i.

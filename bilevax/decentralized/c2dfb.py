@@ -104,6 +104,8 @@ def c2dfb(
     inner_steps = checks.count("inner_steps", inner_steps, minimum=1)
     checks.scalar("multiplier", multiplier)
     checks.positive("multiplier", multiplier)
+    checks.scalar("gossip_step", gossip_step)
+    checks.positive("gossip_step", gossip_step)
     checks.function("sample", sample, "key", "k", "data")
     gossips = plain._replace(**{name: choco(getattr(plain, name), compressor, gossip_step) for name in ("y", "v")})
     outer_loss = checks.scalar_loss("outer_loss", problem.outer_loss)

@@ -120,7 +120,8 @@ def subset(p: float, block: int | None = None) -> Coins:
         block = checks.count("block", block, minimum=1)
 
     def choose(key: chex.PRNGKey, k: chex.Numeric, gossip: Gossip) -> chex.Array:
-        agents, size = gossip.agents(), blocks_of(gossip, block)
+        agents = gossip.agents()
+        size = blocks_of(gossip, block, "bx.coins.independent(p), which skips where a device holds one agent")
         first = agents[::size]
         keys = jax.vmap(lambda agent: jax.random.fold_in(needed(key), agent // size))(first)
         drawn = jax.vmap(lambda key: jax.random.permutation(key, size)[: ceil(p * size - 1e-9)])(keys)
@@ -129,12 +130,15 @@ def subset(p: float, block: int | None = None) -> Coins:
     return choose
 
 
-def blocks_of(gossip: Gossip, block: int | None) -> int:
-    """The number of agents in a block, all of them where it is None; refuses blocks that span two devices."""
+def blocks_of(gossip: Gossip, block: int | None, otherwise: str) -> int:
+    """The number of agents in a block, all of them where it is None; refuses blocks that span two devices.
+
+    `otherwise` is the fix where the wanted and the possible numbers have no common divisor.
+    """
     size, local = gossip.n if block is None else block, gossip.agents().size
     if local % size:
         fits = gcd(size, local)
-        fix = f"block={fits}" if fits > 1 else "bx.coins.independent(p), which skips where a device holds one agent"
+        fix = f"block={fits}" if fits > 1 else otherwise
         raise ValueError(
             f"block must divide the number of agents on a device; got blocks of {size} and {local} agents on each "
             f"device. Take {fix}, or fewer devices."

@@ -66,7 +66,8 @@ def gbdsbo(
       gossip: a `Gossip`, for everything.
       step_sizes: `Levels(x, y, v)` of numbers, schedules or optax transformations; that of v does not count.
       sample: `sample(key, k, data) -> batch` for the data of one agent, drawn anew for each Hessian factor.
-      factors: b >= 1 independent Hessians of a Neumann series of b terms; None for one Hessian that is inverted.
+      factors: b >= 1 independent Hessians of a Neumann series of b + 1 terms (j = 0..b); None for one Hessian that
+        is inverted.
       inverse_step: c > 0, usually 1 / L, with factors.
 
     Returns:
@@ -83,7 +84,8 @@ def gbdsbo(
 
     Reference: Yang, Zhang and Wang, "Decentralized gossip-based stochastic bilevel optimization over communication
     networks", arXiv 2206.10870. Reconstructed: averaged gradients and Hessians with several independent factors are the
-    paper's; that all are tracked is the reading taken here.
+    paper's; that all are tracked is the reading taken here. Deviation: of the size of y it sends y, ∇_y f and ∇_y g,
+    3 d_y numbers, where the published count is 2 d_y.
 
     Example:
         >>> import bilevax as bx, jax.numpy as jnp
@@ -162,8 +164,9 @@ def gbdsbo(
 
         along = jax.vmap(outer)(t.outer_x, t.cross, v), jax.vmap(unravel)(t.inner_y)
         message, states = [], []
+        setting = Setting(problem, (state.x, state.y, ()), batch, fold(key, 1 + number), agents)
         for s, d, size, old in zip((state.x, state.y), along, steps[:2], moves, strict=True):
-            change, new = move(size, state.k, Setting(problem, (state.x, state.y, ()), batch)).apply(d, old, s)
+            change, new = move(size, state.k, setting).apply(d, old, s)
             message.append(optax.apply_updates(s, change))
             states.append(new)
         sent = gossip.bytes(mixing, (*message, t))

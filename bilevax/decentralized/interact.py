@@ -4,6 +4,7 @@ from typing import Any
 
 import chex
 
+from bilevax import checks
 from bilevax.decentralized.correction import Correction, local, tracking_non_atc
 from bilevax.decentralized.engine import Algorithm, single_loop
 from bilevax.decentralized.estimator import Estimator, full, spider
@@ -78,7 +79,8 @@ def interact_svr(
         u_k = d(x_k, y_k)                                                  if k mod q = 0
         u_k = u_{k−1} + d(x_k, y_k; ξ_k) − d(x_{k−1}, y_{k−1}; ξ_k)        otherwise
 
-    for both levels, in the place of the exact directions of `interact`. Its limit is that of `interact`, x_p.
+    for both levels, in the place of the exact directions of `interact`. Its limit is that of `interact`, x_p: do not
+    use it where the lower level is common, nor where a pass over all data of an agent is out of reach (take `diamond`).
 
     Args:
       problem: f_i and g_i, each strongly convex in y.
@@ -122,6 +124,8 @@ def personal(
     correction: Correction | None,
 ) -> Algorithm:
     """A common x that is corrected, a y of each agent's own, and hypergradients by its own Neumann series."""
-    corrections = Levels(correction or tracking_non_atc(), local(), local())
+    correction = tracking_non_atc() if correction is None else correction
+    checks.instance("correction", correction, Correction, "Pass, say, bx.correction.tracking(), called.")
+    corrections = Levels(correction, local(), local())
     rule = own_neumann(terms, inverse_step)
     return single_loop(problem, gossip, step_sizes, estimator, corrections, local_directions=rule)

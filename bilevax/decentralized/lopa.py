@@ -62,6 +62,8 @@ def lopa_tracking(
         y_i ← y_i − a_y d^y_i,      v_i ← v_i − a_v d^v_i,      h_i ← (1 − θ) h_i + θ d^x_i
         t_i ← Σ_j w_ij t_j + h_i(new) − h_i(old),      x_i ← Σ_j w_ij (x_j − a_x t_j)
 
+    Do not use it where the lower level is common, nor where a second message of d_x costs more than a bias of O(a_x).
+
     Args:
       problem: f_i and g_i, each strongly convex in y.
       gossip: a `Gossip`, or `Levels` of them; those of y and v do not count.

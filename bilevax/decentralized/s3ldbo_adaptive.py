@@ -4,6 +4,7 @@ from typing import Any
 
 import chex
 
+from bilevax import checks
 from bilevax.decentralized.correction import Correction, tracking
 from bilevax.decentralized.engine import Algorithm, single_loop
 from bilevax.decentralized.estimator import moved_snapshot
@@ -57,4 +58,6 @@ def s3ldbo_adaptive(
         1
     """
     estimator = moved_snapshot(p, block)
-    return single_loop(problem, gossip, step_sizes, estimator, correction or tracking(), radius=radius)
+    correction = tracking() if correction is None else correction
+    checks.instance("correction", correction, Correction, "Pass, say, bx.correction.tracking(), called.")
+    return single_loop(problem, gossip, step_sizes, estimator, correction, radius=radius)

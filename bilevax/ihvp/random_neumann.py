@@ -64,8 +64,10 @@ def random_neumann(
         [4.0, 8.0]
     """
     terms = checks.count("terms", terms, minimum=1)
+    checks.scalar("step_size", step_size)
     checks.positive("step_size", step_size)
     checks.function("sample", sample, "key", "t", "data")
+    checks.scalar("damping", damping)
     checks.nonnegative("damping", damping)
     checks.function("curvature", curvature, "inner_loss", "x", "y", "batch")
 

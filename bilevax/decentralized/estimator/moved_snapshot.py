@@ -71,7 +71,8 @@ def moved_snapshot(p: float, block: int | None = None) -> Estimator:
     def update(
         key: Any, state: MovedSnapshotState, oracle: Oracle, point: Levels, batch: Batch, k: chex.Numeric
     ) -> tuple:
-        size = blocks_of(oracle.gossip, block)
+        local = len(oracle.gossip.agents())
+        size = blocks_of(oracle.gossip, block, f"block={local}, all agents of a device")
         moved = [jax.vmap(norm)(s).reshape(-1, size) for s in optax.tree.sub(point, state.point) if jax.tree.leaves(s)]
         tiny = jnp.finfo(jnp.float32).tiny
         shares = sum(distance / jnp.maximum(distance.mean(1, keepdims=True), tiny) for distance in moved)
