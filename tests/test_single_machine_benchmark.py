@@ -47,11 +47,16 @@ def test_a_short_run(monkeypatch, tmp_path, capsys):
     names = ["soba-published", "saba", "srba", "amigo", "f2sa"]
     command = ["single-machine", "--quick", "--results", str(tmp_path), "--methods", *names]
     assert main(command) == 0
-    assert all(name in capsys.readouterr().out for name in ("F(x)",))
+    out = capsys.readouterr().out
+    assert all(name in out for name in ("F(x)", *names))
+    data = single_machine.Data(rows(0, 300), rows(1, 200), bx.Batch(None, None))
+    first = single_machine.evaluate(data, bx.Levels(*single_machine.start(5), None))["exact_loss"]
     for name in names:
         record = json.loads((tmp_path / "single-machine-ijcnn1" / f"{name}-seed0.json").read_text())
         assert record["metrics"]["outer_steps"] == single_machine.QUICK_ITERATIONS
-        assert 0.3 < record["metrics"]["exact_loss"] < 0.7
+        last = record["metrics"]["exact_loss"]
+        # the first published steps of x are too large here
+        assert 0.5 < last < 0.6 if name == "soba-published" else 0.4 < last < first - 0.03
     assert (tmp_path / "single-machine-ijcnn1" / "single-machine-ijcnn1.png").exists()
 
 
