@@ -20,7 +20,7 @@ def dsoba_first_order(
     theta: Any = 1.0,
     delta: chex.Numeric = 1e-3,
 ) -> Algorithm:
-    """`dsoba` from first derivatives alone.
+    """Decentralized single-loop bilevel descent, first-order form: `dsoba` without second derivatives.
 
         ∇²_yy g · v ≈ [∇_y g(x, y + δ v) − ∇_y g(x, y − δ v)] / 2δ,      ∇²_xy g · v likewise from ∇_x g
 
