@@ -43,7 +43,7 @@ where one is ∇f, ∇_y g, a Hessian and a cross product on all its examples (a
 its share); sent: by one agent to all its neighbours; dist.: root mean square distance of the agents' x to their mean.
 Each method has as many iterations as evaluate no more derivatives than {iterations} of sldbo do, at most twice as many.
 Steps: for each method the best of the same {pairs} pairs of step sizes, by the last F(x) of the worse of the first two
-seeds, without those that had F(x) above that of the start halfway, or whose agents drifted apart.
+seeds, without those whose outer loss was above that of the start halfway, or whose agents drifted apart.
 """
 
 

@@ -34,7 +34,7 @@ from benchmarks.runner import Options
 
 TASK = "decentralized_regularization"
 INNER_GRID = (0.125, 0.25, 0.5, 1.0, 2.0)  # over the curvature L of the mean inner loss
-QUICK_ITERATIONS, QUICK_ROWS = 200, 1000
+QUICK_ITERATIONS = 200
 PARTITION = "dirichlet:0.1"
 COLUMNS: Columns = {"test_accuracy": ("test\nacc.", "{:.3f}".format)}
 CAPTION = "F(x): mean loss on the validation rows. Step sizes of y and v: {grid} over L = {curvature:.3g}.\n"
@@ -54,6 +54,7 @@ class Setting(NamedTuple):
       outer_grid: step sizes of x.
       start: first x.
       effort: of the accurate solution.
+      quick_rows: in the quick setting.
     """
 
     rows: int
@@ -61,14 +62,15 @@ class Setting(NamedTuple):
     outer_grid: tuple[float, ...]
     start: float
     effort: Effort = Effort()
+    quick_rows: int = 1000
 
 
 SETTINGS = {
     "synthetic": Setting(1600, 1000, (8.0, 32.0, 128.0, 512.0), -2.0),
-    "mnist": Setting(2000, 400, (10.0, 40.0, 160.0, 640.0), 5.0, Effort(products=300)),
+    "mnist": Setting(2000, 400, (10.0, 40.0, 160.0, 640.0), 5.0, Effort(8, 200)),
     "a9a": Setting(8000, 600, (10.0, 40.0, 160.0, 640.0), -2.0),
     "ijcnn1": Setting(8000, 1000, (10.0, 40.0, 160.0, 640.0), -2.0),
-    "w8a": Setting(8000, 600, (10.0, 40.0, 160.0, 640.0), -2.0),
+    "w8a": Setting(8000, 600, (10.0, 40.0, 160.0, 640.0), -2.0, quick_rows=4000),  # few of them are positive
 }
 SYNTHETIC_FEATURES = 40
 
@@ -149,7 +151,7 @@ class Config:
     def load(self, seed: int) -> Divided:
         """The data of a seed, divided."""
         n, usual = self.network.agents, SETTINGS[self.data].rows
-        rows = self.rows or (min(usual, QUICK_ROWS) if self.common.quick else usual)
+        rows = self.rows or (min(usual, SETTINGS[self.data].quick_rows) if self.common.quick else usual)
         if self.data == "synthetic":
             return synthetic(n, seed, SYNTHETIC_FEATURES, rows, self.heterogeneity)
         return real(self.data, seed, rows, parsed("partition", self.partition, PARTITIONS)(n, seed))

@@ -129,34 +129,32 @@ def tuned(
 ) -> dict[str, Any]:
     """The step sizes of the grid whose `make(steps)` ends with the lowest F(x); one program runs all of them.
 
-    Of several seeds (the keys of `networks`) the worst one counts. Steps that have F(x) above that of the start halfway
-    are left out, since their ends are good or bad by luck, and so are those whose agents end farther from their mean
-    than that has moved.
+    Of several seeds (the keys of `networks`) the worst one counts. Steps whose own outer loss is above that of the
+    start halfway are left out, since their ends are good or bad by luck, and so are those whose agents end farther from
+    their mean than that has moved.
     """
     first = next(iter(networks.values()))
 
     def ends(steps: bx.Levels, key: Any, x: chex.ArrayTree, y: chex.ArrayTree, batch: bx.Batch) -> tuple:
         method = make(steps)
 
-        def step(k: chex.Numeric, carry: tuple) -> tuple:
-            state, halfway = carry
-            state, _ = method.step(key, state, batch)
-            now = first.point(state.x, state.y)
-            return state, jax.tree.map(lambda new, old: jnp.where(k == iterations // 2, new, old), now, halfway)
+        def step(_: chex.Numeric, state: Any) -> Any:
+            return method.step(key, state, batch)[0]
 
-        begin = method.init(x, y, batch), first.point(x, y)
-        state, halfway = jax.lax.fori_loop(0, iterations, step, begin)
-        last = first.point(state.x, state.y)
-        moved = optax.tree.norm(optax.tree.sub(last[0], first.point(x, y)[0]))
-        return halfway, last, consensus(state.x, last[0]) <= moved
+        def loss(point: tuple[chex.ArrayTree, chex.ArrayTree]) -> chex.Array:
+            return first.loss(first.problem.outer_loss, point[0], point[1], batch.outer)
+
+        halfway = jax.lax.fori_loop(0, iterations // 2, step, method.init(x, y, batch))
+        state = jax.lax.fori_loop(iterations // 2, iterations, step, halfway)
+        begin, middle, last = first.point(x, y), first.point(halfway.x, halfway.y), first.point(state.x, state.y)
+        moved = optax.tree.norm(optax.tree.sub(last[0], begin[0]))
+        return last, (loss(middle) <= loss(begin)) & (consensus(state.x, last[0]) <= moved)
 
     program = jax.jit(jax.vmap(ends, (0, None, None, None, None)))
     scores = []
     for seed, network in networks.items():
-        *points, together = jax.device_get(program(grid, jax.random.key(seed), *network.start, network.batch))
-        halfway, losses = (_losses(exactly, network, point, len(grid.x)) for point in points)
-        start = judged(exactly, *network.point(*network.start), network.batch)["exact_loss"]
-        scores.append((losses, (halfway <= start) & together))
+        points, steady = jax.device_get(program(grid, jax.random.key(seed), *network.start, network.batch))
+        scores.append((_losses(exactly, network, points, len(grid.x)), steady))
     best = chosen(*(np.stack(parts) for parts in zip(*scores, strict=True)))
     return {
         "step_sizes": {name: float(values[best]) for name, values in grid._asdict().items()},
