@@ -34,8 +34,7 @@ from benchmarks.runner import Options
 
 TASK = "decentralized_regularization"
 INNER_GRID = (0.125, 0.25, 0.5, 1.0, 2.0)  # over the curvature L of the mean inner loss
-QUICK_ITERATIONS = 200
-PARTITION = "dirichlet:0.1"
+QUICK_ITERATIONS, QUICK_ROWS = 200, 1000
 COLUMNS: Columns = {"test_accuracy": ("test\nacc.", "{:.3f}".format)}
 CAPTION = "F(x): mean loss on the validation rows. Step sizes of y and v: {grid} over L = {curvature:.3g}.\n"
 METHODS = (
@@ -54,7 +53,7 @@ class Setting(NamedTuple):
       outer_grid: step sizes of x.
       start: first x.
       effort: of the accurate solution.
-      quick_rows: in the quick setting.
+      partition: where none is chosen.
     """
 
     rows: int
@@ -62,7 +61,7 @@ class Setting(NamedTuple):
     outer_grid: tuple[float, ...]
     start: float
     effort: Effort = Effort()
-    quick_rows: int = 1000
+    partition: str = "dirichlet:0.1"
 
 
 SETTINGS = {
@@ -70,7 +69,7 @@ SETTINGS = {
     "mnist": Setting(2000, 400, (10.0, 40.0, 160.0, 640.0), 5.0, Effort(8, 200)),
     "a9a": Setting(8000, 600, (10.0, 40.0, 160.0, 640.0), -2.0),
     "ijcnn1": Setting(8000, 1000, (10.0, 40.0, 160.0, 640.0), -2.0),
-    "w8a": Setting(8000, 600, (10.0, 40.0, 160.0, 640.0), -2.0, quick_rows=4000),  # few of them are positive
+    "w8a": Setting(8000, 600, (10.0, 40.0, 160.0, 640.0), -2.0, partition="dirichlet:1"),  # few rows are positive
 }
 SYNTHETIC_FEATURES = 40
 
@@ -113,9 +112,10 @@ class Config:
 
     data: Literal["synthetic", "mnist", "a9a", "ijcnn1", "w8a"] = "synthetic"
     """Drawn for each agent, or a public data set."""
-    partition: str = PARTITION
+    partition: str | None = None
     """How the rows of a public data set are divided, by their labels: dirichlet:ALPHA (drawn as in NIID-Bench, until
-    every agent has 10 rows of each kind), dirichlet-plain:ALPHA, classes:NUMBER, shards:NUMBER, quantity:BETA, iid."""
+    every agent has 10 rows of each kind), dirichlet-plain:ALPHA, classes:NUMBER, shards:NUMBER, quantity:BETA, iid.
+    By default dirichlet:0.1, and dirichlet:1 for w8a, few of whose rows are positive."""
     heterogeneity: float = 0.2
     """r of synthetic data: agent i = 1, 2, ... has features of variance (i · r)²."""
     rows: int | None = None
@@ -128,9 +128,9 @@ class Config:
     def __post_init__(self) -> None:
         """Refuses what cannot be run."""
         self.common.check_methods(names())
-        parsed("partition", self.partition, PARTITIONS)
+        parsed("partition", self.division, PARTITIONS)
         drawn = self.data == "synthetic"
-        if drawn and self.partition != PARTITION:
+        if drawn and self.partition is not None:
             raise ValueError(
                 f"partition is about public data sets; got {self.partition} with data=synthetic, where each agent has "
                 f"rows of its own. Drop --partition, or pass, say, --data a9a."
@@ -147,20 +147,25 @@ class Config:
         if self.rows is not None and self.rows < (least := 20 * self.network.agents):
             raise ValueError(f"rows must be an int >= 20 for each agent; got {self.rows}. Pass, say, --rows {least}.")
 
+    @property
+    def division(self) -> str:
+        """The partition, chosen or not."""
+        return self.partition or SETTINGS[self.data].partition
+
     @functools.cache  # noqa: B019
     def load(self, seed: int) -> Divided:
         """The data of a seed, divided."""
         n, usual = self.network.agents, SETTINGS[self.data].rows
-        rows = self.rows or (min(usual, SETTINGS[self.data].quick_rows) if self.common.quick else usual)
+        rows = self.rows or (min(usual, QUICK_ROWS) if self.common.quick else usual)
         if self.data == "synthetic":
             return synthetic(n, seed, SYNTHETIC_FEATURES, rows, self.heterogeneity)
-        return real(self.data, seed, rows, parsed("partition", self.partition, PARTITIONS)(n, seed))
+        return real(self.data, seed, rows, parsed("partition", self.division, PARTITIONS)(n, seed))
 
     def run(self) -> int:
         """Runs everything, prints the table and writes the files; returns the exit code."""
         setting, data = SETTINGS[self.data], self.load(self.common.seed)
         level = curvature(data)[0]
-        how = f"r = {self.heterogeneity:g}" if self.data == "synthetic" else self.partition
+        how = f"r = {self.heterogeneity:g}" if self.data == "synthetic" else self.division
         job = Job(
             name=TASK,
             title=f"Penalties of {self.data}, {how}",
@@ -172,7 +177,8 @@ class Config:
             columns=COLUMNS,
             panel=GRADIENT,
             configuration={
-                **{name: getattr(self, name) for name in ("data", "partition", "heterogeneity")},
+                **{name: getattr(self, name) for name in ("data", "heterogeneity")},
+                "partition": None if self.data == "synthetic" else self.division,
                 "train": len(data.train.labels),
                 "validation": len(data.validation.labels),
                 "start": setting.start,
