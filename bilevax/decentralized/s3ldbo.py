@@ -5,9 +5,11 @@ from typing import Any
 import chex
 
 from bilevax.decentralized.coins import Coins
-from bilevax.decentralized.correction import Correction, tracking
+from bilevax.decentralized.correction import Correction
 from bilevax.decentralized.engine import Algorithm, single_loop
 from bilevax.decentralized.estimator import lazy_snapshot
+from bilevax.decentralized.levels import Levels
+from bilevax.decentralized.sldbo import tracked
 from bilevax.problem import BilevelProblem
 
 
@@ -17,7 +19,7 @@ def s3ldbo(
     step_sizes: Any,
     coins: Coins,
     radius: chex.Numeric | None = None,
-    correction: Correction | None = None,
+    correction: Correction | Levels | None = None,
 ) -> Algorithm:
     """SLDBO with snapshot gradient tracking: communication in every iteration, derivatives when a coin says so.
 
@@ -35,7 +37,8 @@ def s3ldbo(
       coins: who refreshes: `bx.coins.subset(p)` really skips on one device; `bx.coins.independent(p)`,
         `bx.coins.common(p)`, or a function `(key, k, gossip) -> choice`; see `bx.coins`.
       radius: of the ball of v; None for no projection.
-      correction: the form of gradient tracking; None for `bx.correction.tracking()`, semi-ATC.
+      correction: the form of gradient tracking, or `Levels` of corrections; None for `bx.correction.tracking()`,
+        semi-ATC. With `bx.correction.local()` for y and v, every agent has a lower level of its own.
 
     Returns:
       `Algorithm(init, step)`; `init` needs the batch, where everybody evaluates once.
@@ -62,4 +65,5 @@ def s3ldbo(
         >>> int(info.calls.hessian_products.sum())
         1
     """
-    return single_loop(problem, gossip, step_sizes, lazy_snapshot(coins), correction or tracking(), radius=radius)
+    corrections = tracked("correction", correction)
+    return single_loop(problem, gossip, step_sizes, lazy_snapshot(coins), corrections, radius=radius)

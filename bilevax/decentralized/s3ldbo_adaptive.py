@@ -4,10 +4,11 @@ from typing import Any
 
 import chex
 
-from bilevax import checks
-from bilevax.decentralized.correction import Correction, tracking
+from bilevax.decentralized.correction import Correction
 from bilevax.decentralized.engine import Algorithm, single_loop
 from bilevax.decentralized.estimator import moved_snapshot
+from bilevax.decentralized.levels import Levels
+from bilevax.decentralized.sldbo import tracked
 from bilevax.problem import BilevelProblem
 
 
@@ -18,7 +19,7 @@ def s3ldbo_adaptive(
     p: float,
     block: int | None = None,
     radius: chex.Numeric | None = None,
-    correction: Correction | None = None,
+    correction: Correction | Levels | None = None,
 ) -> Algorithm:
     """Snapshot gradient tracking in which those agents evaluate who have moved farthest since they last did.
 
@@ -35,7 +36,8 @@ def s3ldbo_adaptive(
       p: fraction of the agents that evaluate in an iteration, in (0, 1].
       block: see `bx.estimator.moved_snapshot`; None compares all agents, on one device.
       radius: of the ball of v; None for no projection.
-      correction: the form of gradient tracking; None for `bx.correction.tracking()`, semi-ATC.
+      correction: the form of gradient tracking, or `Levels` of corrections; None for `bx.correction.tracking()`,
+        semi-ATC. With `bx.correction.local()` for y and v, every agent has a lower level of its own.
 
     Returns:
       `Algorithm(init, step)`; deterministic; `init` needs the batch, where everybody evaluates once.
@@ -57,7 +59,5 @@ def s3ldbo_adaptive(
         >>> int(info.calls.hessian_products.sum())
         1
     """
-    estimator = moved_snapshot(p, block)
-    correction = tracking() if correction is None else correction
-    checks.instance("correction", correction, Correction, "Pass, say, bx.correction.tracking(), called.")
-    return single_loop(problem, gossip, step_sizes, estimator, correction, radius=radius)
+    corrections = tracked("correction", correction)
+    return single_loop(problem, gossip, step_sizes, moved_snapshot(p, block), corrections, radius=radius)

@@ -5,8 +5,9 @@ from typing import Any
 import chex
 
 from bilevax.decentralized.correction import Correction, tracking
-from bilevax.decentralized.engine import Algorithm, single_loop
+from bilevax.decentralized.engine import Algorithm, of_kind, single_loop
 from bilevax.decentralized.estimator import full
+from bilevax.decentralized.levels import Levels
 from bilevax.problem import BilevelProblem
 
 
@@ -15,7 +16,7 @@ def sldbo(
     gossip: Any,
     step_sizes: Any,
     radius: chex.Numeric | None = None,
-    correction: Correction | None = None,
+    correction: Correction | Levels | None = None,
 ) -> Algorithm:
     """Single-loop decentralized bilevel optimization with exact local directions.
 
@@ -33,7 +34,8 @@ def sldbo(
       step_sizes: `Levels(x, y, v)` of numbers, schedules or optax transformations.
       radius: ρ of the ball of v, at least sup ‖v*‖ (for example a bound of ‖∇_y f‖ over the strong convexity of g): a
         smaller one changes the limit. None for no projection.
-      correction: the form of gradient tracking; None for `bx.correction.tracking()`, semi-ATC.
+      correction: the form of gradient tracking, or `Levels` of corrections; None for `bx.correction.tracking()`,
+        semi-ATC. With `bx.correction.local()` for y and v, every agent has a lower level of its own.
 
     Returns:
       `Algorithm(init, step)`; deterministic, the key may be None.
@@ -58,4 +60,10 @@ def sldbo(
         >>> int(info.calls.hessian_products[0]), float(info.bytes[0]) / state.x.dtype.itemsize, info.rounds
         (1, 12.0, 1)
     """
-    return single_loop(problem, gossip, step_sizes, full(), correction or tracking(), radius=radius)
+    return single_loop(problem, gossip, step_sizes, full(), tracked("correction", correction), radius=radius)
+
+
+def tracked(name: str, correction: Correction | Levels | None) -> Levels:
+    """One correction for each level, semi-ATC tracking where there is none; raises ValueError for anything else."""
+    chosen = tracking() if correction is None else correction
+    return of_kind(name, chosen, Correction, "Pass, say, bx.correction.tracking(), called.")
