@@ -34,8 +34,8 @@ TASK = "decentralized_curvature"
 FIRST_PENALTY = 1e-3
 DAMPING = 1e-3
 TOL = 1e-6
-X_GRID, LOWER_GRID = (1.0, 3.0), (0.1, 0.3, 0.6, 1.2)
-ITERATIONS, QUICK_ITERATIONS = 3000, 600
+X_GRID, LOWER_GRID = (1.0, 3.0), (0.1, 0.3, 1.2)
+ITERATIONS, QUICK_ITERATIONS = 3000, 1500
 COLUMNS: Columns = {
     "iterations": ("iterations\nto 1e-6", "{:,.0f}".format),
     "residual": ("last\nresidual", "{:.1e}".format),
