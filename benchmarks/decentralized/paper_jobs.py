@@ -60,7 +60,7 @@ def pair(
 
 
 FASHION = ("--data", "fashion-mnist")
-LIBSVM = ("a9a", "ijcnn1", "w8a")
+LIBSVM = ("a9a", "ijcnn1")
 FEW = ("sldbo", "s3ldbo-0.2", "dsvrbgd", "sparkle-gt", "d-soba")
 OWN = ("interact", "interact-svr", "diamond", "lopa-local", "lopa-tracking")
 ALL_CLEANING = (
