@@ -57,7 +57,6 @@ ALGORITHMS = {
     "s3ldbo_independent": preset(bx.decentralized.s3ldbo, bx.coins.independent(0.5)),
     "s3ldbo_common": preset(bx.decentralized.s3ldbo, bx.coins.common(0.5)),
     "s3ldbo_subset": preset(bx.decentralized.s3ldbo, bx.coins.subset(0.5, block=2)),
-    "s3ldbo_adaptive": preset(bx.decentralized.s3ldbo_adaptive, 0.5, block=2),
     "s3ldbo_unbiased": preset(bx.decentralized.s3ldbo_unbiased, 0.5),
     "dsvrbgd_simultaneous": sampled(bx.decentralized.dsvrbgd_simultaneous, momentum=0.5, rate=0.5),
     "dsvrbgd_alternating": sampled(bx.decentralized.dsvrbgd_alternating, momentum=0.5, rate=0.5),
@@ -219,7 +218,6 @@ CALLS = {  # per agent and iteration: ∇f, ∇_y g, Hessian products, cross pro
     "s3ldbo_unbiased": None,
     "s3ldbo_common": (1, 1, 1, 1),  # when the coin says so: the branch is counted
     "s3ldbo_subset": (0.5, 0.5, 0.5, 0.5),
-    "s3ldbo_adaptive": (0.5, 0.5, 0.5, 0.5),
     "dsvrbgd_simultaneous": (2, 2, 2, 2),
     "dsvrbgd_alternating": (2, 4, 2, 2),
     "sparkle_ed": (1, 2, 1, 1),

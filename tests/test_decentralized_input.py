@@ -65,10 +65,6 @@ BAD = {
     "p_unbiased": (r"\bp\b", lambda: decentralized.s3ldbo_unbiased(PROBLEM, TOY_RING, TOY_STEPS, 0.0)),
     "blocks": ("block.*block=2", lambda: coins.subset(0.5, block=6)(KEY, 0, TOY_RING)),
     "blocks_of_nobody": ("coins.independent", lambda: coins.subset(0.5, block=3)(KEY, 0, TOY_RING)),
-    "blocks_of_the_farthest": (
-        "block=4, all agents",
-        lambda: stepped(lambda: decentralized.s3ldbo_adaptive(PROBLEM, TOY_RING, TOY_STEPS, 0.5, block=3)),
-    ),
     "two_step_sizes": ("step_sizes.*tuple of 2", steps((0.1, 0.2))),
     "negative_step_size": (r"step_sizes\.y.*-0\.1", steps((0.1, -0.1, 0.1))),
     "step_sizes_by_name": ("step_sizes.*dict", steps({"x": 0.1, "y": 0.1, "v": 0.1})),
@@ -210,7 +206,7 @@ FIELD = {
             "interact": (3, 0.1),
             "interact_svr": (3, 0.1, 2, FULL),
             "diamond": (FULL, 0.5, 3, 0.1),
-            "s3ldbo_adaptive": (0.5, None, None),
+            "sldbo": (None,),
         }.items()
     },
     "adasdbo_sample": (r"sample must be a function \(key", "adasdbo", (3,)),

@@ -6,6 +6,7 @@ from typing import Any
 
 import bilevax as bx
 from benchmarks.decentralized.methods import Row, counted, size_of
+from benchmarks.decentralized.moved_snapshot import s3ldbo_adaptive
 from benchmarks.decentralized.network import Network
 
 REFRESH = (0.5, 0.2, 0.1)
@@ -107,7 +108,7 @@ def rows(coins: Callable, size: int) -> tuple[Row, ...]:
         Row("sldbo", preset(methods.sldbo)),
         *(Row(f"s3ldbo-{p:g}", preset(methods.s3ldbo, coins=coins(p)), at_start=1) for p in REFRESH),
         *(Row(f"s3ldbo-subset-{p:g}", preset(methods.s3ldbo, coins=bx.coins.subset(p)), at_start=1) for p in ADAPTIVE),
-        *(Row(f"s3ldbo-adaptive-{p:g}", preset(methods.s3ldbo_adaptive, p=p), at_start=1) for p in ADAPTIVE),
+        *(Row(f"s3ldbo-adaptive-{p:g}", preset(s3ldbo_adaptive, p=p), at_start=1) for p in ADAPTIVE),
         Row("s3ldbo-unbiased-0.2", preset(methods.s3ldbo_unbiased, p=0.2), at_start=1),
         sampled("dsvrbgd", simultaneous, twice),
         sampled("dsvrbgd-alternating", drawn(methods.dsvrbgd_alternating, size, **reduced), counted(2, 4, 2, 2)),
@@ -145,7 +146,7 @@ def personal_rows(coins: Callable, size: int) -> tuple[Row, ...]:
         return bx.Levels(upper, correction.local(), correction.local())
 
     s3ldbo = functools.partial(preset, methods.s3ldbo, correction=own(correction.tracking()))
-    adaptive = functools.partial(preset, methods.s3ldbo_adaptive, correction=own(correction.tracking()))
+    adaptive = functools.partial(preset, s3ldbo_adaptive, correction=own(correction.tracking()))
     sparkle = preset(methods.sparkle, corrections=own(correction.exact_diffusion()))
     sampled, twice = functools.partial(Row, batch_size=size), counted(2, 2, 2 * TERMS, 2)
     svr = series(drawn, methods.interact_svr, size, every=EVERY)

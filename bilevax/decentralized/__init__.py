@@ -32,7 +32,6 @@ from bilevax.decentralized.mdbo import mdbo
 from bilevax.decentralized.mix_factors import mix_factors
 from bilevax.decentralized.preconditioned import preconditioned
 from bilevax.decentralized.s3ldbo import s3ldbo
-from bilevax.decentralized.s3ldbo_adaptive import s3ldbo_adaptive
 from bilevax.decentralized.s3ldbo_unbiased import s3ldbo_unbiased
 from bilevax.decentralized.sldbo import sldbo
 from bilevax.decentralized.sparkle import sparkle
@@ -61,7 +60,6 @@ __all__ = [
     "mix_factors",
     "preconditioned",
     "s3ldbo",
-    "s3ldbo_adaptive",
     "s3ldbo_unbiased",
     "single_loop",
     "sldbo",

@@ -121,26 +121,17 @@ def subset(p: float, block: int | None = None) -> Coins:
 
     def choose(key: chex.PRNGKey, k: chex.Numeric, gossip: Gossip) -> chex.Array:
         agents = gossip.agents()
-        size = blocks_of(gossip, block, "bx.coins.independent(p), which skips where a device holds one agent")
+        size = gossip.n if block is None else block
+        if agents.size % size:
+            fits = gcd(size, agents.size)
+            fix = f"block={fits}" if fits > 1 else "bx.coins.independent(p), which skips where a device holds one agent"
+            raise ValueError(
+                f"block must divide the number of agents on a device; got blocks of {size} and {agents.size} agents "
+                f"on each device. Take {fix}, or fewer devices."
+            )
         first = agents[::size]
         keys = jax.vmap(lambda agent: jax.random.fold_in(needed(key), agent // size))(first)
         drawn = jax.vmap(lambda key: jax.random.permutation(key, size)[: ceil(p * size - 1e-9)])(keys)
         return (first[:, None] + drawn.astype(agents.dtype)).reshape(-1)
 
     return choose
-
-
-def blocks_of(gossip: Gossip, block: int | None, otherwise: str) -> int:
-    """The number of agents in a block, all of them where it is None; refuses blocks that span two devices.
-
-    `otherwise` is the fix where the wanted and the possible numbers have no common divisor.
-    """
-    size, local = gossip.n if block is None else block, gossip.agents().size
-    if local % size:
-        fits = gcd(size, local)
-        fix = f"block={fits}" if fits > 1 else otherwise
-        raise ValueError(
-            f"block must divide the number of agents on a device; got blocks of {size} and {local} agents on each "
-            f"device. Take {fix}, or fewer devices."
-        )
-    return size

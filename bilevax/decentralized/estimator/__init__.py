@@ -6,7 +6,6 @@ any batch. Which data, which agents and which memory: that is the estimator.
 
 from bilevax.decentralized.estimator.lazy_snapshot import lazy_snapshot
 from bilevax.decentralized.estimator.momentum import momentum
-from bilevax.decentralized.estimator.moved_snapshot import MovedSnapshotState, moved_snapshot
 from bilevax.decentralized.estimator.oracle import Estimator, Oracle, draw
 from bilevax.decentralized.estimator.saga import SagaState, saga
 from bilevax.decentralized.estimator.sampled import full, stochastic
@@ -15,14 +14,12 @@ from bilevax.decentralized.estimator.storm import storm
 
 __all__ = [
     "Estimator",
-    "MovedSnapshotState",
     "Oracle",
     "SagaState",
     "draw",
     "full",
     "lazy_snapshot",
     "momentum",
-    "moved_snapshot",
     "page",
     "saga",
     "spider",

@@ -41,14 +41,23 @@ def lazy_snapshot(coins: Callable) -> Estimator:
     """
     checks.function("coins", coins, "key", "k", "gossip")
 
+    def init(oracle: Oracle, point: Levels, batch: Any) -> Levels:
+        if batch is None:
+            raise ValueError(
+                "batch is needed at init, where every agent evaluates its first snapshot; got None. Call "
+                "algorithm.init(x, y, batch)."
+            )
+        return oracle.evaluate(point, batch)
+
     def update(key: Any, state: Levels, oracle: Oracle, point: Levels, batch: Batch, k: chex.Numeric) -> tuple:
         chosen = jnp.asarray(coins(key, jnp.maximum(k - 1, 0), oracle.gossip))
         ones = everybody(oracle)
         if jnp.issubdtype(chosen.dtype, jnp.integer) and chosen.ndim == 1:
             positions = chosen - oracle.gossip.agents()[0]
             positions = jnp.where((positions < 0) | (positions >= ones.size), ones.size, positions)  # held elsewhere
-            d, evaluations = refreshed(oracle, point, batch, state, positions)
-            return d, d, evaluations
+            d = oracle.evaluate(*jax.tree.map(lambda leaf: jnp.asarray(leaf)[positions], (point, batch)))
+            d = jax.tree.map(lambda old, new: old.at[positions].set(new, mode="drop"), state, d)
+            return d, d, (0 * ones).at[positions].add(1, mode="drop")
         _check_choice(chosen, ones.shape)
         chosen = chosen & (k > 0)
         if chosen.size == 1:
@@ -57,26 +66,7 @@ def lazy_snapshot(coins: Callable) -> Estimator:
             d = where(chosen, oracle.evaluate(point, batch), state)
         return d, d, ones * chosen
 
-    return Estimator(at_init, update)
-
-
-def at_init(oracle: Oracle, point: Levels, batch: Any) -> Levels:
-    """The first snapshot, where every agent evaluates."""
-    if batch is None:
-        raise ValueError(
-            "batch is needed at init, where every agent evaluates its first snapshot; got None. Call "
-            "algorithm.init(x, y, batch)."
-        )
-    return oracle.evaluate(point, batch)
-
-
-def refreshed(
-    oracle: Oracle, point: Levels, batch: Batch, old: Levels, positions: chex.Array
-) -> tuple[Levels, chex.Array]:
-    """Evaluates the agents at these positions alone; gives all directions and the numbers of evaluations [n]."""
-    d = oracle.evaluate(*jax.tree.map(lambda leaf: jnp.asarray(leaf)[positions], (point, batch)))
-    d = jax.tree.map(lambda old, new: old.at[positions].set(new, mode="drop"), old, d)
-    return d, (0 * everybody(oracle)).at[positions].add(1, mode="drop")
+    return Estimator(init, update)
 
 
 def _check_choice(chosen: chex.Array, shape: tuple[int, ...]) -> None:

@@ -1,6 +1,5 @@
 """Snapshots that follow how far an agent has moved, against a recursion in numpy, their limit, and their cost."""
 
-import jax
 import jax.numpy as jnp
 import networks
 import numpy as np
@@ -8,8 +7,8 @@ import pytest
 from cases import DEFINITE, INDEFINITE, LAZY_RING, STEPS, W
 from networks import PROBLEM, at_solution, close, run, stacked
 
-import bilevax as bx
-from bilevax import coins, decentralized
+from benchmarks.decentralized.moved_snapshot import s3ldbo_adaptive
+from bilevax import decentralized
 
 
 def recursion(q, p, block, iterations):
@@ -38,11 +37,10 @@ def recursion(q, p, block, iterations):
     return stacked(trajectory), np.array(chosen)
 
 
-@pytest.mark.parametrize("block", [8, 4])
-def test_the_agents_that_moved_farthest_refresh(block):
-    method = decentralized.s3ldbo_adaptive(PROBLEM, LAZY_RING, STEPS, 0.25, block=None if block == 8 else block)
+def test_the_agents_that_moved_farthest_refresh():
+    method = s3ldbo_adaptive(PROBLEM, LAZY_RING, STEPS, 0.25)
     _, path, info = run(method, DEFINITE.batch, 40)
-    expected, chosen = recursion(DEFINITE, 0.25, block, 40)
+    expected, chosen = recursion(DEFINITE, 0.25, 8, 40)
     close(path, expected, 1e-12)
     for count in info.calls:
         np.testing.assert_array_equal(count, chosen)
@@ -50,7 +48,7 @@ def test_the_agents_that_moved_farthest_refresh(block):
 
 @pytest.mark.parametrize("q", [DEFINITE, INDEFINITE], ids=["definite", "indefinite"])
 def test_limit(q):
-    _, path, info = run(decentralized.s3ldbo_adaptive(PROBLEM, LAZY_RING, STEPS, 0.25), q.batch, 2500)
+    _, path, info = run(s3ldbo_adaptive(PROBLEM, LAZY_RING, STEPS, 0.25), q.batch, 2500)
     at_solution(path, q)
     evaluations = np.asarray(info.calls.outer_gradients)
     assert (evaluations.sum(1) == 2).all()
@@ -62,42 +60,8 @@ def test_everybody_is_sldbo():
     paths = [
         run(method, DEFINITE.batch, 40, start)[1]
         for method in (
-            decentralized.s3ldbo_adaptive(PROBLEM, LAZY_RING, STEPS, 1.0),
+            s3ldbo_adaptive(PROBLEM, LAZY_RING, STEPS, 1.0),
             decentralized.sldbo(PROBLEM, LAZY_RING, STEPS),
         )
     ]
     close(paths[0], paths[1], 1e-14)
-
-
-def test_skipping_really_skips():
-    q = networks.quadratic(0, n=16, dx=48, dy=64)
-    gossip, (x, y) = bx.gossip(bx.topology.ring(16)), networks.zeros(q.batch)
-
-    def flops(method):
-        state = jax.eval_shape(method.init, x, y, q.batch)
-        program = jax.jit(lambda state, batch: method.step(jax.random.key(0), state, batch)[0])
-        return program.lower(state, q.batch).compile().cost_analysis()["flops"]
-
-    adaptive = flops(decentralized.s3ldbo_adaptive(PROBLEM, gossip, STEPS, 0.25))
-    assert adaptive < 1.1 * flops(decentralized.s3ldbo(PROBLEM, gossip, STEPS, coins.subset(0.25)))
-
-
-BAD = {
-    "no_batch": ("batch", lambda: decentralized.s3ldbo_adaptive(PROBLEM, LAZY_RING, STEPS, 0.5).init(*START)),
-    "p_above_one": (r"\bp\b.*1\.5", lambda: bx.estimator.moved_snapshot(1.5)),
-    "p_for_each_agent": (r"\bp\b", lambda: bx.estimator.moved_snapshot(jnp.ones(8) / 2)),
-    "empty_block": ("block", lambda: bx.estimator.moved_snapshot(0.5, block=0)),
-    "block_no_divisor": (r"block.*3.*8.*block=8", lambda: run(blocks_of_three(), DEFINITE.batch, 1)),
-}
-START = jnp.zeros((8, 2)), jnp.zeros((8, 3))
-
-
-def blocks_of_three():
-    return decentralized.s3ldbo_adaptive(PROBLEM, LAZY_RING, STEPS, 0.5, block=3)
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_input(name):
-    message, call = BAD[name]
-    with pytest.raises(ValueError, match=message):
-        call()

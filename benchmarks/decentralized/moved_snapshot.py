@@ -1,0 +1,58 @@
+"""An experiment: S3LDBO whose agents refresh when they have moved, in place of at random.
+
+It is compared here and not offered by the library: RESULTS.md says on how many tasks it wins.
+"""
+
+from math import ceil
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+import bilevax as bx
+
+
+class MovedSnapshot(NamedTuple):
+    """The directions of the last refresh of each agent and the point where that was; leaves [n, ...]."""
+
+    directions: bx.Levels
+    point: bx.Levels
+
+
+def moved_snapshot(p: float) -> bx.estimator.Estimator:
+    """The directions of the last refresh; the agents whose point has moved farthest since then refresh now.
+
+        r_i = Σ_s ‖s_i − its snapshot‖ / mean_j ‖s_j − its snapshot‖,      s = x, y, v
+        u_i = d_i, snapshot_i = (x_i, y_i, v_i)      for the ⌈p n⌉ agents of the largest r_i
+        u_i as it was                                otherwise
+
+    In a network the agents would tell each other three numbers in each iteration, which nothing counts. The program
+    evaluates everybody and keeps the chosen: its seconds say nothing.
+    """
+
+    def init(oracle: bx.estimator.Oracle, point: bx.Levels, batch: Any) -> MovedSnapshot:
+        return MovedSnapshot(oracle.evaluate(point, batch), point)
+
+    def update(key: Any, state: MovedSnapshot, oracle: Any, point: bx.Levels, batch: Any, k: chex.Numeric) -> tuple:
+        lengths = [jax.vmap(optax.tree.norm)(s) for s in optax.tree.sub(point, state.point)]
+        shares = sum(r / jnp.maximum(r.mean(), jnp.finfo(r.dtype).tiny) for r in lengths)
+        _, farthest = jax.lax.top_k(shares, ceil(p * len(shares) - 1e-9))
+        chosen = jnp.zeros(len(shares), bool).at[farthest].set(True)
+
+        def kept(new: chex.Array, old: chex.Array) -> chex.Array:
+            return jnp.where(chosen.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+
+        d = jax.tree.map(kept, oracle.evaluate(point, batch), state.directions)
+        return d, MovedSnapshot(d, jax.tree.map(kept, point, state.point)), chosen.astype(jnp.int32)
+
+    return bx.estimator.Estimator(init, update)
+
+
+def s3ldbo_adaptive(
+    problem: bx.BilevelProblem, gossip: Any, step_sizes: Any, p: float, correction: Any = None
+) -> bx.Algorithm:
+    """Snapshot gradient tracking with such a choice; its limit is that of `s3ldbo`."""
+    corrections = bx.correction.tracking() if correction is None else correction
+    return bx.decentralized.single_loop(problem, gossip, step_sizes, moved_snapshot(p), corrections)
