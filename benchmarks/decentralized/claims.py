@@ -317,8 +317,8 @@ def refresh(results: Results) -> Claim:
     return Claim(
         "Agents that moved should refresh",
         "beyond the papers",
-        "S3LDBO ends lower if those agents evaluate who have moved farthest since they last did, in place of as many at "
-        "random. (An experiment of the benchmarks; the library would offer it if it won.)",
+        "S3LDBO ends lower if those agents evaluate who have moved farthest since they last did, in place of as many "
+        "at random. (An experiment of the benchmarks; the library would offer it if it won.)",
         "Number: F(x̄) with the agents that moved farthest minus F(x̄) with as many at random, after the same derivative "
         "evaluations, over the latter's decrease since the start; it holds if that is negative. All tasks: it "
         f"holds if that wins on {LEAST_TASKS} of them.",
