@@ -41,10 +41,20 @@ def _digits() -> tuple[Images, None]:
     return (images / 16, labels), None
 
 
-def _idx(name: str) -> tuple[Images, Images]:
+def _idx(name: str, side: int = 28) -> tuple[Images, Images]:
     parts = (data.images(name, part) for part in ("train", "t10k"))
-    train, test = ((images.reshape(len(images), -1) / np.float32(255), labels) for images, labels in parts)
+    train, test = (
+        (_shrunk(images, side).reshape(len(images), -1) / np.float32(255), labels) for images, labels in parts
+    )
     return train, test
+
+
+def _shrunk(images: np.ndarray, side: int) -> np.ndarray:
+    """Means over squares, so that side × side of them are left."""
+    number, height, _ = images.shape
+    times = height // side
+    squares = images.reshape(number, side, times, side, times)
+    return squares.mean(axis=(2, 4), dtype=np.float32)
 
 
 def _cifar10() -> tuple[Images, Images]:
@@ -54,11 +64,13 @@ def _cifar10() -> tuple[Images, Images]:
 
 
 # Images [N, pixels] with labels to train and validate on, and others to test on (None: what is left of the first).
-# Bytes stand for shares of 255.
+# Bytes stand for shares of 255. -14: shrunk to 14 × 14, for quick runs.
 POOLS: dict[str, Callable[[], tuple[Images, Images | None]]] = {
     "digits": _digits,
     "mnist": functools.partial(_idx, "mnist"),
     "fashion-mnist": functools.partial(_idx, "fashion-mnist"),
+    "mnist-14": functools.partial(_idx, "mnist", 14),
+    "fashion-mnist-14": functools.partial(_idx, "fashion-mnist", 14),
     "cifar10": _cifar10,
 }
 

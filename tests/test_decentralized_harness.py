@@ -1,3 +1,5 @@
+import dataclasses
+import functools
 import json
 
 import jax
@@ -7,10 +9,10 @@ import pytest
 from scipy.sparse import csr_matrix
 
 import bilevax as bx
-from benchmarks import logistic
+from benchmarks import corrupted, logistic
 from benchmarks.__main__ import main
 from benchmarks.data import DataError
-from benchmarks.decentralized import penalties, regularization
+from benchmarks.decentralized import hyper_cleaning, penalties, regularization
 from benchmarks.decentralized.choices import Agents
 from benchmarks.decentralized.comparison import schedule, selected
 from benchmarks.decentralized.exact import Effort, evaluator
@@ -80,6 +82,34 @@ def test_the_accurate_solution_is_that_of_newton_in_numpy(divided, precision, to
     assert float(found.product_residual) < tolerance
 
 
+def test_the_diagonal_is_that_of_the_inner_hessian_where_all_is_undecided():
+    random, (d, classes) = np.random.default_rng(0), (3, penalties.CLASSES)
+    rows = penalties.Rows(random.normal(size=(40, d)), random.integers(0, classes, 40))
+    (*stacked,), weights = bx.partition.stack(rows, [np.arange(30), np.arange(30, 40)])
+    batch = (*stacked, weights)
+    with jax.enable_x64(True):
+        task = regularization.network(penalties.Divided(rows, rows, rows, bx.Batch(batch, batch)), 0.0)
+        x, y = jnp.linspace(-6.0, 6.0, d), jnp.zeros((d, classes))
+        hessian = jax.hessian(lambda y: task.loss(task.problem.inner_loss, x, y, batch))(y).reshape(y.size, -1)
+        np.testing.assert_allclose(task.diagonal(x).ravel(), jnp.diag(hessian), rtol=1e-10)
+        found = [evaluator(task._replace(diagonal=part), Effort())(x, y, task.batch) for part in (task.diagonal, None)]
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-7, atol=1e-9), *found)
+
+
+def test_quick_runs_shrink_photographs_to_means_over_squares(monkeypatch):
+    images = np.arange(2 * 28 * 28, dtype=np.uint8).reshape(2, 28, 28)
+    monkeypatch.setattr(corrupted.data, "images", lambda name, part: (images, np.array([3, 4], np.uint8)))
+    (whole, _), _ = corrupted.POOLS["mnist"]()
+    (shrunk, labels), _ = corrupted.POOLS["mnist-14"]()
+    expected = whole.reshape(2, 28, 28)[:, ::2, ::2] / 4 + whole.reshape(2, 28, 28)[:, 1::2, ::2] / 4
+    expected += whole.reshape(2, 28, 28)[:, ::2, 1::2] / 4 + whole.reshape(2, 28, 28)[:, 1::2, 1::2] / 4
+    np.testing.assert_allclose(shrunk, expected.reshape(2, 196), rtol=1e-5)
+    assert labels.tolist() == [3, 4]
+    options = dataclasses.replace(hyper_cleaning.DEFAULTS, quick=True)
+    setting = hyper_cleaning.Config(data="mnist", network=Agents(agents=16), common=options).setting
+    assert (setting.images, setting.train, setting.validation) == ("mnist-14", 800, 400)
+
+
 def test_where_the_lower_level_is_personal_each_agent_solves_its_own(divided, network):
     x, task = np.linspace(-2, 1, 6), network._replace(personal=True)
     with jax.enable_x64(True):
@@ -97,7 +127,7 @@ def test_where_the_lower_level_is_personal_each_agent_solves_its_own(divided, ne
 
 def test_penalties_are_exponentials_up_to_a_bound():
     x = jnp.array([-20.0, 0.0, 40.0])
-    np.testing.assert_allclose(penalties.bounded(x, 8.0), 8 * np.exp(x) / (8 + np.exp(x)), rtol=1e-5)
+    np.testing.assert_allclose(penalties.penalty(x, 8), np.exp(x) / (4 + np.exp(x)), rtol=1e-5)
 
 
 def test_a_point_that_is_not_finite_is_no_trouble(network):

@@ -42,7 +42,14 @@ class Exact(NamedTuple):
     product_residual: chex.Array
 
 
-def exact(effort: Effort, problem: bx.BilevelProblem, x: Any, y: Any, batch: bx.Batch) -> Exact:
+def exact(
+    effort: Effort,
+    problem: bx.BilevelProblem,
+    x: Any,
+    y: Any,
+    batch: bx.Batch,
+    diagonal: Callable[[Any], Any] | None = None,
+) -> Exact:
     """Newton's method for y from a guess, where the gradient's norm is what has to fall; then v and ∇F.
 
         y ← y − size · H⁻¹ ∇_y g          until ‖∇_y g‖ falls by less than a tenth
@@ -54,10 +61,12 @@ def exact(effort: Effort, problem: bx.BilevelProblem, x: Any, y: Any, batch: bx.
       x: outer variable.
       y: guess of the inner solution.
       batch: of both losses.
+      diagonal: `diagonal(x)`, like y, preconditions the solvers of systems with H, conjugate gradients.
 
     Returns:
       F, ∇F and what is left of both equations.
     """
+    scale = diagonal(x) if diagonal else jax.tree.map(jnp.ones_like, y)
 
     def slope(y: chex.ArrayTree) -> chex.ArrayTree:
         return jax.grad(problem.inner_loss, 1)(x, y, batch.inner)
@@ -67,7 +76,7 @@ def exact(effort: Effort, problem: bx.BilevelProblem, x: Any, y: Any, batch: bx.
 
     def solved(y: chex.ArrayTree, b: chex.ArrayTree, tol: float) -> tuple[chex.ArrayTree, chex.ArrayTree]:
         _, product = jax.linearize(slope, y)
-        v, _ = cg(product, b, tol=tol, maxiter=effort.products)
+        v, _ = cg(product, b, tol=tol, maxiter=effort.products, M=lambda v: jax.tree.map(jnp.divide, v, scale))
         return v, optax.tree.sub(product(v), b)
 
     def newton(carry: tuple) -> tuple:
@@ -102,7 +111,7 @@ def evaluator(network: Network, effort: Effort) -> Callable[[Any, Any, bx.Batch]
     """
     if not network.personal:
         losses = (partial(network.loss, loss) for loss in network.problem)
-        return jax.jit(partial(exact, effort, bx.BilevelProblem(*losses)))
+        return jax.jit(partial(exact, effort, bx.BilevelProblem(*losses), diagonal=network.diagonal))
 
     @jax.jit
     def personal(x: Any, y: Any, batch: bx.Batch) -> Exact:

@@ -41,23 +41,27 @@ class Setting(NamedTuple):
     """What suits a data set.
 
     Attributes:
+      images: a key of `corrupted.POOLS`.
       train, validation: numbers of images of all agents together.
       iterations: of SLDBO.
       inner_grid: step sizes of y and v.
     """
 
+    images: str
     train: int
     validation: int
     iterations: int
     inner_grid: tuple[float, ...]
 
 
+MNIST_GRID, SHRUNK_GRID = (0.025, 0.05, 0.1, 0.2, 0.4), (0.1, 0.2, 0.4, 0.8, 1.6)
 SETTINGS = {
-    "digits": Setting(960, 320, 1500, (0.15, 0.3, 0.6, 1.2, 2.4)),
-    "mnist": Setting(2000, 500, 600, (0.025, 0.05, 0.1, 0.2, 0.4)),
-    "fashion-mnist": Setting(2000, 500, 600, (0.025, 0.05, 0.1, 0.2, 0.4)),
+    "digits": Setting("digits", 960, 320, 1500, (0.15, 0.3, 0.6, 1.2, 2.4)),
+    "mnist": Setting("mnist", 2000, 500, 600, MNIST_GRID),
+    "fashion-mnist": Setting("fashion-mnist", 2000, 500, 600, MNIST_GRID),
 }
 QUICK_ITERATIONS = 200
+QUICK_TRAIN, QUICK_VALIDATION = 50, 25  # images of each agent, if they are shrunk
 COLUMNS: Columns = {
     "test_accuracy": ("test\nacc.", "{:.3f}".format),
     "auc": ("weight\nAUC", "{:.3f}".format),
@@ -119,7 +123,7 @@ class Config:
     """
 
     data: Literal["digits", "mnist", "fashion-mnist"] = "digits"
-    """Images: scikit-learn's embedded digits, or a public data set."""
+    """Images: scikit-learn's embedded digits, or a public data set, whose images quick runs shrink to 14 × 14."""
     partition: str = "dirichlet:0.1"
     """How images are divided: dirichlet:ALPHA (drawn as in NIID-Bench, until every agent has 10 images of each kind),
     dirichlet-plain:ALPHA (one draw, where an agent may be left without), classes:NUMBER, shards:NUMBER, quantity:BETA
@@ -171,8 +175,11 @@ class Config:
 
     @property
     def setting(self) -> Setting:
-        """Sizes, iterations and grid."""
-        setting = SETTINGS[self.data]
+        """Images, sizes, iterations and grid; quick runs shrink images to 14 × 14."""
+        setting, n = SETTINGS[self.data], self.network.agents
+        if self.common.quick and self.data != "digits":
+            train, validation = QUICK_TRAIN * n, QUICK_VALIDATION * n
+            setting = Setting(f"{self.data}-14", train, validation, QUICK_ITERATIONS, SHRUNK_GRID)
         usual = QUICK_ITERATIONS if self.common.quick else setting.iterations
         return setting._replace(iterations=self.common.outer_steps or usual)
 
@@ -180,7 +187,7 @@ class Config:
     def load(self, seed: int) -> Divided:
         """The data of a seed, divided."""
         sizes = {"train": self.setting.train, "validation": self.setting.validation}
-        whole = corrupted.load(self.data, seed, corruption=self.corruption, **sizes)
+        whole = corrupted.load(self.setting.images, seed, corruption=self.corruption, **sizes)
         return divide(whole, parsed("partition", self.partition, PARTITIONS)(self.network.agents, seed))
 
     def run(self) -> int:

@@ -24,6 +24,7 @@ class Network(NamedTuple):
       scores: `scores(x, y) -> {name: number}`, of NumPy arrays: the mean x, and the mean y or, where personal, leaves
         [n, ...]. Numbers may be NaN.
       personal: whether each agent has a lower level of its own, y_i = argmin g_i(x, y_i), in place of a common one.
+      diagonal: `diagonal(x)`, like y: roughly that of ∇²_yy g, for a common lower level; it makes F cheaper to find.
     """
 
     problem: bx.BilevelProblem
@@ -35,6 +36,7 @@ class Network(NamedTuple):
     curvature: float
     scores: Callable[[Any, Any], dict[str, float]]
     personal: bool = False
+    diagonal: Callable[[Any], Any] | None = None
 
     @property
     def n(self) -> int:

@@ -60,7 +60,7 @@ def pair(
 
 
 FASHION = ("--data", "fashion-mnist")
-LIBSVM = ("a9a", "ijcnn1")
+LIBSVM = ("a9a", "ijcnn1", "w8a")
 FEW = ("sldbo", "s3ldbo-0.2", "dsvrbgd", "sparkle-gt", "d-soba")
 OWN = ("interact", "interact-svr", "diamond", "lopa-local", "lopa-tracking")
 ALL_CLEANING = (
@@ -73,7 +73,7 @@ JOBS = (
     *pair("synthetic", "Penalties of synthetic data", PENALTIES, (600, 1000), ("--data", "synthetic")),
     Job("matrices", "Penalties of synthetic data, matrices", PENALTIES, (), ("gbdsbo", "sldbo"), (600, 1000)),
     *(Job(name, f"Penalties of {name}", PENALTIES, ("--data", name), FEW, (300, 600)) for name in LIBSVM),
-    *pair("mnist", "Penalties of MNIST", PENALTIES, (150, 400), ("--data", "mnist"), ("--rows", "400")),
+    *pair("mnist", "Penalties of MNIST", PENALTIES, (150, 400), ("--data", "mnist")),
     Job("cleaning", "Hyper-cleaning, all methods", CLEANING, (), ALL_CLEANING, (300, 600), full=FASHION),
     Job("cleaning-skipping", "Hyper-cleaning: skipping", CLEANING, (), SKIPPING + REFRESH, (600, 1200), full=FASHION),
     *pair("meta", "Meta-learning", META, (30, 300), quick=("--tasks", "2")),

@@ -47,7 +47,7 @@ class Divided(NamedTuple):
 
 def real(name: str, seed: int, train: int, partition: Callable[..., list]) -> Divided:
     """So many training rows and half as many validation rows of a data set, drawn by a seed; others to test on."""
-    features, labels = _mnist() if name == "mnist" else data.libsvm(name, FEATURES[name])
+    features, labels = POOLS[name]()[0] if name in POOLS else data.libsvm(name, FEATURES[name])
     order = np.random.default_rng(seed).permutation(len(labels))
     parts = np.split(order, [train, train + train // 2])
     if not len(parts[2]):
@@ -56,7 +56,7 @@ def real(name: str, seed: int, train: int, partition: Callable[..., list]) -> Di
     def part(chosen: np.ndarray) -> Rows:
         rows = features[chosen]
         dense = rows.toarray() if isinstance(rows, csr_matrix) else rows
-        kind = np.int32 if name == "mnist" else np.float32
+        kind = np.int32 if name in POOLS else np.float32
         return Rows(dense.astype(np.float32), labels[chosen].astype(kind))
 
     inner, outer, test = part(parts[0]), part(parts[1]), part(parts[2][:MOST_TESTED])
@@ -67,11 +67,6 @@ def real(name: str, seed: int, train: int, partition: Callable[..., list]) -> Di
     (stacked, weights), (validating, outer_weights) = bx.partition.stack(inner, mine), bx.partition.stack(outer, others)
     batch = bx.Batch(outer=(*validating, outer_weights), inner=(*stacked, weights))
     return Divided(inner, outer, test, jax.tree.map(np.asarray, batch))
-
-
-def _mnist() -> Rows:
-    (images, labels), _ = POOLS["mnist"]()
-    return Rows(images, labels)
 
 
 def synthetic(n: int, seed: int, features: int, train: int, heterogeneity: float) -> Divided:
@@ -96,12 +91,12 @@ def synthetic(n: int, seed: int, features: int, train: int, heterogeneity: float
     return Divided(pooled(inner), pooled(outer), pooled(test), batch)
 
 
-def bounded(x: chex.Array, largest: float) -> chex.Array:
-    """exp(x) as long as that is far below the largest penalty, which it approaches then.
+def penalty(x: chex.Array, parts: int = 2) -> chex.Array:
+    """What x adds to the curvature of y: 2 exp(x) / parts while that is far below LARGEST, which it approaches then.
 
     The penalty of a feature without use would grow for ever, and with it the curvature, until no step size holds.
     """
-    return largest * jax.nn.sigmoid(x - math.log(largest))
+    return LARGEST * jax.nn.sigmoid(x - math.log(LARGEST * parts / 2))
 
 
 def logistic() -> bx.BilevelProblem:
@@ -112,7 +107,7 @@ def logistic() -> bx.BilevelProblem:
         return jnp.mean(weights * jax.nn.softplus(-labels * (features @ y)))
 
     def inner_loss(x: chex.Array, y: chex.Array, batch: tuple) -> chex.Array:
-        return outer_loss(x, y, batch) + jnp.sum(bounded(x, LARGEST) * y**2) / 2
+        return outer_loss(x, y, batch) + jnp.sum(penalty(x) * y**2) / 2
 
     return bx.BilevelProblem(outer_loss, inner_loss)
 
@@ -126,7 +121,7 @@ def softmax() -> bx.BilevelProblem:
         return -jnp.mean(weights * jnp.take_along_axis(logits, labels[:, None], axis=1)[:, 0])
 
     def inner_loss(x: chex.Array, y: chex.Array, batch: tuple) -> chex.Array:
-        return outer_loss(x, y, batch) + jnp.sum(bounded(x, LARGEST * y.size / 2)[:, None] * y**2) / y.size
+        return outer_loss(x, y, batch) + jnp.sum(penalty(x, y.size)[:, None] * y**2) / 2
 
     return bx.BilevelProblem(outer_loss, inner_loss)
 

@@ -53,9 +53,8 @@ those with Kronecker factors are the best of the first seed by iterations.
 
 F(x) and its gradient are of the accurately solved inner problem, at the mean x. Evaluations, MB and rounds are of one
 agent; an evaluation is ∇f, ∇_y g, a Hessian and a cross product on all its examples, a quarter each. Rows are in the
-order of F(x). Jobs may have been run in pieces, with `--jobs`, side by side and at different states of the code;
-seconds are run time on this machine, and depend on what else it does. Last quarter: the share of its decrease of F
-since the start that a method makes in the last quarter of its run; where that is much, the run was short.
+order of F(x). Seconds are run time on this machine, and depend on what else it does. Last quarter: the share of its
+decrease of F since the start that a method makes in the last quarter of its run; where that is much, it was short.
 
 {numbers}"""
 SETTINGS = {
