@@ -51,6 +51,12 @@ def mixed(gossip):
     return bx.decentralized.sparkle(PROBLEM, gossip._replace(x=compressed), STEPS, corrections)
 
 
+def curved(gossip):
+    """Steps of y and v along directions that a regularized Newton method has rescaled."""
+    newton = bx.decentralized.preconditioned(0.1, bx.ihvp.exact(damping=20.0))
+    return bx.decentralized.sldbo(PROBLEM, gossip, bx.Levels(STEPS[0], newton, newton))
+
+
 def noisy(key, k, data):
     """A minibatch of a quadratic: its coefficients with noise of their own."""
     return jax.tree.map(lambda leaf: leaf + 0.01 * jax.random.normal(key, leaf.shape), data)
@@ -67,8 +73,11 @@ METHODS = {
     "mixed": (bx.Levels(RING, graphs.lazy(RING), ONE_WAY), mixed),
     "compressed inner loops": (RING, preset("c2dfb", 2, 10.0, bx.compression.top_k(0.5), 0.4, noisy)),
     "matrices": (RING, preset("gbdsbo")),
+    "inner loops": (RING, preset("ma_dsbo", 2, 2, noisy, 0.5)),
+    "accumulated": (RING, lambda gossip: bx.decentralized.adasdbo(PROBLEM, gossip, 0.5, noisy)),
+    "curvature of their own": (RING, curved),
 }
-FIELD = ("compressed inner loops", "matrices")
+FIELD = ("compressed inner loops", "matrices", "inner loops", "accumulated", "curvature of their own")
 
 
 def data(n):

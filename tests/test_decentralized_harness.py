@@ -51,18 +51,17 @@ def sparse(rows):
 
 @pytest.mark.parametrize("problem", [penalties.logistic(), penalties.softmax()], ids=["logistic", "softmax"])
 def test_the_mean_over_unequal_agents_is_the_loss_on_the_undivided_data(problem):
-    random, classes = np.random.default_rng(0), problem.inner_loss is not None
+    random = np.random.default_rng(0)
     features, labels = random.normal(size=(50, 6)), random.integers(0, 3, 50)
     y = random.normal(size=(6, 3))
     if problem.outer_loss.__qualname__.startswith("logistic"):
-        labels, y, classes = np.where(labels > 0, 1.0, -1.0), y[:, 0], False
+        labels, y = np.where(labels > 0, 1.0, -1.0), y[:, 0]
     (*stacked,), weights = bx.partition.stack((features, labels), [np.arange(30), np.arange(30, 43), np.arange(43, 50)])
     task = Network(problem, bx.Batch((), ()), 0, 0, None, None, 1.0, None)
     x = jnp.zeros(6)
     for loss in problem:
         whole = loss(x, y, (features, labels, np.ones(50)))
         np.testing.assert_allclose(task.loss(loss, x, y, (*stacked, weights)), whole, rtol=1e-6)
-    assert classes == (y.ndim == 2)
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [(True, 1e-8), (False, 2e-4)], ids=["double", "single"])
@@ -167,6 +166,8 @@ def test_the_shares_of_minibatches_and_of_whole_iterations(network):
     assert pace(by_name["dsvrbgd"], network) == pytest.approx(1 / (2 * (0.8 + 3 * 0.4) / 4))
     assert pace(by_name["sparkle-ed"], network) == pytest.approx(0.8)
     assert pace(by_name["ma-dsbo"], network) == pytest.approx(4 / (1 + 6 + 5 + 1))
+    sampled, whole = (2 * 0.8 + (2 + 20 + 2) * 0.4) / 4, (1 + 1 + 10 + 1) / 4
+    assert pace(by_name["interact-svr"], network) == pytest.approx(10 / (9 * sampled + whole))
     assert evaluations(by_name["gbdsbo"].calls(network), ALL) == (1 + 1 + 6 + 6) / 4
     assert schedule(by_name["sldbo"], network, 4, 20) == (4, 1)
 
@@ -230,7 +231,7 @@ def test_a_run_writes_all_that_curves_need(tmp_path, capsys):
         assert set(record["curve"]) == keys
         chosen = record["configuration"]
         assert record["metrics"]["derivatives"] <= 12
-        assert len(chosen["grid_losses"]["0"]) == 20
+        assert len(chosen["grid_losses"]["0"]) == len(chosen["grid"]["x"]) == 30
         assert record["metrics"]["exact_loss"] < np.log(2)
         pairs = list(zip(*(chosen["grid"][name] for name in "xyv"), strict=True))
         found = chosen["grid_losses"]["0"][pairs.index(tuple(chosen["step_sizes"][name] for name in "xyv"))]

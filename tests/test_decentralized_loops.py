@@ -67,11 +67,12 @@ def test_ma_dsbo_follows_its_recursion(track, restart):
 def test_a_tracker_that_starts_anew_leaves_a_bias_that_many_products_cure():
     """Although v itself starts where it was; carried over, one product is enough."""
     bias = []
-    for products in (1, 20, 160):
+    for products in (1, 20, 160, 400):
         x = final(lambda _, n=products: ma_dsbo(1, n, track=True, restart=True), [0.0], iterations=1200)[0]
         bias.append(np.abs(x - SOLUTION).max())
     assert bias[0] > 1e-2
     assert bias[0] > 2 * bias[1] > 10 * bias[2] > 1e-4
+    assert bias[3] < 1e-5
     carried = final(lambda _: ma_dsbo(1, 1, track=True), [0.0])[0]
     assert np.abs(carried - SOLUTION).max() < 1e-10
 

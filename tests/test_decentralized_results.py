@@ -49,18 +49,19 @@ def known(*values):
 @pytest.mark.parametrize(
     ("losses", "target", "spent"),
     [
-        ((1.0, 0.5, 0.25), 0.75, Spent(1.5, True)),
+        ((1.0, 0.5, 0.25), 0.5**0.5, Spent(1.5, True)),
+        ((1.0, 0.5, -0.5), 0.0, Spent(2.5, True)),
         ((1.0, 0.5, 0.25), 0.5, Spent(2.0, True)),
         ((1.0, 0.5, 0.25), 2.0, Spent(1.0, True)),
         ((1.0, 0.5, 0.25), 0.1, Spent(3.0, False)),
-        ((1.0, 0.2, 0.8), 0.6, Spent(1.5, True)),
+        ((1.0, 0.25, 0.8), 0.5, Spent(1.5, True)),
         ((1.0, None, 0.25), 0.5, Spent(3.0, True)),
         ((1.0, 0.5, None), 0.1, Spent(math.inf, False)),
         ((), 0.5, Spent(0.0, False)),
     ],
 )
 def test_what_a_target_cost(losses, target, spent):
-    assert spent_until(record(losses=losses), "derivatives", "exact_loss", target) == spent
+    assert spent_until(record(losses=losses), "derivatives", "exact_loss", target) == pytest.approx(spent)
 
 
 @pytest.mark.parametrize(
@@ -100,6 +101,8 @@ def test_targets_are_set_by_the_curve_and_missing_where_it_does_not_fall():
         ([Interval(-math.inf, 0.2), *known(0.1)], 0.3, "< 0.2, 0.1", HOLDS),
         ([Interval(0.0, math.inf)] * 2, 0.3, "unknown, unknown", f"{OPEN}: target not reached"),
         ([Interval(math.inf, math.inf), *known(0.5)], 0.3, "diverged, 0.5", FAILS),
+        ([Interval(-math.inf, -math.inf), *known(0.1)], 0.3, "the other diverged, 0.1", HOLDS),
+        ([Interval(-math.inf, math.inf)] * 2, 0.3, "unknown, unknown", f"{OPEN}: not comparable"),
         ([], 0.3, "–", f"{OPEN}: no results"),
     ],
 )
@@ -115,12 +118,15 @@ def test_a_tie_is_at_most_and_not_less():
 def test_how_far_a_method_is_behind_after_the_same_cost():
     short, long = record(losses=(1.0, 0.5), costs=(2, 4)), record(losses=(1.0, 0.6, 0.2, 0.1), costs=(1, 2, 4, 6))
     assert behind(short, long) == pytest.approx((0.375, 0.375))
-    assert behind(long, short) == pytest.approx((-0.6, -0.6))
+    assert behind(long, short) == pytest.approx((-0.375, -0.375))
     lost = record(losses=(1.0, None))
     assert behind(lost, short) == (math.inf, math.inf)
     assert behind(short, lost) == (-math.inf, -math.inf)
     assert behind(lost, lost) == behind(short, record(losses=())) == (-math.inf, math.inf)
-    assert behind(short, record(losses=(1.0, 1.0), costs=(2, 4))) == (-math.inf, math.inf)
+    risen = record(losses=(1.0, 1.5), costs=(2, 4))
+    assert behind(short, risen) == (-2.0, -2.0)
+    assert behind(risen, short) == (2.0, 2.0)
+    assert behind(risen, risen) == (-math.inf, math.inf)
 
 
 def test_costs_in_words():
@@ -217,6 +223,11 @@ def test_the_page_is_made_of_the_files_alone_and_always_the_same(tmp_path, capsy
     results = everything()
     del results["mnist"]
     results["cleaning"].append(record("c2dfb", (1.0, None), seed=0, test_accuracy=None))
+    short = record("s3ldbo-unbiased-0.2", seed=1, outer_steps=4)
+    grid = {"x": [1.0, 3.0, 9.0], "y": [0.5, 1.0, 2.0], "v": [0.5, 1.0, 2.0]}
+    chosen = {"step_sizes": {"x": 3.0, "y": 0.5, "v": 0.5}, "grid": grid}
+    steady = {"0": [True, False, False], "1": [False, True, True]}
+    results["cleaning"].append(short._replace(configuration={**short.configuration, **chosen, "grid_steady": steady}))
     written(tmp_path / "decentralized_papers-quick", results)
     pages = [tmp_path / "one.md", tmp_path / "more" / "two.md"]
     for page in pages:
@@ -232,6 +243,8 @@ def test_the_page_is_made_of_the_files_alone_and_always_the_same(tmp_path, capsy
         "| 5. Linear speed-up | D-SOBA, arXiv 2402.03167; DSVRBGD, arXiv 2311.11342 | 2 | 0 | 0 |",
         "n: 8; topology: ring; partition: dirichlet:0.1; iterations: 30; seeds: 0, 1.",
         "| sldbo | 0.1 | 0.1 | 40 | 40 | 40 | 40 |",
+        "| 3, 0.5* † |",
+        "\ns3ldbo-unbiased-0.2, seed 1: ended after 4 of 30 iterations.\n",
         "| c2dfb | not finite |",
         "### Penalties of MNIST\n\nNo results.",
         "### Curvature as a preconditioner of y and v",

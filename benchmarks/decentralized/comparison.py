@@ -41,7 +41,8 @@ CAPTION = """\
 All at the mean x, where F(x) and its gradient are of the accurately solved inner problem. deriv. evals: of one agent,
 where one is ∇f, ∇_y g, a Hessian and a cross product on all its examples (a quarter each, and a minibatch counts as
 its share); sent: by one agent to all its neighbours; dist.: root mean square distance of the agents' x to their mean.
-Each method has as many iterations as evaluate no more derivatives than {iterations} of sldbo do, at most twice as many.
+Each method has as many iterations as evaluate no more derivatives than {iterations} of sldbo do, at most twice as many
+(s3ldbo: as many as sldbo).
 Steps: for each method the best of the same {pairs} pairs of step sizes, by the last F(x) of the worse of the first two
 seeds, without those whose outer loss was above that of the start halfway, or whose agents drifted apart.
 """

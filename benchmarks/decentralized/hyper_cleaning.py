@@ -34,7 +34,7 @@ from benchmarks.runner import Options
 
 TASK = "decentralized_hyper_cleaning"
 L2 = 2e-3
-OUTER_GRID = (0.3, 1.0, 3.0, 10.0)  # times N, since an entry of the outer gradient is of order 1/N
+OUTER_GRID = (0.1, 0.4, 1.6, 6.4, 25.6)  # times N, since an entry of the outer gradient is of order 1/N
 
 
 class Setting(NamedTuple):
@@ -215,6 +215,7 @@ class Config:
                 **{name: getattr(self, name) for name in ("data", "partition", "corruption")},
                 "train": setting.train,
                 "validation": setting.validation,
+                "images": setting.images,
                 "l2": L2,
             },
             caption=CAPTION,

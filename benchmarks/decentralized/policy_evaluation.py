@@ -32,7 +32,7 @@ from benchmarks.runner import Options
 TASK = "decentralized_policy_evaluation"
 DISCOUNT = 0.9
 ITERATIONS, QUICK_ITERATIONS = 1000, 200
-OUTER_GRID, INNER_GRID = (0.3, 1.0, 3.0), (0.1, 0.3, 0.9)  # the latter times S, as ∇²_yy g is I / S
+OUTER_GRID, INNER_GRID = (0.3, 1.0, 3.0), (0.03, 0.1, 0.3, 0.9)  # the latter times S, as ∇²_yy g is I / S
 COLUMNS: Columns = {
     "distance": ("|x − x*|\n/ |x*|", "{:.1e}".format),
     "value_error": ("value\nerror", "{:.4f}".format),

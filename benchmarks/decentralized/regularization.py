@@ -43,10 +43,13 @@ from benchmarks.report import Columns
 from benchmarks.runner import Options
 
 TASK = "decentralized_regularization"
-INNER_GRID = (0.125, 0.25, 0.5, 1.0, 2.0)  # over the curvature L of the mean inner loss
+INNER_GRID = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)  # over the curvature L of the mean inner loss
 QUICK_ITERATIONS = 200
 COLUMNS: Columns = {"test_accuracy": ("test\nacc.", "{:.3f}".format)}
-CAPTION = "F(x): mean loss on the validation rows. Step sizes of y and v: {grid} over L = {curvature:.3g}.\n"
+CAPTION = """\
+F(x): mean loss on the validation rows, of {features} features; penalties bend to a largest one that adds 1 to the
+curvature. Step sizes of y and v: {grid} over L = {curvature:.3g}.
+"""
 METHODS = (
     *("sldbo", "s3ldbo-0.5", "s3ldbo-0.2", "dsvrbgd", "sparkle-ed", "sparkle-gt", "sparkle-mixed", "d-soba"),
     *("adasdbo", "ma-dsbo", "mdbo", "c2dfb", "sldbo-top0.1"),
@@ -74,12 +77,13 @@ class Setting(NamedTuple):
     partition: str = "dirichlet:0.1"
 
 
+BINARY_GRID = (10.0, 40.0, 160.0, 640.0, 2560.0)
 SETTINGS = {
-    "synthetic": Setting(1600, 125, 1000, (8.0, 32.0, 128.0, 512.0), -2.0),
-    "mnist": Setting(2000, 50, 400, (10.0, 40.0, 160.0, 640.0), 5.0),
-    "a9a": Setting(8000, 125, 600, (10.0, 40.0, 160.0, 640.0), -2.0),
-    "ijcnn1": Setting(8000, 125, 1000, (10.0, 40.0, 160.0, 640.0), -2.0),
-    "w8a": Setting(8000, 125, 600, (10.0, 40.0, 160.0, 640.0), -2.0, partition="dirichlet:1"),  # few rows are positive
+    "synthetic": Setting(1600, 125, 1000, (8.0, 32.0, 128.0, 512.0, 2048.0), -2.0),
+    "mnist": Setting(2000, 50, 400, (2.5, 10.0, 40.0, 160.0), 5.0),
+    "a9a": Setting(8000, 125, 600, BINARY_GRID, -2.0),
+    "ijcnn1": Setting(8000, 125, 1000, BINARY_GRID, -2.0),
+    "w8a": Setting(8000, 125, 600, BINARY_GRID, -2.0, partition="dirichlet:1"),  # few rows are positive
 }
 SYNTHETIC_FEATURES = 40
 
@@ -196,13 +200,19 @@ class Config:
             columns=COLUMNS,
             panel=GRADIENT,
             configuration={
-                **{name: getattr(self, name) for name in ("data", "heterogeneity")},
+                "data": self.data,
+                "heterogeneity": self.heterogeneity if self.data == "synthetic" else None,
                 "partition": None if self.data == "synthetic" else self.division,
+                "features": data.train.features.shape[1],
                 "train": len(data.train.labels),
                 "validation": len(data.validation.labels),
                 "start": setting.start,
                 "curvature": level,
             },
-            caption=CAPTION.format(grid=", ".join(f"{step:g}" for step in INNER_GRID), curvature=level),
+            caption=CAPTION.format(
+                features=data.train.features.shape[1],
+                grid=", ".join(f"{step:g}" for step in INNER_GRID),
+                curvature=level,
+            ),
         )
         return compare(job, self.network, self.common)

@@ -5,6 +5,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from benchmarks.decentralized.claims import CLAIMS, Claim
 from benchmarks.decentralized.paper_jobs import Job
 from benchmarks.decentralized.records import Record, Results
@@ -43,7 +45,7 @@ Numbers are mean ± standard error over seeds. A verdict is about these runs, no
 or "{open}" where a target was not reached or a mean is within its standard error of the bound. The methods are written
 from what is public of the papers, and their docstrings say where that left a choice. The steps of every method are the
 best of the same grid, by the last F(x) of the worse of the first two seeds; but noise floors are of given steps, and
-those with Kronecker factors are the best of the first seed by iterations.
+those of the rows with and without Kronecker factors are the best of nine pairs on the first seed, by iterations.
 
 ## Claims
 
@@ -55,6 +57,8 @@ F(x) and its gradient are of the accurately solved inner problem, at the mean x.
 agent; an evaluation is ∇f, ∇_y g, a Hessian and a cross product on all its examples, a quarter each. Rows are in the
 order of F(x). Seconds are run time on this machine, and depend on what else it does. Last quarter: the share of its
 decrease of F since the start that a method makes in the last quarter of its run; where that is much, it was short.
+Steps: of x and of y, where v has that of y; * at an end of the grid, where a better one may lie outside; † where no
+pair of the grid was steady, and the best of all was taken. A run that ended early is named below its table.
 
 {numbers}"""
 SETTINGS = {
@@ -112,10 +116,28 @@ def numbers(records: Sequence[Record]) -> str:
         groups.items(), key=lambda item: (mean_loss(item[1]), item[1][0].configuration.get("agents", 0), item[0])
     )
     rows = [
-        [method, *(cell([record.metrics.get(name) for record in group]) for name in columns), still_falling(group)]
+        [
+            method,
+            *(cell([record.metrics.get(name) for record in group]) for name in columns),
+            still_falling(group),
+            steps(group[0]),
+        ]
         for method, group in ordered
     ]
-    return table(["method", *columns.values(), "last quarter"], rows)
+    return table(["method", *columns.values(), "last quarter", "steps"], rows)
+
+
+def steps(record: Record) -> str:
+    """The chosen steps of x and y; * at an end of the grid, † where no pair of the grid was steady."""
+    grid, chosen = record.configuration.get("grid"), record.configuration.get("step_sizes")
+    if not grid or not chosen:
+        return "–"
+    ends = {name: {min(values), max(values)} for name, values in grid.items()}
+    texts = [
+        f"{chosen[name]:.3g}{'*' * (chosen[name] in ends[name])}" for name in ends if name in chosen and name != "v"
+    ]
+    steady = np.asarray([*record.configuration.get("grid_steady", {"": [True]}).values()])
+    return ", ".join(texts) + " †" * (not steady.all(axis=0).any())
 
 
 def words(records: Sequence[Record]) -> str:
@@ -145,6 +167,11 @@ def section(job: Job, records: Sequence[Record], log: Log | None) -> str:
         ended = "" if log.code == 0 else f", ended with code {log.code}"
         parts.append(f"`{log.command}`, {log.seconds:,.0f} s in all{ended}.\n")
     parts.append(f"{words(records)}.\n\n{numbers(records)}" if records else "No results.\n")
+    parts += [
+        f"{one.method}, seed {one.seed}: ended after {last} of {one.configuration.get('outer_steps')} iterations.\n"
+        for one in records
+        if (last := one.metrics.get("outer_steps")) not in (None, one.configuration.get("outer_steps"))
+    ]
     return "\n".join(parts)
 
 

@@ -15,16 +15,19 @@ MOMENTUM = 0.4  # α of DSVRBGD, MDBO and VRDBO, and their η: a = α η² = 0.1
 RATE = 0.5
 TERMS = 10  # of a Neumann series
 INNER_STEPS = 5  # of MA-DSBO, for y and for v, and of C2DFB
-PENALTY = 100.0  # λ of C2DFB, which sends the largest 30 % of the entries
+PENALTY, SENT = 100.0, 0.3  # λ of C2DFB, and the share of the entries that it sends
+LENGTH = 4.0  # AdaSDBO takes so many times the steps of the grid
 COMPRESSION = {0.3: 0.4, 0.1: 0.2}  # share of the entries that are sent -> step of CHOCO gossip
 EVERY = 10  # SVR-INTERACT reads all examples in one of so many iterations
 LARGEST = 130  # numbers in y up to which GBDSBO's matrices are formed
 CAPTION = f"""\
 s3ldbo-p: {{coins}}; -subset-p, -adaptive-p: ⌈p · n⌉ agents at a time, at random or those that moved farthest.
 dsvrbgd, mdbo, vrdbo, diamond, interact-svr, -sampled: minibatches of {{batch_size}} (interact-svr: all in every
-{EVERY}th iteration); all others exact. ma-dsbo, c2dfb: {INNER_STEPS} inner steps; c2dfb: penalty {PENALTY:g}, 30 % of
-the entries sent. mdbo, vrdbo, interact, diamond: {TERMS} terms of a Neumann series, of each agent's own Hessian.
-sparkle-ed, -extra, -mixed: on (I + W)/2 where not tracked; -topq: the share q of each change that is sent.
+{EVERY}th iteration); all others exact. ma-dsbo, c2dfb: {INNER_STEPS} inner steps; c2dfb: penalty {PENALTY:g},
+{SENT:.0%} of the entries sent. mdbo, vrdbo, interact, diamond: {TERMS} terms of a Neumann series, of each agent's own
+Hessian.
+sparkle-ed, -extra, -mixed, ma-dsbo: on (I + W)/2 where needed; -topq: the share q of each change that is sent.
+adasdbo: {LENGTH:g} times the steps, which it divides by the lengths of all directions so far.
 """
 
 
@@ -45,6 +48,11 @@ def series(make: Callable[..., Callable], method: Callable, *size: int, **settin
     return lambda network, gossip, steps: make(
         method, *size, terms=TERMS, inverse_step=1 / network.curvature, **settings
     )(network, gossip, steps)
+
+
+def longer(network: Network, gossip: Any, steps: bx.Levels) -> bx.Algorithm:
+    """AdaSDBO, whose steps are lengths."""
+    return bx.decentralized.adasdbo(network.problem, gossip, bx.Levels(*(LENGTH * step for step in steps)))
 
 
 def each(function: Callable, value: Any) -> Any:
@@ -98,7 +106,7 @@ def rows(coins: Callable, size: int) -> tuple[Row, ...]:
     c2dfb = preset(
         methods.c2dfb,
         inner_steps=INNER_STEPS,
-        compressor=bx.compression.top_k(0.3),
+        compressor=bx.compression.top_k(SENT),
         multiplier=PENALTY,
         gossip_step=0.4,
     )
@@ -119,11 +127,11 @@ def rows(coins: Callable, size: int) -> tuple[Row, ...]:
         Row("d-soba", preset(methods.dsoba)),
         sampled("d-soba-sampled", drawn(methods.dsoba, size)),
         Row("d-soba-first-order", preset(methods.dsoba_first_order), counted(inner=3, hessian=0, cross=0)),
-        Row("adasdbo", preset(methods.adasdbo)),
-        Row("ma-dsbo", ma_dsbo(), loops),
-        Row("ma-dsbo-gt", ma_dsbo(track=True), loops),
-        Row("ma-dsbo-restart", ma_dsbo(restart=True), loops),
-        sampled("ma-dsbo-sampled", drawn(methods.ma_dsbo, size, **inner_loops), loops),
+        Row("adasdbo", longer),
+        Row("ma-dsbo", ma_dsbo(), loops, graphs=lazy("v")),
+        Row("ma-dsbo-gt", ma_dsbo(track=True), loops, graphs=lazy("xyv")),
+        Row("ma-dsbo-restart", ma_dsbo(restart=True), loops, graphs=lazy("v")),
+        sampled("ma-dsbo-sampled", drawn(methods.ma_dsbo, size, **inner_loops), loops, graphs=lazy("v")),
         sampled("mdbo", series(drawn, methods.mdbo, size, **reduced), counted(hessian=TERMS)),
         sampled("vrdbo", series(drawn, methods.vrdbo, size, **reduced), counted(2, 2, 2 * TERMS, 2)),
         Row("c2dfb", c2dfb, counted(INNER_STEPS + 1, 2 * INNER_STEPS + 2, 0, 0), fixed=True),
@@ -157,7 +165,7 @@ def personal_rows(coins: Callable, size: int) -> tuple[Row, ...]:
         *(Row(f"s3ldbo-adaptive-{p:g}", adaptive(p=p), at_start=1) for p in ADAPTIVE),
         Row("sparkle-ed", sparkle, counted(inner=2), graphs=lazy("x"), symmetric=True, fixed=True),
         Row("lopa-local", preset(methods.lopa_local)),
-        sampled("lopa-tracking", drawn(methods.lopa_tracking, size, theta=0.1)),
+        Row("lopa-tracking", preset(methods.lopa_tracking)),
         Row("interact", series(preset, methods.interact), counted(hessian=TERMS)),
         sampled("interact-svr", svr, twice, every=EVERY),
         sampled("diamond", series(drawn, methods.diamond, size, a=MOMENTUM * RATE**2), twice),

@@ -79,13 +79,17 @@ def compiled(row: Row, placed: Placed, network: Network, size: int) -> Program:
         (every, ys), whole = placed.join((state.x, state.y)), placed.join(batch)
         x, y = network.point(every, ys)
         slope = jax.grad(network.loss, argnums=2)(problem.inner_loss, x, y, whole.inner)
-        loss = network.loss(problem.outer_loss, x, y, whole.outer)
-        trace = Trace(loss, optax.tree.norm(slope), jax.tree.map(jnp.sum, counts))
+        trace = Trace(outer_loss(network, x, y, whole), optax.tree.norm(slope), jax.tree.map(jnp.sum, counts))
         return Carry(state, x, y, consensus(every, x), spent), trace
 
     keys, batch = jax.random.split(jax.random.key(0), size), placed.put(network.batch)
     made, seconds, memory = timing.compiled(chunk, (begin(*network.start, network.batch), keys, batch))
     return Program(cast(Any, begin), made, seconds, memory)
+
+
+def outer_loss(network: Network, x: chex.ArrayTree, y: chex.ArrayTree, batch: bx.Batch) -> chex.Array:
+    """The mean f_i at a point, whatever y is there."""
+    return network.loss(network.problem.outer_loss, x, y, batch.outer)
 
 
 def consensus(every: chex.ArrayTree, x: chex.ArrayTree) -> chex.Array:
@@ -105,7 +109,7 @@ def evaluate(network: Network, exactly: Exactly, carry: Carry) -> dict[str, floa
 def before(network: Network, exactly: Exactly, at_start: int) -> dict[str, float | None]:
     """The same before the first iteration, with the evaluations that `init` needs."""
     x, y = jax.device_get(network.point(*network.start))
-    loss = network.loss(network.problem.outer_loss, x, y, network.batch.outer).item()
+    loss = outer_loss(network, x, y, network.batch).item()
     spent = {"derivatives": float(at_start), "megabytes": 0.0, "rounds": 0.0, "seconds": 0.0}
     first = {"outer_step": 0, "outer_loss": loss, "consensus": 0.0}
     return {**first, **judged(exactly, x, y, network.batch), **network.scores(x, y), **spent}
@@ -130,8 +134,8 @@ def tuned(
     """The step sizes of the grid whose `make(steps)` ends with the lowest F(x); one program runs all of them.
 
     Of several seeds (the keys of `networks`) the worst one counts. Steps whose own outer loss is above that of the
-    start halfway are left out, since their ends are good or bad by luck, and so are those whose agents end farther from
-    their mean than that has moved.
+    start, and F there, halfway are left out, since their ends are good or bad by luck, and so are those whose agents
+    end farther from their mean than that has moved.
     """
     first = next(iter(networks.values()))
 
@@ -141,20 +145,19 @@ def tuned(
         def step(_: chex.Numeric, state: Any) -> Any:
             return method.step(key, state, batch)[0]
 
-        def loss(point: tuple[chex.ArrayTree, chex.ArrayTree]) -> chex.Array:
-            return first.loss(first.problem.outer_loss, point[0], point[1], batch.outer)
-
         halfway = jax.lax.fori_loop(0, iterations // 2, step, method.init(x, y, batch))
         state = jax.lax.fori_loop(iterations // 2, iterations, step, halfway)
         begin, middle, last = first.point(x, y), first.point(halfway.x, halfway.y), first.point(state.x, state.y)
         moved = optax.tree.norm(optax.tree.sub(last[0], begin[0]))
-        return last, (loss(middle) <= loss(begin)) & (consensus(state.x, last[0]) <= moved)
+        return last, outer_loss(first, *middle, batch), consensus(state.x, last[0]) <= moved
 
     program = jax.jit(jax.vmap(ends, (0, None, None, None, None)))
     scores = []
     for seed, network in networks.items():
-        points, steady = jax.device_get(program(grid, jax.random.key(seed), *network.start, network.batch))
-        scores.append((_losses(exactly, network, points, len(grid.x)), steady))
+        points, middle, together = jax.device_get(program(grid, jax.random.key(seed), *network.start, network.batch))
+        start, *_ = _losses(exactly, network, jax.tree.map(lambda leaf: leaf[None], network.point(*network.start)), 1)
+        level = np.fmax(start, outer_loss(network, *network.point(*network.start), network.batch))
+        scores.append((_losses(exactly, network, points, len(grid.x)), together & (middle <= level)))
     best = chosen(*(np.stack(parts) for parts in zip(*scores, strict=True)))
     return {
         "step_sizes": {name: float(values[best]) for name, values in grid._asdict().items()},

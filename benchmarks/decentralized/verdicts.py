@@ -40,6 +40,8 @@ class Interval(NamedTuple):
             return f"{self.least:.3g}"
         if self.least == math.inf:
             return "diverged"
+        if self.most == -math.inf:
+            return "the other diverged"
         if self.most < math.inf:
             return f"< {self.most:.3g}"
         return f"> {self.least:.3g}" if self.least > 0 else "unknown"
@@ -55,10 +57,10 @@ UNKNOWN = Interval(0.0, math.inf)
 
 
 def spent_until(record: Record, cost: str, metric: str, target: float) -> Spent:
-    """What a run had spent when the metric first was at most the target, linear between checkpoints.
+    """What a run had spent when the metric first was at most the target: between checkpoints, linear in its logarithm.
 
-    A target that the first checkpoint is below counts as reached there. A run that ends without finite numbers never
-    reaches a target, at any cost.
+    A target that the first checkpoint is below counts as reached there. A run that diverges before never reaches it, at
+    any cost.
 
     Args:
       record: the run.
@@ -78,7 +80,9 @@ def spent_until(record: Record, cost: str, metric: str, target: float) -> Spent:
     at = int(below[0])
     if at == 0 or not np.isfinite(values[at - 1]):
         return Spent(float(costs[at]), True)
-    part = (values[at - 1] - target) / (values[at - 1] - values[at])
+    scale = np.log if values[at] > 0 else np.asarray
+    before, now, wanted = scale([values[at - 1], values[at], target])
+    part = (before - wanted) / (before - now)
     return Spent(float(costs[at - 1] + part * (costs[at] - costs[at - 1])), True)
 
 
@@ -107,7 +111,7 @@ def halfway(record: Record, metric: str) -> float:
 
 
 def behind(method: Record, other: Record, metric: str = "exact_loss", cost: str = "derivatives") -> Interval:
-    """How much of the other run's decrease a method lacks, after the same cost: the lower of what the two spent.
+    """What a method lacks after the same cost, the lower of what the two spent, over the larger decrease of the two.
 
     Negative where the method is ahead. A run that ends without finite numbers lacks everything.
     """
@@ -122,7 +126,7 @@ def behind(method: Record, other: Record, metric: str = "exact_loss", cost: str 
         }.get((finite[0], finite[1]), Interval(-math.inf, math.inf))
     common = min(costs[-1] for costs, _ in curves)
     one, two = (float(np.interp(common, *curve)) for curve in curves)
-    decrease = float(curves[1][1][0]) - two
+    decrease = float(curves[1][1][0]) - min(one, two)
     if not decrease > 0:
         return Interval(-math.inf, math.inf)
     lack = (one - two) / decrease
@@ -158,8 +162,10 @@ def judge(
     missed = [not meets(interval.least, bound) for interval in intervals]
     if all(held) or all(missed):
         return words, HOLDS if all(held) else FAILS
-    why = "seeds do not agree" if any(held) and any(missed) else "target not reached"
-    return words, f"{OPEN}: {why}"
+    if any(held) and any(missed):
+        return words, f"{OPEN}: seeds do not agree"
+    incomparable = any(interval.least == -math.inf and interval.most == math.inf for interval in intervals)
+    return words, f"{OPEN}: {'not comparable' if incomparable else 'target not reached'}"
 
 
 def averaged(amounts: Sequence[Spent], form: str = ",.4g") -> str:

@@ -19,7 +19,8 @@ def srba(problem: BilevelProblem, step_sizes: Any, sample: Sample, period: int) 
         s ← s − a_s u_s  for s = x, y, v, all at once
 
     With constant steps it converges to (x*, y*, v*). A period of about the number of batches in the data keeps the
-    share of the full passes at a half or less.
+    share of the full passes at a half or less. Do not use it where a pass over all data is out of reach: `sustain` and
+    `fsla` read batches alone.
 
     Args:
       problem: f and g, means over their examples.

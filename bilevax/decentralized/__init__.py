@@ -9,7 +9,8 @@ are presets of it, and those with inner loops or matrices are built of the same 
 | `sparkle`                     | common      | x*                         | d_x + 2 d_y; with tracking twice that  |
 | `dsoba`, `dsoba_first_order`  | common      | x* but for O(step)         | d_x + 2 d_y                            |
 | `adasdbo`                     | common      | x*, slowly                 | d_x + 2 d_y + 3                        |
-| `ma_dsbo`                     | common      | x* with `track`            | d_x + (T + 2 N) d_y                    |
+| `ma_dsbo`                     | common      | x* but for O(step)         | d_x + (T + 2 N) d_y                    |
+| `ma_dsbo`, `track=True`       | common      | x*                         | 2 d_x + 2 (T + N) d_y                  |
 | `mdbo`, `vrdbo`               | common      | x_l: own inverse Hessians  | 2 (d_x + d_y)                          |
 | `gbdsbo`                      | common      | x*                         | 2 d_x + 3 d_y + d_x d_y + b d_y²       |
 | `c2dfb`                       | common      | x_λ: x* but for O(1/λ)     | 2 d_x + 4 K compressed d_y             |

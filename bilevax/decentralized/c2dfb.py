@@ -138,7 +138,7 @@ def c2dfb(
         check_step(plain.x, key, state, C2DFBState, batch)
         agents = plain.x.agents()
         key, start = fold(key, state.k), Levels(state.x, state.y, state.penalized)
-        how = [move(one, state.k, setting(start, batch, key)) for one in steps]
+        how = [move(one, state.k, setting(start, batch, fold(key, 3))) for one in steps]
 
         def inner(carry: tuple, t: chex.Array) -> tuple[tuple, chex.Array]:
             (y, of_y), (z, of_z) = carry

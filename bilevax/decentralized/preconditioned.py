@@ -38,7 +38,8 @@ def preconditioned(step_size: Any, ihvp: IHVP) -> Preconditioned:
     Args:
       step_size: a, a number or a schedule k -> number; about 1 is Newton's step.
       ihvp: such as `bx.ihvp.kfac()`, `bx.ihvp.ekfac()` or `bx.ihvp.diagonal(...)`, one with `linear=True`. It is
-        prepared at each iteration, under `jax.vmap` over the agents.
+        prepared at each iteration, under `jax.vmap` over the agents; in an inner loop (`ma_dsbo`, `c2dfb`) at each of
+        its steps, at the point where it began.
 
     Returns:
       A value for `step_sizes.y` or `step_sizes.v` of a method with the correction `none` or gradient tracking.

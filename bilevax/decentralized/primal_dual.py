@@ -27,7 +27,7 @@ def exact_diffusion() -> Correction:
 
     Raises:
       ValueError: from `init`, if W is not symmetric, not fixed, or λ_min(W) <= −1/3, where it is not stable: take
-        `bx.topology.lazy`; or if the step size is an optax transformation.
+        `bx.topology.lazy`; or if the step size is an optax transformation or preconditioned.
 
     Cost: one vector in one round.
 
@@ -66,7 +66,7 @@ def extra() -> Correction:
 
     Raises:
       ValueError: from `init`, if W is not symmetric, not fixed, or λ_min(W) <= −1/3, where no step is stable: take
-        `bx.topology.lazy`; or if the step size is an optax transformation.
+        `bx.topology.lazy`; or if the step size is an optax transformation or preconditioned.
 
     Cost: one vector in one round.
 
@@ -94,8 +94,9 @@ def _primal_dual(name: str) -> Callable:
         _check_symmetric(name, gossip)
         if not move.linear:
             raise ValueError(
-                f"step_sizes of a level with {name} must be numbers or schedules; got an optax transformation, with "
-                f"which its limit would be wrong. Take bx.correction.tracking() for that level."
+                f"step_sizes of a level with {name} must be numbers or schedules; got an optax transformation or "
+                f"bx.decentralized.preconditioned(...), with which its limit would be wrong. Take "
+                f"bx.correction.tracking() for that level."
             )
         return CorrectionState(gossip.init(s), move.init(s), optax.tree.zeros_like(s))
 
