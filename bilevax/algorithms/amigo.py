@@ -64,7 +64,8 @@ def amigo(
       `Algorithm(init, step)` with `AmigoState` and `DescentInfo`, on x and y without an agents' axis.
 
     Raises:
-      ValueError: if a number of steps is below 1, or a step size is negative or of another kind.
+      ValueError: if a number of steps is below 1, or a step size is negative or of another kind; when it draws,
+        if there is no key.
 
     Cost: one ∇f, `steps` + 1 ∇_y g, `v_steps` Hessian products and one cross product, on a sample each; each product on
     a sample of its own takes one more ∇_y g there.

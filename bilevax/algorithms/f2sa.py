@@ -36,7 +36,8 @@ def f2sa(problem: BilevelProblem, step_sizes: Any, sample: Sample, multiplier: A
       agents' axis.
 
     Raises:
-      ValueError: if `steps` < 0, a number `multiplier` is not positive, or a step size is negative or of another kind.
+      ValueError: if `steps` < 0, a number `multiplier` is not positive, or a step size is negative or of another kind;
+        when it draws, if there is no key.
 
     Cost: 2 `steps` + 2 gradients of g and `steps` + 1 of f, on a sample each.
 

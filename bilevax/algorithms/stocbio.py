@@ -35,7 +35,8 @@ def stocbio(problem: BilevelProblem, step_sizes: Any, sample: Sample, steps: int
       `Algorithm(init, step)` with `DescentState` and `DescentInfo`, on x and y without an agents' axis.
 
     Raises:
-      ValueError: if `steps` < 0 or `terms` < 1, a step size is negative or of another kind, or that of v is 0.
+      ValueError: if `steps` < 0 or `terms` < 1, a step size is negative or of another kind, or that of v is 0;
+        when it draws, if there is no key.
 
     Cost: one ∇f, `steps` + 1 ∇_y g, `terms` Hessian products and one cross product, on a sample each; each product on a
     sample of its own takes one more ∇_y g there.

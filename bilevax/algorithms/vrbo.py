@@ -68,7 +68,7 @@ def vrbo(
 
     Raises:
       ValueError: if `period` < 1, `steps` < 1 or `terms` < 0, a step size is negative or of another kind, or that of v
-        is not a positive number.
+        is not a positive number; if there is no key.
 
     Cost: 2 (`steps` + 1) evaluations, each one ∇f, one ∇_y g, `terms` Hessian products and one cross product on a
     sample; in every `period`-th iteration one on all data besides.

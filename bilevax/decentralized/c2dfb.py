@@ -87,7 +87,8 @@ def c2dfb(
 
     Reference: Wen, Liu, Abdelmoniem, Zhou and Xu, "A communication and computation efficient fully first-order method
     for decentralized bilevel optimization", arXiv 2410.14115. Reconstructed: the penalty and the compressed residuals
-    of the inner loops are the paper's; the recursion is as known, not verified.
+    of the inner loops are the paper's; the recursion is as known, not verified. Deviation: the
+    gossip of x has no step of its own.
 
     Example:
         >>> import bilevax as bx, jax.numpy as jnp

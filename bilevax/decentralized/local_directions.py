@@ -146,6 +146,8 @@ def own_neumann(terms: int, inverse_step: chex.Numeric) -> LocalDirections:
 
     Cost: one ∇f, one ∇_y g, J Hessian products and one cross product.
 
+    Reference: the local estimates of MDBO, see `bx.decentralized.mdbo`; the whole series in place of one random term.
+
     Example:
         >>> import bilevax as bx
         >>> problem = bx.BilevelProblem(lambda x, y, batch: y**2, lambda x, y, batch: (y - x) ** 2)
