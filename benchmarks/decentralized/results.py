@@ -62,7 +62,8 @@ pair of the grid was steady, and the best of all was taken. A run that ended ear
 
 {numbers}"""
 SETTINGS = {
-    True: "quick: short runs on small data, some of them too short to decide; nothing here is about the full setting.",
+    True: "quick: short runs on small data (MNIST: 14 × 14 pixels), some of them too short to decide; nothing here is "
+    "about the full setting.",
     False: "full.",
 }
 
