@@ -112,5 +112,5 @@ JOBS = (
         )
     ),
     Job("speed-up", "Noise floors of stochastic methods", "decentralized-speed-up"),
-    Job("curvature", "Curvature as a preconditioner of y and v", "decentralized-curvature"),
+    Job("curvature", "Curvature as a preconditioner of y and v", "decentralized-curvature", iterations=(1500, 3000)),
 )
