@@ -49,7 +49,7 @@ class Config:
     """Runs all decentralized tasks, and writes what was measured beside what the papers claim."""
 
     quick: bool = False
-    """Short runs on small data, an hour or more in all on two cores."""
+    """Short runs on small data, about an hour in all on two cores."""
     seeds: int = 3
     """How many seeds of each job."""
     results: Path = Path("results")
