@@ -60,7 +60,7 @@ SETTINGS = {
     "mnist": Setting("mnist", 2000, 500, 600, MNIST_GRID),
     "fashion-mnist": Setting("fashion-mnist", 2000, 500, 600, MNIST_GRID),
 }
-QUICK_ITERATIONS = 200
+QUICK_ITERATIONS, SHRUNK_ITERATIONS = 200, 140
 QUICK_TRAIN, QUICK_VALIDATION = 50, 25  # images of each agent, if they are shrunk
 COLUMNS: Columns = {
     "test_accuracy": ("test\nacc.", "{:.3f}".format),
@@ -179,9 +179,10 @@ class Config:
         setting, n = SETTINGS[self.data], self.network.agents
         if self.common.quick and self.data != "digits":
             train, validation = QUICK_TRAIN * n, QUICK_VALIDATION * n
-            setting = Setting(f"{self.data}-14", train, validation, QUICK_ITERATIONS, SHRUNK_GRID)
-        usual = QUICK_ITERATIONS if self.common.quick else setting.iterations
-        return setting._replace(iterations=self.common.outer_steps or usual)
+            setting = Setting(f"{self.data}-14", train, validation, SHRUNK_ITERATIONS, SHRUNK_GRID)
+        elif self.common.quick:
+            setting = setting._replace(iterations=QUICK_ITERATIONS)
+        return setting._replace(iterations=self.common.outer_steps or setting.iterations)
 
     @functools.cache  # noqa: B019
     def load(self, seed: int) -> Divided:
