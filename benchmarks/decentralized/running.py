@@ -155,8 +155,9 @@ def tuned(
     scores = []
     for seed, network in networks.items():
         points, middle, together = jax.device_get(program(grid, jax.random.key(seed), *network.start, network.batch))
-        start, *_ = _losses(exactly, network, jax.tree.map(lambda leaf: leaf[None], network.point(*network.start)), 1)
-        level = np.fmax(start, outer_loss(network, *network.point(*network.start), network.batch))
+        x, y = jax.device_get(network.point(*network.start))
+        accurate = np.array(judged(exactly, x, y, network.batch)["exact_loss"], dtype=float)
+        level = np.fmax(accurate, outer_loss(network, x, y, network.batch))
         scores.append((_losses(exactly, network, points, len(grid.x)), together & (middle <= level)))
     best = chosen(*(np.stack(parts) for parts in zip(*scores, strict=True)))
     return {
