@@ -41,20 +41,12 @@ def _digits() -> tuple[Images, None]:
     return (images / 16, labels), None
 
 
-def _idx(name: str, side: int = 28) -> tuple[Images, Images]:
+def _idx(name: str, times: int = 1) -> tuple[Images, Images]:
     parts = (data.images(name, part) for part in ("train", "t10k"))
     train, test = (
-        (_shrunk(images, side).reshape(len(images), -1) / np.float32(255), labels) for images, labels in parts
+        (data.shrunk(images, times).reshape(len(images), -1) / np.float32(255), labels) for images, labels in parts
     )
     return train, test
-
-
-def _shrunk(images: np.ndarray, side: int) -> np.ndarray:
-    """Means over squares, so that side × side of them are left."""
-    number, height, _ = images.shape
-    times = height // side
-    squares = images.reshape(number, side, times, side, times)
-    return squares.mean(axis=(2, 4), dtype=np.float32)
 
 
 def _cifar10() -> tuple[Images, Images]:
@@ -69,8 +61,8 @@ POOLS: dict[str, Callable[[], tuple[Images, Images | None]]] = {
     "digits": _digits,
     "mnist": functools.partial(_idx, "mnist"),
     "fashion-mnist": functools.partial(_idx, "fashion-mnist"),
-    "mnist-14": functools.partial(_idx, "mnist", 14),
-    "fashion-mnist-14": functools.partial(_idx, "fashion-mnist", 14),
+    "mnist-14": functools.partial(_idx, "mnist", 2),
+    "fashion-mnist-14": functools.partial(_idx, "fashion-mnist", 2),
     "cifar10": _cifar10,
 }
 

@@ -206,6 +206,13 @@ def images(name: str, part: str) -> tuple[np.ndarray, np.ndarray]:
     return idx(fetch(f"{name}/{part}-images-idx3-ubyte"), 3), idx(fetch(f"{name}/{part}-labels-idx1-ubyte"), 1)
 
 
+def shrunk(images: np.ndarray, times: int) -> np.ndarray:
+    """Means over times × times pixels, of images [..., side, side]; float32 [..., side / times, side / times]."""
+    side = images.shape[-1] // times
+    blocks = images.reshape(*images.shape[:-2], side, times, side, times)
+    return blocks.mean(axis=(-3, -1), dtype=np.float32)
+
+
 def idx(content: bytes, dimensions: int) -> np.ndarray:
     """Reads an idx file of bytes with so many dimensions."""
     start = 4 * (1 + dimensions)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import bilevax as bx
-from benchmarks.data import omniglot
+from benchmarks.data import omniglot, shrunk
 from benchmarks.photos import mini_imagenet
 from benchmarks.vision import patches
 
@@ -43,9 +43,7 @@ class Network(nn.Module):
 
 def shrink(images: np.ndarray) -> chex.Array:
     """Drawings, bool [class, drawer, side, side] with False for ink, to means over POOL × POOL pixels; 1 is ink."""
-    side = images.shape[-1] // POOL
-    blocks = images.reshape(*images.shape[:2], side, POOL, side, POOL)
-    return jnp.asarray(1 - blocks.mean(axis=(3, 5), dtype=np.float32))
+    return jnp.asarray(1 - shrunk(images, POOL))
 
 
 def draw_task(key: chex.PRNGKey, images: chex.Array, shots: int = 1) -> bx.Batch:
