@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from compiled import executed_dots
 
 import bilevax as bx
+from bilevax.testing import executed_dots
 
 N = 4
 KEY = jax.random.key(0)

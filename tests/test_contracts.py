@@ -16,10 +16,10 @@ import lineax
 import numpy as np
 import optax
 import pytest
-from compiled import executed_dots
 from jax.flatten_util import ravel_pytree
 
 import bilevax as bx
+from bilevax.testing import executed_dots
 
 STEPS = 4
 FULL = bx.inner.full

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from compiled import executed_dots
 from directional_cases import (
     CLEANING,
     DIRECT,
@@ -38,6 +37,7 @@ from directional_cases import (
 import bilevax as bx
 from bilevax.inner import chain, forward_gradient, no_gradient, reverse
 from bilevax.random_directions import coordinate, gaussian, hadamard, orthogonal, rademacher, sphere
+from bilevax.testing import executed_dots
 
 MOMENTUM = optax.sgd(0.3, momentum=0.9)
 OPTIMIZERS = {

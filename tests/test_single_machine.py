@@ -9,10 +9,10 @@ import networks
 import numpy as np
 import optax
 import pytest
-from compiled import executed_dots
 from networks import numbers
 
 import bilevax as bx
+from bilevax.testing import executed_dots
 
 DATA = networks.quadratic(5, n=12)  # its leading axis counts examples here
 MEAN = DATA.mean

@@ -1,7 +1,9 @@
 """What a contract is: a name, a check that raises, and what to do then."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
+
+import jax
 
 
 class ContractError(AssertionError):
@@ -15,11 +17,13 @@ class Contract(NamedTuple):
       name: in lower case, such as `jit_equals_eager`.
       check: `check(subject, …)` raises any exception if the subject breaks it.
       remedy: what the author of a method does about it.
+      applies: `applies(subject, …)`, False where it asks for something that the subject does not have or declares.
     """
 
     name: str
     check: Callable[..., None]
     remedy: str
+    applies: Callable[..., bool] = lambda *subject: True
 
     def hold(self, what: str, *arguments: Any) -> None:
         """Checks it, and says which contract is broken by what.
@@ -36,10 +40,23 @@ class Contract(NamedTuple):
             ) from error
 
 
-def contract(remedy: str) -> Callable[[Callable[..., None]], Contract]:
+def contract(remedy: str, applies: Callable[..., bool] = lambda *subject: True) -> Callable[[Callable], Contract]:
     """Makes a contract of a check, which lends it its name.
 
     Args:
       remedy: what the author of a method does about it.
+      applies: `applies(subject, …)`, whether it is asked of a subject.
     """
-    return lambda check: Contract(check.__name__, check, remedy)
+    return lambda check: Contract(check.__name__, check, remedy, applies)
+
+
+def hold_all(contracts: Iterable[Contract], what: str, *subject: Any) -> None:
+    """Checks in double precision, one after the other, all contracts that apply.
+
+    Raises:
+      ContractError: at the first one that is broken.
+    """
+    with jax.enable_x64(True):
+        for one in contracts:
+            if one.applies(*subject):
+                one.hold(what, *subject)

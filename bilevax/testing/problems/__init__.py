@@ -1,0 +1,1 @@
+"""Problems whose solutions and hypergradients are known."""
