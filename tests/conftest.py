@@ -1,10 +1,76 @@
-"""Double precision and strict shapes in every test; a single-precision test says `with jax.enable_x64(False)`."""
+"""Double precision and strict shapes in every test; what tests compile is kept cheap, counted and dropped.
+
+A single-precision test says `with jax.enable_x64(False)`.
+"""
 
 import os
+import resource
 
 import jax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
-# Nearly all of the time is spent on compiling programs that run once: let LLVM leave them as they are.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+# Nearly all of the time is spent on compiling programs that run once: let XLA and LLVM leave them as they are.
+FLAGS = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
+if jax.__version_info__ < (0, 11):  # gone since
+    FLAGS += ["--xla_cpu_use_fusion_emitters=false"]
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+COMPILED = "/jax/core/compile/backend_compile_duration"
+compiled = []  # seconds of each program
+workers = []  # of each one that has finished: programs and memory
+
+
+@jax.monitoring.register_event_duration_secs_listener
+def _count(event, seconds, **_):
+    if event == COMPILED:
+        compiled.append(seconds)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """What tests of one file do to one method is done by one worker, whose programs then serve all of them."""
+    for item in items:
+        name = item.callspec.params.get("name", "") if hasattr(item, "callspec") else ""
+        item.add_marker(pytest.mark.xdist_group(f"{item.path.stem} {name}"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _drop_programs():
+    yield
+    jax.clear_caches()
+
+
+@pytest.fixture
+def uncached():
+    """Without the persistent cache of a folder, where programs are judged by what compiling them yields."""
+    used = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", used)
+    compilation_cache.reset_cache()
+
+
+def _spent():
+    return len(compiled), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["spent"] = _spent()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    workers.append(getattr(node, "workeroutput", {}).get("spent", (0, float("nan"))))
+
+
+def pytest_terminal_summary(terminalreporter):
+    programs, memory = zip(*(workers or [_spent()]), strict=True)
+    largest = f"{max(memory):.2f} GiB in the largest of {len(memory)} processes"
+    terminalreporter.write_line(f"{sum(programs):,} programs compiled; {largest}")
