@@ -7,35 +7,42 @@ from collections.abc import Sequence
 
 import tyro
 
-from benchmarks.data import DataError
+from benchmarks.harness.errors import DataError
 
-# Modules with a class `Config`, imported when their task is named: some need packages that others do not.
-TASKS = {
-    "hyper-cleaning": "learn a weight for each training example, half of whose labels are false (the default)",
-    "regularization": "learn one penalty for each feature of a logistic regression",
-    "single-machine": "compare single-machine methods from small batches, penalties of a logistic regression again",
-    "meta-learning": "learn a first point from which few steps classify new characters (needs flax)",
-    "hypergradients": "compare hypergradients with the exact one, against their cost",
-    "poisoning": "alter a few training images so that the validation error rises",
-    "long-tail": "learn a network from losses to weights on classes of very different size",
-    "text-reweighting": "learn weights for texts with weak labels (needs flax)",
-    "safe-selection": "find unwanted texts in what a language model is tuned on (needs flax)",
-    "condensation": "learn the few images that a new network is trained on",
-    "online-adaptation": "learn which words of a document a language model adapts to (needs flax)",
-    "pde": "recover a coefficient or a field of a differential equation, also through a black-box solver",
-    "learning-rates": "learn the schedule of the inner step sizes",
-    "two-phase": "a cheap estimator first, an unbiased one after it",
-    "unrolling": "error, memory and time of hypergradients as the inner steps grow in number",
-    "decentralized-hyper-cleaning": "hyper-cleaning by agents on a graph, who share no images",
-    "decentralized-meta-learning": "learn features by agents on a graph, with heads of their own (needs flax)",
-    "decentralized-policy-evaluation": "find one value function for the rewards that agents on a graph see",
-    "decentralized-regularization": "one penalty for each feature, by agents on a graph, who share no rows",
-    "decentralized-speed-up": "the noise that constant steps leave, against the number of agents on a graph",
-    "decentralized-curvature": "y and v of agents on a graph, preconditioned with Kronecker factors",
-    "decentralized-papers": "all decentralized tasks, and what was measured beside what the papers claim",
-    "skipping": "time iterations whose agents skip derivatives, and iterations of many agents",
-    "peers": "time the same hypergradients by several libraries (needs the extra peers)",
+# Modules with a class `Config`, by folder, imported when their job is named: some need packages that others do not.
+FOLDERS = {
+    "tasks": {
+        "hyper-cleaning": "learn a weight for each training example, half of whose labels are false (the default)",
+        "regularization": "learn one penalty for each feature of a logistic regression",
+        "meta-learning": "learn a first point from which few steps classify new characters (needs flax)",
+        "poisoning": "alter a few training images so that the validation error rises",
+        "long-tail": "learn a network from losses to weights on classes of very different size",
+        "text-reweighting": "learn weights for texts with weak labels (needs flax)",
+        "safe-selection": "find unwanted texts in what a language model is tuned on (needs flax)",
+        "condensation": "learn the few images that a new network is trained on",
+        "online-adaptation": "learn which words of a document a language model adapts to (needs flax)",
+        "pde": "recover a coefficient or a field of a differential equation, also through a black-box solver",
+        "learning-rates": "learn the schedule of the inner step sizes",
+    },
+    "studies": {
+        "single-machine": "compare single-machine methods from small batches, penalties of a logistic regression again",
+        "hypergradients": "compare hypergradients with the exact one, against their cost",
+        "two-phase": "a cheap estimator first, an unbiased one after it",
+        "unrolling": "error, memory and time of hypergradients as the inner steps grow in number",
+        "skipping": "time iterations whose agents skip derivatives, and iterations of many agents",
+        "peers": "time the same hypergradients by several libraries (needs the extra peers)",
+    },
+    "decentralized": {
+        "decentralized-hyper-cleaning": "hyper-cleaning by agents on a graph, who share no images",
+        "decentralized-meta-learning": "learn features by agents on a graph, with heads of their own (needs flax)",
+        "decentralized-policy-evaluation": "find one value function for the rewards that agents on a graph see",
+        "decentralized-regularization": "one penalty for each feature, by agents on a graph, who share no rows",
+        "decentralized-speed-up": "the noise that constant steps leave, against the number of agents on a graph",
+        "decentralized-curvature": "y and v of agents on a graph, preconditioned with Kronecker factors",
+        "decentralized-papers": "all decentralized tasks, and what was measured beside what the papers claim",
+    },
 }
+TASKS = {task: folder for folder, tasks in FOLDERS.items() for task in tasks}
 FLAGS = (tyro.conf.FlagCreatePairsOff,)
 EXTRAS = {
     **{"flax": "flax", "safetensors": "text", "tokenizers": "text"},
@@ -44,7 +51,6 @@ EXTRAS = {
 DESCRIPTION = """\
 Compares hypergradients on bilevel problems: prints a table, writes JSON files and a plot.
 
-tasks:
 {tasks}
 
 Without a task, options belong to hyper-cleaning: `python -m benchmarks --seeds 5`.
@@ -53,20 +59,22 @@ Public data sets are downloaded once to a cache folder; BILEVAX_DATA=<folder> na
 
 
 def module_of(task: str) -> str:
-    """Where a task lies: `decentralized-` at the front is a package, other hyphens are underscores."""
-    name = task.removeprefix("decentralized-")
-    return f"benchmarks.{'decentralized.' * (name != task)}{name.replace('-', '_')}"
+    """Where a job lies: hyphens are underscores, and `decentralized-` at the front is its folder."""
+    return f"benchmarks.{TASKS[task]}.{task.removeprefix('decentralized-').replace('-', '_')}"
 
 
 def main(args: Sequence[str]) -> int:
     """Runs the task that the arguments name; returns the exit code."""
     if not args or (args[0].startswith("-") and args[0] not in ("-h", "--help")):
         args = ["hyper-cleaning", *args]
-    tasks = "\n".join(f"  {name:30}{description}" for name, description in TASKS.items())
+    sections = [
+        "\n".join([f"{folder}:", *(f"  {name:32}{description}" for name, description in tasks.items())])
+        for folder, tasks in FOLDERS.items()
+    ]
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         usage="%(prog)s [task] [options]",
-        description=DESCRIPTION.format(tasks=tasks),
+        description=DESCRIPTION.format(tasks="\n\n".join(sections)),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("task", choices=TASKS, help=argparse.SUPPRESS)

@@ -13,9 +13,11 @@ import optax
 import pytest
 
 import bilevax as bx
-from benchmarks import corrupted, hyper_cleaning
 from benchmarks.__main__ import main
-from benchmarks.report import mean_and_error
+from benchmarks.data import download
+from benchmarks.data.images import POOLS, load
+from benchmarks.harness.report import mean_and_error
+from benchmarks.tasks import hyper_cleaning
 
 COUNTS = {"inner_gradients", "outer_gradients", "hessian_products", "cross_products", "breakdowns", "outer_steps"}
 COSTS = {"seconds", "compile_seconds", "temp_bytes"}
@@ -165,7 +167,7 @@ def test_public_images_run_with_each_model(run, monkeypatch, model):
     small = {"train": 40, "validation": 20}
     setting = hyper_cleaning.SETTINGS["fashion-mnist"]._replace(split=small)
     monkeypatch.setitem(hyper_cleaning.SETTINGS, "fashion-mnist", setting)
-    monkeypatch.setattr(corrupted.data, "images", lambda name, part: parts[part])
+    monkeypatch.setattr(download, "images", lambda name, part: parts[part])
     monkeypatch.setattr(hyper_cleaning, "ANCHORS", hyper_cleaning.ANCHORS[:1])
     code, output, _, _ = run(f"hyper-cleaning --data fashion-mnist --model {model} --methods cg --outer-steps 1")
     assert code == 0
@@ -174,8 +176,8 @@ def test_public_images_run_with_each_model(run, monkeypatch, model):
 
 def test_a_split_is_disjoint_and_half_of_its_labels_are_redrawn(monkeypatch):
     images = np.arange(4000, dtype=np.float32)[:, None]
-    monkeypatch.setitem(corrupted.POOLS, "counted", lambda: ((images, np.arange(4000) % 10), None))
-    data = corrupted.load("counted", seed=1, train=2000, validation=500, corruption=0.5)
+    monkeypatch.setitem(POOLS, "counted", lambda: ((images, np.arange(4000) % 10), None))
+    data = load("counted", seed=1, train=2000, validation=500, corruption=0.5)
     parts = [np.asarray(part[0])[:, 0] for part in (data.batch.inner, data.batch.outer, data.test)]
     assert [len(part) for part in parts] == [2000, 500, 1500]
     assert sorted(np.concatenate(parts).tolist()) == [*range(4000)]

@@ -7,14 +7,16 @@ import optax
 import pytest
 
 import bilevax as bx
-from benchmarks import condensation, condensation_figure, condensation_methods, models
-from benchmarks.condensation_network import network
-from benchmarks.corrupted import Data
-from benchmarks.loop import Outcome
-from benchmarks.report import Run
-from benchmarks.runner import Options
+from benchmarks.data.images import Data
+from benchmarks.harness.loop import Outcome
+from benchmarks.harness.report import Run
+from benchmarks.harness.runner import Options
+from benchmarks.networks.condensation_network import network
+from benchmarks.networks.dense import perceptron, random_layers
+from benchmarks.networks.model import Model, mean_cross_entropy
+from benchmarks.tasks import condensation, condensation_figure, condensation_methods
 
-MODEL = models.Model(lambda key, pixels: models.random_layers(4, key, pixels), models.perceptron, None)
+MODEL = Model(lambda key, pixels: random_layers(4, key, pixels), perceptron, None)
 T, RATE, MINIBATCH = 3, 0.2, 5
 
 
@@ -41,12 +43,12 @@ def written_out(key, x, real):
 
         def loss(y):
             decay = sum((leaf**2).sum() for leaf in jax.tree.leaves(y))
-            return models.mean_cross_entropy(MODEL, y, (x, jnp.arange(10))) + condensation.L2 / 2 * decay
+            return mean_cross_entropy(MODEL, y, (x, jnp.arange(10))) + condensation.L2 / 2 * decay
 
         velocity = jax.tree.map(lambda m, g: 0.9 * m + g, velocity, jax.grad(loss)(y))
         y = jax.tree.map(lambda leaf, m, rate=rate: leaf - rate * m, y, velocity)
     outer = bx.inner.minibatch(MINIBATCH)(outer_key, 0, real)
-    return models.mean_cross_entropy(MODEL, y, outer)
+    return mean_cross_entropy(MODEL, y, outer)
 
 
 def test_reverse_differentiates_the_training_of_a_fresh_network_on_the_learnt_images(real):
@@ -55,7 +57,7 @@ def test_reverse_differentiates_the_training_of_a_fresh_network_on_the_learnt_im
     training = condensation.training(MODEL, RATE, T, directions=1)
 
     def outer_loss(x, y, batch):
-        return models.mean_cross_entropy(MODEL, y, batch)
+        return mean_cross_entropy(MODEL, y, batch)
 
     solver = condensation_methods.reverse(training)
     hypergrad = condensation.renewed(bx.hypergradient(outer_loss, solver), MODEL, MINIBATCH)

@@ -12,9 +12,10 @@ import pooch
 import pytest
 import requests
 
-from benchmarks import data
 from benchmarks.__main__ import main
-from benchmarks.data import DataError, Source
+from benchmarks.data import download
+from benchmarks.data.download import Source
+from benchmarks.harness.errors import DataError
 
 TEXT = b"-1 1:0.5 3:2\n+1 2:-1\n" * 200
 NAME = "libsvm/small"
@@ -57,7 +58,7 @@ def no_network(monkeypatch):
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     source = Source("https://example.org/small.bz2", len(TEXT), hashlib.sha256(TEXT).hexdigest())
-    monkeypatch.setattr(data, "SOURCES", {**data.SOURCES, NAME: source})
+    monkeypatch.setattr(download, "SOURCES", {**download.SOURCES, NAME: source})
     monkeypatch.setenv("BILEVAX_DATA", str(tmp_path))
     return tmp_path
 
@@ -65,7 +66,7 @@ def folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize("suffix", PACK)
 def test_a_file_is_read_without_network_however_it_is_packed(folder, suffix):
     place(folder, PACK[suffix](TEXT), NAME + suffix)
-    assert data.fetch(NAME) == TEXT
+    assert download.fetch(NAME) == TEXT
     assert [path.name for path in folder.rglob("*") if path.is_file()] == [f"small{suffix}"]
 
 
@@ -78,8 +79,8 @@ def test_a_missing_file_is_downloaded_once_to_where_it_is_looked_for(folder, mon
         return str(path / fname)
 
     monkeypatch.setattr(pooch, "retrieve", retrieve)
-    assert data.fetch(NAME) == TEXT
-    assert data.fetch(NAME) == TEXT
+    assert download.fetch(NAME) == TEXT
+    assert download.fetch(NAME) == TEXT
     assert asked == ["https://example.org/small.bz2"]
     assert "Downloading https://example.org/small.bz2" in capsys.readouterr().err
 
@@ -89,18 +90,18 @@ def test_a_download_that_is_something_else_is_not_kept(folder, monkeypatch):
         pooch, "retrieve", lambda url, known_hash, fname, path: place(path, b"<html>log in</html>", fname)
     )
     with pytest.raises(DataError, match=r"small.bz2 cannot be read"):
-        data.fetch(NAME)
+        download.fetch(NAME)
     assert not (folder / f"{NAME}.bz2").exists()
 
 
 def test_without_the_variable_files_lie_in_the_cache_folder(monkeypatch):
     monkeypatch.delenv("BILEVAX_DATA", raising=False)
-    assert str(data.folder()) == str(pooch.os_cache("bilevax"))
+    assert str(download.folder()) == str(pooch.os_cache("bilevax"))
 
 
 def test_a_missing_file_without_network_says_which_where_and_what_to_do(folder):
     with pytest.raises(DataError) as error:
-        data.fetch(NAME)
+        download.fetch(NAME)
     for words in (
         str(folder / NAME),
         "is missing",
@@ -114,7 +115,7 @@ def test_a_missing_file_without_network_says_which_where_and_what_to_do(folder):
 def test_a_folder_that_is_none_is_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("BILEVAX_DATA", str(tmp_path / "typo"))
     with pytest.raises(DataError, match=r"BILEVAX_DATA must name a folder; got .*typo"):
-        data.fetch("libsvm/a9a")
+        download.fetch("libsvm/a9a")
 
 
 BOMB = bytes(10**7)
@@ -136,7 +137,7 @@ WRONG = {
 def test_a_file_with_another_content_is_refused_with_the_fix(folder, suffix, content, what):
     path = place(folder, content, NAME + suffix)
     with pytest.raises(DataError) as error:
-        data.fetch(NAME)
+        download.fetch(NAME)
     assert str(error.value).startswith(f"{path} {what}")
     fix = f"Delete it and run again, or delete it and download https://example.org/small.bz2 to {folder / NAME}.bz2."
     assert fix in str(error.value)
@@ -150,17 +151,17 @@ def test_no_more_is_unpacked_than_was_published(folder, monkeypatch):
             read.append(size)
             return bytes(size)
 
-    monkeypatch.setitem(data.OPEN, ".gz", lambda path, mode: Endless())
+    monkeypatch.setitem(download.OPEN, ".gz", lambda path, mode: Endless())
     place(folder, b"", NAME + ".gz")
     with pytest.raises(DataError, match="got more"):
-        data.fetch(NAME)
+        download.fetch(NAME)
     assert read == [len(TEXT) + 1]
 
 
 @pytest.mark.parametrize("shape", [(7,), (2, 3, 4), (0,)])
 def test_idx_files_are_read(shape):
     array = np.arange(np.prod(shape)).reshape(shape)
-    np.testing.assert_array_equal(data.idx(idx_file(array), len(shape)), array)
+    np.testing.assert_array_equal(download.idx(idx_file(array), len(shape)), array)
 
 
 HOSTILE_IDX = {
@@ -177,7 +178,7 @@ HOSTILE_IDX = {
 @pytest.mark.parametrize("content", HOSTILE_IDX.values(), ids=HOSTILE_IDX)
 def test_hostile_idx_files_are_refused(content):
     with pytest.raises(DataError, match="an idx file"):
-        data.idx(content, 3)
+        download.idx(content, 3)
 
 
 def test_images_come_with_their_labels(folder, monkeypatch):
@@ -185,14 +186,14 @@ def test_images_come_with_their_labels(folder, monkeypatch):
     for name, array in (("t10k-images-idx3-ubyte", images), ("t10k-labels-idx1-ubyte", labels)):
         content = idx_file(array)
         source = Source("https://example.org", len(content), hashlib.sha256(content).hexdigest())
-        monkeypatch.setitem(data.SOURCES, f"mnist/{name}", source)
+        monkeypatch.setitem(download.SOURCES, f"mnist/{name}", source)
         place(folder, gzip.compress(content), f"mnist/{name}.gz")
-    for read, written in zip(data.images("mnist", "t10k"), (images, labels), strict=True):
+    for read, written in zip(download.images("mnist", "t10k"), (images, labels), strict=True):
         np.testing.assert_array_equal(read, written)
 
 
 def test_libsvm_files_are_read():
-    rows, labels = data.sparse(b"-1 1:0.5 3:2e0\n+1 2:-1 # a comment\n2\n", 4)
+    rows, labels = download.sparse(b"-1 1:0.5 3:2e0\n+1 2:-1 # a comment\n2\n", 4)
     np.testing.assert_array_equal(rows.toarray(), [[0.5, 0, 2, 0], [0, -1, 0, 0], [0, 0, 0, 0]])
     np.testing.assert_array_equal(labels, [-1, 1, 2])
 
@@ -213,13 +214,13 @@ def test_libsvm_files_are_read():
 )
 def test_hostile_libsvm_files_are_refused(content):
     with pytest.raises(DataError, match="a LIBSVM file"):
-        data.sparse(content, 4)
+        download.sparse(content, 4)
 
 
 def test_drawings_are_read():
     images = np.zeros((2, 20, 105, 105), bool)
     images[1, 3, 5, 7] = True
-    np.testing.assert_array_equal(data.drawings(npz(images=images, labels=np.arange(2))), images)
+    np.testing.assert_array_equal(download.drawings(npz(images=images, labels=np.arange(2))), images)
 
 
 def npz_of(member, content):
@@ -260,14 +261,14 @@ HOSTILE_NPZ = {
 def test_hostile_npz_files_are_refused(content, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match="Omniglot"):
-        data.drawings(content)
+        download.drawings(content)
     assert not list(tmp_path.iterdir())
 
 
 def test_an_npz_bomb_is_refused_before_it_is_unpacked(monkeypatch):
-    monkeypatch.setattr(data, "LARGEST", 10**6)
+    monkeypatch.setattr(download, "LARGEST", 10**6)
     with pytest.raises(DataError, match="unpacks to 1000001 bytes, more than 1000000"):
-        data.drawings(npz_of("images.npy", bytes(10**6 + 1)))
+        download.drawings(npz_of("images.npy", bytes(10**6 + 1)))
 
 
 def test_the_program_prints_a_data_error_without_a_traceback(tmp_path, monkeypatch, capsys):

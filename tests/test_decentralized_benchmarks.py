@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 import bilevax as bx
-from benchmarks import corrupted, skipping
 from benchmarks.__main__ import main
+from benchmarks.data.images import load
 from benchmarks.decentralized.choices import PARTITIONS, TOPOLOGIES, parsed
 from benchmarks.decentralized.cleaning import cleaning, cross_entropy, divide
 from benchmarks.decentralized.hyper_cleaning import network
 from benchmarks.decentralized.network import by_weight
+from benchmarks.studies import skipping
 
 COUNTS = {"inner_gradients", "outer_gradients", "hessian_products", "cross_products", "breakdowns", "outer_steps"}
 SPENT = {"derivatives", "megabytes", "rounds"}
@@ -35,7 +36,7 @@ def single_precision():
 @pytest.fixture(scope="module")
 def digits():
     with jax.enable_x64(False):
-        whole = corrupted.load("digits", seed=1, train=240, validation=80, corruption=0.3)
+        whole = load("digits", seed=1, train=240, validation=80, corruption=0.3)
         return divide(whole, bx.partition.dirichlet_balanced(4, 0.3, seed=0, minimum=5))
 
 
@@ -207,7 +208,7 @@ def _figures(data, make):
 @pytest.mark.slow
 def test_skipping_agents_reach_the_known_figures_of_those_that_do_not():
     """Sorted by label, 36 % of the labels redrawn: the known ends, after the known numbers of evaluations."""
-    whole = corrupted.load("digits", seed=0, train=960, validation=320, corruption=0.36)
+    whole = load("digits", seed=0, train=960, validation=320, corruption=0.36)
     data = divide(whole, bx.partition.shards(8))
     every = _figures(data, bx.decentralized.sldbo)
     np.testing.assert_allclose(every["outer_loss"], 0.279, rtol=0, atol=0.005)

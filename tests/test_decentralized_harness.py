@@ -9,9 +9,9 @@ import pytest
 from scipy.sparse import csr_matrix
 
 import bilevax as bx
-from benchmarks import corrupted, logistic
 from benchmarks.__main__ import main
-from benchmarks.data import DataError
+from benchmarks.data import download
+from benchmarks.data.images import POOLS
 from benchmarks.decentralized import hyper_cleaning, penalties, regularization
 from benchmarks.decentralized.choices import Agents
 from benchmarks.decentralized.comparison import schedule, selected
@@ -20,7 +20,9 @@ from benchmarks.decentralized.methods import evaluations, pace, refusal, shares
 from benchmarks.decentralized.network import Network
 from benchmarks.decentralized.rows import personal_rows, rows
 from benchmarks.decentralized.running import chosen, consensus, judged
-from benchmarks.runner import Options
+from benchmarks.harness.errors import DataError
+from benchmarks.harness.runner import Options
+from benchmarks.tasks import logistic
 
 EVERY_ROW = [(row, False) for row in rows(bx.coins.independent, 8)] + [
     (row, True) for row in personal_rows(bx.coins.independent, 8)
@@ -97,9 +99,9 @@ def test_the_diagonal_is_that_of_the_inner_hessian_where_all_is_undecided():
 
 def test_quick_runs_shrink_photographs_to_means_over_squares(monkeypatch):
     images = np.arange(2 * 28 * 28, dtype=np.uint8).reshape(2, 28, 28)
-    monkeypatch.setattr(corrupted.data, "images", lambda name, part: (images, np.array([3, 4], np.uint8)))
-    (whole, _), _ = corrupted.POOLS["mnist"]()
-    (shrunk, labels), _ = corrupted.POOLS["mnist-14"]()
+    monkeypatch.setattr(download, "images", lambda name, part: (images, np.array([3, 4], np.uint8)))
+    (whole, _), _ = POOLS["mnist"]()
+    (shrunk, labels), _ = POOLS["mnist-14"]()
     expected = whole.reshape(2, 28, 28)[:, ::2, ::2] / 4 + whole.reshape(2, 28, 28)[:, 1::2, ::2] / 4
     expected += whole.reshape(2, 28, 28)[:, ::2, 1::2] / 4 + whole.reshape(2, 28, 28)[:, 1::2, 1::2] / 4
     np.testing.assert_allclose(shrunk, expected.reshape(2, 196), rtol=1e-5)
@@ -206,7 +208,7 @@ def test_rows_that_do_not_suit_a_graph_or_a_problem_are_left_out_and_named(netwo
 def test_the_partition_of_a_data_set_loses_nothing():
     features, labels = np.random.default_rng(0).random((4000, 22)), np.tile([1.0, 1.0, -1.0, -1.0], 1000)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(penalties.data, "libsvm", lambda name, width: (csr_matrix(features), labels))
+        patch.setattr(penalties.download, "libsvm", lambda name, width: (csr_matrix(features), labels))
         found = penalties.real("ijcnn1", 0, 400, bx.partition.dirichlet_balanced(4, 0.5, 0))
         with pytest.raises(DataError, match="ijcnn1 has 4000 rows; --rows 4000 leaves none to test on"):
             penalties.real("ijcnn1", 0, 4000, bx.partition.iid(4, 0))

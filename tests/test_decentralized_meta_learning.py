@@ -9,10 +9,10 @@ import scipy.optimize
 
 import bilevax as bx
 from benchmarks.__main__ import main
-from benchmarks.data import DataError
+from benchmarks.data.few_shot import QUERIES, WAYS
 from benchmarks.decentralized import heads, meta_learning
 from benchmarks.decentralized.exact import Effort, evaluator
-from benchmarks.few_shot import QUERIES, WAYS
+from benchmarks.harness.errors import DataError
 
 TASK = "decentralized-meta-learning"
 AGENTS, TASKS, SHOTS, CLASSES, NUMBER, SIDE = 3, 2, 2, 12, 60, 6

@@ -9,11 +9,11 @@ import tyro
 from jax.flatten_util import ravel_pytree
 
 import bilevax as bx
-from benchmarks import hypergradients, hypergradients_end_to_end, hypergradients_methods, hypergradients_points
-from benchmarks.corrupted import Data
-from benchmarks.hyper_cleaning import numbered
-from benchmarks.report import mean_and_error
-from benchmarks.timing import relative_error
+from benchmarks.data.images import Data
+from benchmarks.harness.report import mean_and_error
+from benchmarks.harness.timing import relative_error
+from benchmarks.studies import hypergradients, hypergradients_end_to_end, hypergradients_methods, hypergradients_points
+from benchmarks.tasks.hyper_cleaning import numbered
 
 TINY = hypergradients_points.network(hypergradients_points.feedforward, (4, 3), (3, 10))
 L2 = 1e-2
@@ -151,7 +151,7 @@ def small(monkeypatch):
     for module in (hypergradients_points, hypergradients_end_to_end):
         monkeypatch.setattr(module, "SIDE", 2, raising=False)
     monkeypatch.setattr(hypergradients, "NETS", {"mlp": TINY})
-    monkeypatch.setattr(hypergradients.corrupted, "load", tiny)
+    monkeypatch.setattr(hypergradients, "load", tiny)
     monkeypatch.setattr(hypergradients_end_to_end, "NET", TINY)
     monkeypatch.setattr(hypergradients_end_to_end, "load", tiny)
     with jax.enable_x64(False):

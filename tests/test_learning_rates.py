@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 import bilevax as bx
-from benchmarks import learning_rates
 from benchmarks.__main__ import main
-from benchmarks.corrupted import load
+from benchmarks.data.images import load
+from benchmarks.tasks import learning_rates
 
 STEPS = 6
 ROWS = {row.name: row for row in learning_rates.ROWS}

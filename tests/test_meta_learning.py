@@ -10,8 +10,11 @@ import optax
 import pytest
 
 import bilevax as bx
-from benchmarks import few_shot, meta_learning, vision
 from benchmarks.__main__ import main
+from benchmarks.data import few_shot
+from benchmarks.networks import convolutional
+from benchmarks.networks.few_shot import Network
+from benchmarks.tasks import meta_learning
 
 COUNTS = {"inner_gradients", "outer_gradients", "hessian_products", "cross_products", "breakdowns", "outer_steps"}
 TEST = {"test_accuracy", "test_error", "test_loss"}
@@ -34,7 +37,7 @@ def small(monkeypatch):
         images = jnp.broadcast_to(pictures, noise.shape) + noise
         return images, images
 
-    network = few_shot.Network(width=4, layers=1)
+    network = Network(width=4, layers=1)
     for name, value in {"NETWORK": network, "TASKS": 2, "TEST_TASKS": 3, "read": read}.items():
         monkeypatch.setattr(meta_learning, name, value)
 
@@ -126,7 +129,7 @@ def test_the_convolution_by_patches_is_that_of_jax():
         jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(2, 7, 6, 3), (3, 3, 3, 4)])
     )
     expected = jax.lax.conv_general_dilated(images, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-    got = jax.jit(vision.patches, static_argnums=(2, 3))(images, kernel, (2, 2), "SAME")
+    got = jax.jit(convolutional.patches, static_argnums=(2, 3))(images, kernel, (2, 2), "SAME")
     np.testing.assert_allclose(got, expected, atol=1e-12)
 
 

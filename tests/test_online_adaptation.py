@@ -12,13 +12,13 @@ pytest.importorskip("flax")
 
 import flax.linen as nn
 
-from benchmarks import adaptation_data as data
-from benchmarks import online_adaptation as task
-from benchmarks.adaptation import Pool, Problem, Setting, adapted, start, weights
-from benchmarks.data import DataError
-from benchmarks.decoder import Decoder
-from benchmarks.encoder import Size
-from benchmarks.runner import Options
+from benchmarks.data import adaptation_data as data
+from benchmarks.harness.errors import DataError
+from benchmarks.harness.runner import Options
+from benchmarks.networks.decoder import Decoder
+from benchmarks.networks.encoder import Size
+from benchmarks.tasks import online_adaptation as task
+from benchmarks.tasks.adaptation import Pool, Problem, Setting, adapted, read, start, train, weights
 
 TINY = Setting(
     Size(data.BYTES, positions=7, width=4, heads=1, hidden=6, layers=1, types=1),
@@ -92,8 +92,8 @@ def test_news_are_read():
 def test_first_weights_are_equal():
     model = Decoder(TINY.size)
     chunks = data.informative(data.cut(TEXTS, TINY.length), 0)
-    y = data.train(model, chunks.words, 0, 1e-3, jax.random.key(0))
-    found, states = data.read(model, y, chunks.words)
+    y = train(model, chunks.words, 0, 1e-3, jax.random.key(0))
+    found, states = read(model, y, chunks.words)
     assert states.shape == (len(chunks.words), TINY.length - 1, TINY.size.width)
     np.testing.assert_allclose(weights(start(TINY.size.width), states), math.log1p(math.exp(-0.8)), rtol=1e-6)
     expected = states @ y["head"]["kernel"] + y["head"]["bias"][None, None]
@@ -103,7 +103,7 @@ def test_first_weights_are_equal():
 def test_hypergradients_are_those_of_a_written_out_loop():
     problem = Problem(Bigram(TINY.size), TINY)
     pool = Pool(data.informative(data.cut(TEXTS, TINY.length), 0), 0.2)
-    y = data.train(problem.model, pool.chunks.words, 0, 1e-3, jax.random.key(0))
+    y = train(problem.model, pool.chunks.words, 0, 1e-3, jax.random.key(0))
     y, key, steps = jax.tree.map(lambda leaf: 5 * leaf.astype(float), y), jax.random.key(1), TINY.inner_steps
     x = {"bias": jnp.asarray(0.3), "slope": jnp.linspace(-1.0, 1.0, TINY.size.width)}
     solvers = {

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import pde, pde_methods, pde_solvers
 from benchmarks.__main__ import main
-from benchmarks.pde_solvers import EQUATIONS, solve, solve_by_scipy
+from benchmarks.tasks import pde, pde_methods, pde_solvers
+from benchmarks.tasks.pde_solvers import EQUATIONS, solve, solve_by_scipy
 
 TIMES = np.array([1, 2, 3]) / 4
 ROWS = {row.name: row for row in pde_methods.ROWS}

@@ -14,8 +14,9 @@ import bilevax as bx
 if missing := [name for name in ("jaxopt", "lineax", "optimistix") if importlib.util.find_spec(name) is None]:
     pytest.skip(f"needs the extra peers: {', '.join(missing)}", allow_module_level=True)
 
-from benchmarks import libraries, peers, timing
 from benchmarks.__main__ import main
+from benchmarks.harness import timing
+from benchmarks.studies import libraries, peers
 
 SETTINGS = {"digits softmax", "CG-10", "reverse T = 10", "10 outer steps, error 0.001"}
 

@@ -9,10 +9,10 @@ import pytest
 from scipy.sparse import csr_matrix
 
 import bilevax as bx
-from benchmarks import logistic, regularization
 from benchmarks.__main__ import main
-from benchmarks.logistic import Rows, exact
-from benchmarks.regularization import Setting
+from benchmarks.tasks import logistic, regularization
+from benchmarks.tasks.logistic import Rows, exact
+from benchmarks.tasks.regularization import Setting
 
 FEATURES = 5
 
@@ -135,7 +135,7 @@ def test_a_seed_splits_in_halves_without_losing_a_row():
 
 def test_the_most_frequent_words_are_kept_and_rows_have_norm_one(monkeypatch):
     counts, groups = csr_matrix([[5.0, 1, 0], [0, 2, 3], [0, 1, 0]]), np.array([1.0, 10, 11])
-    monkeypatch.setattr(regularization.data, "libsvm", lambda name, features: (counts, groups))
+    monkeypatch.setattr(regularization.download, "libsvm", lambda name, features: (counts, groups))
     monkeypatch.setattr(regularization, "WORDS", 2)
     kept, everything = regularization.frequent_words(False), regularization.frequent_words(True)
     assert kept.features.shape == (3, 2)

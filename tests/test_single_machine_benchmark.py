@@ -9,10 +9,10 @@ import pytest
 from scipy.sparse import csr_matrix
 
 import bilevax as bx
-from benchmarks import single_machine
 from benchmarks.__main__ import main
-from benchmarks.logistic import Rows
-from benchmarks.regularization import Setting
+from benchmarks.studies import single_machine
+from benchmarks.tasks.logistic import Rows
+from benchmarks.tasks.regularization import Setting
 
 
 def rows(seed, number, features=5):

@@ -14,11 +14,13 @@ pytest.importorskip("tokenizers")
 
 from safetensors.numpy import save_file
 
-from benchmarks import pretrained, safe_selection, text, text_reweighting, weighting
-from benchmarks.data import DataError
-from benchmarks.decoder import Decoder
-from benchmarks.encoder import SIZES, Encoder, Size
-from benchmarks.runner import Options
+from benchmarks.data import text
+from benchmarks.harness.errors import DataError
+from benchmarks.harness.runner import Options
+from benchmarks.networks import pretrained
+from benchmarks.networks.decoder import Decoder
+from benchmarks.networks.encoder import SIZES, Encoder, Size
+from benchmarks.tasks import safe_selection, text_reweighting, weighting
 
 TINY = Size(vocabulary=24, positions=8, width=8, heads=2, hidden=12, layers=2)
 IDS = np.array([[1, 5, 3, 0, 0], [1, 9, 9, 4, 2]], np.int32)

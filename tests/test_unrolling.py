@@ -10,12 +10,12 @@ import pytest
 import tyro
 
 import bilevax as bx
-from benchmarks import two_phase, unrolling, unrolling_methods
-from benchmarks.estimators import MOMENTUM, Inner
-from benchmarks.hyper_cleaning import L2, inner_loss
-from benchmarks.loop import Outcome, active
-from benchmarks.models import perceptron
-from benchmarks.report import Run, mean_and_error
+from benchmarks.harness.loop import Outcome, active
+from benchmarks.harness.report import Run, mean_and_error
+from benchmarks.networks.dense import perceptron
+from benchmarks.studies import two_phase, unrolling, unrolling_methods
+from benchmarks.tasks.estimators import MOMENTUM, Inner
+from benchmarks.tasks.hyper_cleaning import L2, inner_loss
 
 SMALL = {"train": 20, "validation": 15, "corruption": 0.5}
 

@@ -10,11 +10,15 @@ import pytest
 from PIL import Image
 
 import bilevax as bx
-from benchmarks import corrupted, estimators, few_shot, hyper_cleaning, long_tail, models, photos, poisoning, vision
-from benchmarks.data import DataError
-from benchmarks.loop import Outcome
-from benchmarks.report import Run
-from benchmarks.runner import Options
+from benchmarks.data import few_shot, photos
+from benchmarks.data.images import POOLS, grey, load
+from benchmarks.harness.errors import DataError
+from benchmarks.harness.loop import Outcome
+from benchmarks.harness.report import Run
+from benchmarks.harness.runner import Options
+from benchmarks.networks import convolutional
+from benchmarks.networks.dense import MODELS
+from benchmarks.tasks import estimators, hyper_cleaning, long_tail, poisoning
 
 
 @pytest.fixture
@@ -90,11 +94,11 @@ def test_bytes_become_shares_colours_become_grey_and_a_test_set_can_be_drawn(mon
     images[:, 3:6] = [0, 51, 255]
     tests = np.arange(20, dtype=np.uint8)[:, None] * np.ones((1, 12), np.uint8)
     pool = (images, np.arange(6)), (tests, np.arange(20) % 10)
-    monkeypatch.setitem(corrupted.POOLS, "coloured", lambda: pool)
-    data = corrupted.load("coloured", seed=0, train=4, validation=2, corruption=0, test=5)
+    monkeypatch.setitem(POOLS, "coloured", lambda: pool)
+    data = load("coloured", seed=0, train=4, validation=2, corruption=0, test=5)
     assert bool(data.clean.all())
     np.testing.assert_allclose(data.batch.inner[0][0, 3:6], [0, 0.2, 1], rtol=1e-6)
-    np.testing.assert_allclose(corrupted.grey(data).batch.inner[0], [[0, 0.4, 0, 0]] * 4, rtol=1e-6)
+    np.testing.assert_allclose(grey(data).batch.inner[0], [[0, 0.4, 0, 0]] * 4, rtol=1e-6)
     drawn = np.rint(np.asarray(data.test[0][:, 0]) * 255).astype(int)
     assert len({*drawn.tolist()}) == 5
     np.testing.assert_array_equal(data.test[1], drawn % 10)
@@ -102,7 +106,7 @@ def test_bytes_become_shares_colours_become_grey_and_a_test_set_can_be_drawn(mon
 
 @pytest.mark.parametrize("name", ["cnn", "resnet", "resnet18"])
 def test_networks_take_grey_and_coloured_images_and_every_leaf_has_a_curvature(name):
-    model = vision.MODELS[name]
+    model = convolutional.MODELS[name]
     for pixels in (64, 784, 3072):
         y = jax.eval_shape(lambda pixels=pixels: model.init(jax.random.key(0), pixels))
         logits = jax.eval_shape(model.logits, y, jax.ShapeDtypeStruct((2, pixels), jnp.float32))
@@ -118,7 +122,7 @@ def test_networks_take_grey_and_coloured_images_and_every_leaf_has_a_curvature(n
 
 
 def test_the_logits_of_an_image_do_not_depend_on_the_others():
-    model = vision.classifier(vision.Residual((8,)))
+    model = convolutional.classifier(convolutional.Residual((8,)))
     images = jax.random.uniform(jax.random.key(0), (3, 64))
     y = model.init(jax.random.key(1), 64)
     logits = jax.jit(model.logits)(y, jnp.concatenate([images, images[::-1]]))
@@ -128,7 +132,7 @@ def test_the_logits_of_an_image_do_not_depend_on_the_others():
 
 def test_a_minibatch_finds_its_weights_by_number():
     """Two images of a set of four, with the weights that belong to them."""
-    loss = hyper_cleaning.inner_loss(models.MODELS["linear"])
+    loss = hyper_cleaning.inner_loss(MODELS["linear"])
     x, y = jnp.array([0.0, 1.0, -1.0, 2.0]), {"weights": jnp.full((3, 10), 0.1), "bias": jnp.arange(10.0)}
     whole = hyper_cleaning.numbered(bx.Batch(None, (jnp.ones((4, 3)), jnp.array([0, 1, 2, 3])))).inner
     some = jax.tree.map(lambda leaf: leaf[jnp.array([3, 1])], whole)
@@ -140,7 +144,7 @@ def test_a_minibatch_finds_its_weights_by_number():
 
 @pytest.mark.usefixtures("single_precision")
 def test_a_convolutional_network_is_cleaned_by_minibatches_with_kronecker_factors(tmp_path, monkeypatch):
-    monkeypatch.setitem(vision.MODELS, "cnn", vision.classifier(vision.Convolutional((4,))))
+    monkeypatch.setitem(convolutional.MODELS, "cnn", convolutional.classifier(convolutional.Convolutional((4,))))
     setting = hyper_cleaning.SETTINGS["digits"]._replace(split={"train": 60, "validation": 30}, minibatch=12)
     monkeypatch.setitem(hyper_cleaning.SETTINGS, "digits", setting)
     monkeypatch.setattr(hyper_cleaning, "ANCHORS", hyper_cleaning.ANCHORS[:1])
@@ -232,7 +236,7 @@ def test_training_images_fall_geometrically_and_validation_is_balanced():
 
 def test_weights_read_the_losses_at_the_warm_y_as_constants():
     """The derivative of the weighted loss in x is that of fixed losses, whatever y does to them later."""
-    model = models.MODELS["linear"]
+    model = MODELS["linear"]
     x, y = long_tail.weight_network(jax.random.key(0)), {"weights": jnp.ones((2, 10)), "bias": jnp.arange(10.0)}
     images, labels = jax.random.normal(jax.random.key(1), (4, 2)), jnp.array([9, 1, 9, 4])
     seen = []
@@ -277,7 +281,7 @@ def test_several_shots_give_each_class_so_many_support_images_and_photographs_ar
 
 
 def test_every_estimator_has_a_name_of_its_own_and_settings_for_the_files():
-    inner = estimators.Inner(hyper_cleaning.inner_loss(models.MODELS["linear"]), bx.curvature.hessian, 0.1, 20)
+    inner = estimators.Inner(hyper_cleaning.inner_loss(MODELS["linear"]), bx.curvature.hessian, 0.1, 20)
     names = [row.name for row in estimators.ESTIMATORS]
     assert len({*names}) == len(names)
     assert {"identity", "cg", "kfac", "ekfac", "pcg-kfac", "reverse"} <= {*names}

@@ -10,8 +10,8 @@ import numpy as np
 import optax
 
 import bilevax as bx
-from benchmarks import corrupted
-from benchmarks.data import DataError
+from benchmarks.data.images import Data
+from benchmarks.harness.errors import DataError
 
 
 class Divided(NamedTuple):
@@ -24,11 +24,11 @@ class Divided(NamedTuple):
         only fill up: means over the L rows, so weighted, have the loss on the undivided data as their mean over agents.
     """
 
-    whole: corrupted.Data
+    whole: Data
     batch: bx.Batch
 
 
-def divide(whole: corrupted.Data, partition: Callable[..., list]) -> Divided:
+def divide(whole: Data, partition: Callable[..., list]) -> Divided:
     """Gives the agents their training images, by true labels, and their validation images."""
     (images, given), ids = whole.batch.inner, np.arange(len(whole.truth))
     try:

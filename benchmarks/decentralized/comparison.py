@@ -11,7 +11,6 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import bilevax as bx
-from benchmarks.data import DataError
 from benchmarks.decentralized.choices import COINS, Agents
 from benchmarks.decentralized.exact import Effort, evaluator
 from benchmarks.decentralized.figure import Panel, draw
@@ -21,9 +20,10 @@ from benchmarks.decentralized.placement import gossip, place
 from benchmarks.decentralized.rows import CAPTION as METHODS
 from benchmarks.decentralized.rows import personal_rows, rows
 from benchmarks.decentralized.running import before, compiled, evaluate, tuned
-from benchmarks.loop import drive
-from benchmarks.report import COSTS, Columns, Run
-from benchmarks.runner import Advance, Options, Task, perform
+from benchmarks.harness.errors import DataError
+from benchmarks.harness.loop import drive
+from benchmarks.harness.report import COSTS, Columns, Run
+from benchmarks.harness.runner import Advance, Options, Task, perform
 
 CHECKPOINTS, QUICK_CHECKPOINTS = 20, 12
 TUNED = 2  # seeds that step sizes are chosen on, where there are so many

@@ -21,14 +21,15 @@ import tyro
 from matplotlib.figure import Figure
 
 import bilevax as bx
-from benchmarks import corrupted, timing
+from benchmarks.data.images import load
 from benchmarks.decentralized.choices import PARTITIONS, TOPOLOGIES, parsed
 from benchmarks.decentralized.cleaning import cross_entropy, divide
 from benchmarks.decentralized.network import mean
-from benchmarks.figure import COLOURS
-from benchmarks.loop import Outcome
-from benchmarks.report import Columns, Run
-from benchmarks.runner import Advance, Options, Task, perform
+from benchmarks.harness import timing
+from benchmarks.harness.loop import Outcome
+from benchmarks.harness.report import Columns, Run
+from benchmarks.harness.runner import Advance, Options, Task, perform
+from benchmarks.harness.style import COLOURS
 
 TASK = "decentralized_curvature"
 FIRST_PENALTY = 1e-3
@@ -160,7 +161,7 @@ class Config:
 
     def load(self, seed: int) -> bx.Batch:
         """The images of a seed, divided, in float64."""
-        whole = corrupted.load(self.data, seed, train=960, validation=320, corruption=0.3)
+        whole = load(self.data, seed, train=960, validation=320, corruption=0.3)
         batch = divide(whole, parsed("partition", self.partition, PARTITIONS)(self.agents, seed)).batch
         return jax.tree.map(lambda leaf: jnp.asarray(leaf, float if leaf.dtype.kind == "f" else leaf.dtype), batch)
 

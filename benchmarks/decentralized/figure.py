@@ -9,8 +9,8 @@ from cycler import cycler
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
-from benchmarks.figure import COLOURS, STYLE, curves
-from benchmarks.report import Run
+from benchmarks.harness.report import Run
+from benchmarks.harness.style import COLOURS, STYLE, curves
 
 COSTS = {
     "derivatives": "derivative evaluations of an agent",

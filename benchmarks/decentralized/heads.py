@@ -11,9 +11,9 @@ import numpy as np
 import optax
 
 import bilevax as bx
-from benchmarks.data import DataError
-from benchmarks.few_shot import QUERIES, WAYS
-from benchmarks.vision import patches
+from benchmarks.data.few_shot import QUERIES, WAYS
+from benchmarks.harness.errors import DataError
+from benchmarks.networks.convolutional import patches
 
 LENGTH = 4.0  # of the features of every image: then ∇²_yy g is bounded for every x
 ADAPTATION = 100  # steps of the heads of new tasks

@@ -19,8 +19,7 @@ import tyro
 from sklearn.metrics import roc_auc_score
 
 import bilevax as bx
-from benchmarks import corrupted
-from benchmarks.data import DataError
+from benchmarks.data.images import load
 from benchmarks.decentralized.choices import PARTITIONS, Agents, changed, parsed
 from benchmarks.decentralized.cleaning import Divided, cleaning, divide
 from benchmarks.decentralized.comparison import Job, Place, compare, defaults
@@ -28,9 +27,10 @@ from benchmarks.decentralized.figure import Panel
 from benchmarks.decentralized.network import Network, by_weight
 from benchmarks.decentralized.placement import join_hosts, start_devices
 from benchmarks.decentralized.rows import names
-from benchmarks.figure import histogram
-from benchmarks.report import Columns, Run
-from benchmarks.runner import Options
+from benchmarks.harness.errors import DataError
+from benchmarks.harness.report import Columns, Run
+from benchmarks.harness.runner import Options
+from benchmarks.harness.style import histogram
 
 TASK = "decentralized_hyper_cleaning"
 L2 = 2e-3
@@ -41,7 +41,7 @@ class Setting(NamedTuple):
     """What suits a data set.
 
     Attributes:
-      images: a key of `corrupted.POOLS`.
+      images: a key of `benchmarks.data.images.POOLS`.
       train, validation: numbers of images of all agents together.
       iterations: of SLDBO.
       inner_grid: step sizes of y and v.
@@ -188,7 +188,7 @@ class Config:
     def load(self, seed: int) -> Divided:
         """The data of a seed, divided."""
         sizes = {"train": self.setting.train, "validation": self.setting.validation}
-        whole = corrupted.load(self.setting.images, seed, corruption=self.corruption, **sizes)
+        whole = load(self.setting.images, seed, corruption=self.corruption, **sizes)
         return divide(whole, parsed("partition", self.partition, PARTITIONS)(self.network.agents, seed))
 
     def run(self) -> int:

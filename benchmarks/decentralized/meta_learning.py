@@ -22,6 +22,7 @@ import numpy as np
 import tyro
 
 import bilevax as bx
+from benchmarks.data.few_shot import QUERIES, WAYS, read
 from benchmarks.decentralized.choices import PARTITIONS, Agents, changed, parsed
 from benchmarks.decentralized.comparison import Job, compare, defaults
 from benchmarks.decentralized.exact import Effort
@@ -39,10 +40,9 @@ from benchmarks.decentralized.heads import (
 )
 from benchmarks.decentralized.network import Network
 from benchmarks.decentralized.rows import names
-from benchmarks.few_shot import QUERIES, WAYS, read
-from benchmarks.meta_learning import draw_tasks
-from benchmarks.report import Columns
-from benchmarks.runner import Options
+from benchmarks.harness.report import Columns
+from benchmarks.harness.runner import Options
+from benchmarks.tasks.meta_learning import draw_tasks
 
 TASK = "decentralized_meta_learning"
 L2 = 0.2

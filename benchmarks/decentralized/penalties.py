@@ -11,9 +11,9 @@ import numpy as np
 from scipy.sparse import csr_matrix
 
 import bilevax as bx
-from benchmarks import data
-from benchmarks.corrupted import POOLS
-from benchmarks.data import DataError
+from benchmarks.data import download
+from benchmarks.data.images import POOLS
+from benchmarks.harness.errors import DataError
 
 CLASSES = 10
 NOISE = 1.0  # standard deviation of what is added to aᵀy before its sign is the label
@@ -47,7 +47,7 @@ class Divided(NamedTuple):
 
 def real(name: str, seed: int, train: int, partition: Callable[..., list]) -> Divided:
     """So many training rows and half as many validation rows of a data set, drawn by a seed; others to test on."""
-    features, labels = POOLS[name]()[0] if name in POOLS else data.libsvm(name, FEATURES[name])
+    features, labels = POOLS[name]()[0] if name in POOLS else download.libsvm(name, FEATURES[name])
     order = np.random.default_rng(seed).permutation(len(labels))
     parts = np.split(order, [train, train + train // 2])
     if not len(parts[2]):

@@ -9,7 +9,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 import bilevax as bx
-from benchmarks.data import DataError
+from benchmarks.harness.errors import DataError
 from bilevax import parallel
 
 

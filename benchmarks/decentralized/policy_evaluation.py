@@ -26,8 +26,8 @@ from benchmarks.decentralized.figure import Panel
 from benchmarks.decentralized.markov import Chain, draw, evaluation, successors
 from benchmarks.decentralized.network import Network
 from benchmarks.decentralized.rows import names
-from benchmarks.report import Columns
-from benchmarks.runner import Options
+from benchmarks.harness.report import Columns
+from benchmarks.harness.runner import Options
 
 TASK = "decentralized_policy_evaluation"
 DISCOUNT = 0.9

@@ -39,8 +39,8 @@ from benchmarks.decentralized.penalties import (
     synthetic,
 )
 from benchmarks.decentralized.rows import names
-from benchmarks.report import Columns
-from benchmarks.runner import Options
+from benchmarks.harness.report import Columns
+from benchmarks.harness.runner import Options
 
 TASK = "decentralized_regularization"
 INNER_GRID = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)  # over the curvature L of the mean inner loss

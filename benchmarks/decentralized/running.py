@@ -12,12 +12,12 @@ import numpy as np
 import optax
 
 import bilevax as bx
-from benchmarks import timing
 from benchmarks.decentralized.exact import Exact
 from benchmarks.decentralized.methods import Row, evaluations, shares
 from benchmarks.decentralized.network import Network
 from benchmarks.decentralized.placement import Placed, fetch
-from benchmarks.loop import Program, Trace
+from benchmarks.harness import timing
+from benchmarks.harness.loop import Program, Trace
 
 Exactly = Callable[[Any, Any, bx.Batch], Exact]
 EXACT = ("exact_loss", "exact_gradient", "exact_residual", "exact_product_residual")

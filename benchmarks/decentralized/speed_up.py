@@ -21,9 +21,9 @@ import numpy as np
 from rich.console import Console
 
 import bilevax as bx
-from benchmarks import timing
-from benchmarks.loop import Outcome
-from benchmarks.report import Run
+from benchmarks.harness import timing
+from benchmarks.harness.loop import Outcome
+from benchmarks.harness.report import Run
 
 TASK = "decentralized_speed_up"
 SIZES = (4, 8, 16)

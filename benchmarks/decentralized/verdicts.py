@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from benchmarks.decentralized.records import Record
-from benchmarks.report import mean_and_error
+from benchmarks.harness.report import mean_and_error
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "not decided"
 ROUNDING = 1e-12

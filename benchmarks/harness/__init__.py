@@ -1,0 +1,1 @@
+"""One run: what drives it, collects it, reports it and draws it."""

@@ -1,0 +1,179 @@
+"""What all tasks share: their options, the runs of their methods, and what is printed and written at the end."""
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import numpy as np
+import optax
+from matplotlib.figure import Figure
+from rich.console import Console
+
+import bilevax as bx
+from benchmarks.harness.loop import Carry, compiled, drive
+from benchmarks.harness.report import Columns, Run, table
+from benchmarks.harness.session import collect
+
+QUICK_STEPS = 20
+LARGEST_CHUNK = 10
+
+Advance = Callable[[int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The options of every task."""
+
+    methods: tuple[str, ...]
+    """Methods to compare. Anchors, where a task has them, always run."""
+    outer_steps: int | None = None
+    """Outer steps of each run; by default as many as suit the data."""
+    budget: float = 12.0
+    """Seconds for each run, compilation apart. A run that has spent them stops early, and the output says where."""
+    seeds: int = 1
+    """How many seeds, of the keys and of all that a task draws; from 2 on, numbers are mean ± standard error."""
+    seed: int = 0
+    """The first seed."""
+    quick: bool = False
+    """Few outer steps (at most 20, where a task does not say otherwise), to see that everything runs."""
+    results: Path = Path("results")
+    """Folder of the results; files go to a subfolder with the name of the task."""
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot be run."""
+        for name, least in (("seeds", 1), ("seed", 0), ("outer_steps", 1)):
+            if (value := getattr(self, name)) is not None and value < least:
+                fix = f"--{name.replace('_', '-')} {least}"
+                raise ValueError(f"{name} must be an int >= {least}; got {value}. Pass {fix} or more.")
+        if not self.budget > 0:
+            raise ValueError(f"budget must be a number of seconds > 0; got {self.budget:g}. Pass, say, --budget 6.")
+
+    def steps(self, default: int) -> int:
+        """Outer steps of each run, where the task would take `default` of them."""
+        wanted = self.outer_steps or default
+        return min(wanted, QUICK_STEPS) if self.quick else wanted
+
+    @property
+    def all_seeds(self) -> range:
+        """From the first to the last."""
+        return range(self.seed, self.seed + self.seeds)
+
+    def check_methods(self, names: Sequence[str]) -> None:
+        """Refuses methods that are not among the names."""
+        if not self.methods or not {*self.methods} <= {*names}:
+            raise ValueError(
+                f"methods must be some of {', '.join(names)}; got {' '.join(self.methods) or 'none'}. "
+                f"Pass, say, --methods {names[0]}."
+            )
+
+
+class Task(NamedTuple):
+    """What one call of the program does.
+
+    Attributes:
+      title: of the table.
+      folder: subfolder of the results; also the name of the plot.
+      outer_steps: of each run, and in its configuration.
+      methods: names of the rows, in order.
+      anchors: those among them that are references, in a section of their own.
+      runs: `runs(advance)` makes the runs, each method in order with all its seeds; it calls `advance(number)` after
+        so many outer steps.
+      columns: of the table.
+      caption: explains the columns.
+      draw: `draw(finished runs)`, asked if a method that is no anchor ended with finite numbers.
+    """
+
+    title: str
+    folder: str
+    outer_steps: int
+    methods: Sequence[str]
+    anchors: Sequence[str]
+    runs: Callable[[Advance], Iterator[Run]]
+    columns: Columns
+    caption: str
+    draw: Callable[[Sequence[Run]], Figure]
+
+
+def perform(task: Task, options: Options) -> int:
+    """Runs everything, prints the table and writes the files; returns the exit code."""
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    seeds = options.all_seeds
+    plan = [(method, seed) for method in task.methods for seed in seeds]
+    folder = options.results / task.folder
+    finished = collect(plan, task.outer_steps, task.runs, folder, console)
+    if finished:
+        several = f"seeds {seeds[0]} to {seeds[-1]}, mean ± standard error"
+        which = several if options.seeds > 1 else f"seed {options.seed}"
+        title = f"{task.title}, {task.outer_steps} outer steps, {which}"
+        console.print(table(title, finished, task.columns, task.anchors))
+        console.print(task.caption, style="dim")
+        if options.quick:
+            console.print("A quick run shows that everything runs, and claims nothing.", style="dim")
+        for note in (note for run in finished for note in run.notes):
+            console.print(note, style="yellow", soft_wrap=True)
+        console.print(f"One JSON file for each run: {folder}", markup=False, soft_wrap=True)
+    if any(run.method not in task.anchors and run.finite for run in finished):
+        path = folder / f"{task.folder}.png"
+        task.draw(finished).savefig(path)
+        console.print(f"Plot: {path}", markup=False, soft_wrap=True)
+    return 0 if len(finished) == len(plan) else 130
+
+
+class Method(NamedTuple):
+    """A row of a table that takes outer steps with a hypergradient.
+
+    Attributes:
+      name: in lower case, also the name of its files.
+      hypergradient: builds the hypergradient, when its turn comes.
+      optimizer: moves x.
+      start: `start(data) -> (x, y)`, the first point.
+      batch: `batch(data)`, handed to each outer step.
+      evaluate: `evaluate(data, carry)`, more numbers at the end of each chunk of outer steps; its time does not count.
+      configuration: what it was built with, for the JSON files.
+    """
+
+    name: str
+    hypergradient: Callable[[], bx.Hypergradient]
+    optimizer: optax.GradientTransformation
+    start: Callable[[Any], tuple[chex.ArrayTree, chex.ArrayTree]]
+    batch: Callable[[Any], Any]
+    evaluate: Callable[[Any, Carry], dict[str, float | None]]
+    configuration: Mapping[str, Any]
+
+
+def outer_loops(
+    task: str, methods: Sequence[Method], load: Callable[[int], Any], steps: int, options: Options, advance: Advance
+) -> Iterator[Run]:
+    """Runs each method on the data of each seed; each program is compiled once, or again where shapes differ.
+
+    Args:
+      task: its name in the JSON files.
+      methods: in order.
+      load: seed -> data.
+      steps: outer steps of each run.
+      options: seeds and budget of them.
+      advance: called with the number of outer steps just done.
+
+    Yields:
+      The runs as they finish.
+    """
+    datasets = {seed: load(seed) for seed in options.all_seeds}
+    size = max(size for size in range(1, LARGEST_CHUNK + 1) if steps % size == 0)
+    for method in methods:
+        shapes: list[tuple[int, ...]] = []
+        chosen = {**method.configuration, "outer_steps": steps, "budget": options.budget}
+        for seed, data in datasets.items():
+            point, batch = method.start(data), method.batch(data)
+            found = [np.shape(leaf) for leaf in jax.tree.leaves((point, batch))]
+            if found != shapes:
+                shapes = found
+                program = compiled(method.hypergradient(), method.optimizer, *point, batch, size)
+            keys = jax.random.split(jax.random.key(seed), (steps // size, size))
+            evaluate = functools.partial(method.evaluate, data)
+            outcome = drive(program, program.start(*point), keys, batch, evaluate, options.budget, advance)
+            yield Run(task, method.name, seed, chosen, outcome)

@@ -1,0 +1,255 @@
+"""Data hyper-cleaning: learn a weight for each training example, so that false labels lose their influence.
+
+    min_x  f(y*(x)) = mean over validation of CE_j(y*)
+    y*(x) = argmin_y g(x, y) = mean over training of sigmoid(x_i) · CE_i(y) + l2 / 2 · ‖y‖²
+
+Reference: Franceschi et al., "Forward and reverse gradient-based hyperparameter optimization", arXiv 1703.01785,
+section 5.1.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from sklearn.metrics import roc_auc_score
+
+import bilevax as bx
+from benchmarks.data.images import Data, grey, load
+from benchmarks.harness.loop import Carry
+from benchmarks.harness.report import COSTS
+from benchmarks.harness.runner import Method, Options, Task, outer_loops, perform
+from benchmarks.networks.classifiers import classifier
+from benchmarks.networks.dense import MODELS
+from benchmarks.networks.model import Model, accuracy, mean_cross_entropy
+from benchmarks.tasks.estimators import ESTIMATORS, MOMENTUM, Inner, named, no_gradient
+from benchmarks.tasks.hyper_cleaning_figure import draw
+
+TASK = "hyper_cleaning"
+L2 = 1e-3
+OUTER = {"learning_rate": 0.1}
+CORRUPTION = 0.5
+
+
+class Setting(NamedTuple):
+    """What suits a data set.
+
+    Attributes:
+      split: sizes of its parts.
+      outer_steps: of each run.
+      inner_steps: in each of them.
+      learning_rates: of the inner steps, for each model.
+      minibatch: images of an inner step of the convolutional models; the others take all images.
+    """
+
+    split: Mapping[str, int]
+    outer_steps: int
+    inner_steps: int
+    learning_rates: Mapping[str, float]
+    minibatch: int = 200
+
+
+DIGITS = {"train": 1000, "validation": 300}
+PUBLIC = {"train": 4000, "validation": 500}
+RATES = {"linear": 0.1, "mlp": 0.1, "cnn": 0.05, "resnet": 0.05, "resnet18": 0.05}
+SETTINGS = {
+    "digits": Setting(DIGITS, 300, 20, {"linear": 0.5, "mlp": 0.2, "cnn": 0.1, "resnet": 0.1, "resnet18": 0.05}),
+    "mnist": Setting(PUBLIC, 40, 10, RATES),
+    "fashion-mnist": Setting(PUBLIC, 40, 10, RATES),
+    "cifar10": Setting({**PUBLIC, "test": 2000}, 40, 10, {**RATES, "linear": 0.01, "mlp": 0.02}),
+}
+MINIBATCH_STEPS = 10  # inner steps of the models that take minibatches
+# Their quick runs: outer steps, and methods unless some are named; each takes long to compile.
+QUICK_STEPS, QUICK_METHODS = 10, ("identity", "kfac")
+# For a GPU: the sizes of the published runs.
+FULL = {"train": 45_000, "validation": 5000}
+FULL_STEPS = 1000
+
+COLUMNS = {
+    "test_accuracy": ("test\nacc.", "{:.3f}".format),
+    "auc": ("weight\nAUC", "{:.3f}".format),
+    "outer_loss": ("outer\nloss", "{:.3f}".format),
+    **COSTS,
+}
+CAPTION = (
+    "corrupted: trained on all labels as given; clean: on the true ones only; validation: on the validation images\n"
+    "alone. outer loss: on the validation images; weight AUC: of true against false labels.\n"
+)
+GAUSS_NEWTON = (
+    "neumann, cg: with the Gauss–Newton matrix in place of the Hessian, which is not positive definite here.\n"
+)
+
+
+def inner_loss(model: Model) -> bx.curvature.ModelLoss:
+    """g, the weighted training loss; x [N], and a batch is (images, labels, their numbers in x)."""
+    return bx.curvature.ModelLoss(
+        model=model.logits,
+        loss=bx.curvature.softmax_cross_entropy,
+        split=lambda x, batch: batch[:2],
+        weights=lambda x, batch: jax.nn.sigmoid(x[batch[2]]),
+        l2=L2,
+    )
+
+
+def outer_loss(model: Model, x: chex.Array, y: chex.ArrayTree, batch: tuple) -> chex.Array:
+    """f, the validation loss."""
+    return mean_cross_entropy(model, y, batch)
+
+
+def evaluate(model: Model, learns: bool, data: Data, carry: Carry) -> dict[str, float | None]:
+    """Test accuracy, and the AUC with which learnt weights tell true labels from false ones."""
+    test_accuracy = accuracy(model, carry.estimator.y, *data.test)
+    scores: dict[str, float | None] = {"test_accuracy": test_accuracy, "auc": None}
+    if learns:
+        weights = np.asarray(jax.nn.sigmoid(carry.x))
+        scores["auc"] = float(roc_auc_score(data.clean, weights)) if np.isfinite(weights).all() else float("nan")
+    return scores
+
+
+class Row(NamedTuple):
+    """A row of the table.
+
+    Attributes:
+      name: in lower case, also the name of its files.
+      solver: `solver(inner, **settings)` builds the inner solver.
+      settings: `settings(inner)`, what it is built with.
+      weights: `weights(data) -> x`, the first outer variable [N].
+      batch: `batch(data)`, what it trains and validates on.
+      learns: whether the outer optimizer moves x.
+    """
+
+    name: str
+    solver: Callable[..., bx.InnerSolver]
+    settings: Callable[[Inner], Mapping[str, Any]]
+    weights: Callable[[Data], chex.Array] = lambda data: jnp.zeros(data.clean.shape)
+    batch: Callable[[Data], bx.Batch] = lambda data: data.batch
+    learns: bool = True
+
+
+METHODS = tuple(Row(*estimator) for estimator in ESTIMATORS)
+
+# Plain training with fixed weights, for as many steps.
+anchor = functools.partial(Row, solver=no_gradient, settings=lambda inner: {"steps": inner.steps}, learns=False)
+
+# sigmoid(±30) is 1 or 0 in float32.
+ANCHORS = (
+    anchor("corrupted", weights=lambda data: jnp.full(data.clean.shape, 30.0)),
+    anchor("clean", weights=lambda data: jnp.where(data.clean, 30.0, -30.0)),
+    anchor(
+        "validation",
+        weights=lambda data: jnp.full(len(data.batch.outer[1]), 30.0),
+        batch=lambda data: bx.Batch(data.batch.outer, data.batch.outer),
+    ),
+)
+
+
+def numbered(batch: bx.Batch) -> bx.Batch:
+    """The training images with their numbers, by which a minibatch finds its weights."""
+    return bx.Batch(batch.outer, (*batch.inner, jnp.arange(len(batch.inner[1]))))
+
+
+def method(row: Row, model: Model, inner: Inner, configuration: Mapping[str, Any]) -> Method:
+    """The row on one problem."""
+    settings = row.settings(inner)
+
+    def start(data: Data) -> tuple[chex.Array, chex.ArrayTree]:
+        pixels = data.batch.inner[0].shape[1]
+        return row.weights(data), model.init(jax.random.key(data.seed), pixels)
+
+    return Method(
+        name=row.name,
+        hypergradient=lambda: bx.hypergradient(functools.partial(outer_loss, model), row.solver(inner, **settings)),
+        optimizer=optax.adam(**OUTER) if row.learns else optax.set_to_zero(),
+        start=start,
+        batch=lambda data: numbered(row.batch(data)),
+        evaluate=functools.partial(evaluate, model, row.learns),
+        configuration={
+            **configuration,
+            "settings": named(settings),
+            "l2": L2,
+            "inner_steps": inner.steps,
+            "minibatch": inner.minibatch,
+            "inner_optimizer": {"sgd": {"learning_rate": inner.learning_rate, "momentum": MOMENTUM}},
+            "outer_optimizer": {"adam": OUTER} if row.learns else None,
+        },
+    )
+
+
+DEFAULTS = Options(tuple(row.name for row in METHODS))
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Data hyper-cleaning: learn a weight for each training example, some of whose labels are redrawn at random.
+
+    The anchors (plain training on the corrupted labels, on the clean subset, and on the validation images) always run.
+    For one GPU: `--full --budget 3600`, also with `--model resnet18`.
+    """
+
+    data: Literal["digits", "mnist", "fashion-mnist", "cifar10"] = "digits"
+    """Images: scikit-learn's embedded digits, or a public data set; CIFAR-10 from lossy JPEG."""
+    model: Literal["linear", "mlp", "cnn", "resnet", "resnet18"] = "linear"
+    """Softmax regression, a network with one hidden layer of 32 units, a small convolutional one, or residual ones with
+    8 and 18 layers; the convolutional ones take minibatches."""
+    corruption: float = CORRUPTION
+    """Probability with which a training label is redrawn."""
+    full: bool = False
+    """The sizes of published runs, 45,000 training and 5,000 validation images and 1,000 outer steps, for a GPU."""
+    common: tyro.conf.OmitArgPrefixes[Options] = DEFAULTS
+    """Options of every task."""
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot be run."""
+        self.common.check_methods([row.name for row in METHODS])
+        if not 0 < self.corruption < 1:
+            raise ValueError(
+                f"corruption must be a probability, 0 < corruption < 1, for weights that tell true labels from false "
+                f"ones; got {self.corruption:g}. Pass, say, --corruption 0.4."
+            )
+        if self.full and self.data == "digits":
+            raise ValueError("full is about public data sets; got it with data=digits. Drop --full, or pass --data.")
+
+    def run(self) -> int:
+        """Runs everything, prints the table and writes the files; returns the exit code."""
+        setting, model = SETTINGS[self.data], classifier(self.model)
+        split = FULL if self.full else setting.split
+        minibatch = None if self.model in MODELS and not self.full else setting.minibatch
+        rate = setting.learning_rates[self.model]
+        inner_steps = MINIBATCH_STEPS if minibatch else setting.inner_steps
+        inner = Inner(inner_loss(model), model.curvature, rate, inner_steps, minibatch)
+        steps = self.common.steps(FULL_STEPS if self.full else setting.outer_steps)
+        steps = min(steps, QUICK_STEPS) if self.common.quick and minibatch else steps
+        short = self.common.quick and minibatch and self.common.methods == DEFAULTS.methods
+        chosen = QUICK_METHODS if short else self.common.methods
+        rows = [*ANCHORS, *(row for row in METHODS if row.name in chosen)]
+        configuration = {"data": self.data, "model": self.model, "corruption": self.corruption, **split}
+        methods = [method(row, model, inner, configuration) for row in rows]
+        anchors = [row.name for row in ANCHORS]
+
+        def read(seed: int) -> Data:
+            return load(self.data, seed, corruption=self.corruption, **split)
+
+        task = Task(
+            title=f"Data hyper-cleaning of {self.data}, {self.model} model, {self.corruption:.0%} of labels redrawn",
+            folder=self._folder,
+            outer_steps=steps,
+            methods=[row.name for row in rows],
+            anchors=anchors,
+            runs=functools.partial(outer_loops, TASK, methods, read, steps, self.common),
+            columns=COLUMNS,
+            caption=CAPTION + (GAUSS_NEWTON if model.curvature is bx.curvature.gauss_newton else ""),
+            draw=lambda runs: draw(runs, anchors, lambda seed: grey(read(seed))),
+        )
+        return perform(task, self.common)
+
+    @property
+    def _folder(self) -> str:
+        first = (self.data, self.model) == ("digits", "linear")
+        share = "" if self.corruption == CORRUPTION else f"-{self.corruption:g}"
+        return f"{TASK}{'' if first else f'-{self.data}-{self.model}'}{share}{'-full' * self.full}"

@@ -1,0 +1,268 @@
+"""Text reweighting: learn how much each weakly labelled text counts, so that a small clean set is classified well.
+
+    min_x  f(y*(x)) = mean over clean validation of CE_j(y*)
+    y*(x) = argmin_y g(x, y) = mean over training of sigmoid(x_i) · CE_i(y) + l2 / 2 · ‖y‖²
+
+A training label is the majority vote of labelling functions; texts on which all abstain are left out.
+
+Reference: Zhang et al., "WRENCH", arXiv 2109.11377; Ren et al., "Learning to reweight examples", arXiv 1803.09050.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+
+import bilevax as bx
+from benchmarks.data import text
+from benchmarks.harness.loop import Carry
+from benchmarks.harness.report import COSTS
+from benchmarks.harness.runner import Options, Task, outer_loops, perform
+from benchmarks.networks import pretrained
+from benchmarks.networks.encoder import SIZES, Encoder
+from benchmarks.tasks.weighting import (
+    EACH,
+    EPS_ROOT,
+    L2,
+    METHODS,
+    NETWORK,
+    STATE,
+    Data,
+    Examples,
+    Problem,
+    Weighting,
+    draw,
+    method,
+    oracle,
+    uniform,
+)
+
+TASK = "text_reweighting"
+CLASSES = {"trec": 6, "youtube": 2, "semeval": 9}
+LENGTHS = {"trec": 20, "youtube": 32, "semeval": 40}
+CHUNK = 32  # texts that pass the fixed blocks together
+ANCHORS = (uniform, oracle("right"))
+COLUMNS = {
+    "test_accuracy": ("test\nacc.", "{:.3f}".format),
+    "auc": ("weight\nAUC", "{:.3f}".format),
+    "outer_loss": ("outer\nloss", "{:.3f}".format),
+    **COSTS,
+    **STATE,
+}
+METRICS = {"outer_loss": "validation loss", "test_accuracy": "test accuracy"}
+CAPTION = (
+    "uniform: trained on all votes alike; right: on the right ones only. outer loss: on a clean minibatch;\n"
+    "weight AUC: of right against wrong votes. Curvature, but for truncated: the Gauss–Newton matrix of a minibatch.\n"
+)
+
+
+class Setting(NamedTuple):
+    """What suits a model.
+
+    Attributes:
+      blocks: how many are trained.
+      outer_steps: of each run.
+      inner_steps: in each of them.
+      learning_rate: of Adam in the inner steps.
+      sizes: texts in each batch.
+      length: tokens of a text; 0 for what suits the data.
+      texts: the most that are taken of each part.
+    """
+
+    blocks: int
+    outer_steps: int
+    inner_steps: int
+    learning_rate: float
+    sizes: Mapping[str, int]
+    length: int = 0
+    texts: int | None = None
+
+
+SMALL = Setting(2, 100, 10, 3e-4, {"inner": 32, "curvature": 64, "cross": 256, "outer": 64})
+BASE = Setting(1, 1000, 10, 2e-5, dict.fromkeys(("inner", "curvature", "cross", "outer"), 128), length=100)
+SETTINGS = {"encoder-small": SMALL, "bert-base": BASE}
+# Quick runs train one block, which compiles sooner; with the large model they tell time and memory, and no more.
+QUICK = {
+    "encoder-small": SMALL._replace(blocks=1),
+    "bert-base": BASE._replace(outer_steps=5, inner_steps=2, sizes=dict.fromkeys(BASE.sizes, 8), length=32, texts=32),
+}
+
+
+class Network(NamedTuple):
+    """An encoder in two parts: `fixed` (None where all is trained), which a text passes once, and `trained` above."""
+
+    fixed: Encoder | None
+    trained: Encoder
+
+    def logits(self, y: chex.ArrayTree, inputs: tuple[chex.Array, chex.Array]) -> chex.Array:
+        """[N, classes]."""
+        return self.trained.apply({"params": y}, inputs)
+
+    def below(self, fixed: chex.ArrayTree, words: tuple[np.ndarray, np.ndarray]) -> tuple[chex.Array, chex.Array]:
+        """What the trained part reads: words, or the hidden states of the fixed part."""
+        ids, real = (jnp.asarray(array) for array in words)
+        if self.fixed is None:
+            return ids, real
+        apply, starts = jax.jit(self.fixed.apply), range(0, len(ids), CHUNK)
+        chunks = [apply({"params": fixed}, (ids[k : k + CHUNK], real[k : k + CHUNK])) for k in starts]
+        return jnp.concatenate(chunks), real
+
+
+def split(whole: chex.ArrayTree, trained: Encoder) -> tuple[chex.ArrayTree, chex.ArrayTree]:
+    """The parameters of the fixed and of the trained part."""
+    above = {"pooler", "classifier", *(f"block_{number}" for number in trained.blocks)}
+    above |= {"embeddings"} if 0 in trained.blocks else set()
+    fixed, own = ({name: whole[name] for name in names} for names in (whole.keys() - above, whole.keys() & above))
+    return fixed, own
+
+
+DEFAULTS = Options(tuple(row.name for row in METHODS[:-1]), budget=60.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Text reweighting: learn a weight for each text, whose label is the majority vote of weak labelling functions.
+
+    The anchors (training on all votes alike, and on the right ones only) always run.
+    """
+
+    data: Literal["trec", "youtube", "semeval"] = "trec"
+    """Texts of WRENCH: questions by what they ask for, comments (spam or not), or relations of two words."""
+    model: Literal["encoder-small", "bert-base"] = "encoder-small"
+    """A transformer encoder: two blocks of width 64, or BERT's twelve of width 768. A quick run of the latter takes few
+    and short texts: it tells time and memory of an outer step, and no more."""
+    blocks: int | None = None
+    """Train the last so many blocks and the head, and keep what is below; with all of them the embeddings too. By
+    default all of the small encoder, but one in a quick run; and one block of BERT."""
+    weights: Path | None = None
+    """A safetensors file with the weights of BERT; by default the first weights are random."""
+    tokenizer: Path | None = None
+    """The vocab.txt (uncased) or tokenizer.json that belongs to the weights; by default words are hashed."""
+    network: bool = False
+    """Learn a small network that makes a weight of the votes, in place of a score for each text."""
+    common: tyro.conf.OmitArgPrefixes[Options] = DEFAULTS
+    """Options of every task."""
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot be run."""
+        self.common.check_methods([row.name for row in METHODS])
+        layers = SIZES[self.model].layers
+        if self.blocks is not None and not 1 <= self.blocks <= layers:
+            raise ValueError(
+                f"blocks must be an int from 1 to {layers} with {self.model}; got {self.blocks}. Pass --blocks 1."
+            )
+        if (self.weights is None) != (self.tokenizer is None):
+            missing = "tokenizer" if self.tokenizer is None else "weights"
+            raise ValueError(f"weights and tokenizer belong together; got no {missing}. Pass --{missing} as well.")
+
+    @property
+    def setting(self) -> Setting:
+        """What suits the model."""
+        setting = (QUICK if self.common.quick else SETTINGS)[self.model]
+        return setting._replace(blocks=self.blocks or setting.blocks, length=setting.length or LENGTHS[self.data])
+
+    @functools.cached_property
+    def parts(self) -> Network:
+        """The encoder, cut below the blocks that are trained."""
+        size = SIZES[self.model]
+        start = size.layers - self.setting.blocks
+        trained = Encoder(size, range(start, size.layers), CLASSES[self.data])
+        return Network(Encoder(size, range(start)) if start else None, trained)
+
+    def encode(self) -> text.Encode:
+        """How a text is cut into tokens."""
+        rows = SIZES[self.model].vocabulary
+        return text.wordpiece(self.tokenizer, self.setting.length, rows) if self.tokenizer else text.hashed(rows)
+
+    def first(self, words: tuple[np.ndarray, np.ndarray], seed: int) -> tuple[chex.ArrayTree, chex.ArrayTree]:
+        """The first parameters of both parts: random, or those of a checkpoint below a random classifier."""
+        size = SIZES[self.model]
+        whole = Encoder(size, range(size.layers), CLASSES[self.data])
+        y = jax.jit(whole.init)(jax.random.key(seed), tuple(array[:1] for array in words))["params"]
+        return split(y if self.weights is None else pretrained.load(self.weights, y), self.parts.trained)
+
+    def load(self, seed: int) -> Data:
+        """Reads the texts; the draw of tied votes and the first parameters depend on the seed."""
+        setting = self.setting
+        train, valid, test = (text.wrench(self.data, part) for part in ("train", "valid", "test"))
+        given = text.majority(train.votes, CLASSES[self.data], np.random.default_rng(seed))
+        train, given = train.where(given >= 0), given[given >= 0]
+        encode, most = self.encode(), slice(setting.texts)
+        words = [text.tokens(part.texts[most], encode, setting.length) for part in (train, valid, test)]
+        fixed, y = self.first(words[0], seed)
+        labels = [jnp.asarray(part[most]) for part in (given, valid.labels, test.labels)]
+        inner, outer, unseen = ((self.parts.below(fixed, part), own) for part, own in zip(words, labels, strict=True))
+        examples = Examples(jnp.arange(len(labels[0])), *inner, jnp.asarray(text.agreement(train.votes, given)[most]))
+        return Data(seed, bx.Batch(outer, examples), (given == train.labels)[most], unseen, y)
+
+    def pose(self, weighting: Weighting) -> Problem:
+        """Both losses, and how they are minimised."""
+        setting, logits = self.setting, self.parts.logits
+
+        def outer_loss(x: chex.ArrayTree, y: chex.ArrayTree, batch: tuple) -> chex.Array:
+            inputs, labels = batch
+            return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits(y, inputs), labels))
+
+        inner_loss = bx.curvature.ModelLoss(
+            model=logits,
+            loss=bx.curvature.softmax_cross_entropy,
+            split=lambda x, examples: (examples.inputs, examples.targets),
+            weights=lambda x, examples: jax.nn.sigmoid(weighting.scores(x, examples)),
+            l2=L2,
+        )
+        optimizer = optax.adam(setting.learning_rate, eps_root=EPS_ROOT)
+        return Problem(
+            inner_loss,
+            outer_loss,
+            optimizer,
+            setting.inner_steps,
+            setting.sizes,
+            positions=lambda examples: examples.inputs[1],
+            step_size=1e-2,
+        )
+
+    def run(self) -> int:
+        """Runs everything, prints the table and writes the files; returns the exit code."""
+        setting, weighting = self.setting, NETWORK if self.network else EACH
+        load = functools.cache(self.load)
+        logits = jax.jit(self.parts.logits)
+
+        def accuracy(data: Data, carry: Carry) -> dict[str, float | None]:
+            inputs, labels = data.test
+            outputs = np.asarray(logits(carry.estimator.y, inputs))
+            right = np.mean(outputs.argmax(axis=1) == labels) if np.isfinite(outputs).all() else float("nan")
+            return {"test_accuracy": float(right)}
+
+        steps = self.common.steps(setting.outer_steps)
+        rows = [*ANCHORS, *(row for row in METHODS if row.name in self.common.methods)]
+        chosen = {
+            "data": self.data,
+            "model": self.model,
+            "weights": str(self.weights) if self.weights else "random",
+            "network": self.network,
+            **setting._asdict(),
+        }
+        methods = [method(row, self.pose, weighting, accuracy, chosen) for row in rows]
+        anchors = [row.name for row in ANCHORS]
+        plain = (self.data, self.model, self.blocks, self.network) == ("trec", "encoder-small", None, False)
+        extra = [f"{self.blocks}-blocks"] * bool(self.blocks) + ["network"] * self.network
+        task = Task(
+            title=f"Text reweighting of {self.data}, {self.model} from {chosen['weights']} weights",
+            folder=TASK if plain else "-".join([TASK, self.data, self.model, *extra]),
+            outer_steps=steps,
+            methods=[row.name for row in rows],
+            anchors=anchors,
+            runs=functools.partial(outer_loops, TASK, methods, load, steps, self.common),
+            columns=COLUMNS,
+            caption=CAPTION,
+            draw=lambda runs: draw(runs, anchors, METRICS, ("right votes", "wrong votes"), weighting, load),
+        )
+        return perform(task, self.common)
