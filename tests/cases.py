@@ -4,10 +4,12 @@ import jax
 import jax.numpy as jnp
 import networks
 import numpy as np
-from networks import PROBLEM, lazy, numbers, quadratic, ring, run, stacked, toy
+from networks import lazy, numbers, ring, run, stacked
 
 import bilevax as bx
 from bilevax import correction, decentralized
+from bilevax.testing.problems import four_agents, quadratic
+from bilevax.testing.problems.quadratic import PROBLEM
 
 KEY = networks.KEY
 STEPS = (0.01, 0.025, 0.025)
@@ -20,7 +22,7 @@ TOY_RING = bx.gossip(networks.topology(ring(4)))
 TOY_SLDBO = decentralized.sldbo(PROBLEM, TOY_RING, TOY_STEPS)
 LAZY_SQUARE = bx.gossip(networks.topology(lazy(ring(4))))
 ED, EXTRA, GT, ATC = correction.exact_diffusion, correction.extra, correction.tracking, correction.tracking_atc
-X, Y, BATCH = jnp.zeros((4, 1)), jnp.zeros((4, 1)), toy().batch
+X, Y, BATCH = jnp.zeros((4, 1)), jnp.zeros((4, 1)), four_agents().batch
 
 
 def semi():
@@ -28,7 +30,7 @@ def semi():
 
 
 def toy_run(method=TOY_SLDBO, batch=None):
-    return numbers(run(method, batch or toy().batch, 60)[1:])
+    return numbers(run(method, batch or four_agents().batch, 60)[1:])
 
 
 def at(tree, *index):

@@ -1,13 +1,10 @@
-"""Heterogeneous quadratics over a network, their closed forms, and the recursions of the methods in plain numpy.
-
-    g_i = yᵀA_i y / 2 − yᵀ(B_i x + c_i)          f_i = yᵀQ_i y / 2 − e_iᵀy + xᵀR_i x / 2 + r_iᵀx + xᵀS_i y
+"""The recursions of the methods in plain numpy, on the quadratics of `bilevax.testing.problems`.
 
 Nothing here knows the package beyond its nouns: every number that a test expects comes from linear algebra.
 """
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,144 +12,10 @@ import numpy as np
 import scipy.linalg
 import scipy.sparse
 
-import bilevax as bx
 from bilevax.decentralized.topology import Topology
 
 KEY = jax.random.key(0)
 TOY_STEPS = (0.05, 0.1, 0.1)
-TOY_SOLUTION = (-23 / 79, 27 / 79, -10 / 79)
-
-
-class Quadratic(NamedTuple):
-    """The coefficients of n agents (leaves [n, ...]), or of one of them, or their average."""
-
-    A: np.ndarray
-    B: np.ndarray
-    c: np.ndarray
-    Q: np.ndarray
-    e: np.ndarray
-    R: np.ndarray
-    r: np.ndarray
-    S: np.ndarray
-
-    @property
-    def batch(self):
-        outer = {name: jnp.asarray(getattr(self, name)) for name in "QeRrS"}
-        return bx.Batch(outer=outer, inner={name: jnp.asarray(getattr(self, name)) for name in "ABc"})
-
-    @property
-    def mean(self):
-        return Quadratic(*(leaf.mean(0) for leaf in self))
-
-
-def outer_loss(x, y, b):
-    return 0.5 * (y @ b["Q"] @ y + x @ b["R"] @ x) - b["e"] @ y + b["r"] @ x + x @ b["S"] @ y
-
-
-def inner_loss(x, y, b):
-    return 0.5 * y @ b["A"] @ y - y @ (b["B"] @ x + b["c"])
-
-
-PROBLEM = bx.BilevelProblem(outer_loss, inner_loss)
-
-
-def agents(q):
-    """One Quadratic per agent."""
-    return [Quadratic(*leaves) for leaves in zip(*q, strict=True)]
-
-
-def toy():
-    """Four scalar agents whose iterates are known by hand."""
-    scalars = {"c": (0, 1, 2, 1), "e": (1, 3, -1, 1), "r": (-1, 0, 1, 2)}
-    matrices = {"A": (1, 2, 3, 4), "B": (1, -1, 2, 0), "Q": (1, 1, 2, 4), "R": (1, 2, 1, 2), "S": (0, 0, 0, 0)}
-    leaves = {name: np.array(value, float).reshape(4, 1) for name, value in scalars.items()}
-    return Quadratic(**leaves, **{name: np.array(value, float).reshape(4, 1, 1) for name, value in matrices.items()})
-
-
-def quadratic(seed, n=8, dx=2, dy=3, heterogeneity=1.0, indefinite=0.0):
-    """Random agents around common coefficients; `indefinite` spreads the local Hessians and keeps their mean."""
-    rng = np.random.default_rng(seed)
-
-    def vary(common, scale):
-        return common + heterogeneity * scale * rng.normal(size=(n, *common.shape))
-
-    def definite(d, low, high):
-        basis = np.linalg.qr(rng.normal(size=(d, d)))[0]
-        common = (basis * np.linspace(low, high, d)) @ basis.T
-        noise = vary(np.zeros((d, d)), 0.3)
-        return common + noise @ noise.transpose(0, 2, 1)
-
-    def symmetric(d, scale):
-        noise = rng.normal(size=(n, d, d))
-        noise = scale * (noise + noise.transpose(0, 2, 1))
-        return noise - noise.mean(0)
-
-    return Quadratic(
-        A=definite(dy, 2.0, 3.0) + symmetric(dy, indefinite),
-        B=vary(rng.normal(size=(dy, dx)), 0.5),
-        c=vary(rng.normal(size=dy), 1.0),
-        Q=definite(dy, 0.5, 1.5),
-        e=vary(rng.normal(size=dy), 1.0),
-        R=definite(dx, 1.5, 2.5) + symmetric(dx, 0.3 * indefinite),
-        r=vary(rng.normal(size=dx), 1.0),
-        S=vary(0.2 * rng.normal(size=(dx, dy)), 0.2),
-    )
-
-
-# The closed forms: which point a method goes to says which problem it solves
-
-
-def solution(q):
-    """(x*, y*, v*) of min_x mean f_i(x, y*(x)), y*(x) = argmin mean g_i(x, y), for n agents or a single one."""
-    m = q.mean if q.A.ndim == 3 else q
-    slope, offset = np.linalg.solve(m.A, m.B), np.linalg.solve(m.A, m.c)
-    lift = np.linalg.solve(m.A, m.B).T
-    G = m.R + m.S @ slope + lift @ (m.Q @ slope + m.S.T)
-    h = m.r + m.S @ offset + lift @ (m.Q @ offset - m.e)
-    x = -np.linalg.solve(G, h)
-    y = slope @ x + offset
-    return x, y, np.linalg.solve(m.A, m.Q @ y - m.e + m.S.T @ x)
-
-
-def personal_solution(q, inverse=np.linalg.inv):
-    """x_p: every agent has a lower level of its own, and `inverse(A_i)` in its hypergradient."""
-    affine = []
-    for a in agents(q):
-        slope, offset = np.linalg.solve(a.A, a.B), np.linalg.solve(a.A, a.c)
-        affine.append(_hypergradient(a, slope, offset, inverse(a.A)))
-    G, h = (np.mean(part, axis=0) for part in zip(*affine, strict=True))
-    return -np.linalg.solve(G, h)
-
-
-def local_inverse_solution(q, inverse=np.linalg.inv):
-    """x_l: one common y*(x), but `inverse(A_i)` of every agent's own Hessian."""
-    m = q.mean
-    slope, offset = np.linalg.solve(m.A, m.B), np.linalg.solve(m.A, m.c)
-    affine = [_hypergradient(a, slope, offset, inverse(a.A)) for a in agents(q)]
-    G, h = (np.mean(part, axis=0) for part in zip(*affine, strict=True))
-    return -np.linalg.solve(G, h)
-
-
-def _hypergradient(a, slope, offset, inverse):
-    """(G, h) of the affine ∇_x f + Bᵀ inverse ∇_y f = G x + h at y = slope x + offset."""
-    lift = a.B.T @ inverse
-    G = a.R + a.S @ slope + lift @ (a.Q @ slope + a.S.T)
-    return G, a.r + a.S @ offset + lift @ (a.Q @ offset - a.e)
-
-
-def neumann(terms, c):
-    """c Σ_{j ≤ terms} (I − c A)ʲ, as a function of A."""
-    return lambda A: c * sum(np.linalg.matrix_power(np.eye(len(A)) - c * A, j) for j in range(terms + 1))
-
-
-def penalized_solution(q, multiplier):
-    """x_λ = argmin_x min_y mean f(x, y) + λ (mean g(x, y) − min_z mean g(x, z))."""
-    m = q.mean
-    inverse = np.linalg.inv(m.Q + multiplier * m.A)
-    slope, offset = inverse @ (multiplier * m.B - m.S.T), inverse @ (m.e + multiplier * m.c)
-    lower_slope, lower_offset = np.linalg.solve(m.A, m.B), np.linalg.solve(m.A, m.c)
-    G = m.R + m.S @ slope - multiplier * m.B.T @ (slope - lower_slope)
-    return -np.linalg.solve(G, m.r + m.S @ offset - multiplier * m.B.T @ (offset - lower_offset))
 
 
 # The three local directions, leaves [n, d]
@@ -436,5 +299,5 @@ def stacked(trajectory):
 
 
 def at_solution(path, q, atol=1e-10):
-    for got, expected in zip(path, solution(q), strict=True):
+    for got, expected in zip(path, q.solution, strict=True):
         np.testing.assert_allclose(got[-1], np.broadcast_to(expected, got[-1].shape), rtol=0, atol=atol)

@@ -12,11 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh
-from networks import KEY, PROBLEM, quadratic, zeros
+from networks import KEY, zeros
 
 import bilevax as bx
 import bilevax.parallel
 from bilevax.decentralized import topology as graphs
+from bilevax.testing.problems import quadratic
+from bilevax.testing.problems.quadratic import PROBLEM
 
 STEPS = (0.05, 0.1, 0.1)
 ITERATIONS = 8

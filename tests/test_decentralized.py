@@ -23,10 +23,12 @@ from cases import (
     semi,
     toy_run,
 )
-from networks import PROBLEM, at_solution, close, numbers, ring, roll, run, simulate, stacked, toy
+from networks import at_solution, close, numbers, ring, roll, run, simulate, stacked
 
 import bilevax as bx
 from bilevax import coins, correction, decentralized, estimator
+from bilevax.testing.problems import Quadratic, four_agents
+from bilevax.testing.problems.quadratic import PROBLEM
 
 # Golden numbers
 
@@ -40,7 +42,7 @@ def snapshots():
 
     def path(masks):
         method = decentralized.s3ldbo(PROBLEM, TOY_RING, TOY_STEPS, lambda key, k, gossip: masks[k])
-        return roll(method, toy().batch, 60)[1:]
+        return roll(method, four_agents().batch, 60)[1:]
 
     return numbers(jax.jit(jax.vmap(path))(jnp.stack([hand, 0 * hand == 1, 0 * hand == 0])))
 
@@ -101,10 +103,10 @@ def golden_tracker(x):
 
 
 def test_closed_forms_of_the_toy_tell_three_problems_apart():
-    for got, expected in zip(networks.solution(toy()), (-23 / 79, 27 / 79, -10 / 79), strict=True):
+    for got, expected in zip(four_agents().solution, (-23 / 79, 27 / 79, -10 / 79), strict=True):
         assert got[0] == pytest.approx(expected, abs=1e-14)
-    assert networks.local_inverse_solution(toy())[0] == pytest.approx(-117 / 191, abs=1e-14)
-    assert networks.personal_solution(toy())[0] == pytest.approx(-137 / 293, abs=1e-14)
+    assert four_agents().x_l[0] == pytest.approx(-117 / 191, abs=1e-14)
+    assert four_agents().x_p[0] == pytest.approx(-137 / 293, abs=1e-14)
 
 
 def test_directions_of_the_quadratic():
@@ -171,9 +173,9 @@ GRAPHS = {"sldbo_plain_ring": ring(8)}
 def test_the_indefinite_problem_is_one():
     assert np.linalg.eigvalsh(INDEFINITE.A).min() < -4
     assert np.linalg.eigvalsh(INDEFINITE.mean.A).min() > 2
-    x = networks.solution(INDEFINITE)[0]
-    assert np.linalg.norm(networks.local_inverse_solution(INDEFINITE) - x) > 0.1
-    assert np.linalg.norm(networks.personal_solution(INDEFINITE) - x) > 0.1
+    x = INDEFINITE.x_star
+    assert np.linalg.norm(INDEFINITE.x_l - x) > 0.1
+    assert np.linalg.norm(INDEFINITE.x_p - x) > 0.1
 
 
 # Trajectories and invariants
@@ -277,7 +279,7 @@ def test_sure_coins_give_the_bits_of_sldbo(kind):
 
 def test_coins_that_choose_nobody_freeze_the_directions():
     path, info = at(snapshots(), 1)
-    frozen = networks.directions(toy(), (np.zeros((4, 1)),) * 3)
+    frozen = networks.directions(four_agents(), (np.zeros((4, 1)),) * 3)
     for level, d, a in zip(path, frozen, TOY_STEPS, strict=True):
         line = -a * np.arange(61)[:, None] * d.mean(0)
         np.testing.assert_allclose(level.mean(1), line, rtol=0, atol=1e-13)
@@ -303,7 +305,7 @@ def test_coin_of_an_agent_does_not_depend_on_the_other_agents():
 
 
 def test_projection_above_and_below_the_norm_of_v():
-    solution = networks.solution(DEFINITE)
+    solution = DEFINITE.solution
     radii = np.linalg.norm(solution[2]) * np.array([3.0, 1.5, 1.01, 0.99, 0.5])
 
     def final(radius):
@@ -330,7 +332,7 @@ CENTRAL = [("tracking", "tracking_atc", "exact_diffusion"), ("exact_diffusion", 
 
 
 def centralized(q, start, iterations):
-    mean = networks.Quadratic(*(leaf.mean(0, keepdims=True) for leaf in q))
+    mean = Quadratic(*(leaf.mean(0, keepdims=True) for leaf in q))
     point = tuple(leaf[:1] for leaf in start)
     return stacked(simulate(mean, [networks.none() for _ in range(3)], STEPS, np.eye(1), iterations, point))
 
@@ -350,7 +352,7 @@ def test_complete_graph_with_equal_start_is_centralized(forms):
 
 
 def test_one_agent_is_centralized():
-    alone = networks.Quadratic(*(leaf[:1] for leaf in DEFINITE))
+    alone = Quadratic(*(leaf[:1] for leaf in DEFINITE))
     start = equal_start(1)
     method = decentralized.sldbo(PROBLEM, bx.gossip(networks.topology(np.eye(1))), STEPS)
     _, path, info = run(method, alone.batch, 60, start=start[:2])
@@ -364,7 +366,7 @@ def test_permuted_agents_give_permuted_iterates():
     matrix = star @ W @ star  # irregular
     paths = []
     for chosen in (np.arange(8), order):
-        q = networks.Quadratic(*(leaf[chosen] for leaf in INDEFINITE))
+        q = Quadratic(*(leaf[chosen] for leaf in INDEFINITE))
         gossip = bx.gossip(networks.topology(matrix[chosen][:, chosen]))
         paths.append(run(decentralized.sldbo(PROBLEM, gossip, STEPS, radius=0.3), q.batch, 60)[1])
     close(paths[1], jax.tree.map(lambda leaf: leaf[:, order], paths[0]), 1e-13)

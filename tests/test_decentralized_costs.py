@@ -8,10 +8,11 @@ import networks
 import numpy as np
 import pytest
 from cases import ATC, ED, EXTRA, GT, KEY, LAZY_SQUARE, STEPS, make
-from networks import PROBLEM, quadratic
 
 import bilevax as bx
 from bilevax import coins, decentralized
+from bilevax.testing.problems import quadratic
+from bilevax.testing.problems.quadratic import PROBLEM, inner_loss
 
 LINEAR = bx.BilevelProblem(
     lambda x, y, batch: jnp.sum(x) + jnp.sum(y), lambda x, y, batch: 0.5 * jnp.sum(y**2) + jnp.sum(x) * y[0]
@@ -97,7 +98,7 @@ def test_declared_calls_are_those_of_the_compiled_program(name):
     """Products with matrices of 64 rows are nearly all of the work, and the compiler counts them."""
     x, y = networks.zeros(WIDE.batch)
     unit = flops(jax.vmap(functools.partial(bx.directions, PROBLEM)), x, y, y, WIDE.batch)
-    gradient = flops(jax.vmap(jax.grad(networks.inner_loss, 1)), x, y, WIDE.batch.inner)
+    gradient = flops(jax.vmap(jax.grad(inner_loss, 1)), x, y, WIDE.batch.inner)
     method = COSTS[name][0](PROBLEM, LAZY_SQUARE)
     state = jax.eval_shape(method.init, x, y)
     compiled = flops(lambda state, batch: method.step(None, state, batch)[0], state, WIDE.batch)

@@ -9,10 +9,14 @@ import networks
 import numpy as np
 import pytest
 from cases import DEFINITE, GT, INDEFINITE, LAZY_RING, LAZY_SQUARE, STEPS, TOY_STEPS, W, at
-from networks import KEY, PROBLEM, agents, close, lazy, neumann, numbers, ring, roll, simulate, stacked, toy
+from networks import close, lazy, numbers, ring, roll, simulate, stacked
 
 import bilevax as bx
 from bilevax import correction, decentralized
+from bilevax.testing import check_limit
+from bilevax.testing.limits import last, off
+from bilevax.testing.problems import Quadratic, four_agents, neumann
+from bilevax.testing.problems.quadratic import PROBLEM
 
 full, whole = bx.inner.full, bx.compression.top_k(1.0)
 C = 0.28  # 1 / L on the definite problem
@@ -25,25 +29,10 @@ def make(preset, *choices, gossip=LAZY_RING, steps=TOY_STEPS, **options):
 
 def end(method, q=DEFINITE, iterations=2500):
     """The last state of a run with all data."""
-    start = method.init(*networks.zeros(q.batch), q.batch)
-
-    @jax.jit
-    def last(state, batch):
-        return jax.lax.fori_loop(0, iterations, lambda _, state: method.step(KEY, state, batch)[0], state)
-
-    return numbers(last(start, q.batch))
+    return last(method, q, iterations)
 
 
-def off(x, expected):
-    """The largest error of any agent."""
-    return np.abs(x - expected).max()
-
-
-POINTS = {
-    "x*": networks.solution(DEFINITE)[0],
-    "x_l": networks.local_inverse_solution(DEFINITE),
-    "x_p": networks.personal_solution(DEFINITE),
-}
+POINTS = {"x*": DEFINITE.x_star, "x_l": DEFINITE.x_l, "x_p": DEFINITE.x_p}
 LIMITS = {
     "mdbo": ("x_l", lambda: make(decentralized.mdbo, full, 0.5, 0.5, *EXACT)),
     "vrdbo": ("x_l", lambda: make(decentralized.vrdbo, full, 0.5, 0.5, *EXACT)),
@@ -60,11 +49,11 @@ LIMITS = {
 @pytest.mark.parametrize("name", LIMITS)
 def test_limit_tells_which_problem_is_solved(name):
     where, method = LIMITS[name]
-    state = end(method())
+    state = check_limit(method(), DEFINITE, POINTS[where])
     for point, x in POINTS.items():
-        assert off(state.x, x) < 1e-10 if point == where else off(state.x, x) > 1e-2
+        assert point == where or off(state.x, x) > 1e-2
     if where == "x_p":
-        y = [np.linalg.solve(a.A, a.B @ POINTS["x_p"] + a.c) for a in agents(DEFINITE)]
+        y = [np.linalg.solve(a.A, a.B @ POINTS["x_p"] + a.c) for a in DEFINITE.agents]
     else:
         y = np.linalg.solve(DEFINITE.mean.A, DEFINITE.mean.B @ POINTS[where] + DEFINITE.mean.c)
     assert off(state.y, y) < 1e-10
@@ -76,14 +65,14 @@ def test_limits_of_the_toy_are_fractions_known_by_hand(name):
         x, method = -117 / 191, make(decentralized.mdbo, full, 0.5, 1.0, 200, 0.25, gossip=LAZY_SQUARE)
     else:
         x, method = -137 / 293, make(decentralized.lopa_tracking, gossip=LAZY_SQUARE)
-    assert off(end(method, toy()).x, x) < 1e-10
+    assert off(end(method, four_agents()).x, x) < 1e-10
 
 
 # What is left out of a Neumann series
 
 
-MEAN = networks.Quadratic(*(leaf.mean(0, keepdims=True) for leaf in DEFINITE))
-ALIKE = networks.Quadratic(*(np.repeat(leaf, 8, axis=0) for leaf in MEAN))
+MEAN = Quadratic(*(leaf.mean(0, keepdims=True) for leaf in DEFINITE))
+ALIKE = Quadratic(*(np.repeat(leaf, 8, axis=0) for leaf in MEAN))
 SERIES = {
     "mdbo": (DEFINITE, lambda terms: make(decentralized.mdbo, full, 0.5, 1.0, terms, 0.1)),
     "alike": (ALIKE, lambda terms: make(decentralized.mdbo, full, 0.5, 1.0, terms, 0.1)),
@@ -97,7 +86,7 @@ def test_a_truncated_series_moves_the_limit_as_linear_algebra_says(name):
     """Each agent's own series of `mdbo`, own lower level of `interact`, and the series of the mean of `gbdsbo`."""
     q, method = SERIES[name]
     inverted = MEAN if name == "gbdsbo" else q
-    limit = networks.personal_solution if name == "interact" else networks.local_inverse_solution
+    limit = Quadratic.personal if name == "interact" else Quadratic.local_inverse
     bias = []
     for terms in (5, 20, 200) if name == "alike" else (2, 10):
         expected = limit(inverted, neumann(terms, 0.1))
@@ -115,10 +104,7 @@ def test_a_truncated_series_moves_the_limit_as_linear_algebra_says(name):
 
 def test_lopa_local_is_off_by_as_much_as_its_step():
     """Its limit solves (I − W + a W G) x = −a W h, with the affine hypergradients G_i x + h_i of all agents."""
-    pieces = [
-        networks._hypergradient(a, np.linalg.solve(a.A, a.B), np.linalg.solve(a.A, a.c), np.linalg.inv(a.A))
-        for a in agents(DEFINITE)
-    ]
+    pieces = DEFINITE.personal_hypergradients()
     blocks = np.zeros((8, 2, 8, 2))
     blocks[np.arange(8), :, np.arange(8)] = [G for G, _ in pieces]
     mix, G, h = np.kron(W, np.eye(2)), blocks.reshape(16, 16), np.concatenate([h for _, h in pieces])
@@ -166,17 +152,15 @@ def test_differences_of_gradients_are_off_by_delta_squared():
 
 def test_indefinite_agents_do_no_harm_where_the_mean_is_what_counts():
     methods = {
-        "gbdsbo": (make(decentralized.gbdsbo, steps=STEPS), networks.solution(INDEFINITE)[0]),
+        "gbdsbo": (make(decentralized.gbdsbo, steps=STEPS), INDEFINITE.x_star),
         "gbdsbo_factors": (
             make(decentralized.gbdsbo, full, 3, 0.25, steps=STEPS),
-            networks.local_inverse_solution(
-                networks.Quadratic(*(leaf.mean(0, keepdims=True) for leaf in INDEFINITE)), neumann(3, 0.25)
-            ),
+            Quadratic.local_inverse(Quadratic(*(leaf.mean(0, keepdims=True) for leaf in INDEFINITE)), neumann(3, 0.25)),
         ),
-        "ma_dsbo": (make(decentralized.ma_dsbo, 2, 2, track=True, steps=STEPS), networks.solution(INDEFINITE)[0]),
+        "ma_dsbo": (make(decentralized.ma_dsbo, 2, 2, track=True, steps=STEPS), INDEFINITE.x_star),
         "c2dfb": (
             make(decentralized.c2dfb, 3, 100.0, whole, 0.5, steps=STEPS),
-            networks.penalized_solution(INDEFINITE, 100.0),
+            INDEFINITE.penalized(100.0),
         ),
     }
     for name, (method, x) in methods.items():

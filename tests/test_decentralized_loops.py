@@ -6,12 +6,13 @@ import networks
 import numpy as np
 import pytest
 from cases import DEFINITE, INDEFINITE, LAZY_RING, STEPS, TOY_STEPS, W
-from networks import PROBLEM, close, non_atc, none, numbers, run, stacked
+from networks import close, non_atc, none, numbers, run, stacked
 
 import bilevax as bx
 from bilevax import decentralized
+from bilevax.testing.problems.quadratic import PROBLEM
 
-SOLUTION = networks.solution(DEFINITE)[0]
+SOLUTION = DEFINITE.x_star
 
 
 def origin(q):
@@ -109,7 +110,7 @@ def penalized_paths(method, q, iterations):
 @pytest.mark.parametrize(("fraction", "gossip_step"), [(1.0, 0.5), (0.4, 0.4), (0.2, 0.2)])
 def test_c2dfb_converges_to_the_penalized_solution(fraction, gossip_step):
     """Of the three entries of y it sends three, two and one."""
-    x = networks.penalized_solution(DEFINITE, 10.0)
+    x = DEFINITE.penalized(10.0)
     assert np.linalg.norm(x - SOLUTION) > 1e-2
     method = c2dfb(10.0, fraction, gossip_step)
     got = final(lambda _: method, [0.0])[0]
@@ -120,9 +121,7 @@ def test_the_penalty_is_off_by_its_inverse():
     multipliers = [1.0, 10.0, 100.0, 1000.0]
     x = final(lambda multiplier: c2dfb(multiplier), multipliers)
     for got, multiplier in zip(x, multipliers, strict=True):
-        np.testing.assert_allclose(
-            got, np.tile(networks.penalized_solution(DEFINITE, multiplier), (8, 1)), rtol=0, atol=1e-10
-        )
+        np.testing.assert_allclose(got, np.tile(DEFINITE.penalized(multiplier), (8, 1)), rtol=0, atol=1e-10)
     scaled = np.linalg.norm(x.mean(1) - SOLUTION, axis=1) * multipliers
     assert 0.08 < scaled.min() < scaled.max() < 0.13
     np.testing.assert_allclose(scaled[2:], scaled[3], rtol=5e-3)

@@ -5,10 +5,11 @@ import networks
 import numpy as np
 import pytest
 from cases import DEFINITE, INDEFINITE, LAZY_RING, STEPS, W
-from networks import PROBLEM, at_solution, close, run, stacked
+from networks import at_solution, close, run, stacked
 
 from benchmarks.decentralized.moved_snapshot import s3ldbo_adaptive
 from bilevax import decentralized
+from bilevax.testing.problems.quadratic import PROBLEM
 
 
 def recursion(q, p, block, iterations):

@@ -8,10 +8,12 @@ import networks
 import numpy as np
 import pytest
 from cases import DEFINITE, INDEFINITE, LAZY_RING, STEPS, W, at, mean_dynamics
-from networks import PROBLEM, at_solution, close, numbers, roll, run, stacked
+from networks import at_solution, close, numbers, roll, run, stacked
 
 import bilevax as bx
 from bilevax import correction, decentralized, estimator
+from bilevax.testing.problems import Quadratic
+from bilevax.testing.problems.quadratic import PROBLEM, inner_loss, outer_loss
 
 
 def noisy(q, iterations, noise):
@@ -24,7 +26,7 @@ def noisy(q, iterations, noise):
             change = change + np.swapaxes(change, -1, -2)
         return leaf[:, None] + (name in noise) * change
 
-    return networks.Quadratic(*(draw(name, leaf) for name, leaf in zip(q._fields, q, strict=True)))
+    return Quadratic(*(draw(name, leaf) for name, leaf in zip(q._fields, q, strict=True)))
 
 
 DSVRBGD = {"simultaneous": decentralized.dsvrbgd, "alternating": decentralized.dsvrbgd_alternating}
@@ -48,7 +50,7 @@ MOMENTA = jnp.array([0.0, 0.1, 1.0])
 def test_dsvrbgd_follows_its_recursion_for_any_samples(kind):
     data = noisy(INDEFINITE, 30, noise="ABcQeRrS")
     _, path = noisy_run(kind, data.batch, MOMENTA)
-    samples = [networks.Quadratic(*(leaf[:, t] for leaf in data)) for t in range(30)]
+    samples = [Quadratic(*(leaf[:, t] for leaf in data)) for t in range(30)]
     for row, a in enumerate(MOMENTA):
         expected = networks.storm_recursion(samples, W, STEPS, float(a), RATE, kind == "alternating")
         close(at(path, row), stacked(expected), 1e-12)
@@ -60,7 +62,7 @@ def test_no_momentum_freezes_the_error_of_additive_noise(kind):
     data = noisy(INDEFINITE, 30, noise="cer")
     state, path = at(numbers(noisy_run(kind, data.batch, MOMENTA)), 0)
     origin = tuple(np.zeros((8, d)) for d in (2, 3, 3))
-    first = networks.directions(networks.Quadratic(*(leaf[:, 0] for leaf in data)), origin)
+    first = networks.directions(Quadratic(*(leaf[:, 0] for leaf in data)), origin)
     errors = [got - d for got, d in zip(first, networks.directions(INDEFINITE, origin), strict=True)]
     assert min(np.abs(error).max() for error in errors) > 0.1
 
@@ -102,14 +104,14 @@ def one_in_turn(key, k, data):
 @pytest.mark.parametrize("kind", ["spider", "page"])
 def test_recursive_estimates_restart_from_the_exact_directions(kind):
     """u = d(s) when an iteration counts one evaluation, u + d(s; ξ) − d(previous s; ξ) when it counts two."""
-    problem = bx.BilevelProblem(over_examples(networks.outer_loss), over_examples(networks.inner_loss))
+    problem = bx.BilevelProblem(over_examples(outer_loss), over_examples(inner_loss))
     restarts = {"spider": estimator.spider(3, one_in_turn), "page": estimator.page(0.3, one_in_turn)}
     data = noisy(DEFINITE, 4, noise="ABcQeRrS")
     method = decentralized.single_loop(problem, LAZY_RING, STEPS, restarts[kind], correction.none())
     start = tuple(jnp.zeros((8, d)) for d in (2, 3))
     _, path, info = numbers(run(method, data.batch, 20, start))
-    mean = networks.Quadratic(*(leaf.mean(1) for leaf in data))
-    samples = [networks.Quadratic(*(leaf[:, t] for leaf in data)) for t in range(4)]
+    mean = Quadratic(*(leaf.mean(1) for leaf in data))
+    samples = [Quadratic(*(leaf[:, t] for leaf in data)) for t in range(4)]
     exact = info.calls.outer_gradients == 1
     np.testing.assert_array_equal(info.calls.cross_products, np.where(exact, 1, 2))
     for k in range(20):
@@ -129,7 +131,7 @@ def test_recursive_estimates_restart_from_the_exact_directions(kind):
 
 def test_dsoba_keeps_a_bias_that_is_about_linear_in_the_step():
     """And none where the agents are alike; with a moving average of d_x in between."""
-    alike = networks.Quadratic(*(np.broadcast_to(leaf.mean(0), leaf.shape) for leaf in DEFINITE))
+    alike = Quadratic(*(np.broadcast_to(leaf.mean(0), leaf.shape) for leaf in DEFINITE))
     batches = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[DEFINITE.batch] * 3, alike.batch)
 
     def final(scale, batch):
@@ -137,7 +139,7 @@ def test_dsoba_keeps_a_bias_that_is_about_linear_in_the_step():
         return roll(method, batch, 6000)[1]
 
     path = numbers(jax.jit(jax.vmap(final))(jnp.array([1.0, 0.5, 0.25, 1.0]), batches))
-    bias = np.linalg.norm(path[0][:3, -1].mean(1) - networks.solution(DEFINITE)[0], axis=1)
+    bias = np.linalg.norm(path[0][:3, -1].mean(1) - DEFINITE.x_star, axis=1)
     assert bias[0] > 1e-3
     ratios = bias[1:] / bias[:-1]
     assert np.all((ratios > 0.4) & (ratios < 0.8))

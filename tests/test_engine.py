@@ -6,10 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from cases import BATCH, DEFINITE, KEY, LAZY_RING, TOY_RING, TOY_STEPS, X, Y, all_directions, at, semi, toy_run
-from networks import PROBLEM, at_solution, close, numbers, ring, roll, run, simulate, stacked, toy
+from networks import at_solution, close, numbers, ring, roll, run, simulate, stacked
 
 import bilevax as bx
 from bilevax import coins, correction, decentralized
+from bilevax.testing.problems import four_agents
+from bilevax.testing.problems.quadratic import PROBLEM
 
 
 def test_moves_are_lengths_of_displacements():
@@ -19,7 +21,7 @@ def test_moves_are_lengths_of_displacements():
 
 
 def test_breakdown_names_the_agents_that_are_not_finite():
-    batch = toy().batch
+    batch = four_agents().batch
     batch.outer["r"] = batch.outer["r"].at[2].set(jnp.nan)
     path, info = toy_run(batch=batch)
     finite = np.all([np.isfinite(level[1:, :, 0]) for level in path], axis=0)
@@ -41,7 +43,7 @@ def test_vmap_over_step_sizes():
     scales = (0.5, 1.0)
     got = jax.jit(jax.vmap(path))(jnp.array(scales))
     for row, scale in enumerate(scales):
-        expected = simulate(toy(), semi(), [scale * a for a in TOY_STEPS], ring(4), 20)
+        expected = simulate(four_agents(), semi(), [scale * a for a in TOY_STEPS], ring(4), 20)
         close(at(got, row), stacked(expected), 1e-13)
 
 
@@ -51,7 +53,7 @@ def test_schedules_and_transformations_per_level():
     clip = optax.chain(optax.clip_by_global_norm(0.1), optax.scale(-0.1))
     method = decentralized.sldbo(PROBLEM, TOY_RING, (schedule, 0.1, clip), correction=correction.none())
     path, _ = toy_run(method)
-    x, y, v = all_directions(toy(), path, 4)
+    x, y, v = all_directions(four_agents(), path, 4)
     v = v * np.minimum(1, 0.1 / np.abs(v).clip(1e-30))
     for k in range(4):
         for level, d, a in zip(path, (x, y, v), (0.05 * 0.5**k, 0.1, 0.1), strict=True):

@@ -6,11 +6,13 @@ import networks
 import numpy as np
 import pytest
 from cases import BATCH, DEFINITE, LAZY_RING, LAZY_SQUARE, TOY_RING, W, X, Y
-from networks import PROBLEM, at_solution, close, numbers, run, simulate, stacked
+from networks import at_solution, close, numbers, run, simulate, stacked
 
 import bilevax as bx
 from bilevax import correction, decentralized
 from bilevax.decentralized import preconditioned
+from bilevax.testing.problems import four_agents
+from bilevax.testing.problems.quadratic import PROBLEM
 
 NEWTON = preconditioned(0.2, bx.ihvp.exact())
 STEPS = bx.Levels(0.05, NEWTON, NEWTON)
@@ -49,7 +51,7 @@ def test_other_coordinates_of_y_do_not_matter():
     step = 0.8 / np.linalg.eigvalsh(q.A).max()
     plain = decentralized.sldbo(PROBLEM, LAZY_RING, (0.05, step, step))
     _, slow, _ = numbers(run(plain, q.batch, 600))
-    x = networks.solution(q)[0]
+    x = q.x_star
     assert np.abs(there[0][-1] - x).max() < 1e-6
     assert 1e-3 < np.abs(slow[0][-1] - x).max() < 1.0
 
@@ -73,8 +75,8 @@ def test_other_methods_keep_their_limits_too(name):
     def last(state, batch):
         return jax.lax.fori_loop(0, 2500, lambda _, state: method.step(None, state, batch)[0], state).x
 
-    limits = {"diamond": networks.personal_solution(DEFINITE), "c2dfb": networks.penalized_solution(DEFINITE, 10.0)}
-    x = limits.get(name, networks.solution(DEFINITE)[0])
+    limits = {"diamond": DEFINITE.x_p, "c2dfb": DEFINITE.penalized(10.0)}
+    x = limits.get(name, DEFINITE.x_star)
     np.testing.assert_allclose(last(start, DEFINITE.batch), np.tile(x, (8, 1)), rtol=0, atol=1e-10)
 
 
@@ -117,7 +119,7 @@ def test_memory_of_the_curvature_is_carried_along():
     state, path, _ = numbers(run(method, BATCH, 20))
     moments = 0.0
     for k in range(20):
-        moments = 0.9 * moments + 0.1 * networks.direction_y(networks.toy(), path[0][k], path[1][k]) ** 2
+        moments = 0.9 * moments + 0.1 * networks.direction_y(four_agents(), path[0][k], path[1][k]) ** 2
     np.testing.assert_array_equal(state.corrections.y.move.step, np.full(4, 20))
     np.testing.assert_allclose(state.corrections.y.move.moments, moments, rtol=1e-12)
 

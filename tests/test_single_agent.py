@@ -10,10 +10,12 @@ import pytest
 from networks import numbers
 
 import bilevax as bx
+from bilevax.testing.problems import Quadratic, quadratic
+from bilevax.testing.problems.quadratic import inner_loss, outer_loss
 
 STEPS = (0.02, 0.05, 0.05)
-DATA = networks.quadratic(5, n=12)  # its leading axis counts examples here
-EXACT = networks.solution(DATA)
+DATA = quadratic(5, n=12)  # its leading axis counts examples here
+EXACT = DATA.solution
 START = jnp.array([0.3, -0.2]), jnp.array([0.1, 0.4, -0.5])
 MINIBATCH = bx.inner.minibatch(4)
 
@@ -22,7 +24,7 @@ def over_examples(loss):
     return lambda x, y, batch: jnp.mean(jax.vmap(loss, (None, None, 0))(x, y, batch))
 
 
-PROBLEM = bx.BilevelProblem(over_examples(networks.outer_loss), over_examples(networks.inner_loss))
+PROBLEM = bx.BilevelProblem(over_examples(outer_loss), over_examples(inner_loss))
 METHODS = {
     "soba": bx.algorithms.soba(PROBLEM, STEPS),
     "soba_minibatch": bx.algorithms.soba(PROBLEM, STEPS, MINIBATCH),
@@ -68,7 +70,7 @@ def test_trajectory_limit_and_declared_cost(name):
 
 
 def descends_along_the_three_directions(start, path):
-    mean = networks.Quadratic(*(leaf[None] for leaf in DATA.mean))
+    mean = Quadratic(*(leaf[None] for leaf in DATA.mean))
     moves = [networks.none() for _ in range(3)]
     expected = networks.simulate(mean, moves, STEPS, np.eye(1), 60, tuple(leaf[None] for leaf in start))
     networks.close([level[:60] for level in path], [np.stack([p[i][0] for p in expected[1:]]) for i in range(3)], 1e-13)

@@ -13,10 +13,12 @@ from networks import numbers
 
 import bilevax as bx
 from bilevax.testing import executed_dots
+from bilevax.testing.problems import quadratic
+from bilevax.testing.problems.quadratic import inner_loss, outer_loss
 
-DATA = networks.quadratic(5, n=12)  # its leading axis counts examples here
+DATA = quadratic(5, n=12)  # its leading axis counts examples here
 MEAN = DATA.mean
-EXACT = networks.solution(DATA)
+EXACT = DATA.solution
 START = jnp.array([0.3, -0.2]), jnp.array([0.1, 0.4, -0.5])
 STEPS = (0.1, 0.2, 0.3)
 FULL, SMALL = bx.inner.full, bx.inner.minibatch(4)
@@ -29,7 +31,7 @@ def over_examples(loss):
     return lambda x, y, batch: jnp.mean(jax.vmap(loss, (None, None, 0))(x, y, batch))
 
 
-PROBLEM = bx.BilevelProblem(over_examples(networks.outer_loss), over_examples(networks.inner_loss))
+PROBLEM = bx.BilevelProblem(over_examples(outer_loss), over_examples(inner_loss))
 
 
 def exact_descent(problem, sample):
@@ -323,7 +325,7 @@ BAD = {
         f"sample_{name}": (r"^sample must be a function.*64", functools.partial(getattr(A, name), PROBLEM, STEPS, 64))
         for name in ("bsa", "ttsa", "stocbio", "pzobo", "amigo", "mrbo", "fsla")
     },
-    "problem": ("problem", lambda: A.stocbio(networks.outer_loss, STEPS, SMALL)),
+    "problem": ("problem", lambda: A.stocbio(outer_loss, STEPS, SMALL)),
     "estimator": ("estimator", lambda: A.descent(3.0, 0.1)),
     "estimator_of_k": ("estimator", lambda: A.descent(lambda k: 3.0, 0.1).init(*START)),
     "state": ("state", lambda: MAKE["amigo"](PROBLEM, FULL).step(KEY, START, DATA.batch)),

@@ -5,23 +5,12 @@ import jax.numpy as jnp
 import networks
 import numpy as np
 import pytest
-from networks import (
-    PROBLEM,
-    at_solution,
-    close,
-    lazy,
-    numbers,
-    quadratic,
-    ring,
-    roll,
-    run,
-    simulate,
-    stacked,
-    topology,
-)
+from networks import at_solution, close, lazy, numbers, ring, roll, run, simulate, stacked, topology
 
 import bilevax as bx
 from bilevax import correction, decentralized
+from bilevax.testing.problems import quadratic
+from bilevax.testing.problems.quadratic import PROBLEM
 
 STEPS = (0.01, 0.025, 0.025)
 DEFINITE, INDEFINITE = quadratic(0), quadratic(0, indefinite=2.5)
@@ -110,7 +99,7 @@ def test_one_uncorrected_level_leaves_a_bias(level):
     forms[level] = "none"
     path = ends(tuple(forms))
     for column, q in enumerate((DEFINITE, INDEFINITE)):
-        x = networks.solution(q)[0]
+        x = q.x_star
         bias = np.abs(path[0][:, column, -1] - x).max((1, 2))
         assert np.all(bias > 1e-3)
         assert np.all(np.isfinite(bias))
@@ -150,5 +139,5 @@ def test_single_precision_does_not_drift(form):
 
         state = end(batch)
     assert state.x.dtype == jnp.float32
-    for got, expected in zip((state.x, state.y, state.v), networks.solution(q), strict=True):
+    for got, expected in zip((state.x, state.y, state.v), q.solution, strict=True):
         np.testing.assert_allclose(got, np.broadcast_to(expected, got.shape), rtol=0, atol=1e-6)

@@ -240,7 +240,7 @@ def join(tree: chex.ArrayTree) -> chex.ArrayTree:
 def _spread(make_algorithm: Callable, topology: Any, axis: str, devices: int) -> tuple[Algorithm, int]:
     """The method over a gossip whose agents are spread along a named axis, and their number."""
     checks.function("make_algorithm", make_algorithm, "gossip")
-    gossip = _gossip(topology, axis, devices)
+    gossip = gossip_along(topology, axis, devices)
     algorithm = make_algorithm(gossip)
     fix = "Return, say, bx.decentralized.sldbo(problem, gossip, step_sizes)."
     checks.instance("make_algorithm(gossip)", algorithm, Algorithm, fix)
@@ -273,10 +273,10 @@ def _checked(init: Callable, step: Callable, check: Callable) -> Algorithm:
     return Algorithm(checked_init, checked_step)
 
 
-def _gossip(topology: Any, axis: str, devices: int) -> Any:
+def gossip_along(topology: Any, axis: str, devices: int) -> Any:
     """A gossip for each device of a named axis, which holds n/devices consecutive agents."""
     if isinstance(topology, Levels):
-        return Levels(*(_gossip(one, axis, devices) for one in topology))
+        return Levels(*(gossip_along(one, axis, devices) for one in topology))
     graphs.check(topology)
     sequence = (topology,) if isinstance(topology, graphs.Topology) else tuple(topology)
     if sequence[0].n % devices:

@@ -1,0 +1,312 @@
+"""What every decentralized method keeps, whatever it computes.
+
+All contracts are checked on one problem (`problems.countable`) with four agents, and on one compiled program: ten steps
+of it are kept, and read by one contract after the other.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from bilevax import parallel
+from bilevax.decentralized import topology as graphs
+from bilevax.decentralized.engine import Algorithm
+from bilevax.decentralized.gossip import Gossip, gossip, push_sum
+from bilevax.decentralized.levels import Levels
+from bilevax.parallel.agents import gossip_along
+from bilevax.problem import BilevelProblem
+from bilevax.sampling import Sample, minibatch
+from bilevax.testing.compiled import executed_dots, products
+from bilevax.testing.contract import Contract, contract, hold_all
+from bilevax.testing.problems.countable import CROSS, ENTRIES_OF_Y, INNER, OUTER, countable
+
+Make = Callable[[BilevelProblem, Gossip, Levels, Sample], Algorithm]
+
+KEY = jax.random.key(0)
+N, ITERATIONS, PARTS, PLACED = 4, 10, 2, 3
+STEPS = Levels(0.02, 0.05, optax.constant_schedule(0.05))
+LAZY_RING = graphs.lazy(graphs.ring(N))
+READABLE = jax.__version_info__ >= (0, 10)  # since when HLO text is printed in the form that is read here
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class AlgorithmSubject:
+    """A method, on the problem on which its contracts are checked; what has been compiled is kept.
+
+    Attributes:
+      make: `make(problem, gossip, step_sizes, sample) -> Algorithm`.
+      calls: declared evaluations of ∇f and ∇_y g, Hessian and cross products of an agent in an iteration, the mean of
+        the first ten; or a function of the number of entries of y that returns them; None where they are random.
+      topology: the graph or graphs of the four agents.
+
+    Example:
+        >>> import bilevax as bx
+        >>> from bilevax import testing
+        >>> make = lambda problem, gossip, steps, sample: bx.decentralized.dsoba(problem, gossip, steps, sample)
+        >>> testing.AlgorithmSubject(make, calls=(1, 1, 1, 1)).gossip.n
+        4
+    """
+
+    make: Make
+    calls: Any = None
+    topology: Any = LAZY_RING
+
+    @property
+    def gossip(self) -> Gossip:
+        """On one device; of directed graphs, push-sum."""
+        sequence = (self.topology,) if isinstance(self.topology, graphs.Topology) else self.topology
+        return (push_sum if any(one.directed for one in sequence) else gossip)(self.topology)
+
+    @property
+    def declared(self) -> Any:
+        """`calls` in numbers."""
+        return self.calls(ENTRIES_OF_Y) if callable(self.calls) else self.calls
+
+    @functools.cached_property
+    def point(self) -> tuple:
+        """x, y and the batch."""
+        return countable(N)[1:]
+
+    def method(self, gossip: Gossip) -> Algorithm:
+        """The method over some gossip."""
+        method = self.make(countable(N)[0], gossip, STEPS, minibatch(1))
+        if not isinstance(method, Algorithm):
+            raise TypeError(f"make must return an Algorithm; got {type(method).__name__}")
+        return method
+
+    @functools.cached_property
+    def step(self) -> tuple:
+        """(the jitted step, a list that grows with its traces)."""
+        method = self.method(self.gossip)
+        traces: list = []
+
+        def step(*arguments: Any) -> tuple:
+            traces.append(None)
+            return method.step(*arguments)
+
+        return jax.jit(step), traces
+
+    @functools.cached_property
+    def history(self) -> tuple:
+        """(start, the states and the infos of ten steps) from the compiled step, in a loop."""
+        *point, batch = self.point
+        state = start = jax.jit(self.method(self.gossip).init)(*point, batch)
+        step, states, infos = self.step[0], [], []
+        for key in keys():
+            state, info = step(key, state, batch)
+            states.append(state)
+            infos.append(info)
+        return start, states, infos
+
+    @functools.cached_property
+    def executed(self) -> tuple[float, float, float]:
+        """∇f, passes through ∇_y g and cross products of an agent in the compiled step."""
+        start, _, _ = self.history
+        text = self.step[0].lower(KEY, start, self.point[-1]).compile().as_text()
+        dots = executed_dots(text)
+        outer, inner, cross = (products(dots, *sizes) / N for sizes in (OUTER, INNER, CROSS))
+        return outer, inner, cross
+
+
+def keys() -> chex.Array:
+    """One for each iteration."""
+    return jax.random.split(KEY, ITERATIONS)
+
+
+def stacked(trees: list) -> Any:
+    """Trees of arrays as one tree with a leading axis, by numpy."""
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
+
+
+def form(tree: Any) -> Any:
+    """Shapes and dtypes of the leaves, and whether a dtype is weak, which costs another trace."""
+    return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, bool(leaf.weak_type)), tree)
+
+
+def equal(got: Any, expected: Any) -> None:
+    """Raises AssertionError unless two trees agree to the rounding of a leaf in single precision among them."""
+    chex.assert_trees_all_close(got, expected, rtol=1e-5, atol=1e-7)
+
+
+@contract(
+    "Return from step what init returns: the same NamedTuple, shapes and dtypes, agents first in every leaf but "
+    "counters. Cast what mixes dtypes back with .astype(leaf.dtype), and start counters as jnp.zeros((), jnp.int32). "
+    "Info has moves, breakdown, calls and bytes [n]; zeros are jnp.zeros(n)."
+)
+def state_keeps_its_form(subject: AlgorithmSubject) -> None:
+    """By tracing alone, for x in half precision and y in double and single."""
+    method, (x, y, batch) = subject.method(subject.gossip), subject.point
+    x = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), x)
+    state = jax.eval_shape(method.init, x, y, batch)
+    new, info = jax.eval_shape(method.step, jax.eval_shape(lambda: jax.random.key(0)), state, batch)
+    assert form(state) == form(new), f"init makes {form(state)}, and step {form(new)}"
+    for name, got, given in (("x", new.x, x), ("y", new.y, y)):
+        kept = [leaf.dtype for leaf in jax.tree.leaves(got)], [leaf.dtype for leaf in jax.tree.leaves(given)]
+        assert kept[0] == kept[1], f"{name} has {kept[0]}, and started with {kept[1]}"
+    odd = [leaf.shape for leaf in jax.tree.leaves((state, info)) if leaf.ndim and leaf.shape[0] != N]
+    assert not odd, f"leaves {odd} of {N} agents"
+    shapes = {leaf.shape for leaf in jax.tree.leaves(info._replace(rounds=()))}
+    assert shapes == {(N,)}, f"info has shapes {shapes} in place of {(N,)}"
+    assert new.k.shape == (), "the counter state.k is no scalar"
+
+
+@contract(
+    "Let nothing in step depend on Python numbers that change, nor return weakly typed leaves: see chex and jax.jit."
+)
+def ten_steps_are_one_trace(subject: AlgorithmSubject) -> None:
+    """Whatever the iteration, and `state.k` counts it."""
+    _, states, _ = subject.history
+    traces = len(subject.step[1])
+    assert traces == 1, f"{traces} traces of step in ten calls"
+    assert int(states[-1].k) == ITERATIONS, f"state.k is {int(states[-1].k)} after {ITERATIONS} steps"
+
+
+@contract("Look for a level that is never updated, a zero direction, or a step size that is not used.")
+def every_agent_moves(subject: AlgorithmSubject) -> None:
+    """On each of its levels, all the way, by what Info reports and by what the state says."""
+    start, states, infos = subject.history
+    assert not np.any([info.breakdown for info in infos]), "a breakdown is reported on a smooth problem"
+    for name, moves in Levels(*infos[-1].moves)._asdict().items():
+        still = np.flatnonzero(np.asarray(moves) <= 0)
+        assert still.size == 0, f"agents {still} do not move in {name}"
+    for got, old in zip(
+        jax.tree.leaves((states[-1].x, states[-1].y)), jax.tree.leaves((start.x, start.y)), strict=True
+    ):
+        moved = np.abs(np.asarray(got) - old).reshape(N, -1).max(1)
+        assert np.all(moved > 0), f"x and y of agents {np.flatnonzero(moved == 0)} stay at the start"
+
+
+@contract("Keep all memory in the state: a step is a pure function of (key, state, batch).")
+def scan_equals_a_loop(subject: AlgorithmSubject) -> None:
+    """Ten steps under `jax.lax.scan`, and ten calls of the jitted step."""
+    start, states, infos = subject.history
+    method, batch = subject.method(subject.gossip), subject.point[-1]
+    scan = jax.jit(lambda start, batch: jax.lax.scan(lambda s, key: method.step(key, s, batch), start, keys()))
+    equal(scan(start, batch), (states[-1], stacked(infos)))
+
+
+@contract("Take branches by jnp.where or jax.lax.cond on traced values, and draw with the key that step is given.")
+def vmap_over_keys_equals_a_loop(subject: AlgorithmSubject) -> None:
+    """One step with three keys at once."""
+    _, states, _ = subject.history
+    (step, _), batch = subject.step, subject.point[-1]
+    together = jax.jit(jax.vmap(step, (0, None, None)))(keys()[:3], states[0], batch)
+    equal(together, stacked([step(key, states[0], batch) for key in keys()[:3]]))
+
+
+@contract("Set info.breakdown to ~isfinite of what each agent has: bilevax.decentralized.engine.moved does.")
+def nan_is_reported_by_the_agent_that_has_it(subject: AlgorithmSubject) -> None:
+    """Agent 2 gets a y that is no number."""
+    start, _, _ = subject.history
+    y = jax.tree.map(np.array, start.y)
+    for leaf in jax.tree.leaves(y):
+        leaf[2] = np.nan
+    _, info = subject.step[0](KEY, start._replace(y=jax.tree.map(jnp.asarray, y)), subject.point[-1])
+    assert info.breakdown[2], "breakdown is False for the agent whose y is NaN"
+
+
+@contract(
+    "Let information move by gossip alone (gossip.mix, laplacian, mean), and fold gossip.agents(), the global ids, "
+    "into every key: no sum or maximum over the agents' axis, no draw for all agents at once, no n where those held "
+    "here are meant."
+)
+def placement_changes_nothing(subject: AlgorithmSubject) -> None:
+    """Two devices that hold two agents each, played by `jax.vmap` with a named axis, against one with four."""
+    _, states, _ = subject.history
+    spread = subject.method(gossip_along(subject.topology, "parts", PARTS))
+
+    def run(x: Any, y: Any, batch: Any) -> Any:
+        step = lambda state, key: (spread.step(key, state, batch)[0], None)  # noqa: E731
+        return jax.lax.scan(step, spread.init(x, y, batch), keys()[:PLACED])[0]
+
+    placed = jax.jit(jax.vmap(run, axis_name="parts"))(*parallel.split(subject.point, PARTS))
+    got, expected = parallel.join(placed), states[PLACED - 1]
+    equal((got.x, got.y), (expected.x, expected.y))
+
+
+@contract("A coin must choose an agent now and then: one that never does leaves all directions as they were at init.")
+def somebody_evaluates(subject: AlgorithmSubject) -> None:
+    """In ten iterations of four agents at least once, by `info.calls`."""
+    _, _, infos = subject.history
+    total = np.sum([info.calls.inner_gradients for info in infos])
+    assert total > 0, "no ∇_y g in ten iterations of four agents"
+
+
+@contract(
+    "Compare info.calls with what step evaluates, sample by sample; calls=None if their number is random.",
+    applies=lambda subject: subject.calls is not None,
+)
+def calls_are_those_declared(subject: AlgorithmSubject) -> None:
+    """The mean of ten iterations, the same for every agent."""
+    _, _, infos = subject.history
+    got = np.asarray(stacked([info.calls for info in infos])).mean((1, 2))
+    expected = subject.declared
+    assert np.allclose(got, expected, rtol=1e-6), f"info.calls are {got} an iteration, declared are {expected}"
+
+
+@contract(
+    "Count in info.calls each ∇f and ∇_y g (with all their arguments), each product with ∇²_yy g and ∇²_xy g. Look for "
+    "a point that is evaluated twice, or for a sample that is drawn twice where one is meant.",
+    applies=lambda subject: subject.calls is not None and READABLE,
+)
+def calls_are_those_of_the_compiled_program(subject: AlgorithmSubject) -> None:
+    """Products of the compiled step; a Hessian and a cross product may share a pull-back, and every branch counts."""
+    outer, inner, hessian, cross = subject.declared
+    outer_found, passes, cross_found = subject.executed
+    assert outer_found == outer, f"the program runs {outer_found} ∇f, declared are {outer}"
+    least, most = inner + max(hessian, cross), inner + hessian + cross
+    assert least <= passes <= most, f"the program runs {passes} passes through ∇_y g, declared are {least} to {most}"
+    most = cross or inner  # a method of first derivatives has one such product in each ∇_x g
+    assert cross <= cross_found <= most, f"the program runs {cross_found} cross products, declared are {cross}"
+
+
+CONTRACTS: tuple[Contract, ...] = (
+    state_keeps_its_form,
+    ten_steps_are_one_trace,
+    every_agent_moves,
+    nan_is_reported_by_the_agent_that_has_it,
+    somebody_evaluates,
+    scan_equals_a_loop,
+    vmap_over_keys_equals_a_loop,
+    placement_changes_nothing,
+    calls_are_those_declared,
+    calls_are_those_of_the_compiled_program,
+)
+
+
+def check_algorithm(
+    make: Make, calls: Any = None, topology: Any = LAZY_RING, contracts: Sequence[Contract] = CONTRACTS
+) -> None:
+    """Checks what every decentralized method keeps: its form, its reports, its placement, and what it says it costs.
+
+    Args:
+      make: `make(problem, gossip, step_sizes, sample) -> Algorithm`, the method over whatever it is given;
+        `step_sizes` are `Levels` and `sample` is a sampler of one agent's data; ignore what the method does not take.
+      calls: declared evaluations of ∇f and ∇_y g, Hessian and cross products of an agent in an iteration (the mean of
+        the first ten); a function of the number of entries of y, if they depend on it. With None, as where a coin
+        decides, the contracts `calls_…` are left out.
+      topology: a graph of four agents, or several in turn, if the method needs another than a lazy ring.
+      contracts: those to be checked, of `bilevax.testing.algorithm.CONTRACTS`.
+
+    Returns:
+      None.
+
+    Raises:
+      ContractError: naming the contract that the method breaks, what was seen, and what to do.
+
+    Cost: about five programs.
+
+    Example:
+        >>> import bilevax as bx
+        >>> from bilevax import testing
+        >>> make = lambda problem, gossip, steps, sample: bx.decentralized.dsoba(problem, gossip, steps, sample)
+        >>> testing.check_algorithm(make, contracts=[testing.algorithm.state_keeps_its_form])
+    """
+    hold_all(contracts, getattr(make, "__name__", repr(make)), AlgorithmSubject(make, calls, topology))
