@@ -74,7 +74,7 @@ def gauss_newton(model, x, y, batch):
 def block(G, y, pick):
     """The block of G that belongs to the entries `pick(y)` of y, an array of any shape, in its order."""
     flat, unravel = ravel_pytree(y)
-    places = np.asarray(pick(unravel(jnp.arange(flat.size, dtype=flat.dtype)))).astype(int)
+    places = np.asarray(pick(jax.device_get(unravel(jnp.arange(flat.size, dtype=flat.dtype))))).astype(int)
     return np.asarray(G)[np.ix_(places.ravel(), places.ravel())]
 
 

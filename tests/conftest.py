@@ -20,6 +20,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 if "JAX_COMPILATION_CACHE_DIR" in os.environ:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
+MOST = 40  # programs that a test may compile
 COMPILED = "/jax/core/compile/backend_compile_duration"
 compiled = []  # seconds of each program
 workers = []  # of each one that has finished: programs and memory
@@ -29,6 +30,17 @@ workers = []  # of each one that has finished: programs and memory
 def _count(event, seconds, **_):
     if event == COMPILED:
         compiled.append(seconds)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """Fails a test that compiles too many programs: eagerly, each operation is one for each of its shapes."""
+    before, marker = len(compiled), item.get_closest_marker("compiles")
+    result, most = (yield), marker.args[0] if marker else MOST
+    if (number := len(compiled) - before) > most:
+        fix = f"Jit what it runs eagerly; if that is its subject, mark it @pytest.mark.compiles({number})."
+        pytest.fail(f"compiled {number} programs, and may compile {most}. {fix}", pytrace=False)
+    return result
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -289,11 +289,13 @@ def test_per_example_function_under_vmap():
 
 def test_agents_under_vmap_equal_a_loop():
     """The attention block for three agents, each with parameters, weights and tokens of its own."""
-    model, y, (tokens, labels), factors = network("attention")
-    ys = jax.tree.map(lambda leaf: jnp.stack([leaf, 1.1 * leaf, -leaf]), y)
-    xs, tokens = jnp.stack([X, -X, 2 * X]), jnp.stack([tokens, 4 - tokens, (tokens + 1) % 5])
-    labels = jnp.stack([labels, 2 - labels, labels])
-    together = jax.jit(jax.vmap(functools.partial(captured, model)))(xs, ys, (tokens, labels))
+    model, y, batch, factors = network("attention")
+    y, x, (tokens, labels) = jax.device_get((y, X, batch))
+    ys = jax.tree.map(lambda leaf: np.stack([leaf, 1.1 * leaf, -leaf]), y)
+    xs, tokens = np.stack([x, -x, 2 * x]), np.stack([tokens, 4 - tokens, (tokens + 1) % 5])
+    labels = np.stack([labels, 2 - labels, labels])
+    agents = (jnp.asarray(xs), ys, (jnp.asarray(tokens), jnp.asarray(labels)))
+    together = jax.device_get(jax.jit(jax.vmap(functools.partial(captured, model)))(*agents))
     one = jax.tree.map(lambda leaf: leaf[0], together)
     assert_equal_factors(one, factors)
     for agent in (1, 2):

@@ -1,5 +1,7 @@
 """Losses with structure, and Gauss–Newton products against JᵀLJ written out."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,40 +43,50 @@ LOSSES = {
 over_losses = pytest.mark.parametrize(("loss", "targets"), LOSSES.values(), ids=LOSSES)
 
 
-def matrix(product):
-    return jax.vmap(lambda v: ravel_pytree(product(UNRAVEL(v)))[0])(jnp.eye(FLAT.size))
+def matrix(choice, inner_loss, x, batch):
+    """The matrix that the products of a curvature multiply by."""
+
+    @jax.jit
+    def multiplied(x, batch):
+        product = choice(inner_loss, x, Y, batch)
+        return jax.vmap(lambda v: ravel_pytree(product(UNRAVEL(v)))[0])(np.eye(FLAT.size))
+
+    return np.asarray(multiplied(x, batch))
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def output_hessians(loss, targets):
+    """Of each example, [N, C, C]."""
+    return jax.vmap(jax.hessian(lambda z, t: loss.value(z[None], t[None])[0]))(model(Y, INPUTS), targets)
+
+
+@functools.partial(jax.jit, static_argnums=0)
 def written_out(loss, targets, weights):
     """1/N Σ_n w_n J_nᵀ L_n J_n with L_n by jax.hessian."""
     jacobian = jax.jacobian(lambda flat: model(UNRAVEL(flat), INPUTS))(FLAT)
-    outputs = model(Y, INPUTS)
-    L = jax.vmap(jax.hessian(lambda z, t: loss.value(z[None], t[None])[0]))(outputs, targets)
+    L = output_hessians(loss, targets)
     return jnp.einsum("nci,ncd,ndj,n->ij", jacobian, L, jacobian, weights / N)
 
 
 @over_losses
 def test_gauss_newton_is_the_matrix_written_out(loss, targets):
     inner_loss = make(loss, weights=lambda x, batch: jnp.exp(x), l2=0.3)
-    product = curvature.gauss_newton(inner_loss, X, Y, (INPUTS, targets))
-    expected = written_out(loss, targets, jnp.exp(X)) + 0.3 * jnp.eye(FLAT.size)
-    np.testing.assert_allclose(matrix(product), expected, atol=1e-10)
+    expected = written_out(loss, targets, np.exp(X)) + 0.3 * np.eye(FLAT.size)
+    np.testing.assert_allclose(matrix(curvature.gauss_newton, inner_loss, X, (INPUTS, targets)), expected, atol=1e-10)
 
 
 @over_losses
 def test_it_is_the_hessian_of_a_linear_model(loss, targets):
     linear = curvature.ModelLoss(lambda y, inputs: inputs @ y["hidden"] @ Y["out"] + y["out"].sum(), loss, pair, l2=0.1)
-    batch = (INPUTS, targets)
-    product = curvature.gauss_newton(linear, None, Y, batch)
-    np.testing.assert_allclose(matrix(product), matrix(curvature.hessian(linear, None, Y, batch)), atol=1e-10)
+    found, hessian = (matrix(c, linear, None, (INPUTS, targets)) for c in (curvature.gauss_newton, curvature.hessian))
+    np.testing.assert_allclose(found, hessian, atol=1e-10)
 
 
 @over_losses
 def test_the_root_of_an_output_loss(loss, targets):
-    outputs = model(Y, INPUTS)
-    L = jax.vmap(jax.hessian(lambda z, t: loss.value(z[None], t[None])[0]))(outputs, targets)
-    s = jnp.sin(jnp.arange(N * C)).reshape(N, C)
-    np.testing.assert_allclose(loss.product(outputs, targets, s), jnp.einsum("ncd,nd->nc", L, s), atol=1e-12)
+    s = np.sin(np.arange(N * C)).reshape(N, C)
+    found = jax.jit(lambda targets, s: loss.product(model(Y, INPUTS), targets, s))(targets, s)
+    np.testing.assert_allclose(found, np.einsum("ncd,nd->nc", output_hessians(loss, targets), s), atol=1e-12)
 
 
 def test_the_loss_is_that_of_its_formula():
@@ -97,58 +109,58 @@ def test_decay_of_each_parameter():
     rates = {"hidden": jnp.arange(12.0).reshape(3, 4), "out": 2.0}
     inner_loss = make(l2=lambda x: rates)
     batch = (INPUTS, PROBABILITIES)
-    plain = matrix(curvature.gauss_newton(make(), None, Y, batch))
-    decay = jnp.concatenate([jnp.arange(12.0), jnp.full(20, 2.0)])
-    np.testing.assert_allclose(
-        matrix(curvature.gauss_newton(inner_loss, None, Y, batch)), plain + jnp.diag(decay), atol=1e-12
-    )
+    plain, decayed = (matrix(curvature.gauss_newton, loss, None, batch) for loss in (make(), inner_loss))
+    decay = np.concatenate([np.arange(12.0), np.full(20, 2.0)])
+    np.testing.assert_allclose(decayed, plain + np.diag(decay), atol=1e-12)
 
 
 def test_masked_positions_do_not_count():
     """A sequence model [N, T, C]: positions without a mask are as if they were not there."""
-    inputs = jnp.stack([INPUTS, 10 * INPUTS], axis=1)
-    targets = jnp.stack([jnp.arange(N) % C, jnp.zeros(N, int)], axis=1)
-    mask = jnp.broadcast_to(jnp.array([1.0, 0.0]), (N, 2))
+    inputs = np.stack([INPUTS, 10 * np.asarray(INPUTS)], axis=1)
+    targets = np.stack([np.arange(N) % C, np.zeros(N, int)], axis=1)
+    mask = np.broadcast_to(np.array([1.0, 0.0]), (N, 2))
     masked = curvature.ModelLoss(
         model, curvature.softmax_cross_entropy, lambda x, batch: batch[:2], mask=lambda batch: batch[2]
     )
     plain = make(curvature.softmax_cross_entropy)
     long, short = (inputs, targets, mask), (INPUTS, targets[:, 0])
-    np.testing.assert_allclose(masked(None, Y, long), plain(None, Y, short), rtol=1e-12)
-    products = [curvature.gauss_newton(loss, None, Y, batch) for loss, batch in ((masked, long), (plain, short))]
-    np.testing.assert_allclose(matrix(products[0]), matrix(products[1]), atol=1e-12)
+    value = jax.jit(lambda loss, batch: loss(None, Y, batch), static_argnums=0)
+    np.testing.assert_allclose(value(masked, long), value(plain, short), rtol=1e-12)
+    found, expected = (matrix(curvature.gauss_newton, *pair) for pair in ((masked, None, long), (plain, None, short)))
+    np.testing.assert_allclose(found, expected, atol=1e-12)
 
 
 def test_x_may_make_the_inputs():
     """Data condensation: the cross derivative runs through `split`."""
     inner_loss = curvature.ModelLoss(model, curvature.squared_error, lambda x, batch: (x, batch), l2=0.1)
     v = jax.tree.map(jnp.cos, Y)
-    by_parts = jax.grad(lambda x: optax.tree.vdot(jax.grad(inner_loss, 1)(x, Y, PROBABILITIES), v))(INPUTS)
-    np.testing.assert_allclose(curvature.cross(inner_loss, INPUTS, Y, PROBABILITIES)(v), by_parts, rtol=1e-12)
+    by_parts = jax.grad(lambda x: optax.tree.vdot(jax.grad(inner_loss, 1)(x, Y, PROBABILITIES), v))
+    crossed = lambda x: curvature.cross(inner_loss, x, Y, PROBABILITIES)(v)  # noqa: E731
+    np.testing.assert_allclose(jax.jit(crossed)(INPUTS), jax.jit(by_parts)(INPUTS), rtol=1e-12)
 
 
 def test_conjugate_gradients_take_it_where_the_hessian_is_indefinite():
     batch = (INPUTS, PROBABILITIES * 4)
     inner_loss = make(l2=0.01)
-    assert jnp.linalg.eigvalsh(matrix(curvature.hessian(inner_loss, None, Y, batch)))[0] < -0.1
-    b = jax.tree.map(jnp.sin, Y)
+    assert np.linalg.eigvalsh(matrix(curvature.hessian, inner_loss, None, batch))[0] < -0.1
+    b = jax.tree.map(np.sin, Y)
 
     def solve(choice):
-        apply, _ = bx.ihvp.cg(100, 1e-12, curvature=choice).prepare(None, (), inner_loss, (None, Y, batch))
-        return apply(b)
+        prepare = bx.ihvp.cg(100, 1e-12, curvature=choice).prepare
+        return jax.jit(lambda b: prepare(None, (), inner_loss, (None, Y, batch))[0](b))(b)
 
     v, info = solve(curvature.gauss_newton)
-    G = matrix(curvature.gauss_newton(inner_loss, None, Y, batch))
+    G = matrix(curvature.gauss_newton, inner_loss, None, batch)
     assert not info.breakdown
-    np.testing.assert_allclose(ravel_pytree(v)[0], jnp.linalg.solve(G, ravel_pytree(b)[0]), rtol=1e-8)
+    np.testing.assert_allclose(ravel_pytree(v)[0], np.linalg.solve(G, ravel_pytree(b)[0]), rtol=1e-8)
     assert solve(curvature.hessian)[1].breakdown
 
 
 def test_negative_weights_are_reported_by_the_solver():
     inner_loss = make(weights=lambda x, batch: jnp.full(N, -1.0))
     ihvp = bx.ihvp.cg(10, curvature=curvature.gauss_newton)
-    apply, _ = ihvp.prepare(None, (), inner_loss, (None, Y, (INPUTS, PROBABILITIES)))
-    assert apply(Y)[1].breakdown
+    point = (None, Y, (INPUTS, PROBABILITIES))
+    assert jax.jit(lambda b: ihvp.prepare(None, (), inner_loss, point)[0](b)[1].breakdown)(Y)
 
 
 def test_half_precision_model_in_float32():
@@ -159,12 +171,12 @@ def test_half_precision_model_in_float32():
         l2=0.1,
     )
     y, batch = optax.tree.cast((Y, (INPUTS, PROBABILITIES)), jnp.float32)
-    v = jax.tree.map(jnp.cos, y)
-    got = curvature.gauss_newton(half, None, y, batch)(v)
+    v = jax.tree.map(np.cos, y)
+    product = jax.jit(lambda loss, v: curvature.gauss_newton(loss, None, y, batch)(v), static_argnums=0)
+    got, expected = product(half, v), product(make(l2=0.1), v)
     assert {leaf.dtype for leaf in jax.tree.leaves(got)} == {jnp.dtype(jnp.float32)}
-    expected = curvature.gauss_newton(make(l2=0.1), None, y, batch)(v)
-    distance = optax.tree.norm(optax.tree.sub(got, expected)) / optax.tree.norm(expected)
-    assert distance < 0.02
+    got, expected = (ravel_pytree(tree)[0] for tree in (got, expected))
+    assert np.linalg.norm(got - expected) < 0.02 * np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,8 @@ def make_loss(model=model, loss=bx.curvature.softmax_cross_entropy, **options):
 
 
 def factors(loss=None, y=Y, **options):
-    return kronecker.factors(None, loss or make_loss(), 0.0, y, (INPUTS, LABELS), fisher=EXACT, **options)
+    find = lambda y, batch: kronecker.factors(None, loss or make_loss(), 0.0, y, batch, fisher=EXACT, **options)  # noqa: E731
+    return jax.jit(find)(y, (INPUTS, LABELS))
 
 
 def prepared(ihvp, state=(), loss=None):
@@ -106,8 +107,8 @@ def test_treatments_of_ones_own_must_be_treatments(answer):
 def test_damping_below_zero():
     with pytest.raises(ValueError, match=r"damping must be a finite number >= 0; got -1.0"):
         bx.curvature.inverted(factors(), make_loss(), 0.0, Y, (INPUTS, LABELS), damping=-1.0)
-    apply, _ = prepared(bx.ihvp.kfac(lambda eigenvalues: -1.0))
-    assert apply(Y)[1].breakdown
+    solve = jax.jit(lambda b: prepared(bx.ihvp.kfac(lambda eigenvalues: -1.0))[0](b))
+    assert solve(Y)[1].breakdown
 
 
 def test_what_is_solved_for_must_be_like_y():

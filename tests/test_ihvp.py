@@ -1,5 +1,7 @@
 """Inverse-Hessian-vector products against dense solves, and CG where well-known ones fail."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import lineax
@@ -29,22 +31,30 @@ def joined(tree):
 
 def spd(n, condition, seed=0):
     q, _ = np.linalg.qr(np.random.default_rng(seed).normal(size=(n, n)))
-    return jnp.asarray(q @ np.diag(np.geomspace(1.0, condition, n)) @ q.T)
+    return q @ np.diag(np.geomspace(1.0, condition, n)) @ q.T
 
 
 H = spd(9, 50.0)
-B = jnp.asarray(np.random.default_rng(1).normal(size=9))
-POINT = (1.0, split_like_y(jnp.ones(9)), None)
+B = np.random.default_rng(1).normal(size=9)
+POINT = (1.0, split_like_y(np.ones(9)), None)
 
 
 def solve(ihvp, b=B, h=H, v0=None):
+    """As NumPy arrays, of which no operation compiles a program of its own."""
+    return jax.device_get(compiled_solve(ihvp, b, h, v0))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def compiled_solve(ihvp, b, h, v0):
+    return traced_solve(ihvp, b, h, v0)
+
+
+def traced_solve(ihvp, b, h, v0):
     apply, _ = ihvp.prepare(jax.random.key(0), ihvp.init(*POINT), quadratic(h), POINT)
     v, info = apply(split_like_y(b), None if v0 is None else split_like_y(v0))
     return joined(v), info
 
 
-@pytest.mark.parametrize("damping", [0.0, 0.3])
-@pytest.mark.parametrize("v0", [None, 0.9 * jnp.linalg.solve(H, B), jnp.arange(9.0)], ids=["cold", "warm", "stale"])
 @pytest.mark.parametrize(
     "make",
     [
@@ -61,43 +71,47 @@ def solve(ihvp, b=B, h=H, v0=None):
     ],
     ids=["exact", "cg", "cg+exact", "cg+neumann", "cg+nystrom", "neumann", "sgd", "gmres", "bicgstab", "cholesky"],
 )
-def test_equals_the_dense_solve(make, damping, v0):
-    v, info = solve(make(damping=damping), v0=v0)
-    np.testing.assert_allclose(v, jnp.linalg.solve(H + damping * jnp.eye(9), B), rtol=0, atol=1e-10)
-    assert not info.breakdown
-    assert info.residual < 1e-10
+def test_equals_the_dense_solve(make):
+    """From a cold, a warm and a stale start, plain and damped."""
+    run = jax.jit(lambda damping, v0: traced_solve(make(damping=damping), B, H, v0))
+    for damping in (0.0, 0.3):
+        for v0 in (None, 0.9 * np.linalg.solve(H, B), np.arange(9.0)):
+            v, info = run(damping, v0)
+            np.testing.assert_allclose(v, np.linalg.solve(H + damping * np.eye(9), B), rtol=0, atol=1e-10)
+            assert not info.breakdown
+            assert info.residual < 1e-10
 
 
 def test_identity_scales():
     v, info = solve(bx.ihvp.identity(0.25))
     np.testing.assert_array_equal(v, 0.25 * B)
-    assert jnp.isnan(info.residual)
+    assert np.isnan(info.residual)
     assert info.products == 0
 
 
 @pytest.mark.parametrize("steps", [0, 1, 5])
 def test_neumann_is_its_truncated_series(steps):
     eta, damping = 0.03, 0.1
-    contraction = jnp.eye(9) - eta * (H + damping * jnp.eye(9))
-    series = eta * sum(jnp.linalg.matrix_power(contraction, k) for k in range(steps + 1))
+    contraction = np.eye(9) - eta * (H + damping * np.eye(9))
+    series = eta * sum(np.linalg.matrix_power(contraction, k) for k in range(steps + 1))
     v, info = solve(bx.ihvp.neumann(steps, eta, damping))
     np.testing.assert_allclose(v, series @ B, rtol=1e-12)
     assert info.products == steps
     assert not info.breakdown
-    before_last_term = v - eta * jnp.linalg.matrix_power(contraction, steps) @ B
-    residual = jnp.linalg.norm(B - (H + damping * jnp.eye(9)) @ before_last_term) / jnp.linalg.norm(B)
+    before_last_term = v - eta * np.linalg.matrix_power(contraction, steps) @ B
+    residual = np.linalg.norm(B - (H + damping * np.eye(9)) @ before_last_term) / np.linalg.norm(B)
     np.testing.assert_allclose(info.residual, residual, rtol=1e-12)
-    v0 = 0.9 * jnp.linalg.solve(H, B) + 0.01
+    v0 = 0.9 * np.linalg.solve(H, B) + 0.01
     warm, info = solve(bx.ihvp.neumann(steps, eta, damping), v0=v0)
-    np.testing.assert_allclose(warm, v0 + series @ (B - (H + damping * jnp.eye(9)) @ v0), rtol=1e-11)
+    np.testing.assert_allclose(warm, v0 + series @ (B - (H + damping * np.eye(9)) @ v0), rtol=1e-11)
     assert info.products == steps + 1
 
 
 def test_a_random_term_of_the_series_is_right_in_the_mean_and_over_batches():
     """E over p and over the matrices of the factors, which are H ± D with the mean H."""
     terms, eta = 4, 0.03
-    spread = 0.3 * jnp.diag(jnp.arange(1.0, 10.0))
-    rows = jnp.stack([H - spread, H + spread])
+    spread = 0.3 * np.diag(np.arange(1.0, 10.0))
+    rows = jnp.asarray(np.stack([H - spread, H + spread]))
 
     def loss(x, y, batch):
         return 0.5 * joined(y) @ batch @ joined(y)
@@ -109,7 +123,7 @@ def test_a_random_term_of_the_series_is_right_in_the_mean_and_over_batches():
         return joined(v), info.products, info.breakdown
 
     v, products, breakdown = jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(1), 4_000))
-    series = eta * sum(jnp.linalg.matrix_power(jnp.eye(9) - eta * H, k) for k in range(terms))
+    series = eta * sum(np.linalg.matrix_power(np.eye(9) - eta * H, k) for k in range(terms))
     np.testing.assert_allclose(v.mean(0), series @ B, atol=5 * float(v.std(0).max()) / 4_000**0.5)
     assert set(products.tolist()) == {0, 1, 2, 3}
     assert not breakdown.any()
@@ -122,13 +136,13 @@ def test_a_random_term_of_the_series_is_right_in_the_mean_and_over_batches():
 
 
 def test_neumann_reports_divergence_even_in_one_direction():
-    h = jnp.diag(jnp.array([1.0] * 8 + [25.0]))
-    _, info = solve(bx.ihvp.neumann(10, 0.1), b=jnp.ones(9), h=h)  # 0.1 > 2 / 25
+    h = np.diag(np.array([1.0] * 8 + [25.0]))
+    _, info = solve(bx.ihvp.neumann(10, 0.1), b=np.ones(9), h=h)  # 0.1 > 2 / 25
     assert info.breakdown
 
 
 def test_cg_stops_where_its_preconditioner_breaks_down():
-    h = jnp.diag(jnp.array([-1.0, *range(1, 9)]))
+    h = np.diag(np.array([-1.0, *range(1, 9)]))
     _, info = solve(bx.ihvp.cg(preconditioner=bx.ihvp.exact()), h=h)
     assert info.breakdown
 
@@ -137,14 +151,13 @@ def test_cg_stops_where_its_preconditioner_breaks_down():
 @pytest.mark.parametrize("preconditioner", [bx.ihvp.identity(1e-15), bx.ihvp.identity(1e15)], ids=["tiny", "huge"])
 def test_cg_does_not_depend_on_the_scale_of_its_preconditioner(preconditioner, scale):
     with jax.enable_x64(False):
-        eigenvalues = jnp.linspace(1.0, 4.0, 10, dtype=jnp.float32)
-        b = jnp.full(10, scale, jnp.float32)
+        eigenvalues = np.linspace(1.0, 4.0, 10, dtype=np.float32)
+        b = np.full(10, scale, np.float32)
         v, info = diagonal_solve(bx.ihvp.cg(maxiter=20, preconditioner=preconditioner), eigenvalues, b)
         assert not info.breakdown
         np.testing.assert_allclose(v / scale, 1 / eigenvalues, rtol=1e-5)
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e20, 1e30])
 @pytest.mark.parametrize(
     "ihvp",
     [
@@ -157,14 +170,14 @@ def test_cg_does_not_depend_on_the_scale_of_its_preconditioner(preconditioner, s
     ],
     ids=["exact", "neumann", "identity", "sgd", "nystrom", "linear"],
 )
-def test_reports_do_not_depend_on_the_size_of_b_in_float32(ihvp, scale):
+def test_reports_do_not_depend_on_the_size_of_b_in_float32(ihvp):
     with jax.enable_x64(False):
-        eigenvalues = jnp.linspace(1.0, 4.0, 10, dtype=jnp.float32)
-        _, info = diagonal_solve(ihvp, eigenvalues, jnp.full(10, scale, jnp.float32))
-        _, expected = diagonal_solve(ihvp, eigenvalues, jnp.ones(10, jnp.float32))
-        assert not info.breakdown
-        np.testing.assert_allclose(info.residual, expected.residual, atol=1e-6)
-        np.testing.assert_allclose(info.curvature, expected.curvature, rtol=1e-5)
+        eigenvalues, sizes = np.linspace(1.0, 4.0, 10, dtype=np.float32), np.array([1, 1e-30, 1e20, 1e30], np.float32)
+        b = jnp.asarray(np.repeat(sizes[:, None], 10, axis=1))
+        info = jax.jit(jax.vmap(lambda b: diagonal_solve(ihvp, eigenvalues, b)[1]))(b)
+        assert not info.breakdown.any()
+        np.testing.assert_allclose(info.residual, np.full(4, info.residual[0]), atol=1e-6)
+        np.testing.assert_allclose(info.curvature, np.full(4, info.curvature[0]), rtol=1e-5)
 
 
 def test_neumann_reports_divergence():
@@ -176,44 +189,44 @@ def test_neumann_reports_divergence():
 @pytest.mark.parametrize("iterations", [1, 3, 6])
 def test_cg_iterates_minimize_over_the_krylov_space(iterations):
     v, info = solve(bx.ihvp.cg(iterations, tol=0.0))
-    basis = jnp.linalg.qr(jnp.stack([jnp.linalg.matrix_power(H, k) @ B for k in range(iterations)], 1))[0]
-    np.testing.assert_allclose(v, basis @ jnp.linalg.solve(basis.T @ H @ basis, basis.T @ B), rtol=1e-8)
+    basis = np.linalg.qr(np.stack([np.linalg.matrix_power(H, k) @ B for k in range(iterations)], 1))[0]
+    np.testing.assert_allclose(v, basis @ np.linalg.solve(basis.T @ H @ basis, basis.T @ B), rtol=1e-8)
     assert info.iterations == iterations
-    np.testing.assert_allclose(info.residual, jnp.linalg.norm(B - H @ v) / jnp.linalg.norm(B), rtol=1e-8)
+    np.testing.assert_allclose(info.residual, np.linalg.norm(B - H @ v) / np.linalg.norm(B), rtol=1e-8)
 
 
 def test_cg_preconditioned_by_the_exact_inverse_needs_one_iteration():
     v, info = solve(bx.ihvp.cg(maxiter=10, tol=1e-10, preconditioner=bx.ihvp.exact()))
     assert info.iterations == 1
-    np.testing.assert_allclose(v, jnp.linalg.solve(H, B), rtol=1e-12)
+    np.testing.assert_allclose(v, np.linalg.solve(H, B), rtol=1e-12)
 
 
 def test_cg_stops_at_its_tolerance_and_a_solved_warm_start_costs_one_product():
     v, info = solve(bx.ihvp.cg(maxiter=50, tol=0.3))
     assert 1 <= info.iterations < 9
     assert info.residual <= 0.3
-    v, info = solve(bx.ihvp.cg(), v0=jnp.linalg.solve(H, B))
+    v, info = solve(bx.ihvp.cg(), v0=np.linalg.solve(H, B))
     assert info.iterations == 0
     assert info.products == 1
-    np.testing.assert_allclose(v, jnp.linalg.solve(H, B), rtol=1e-12)
+    np.testing.assert_allclose(v, np.linalg.solve(H, B), rtol=1e-12)
 
 
 def test_cg_stops_at_negative_curvature_with_the_last_good_v_and_says_so():
-    h = jnp.diag(jnp.array([-1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0]))
-    v, info = solve(bx.ihvp.cg(maxiter=20, tol=0.0), b=jnp.ones(9), h=h)
+    h = np.diag(np.array([-1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0]))
+    v, info = solve(bx.ihvp.cg(maxiter=20, tol=0.0), b=np.ones(9), h=h)
     assert info.breakdown
     assert info.curvature < 0
-    good, before = solve(bx.ihvp.cg(maxiter=int(info.iterations) - 1, tol=0.0), b=jnp.ones(9), h=h)
+    good, before = solve(bx.ihvp.cg(maxiter=int(info.iterations) - 1, tol=0.0), b=np.ones(9), h=h)
     assert not before.breakdown
     np.testing.assert_array_equal(v, good)
     # One step of steepest descent from zero already has negative curvature here: v stays where it was.
-    v, info = solve(bx.ihvp.cg(), b=jnp.eye(9)[0], h=h)
+    v, info = solve(bx.ihvp.cg(), b=np.eye(9)[0], h=h)
     assert info.breakdown
     np.testing.assert_array_equal(v, 0)
 
 
 def test_cg_reports_a_singular_direction_instead_of_dividing_by_it():
-    v, info = solve(bx.ihvp.cg(maxiter=20, tol=0.0), b=jnp.eye(9)[0], h=jnp.diag(jnp.arange(9.0)))
+    v, info = solve(bx.ihvp.cg(maxiter=20, tol=0.0), b=np.eye(9)[0], h=np.diag(np.arange(9.0)))
     assert info.breakdown
     np.testing.assert_array_equal(v, 0)
 
@@ -232,9 +245,9 @@ def test_cg_reports_a_preconditioner_that_is_not_positive_definite():
 
 
 def test_exact_inverts_an_indefinite_hessian_and_says_so():
-    h = H - 10 * jnp.eye(9)
+    h = H - 10 * np.eye(9)
     v, info = solve(bx.ihvp.exact(), h=h)
-    np.testing.assert_allclose(v, jnp.linalg.solve(h, B), rtol=1e-10)
+    np.testing.assert_allclose(v, np.linalg.solve(h, B), rtol=1e-10)
     assert info.breakdown
     np.testing.assert_allclose(info.curvature, 1.0 - 10.0, rtol=1e-12)
 
@@ -243,24 +256,30 @@ def test_exact_inverts_an_indefinite_hessian_and_says_so():
 def test_cg_does_not_depend_on_the_size_of_b(scale):
     for preconditioner in [None, bx.ihvp.exact(0.1)]:
         v, info = solve(bx.ihvp.cg(30, 1e-12, preconditioner=preconditioner), b=scale * B)
-        np.testing.assert_allclose(v / scale, jnp.linalg.solve(H, B), rtol=1e-9)
+        np.testing.assert_allclose(v / scale, np.linalg.solve(H, B), rtol=1e-9)
         assert not info.breakdown
+
+
+def with_nan(array, index):
+    array = array.copy()
+    array[index] = np.nan
+    return array
 
 
 def test_cg_of_zero_is_zero_and_of_nan_is_nan():
-    for v0 in [None, jnp.ones(9)]:
-        v, info = solve(bx.ihvp.cg(), b=jnp.zeros(9), v0=v0)
+    for v0 in [None, np.ones(9)]:
+        v, info = solve(bx.ihvp.cg(), b=np.zeros(9), v0=v0)
         np.testing.assert_array_equal(v, 0)
         assert not info.breakdown
-        v, info = solve(bx.ihvp.cg(), b=B.at[3].set(jnp.nan), v0=v0)
-        assert jnp.isnan(v).all()
+        v, info = solve(bx.ihvp.cg(), b=with_nan(B, 3), v0=v0)
+        assert np.isnan(v).all()
         assert info.breakdown
-    v, info = solve(bx.ihvp.cg(), h=H.at[0, 0].set(jnp.nan))
-    assert jnp.isnan(v).all()
+    v, info = solve(bx.ihvp.cg(), h=with_nan(H, (0, 0)))
+    assert np.isnan(v).all()
     assert info.breakdown
 
 
-@pytest.mark.parametrize("v0", [jnp.full(9, jnp.nan), jnp.full(9, 1e200)], ids=["nan", "huge"])
+@pytest.mark.parametrize("v0", [np.full(9, np.nan), np.full(9, 1e200)], ids=["nan", "huge"])
 @pytest.mark.parametrize("ihvp", [bx.ihvp.cg(maxiter=3), bx.ihvp.neumann(3, 0.03)], ids=["cg", "neumann"])
 def test_a_useless_warm_start_is_replaced_by_a_cold_one(ihvp, v0):
     v, info = solve(ihvp, v0=v0)
@@ -279,23 +298,27 @@ def test_warm_starts_do_not_amplify_an_indefinite_hessian_from_step_to_step():
         _, state, info = solver.backward(residual, state, bx.Iterate(B + 0.1 * shift))
         return state, (info.breakdown, jnp.linalg.norm(state.v))
 
-    _, (breakdowns, sizes) = jax.lax.scan(step, solver.init(1.0, jnp.zeros(9)), shifts)
+    _, (breakdowns, sizes) = jax.lax.scan(step, solver.init(1.0, np.zeros(9)), shifts)
     assert breakdowns.any()
-    assert sizes.max() < 100 * jnp.linalg.norm(jnp.linalg.solve(h, B))
+    assert sizes.max() < 100 * np.linalg.norm(np.linalg.solve(h, B))
 
 
 def test_warm_starts_add_up_on_an_ill_conditioned_hessian():
-    eigenvalues = jnp.geomspace(1.0, 1e5, 50)
+    eigenvalues = np.geomspace(1.0, 1e5, 50)
     loss = lambda x, y, batch: 0.5 * jnp.sum(eigenvalues * y**2)  # noqa: E731
-    apply, _ = bx.ihvp.cg(maxiter=20).prepare(None, (), loss, (0.0, jnp.zeros(50), None))
+
+    @jax.jit
+    def apply(v0):
+        return bx.ihvp.cg(maxiter=20).prepare(None, (), loss, (0.0, np.zeros(50), None))[0](np.ones(50), v0)
 
     def error(v):
-        return jnp.linalg.norm(v - 1 / eigenvalues) / jnp.linalg.norm(1 / eigenvalues)
+        return np.linalg.norm(v - 1 / eigenvalues) / np.linalg.norm(1 / eigenvalues)
 
-    v, info = apply(jnp.ones(50))
+    v, info = apply(None)
     assert info.residual > 1  # CG decreases the energy, not the residual
     assert error(v) > 0.5
-    v, _ = jax.lax.scan(lambda v, _: (apply(jnp.ones(50), v)[0], None), v, length=40)
+    for _ in range(40):
+        v, _ = apply(v)
     assert error(v) < 0.2
 
 
@@ -318,17 +341,17 @@ def test_cg_in_float32_at_a_million_unknowns():
 
 def test_cg_in_float32_at_condition_1e5_solves_the_symmetric_system():
     with jax.enable_x64(False):
-        eigenvalues = jnp.geomspace(1.0, 1e5, 50, dtype=jnp.float32)
-        v, info = diagonal_solve(bx.ihvp.cg(maxiter=400, tol=1e-6), eigenvalues, jnp.ones(50, jnp.float32))
+        eigenvalues = np.geomspace(1.0, 1e5, 50, dtype=np.float32)
+        v, info = diagonal_solve(bx.ihvp.cg(maxiter=400, tol=1e-6), eigenvalues, np.ones(50, np.float32))
         assert not info.breakdown
-        assert jnp.linalg.norm(v - 1 / eigenvalues) < 1e-3 * jnp.linalg.norm(1 / eigenvalues)
+        assert np.linalg.norm(v - 1 / eigenvalues) < 1e-3 * np.linalg.norm(1 / eigenvalues)
 
 
 @pytest.mark.parametrize("preconditioner", [None, bx.ihvp.identity(0.5)])
 def test_cg_in_float32_with_a_tiny_b(preconditioner):
     with jax.enable_x64(False):
-        eigenvalues = jnp.linspace(1.0, 4.0, 10, dtype=jnp.float32)
-        b = jnp.full(10, 1e-30, jnp.float32)
+        eigenvalues = np.linspace(1.0, 4.0, 10, dtype=np.float32)
+        b = np.full(10, 1e-30, np.float32)
         v, info = diagonal_solve(bx.ihvp.cg(maxiter=20, preconditioner=preconditioner), eigenvalues, b)
         assert not info.breakdown
         np.testing.assert_allclose(v * 1e30, 1 / eigenvalues, rtol=1e-5)
@@ -342,18 +365,17 @@ def rows_loss(x, y, rows):
     return 0.5 * jnp.mean((rows @ joined(y)) ** 2)
 
 
-ROWS = jnp.asarray(np.random.default_rng(3).normal(size=(40, 9)))
+ROWS = np.asarray(np.random.default_rng(3).normal(size=(40, 9)))
 
 
 def test_sgd_takes_one_batch_for_each_step():
     steps, eta, damping = 6, 0.05, 0.2
     batches = ROWS[:36].reshape(steps, 6, 9)
-    expected = jnp.zeros(9)
+    expected = np.zeros(9)
     for rows in batches:
         expected = expected - eta * (rows.T @ rows / 6 @ expected + damping * expected - B)
     ihvp = bx.ihvp.sgd(steps, eta, bx.inner.per_step, damping)
-    apply, _ = ihvp.prepare(None, (), rows_loss, (0.0, POINT[1], batches))
-    v, info = apply(split_like_y(B))
+    v, info = jax.jit(lambda b: ihvp.prepare(None, (), rows_loss, (0.0, POINT[1], batches))[0](b))(split_like_y(B))
     np.testing.assert_allclose(joined(v), expected, rtol=1e-12)
     assert info.products == info.iterations == steps
     assert not info.breakdown
@@ -367,10 +389,10 @@ def test_sgd_with_minibatches_is_right_in_the_mean():
         apply, _ = bx.ihvp.sgd(steps, eta, bx.inner.minibatch(4)).prepare(key, (), rows_loss, (0.0, POINT[1], ROWS))
         return joined(apply(split_like_y(B))[0])
 
-    draws = jax.jit(jax.vmap(solve))(jax.random.split(jax.random.key(0), keys))
-    apply, _ = bx.ihvp.neumann(steps - 1, eta).prepare(None, (), rows_loss, (0.0, POINT[1], ROWS))
+    draws = np.asarray(jax.jit(jax.vmap(solve))(jax.random.split(jax.random.key(0), keys)))
+    series, _ = compiled_solve(bx.ihvp.neumann(steps - 1, eta), B, ROWS.T @ ROWS / len(ROWS), None)
     standard_error = draws.std(axis=0) / keys**0.5
-    assert (jnp.abs(draws.mean(axis=0) - joined(apply(split_like_y(B))[0])) < 4.5 * standard_error).all()
+    assert (np.abs(draws.mean(axis=0) - series) < 4.5 * standard_error).all()
 
 
 @pytest.mark.parametrize("eta", [0.03, 0.05])
@@ -379,7 +401,7 @@ def test_sgd_reports_divergence(eta):
 
 
 def test_sgd_reports_negative_curvature():
-    h = H - 5 * jnp.eye(9)
+    h = H - 5 * np.eye(9)
     assert solve(bx.ihvp.sgd(300, 0.03, bx.inner.full), h=h)[1].breakdown
 
 
@@ -388,13 +410,13 @@ def test_sgd_reports_negative_curvature():
 
 def low_rank(n, rank):
     q, _ = np.linalg.qr(np.random.default_rng(4).normal(size=(n, rank)))
-    return jnp.asarray(q @ np.diag(np.geomspace(1.0, 30.0, rank)) @ q.T)
+    return np.asarray(q @ np.diag(np.geomspace(1.0, 30.0, rank)) @ q.T)
 
 
 def test_nystrom_is_exact_where_the_sketch_holds_the_range():
     """Whatever the random directions are: (H + damping I)⁻¹ b for an H of rank 3."""
     h, damping = low_rank(9, 3), 0.1
-    expected = jnp.linalg.solve(h + damping * jnp.eye(9), B)
+    expected = np.linalg.solve(h + damping * np.eye(9), B)
     for rank in (3, 5, 9, 20):
         v, info = solve(bx.ihvp.nystrom(rank, damping, tail=lambda eigenvalues: 0.0), h=h)
         np.testing.assert_allclose(v, expected, rtol=1e-8)
@@ -406,9 +428,8 @@ def test_nystrom_is_exact_where_the_sketch_holds_the_range():
 def test_nystrom_assumes_its_smallest_eigenvalue_outside():
     """With one direction ω: U = Hω / |Hω|, Λ = |Hω|² / ωᵀHω."""
     ihvp = bx.ihvp.nystrom(1, 0.5)
-    apply, _ = ihvp.prepare(jax.random.key(0), (), quadratic(H), POINT)
-    matrix = jnp.stack([joined(apply(split_like_y(b))[0]) for b in jnp.eye(9)])
-    eigenvalues = jnp.linalg.eigvalsh(matrix)
+    matrix = np.stack([solve(ihvp, b)[0] for b in np.eye(9)])
+    eigenvalues = np.linalg.eigvalsh(matrix)
     np.testing.assert_allclose(eigenvalues, eigenvalues[0], rtol=1e-10)
     assert 1.0 < 1 / eigenvalues[0] - 0.5 <= 50.0 * (1 + 1e-10)
 
@@ -416,25 +437,25 @@ def test_nystrom_assumes_its_smallest_eigenvalue_outside():
 def test_nystrom_preconditions_a_decaying_spectrum():
     n = 200
     q, _ = np.linalg.qr(np.random.default_rng(5).normal(size=(n, n)))
-    h = jnp.asarray(q @ np.diag(1e4 * np.exp(-np.arange(n) / 4) + 1e-2) @ q.T)
-    b = jnp.asarray(np.random.default_rng(6).normal(size=n))
+    h = np.asarray(q @ np.diag(1e4 * np.exp(-np.arange(n) / 4) + 1e-2) @ q.T)
+    b = np.asarray(np.random.default_rng(6).normal(size=n))
 
-    def residual(preconditioner, key=0):
+    def residual(preconditioner):
         ihvp = bx.ihvp.cg(30, 1e-14, preconditioner=preconditioner)
         loss = lambda x, y, batch: 0.5 * y @ h @ y  # noqa: E731
-        apply, _ = ihvp.prepare(jax.random.key(key), (), loss, (0.0, jnp.zeros(n), None))
-        v, info = apply(b)
+        key, point = jax.random.key(0), (0.0, jnp.zeros(n), None)
+        v, info = jax.jit(lambda b: ihvp.prepare(key, (), loss, point)[0](b))(b)
         assert not info.breakdown
-        return jnp.linalg.norm(b - h @ v) / jnp.linalg.norm(b)
+        return np.linalg.norm(b - h @ v) / np.linalg.norm(b)
 
     assert residual(bx.ihvp.nystrom(60, 1e-2)) < 1e-3 * residual(None)
 
 
 def test_nystrom_reports_negative_curvature_and_needs_a_key():
-    v, info = solve(bx.ihvp.nystrom(9, 0.1), h=H - 5 * jnp.eye(9))
+    v, info = solve(bx.ihvp.nystrom(9, 0.1), h=H - 5 * np.eye(9))
     assert info.breakdown
     assert info.curvature < 0
-    assert jnp.isfinite(v).all()
+    assert np.isfinite(v).all()
     with pytest.raises(ValueError, match=r"key must be a jax.random.key for ihvp.nystrom.* got None"):
         bx.ihvp.nystrom(3).prepare(None, (), quadratic(H), POINT)
 
@@ -459,10 +480,10 @@ def test_linear_reports_a_solver_that_gives_up():
     assert info.breakdown
     assert info.residual > 1e-3
     assert info.iterations == 2
-    assert jnp.isnan(info.products)
+    assert np.isnan(info.products)
 
 
-M = jnp.array([[2.0, 1.0, 0.0], [0.0, 1.5, 0.7], [-0.5, 0.0, 1.0]])
+M = np.array([[2.0, 1.0, 0.0], [0.0, 1.5, 0.7], [-0.5, 0.0, 1.0]])
 
 
 @pytest.mark.parametrize(
@@ -470,26 +491,25 @@ M = jnp.array([[2.0, 1.0, 0.0], [0.0, 1.5, 0.7], [-0.5, 0.0, 1.0]])
 )
 def test_linear_takes_a_curvature_that_is_not_symmetric(solver):
     ihvp = bx.ihvp.linear(solver, curvature=lambda *point: lambda v: M @ v, tags=())
-    apply, _ = ihvp.prepare(None, (), lambda x, y, batch: jnp.sum(y), (0.0, jnp.ones(3), None))
-    v, info = apply(jnp.array([1.0, 2.0, 3.0]))
-    np.testing.assert_allclose(v, jnp.linalg.solve(M, jnp.array([1.0, 2.0, 3.0])), rtol=1e-8)
+    loss, point, b = lambda x, y, batch: jnp.sum(y), (0.0, np.ones(3), None), np.array([1.0, 2.0, 3.0])
+    v, info = jax.jit(lambda b: ihvp.prepare(None, (), loss, point)[0](b))(b)
+    np.testing.assert_allclose(v, np.linalg.solve(M, b), rtol=1e-8)
     assert not info.breakdown
 
 
 @pytest.mark.parametrize("solver", [lineax.GMRES(1e-9, 1e-9), lineax.BiCGStab(1e-9, 1e-9), lineax.CG(1e-9, 1e-9)])
-@pytest.mark.parametrize("b", [jnp.zeros(4), jnp.array([1.0, 2.0, 3.0, 4.0])], ids=["zero", "solved"])
-def test_linear_returns_a_warm_start_that_solves_the_system(solver, b):
-    h = jnp.array([1.0, 0.5, 0.25, 0.125])
-    apply, _ = bx.ihvp.linear(solver).prepare(
-        None, (), lambda x, y, batch: 0.5 * jnp.sum(h * y**2), (0.0, jnp.ones(4), None)
-    )
-    v, info = apply(b, v0=b / h)
-    np.testing.assert_allclose(v, b / h, rtol=1e-14)
-    assert not info.breakdown
+def test_linear_returns_a_warm_start_that_solves_the_system(solver):
+    h = np.array([1.0, 0.5, 0.25, 0.125])
+    loss, point = lambda x, y, batch: 0.5 * jnp.sum(h * y**2), (0.0, np.ones(4), None)
+    run = jax.jit(lambda b, v0: bx.ihvp.linear(solver).prepare(None, (), loss, point)[0](b, v0))
+    for b in (np.zeros(4), np.array([1.0, 2.0, 3.0, 4.0])):
+        v, info = run(b, b / h)
+        np.testing.assert_allclose(v, b / h, rtol=1e-14)
+        assert not info.breakdown
 
 
 def test_linear_takes_a_warm_start():
     ihvp = bx.ihvp.linear(lineax.GMRES(1e-8, 1e-8))
-    exact = jnp.linalg.solve(H, B)
+    exact = np.linalg.solve(H, B)
     assert solve(ihvp, v0=exact)[1].iterations < solve(ihvp)[1].iterations
-    assert not solve(ihvp, b=jnp.zeros(9))[1].breakdown
+    assert not solve(ihvp, b=np.zeros(9))[1].breakdown

@@ -1,5 +1,7 @@
 """Inner solvers against hand-written unrolls, and against each other."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 
 import bilevax as bx
 
+KEY = jax.random.key(3)
 DATA = {
     "inputs": jnp.asarray(np.random.default_rng(0).normal(size=(12, 3))),
     "targets": jnp.asarray(np.random.default_rng(1).normal(size=12)),
@@ -52,6 +55,24 @@ def hand_unroll(x, y, optimizer, steps, freeze=0):
     return y
 
 
+def truncated(x, name, tail, initial):
+    y = hand_unroll(x, initial(x), OPTIMIZERS[name], 6, freeze=6 - tail)
+    return outer_loss(x, y, 2.0), y
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def by_hand(name, tail=6, initial=lambda x: Y):
+    """Gradient and y of six steps of which the last ones are differentiated, written out."""
+    return jax.grad(truncated, has_aux=True)(X, name, tail, initial)
+
+
+@functools.cache
+def by_reverse(name, sample=bx.inner.full, checkpoint=bx.inner.every_step, steps=6):
+    return estimate(
+        bx.inner.reverse(inner_loss, OPTIMIZERS[name], steps, sample=sample, checkpoint=checkpoint), key=KEY
+    )
+
+
 def estimate(solver, x=X, y=Y, key=None):
     hypergrad = bx.hypergradient(outer_loss, solver)
     return jax.jit(hypergrad.estimate)(key, hypergrad.init(x, y), x, bx.Batch(outer=2.0, inner=DATA))
@@ -63,11 +84,10 @@ def assert_trees_close(got, expected, **tolerance):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_reverse_is_the_gradient_of_a_hand_written_unroll(name):
-    optimizer = OPTIMIZERS[name]
-    expected = jax.grad(lambda x: outer_loss(x, hand_unroll(x, Y, optimizer, 6), 2.0))(X)
-    grad, state, _ = estimate(bx.inner.reverse(inner_loss, optimizer, steps=6))
+    expected, y = by_hand(name)
+    grad, state, _ = by_reverse(name)
     assert_trees_close(grad, expected, rtol=1e-12, atol=1e-14)
-    assert_trees_close(state.y, hand_unroll(X, Y, optimizer, 6), rtol=1e-12)
+    assert_trees_close(state.y, y, rtol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -77,8 +97,8 @@ def test_reverse_is_the_gradient_of_a_hand_written_unroll(name):
 )
 @pytest.mark.parametrize("steps", [0, 1, 7, 9])
 def test_checkpointed_is_plain(checkpoint, steps):
-    plain, _, _ = estimate(bx.inner.reverse(inner_loss, OPTIMIZERS["momentum"], steps, checkpoint=bx.inner.store_all))
-    grad, _, _ = estimate(bx.inner.reverse(inner_loss, OPTIMIZERS["momentum"], steps, checkpoint=checkpoint))
+    plain, _, _ = by_reverse("momentum", checkpoint=bx.inner.store_all, steps=steps)
+    grad, _, _ = by_reverse("momentum", checkpoint=checkpoint, steps=steps)
     assert_trees_close(grad, plain, rtol=1e-13, atol=1e-15)
 
 
@@ -114,9 +134,8 @@ def test_checkpoints_save_memory():
 )
 def test_chain_of_reverses_is_reverse_of_the_sum(name, sample):
     reverse = lambda steps: bx.inner.reverse(inner_loss, OPTIMIZERS[name], steps, sample=sample)  # noqa: E731
-    key = jax.random.key(3)
-    grad, state, info = estimate(bx.inner.chain(reverse(2), reverse(4)), key=key)
-    expected, expected_state, expected_info = estimate(reverse(6), key=key)
+    grad, state, info = estimate(bx.inner.chain(reverse(2), reverse(4)), key=KEY)
+    expected, expected_state, expected_info = by_reverse(name, sample)
     assert_trees_close(grad, expected, rtol=1e-13, atol=1e-15)
     assert_trees_close(state.y, expected_state.y, rtol=1e-14)
     np.testing.assert_allclose(info.inner.gradient_norm, expected_info.inner.gradient_norm, rtol=1e-13)
@@ -132,20 +151,20 @@ def test_chain_of_no_gradient_and_reverse_is_the_truncated_unroll(name, tail):
         bx.inner.no_gradient(inner_loss, optimizer, 6 - tail), bx.inner.reverse(inner_loss, optimizer, tail)
     )
     grad, state, _ = estimate(solver)
-    expected = jax.grad(lambda x: outer_loss(x, hand_unroll(x, Y, optimizer, 6, freeze=6 - tail), 2.0))(X)
+    expected, y = by_hand(name, tail)
     assert_trees_close(grad, expected, rtol=1e-12, atol=1e-14)
-    assert_trees_close(state.y, hand_unroll(X, Y, optimizer, 6), rtol=1e-12)
+    assert_trees_close(state.y, y, rtol=1e-12)
 
 
 def test_truncated_unroll_is_the_last_terms_of_the_sum():
-    eta, h, a, x = 0.1, jnp.array([1.0, 3.0]), jnp.array([2.0, -1.0]), jnp.array([1.0, 4.0])
+    eta, h, a, x = 0.1, np.array([1.0, 3.0]), np.array([2.0, -1.0]), jnp.array([1.0, 4.0])
     loss = lambda x, y, batch: 0.5 * h @ y**2 - x @ y  # noqa: E731
     first = bx.inner.no_gradient(loss, optax.sgd(eta), 17)
     hypergrad = bx.hypergradient(
         lambda x, y, batch: 0.5 * jnp.sum((y - a) ** 2),
         bx.inner.chain(first, bx.inner.reverse(loss, optax.sgd(eta), 3)),
     )
-    grad, state, _ = hypergrad.estimate(None, hypergrad.init(x, jnp.zeros(2)), x, bx.Batch(None, None))
+    grad, state, _ = jax.jit(hypergrad.estimate)(None, hypergrad.init(x, jnp.zeros(2)), x, bx.Batch(None, None))
     terms = eta * sum((1 - eta * h) ** k for k in range(3))
     np.testing.assert_allclose(grad, terms * (state.y - a), rtol=1e-13)
 
@@ -155,12 +174,12 @@ def test_initial_sends_the_derivative_of_the_first_iterate():
     for name in ["adam", "learned-in-state"]:
         optimizer = OPTIMIZERS[name]
         solvers = [
-            bx.inner.reverse(inner_loss, optimizer, 4, initial=initial),
+            bx.inner.reverse(inner_loss, optimizer, 6, initial=initial),
             bx.inner.chain(
-                bx.inner.reverse(inner_loss, optimizer, 1, initial=initial), bx.inner.reverse(inner_loss, optimizer, 3)
+                bx.inner.reverse(inner_loss, optimizer, 1, initial=initial), bx.inner.reverse(inner_loss, optimizer, 5)
             ),
         ]
-        expected = jax.grad(lambda x: outer_loss(x, hand_unroll(x, initial(x), OPTIMIZERS[name], 4), 2.0))(X)  # noqa: B023
+        expected, _ = by_hand(name, initial=initial)
         for solver in solvers:
             assert_trees_close(estimate(solver)[0], expected, rtol=1e-12, atol=1e-14)
 
@@ -168,23 +187,28 @@ def test_initial_sends_the_derivative_of_the_first_iterate():
 def test_per_step_reads_one_batch_for_each_step():
     stacked = jax.tree.map(lambda leaf: leaf.reshape(4, 3, *leaf.shape[1:]), DATA)
     solver = bx.inner.reverse(inner_loss, optax.sgd(0.1), steps=4, sample=bx.inner.per_step)
-    y = Y
-    for t in range(4):
-        gradient = jax.grad(inner_loss, 1)(X, y, jax.tree.map(lambda leaf: leaf[t], stacked))  # noqa: B023
-        y = jax.tree.map(lambda p, g: p - 0.1 * g, y, gradient)
-    assert_trees_close(bx.differentiable(solver)(X, Y, stacked), y, rtol=1e-13)
+
+    @jax.jit
+    def by_loop(y):
+        for t in range(4):
+            gradient = jax.grad(inner_loss, 1)(X, y, jax.tree.map(lambda leaf: leaf[t], stacked))  # noqa: B023
+            y = jax.tree.map(lambda p, g: p - 0.1 * g, y, gradient)
+        return y
+
+    assert_trees_close(jax.jit(bx.differentiable(solver))(X, Y, stacked), by_loop(Y), rtol=1e-13)
     longer = bx.inner.reverse(inner_loss, optax.sgd(0.1), steps=5, sample=bx.inner.per_step)
-    assert jnp.isnan(bx.differentiable(longer)(X, Y, stacked)["bias"])
+    assert np.isnan(jax.jit(bx.differentiable(longer))(X, Y, stacked)["bias"])
 
 
 def test_minibatch_draws_rows_and_lets_scalars_and_keys_through():
     data = {"rows": jnp.arange(10.0), "more": jnp.arange(20.0).reshape(10, 2), "l2": 0.5, "key": jax.random.key(7)}
-    batch = bx.inner.minibatch(6)(jax.random.key(0), 0, data)
+    batch = jax.jit(bx.inner.minibatch(6))(jax.random.key(0), 0, data)
     np.testing.assert_array_equal(batch["more"][:, 0], 2 * batch["rows"])
     assert batch["rows"].shape == (6,)
     assert batch["l2"] == 0.5
     assert batch["key"] == data["key"]
-    draws = jax.vmap(lambda key: bx.inner.minibatch(6)(key, 0, data)["rows"])(jax.random.split(jax.random.key(1), 4000))
+    draw = jax.jit(jax.vmap(lambda key: bx.inner.minibatch(6)(key, 0, data)["rows"]))
+    draws = np.asarray(draw(jax.random.split(jax.random.key(1), 4000)))
     np.testing.assert_allclose(draws.mean(), 4.5, atol=5 * 2.9 / np.sqrt(draws.size))
 
 
@@ -202,12 +226,17 @@ def test_every_solver_reports_the_gradient_norm_at_the_returned_y():
         bx.inner.no_gradient(inner_loss, optimizer, 5),
         bx.inner.chain(bx.inner.no_gradient(inner_loss, optimizer, 2), bx.inner.reverse(inner_loss, optimizer, 3)),
     ]
-    y = hand_unroll(X, Y, optimizer, 5)
+
+    @jax.jit
+    def last():
+        value, gradient = jax.value_and_grad(inner_loss, 1)(X, hand_unroll(X, Y, optimizer, 5), DATA)
+        return value, optax.tree.norm(gradient)
+
+    value, norm = last()
     for solver in solvers:
         _, _, info = estimate(solver)
-        gradient = jax.grad(inner_loss, 1)(X, y, DATA)
-        np.testing.assert_allclose(info.inner.gradient_norm, optax.tree.norm(gradient), rtol=1e-12)
-        np.testing.assert_allclose(info.inner.inner_loss, inner_loss(X, y, DATA), rtol=1e-12)
+        np.testing.assert_allclose(info.inner.gradient_norm, norm, rtol=1e-12)
+        np.testing.assert_allclose(info.inner.inner_loss, value, rtol=1e-12)
 
 
 def test_implicit_without_warm_start_keeps_no_v():

@@ -16,8 +16,9 @@ from bilevax.curvature import fisher
 
 B, BATCH = jax.tree.map(jnp.sin, Y), (INPUTS, LABELS)
 STEPS = 7
-BATCHES = (normal(7, STEPS, N, D), jnp.arange(STEPS * N).reshape(STEPS, N) ** 2 % C)
-POINTS = jax.tree.map(lambda leaf: leaf[None] * jnp.linspace(0.5, 1.5, STEPS).reshape((-1,) + (1,) * leaf.ndim), Y)
+BATCHES = (np.asarray(normal(7, STEPS, N, D)), np.arange(STEPS * N).reshape(STEPS, N) ** 2 % C)
+SCALES = np.linspace(0.5, 1.5, STEPS)
+POINTS = jax.tree.map(lambda leaf: np.asarray(leaf)[None] * SCALES.reshape((-1,) + (1,) * leaf.ndim), Y)
 SOFTMAX = make(weights=lambda x, batch: jnp.exp(batch[0][:, 0]))
 
 
@@ -86,7 +87,7 @@ def test_moving_averages_of_factors():
 
 
 def test_averages_of_corrected_eigenvalues_stay_where_nothing_changes():
-    still = [jax.tree.map(lambda leaf: jnp.stack([leaf[0]] * STEPS), tree) for tree in (POINTS, BATCHES)]
+    still = [jax.tree.map(lambda leaf: np.stack([leaf[0]] * STEPS), tree) for tree in (POINTS, BATCHES)]
     for choices in ({"ema": 0.9}, {"factors_every": 2, "inverse_every": 3}):
         ihvp = bx.ihvp.ekfac(DAMPING, fisher=fisher.exact, **choices)
         got = sequence(ihvp, *still)
@@ -130,8 +131,8 @@ def outer_loop(key, x, y, batch, steps=4):
 def test_agents_seeds_and_outer_steps_are_loops():
     """vmap over agents with keys, data and variables of their own, around a scan of outer steps that keeps factors."""
     keys = jax.random.split(KEY, 3)
-    agents = (X[None] + jnp.arange(3.0)[:, None], at(POINTS, slice(3)), at(BATCHES, slice(3)))
-    (x, state), (grads, breakdown) = jax.jit(jax.vmap(outer_loop))(keys, *agents)
+    agents = jax.device_get((X[None] + np.arange(3.0)[:, None], at(POINTS, slice(3)), at(BATCHES, slice(3))))
+    (x, state), (grads, breakdown) = jax.device_get(jax.jit(jax.vmap(outer_loop))(keys, *agents))
     assert not breakdown.any()
     estimator = hypergrad()
     estimate = jax.jit(estimator.estimate)
