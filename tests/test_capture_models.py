@@ -212,6 +212,7 @@ def channels_first(A, weight):
     return A[np.ix_(order, order)]
 
 
+@pytest.mark.compiles(50)  # three networks, each four times
 @over_models
 def test_linen_against_shifts_of_each_output(name):
     """Kronecker factors from perturbed outputs, diagonals from JᵀLJ; together they speak for each entry of y once."""

@@ -37,8 +37,8 @@ def test_each_block_names_its_library():
 
 
 def test_both_hypergradients_equal_the_derivative_of_the_closed_form(page):
-    exact = jax.grad(lambda x: exact_loss(page, x))(page["first_x"])
-    assert float(jnp.linalg.norm(exact)) > 1e-3
+    exact = jax.jit(jax.grad(lambda x: exact_loss(page, x)))(page["first_x"])
+    assert np.linalg.norm(exact) > 1e-3
     np.testing.assert_allclose(page["grad"], exact, atol=1e-8)
     np.testing.assert_allclose(page["root_grad"], exact, atol=1e-12)
 

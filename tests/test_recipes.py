@@ -81,6 +81,7 @@ def ridge_regression(page):
     return solution, grad
 
 
+@pytest.mark.compiles(60)  # a page as it stands
 def test_freezing_by_parts_is_right_and_in_the_optimizer_alone_only_for_reverse():
     page = run("Frozen parts of y")
     head, grad = ridge_regression(page)
@@ -182,6 +183,7 @@ def turn(x, y, running, train, validation):
     return grad, trained, jax.tree.map(lambda old, new: 0.9 * old + 0.1 * new, running, new)
 
 
+@pytest.mark.compiles(60)  # a page as it stands
 def test_batch_statistics_of_linen_and_nnx_equal_a_batch_norm_by_hand():
     with jax.enable_x64(False):
         page = run("Batch statistics")

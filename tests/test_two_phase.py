@@ -80,7 +80,7 @@ def test_the_switch_may_be_traced_and_y_replaced():
 
     y = jnp.ones(3)
     for switch_at, alone in ((0, GOOD), (1, CHEAP)):
-        grad, _, _ = alone.estimate(None, alone.init(START[0], y), START[0], BATCH)
+        grad, _, _ = jax.jit(alone.estimate)(None, alone.init(START[0], y), START[0], BATCH)
         np.testing.assert_allclose(jax.jit(estimate)(switch_at, y), grad, rtol=1e-12)
 
 

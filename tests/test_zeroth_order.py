@@ -153,7 +153,7 @@ def test_an_equation_solved_by_scipy():
         return jnp.sum((y - target) ** 2) + 0.1 * jnp.sum(x**2)
 
     batch, y = bx.Batch(jnp.array([1.0, 0.2, 0.3]), jnp.array(2.0)), jnp.zeros(3)
-    expected = jax.grad(lambda x: outer_loss(x, closed_form(x, y, batch.inner), batch.outer))(x)
+    expected = jax.jit(jax.grad(lambda x: outer_loss(x, closed_form(x, y, batch.inner), batch.outer)))(x)
     solver = zeroth_order(bx.black_box(integrate), 2, 1e-4, difference=central, sampler=orthogonal, chunk=1)
     grad, state, info = estimate(solver, outer_loss, x, y, batch)
     np.testing.assert_allclose(state.y, closed_form(x, y, batch.inner), rtol=1e-8)
