@@ -1,21 +1,33 @@
 """Contracts that methods keep, for the tests of methods written elsewhere; problems whose solutions are known."""
 
-from bilevax.testing import algorithm, limits, problems
+from bilevax.testing import algorithm, correction, estimator, gossip, limits, problems
 from bilevax.testing.algorithm import AlgorithmSubject, check_algorithm
 from bilevax.testing.compiled import Dot, executed_dots, products
 from bilevax.testing.contract import Contract, ContractError, contract
+from bilevax.testing.correction import CorrectionSubject, check_correction
+from bilevax.testing.estimator import EstimatorSubject, check_estimator
+from bilevax.testing.gossip import GossipSubject, check_gossip
 from bilevax.testing.limits import check_limit
 
 __all__ = [
     "AlgorithmSubject",
     "Contract",
     "ContractError",
+    "CorrectionSubject",
     "Dot",
+    "EstimatorSubject",
+    "GossipSubject",
     "algorithm",
     "check_algorithm",
+    "check_correction",
+    "check_estimator",
+    "check_gossip",
     "check_limit",
     "contract",
+    "correction",
+    "estimator",
     "executed_dots",
+    "gossip",
     "limits",
     "problems",
     "products",

@@ -15,24 +15,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bilevax import parallel
-from bilevax.decentralized import topology as graphs
 from bilevax.decentralized.engine import Algorithm
-from bilevax.decentralized.gossip import Gossip, gossip, push_sum
+from bilevax.decentralized.gossip import Gossip
 from bilevax.decentralized.levels import Levels
-from bilevax.parallel.agents import gossip_along
 from bilevax.problem import BilevelProblem
 from bilevax.sampling import Sample, minibatch
 from bilevax.testing.compiled import executed_dots, products
 from bilevax.testing.contract import Contract, contract, hold_all
+from bilevax.testing.placement import LAZY_RING, N, equal, form, on_one_device, on_two_parts
 from bilevax.testing.problems.countable import CROSS, ENTRIES_OF_Y, INNER, OUTER, countable
 
 Make = Callable[[BilevelProblem, Gossip, Levels, Sample], Algorithm]
 
 KEY = jax.random.key(0)
-N, ITERATIONS, PARTS, PLACED = 4, 10, 2, 3
+ITERATIONS, PLACED = 10, 3
 STEPS = Levels(0.02, 0.05, optax.constant_schedule(0.05))
-LAZY_RING = graphs.lazy(graphs.ring(N))
 READABLE = jax.__version_info__ >= (0, 10)  # since when HLO text is printed in the form that is read here
 
 
@@ -61,8 +58,7 @@ class AlgorithmSubject:
     @property
     def gossip(self) -> Gossip:
         """On one device; of directed graphs, push-sum."""
-        sequence = (self.topology,) if isinstance(self.topology, graphs.Topology) else self.topology
-        return (push_sum if any(one.directed for one in sequence) else gossip)(self.topology)
+        return on_one_device(self.topology)
 
     @property
     def declared(self) -> Any:
@@ -125,16 +121,6 @@ def stacked(trees: list) -> Any:
     return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
 
 
-def form(tree: Any) -> Any:
-    """Shapes and dtypes of the leaves, and whether a dtype is weak, which costs another trace."""
-    return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, bool(leaf.weak_type)), tree)
-
-
-def equal(got: Any, expected: Any) -> None:
-    """Raises AssertionError unless two trees agree to the rounding of a leaf in single precision among them."""
-    chex.assert_trees_all_close(got, expected, rtol=1e-5, atol=1e-7)
-
-
 @contract(
     "Return from step what init returns: the same NamedTuple, shapes and dtypes, agents first in every leaf but "
     "counters. Cast what mixes dtypes back with .astype(leaf.dtype), and start counters as jnp.zeros((), jnp.int32). "
@@ -157,9 +143,7 @@ def state_keeps_its_form(subject: AlgorithmSubject) -> None:
     assert new.k.shape == (), "the counter state.k is no scalar"
 
 
-@contract(
-    "Let nothing in step depend on Python numbers that change, nor return weakly typed leaves: see chex and jax.jit."
-)
+@contract("Let nothing in step depend on Python numbers that change, and return no weakly typed leaves.")
 def ten_steps_are_one_trace(subject: AlgorithmSubject) -> None:
     """Whatever the iteration, and `state.k` counts it."""
     _, states, _ = subject.history
@@ -220,14 +204,13 @@ def nan_is_reported_by_the_agent_that_has_it(subject: AlgorithmSubject) -> None:
 def placement_changes_nothing(subject: AlgorithmSubject) -> None:
     """Two devices that hold two agents each, played by `jax.vmap` with a named axis, against one with four."""
     _, states, _ = subject.history
-    spread = subject.method(gossip_along(subject.topology, "parts", PARTS))
 
-    def run(x: Any, y: Any, batch: Any) -> Any:
-        step = lambda state, key: (spread.step(key, state, batch)[0], None)  # noqa: E731
-        return jax.lax.scan(step, spread.init(x, y, batch), keys()[:PLACED])[0]
+    def run(gossip: Gossip, x: Any, y: Any, batch: Any) -> Any:
+        method = subject.method(gossip)
+        step = lambda state, key: (method.step(key, state, batch)[0], None)  # noqa: E731
+        return jax.lax.scan(step, method.init(x, y, batch), keys()[:PLACED])[0]
 
-    placed = jax.jit(jax.vmap(run, axis_name="parts"))(*parallel.split(subject.point, PARTS))
-    got, expected = parallel.join(placed), states[PLACED - 1]
+    got, expected = on_two_parts(run, subject.topology, *subject.point), states[PLACED - 1]
     equal((got.x, got.y), (expected.x, expected.y))
 
 
@@ -273,11 +256,11 @@ CONTRACTS: tuple[Contract, ...] = (
     every_agent_moves,
     nan_is_reported_by_the_agent_that_has_it,
     somebody_evaluates,
+    calls_are_those_declared,
+    calls_are_those_of_the_compiled_program,
     scan_equals_a_loop,
     vmap_over_keys_equals_a_loop,
     placement_changes_nothing,
-    calls_are_those_declared,
-    calls_are_those_of_the_compiled_program,
 )
 
 

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevax.decentralized.gossip import replicate
 from bilevax.problem import Batch, BilevelProblem
 
 OUTER, INNER, CROSS = (11, 13), (11, 7), (11, 5)
@@ -57,5 +56,5 @@ def countable(n: int) -> tuple[BilevelProblem, Any, Any, Batch]:
     """
     random = np.random.default_rng(0)
     C, A, B = (jnp.asarray(random.normal(size=(n, 2, *shape)) / 3) for shape in ((13, 11), (7, 11), (11, 5)))
-    x, y = (jnp.ones(5),), {"w": jnp.ones(11), "scale": jnp.zeros((), jnp.float32)}
-    return PROBLEM, *replicate((x, y), n), Batch(C, (A, B))
+    x, y = (np.ones((n, 5)),), {"w": np.ones((n, 11)), "scale": np.zeros(n, np.float32)}
+    return PROBLEM, *jax.tree.map(jnp.asarray, (x, y)), Batch(C, (A, B))

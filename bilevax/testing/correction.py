@@ -1,0 +1,231 @@
+"""What every correction keeps: the mean of the agents moves along their mean direction, wherever each of them goes.
+
+One level with a dict of two leaves and random directions is followed for twenty updates; and on quadratic losses with
+different Hessians, d_i = H_i (s_i − b_i), an unbiased correction ends where their mean vanishes.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bilevax.decentralized.correction_type import Correction, Move
+from bilevax.decentralized.gossip import Gossip
+from bilevax.testing.contract import Contract, contract, hold_all
+from bilevax.testing.placement import DIRECTED, LAZY_RING, N, directed, equal, form, on_one_device, on_two_parts
+
+KEY = jax.random.key(0)
+STEP, UPDATES, LONG = 0.1, 20, 4000
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CorrectionSubject:
+    """A correction on a graph, and what its contracts read.
+
+    Attributes:
+      correction: a `Correction`.
+      topology: a graph of four agents, or several in turn.
+      unbiased: whether it is to end where the mean direction vanishes.
+
+    Example:
+        >>> import bilevax as bx
+        >>> from bilevax import testing
+        >>> subject = testing.CorrectionSubject(bx.correction.tracking())
+        >>> subject.path["w"].shape  # the start and twenty updates
+        (21, 4, 3)
+    """
+
+    correction: Correction
+    topology: Any = LAZY_RING
+    unbiased: bool = True
+
+    @functools.cached_property
+    def path(self) -> Any:
+        """S at the start and after each update along random directions, leaves [updates + 1, n, ...]."""
+        run = functools.partial(follow, self.correction, on_one_device(self.topology))
+        return jax.tree.map(np.asarray, jax.jit(run)(start(), directions()))
+
+
+def start() -> dict:
+    """S of all agents."""
+    random = np.random.default_rng(0)
+    return {"w": jnp.asarray(random.normal(size=(N, 3))), "b": jnp.asarray(random.normal(size=N))}
+
+
+def directions() -> dict:
+    """Directions, the agents' axis first, leaves [n, updates, ...]."""
+    random = np.random.default_rng(1)
+    return {"w": jnp.asarray(random.normal(size=(N, UPDATES, 3))), "b": jnp.asarray(random.normal(size=(N, UPDATES)))}
+
+
+def along(step: float) -> Move:
+    """The displacement −a t."""
+    return Move(lambda s: (), lambda t, state, s: (jax.tree.map(lambda t: -step * t, t), state), linear=True)
+
+
+def follow(correction: Correction, gossip: Gossip, s: Any, d: Any) -> Any:
+    """S at the start and after each update along d, leaves [n, updates, ...]."""
+
+    def update(carry: tuple, inputs: tuple) -> tuple:
+        (s, state), (k, d) = carry, inputs
+        s, state, _ = correction.update(jax.random.fold_in(KEY, k), state, gossip, s, d, along(STEP))
+        return (s, state), s
+
+    first, d = s, jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), d)
+    carry = s, correction.init(gossip, s, along(STEP))
+    path: Any
+    _, path = jax.lax.scan(update, carry, (jnp.arange(UPDATES), d))
+    return jax.tree.map(lambda one, many: jnp.concatenate([one[None], many]), first, path)
+
+
+@contract(
+    "Return from update (s⁺, state, bytes): s⁺ with the shapes and dtypes of s (cast with .astype(leaf.dtype)), the "
+    "state in the form in which init made it, and a number [n] for bytes."
+)
+def state_keeps_its_form(subject: CorrectionSubject) -> None:
+    """By tracing alone, for leaves in half and in double precision."""
+    gossip, s = on_one_device(subject.topology), start()
+    s["w"] = s["w"].astype(jnp.bfloat16)
+    move = along(STEP)
+    state = jax.eval_shape(lambda s: subject.correction.init(gossip, s, move), s)
+    new, after, sent = jax.eval_shape(
+        lambda state, s: subject.correction.update(KEY, state, gossip, s, s, move), state, s
+    )
+    assert form(state) == form(after), f"init makes {form(state)}, and update {form(after)}"
+    got, expected = ([(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)] for tree in (new, s))
+    assert got == expected, f"s⁺ has {got}, and s {expected}"
+    assert sent.shape == (N,), f"bytes have shape {sent.shape}"
+
+
+@contract(
+    "Every agent's direction must enter the mean once: mean s⁺ = mean s − c a mean d with one c, which is 1 without "
+    "damping. Of a tracker, mean t = mean d: t⁺ = W t + d⁺ − d, from t = d at first.",
+    applies=lambda subject: not directed(subject.topology),
+)
+def mean_moves_along_the_mean_direction(subject: CorrectionSubject) -> None:
+    """In each of twenty updates along random directions."""
+    moved = _flat(jax.tree.map(lambda leaf: np.diff(leaf.mean(1), axis=0), subject.path))
+    d = _flat(jax.tree.map(lambda leaf: np.asarray(leaf).mean(0), directions()))
+    share = -(moved[0] @ d[0]) / (STEP * d[0] @ d[0])
+    assert 0 < share < 1 + 1e-9, f"the mean moves by {share:.3g} times the step along the mean direction"
+    for k in range(UPDATES):
+        error = np.abs(moved[k] + share * STEP * d[k]).max()
+        assert error < 1e-10, f"in update {k} the mean is {error:.2g} off the mean direction"
+
+
+@contract(
+    "Where all agents agree and their directions sum to 0, nothing may move: look for a bias of the step size, a wrong "
+    "sign, a correction that forgets, or, over a directed graph, a direction that is not divided by the push-sum "
+    "weights (bilevax.correction.share). If the correction is meant to be biased, say unbiased=False.",
+    applies=lambda subject: subject.unbiased,
+)
+def limit_is_that_of_the_mean_loss(subject: CorrectionSubject) -> None:
+    """Of losses (s − b_i)ᵀH_i (s − b_i) / 2 with diagonal Hessians between 0.5 and 2."""
+    random = np.random.default_rng(2)
+    H, b = random.uniform(0.5, 2.0, size=(N, 3)), random.normal(size=(N, 3))
+    gossip, move = on_one_device(subject.topology), along(STEP)
+
+    def update(k: Any, carry: tuple, H: Any, b: Any) -> tuple:
+        s, state = carry
+        key = jax.random.fold_in(KEY, k)
+        return subject.correction.update(key, state, gossip, s, H * (s - b), move)[:2]
+
+    @jax.jit
+    def end(s: Any, H: Any, b: Any) -> Any:
+        carry = s, subject.correction.init(gossip, s, move)
+        return jax.lax.fori_loop(0, LONG, lambda k, carry: update(k, carry, H, b), carry)[0]
+
+    got, expected = np.asarray(end(jnp.zeros((N, 3)), H, b)), (H * b).sum(0) / H.sum(0)
+    error = np.nan_to_num(np.abs(got - expected), nan=np.inf).max()
+    assert error < 1e-6, f"after {LONG} updates the agents are {error:.2g} off the minimum of the mean loss"
+
+
+@contract(
+    "Count in bytes what is handed to gossip.mix and gossip.laplacian, by gossip.bytes(state, message), and in rounds "
+    "how often they are called in one update."
+)
+def bytes_and_rounds_are_those_of_its_messages(subject: CorrectionSubject) -> None:
+    """Read off the calls of the gossip in a traced update."""
+    gossip, move, sent = on_one_device(subject.topology), along(STEP), []
+
+    def spied(send: Any) -> Any:
+        def call(key: Any, state: Any, tree: Any) -> tuple:
+            sent.append(gossip.bytes(state, tree))
+            return send(key, state, tree)
+
+        return call
+
+    spy = gossip._replace(mix=spied(gossip.mix), laplacian=spied(gossip.laplacian))
+
+    @jax.jit
+    def declared(s: Any) -> tuple:
+        state = subject.correction.init(gossip, s, move)
+        _, _, size = subject.correction.update(KEY, state, spy, s, s, move)
+        return size, sum(sent, start=jnp.zeros(N))
+
+    got, expected = declared(start())
+    assert np.allclose(got, expected), f"bytes are {got}, and the messages have {expected}"
+    assert subject.correction.rounds == len(sent), f"rounds={subject.correction.rounds} for {len(sent)} calls"
+
+
+@contract("Let nothing but gossip see more than one agent, and draw with keys into which gossip.agents() is folded.")
+def placement_changes_nothing(subject: CorrectionSubject) -> None:
+    """Two parts with two agents each, and one with four."""
+
+    def end(gossip: Gossip, s: Any, d: Any) -> Any:
+        return jax.tree.map(lambda path: path[-1], follow(subject.correction, gossip, s, d))
+
+    got = on_two_parts(end, subject.topology, start(), directions())
+    equal(got, jax.tree.map(lambda path: path[-1], subject.path))
+
+
+def _flat(tree: Any) -> np.ndarray:
+    """Leaves [updates, ...] as one matrix [updates, entries]."""
+    return np.concatenate([leaf.reshape(UPDATES, -1) for leaf in jax.tree.leaves(tree)], axis=1)
+
+
+CONTRACTS: tuple[Contract, ...] = (
+    state_keeps_its_form,
+    bytes_and_rounds_are_those_of_its_messages,
+    mean_moves_along_the_mean_direction,
+    placement_changes_nothing,
+    limit_is_that_of_the_mean_loss,
+)
+
+
+def check_correction(
+    correction: Correction,
+    unbiased: bool = True,
+    topologies: Sequence[Any] = (LAZY_RING, DIRECTED),
+    contracts: Sequence[Contract] = CONTRACTS,
+) -> None:
+    """Checks what every correction keeps: its form, where the mean of the agents moves, its limit, and what it sends.
+
+    Args:
+      correction: a `Correction`.
+      unbiased: whether it ends where the mean of the agents' directions vanishes, although they differ; False for one
+        that leaves a bias, such as `bx.correction.none()`.
+      topologies: graphs of four agents, one after the other: by default a lazy ring and a directed graph, over which
+        gossip is push-sum. One that needs a symmetric W gets `[bx.topology.lazy(bx.topology.ring(4))]`.
+      contracts: those to be checked, of `bilevax.testing.correction.CONTRACTS`.
+
+    Returns:
+      None.
+
+    Raises:
+      ContractError: naming the contract that it breaks, what was seen, and what to do.
+
+    Cost: four programs for each graph.
+
+    Example:
+        >>> import bilevax as bx
+        >>> from bilevax import testing
+        >>> form = testing.correction.state_keeps_its_form
+        >>> testing.check_correction(bx.correction.tracking(), contracts=[form])
+    """
+    for topology in topologies:
+        hold_all(contracts, "the correction", CorrectionSubject(correction, topology, unbiased))

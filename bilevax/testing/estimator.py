@@ -1,0 +1,296 @@
+"""What every estimator keeps, whatever it remembers: what it draws, what it evaluates, and where that leads.
+
+The directions are smooth functions of a point and means over six examples of each of four agents; a program follows the
+estimator through a list of points, and notes each evaluation that really runs, branches that are skipped left out.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bilevax.decentralized.estimator import Estimator, Oracle
+from bilevax.decentralized.gossip import gossip
+from bilevax.decentralized.levels import Levels
+from bilevax.problem import Batch
+from bilevax.testing.contract import Contract, contract, hold_all
+from bilevax.testing.placement import LAZY_RING, N, equal, form
+
+KEY = jax.random.key(0)
+LEVELS = ("x", "y", "v")
+POINTS, ROWS, KEYS = 200, 6, 2000
+GOSSIP = gossip(LAZY_RING)
+
+
+def directions(point: Levels, batch: Batch) -> Levels:
+    """Of stacked agents, leaves [m, ...]: different at every point, and means over the examples."""
+    outer, inner = batch.outer.mean(1), batch.inner.mean(1)
+    return Levels(
+        jnp.sin(point.x) + outer * point.x,
+        point.y + inner * jnp.cos(point.y),
+        (2 + 0.1 * inner) * point.v - point.y,
+    )
+
+
+def points() -> Levels:
+    """Leaves [n, points, ...]: at first each another, from the second half on all the same."""
+    random = np.random.default_rng(0)
+    moving = np.arange(POINTS) < POINTS // 2
+
+    def leaf(size: int) -> Any:
+        path = random.normal(size=(N, POINTS, size))
+        return jnp.asarray(np.where(moving[None, :, None], path, path[:, -1:]))
+
+    return Levels(leaf(2), leaf(3), leaf(3))
+
+
+def data(alike: bool = False) -> Batch:
+    """Six examples of each agent; `alike`: the same ones for all agents."""
+    random = np.random.default_rng(1)
+    leaves = [random.normal(size=(N, ROWS, size)) for size in (2, 3)]
+    return Batch(*(jnp.asarray(np.broadcast_to(leaf[:1], leaf.shape) if alike else leaf) for leaf in leaves))
+
+
+def without_noise() -> Batch:
+    """Six times the same example for each agent, another one for each."""
+    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[:, :1], leaf.shape), data())
+
+
+def oracle(agents: Any, previous: Any = None, note: Callable | None = None, group: tuple = LEVELS) -> Oracle:
+    """What the estimator may ask for, for agents with these ids; `note(marks [m])` sees what is evaluated on."""
+
+    def evaluate(point: Levels, batch: Batch) -> Levels:
+        if note is not None:
+            note(sum(jnp.sum(leaf, axis=(1, 2)) for leaf in batch))
+        d = directions(point, batch)
+        return Levels(*(getattr(d, name) if name in group else None for name in LEVELS))
+
+    return Oracle(evaluate, GOSSIP._replace(agents=lambda: agents), group, previous)
+
+
+def follow(estimator: Estimator, agents: Any, path: Levels, batch: Batch, note: Callable | None = None) -> tuple:
+    """(estimates, evaluations [points, n]) along points with leaves [n, points, ...]; `note(k, marks)`."""
+    path = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), path)
+    first = jax.tree.map(lambda leaf: leaf[0], path)
+
+    def one(carry: tuple, inputs: tuple) -> tuple:
+        (previous, state), (k, point) = carry, inputs
+        noted = None if note is None else lambda marks: jax.debug.callback(note, k, marks)
+        asked = oracle(agents, previous if estimator.remembers else None, noted)
+        u, state, evaluations = estimator.update(jax.random.fold_in(KEY, k), state, asked, point, batch, k)
+        return (point, state), (u, evaluations)
+
+    state = estimator.init(oracle(agents), first, batch)
+    return jax.lax.scan(one, (first, state), (jnp.arange(POINTS), path))[1]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class EstimatorSubject:
+    """An estimator, and what its contracts read.
+
+    Attributes:
+      estimator: an `Estimator` of agents with six examples each.
+
+    Example:
+        >>> import bilevax as bx
+        >>> from bilevax import testing
+        >>> subject = testing.EstimatorSubject(bx.estimator.full())
+        >>> subject.ordinary[1].shape  # evaluations of four agents at 200 points
+        (200, 4)
+    """
+
+    estimator: Estimator
+
+    @functools.cached_property
+    def run(self) -> Callable:
+        """`run(batch) -> (estimates, evaluations, [(k, marks), ...])` along `points()`, jitted."""
+        noted: list = []
+
+        def note(k: Any, marks: Any) -> None:
+            noted.append((int(k), np.asarray(marks)))
+
+        follow_all = jax.jit(functools.partial(follow, self.estimator, note=note))
+
+        def run(batch: Batch) -> tuple:
+            noted.clear()
+            found = jax.tree.map(np.asarray, follow_all(jnp.arange(N, dtype=jnp.int32), points(), batch))
+            jax.effects_barrier()
+            return *found, list(noted)
+
+        return run
+
+    @functools.cached_property
+    def ordinary(self) -> tuple:
+        """A run on agents that all have other examples."""
+        return self.run(data())
+
+
+@contract(
+    "Return from update (u, state, evaluations): u with the dtypes of the directions and None at levels that do not "
+    "move, the state in the form in which init made it, and a number of evaluations [n]."
+)
+def state_keeps_its_form(subject: EstimatorSubject) -> None:
+    """By tracing alone, for all levels and for y alone, in half and in double precision."""
+    point, batch = jax.tree.map(lambda leaf: leaf[:, 0], points()), data()
+    point = point._replace(y=point.y.astype(jnp.bfloat16))
+    batch = batch._replace(inner=batch.inner.astype(jnp.bfloat16))
+    agents = jnp.arange(N, dtype=jnp.int32)
+    for group in (LEVELS, ("y",)):
+        asked = oracle(agents, point if subject.estimator.remembers else None, group=group)
+        state = jax.eval_shape(lambda point, asked=asked: subject.estimator.init(asked, point, batch), point)
+        u, after, evaluations = jax.eval_shape(
+            lambda state, point, asked=asked: subject.estimator.update(KEY, state, asked, point, batch, jnp.asarray(1)),
+            state,
+            point,
+        )
+        assert form(state) == form(after), f"init makes {form(state)}, and update {form(after)}"
+        expected = jax.eval_shape(lambda point, asked=asked: asked.evaluate(point, batch), point)
+        got, given = ([(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)] for tree in (u, expected))
+        assert got == given, f"u has {got} for directions with {given}"
+        assert evaluations.shape == (N,), f"evaluations have shape {evaluations.shape}"
+
+
+@contract(
+    "At first there is nothing to remember: the mean of u_0 over samples is the direction itself. Scale samples as "
+    "means, and give the memory weight 0 at k = 0 (bilevax.decentralized.estimator.oracle.from_one)."
+)
+def first_estimate_is_unbiased(subject: EstimatorSubject) -> None:
+    """Over two thousand keys, within five standard deviations of the mean."""
+    point, batch = jax.tree.map(lambda leaf: leaf[:, 0], points()), data()
+    asked = oracle(jnp.arange(N, dtype=jnp.int32), point if subject.estimator.remembers else None)
+
+    def first(key: Any) -> Any:
+        state = subject.estimator.init(asked, point, batch)
+        return subject.estimator.update(key, state, asked, point, batch, jnp.asarray(0))[0]
+
+    draws = jax.tree.map(np.asarray, jax.jit(jax.vmap(first))(jax.random.split(KEY, KEYS)))
+    for name, u, d in zip(LEVELS, draws, directions(point, batch), strict=True):
+        error, width = np.abs(u.mean(0) - d), 5 * u.std(0) / np.sqrt(KEYS) + 1e-9
+        assert (error < width).all(), f"the mean of d_{name} is up to {error.max():.3g} off the direction"
+
+
+@contract(
+    "An estimate must forget where it has been: look for a coin that never chooses some agent, a memory that never "
+    "fades, or a sign in the recursion."
+)
+def settles_where_the_point_settles(subject: EstimatorSubject) -> None:
+    """On equal examples, so that samples have no noise: at least to a twentieth of the way, in a hundred iterations."""
+    u, _, _ = subject.run(without_noise())
+    for name, estimates, path, d in zip(LEVELS, u, points(), directions(_at(-1), without_noise()), strict=True):
+        scale = np.abs(np.asarray(path)).max()
+        error = np.nan_to_num(np.abs(estimates[-1] - d), nan=np.inf).reshape(N, -1).max(1)
+        late = np.flatnonzero(error >= 0.05 * scale)
+        assert late.size == 0, f"d_{name} of agents {late} is {error[late]} off at the end"
+
+
+@contract(
+    "Return for each agent how many times its directions were evaluated. Agents whose evaluation is thrown away may "
+    "count none, but what is evaluated for all is then one and the same number."
+)
+def evaluations_are_those_that_were_run(subject: EstimatorSubject) -> None:
+    """At each of two hundred points; branches that are skipped are not run."""
+    _, evaluations, noted = subject.ordinary
+    run = np.zeros(POINTS)
+    for k, marks in noted:
+        run[k] += len(marks)
+    most = evaluations.max()
+    thrown_away = (run == N * most) & np.isin(evaluations, (0, most)).all(1)
+    wrong = (run != evaluations.sum(1)) & ~thrown_away
+    k = int(np.argmax(wrong))
+    assert not wrong.any(), f"at iteration {k} the agents evaluate {run[k]:g} times, and count {evaluations[k]}"
+
+
+@contract("An agent that evaluates nothing learns nothing: its estimate stays what it was.")
+def who_does_not_evaluate_keeps_its_estimate(subject: EstimatorSubject) -> None:
+    """At each point where an agent counts no evaluation."""
+    u, evaluations, _ = subject.ordinary
+    for name, estimates in zip(LEVELS, u, strict=True):
+        changed = np.abs(np.diff(estimates, axis=0)).reshape(POINTS - 1, N, -1).max(2) > 0
+        wrong = changed & (evaluations[1:] == 0)
+        assert not wrong.any(), f"d_{name} changes at {int(wrong.sum())} iterations of agents that count no evaluation"
+
+
+@contract(
+    "A difference of two directions must be taken on one sample: draw it once, and evaluate it at both points.",
+    applies=lambda subject: subject.estimator.remembers,
+)
+def one_sample_at_both_points(subject: EstimatorSubject) -> None:
+    """In every update that evaluates more than once."""
+    for k, marks in _by_iteration(subject.ordinary[2]).items():
+        same = all(np.allclose(one, marks[0]) for one in marks)
+        assert same, f"at iteration {k} the {len(marks)} evaluations are on different samples"
+
+
+@contract("Fold the global ids, oracle.gossip.agents(), into the key of each agent: bilevax.estimator.draw does.")
+def agents_draw_apart(subject: EstimatorSubject) -> None:
+    """Agents with the same examples: where samples change from iteration to iteration, they differ between agents."""
+    _, _, noted = subject.run(data(alike=True))
+    whole = [marks for _, marks in noted if len(marks) == N]
+    random = len({float(np.round(marks[0], 9)) for marks in whole}) > 2
+    apart = any(np.ptp(marks) > 1e-9 for marks in whole)
+    assert apart or not random, "all agents draw the same sample in every iteration"
+
+
+@contract(
+    "Draw for each agent with its own key, into which its global id is folded, under jax.vmap over the agents held "
+    "here: not for all of them at once."
+)
+def placement_changes_nothing(subject: EstimatorSubject) -> None:
+    """Two agents by themselves estimate what they estimate among four."""
+    run = jax.jit(functools.partial(follow, subject.estimator))
+    u, evaluations, _ = subject.ordinary
+    for half in (slice(0, 2), slice(2, 4)):
+        path, batch = jax.tree.map(lambda leaf, half=half: leaf[half], (points(), data()))
+        got = run(jnp.arange(N, dtype=jnp.int32)[half], path, batch)
+        equal(got, jax.tree.map(lambda leaf, half=half: leaf[:, half], (u, evaluations)))
+
+
+def _at(k: int) -> Levels:
+    return jax.tree.map(lambda leaf: leaf[:, k], points())
+
+
+def _by_iteration(noted: list) -> dict[int, list]:
+    found: dict[int, list] = {}
+    for k, marks in noted:
+        found.setdefault(k, []).append(marks)
+    return found
+
+
+CONTRACTS: tuple[Contract, ...] = (
+    state_keeps_its_form,
+    evaluations_are_those_that_were_run,
+    who_does_not_evaluate_keeps_its_estimate,
+    one_sample_at_both_points,
+    agents_draw_apart,
+    placement_changes_nothing,
+    first_estimate_is_unbiased,
+    settles_where_the_point_settles,
+)
+
+
+def check_estimator(estimator: Estimator, contracts: Sequence[Contract] = CONTRACTS) -> None:
+    """Checks what every estimator keeps: its form, its draws, its count of evaluations, and that it settles.
+
+    Args:
+      estimator: an `Estimator` for agents with six examples each, such as `bx.estimator.stochastic(minibatch(2))`. One
+        that works on blocks of agents gets blocks of two.
+      contracts: those to be checked, of `bilevax.testing.estimator.CONTRACTS`.
+
+    Returns:
+      None.
+
+    Raises:
+      ContractError: naming the contract that it breaks, what was seen, and what to do.
+
+    Cost: three programs.
+
+    Example:
+        >>> import bilevax as bx
+        >>> from bilevax import testing
+        >>> testing.check_estimator(bx.estimator.full(), contracts=[testing.estimator.state_keeps_its_form])
+    """
+    hold_all(contracts, "the estimator", EstimatorSubject(estimator))

@@ -1,0 +1,49 @@
+"""Where the agents of a contract are: all on one device, or on two parts of it that see each other by gossip alone."""
+
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import numpy as np
+
+from bilevax import parallel
+from bilevax.decentralized import topology as graphs
+from bilevax.decentralized.gossip import Gossip, gossip, push_sum
+from bilevax.parallel.agents import gossip_along
+
+N, PARTS = 4, 2
+LAZY_RING = graphs.lazy(graphs.ring(N))
+DIRECTED = graphs.from_matrix(np.array([[0.5, 0, 0, 0.5], [0.5, 0.5, 0, 0], [0, 0.25, 0.5, 0], [0, 0.25, 0.5, 0.5]]))
+
+
+def on_one_device(topology: Any) -> Gossip:
+    """The gossip over a graph or several in turn; of directed ones push-sum."""
+    return (push_sum if directed(topology) else gossip)(topology)
+
+
+def in_turn(topology: Any) -> list[graphs.Topology]:
+    """The graphs, taken in turn."""
+    return [topology] if isinstance(topology, graphs.Topology) else list(topology)
+
+
+def directed(topology: Any) -> bool:
+    """Whether the columns of a matrix alone sum to 1."""
+    return any(one.directed for one in in_turn(topology))
+
+
+def on_two_parts(run: Callable, topology: Any, *trees: Any) -> Any:
+    """The result of `run(gossip, *trees)`, where each part holds half of the agents and of the rows of the trees."""
+    spread = gossip_along(topology, "parts", PARTS)
+    program = jax.vmap(lambda *here: run(spread, *here), axis_name="parts")
+    return jax.jit(lambda trees: parallel.join(program(*parallel.split(trees, PARTS))))(trees)
+
+
+def form(tree: Any) -> Any:
+    """Shapes and dtypes of the leaves, and whether a dtype is weak, which costs another trace."""
+    return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, bool(leaf.weak_type)), tree)
+
+
+def equal(got: Any, expected: Any) -> None:
+    """Raises AssertionError unless two trees agree to the rounding of a leaf in single precision among them."""
+    chex.assert_trees_all_close(got, expected, rtol=1e-5, atol=1e-7)

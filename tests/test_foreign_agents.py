@@ -1,0 +1,270 @@
+"""A correction, an estimator, a gossip and a method of somebody else, and broken ones that fail by name.
+
+They are written with public names alone, as a reader of the documentation would write them.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import bilevax as bx
+from bilevax import testing
+from bilevax.testing import estimator
+
+SUBSET = bx.topology.lazy(bx.topology.ring(4))
+DIRECTED = testing.placement.DIRECTED
+
+
+def broken(check, name):
+    """The first contract that the check finds broken is the one of this name."""
+    with pytest.raises(testing.ContractError, match=f"`{name}`") as error:
+        check()
+    assert "seen: " in str(error.value)
+    assert "what to do: " in str(error.value)
+
+
+# A correction: tracking whose tracker is a moving average, which keeps its mean
+
+
+class Memory(NamedTuple):
+    gossip: Any
+    move: Any
+    tracker: Any
+    last: Any
+
+
+def heavy_tracking(sign=1.0, divide=bx.correction.share, extra_bytes=0.0, wider=False, meet=lambda s: s):
+    """t = W t_last + d − d_last, s⁺ = W (s − a t); what is passed in breaks it."""
+
+    def init(gossip, s, move):
+        zeros = optax.tree.zeros_like(s)
+        return Memory(gossip.init((s, zeros)), move.init(s), zeros, zeros)
+
+    def update(key, state, gossip, s, d, move):
+        change = divide(gossip, state.gossip, optax.tree.sub(d, state.last))
+        t = optax.tree.add_scale(state.tracker, sign, change)
+        step, moved = move.apply(t, state.move, s)
+        message = (meet(optax.apply_updates(s, step)), t)
+        (new, tracker), mixing = gossip.mix(key, state.gossip, message)
+        if wider:
+            tracker = optax.tree.cast(tracker, jnp.float32)
+        return new, Memory(mixing, moved, tracker, d), gossip.bytes(state.gossip, message) + extra_bytes
+
+    return bx.correction.Correction(init, update, rounds=1)
+
+
+def to_their_mean(s):
+    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf.mean(0), leaf.shape), s)
+
+
+def test_a_foreign_correction_passes():
+    testing.check_correction(heavy_tracking())
+
+
+CORRECTIONS = {
+    "a sign in the tracker": ("mean_moves_along_the_mean_direction", {"sign": -1.0}, SUBSET),
+    "half a step": ("limit_is_that_of_the_mean_loss", {"sign": 0.5, "divide": lambda g, s, d: d}, DIRECTED),
+    "no division by the weights": ("limit_is_that_of_the_mean_loss", {"divide": lambda g, s, d: d}, DIRECTED),
+    "bytes": ("bytes_and_rounds_are_those_of_its_messages", {"extra_bytes": 8.0}, SUBSET),
+    "another dtype": ("state_keeps_its_form", {"wider": True}, SUBSET),
+    "agents that meet without gossip": ("placement_changes_nothing", {"meet": to_their_mean}, SUBSET),
+}
+
+
+@pytest.mark.parametrize("name", CORRECTIONS)
+def test_a_broken_correction_fails_by_name(name):
+    contract, fault, topology = CORRECTIONS[name]
+    broken(lambda: testing.check_correction(heavy_tracking(**fault), topologies=[topology]), contract)
+
+
+# An estimator: recursive momentum with a coin of its own
+
+
+def recursive(again=False, counted=2, coin=lambda key: True, agents=lambda oracle: oracle.gossip.agents(), scale=1.0):
+    """u = (1 − 0.3) (u − d(previous; ξ)) + d(here; ξ), for all agents where a coin says so."""
+    sample = bx.inner.minibatch(2)
+
+    def init(oracle, point, batch):
+        return oracle.evaluate(point, batch)
+
+    def update(key, state, oracle, point, batch, k):
+        drawn = bx.estimator.draw(key, sample, k, batch, agents(oracle))
+        other = bx.estimator.draw(jax.random.fold_in(key, 1), sample, k, batch, agents(oracle)) if again else drawn
+        a = jnp.where(k == 0, 1.0, 0.3)
+
+        def fresh():
+            then, now = oracle.evaluate(oracle.previous, other), oracle.evaluate(point, drawn)
+            return jax.tree.map(lambda u, then, now: (1 - a) * (u - then) + scale * now, state, then, now)
+
+        tossed = coin(jax.random.fold_in(key, 2))
+        u = jax.lax.cond(tossed, fresh, lambda: state)
+        return u, u, jnp.full(point.x.shape[:1], counted) * tossed
+
+    return bx.estimator.Estimator(init, update, remembers=True)
+
+
+def test_a_foreign_estimator_passes():
+    testing.check_estimator(recursive())
+
+
+def test_a_foreign_estimator_with_a_coin_passes_all_contracts_but_one():
+    kept = [one for one in estimator.CONTRACTS if one.name != "settles_where_the_point_settles"]  # STORM with a coin
+    testing.check_estimator(recursive(coin=lambda key: jax.random.bernoulli(key, 0.5)), kept)
+
+
+ESTIMATORS = {
+    "a sample drawn twice": ("one_sample_at_both_points", {"again": True}),
+    "one evaluation counted": ("evaluations_are_those_that_were_run", {"counted": 1}),
+    "a coin that chooses nobody": ("settles_where_the_point_settles", {"coin": lambda key: False}),
+    "one draw for all": ("agents_draw_apart", {"agents": lambda oracle: 0 * oracle.gossip.agents()}),
+    "ids of a device": (
+        "placement_changes_nothing",
+        {"agents": lambda oracle: jnp.arange(oracle.gossip.agents().size)},
+    ),
+    "sums for means": ("first_estimate_is_unbiased", {"scale": 2.0}),
+}
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_a_broken_estimator_fails_by_name(name):
+    contract, fault = ESTIMATORS[name]
+    broken(lambda: testing.check_estimator(recursive(**fault)), contract)
+
+
+# A gossip: two rounds in one
+
+
+def twice(plain, keep=0.0):
+    """W² in place of W, which takes two rounds."""
+
+    def mix(key, state, tree):
+        once, state = plain.mix(key, state, tree)
+        mixed, state = plain.mix(key, state, once)
+        return jax.tree.map(lambda new, old: (1 - keep) * new + keep * jnp.abs(old), mixed, tree), state
+
+    return plain._replace(mix=mix, bytes=lambda state, tree: 2 * plain.bytes(state, tree))
+
+
+def once_more(plain):
+    """Plain gossip that says it sends twice."""
+    return plain._replace(bytes=lambda state, tree: 2 * plain.bytes(state, tree))
+
+
+def unweighted():
+    """Push-sum that forgets to divide."""
+    pushed = bx.push_sum(DIRECTED)
+
+    def mix(key, state, tree):
+        divided, after = pushed.mix(key, state, tree)
+        times = jax.vmap(lambda w, leaf: (w * leaf).astype(leaf.dtype))
+        return jax.tree.map(lambda leaf: times(after[1], leaf), divided), after
+
+    return pushed._replace(mix=mix)
+
+
+def test_a_foreign_gossip_passes():
+    testing.check_gossip(twice(bx.gossip(bx.topology.ring(5))), compressed=True)
+
+
+GOSSIPS = {
+    "a matrix of its own": ("mixing_is_the_matrix", twice(bx.gossip(bx.topology.ring(5)))),
+    "a mean that is lost": ("mean_is_kept", twice(bx.gossip(bx.topology.ring(5)), keep=0.1)),
+    "bytes": ("bytes_are_those_to_all_neighbours", once_more(bx.gossip(bx.topology.ring(5)))),
+    "no division by the weights": ("mean_is_kept", unweighted()),
+}
+
+
+@pytest.mark.parametrize("name", GOSSIPS)
+def test_a_broken_gossip_fails_by_name(name):
+    contract, value = GOSSIPS[name]
+    broken(lambda: testing.check_gossip(value), contract)
+
+
+# A method: descent along the exact directions on x and y, which keeps only what it must
+
+
+class State(NamedTuple):
+    k: Any
+    x: Any
+    y: Any
+    v: Any
+    gossip: Any
+
+
+def plain_descent(problem, gossip, steps, sample, counted=1, couple=False, double=False, frozen=False, count=1):
+    """s ← W (s − a d) on a fresh sample; what is passed in breaks it."""
+
+    def init(x, y, batch=None):
+        start = jnp.zeros((), jnp.int32)
+        return State(start, x, y, optax.tree.zeros_like(y), gossip.init((x, y, y)))
+
+    def step(key, state, batch):
+        point = state.x, state.y, state.v
+        drawn = bx.estimator.draw(key, sample, state.k, batch, gossip.agents())
+        d = jax.vmap(lambda x, y, v, data: bx.directions(problem, x, y, v, data))(*point, drawn)
+        if double:
+            again = bx.estimator.draw(jax.random.fold_in(key, 1), sample, state.k, batch, gossip.agents())
+            more = jax.vmap(lambda x, y, v, data: bx.directions(problem, x, y, v, data))(*point, again)
+            d = jax.tree.map(lambda a, b: (a + b) / 2, d, more)
+        if couple:
+            d = jax.tree.map(lambda leaf: leaf - leaf.mean(0)[None] / 2, d)
+        rates = 0.0 if frozen else steps.x, steps.y, steps.v(state.k)
+        moved = [
+            jax.tree.map(lambda s, d, a=a: (s - a * d).astype(s.dtype), s, d)
+            for s, d, a in zip(point, d, rates, strict=True)
+        ]
+        mixed, mixing = gossip.mix(key, state.gossip, tuple(moved))
+        new = State(state.k + count, *mixed, mixing)
+        lengths = bx.Levels(
+            *(jax.vmap(optax.tree.norm)(optax.tree.sub(a, b)) for a, b in zip(mixed, point, strict=True))
+        )
+        ones = jnp.ones(gossip.agents().shape)
+        calls = bx.Calls(ones * counted, ones, ones, ones)
+        breakdown = ~jnp.isfinite(sum(lengths))
+        return new, bx.decentralized.Info(lengths, breakdown, calls, gossip.bytes(state.gossip, tuple(moved)), 1)
+
+    return bx.Algorithm(init, step)
+
+
+def fault(**faults):
+    return lambda problem, gossip, steps, sample: plain_descent(problem, gossip, steps, sample, **faults)
+
+
+def test_a_foreign_method_passes():
+    testing.check_algorithm(plain_descent, calls=(1, 1, 1, 1))
+
+
+def nobody(problem, gossip, steps, sample):
+    return bx.decentralized.s3ldbo(
+        problem, gossip, steps, lambda key, k, gossip: jnp.zeros(gossip.agents().shape, bool)
+    )
+
+
+METHODS = {
+    "calls counted wrongly": ("calls_are_those_declared", fault(counted=2)),
+    "a sample drawn twice": ("calls_are_those_of_the_compiled_program", fault(double=True)),
+    "agents that meet without gossip": ("placement_changes_nothing", fault(couple=True)),
+    "a level that stays": ("every_agent_moves", fault(frozen=True)),
+    "another dtype": ("state_keeps_its_form", fault(count=1.0)),
+    "a counter that stands still": ("ten_steps_are_one_trace", fault(count=0)),
+    "a coin that chooses nobody": ("somebody_evaluates", nobody),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_broken_method_fails_by_name(name):
+    contract, make = METHODS[name]
+    broken(lambda: testing.check_algorithm(make, calls=(1, 1, 1, 1)), contract)
+
+
+def test_a_method_that_solves_another_problem_is_told_which():
+    """Each agent inverts its own Hessian: it says x*, and ends at x_l."""
+    q = testing.problems.quadratic(0)
+    ring = bx.gossip(bx.topology.lazy(bx.topology.ring(8)))
+    method = bx.decentralized.mdbo(q.problem, ring, (0.05, 0.1, 0.1), bx.inner.full, 0.5, 0.5, 50, 0.28)
+    with pytest.raises(testing.ContractError, match=r"`limit_is_the_declared_one`[\s\S]*e-1\d from x_l"):
+        testing.check_limit(method, q, q.x_star)
+    testing.check_limit(method, q, q.x_l)

@@ -1,0 +1,72 @@
+"""Every correction, estimator and gossip keeps the contracts of `bilevax.testing`; a new one enters by one line."""
+
+import functools
+
+import pytest
+
+import bilevax as bx
+from bilevax import coins, compression
+from bilevax import correction as corrections
+from bilevax import estimator as estimators
+from bilevax.testing import CorrectionSubject, EstimatorSubject, GossipSubject, correction, estimator, gossip
+from bilevax.testing.placement import DIRECTED, LAZY_RING
+
+ONE_PEER = bx.topology.one_peer_exponential(4)
+CORRECTIONS = {
+    "none": (corrections.none(), LAZY_RING, False),
+    "none_damped": (corrections.none(0.5), LAZY_RING, False),
+    "local": (corrections.local(), LAZY_RING, False),
+    "tracking": (corrections.tracking(), LAZY_RING),
+    "tracking_damped": (corrections.tracking(0.5), ONE_PEER),
+    "tracking_atc": (corrections.tracking_atc(), ONE_PEER),
+    "tracking_non_atc": (corrections.tracking_non_atc(), LAZY_RING),
+    "exact_diffusion": (corrections.exact_diffusion(), LAZY_RING),
+    "extra": (corrections.extra(), LAZY_RING),
+    "tracking_directed": (corrections.tracking(), DIRECTED),
+    "tracking_atc_directed": (corrections.tracking_atc(), DIRECTED),
+    "tracking_non_atc_directed": (corrections.tracking_non_atc(), DIRECTED),
+}
+SMALL = bx.inner.minibatch(2)
+ESTIMATORS = {
+    "full": estimators.full(),
+    "stochastic": estimators.stochastic(SMALL),
+    "momentum": estimators.momentum(0.2, SMALL),
+    "storm": estimators.storm(0.2, SMALL),
+    "spider": estimators.spider(3, SMALL),
+    "page": estimators.page(0.3, SMALL),
+    "saga": estimators.saga(3),
+    "snapshot_of_independent_agents": estimators.lazy_snapshot(coins.independent(0.4)),
+    "snapshot_in_common": estimators.lazy_snapshot(coins.common(0.4)),
+    "snapshot_of_a_subset": estimators.lazy_snapshot(coins.subset(0.5, block=2)),
+}
+RING = bx.gossip(bx.topology.ring(8))
+GOSSIPS = {
+    "shifts": (RING,),
+    "dense": (bx.gossip(bx.topology.erdos_renyi(12, 0.4, seed=0)),),
+    "edges": (bx.gossip(bx.topology.random_regular(600, 3, seed=0)),),
+    "in_turn": (bx.gossip(ONE_PEER),),
+    "push_sum": (bx.push_sum(DIRECTED),),
+    "top_k": (compression.choco(RING, compression.top_k(0.5), 0.3), True),
+    "random_k": (compression.choco(RING, compression.random_k(0.5), 0.3), True),
+    "sign": (compression.choco(RING, compression.sign(), 0.3), True),
+}
+
+
+@functools.cache
+def subject(name):
+    if name in CORRECTIONS:
+        return CorrectionSubject(*CORRECTIONS[name])
+    return EstimatorSubject(ESTIMATORS[name]) if name in ESTIMATORS else GossipSubject(*GOSSIPS[name])
+
+
+def pairs():
+    for names, contracts in ((CORRECTIONS, correction), (ESTIMATORS, estimator), (GOSSIPS, gossip)):
+        for name in names:
+            for contract in contracts.CONTRACTS:
+                if contract.applies(subject(name)):
+                    yield pytest.param(name, contract, id=f"{name}-{contract.name}")
+
+
+@pytest.mark.parametrize(("name", "contract"), list(pairs()))
+def test_contract(name, contract):
+    contract.hold(name, subject(name))
