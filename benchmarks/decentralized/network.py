@@ -57,7 +57,7 @@ class Network(NamedTuple):
         """
         return mean(x), y if self.personal else mean(y)
 
-    def loss(self, loss: bx.problem.Loss, x: chex.ArrayTree, y: chex.ArrayTree, batch: Any) -> chex.Array:
+    def loss(self, loss: Callable[..., Any], x: chex.ArrayTree, y: chex.ArrayTree, batch: Any) -> chex.Array:
         """The mean over agents of their losses at a `point`."""
         return jnp.mean(jax.vmap(loss, (None, 0 if self.personal else None, 0))(x, y, batch))
 

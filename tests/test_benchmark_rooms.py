@@ -1,0 +1,147 @@
+"""The rooms of the benchmarks: imports run downwards and in no circle, and of bilevax only what is public is used."""
+
+import ast
+import functools
+import importlib
+import inspect
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = ("harness", "data", "networks", "tasks", "studies", "decentralized", "__main__")  # from the lowest up
+
+
+def sources():
+    """Module -> text of each file of the benchmarks, packages without their `__init__`."""
+    files = {path.relative_to(ROOT).with_suffix(""): path for path in (ROOT / "benchmarks").rglob("*.py")}
+    return {".".join(name.parts).removesuffix(".__init__"): path.read_text() for name, path in files.items()}
+
+
+def imported(text):
+    """Name in the file -> dotted path of all that a file imports, inside its functions too."""
+    found = {}
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom):
+            assert not node.level, "imports name the package"
+            found |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                found[alias.asname or alias.name] = alias.name
+    return found
+
+
+def edges(texts):
+    """Module -> the modules among them that it imports from."""
+    found = {}
+    for module, text in texts.items():
+        paths = [path for path in imported(text).values() if path.partition(".")[0] == "benchmarks"]
+        owners = {path if path in texts else path.rpartition(".")[0] for path in paths}
+        assert owners <= {*texts}, f"{module} imports {owners - {*texts}}, which are no files"
+        found[module] = owners - {module}
+    return found
+
+
+def upwards(graph):
+    """Imports from a folder above, as sentences."""
+
+    def floor(module):
+        return FOLDERS.index(module.split(".")[1])
+
+    return [
+        f"{module} imports {other}"
+        for module, others in graph.items()
+        for other in others
+        if module != "benchmarks" and floor(other) > floor(module)
+    ]
+
+
+def circles(graph):
+    """Modules that reach themselves."""
+
+    def reached(module):
+        found, left = set(), [module]
+        while left:
+            new = graph[left.pop()] - found
+            found |= new
+            left += new
+        return found
+
+    return [module for module in graph if module in reached(module)]
+
+
+def dotted(node):
+    """`a.b.c` of a chain of attributes that starts at a name, else None."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute) and (front := dotted(node.value)):
+        return f"{front}.{node.attr}"
+    return None
+
+
+def uses(text):
+    """Dotted paths of bilevax that a file imports or reads."""
+    names = {name: path for name, path in imported(text).items() if path.partition(".")[0] == "bilevax"}
+    chains = filter(None, (dotted(node) for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Attribute)))
+    parts = (chain.partition(".") for chain in chains)
+    return {*names.values()} | {f"{names[first]}.{rest}" for first, _, rest in parts if first in names}
+
+
+@functools.cache
+def private(path):
+    """The first step of a path that its namespace does not make public, or None."""
+    here = importlib.import_module("bilevax")
+    for name in path.split(".")[1:]:
+        if name.startswith("_") or (inspect.ismodule(here) and name not in here.__all__):
+            return name
+        here = getattr(here, name, None)
+    return None
+
+
+def test_every_file_lies_in_a_room():
+    texts = {*sources()} - {"benchmarks", *(f"benchmarks.{folder}" for folder in FOLDERS)}
+    assert {module.split(".")[1] for module in texts} <= {*FOLDERS}
+
+
+def test_folders_import_from_those_below_only():
+    assert upwards(edges(sources())) == []
+
+
+def test_no_file_imports_itself_by_way_of_others():
+    assert circles(edges(sources())) == []
+
+
+def test_of_bilevax_only_public_names_are_used():
+    assert {module: found for module, text in sources().items() if (found := [*filter(private, uses(text))])} == {}
+
+
+@pytest.mark.parametrize(
+    ("below", "refused"),
+    [
+        ("from benchmarks.studies import peers", ["benchmarks.harness.loop imports benchmarks.studies.peers"]),
+        (
+            "def late():\n    from benchmarks.studies.peers import x as y",
+            ["benchmarks.harness.loop imports benchmarks.studies.peers"],
+        ),
+        ("import benchmarks.studies.peers", ["benchmarks.harness.loop imports benchmarks.studies.peers"]),
+        ("import numpy", []),
+    ],
+)
+def test_an_import_upwards_and_a_circle_are_seen(below, refused):
+    above = "from benchmarks.harness.loop import drive"
+    graph = edges({"benchmarks.harness.loop": below, "benchmarks.studies.peers": above, "benchmarks.studies": ""})
+    assert upwards(graph) == refused
+    assert bool(circles(graph)) == bool(refused)
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("import bilevax as bx\nbx.problem.Loss", ["bilevax.problem", "bilevax.problem.Loss"]),
+        ("from bilevax import ihvp\nihvp.cg._solve(1).x", ["bilevax.ihvp.cg._solve"]),
+        ("from bilevax.inner.descent import run", ["bilevax.inner.descent.run"]),
+        ("import bilevax as bx\nbx.inner.implicit(g).start", []),
+    ],
+)
+def test_names_that_are_not_public_are_seen(text, names):
+    assert sorted(filter(private, uses(text))) == names
