@@ -15,7 +15,7 @@ import pytest
 import bilevax as bx
 from benchmarks.__main__ import main
 from benchmarks.data import download
-from benchmarks.data.images import POOLS, load
+from benchmarks.data.images import IMAGES, ImageSet, load
 from benchmarks.harness.report import mean_and_error
 from benchmarks.tasks import hyper_cleaning
 
@@ -165,8 +165,7 @@ def test_public_images_run_with_each_model(run, monkeypatch, model):
     images, labels = random.integers(0, 256, (60, 28, 28), np.uint8), random.integers(0, 10, 60).astype(np.uint8)
     parts = {"train": (images, labels), "t10k": (images[:50], labels[:50])}
     small = {"train": 40, "validation": 20}
-    setting = hyper_cleaning.SETTINGS["fashion-mnist"]._replace(split=small)
-    monkeypatch.setitem(hyper_cleaning.SETTINGS, "fashion-mnist", setting)
+    monkeypatch.setitem(IMAGES, "fashion-mnist", IMAGES["fashion-mnist"]._replace(split=small))
     monkeypatch.setattr(download, "images", lambda name, part: parts[part])
     monkeypatch.setattr(hyper_cleaning, "ANCHORS", hyper_cleaning.ANCHORS[:1])
     code, output, _, _ = run(f"hyper-cleaning --data fashion-mnist --model {model} --methods cg --outer-steps 1")
@@ -176,7 +175,8 @@ def test_public_images_run_with_each_model(run, monkeypatch, model):
 
 def test_a_split_is_disjoint_and_half_of_its_labels_are_redrawn(monkeypatch):
     images = np.arange(4000, dtype=np.float32)[:, None]
-    monkeypatch.setitem(POOLS, "counted", lambda: ((images, np.arange(4000) % 10), None))
+    pool = (images, np.arange(4000) % 10), None
+    monkeypatch.setitem(IMAGES, "counted", ImageSet(lambda times: pool, (1, 1)))
     data = load("counted", seed=1, train=2000, validation=500, corruption=0.5)
     parts = [np.asarray(part[0])[:, 0] for part in (data.batch.inner, data.batch.outer, data.test)]
     assert [len(part) for part in parts] == [2000, 500, 1500]

@@ -149,20 +149,13 @@ def test_the_rate_of_a_method_is_chosen_by_its_mean_accuracy_on_validation_image
     anchor = [run("means", "means", 5, 0, 0.1, 0.1)]
     assert condensation_figure.chosen([*anchor, *low, *high, *lost, *longer]) == [*anchor, *high, *longer]
     figure = condensation_figure.draw(
-        [*anchor, *low, *high, *longer, run("means-T7", "means", 7, 0, 0.2, 0.2)], ["means", "means-T7"]
+        [*anchor, *low, *high, *longer, run("means-T7", "means", 7, 0, 0.2, 0.2)], ["means", "means-T7"], (2, 2)
     )
     steps, memory, *pictures = figure.get_axes()
     assert len(pictures) == 20
     assert {line.get_label() for line in steps.get_lines()} == {"means-T7", "reverse-T7-0.1"}
     (joined,) = memory.containers
     np.testing.assert_allclose(joined.lines[0].get_xydata(), [[5, 0.5], [7, 0.3]])
-
-
-@pytest.mark.parametrize(("pixels", "shape"), [(64, (8, 8)), (784, (28, 28)), (3072, (32, 32, 3))])
-def test_rows_of_pixels_become_pictures(pixels, shape):
-    picture = condensation_figure.picture(np.arange(pixels))
-    assert picture.shape == shape
-    np.testing.assert_array_equal(picture.ravel(), np.arange(pixels))
 
 
 @pytest.mark.parametrize(

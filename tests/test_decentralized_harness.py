@@ -11,7 +11,7 @@ from scipy.sparse import csr_matrix
 import bilevax as bx
 from benchmarks.__main__ import main
 from benchmarks.data import download
-from benchmarks.data.images import POOLS
+from benchmarks.data.images import IMAGES
 from benchmarks.decentralized import hyper_cleaning, penalties, regularization
 from benchmarks.decentralized.choices import Agents
 from benchmarks.decentralized.comparison import schedule, selected
@@ -100,15 +100,15 @@ def test_the_diagonal_is_that_of_the_inner_hessian_where_all_is_undecided():
 def test_quick_runs_shrink_photographs_to_means_over_squares(monkeypatch):
     images = np.arange(2 * 28 * 28, dtype=np.uint8).reshape(2, 28, 28)
     monkeypatch.setattr(download, "images", lambda name, part: (images, np.array([3, 4], np.uint8)))
-    (whole, _), _ = POOLS["mnist"]()
-    (shrunk, labels), _ = POOLS["mnist-14"]()
+    (whole, _), _ = IMAGES["mnist"].read(1)
+    (shrunk, labels), _ = IMAGES["mnist"].read(2)
     expected = whole.reshape(2, 28, 28)[:, ::2, ::2] / 4 + whole.reshape(2, 28, 28)[:, 1::2, ::2] / 4
     expected += whole.reshape(2, 28, 28)[:, ::2, 1::2] / 4 + whole.reshape(2, 28, 28)[:, 1::2, 1::2] / 4
     np.testing.assert_allclose(shrunk, expected.reshape(2, 196), rtol=1e-5)
     assert labels.tolist() == [3, 4]
     options = dataclasses.replace(hyper_cleaning.DEFAULTS, quick=True)
     setting = hyper_cleaning.Config(data="mnist", network=Agents(agents=16), common=options).setting
-    assert (setting.images, setting.train, setting.validation) == ("mnist-14", 800, 400)
+    assert (setting.times, setting.train, setting.validation) == (2, 800, 400)
 
 
 def test_where_the_lower_level_is_personal_each_agent_solves_its_own(divided, network):

@@ -1,6 +1,8 @@
 import io
 import json
+import math
 import tarfile
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +13,18 @@ from PIL import Image
 
 import bilevax as bx
 from benchmarks.data import few_shot, photos
-from benchmarks.data.images import POOLS, grey, load
+from benchmarks.data.images import IMAGES, ImageSet, load
+from benchmarks.decentralized import curvature as decentralized_curvature
+from benchmarks.decentralized import hyper_cleaning as decentralized_hyper_cleaning
 from benchmarks.harness.errors import DataError
 from benchmarks.harness.loop import Outcome
 from benchmarks.harness.report import Run
 from benchmarks.harness.runner import Options
 from benchmarks.networks import convolutional
 from benchmarks.networks.dense import MODELS
-from benchmarks.tasks import estimators, hyper_cleaning, long_tail, poisoning
+from benchmarks.studies import skipping
+from benchmarks.tasks import condensation, estimators, hyper_cleaning, long_tail, poisoning
+from benchmarks.tasks.methods import named
 
 
 @pytest.fixture
@@ -89,16 +95,15 @@ def test_archives_that_are_missing_cut_or_of_other_images_are_refused(archive):
         photos.cifar10("test")
 
 
-def test_bytes_become_shares_colours_become_grey_and_a_test_set_can_be_drawn(monkeypatch):
+def test_bytes_become_shares_and_a_test_set_can_be_drawn(monkeypatch):
     images = np.zeros((6, 12), np.uint8)
     images[:, 3:6] = [0, 51, 255]
     tests = np.arange(20, dtype=np.uint8)[:, None] * np.ones((1, 12), np.uint8)
     pool = (images, np.arange(6)), (tests, np.arange(20) % 10)
-    monkeypatch.setitem(POOLS, "coloured", lambda: pool)
+    monkeypatch.setitem(IMAGES, "coloured", ImageSet(lambda times: pool, (2, 2, 3)))
     data = load("coloured", seed=0, train=4, validation=2, corruption=0, test=5)
     assert bool(data.clean.all())
     np.testing.assert_allclose(data.batch.inner[0][0, 3:6], [0, 0.2, 1], rtol=1e-6)
-    np.testing.assert_allclose(grey(data).batch.inner[0], [[0, 0.4, 0, 0]] * 4, rtol=1e-6)
     drawn = np.rint(np.asarray(data.test[0][:, 0]) * 255).astype(int)
     assert len({*drawn.tolist()}) == 5
     np.testing.assert_array_equal(data.test[1], drawn % 10)
@@ -142,11 +147,42 @@ def test_a_minibatch_finds_its_weights_by_number():
     np.testing.assert_allclose(loss(x, y, some), fit + decay, rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "task",
+    [
+        *(hyper_cleaning, poisoning, long_tail, condensation),
+        *(skipping, decentralized_hyper_cleaning, decentralized_curvature),
+    ],
+)
+def test_every_task_on_images_takes_every_set_of_the_table(task):
+    assert typing.get_args(typing.get_type_hints(task.Config)["data"]) == tuple(IMAGES)
+
+
+def test_small_images_have_the_shape_of_the_table_and_sides_can_be_shortened():
+    (images, labels), tests = IMAGES["digits"].read(1)
+    assert tests is None
+    assert images.shape == (1797, math.prod(IMAGES["digits"].shape))
+    (halved, same), _ = IMAGES["digits"].read(2)
+    expected = images.reshape(-1, 4, 2, 4, 2).mean(axis=(2, 4)).reshape(-1, 16)
+    np.testing.assert_allclose(halved, expected, rtol=1e-6)
+    np.testing.assert_array_equal(same, labels)
+
+
+def test_photographs_are_shortened_to_rounded_means():
+    images = np.zeros((2, 4, 4, 3), np.uint8)
+    images[1, :2, :2, 1] = [[10, 20], [30, 41]]
+    assert photos.reduced(images, 1) is images
+    halved = photos.reduced(images, 2)
+    assert halved.shape == (2, 2, 2, 3)
+    assert halved[1, 0, 0].tolist() == [0, 25, 0]
+    assert halved.sum() == 25
+
+
 @pytest.mark.usefixtures("single_precision")
 def test_a_convolutional_network_is_cleaned_by_minibatches_with_kronecker_factors(tmp_path, monkeypatch):
     monkeypatch.setitem(convolutional.MODELS, "cnn", convolutional.classifier(convolutional.Convolutional((4,))))
-    setting = hyper_cleaning.SETTINGS["digits"]._replace(split={"train": 60, "validation": 30}, minibatch=12)
-    monkeypatch.setitem(hyper_cleaning.SETTINGS, "digits", setting)
+    monkeypatch.setitem(IMAGES, "digits", IMAGES["digits"]._replace(split={"train": 60, "validation": 30}))
+    monkeypatch.setattr(hyper_cleaning, "MINIBATCH", 12)
     monkeypatch.setattr(hyper_cleaning, "ANCHORS", hyper_cleaning.ANCHORS[:1])
     options = Options(("kfac",), outer_steps=2, results=tmp_path)
     assert hyper_cleaning.Config(model="cnn", corruption=0.3, common=options).run() == 0
@@ -165,7 +201,7 @@ def test_a_convolutional_network_is_cleaned_by_minibatches_with_kronecker_factor
         (hyper_cleaning, {"corruption": 1.0}, "corruption must be a probability, 0 < corruption < 1"),
         (hyper_cleaning, {"full": True}, "full is about public data sets; got it with data=digits"),
         (poisoning, {"radius": 0.0}, r"radius must lie in \(0, 1\]; got 0. Pass, say, --radius 0.5"),
-        (poisoning, {"full": True}, "full is about MNIST; got it with data=digits"),
+        (poisoning, {"full": True}, "full is about public data sets; got it with data=digits"),
         (long_tail, {"full": True}, "full is about public data sets; got it with data=digits"),
     ],
 )
@@ -193,8 +229,8 @@ def test_altered_images_stay_in_their_box_and_the_others_stay_as_they_are():
 
 @pytest.mark.usefixtures("single_precision")
 def test_an_attack_raises_the_validation_loss_of_a_model_trained_anew(tmp_path, monkeypatch):
-    setting = poisoning.SETTINGS["digits"]._replace(split={"train": 120, "validation": 100}, poisons=6, anew=100)
-    monkeypatch.setitem(poisoning.SETTINGS, "digits", setting)
+    setting = poisoning.SMALL._replace(split={"train": 120, "validation": 100}, poisons=6, anew=100)
+    monkeypatch.setattr(poisoning, "SMALL", setting)
     config = poisoning.Config(common=Options(("kfac",), outer_steps=10, results=tmp_path))
     assert config.run() == 0
     folder = tmp_path / "poisoning-digits-linear"
@@ -224,8 +260,7 @@ def test_methods_are_compared_after_the_time_of_the_fastest():
 
 
 def test_training_images_fall_geometrically_and_validation_is_balanced():
-    setting = long_tail.SETTINGS["digits"]
-    data = long_tail.load("digits", setting, seed=3)
+    data = long_tail.load("digits", long_tail.SMALL, seed=3)
     np.testing.assert_array_equal(data.counts, np.geomspace(120, 3, 10).round())
     np.testing.assert_array_equal(np.bincount(data.batch.outer[1]), [5] * 10)
     assert sum(len(part[1]) for part in (*data.batch, data.test)) == 1797
@@ -286,4 +321,4 @@ def test_every_estimator_has_a_name_of_its_own_and_settings_for_the_files():
     assert len({*names}) == len(names)
     assert {"identity", "cg", "kfac", "ekfac", "pcg-kfac", "reverse"} <= {*names}
     for row in estimators.ESTIMATORS:
-        assert json.loads(json.dumps(estimators.named(row.settings(inner))))
+        assert json.loads(json.dumps(named(row.settings(inner))))

@@ -1,8 +1,8 @@
 """Image data sets for data hyper-cleaning: split by a seed, and a share of the training labels redrawn."""
 
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import chex
 import jax.numpy as jnp
@@ -36,12 +36,31 @@ class Data(NamedTuple):
         return self.batch.inner[1] == self.truth
 
 
-def _digits() -> tuple[Images, None]:
+class ImageSet(NamedTuple):
+    """A data set of images of ten classes, and what suits it where a task does not say otherwise.
+
+    Attributes:
+      read: `read(times)`, images [N, pixels] with labels to train and validate on, and others to test on (None: what is
+        left of the first); each side is so many times shorter than `shape` says. Bytes stand for shares of 255.
+      shape: of an image: height, width and, of coloured ones, 3.
+      split: how many images to train on, to validate on and, where there are too many, to test on.
+      rates: step sizes of gradient descent for each model of `benchmarks.networks.classifiers`.
+      small: a set of few and small images, for which tasks have settings of their own.
+    """
+
+    read: Callable[[int], tuple[Images, Images | None]]
+    shape: tuple[int, ...]
+    split: Mapping[str, int] = {"train": 4000, "validation": 500}
+    rates: Mapping[str, float] = {"linear": 0.1, "mlp": 0.1, "cnn": 0.05, "resnet": 0.05, "resnet18": 0.05}
+    small: bool = False
+
+
+def _digits(times: int) -> tuple[Images, None]:
     images, labels = load_digits(return_X_y=True)
-    return (images / 16, labels), None
+    return (download.shrunk(images.reshape(-1, 8, 8), times).reshape(len(images), -1) / 16, labels), None
 
 
-def _idx(name: str, times: int = 1) -> tuple[Images, Images]:
+def _idx(name: str, times: int) -> tuple[Images, Images]:
     parts = (download.images(name, part) for part in ("train", "t10k"))
     train, test = (
         (download.shrunk(images, times).reshape(len(images), -1) / np.float32(255), labels) for images, labels in parts
@@ -49,22 +68,40 @@ def _idx(name: str, times: int = 1) -> tuple[Images, Images]:
     return train, test
 
 
-def _cifar10() -> tuple[Images, Images]:
+def _cifar10(times: int) -> tuple[Images, Images]:
     parts = (photos.cifar10(part) for part in ("train", "test"))
-    train, test = ((images.reshape(len(images), -1), labels) for images, labels in parts)
+    train, test = ((photos.reduced(images, times).reshape(len(images), -1), labels) for images, labels in parts)
     return train, test
 
 
-# Images [N, pixels] with labels to train and validate on, and others to test on (None: what is left of the first).
-# Bytes stand for shares of 255. -14: shrunk to 14 × 14, for quick runs.
-POOLS: dict[str, Callable[[], tuple[Images, Images | None]]] = {
-    "digits": _digits,
-    "mnist": functools.partial(_idx, "mnist"),
-    "fashion-mnist": functools.partial(_idx, "fashion-mnist"),
-    "mnist-14": functools.partial(_idx, "mnist", 2),
-    "fashion-mnist-14": functools.partial(_idx, "fashion-mnist", 2),
-    "cifar10": _cifar10,
+# All that a new set needs is a line here, and a reader of its files: every task on images takes it.
+IMAGES = {
+    "digits": ImageSet(
+        read=_digits,
+        shape=(8, 8),
+        split={"train": 1000, "validation": 300},
+        rates={"linear": 0.5, "mlp": 0.2, "cnn": 0.1, "resnet": 0.1, "resnet18": 0.05},
+        small=True,
+    ),
+    "mnist": ImageSet(functools.partial(_idx, "mnist"), (28, 28)),
+    "fashion-mnist": ImageSet(functools.partial(_idx, "fashion-mnist"), (28, 28)),
+    "cifar10": ImageSet(
+        read=_cifar10,
+        shape=(32, 32, 3),
+        split={"train": 4000, "validation": 500, "test": 2000},
+        rates={"linear": 0.01, "mlp": 0.02, "cnn": 0.05, "resnet": 0.05, "resnet18": 0.05},
+    ),
 }
+if TYPE_CHECKING:
+    ImageName = str
+else:
+    ImageName = Literal[*IMAGES]  # what the command line takes
+
+
+def check_full(name: str, full: bool) -> None:
+    """Refuses the sizes of published runs for a small set."""
+    if full and IMAGES[name].small:
+        raise ValueError(f"full is about public data sets; got it with data={name}. Drop --full, or pass --data.")
 
 
 def shares(images: np.ndarray) -> chex.Array:
@@ -72,21 +109,24 @@ def shares(images: np.ndarray) -> chex.Array:
     return jnp.asarray(images, jnp.float32) / (255 if images.dtype == np.uint8 else 1)
 
 
-def load(name: str, seed: int, train: int, validation: int, corruption: float, test: int | None = None) -> Data:
+def load(
+    name: str, seed: int, train: int, validation: int, corruption: float, test: int | None = None, times: int = 1
+) -> Data:
     """Draws training and validation parts; each training label is redrawn uniformly with probability `corruption`.
 
     Args:
-      name: a key of POOLS.
+      name: a key of IMAGES.
       seed: of all draws.
       train: number of training images.
       validation: number of validation images.
       corruption: probability with which a training label is redrawn.
       test: number of test images, drawn from those there are; by default all.
+      times: how many times each side is shortened.
 
     Returns:
       The three parts.
     """
-    (images, labels), others = POOLS[name]()
+    (images, labels), others = IMAGES[name].read(times)
     random = np.random.default_rng(seed)
     order = random.permutation(len(labels))
     redrawn = random.random(train) < corruption
@@ -101,11 +141,3 @@ def load(name: str, seed: int, train: int, validation: int, corruption: float, t
         test=(shares(test_images[tested]), jnp.asarray(test_labels[tested], jnp.int32)),
         truth=truth[:train],
     )
-
-
-def grey(data: Data) -> Data:
-    """The same with the training images in grey, for pictures of them."""
-    images, labels = data.batch.inner
-    if images.shape[1] % 3 == 0:
-        images = images.reshape(len(images), -1, 3).mean(axis=2)
-    return data._replace(batch=data.batch._replace(inner=(images, labels)))

@@ -82,6 +82,13 @@ def cifar10(part: str) -> tuple[np.ndarray, np.ndarray]:
     return images.reshape(-1, 32, 32, 3), np.repeat(np.arange(len(classes), dtype=np.uint8), CIFAR10[part])
 
 
+def reduced(images: np.ndarray, times: int) -> np.ndarray:
+    """Means over times × times pixels, rounded, of photographs, uint8 [N, side, side, 3]."""
+    if times == 1:
+        return images
+    return np.stack([np.asarray(Image.fromarray(image).reduce(times)) for image in images])
+
+
 @functools.cache
 def mini_imagenet(part: str, shrink: int) -> np.ndarray:
     """The subset of miniImageNet: 200 images of each class.

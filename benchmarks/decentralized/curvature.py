@@ -11,7 +11,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -21,7 +21,7 @@ import tyro
 from matplotlib.figure import Figure
 
 import bilevax as bx
-from benchmarks.data.images import load
+from benchmarks.data.images import ImageName, load
 from benchmarks.decentralized.choices import PARTITIONS, TOPOLOGIES, parsed
 from benchmarks.decentralized.cleaning import cross_entropy, divide
 from benchmarks.decentralized.network import mean
@@ -135,7 +135,7 @@ def reached(residual: np.ndarray) -> int | None:
 class Config:
     """Decentralized SLDBO with and without the curvature of each agent: iterations to 1e-6."""
 
-    data: Literal["digits", "mnist", "fashion-mnist"] = "digits"
+    data: ImageName = "digits"
     """Images."""
     agents: int = 8
     """Number of agents."""

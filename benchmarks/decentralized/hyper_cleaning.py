@@ -19,7 +19,7 @@ import tyro
 from sklearn.metrics import roc_auc_score
 
 import bilevax as bx
-from benchmarks.data.images import load
+from benchmarks.data.images import IMAGES, ImageName, load
 from benchmarks.decentralized.choices import PARTITIONS, Agents, changed, parsed
 from benchmarks.decentralized.cleaning import Divided, cleaning, divide
 from benchmarks.decentralized.comparison import Job, Place, compare, defaults
@@ -41,25 +41,21 @@ class Setting(NamedTuple):
     """What suits a data set.
 
     Attributes:
-      images: a key of `benchmarks.data.images.POOLS`.
+      times: how many times the sides of the images are shortened.
       train, validation: numbers of images of all agents together.
       iterations: of SLDBO.
       inner_grid: step sizes of y and v.
     """
 
-    images: str
+    times: int
     train: int
     validation: int
     iterations: int
     inner_grid: tuple[float, ...]
 
 
-MNIST_GRID, SHRUNK_GRID = (0.025, 0.05, 0.1, 0.2, 0.4), (0.1, 0.2, 0.4, 0.8, 1.6)
-SETTINGS = {
-    "digits": Setting("digits", 960, 320, 1500, (0.15, 0.3, 0.6, 1.2, 2.4)),
-    "mnist": Setting("mnist", 2000, 500, 600, MNIST_GRID),
-    "fashion-mnist": Setting("fashion-mnist", 2000, 500, 600, MNIST_GRID),
-}
+LARGE_GRID, SHRUNK_GRID = (0.025, 0.05, 0.1, 0.2, 0.4), (0.1, 0.2, 0.4, 0.8, 1.6)
+SMALL, LARGE = Setting(1, 960, 320, 1500, (0.15, 0.3, 0.6, 1.2, 2.4)), Setting(1, 2000, 500, 600, LARGE_GRID)
 QUICK_ITERATIONS, SHRUNK_ITERATIONS = 200, 140
 QUICK_TRAIN, QUICK_VALIDATION = 50, 25  # images of each agent, if they are shrunk
 COLUMNS: Columns = {
@@ -122,8 +118,8 @@ class Config:
     Agents learn one weight for each training example of all of them, part of whose labels are redrawn at random.
     """
 
-    data: Literal["digits", "mnist", "fashion-mnist"] = "digits"
-    """Images: scikit-learn's embedded digits, or a public data set, whose images quick runs shrink to 14 × 14."""
+    data: ImageName = "digits"
+    """Images: scikit-learn's embedded digits, or a public data set, whose images quick runs shrink, to 14 × 14."""
     partition: str = "dirichlet:0.1"
     """How images are divided: dirichlet:ALPHA (drawn as in NIID-Bench, until every agent has 10 images of each kind),
     dirichlet-plain:ALPHA (one draw, where an agent may be left without), classes:NUMBER, shards:NUMBER, quantity:BETA
@@ -175,11 +171,11 @@ class Config:
 
     @property
     def setting(self) -> Setting:
-        """Images, sizes, iterations and grid; quick runs shrink images to 14 × 14."""
-        setting, n = SETTINGS[self.data], self.network.agents
-        if self.common.quick and self.data != "digits":
-            train, validation = QUICK_TRAIN * n, QUICK_VALIDATION * n
-            setting = Setting(f"{self.data}-14", train, validation, SHRUNK_ITERATIONS, SHRUNK_GRID)
+        """Sizes, iterations and grid; quick runs shrink images."""
+        images, n = IMAGES[self.data], self.network.agents
+        setting = SMALL if images.small else LARGE
+        if self.common.quick and not images.small:
+            setting = Setting(2, QUICK_TRAIN * n, QUICK_VALIDATION * n, SHRUNK_ITERATIONS, SHRUNK_GRID)
         elif self.common.quick:
             setting = setting._replace(iterations=QUICK_ITERATIONS)
         return setting._replace(iterations=self.common.outer_steps or setting.iterations)
@@ -187,8 +183,9 @@ class Config:
     @functools.cache  # noqa: B019
     def load(self, seed: int) -> Divided:
         """The data of a seed, divided."""
-        sizes = {"train": self.setting.train, "validation": self.setting.validation}
-        whole = load(self.setting.images, seed, corruption=self.corruption, **sizes)
+        setting = self.setting
+        sizes = {"train": setting.train, "validation": setting.validation, "times": setting.times}
+        whole = load(self.data, seed, corruption=self.corruption, **sizes)
         return divide(whole, parsed("partition", self.partition, PARTITIONS)(self.network.agents, seed))
 
     def run(self) -> int:
@@ -216,7 +213,7 @@ class Config:
                 **{name: getattr(self, name) for name in ("data", "partition", "corruption")},
                 "train": setting.train,
                 "validation": setting.validation,
-                "images": setting.images,
+                "side": IMAGES[self.data].shape[0] // setting.times,
                 "l2": L2,
             },
             caption=CAPTION,

@@ -12,7 +12,7 @@ from scipy.sparse import csr_matrix
 
 import bilevax as bx
 from benchmarks.data import download
-from benchmarks.data.images import POOLS
+from benchmarks.data.images import IMAGES
 from benchmarks.harness.errors import DataError
 
 CLASSES = 10
@@ -45,9 +45,12 @@ class Divided(NamedTuple):
     batch: bx.Batch
 
 
-def real(name: str, seed: int, train: int, partition: Callable[..., list]) -> Divided:
-    """So many training rows and half as many validation rows of a data set, drawn by a seed; others to test on."""
-    features, labels = POOLS[name]()[0] if name in POOLS else download.libsvm(name, FEATURES[name])
+def real(name: str, seed: int, train: int, partition: Callable[..., list], times: int = 1) -> Divided:
+    """So many training rows and half as many validation rows of a data set, drawn by a seed; others to test on.
+
+    The sides of images are shortened so many times.
+    """
+    features, labels = IMAGES[name].read(times)[0] if name in IMAGES else download.libsvm(name, FEATURES[name])
     order = np.random.default_rng(seed).permutation(len(labels))
     parts = np.split(order, [train, train + train // 2])
     if not len(parts[2]):
@@ -56,7 +59,7 @@ def real(name: str, seed: int, train: int, partition: Callable[..., list]) -> Di
     def part(chosen: np.ndarray) -> Rows:
         rows = features[chosen]
         dense = rows.toarray() if isinstance(rows, csr_matrix) else rows
-        kind = np.int32 if name in POOLS else np.float32
+        kind = np.int32 if name in IMAGES else np.float32
         return Rows(dense.astype(np.float32), labels[chosen].astype(kind))
 
     inner, outer, test = part(parts[0]), part(parts[1]), part(parts[2][:MOST_TESTED])

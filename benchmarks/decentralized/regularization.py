@@ -181,8 +181,8 @@ class Config:
         rows = self.rows or (min(setting.rows, setting.quick_rows * n) if self.common.quick else setting.rows)
         if self.data == "synthetic":
             return synthetic(n, seed, SYNTHETIC_FEATURES, rows, self.heterogeneity)
-        name = "mnist-14" if self.common.quick and self.data == "mnist" else self.data
-        return real(name, seed, rows, parsed("partition", self.division, PARTITIONS)(n, seed))
+        partition = parsed("partition", self.division, PARTITIONS)(n, seed)
+        return real(self.data, seed, rows, partition, times=2 if self.common.quick else 1)
 
     def run(self) -> int:
         """Runs everything, prints the table and writes the files; returns the exit code."""

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,11 +13,11 @@ import numpy as np
 import optax
 from matplotlib.figure import Figure
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import bilevax as bx
 from benchmarks.harness.loop import Carry, compiled, drive
 from benchmarks.harness.report import Columns, Run, table
-from benchmarks.harness.session import collect
 
 QUICK_STEPS = 20
 LARGEST_CHUNK = 10
@@ -63,6 +63,10 @@ class Options:
         """From the first to the last."""
         return range(self.seed, self.seed + self.seeds)
 
+    def chosen(self, rows: Iterable[Any]) -> list[Any]:
+        """The rows that are to be compared, by their names."""
+        return [row for row in rows if row.name in self.methods]
+
     def check_methods(self, names: Sequence[str]) -> None:
         """Refuses methods that are not among the names."""
         if not self.methods or not {*self.methods} <= {*names}:
@@ -99,13 +103,34 @@ class Task(NamedTuple):
     draw: Callable[[Sequence[Run]], Figure]
 
 
+def collect(task: Task, options: Options, folder: Path, console: Console) -> list[Run]:
+    """Takes the runs as they finish and writes each to the folder; Ctrl-C drops the one that it hits."""
+    names = [f"{method}, seed {seed}" for method in task.methods for seed in options.all_seeds]
+    finished: list[Run] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    bar, steps = progress.add_task(names[0], total=len(names) * task.outer_steps), task.outer_steps
+    try:
+        with progress:
+            for run in task.runs(lambda number: progress.advance(bar, number)):
+                run.write(folder)
+                finished.append(run)
+                progress.update(bar, completed=len(finished) * steps, description=[*names, "done"][len(finished)])
+    except KeyboardInterrupt:
+        step = int(progress.tasks[0].completed) - len(finished) * steps
+        console.print(
+            f"[yellow]Interrupted in {names[len(finished)]}, after outer step {step} of {steps}; this run is dropped. "
+            f"{len(finished)} of {len(names)} runs are finished and kept.",
+            soft_wrap=True,
+        )
+    return finished
+
+
 def perform(task: Task, options: Options) -> int:
     """Runs everything, prints the table and writes the files; returns the exit code."""
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-    seeds = options.all_seeds
-    plan = [(method, seed) for method in task.methods for seed in seeds]
-    folder = options.results / task.folder
-    finished = collect(plan, task.outer_steps, task.runs, folder, console)
+    seeds, folder = options.all_seeds, options.results / task.folder
+    finished = collect(task, options, folder, console)
     if finished:
         several = f"seeds {seeds[0]} to {seeds[-1]}, mean ± standard error"
         which = several if options.seeds > 1 else f"seed {options.seed}"
@@ -121,7 +146,7 @@ def perform(task: Task, options: Options) -> int:
         path = folder / f"{task.folder}.png"
         task.draw(finished).savefig(path)
         console.print(f"Plot: {path}", markup=False, soft_wrap=True)
-    return 0 if len(finished) == len(plan) else 130
+    return 0 if len(finished) == len(task.methods) * len(seeds) else 130
 
 
 class Method(NamedTuple):

@@ -12,7 +12,7 @@ import functools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 import bilevax as bx
-from benchmarks.data.images import POOLS
+from benchmarks.data.images import IMAGES, ImageName, shares
 from benchmarks.harness.loop import Outcome
 from benchmarks.harness.report import Run
 from benchmarks.harness.style import COLOURS, STYLE
@@ -124,7 +124,7 @@ def compiled(method: bx.Algorithm, start: tuple, batch: bx.Batch, iterations: in
 class Config:
     """Times iterations: with agents that skip their derivatives, and with many agents."""
 
-    data: Literal["mnist", "fashion-mnist", "digits"] = "mnist"
+    data: ImageName = "mnist"
     """Images of the skipping agents; where a set has too few, they are repeated."""
     agents: int = 16
     """Number of skipping agents."""
@@ -172,12 +172,12 @@ class Config:
 
     def _skipping(self) -> list[Timed]:
         n, examples = self.agents, max(4, self.examples // (10 if self.quick else 1))
-        (images, labels), _ = POOLS[self.data]()
+        (images, labels), _ = IMAGES[self.data].read(1)
         order = np.random.default_rng(self.seed).permutation(len(labels))
 
         def part(size: int, first: int) -> tuple[chex.Array, chex.Array]:
             chosen = np.take(order, np.arange(first, first + n * size), mode="wrap")
-            inputs = jnp.asarray(images[chosen], jnp.float32).reshape(n, size, -1)
+            inputs = shares(images[chosen]).reshape(n, size, -1)
             return inputs, jnp.asarray(labels[chosen], jnp.int32).reshape(n, size)
 
         batch = bx.Batch(outer=part(examples // 4, n * examples), inner=part(examples, 0))

@@ -26,7 +26,7 @@ import optax
 import tyro
 
 import bilevax as bx
-from benchmarks.data.images import Data, load
+from benchmarks.data.images import IMAGES, Data, ImageName, load
 from benchmarks.harness.loop import Carry
 from benchmarks.harness.report import COSTS
 from benchmarks.harness.runner import Method, Options, Task, outer_loops, perform
@@ -35,6 +35,7 @@ from benchmarks.networks.model import Model, hits, mean_cross_entropy
 from benchmarks.tasks.condensation_figure import draw
 from benchmarks.tasks.condensation_methods import ROWS, Row, Training, no_gradient
 from benchmarks.tasks.estimators import MOMENTUM
+from benchmarks.tasks.methods import Shared, first_weights
 
 TASK = "condensation"
 CLASSES = 10
@@ -60,11 +61,8 @@ class Setting(NamedTuple):
     minibatch: int
 
 
-PUBLIC = Setting({"train": 45_000, "validation": 5000}, 10_000, 512)
-SETTINGS = {
-    "digits": Setting({"train": 1000, "validation": 200}, 1000, 256),
-    **dict.fromkeys(("mnist", "fashion-mnist", "cifar10"), PUBLIC),
-}
+SMALL = Setting({"train": 1000, "validation": 200}, 1000, 256)
+LARGE = Setting({"train": 45_000, "validation": 5000}, 10_000, 512)
 QUICK_SPLIT = {"train": 1000, "validation": 200, "test": 500}
 INNER_RATES = {"mlp": 0.1, "cnn": 0.01}
 
@@ -187,7 +185,7 @@ class Config:
     `--data mnist --network cnn --inner-steps 100 400 --directions 64 --chunk 16 --budget 7200`.
     """
 
-    data: Literal["digits", "mnist", "fashion-mnist", "cifar10"] = "digits"
+    data: ImageName = "digits"
     """Images: scikit-learn's embedded digits, or a public data set; CIFAR-10 from lossy JPEG."""
     network: Literal["mlp", "cnn"] = "mlp"
     """A network with one hidden layer of 64 units, or three normalized convolutions with 128 channels (needs flax)."""
@@ -221,8 +219,9 @@ class Config:
 
     def run(self) -> int:
         """Runs everything, prints the table and writes the files; returns the exit code."""
-        setting = SETTINGS[self.data]
-        if self.common.quick and setting is PUBLIC:
+        images = IMAGES[self.data]
+        setting = SMALL if images.small else LARGE
+        if self.common.quick and not images.small:
             setting = setting._replace(split=QUICK_SPLIT)
         steps = self.common.steps(setting.outer_steps)
         methods = self._methods(setting, steps)
@@ -241,7 +240,7 @@ class Config:
             runs=functools.partial(outer_loops, TASK, methods, read, steps, self.common),
             columns=COLUMNS,
             caption=CAPTION,
-            draw=lambda runs: draw(runs, anchors),
+            draw=lambda runs: draw(runs, anchors, images.shape),
         )
         return perform(task, self.common)
 
@@ -262,27 +261,18 @@ class Config:
         def outer_loss(x: chex.Array, y: chex.ArrayTree, batch: tuple) -> chex.Array:
             return mean_cross_entropy(model, y, batch)
 
-        def method(row: Row, start: Callable[[int, Data], chex.Array], inner: Training, rate: float) -> Method:
-            compared = f"-T{inner.steps}" * (len(lengths) > 1) + f"-{rate:g}" * (rate > 0 and len(rates) > 1)
-            return Method(
-                name=row.name + compared,
-                hypergradient=lambda: renewed(
-                    bx.hypergradient(outer_loss, row.solver(inner, **row.settings)), model, setting.minibatch
-                ),
+        def shared(start: Callable[[int, Data], chex.Array], inner: Training, rate: float) -> Shared:
+            return Shared(
+                outer_loss=outer_loss,
                 optimizer=within_range(optax.adam(optax.linear_schedule(rate, 0, outer_steps))),
-                start=lambda data: (
-                    start(self.ipc, data),
-                    model.init(jax.random.key(data.seed), data.batch.inner[0].shape[1]),
-                ),
+                start=lambda data: (start(self.ipc, data), first_weights(model, data)),
                 batch=lambda data: bx.Batch(data.batch.inner, labels(self.ipc)),
+                around=lambda hypergradient: renewed(hypergradient, model, setting.minibatch),
                 evaluate=evaluations[inner.steps],
                 configuration={
-                    **{"data": self.data, "network": self.network, "ipc": self.ipc, "estimator": row.name},
+                    **{"data": self.data, "network": self.network, "ipc": self.ipc},
                     **setting._asdict(),
-                    "settings": dict(row.settings),
-                    **{"directions": self.directions, "chunk": self.chunk},
-                    "l2": L2,
-                    "inner_steps": inner.steps,
+                    **{"directions": self.directions, "chunk": self.chunk, "l2": L2, "inner_steps": inner.steps},
                     "inner_optimizer": {
                         "sgd": {"cosine_decay_schedule": INNER_RATES[self.network], "momentum": MOMENTUM}
                     },
@@ -290,11 +280,18 @@ class Config:
                 },
             )
 
-        rows = [row for row in ROWS if row.name in self.common.methods]
+        def method(row: Row, shared: Shared, inner: Training, rate: float) -> Method:
+            compared = f"-T{inner.steps}" * (len(lengths) > 1) + f"-{rate:g}" * (rate > 0 and len(rates) > 1)
+            made = shared.method(row.name + compared, row.solver, inner, row.settings)
+            return made._replace(configuration={**made.configuration, "estimator": row.name})
+
         return [
             *(
-                method(Row(name, no_gradient, {}), start, inner, rate=0)
+                method(Row(name, no_gradient), shared(start, inner, 0.0).fixed(), inner, 0.0)
                 for inner, (name, start) in itertools.product(trainings, ANCHORS.items())
             ),
-            *(method(row, uniform, inner, rate) for row, inner, rate in itertools.product(rows, trainings, rates)),
+            *(
+                method(row, shared(uniform, inner, rate), inner, rate)
+                for row, inner, rate in itertools.product(self.common.chosen(ROWS), trainings, rates)
+            ),
         ]

@@ -29,7 +29,7 @@ def chosen(runs: Sequence[Run]) -> list[Run]:
     return [run for rates in methods.values() for run in max(rates.values(), key=accuracy)]
 
 
-def draw(runs: Sequence[Run], anchors: Sequence[str]) -> Figure:
+def draw(runs: Sequence[Run], anchors: Sequence[str], shape: Sequence[int]) -> Figure:
     """For the longest training accuracy against outer steps and the images of the first seed; all in the third."""
     best = chosen(runs)
     longest = max(run.configuration["inner_steps"] for run in best)
@@ -44,7 +44,7 @@ def draw(runs: Sequence[Run], anchors: Sequence[str]) -> Figure:
         figure.legend(*steps.get_legend_handles_labels(), loc="outside upper center", ncols=5)
         points(memory, [run for run in best if run.method not in anchors])
         bottom.suptitle(f"Learnt images, one of each class, seed {shown[0].seed}")
-        gallery(bottom, pictured)
+        gallery(bottom, pictured, shape)
     return figure
 
 
@@ -67,18 +67,12 @@ def points(axes: Axes, runs: Sequence[Run]) -> None:
     )
 
 
-def gallery(figure: SubFigure, runs: Sequence[Run]) -> None:
+def gallery(figure: SubFigure, runs: Sequence[Run], shape: Sequence[int]) -> None:
     """A line of images for each run, the first one of each class."""
     for line, run in zip(figure.subplots(len(runs), CLASSES, squeeze=False), runs, strict=True):
         x = np.asarray(run.outcome.x)
         for axes, image in zip(line, x[:: len(x) // CLASSES], strict=True):
-            axes.imshow(picture(image), cmap="gray_r", vmin=0, vmax=1)
+            axes.imshow(image.reshape(shape), cmap="gray_r", vmin=0, vmax=1)
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
         line[0].set_ylabel(run.configuration["estimator"], rotation=0, ha="right", va="center", fontsize="small")
-
-
-def picture(pixels: np.ndarray) -> np.ndarray:
-    """A row of pixels as a square, with three channels where their number is no square itself."""
-    side = np.sqrt(len(pixels))
-    return pixels.reshape(int(side), -1) if side == int(side) else pixels.reshape(int(np.sqrt(len(pixels) // 3)), -1, 3)

@@ -114,7 +114,4 @@ ESTIMATORS = (
     Estimator("reverse", reverse, lambda inner: {"steps": inner.steps}),
 )
 
-
-def named(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings with the names of functions in their place, for the JSON files."""
-    return {key: getattr(value, "__name__", value) for key, value in settings.items()}
+PLAIN = Estimator("", no_gradient, lambda inner: {"steps": inner.steps})  # plain training

@@ -21,15 +21,16 @@ import tyro
 from sklearn.metrics import roc_auc_score
 
 import bilevax as bx
-from benchmarks.data.images import Data, grey, load
+from benchmarks.data.images import IMAGES, Data, ImageName, check_full, load
 from benchmarks.harness.loop import Carry
 from benchmarks.harness.report import COSTS
 from benchmarks.harness.runner import Method, Options, Task, outer_loops, perform
 from benchmarks.networks.classifiers import classifier
 from benchmarks.networks.dense import MODELS
 from benchmarks.networks.model import Model, accuracy, mean_cross_entropy
-from benchmarks.tasks.estimators import ESTIMATORS, MOMENTUM, Inner, named, no_gradient
+from benchmarks.tasks.estimators import ESTIMATORS, MOMENTUM, Inner, no_gradient
 from benchmarks.tasks.hyper_cleaning_figure import draw
+from benchmarks.tasks.methods import Shared, first_weights
 
 TASK = "hyper_cleaning"
 L2 = 1e-3
@@ -38,32 +39,14 @@ CORRUPTION = 0.5
 
 
 class Setting(NamedTuple):
-    """What suits a data set.
+    """What suits a data set: outer steps of each run, and inner steps in each of them."""
 
-    Attributes:
-      split: sizes of its parts.
-      outer_steps: of each run.
-      inner_steps: in each of them.
-      learning_rates: of the inner steps, for each model.
-      minibatch: images of an inner step of the convolutional models; the others take all images.
-    """
-
-    split: Mapping[str, int]
     outer_steps: int
     inner_steps: int
-    learning_rates: Mapping[str, float]
-    minibatch: int = 200
 
 
-DIGITS = {"train": 1000, "validation": 300}
-PUBLIC = {"train": 4000, "validation": 500}
-RATES = {"linear": 0.1, "mlp": 0.1, "cnn": 0.05, "resnet": 0.05, "resnet18": 0.05}
-SETTINGS = {
-    "digits": Setting(DIGITS, 300, 20, {"linear": 0.5, "mlp": 0.2, "cnn": 0.1, "resnet": 0.1, "resnet18": 0.05}),
-    "mnist": Setting(PUBLIC, 40, 10, RATES),
-    "fashion-mnist": Setting(PUBLIC, 40, 10, RATES),
-    "cifar10": Setting({**PUBLIC, "test": 2000}, 40, 10, {**RATES, "linear": 0.01, "mlp": 0.02}),
-}
+SMALL, LARGE = Setting(300, 20), Setting(40, 10)
+MINIBATCH = 200  # images of an inner step of the convolutional models; the others take all images
 MINIBATCH_STEPS = 10  # inner steps of the models that take minibatches
 # Their quick runs: outer steps, and methods unless some are named; each takes long to compile.
 QUICK_STEPS, QUICK_METHODS = 10, ("identity", "kfac")
@@ -156,29 +139,20 @@ def numbered(batch: bx.Batch) -> bx.Batch:
 
 def method(row: Row, model: Model, inner: Inner, configuration: Mapping[str, Any]) -> Method:
     """The row on one problem."""
-    settings = row.settings(inner)
-
-    def start(data: Data) -> tuple[chex.Array, chex.ArrayTree]:
-        pixels = data.batch.inner[0].shape[1]
-        return row.weights(data), model.init(jax.random.key(data.seed), pixels)
-
-    return Method(
-        name=row.name,
-        hypergradient=lambda: bx.hypergradient(functools.partial(outer_loss, model), row.solver(inner, **settings)),
-        optimizer=optax.adam(**OUTER) if row.learns else optax.set_to_zero(),
-        start=start,
+    shared = Shared(
+        outer_loss=functools.partial(outer_loss, model),
+        optimizer=optax.adam(**OUTER),
+        start=lambda data: (row.weights(data), first_weights(model, data)),
         batch=lambda data: numbered(row.batch(data)),
         evaluate=functools.partial(evaluate, model, row.learns),
         configuration={
             **configuration,
-            "settings": named(settings),
-            "l2": L2,
-            "inner_steps": inner.steps,
-            "minibatch": inner.minibatch,
+            **{"l2": L2, "inner_steps": inner.steps, "minibatch": inner.minibatch},
             "inner_optimizer": {"sgd": {"learning_rate": inner.learning_rate, "momentum": MOMENTUM}},
-            "outer_optimizer": {"adam": OUTER} if row.learns else None,
+            "outer_optimizer": {"adam": OUTER},
         },
     )
+    return (shared if row.learns else shared.fixed()).method(row.name, row.solver, inner, row.settings(inner))
 
 
 DEFAULTS = Options(tuple(row.name for row in METHODS))
@@ -192,7 +166,7 @@ class Config:
     For one GPU: `--full --budget 3600`, also with `--model resnet18`.
     """
 
-    data: Literal["digits", "mnist", "fashion-mnist", "cifar10"] = "digits"
+    data: ImageName = "digits"
     """Images: scikit-learn's embedded digits, or a public data set; CIFAR-10 from lossy JPEG."""
     model: Literal["linear", "mlp", "cnn", "resnet", "resnet18"] = "linear"
     """Softmax regression, a network with one hidden layer of 32 units, a small convolutional one, or residual ones with
@@ -212,17 +186,16 @@ class Config:
                 f"corruption must be a probability, 0 < corruption < 1, for weights that tell true labels from false "
                 f"ones; got {self.corruption:g}. Pass, say, --corruption 0.4."
             )
-        if self.full and self.data == "digits":
-            raise ValueError("full is about public data sets; got it with data=digits. Drop --full, or pass --data.")
+        check_full(self.data, self.full)
 
     def run(self) -> int:
         """Runs everything, prints the table and writes the files; returns the exit code."""
-        setting, model = SETTINGS[self.data], classifier(self.model)
-        split = FULL if self.full else setting.split
-        minibatch = None if self.model in MODELS and not self.full else setting.minibatch
-        rate = setting.learning_rates[self.model]
+        images, model = IMAGES[self.data], classifier(self.model)
+        setting = SMALL if images.small else LARGE
+        split = FULL if self.full else images.split
+        minibatch = None if self.model in MODELS and not self.full else MINIBATCH
         inner_steps = MINIBATCH_STEPS if minibatch else setting.inner_steps
-        inner = Inner(inner_loss(model), model.curvature, rate, inner_steps, minibatch)
+        inner = Inner(inner_loss(model), model.curvature, images.rates[self.model], inner_steps, minibatch)
         steps = self.common.steps(FULL_STEPS if self.full else setting.outer_steps)
         steps = min(steps, QUICK_STEPS) if self.common.quick and minibatch else steps
         short = self.common.quick and minibatch and self.common.methods == DEFAULTS.methods
@@ -244,7 +217,7 @@ class Config:
             runs=functools.partial(outer_loops, TASK, methods, read, steps, self.common),
             columns=COLUMNS,
             caption=CAPTION + (GAUSS_NEWTON if model.curvature is bx.curvature.gauss_newton else ""),
-            draw=lambda runs: draw(runs, anchors, lambda seed: grey(read(seed))),
+            draw=lambda runs: draw(runs, anchors, read, images.shape),
         )
         return perform(task, self.common)
 

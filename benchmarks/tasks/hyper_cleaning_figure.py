@@ -11,17 +11,18 @@ from benchmarks.data.images import Data
 from benchmarks.harness.report import Run
 from benchmarks.harness.style import COLOURS, STYLE, curves, histogram
 
-IMAGES = (3, 7)
+PICTURES = (3, 7)
 IN_SAMPLE = "validation"  # the anchor whose validation loss is its training loss
 
 
-def draw(runs: Sequence[Run], anchors: Sequence[str], load: Callable[[int], Data]) -> Figure:
+def draw(runs: Sequence[Run], anchors: Sequence[str], load: Callable[[int], Data], shape: Sequence[int]) -> Figure:
     """Loss and accuracy against time, the learnt weights, and the images with the lowest ones.
 
     Args:
       runs: those that finished, one of a method with a finite outer loss among them.
       anchors: names of those drawn as dashed lines, at their last value.
       load: seed -> data.
+      shape: of an image.
 
     Returns:
       A figure, ready for `savefig`.
@@ -45,15 +46,14 @@ def draw(runs: Sequence[Run], anchors: Sequence[str], load: Callable[[int], Data
         left.suptitle(f"Learnt weights ({best.method}, seed {best.seed})")
         histogram(left.subplots(), np.asarray(best.outcome.x), np.asarray(data.clean))
         right.suptitle("Lowest weights: given label → true label")
-        gallery(right, np.asarray(best.outcome.x), data)
+        gallery(right, np.asarray(best.outcome.x), data, shape)
     return figure
 
 
-def gallery(figure: SubFigure, x: np.ndarray, data: Data) -> None:
+def gallery(figure: SubFigure, x: np.ndarray, data: Data, shape: Sequence[int]) -> None:
     """The images with the lowest weights, each with its given and its true label."""
     images, given = (np.asarray(part) for part in data.batch.inner)
-    side = int(np.sqrt(images.shape[1]))
-    for axes, index in zip(figure.subplots(*IMAGES).flat, np.argsort(x), strict=False):
-        axes.imshow(images[index].reshape(side, side), cmap="gray_r")
+    for axes, index in zip(figure.subplots(*PICTURES).flat, np.argsort(x), strict=False):
+        axes.imshow(images[index].reshape(shape), cmap="gray_r")
         axes.set_title(f"{given[index]} → {data.truth[index]}", color="black" if data.clean[index] else COLOURS[4])
         axes.axis("off")

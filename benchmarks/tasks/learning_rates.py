@@ -38,6 +38,7 @@ from benchmarks.harness.style import ANCHOR_COLOURS, STYLE, curves
 from benchmarks.networks.dense import MODELS
 from benchmarks.networks.model import hits, mean_cross_entropy
 from benchmarks.tasks.condensation_methods import Row
+from benchmarks.tasks.methods import Shared, first_weights
 
 TASK = "learning-rates"
 SPLIT = {"train": 1000, "validation": 400}
@@ -295,28 +296,27 @@ class Config:
             losses = [measured(jnp.asarray(x), data)["validation_loss"].item() for x in tried]
             return jnp.asarray(tried[np.nanargmin(losses)])
 
-        def method(row: Row, first: Callable[[Data], chex.Array], optimizer: optax.GradientTransformation) -> Method:
-            return Method(
-                name=row.name,
-                hypergradient=lambda: renewed(
-                    bx.hypergradient(outer_loss, row.solver(training(schedule), **row.settings))
-                ),
-                optimizer=optimizer,
-                start=lambda data: (first(data), MODEL.init(jax.random.key(data.seed), data.test[0].shape[1])),
-                batch=lambda data: data.batch,
-                evaluate=lambda data, carry: {name: value.item() for name, value in measured(carry.x, data).items()},
-                configuration={
-                    **{"schedule": self.schedule, **SPLIT, "settings": dict(row.settings), "l2": L2},
-                    **{"inner_steps": STEPS, "minibatch": MINIBATCH, "first_rate": FIRST_RATE},
-                    "outer_optimizer": {"adam": {"linear_schedule": OUTER_RATE}, "clip_by_global_norm": CLIP},
-                },
-            )
+        def start(x: Callable[[Data], chex.Array]) -> Callable[[Data], tuple[chex.Array, chex.ArrayTree]]:
+            return lambda data: (x(data), first_weights(MODEL, data))
 
+        inner, first = training(schedule), jnp.asarray(schedule.start)
         adam = optax.chain(optax.clip_by_global_norm(CLIP), optax.adam(optax.linear_schedule(OUTER_RATE, 0, steps)))
-        anchors = [
-            method(Row(name, no_gradient), functools.partial(best, tried), optax.set_to_zero())
-            for name, tried in schedule.tried.items()
+        shared = Shared(
+            outer_loss=outer_loss,
+            optimizer=adam,
+            start=start(lambda data: first),
+            evaluate=lambda data, carry: {name: value.item() for name, value in measured(carry.x, data).items()},
+            around=renewed,
+            configuration={
+                **{"schedule": self.schedule, **SPLIT, "l2": L2},
+                **{"inner_steps": STEPS, "minibatch": MINIBATCH, "first_rate": FIRST_RATE},
+                "outer_optimizer": {"adam": {"linear_schedule": OUTER_RATE}, "clip_by_global_norm": CLIP},
+            },
+        )
+        anchors = {
+            name: shared.fixed(start=start(functools.partial(best, tried))) for name, tried in schedule.tried.items()
+        }
+        return [
+            *(anchor.method(name, no_gradient, inner, {}) for name, anchor in anchors.items()),
+            *(shared.method(row.name, row.solver, inner, row.settings) for row in self.common.chosen(self._fitting())),
         ]
-        rows = [row for row in self._fitting() if row.name in self.common.methods]
-        start = jnp.asarray(schedule.start)
-        return [*anchors, *(method(row, lambda data: start, adam) for row in rows)]

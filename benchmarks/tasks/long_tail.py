@@ -12,7 +12,7 @@ Reference: Shu et al., "Meta-Weight-Net", arXiv 1902.07379, sections 2 and 4.1.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import chex
@@ -25,7 +25,7 @@ import tyro
 from matplotlib.figure import Figure
 
 import bilevax as bx
-from benchmarks.data.images import POOLS, shares
+from benchmarks.data.images import IMAGES, ImageName, check_full, shares
 from benchmarks.harness.loop import Carry
 from benchmarks.harness.report import COSTS, Run
 from benchmarks.harness.runner import Method, Options, Task, outer_loops, perform
@@ -33,7 +33,8 @@ from benchmarks.harness.style import COLOURS, STYLE, curves
 from benchmarks.networks.classifiers import classifier
 from benchmarks.networks.dense import MODELS, affine, layer, random_layers
 from benchmarks.networks.model import Model, hits, mean_cross_entropy
-from benchmarks.tasks.estimators import ESTIMATORS, MOMENTUM, Estimator, Inner, named, no_gradient
+from benchmarks.tasks.estimators import ESTIMATORS, MOMENTUM, PLAIN, Inner
+from benchmarks.tasks.methods import Shared
 
 TASK = "long_tail"
 OUTER_RATE = 0.1  # the first step size of Adam, which decays to zero along a cosine over the outer steps
@@ -51,7 +52,6 @@ class Setting(NamedTuple):
       outer_steps: of each run.
       inner_steps: in each of them.
       l2: weight decay.
-      learning_rates: of the inner steps, for each model.
     """
 
     largest: int
@@ -61,15 +61,10 @@ class Setting(NamedTuple):
     outer_steps: int
     inner_steps: int
     l2: float
-    learning_rates: Mapping[str, float]
 
 
-CONVOLUTIONAL = {"cnn": 0.05, "resnet": 0.05, "resnet18": 0.05}
-SETTINGS = {
-    "digits": Setting(120, 3, 5, None, 300, 10, 1e-2, {"linear": 0.5, "mlp": 0.2, **CONVOLUTIONAL}),
-    "fashion-mnist": Setting(1000, 10, 10, 2000, 60, 10, 1e-3, {"linear": 0.1, "mlp": 0.1, **CONVOLUTIONAL}),
-    "cifar10": Setting(1000, 10, 10, 2000, 60, 10, 1e-3, {"linear": 0.01, "mlp": 0.02, **CONVOLUTIONAL}),
-}
+SMALL, LARGE = Setting(120, 3, 5, None, 300, 10, 1e-2), Setting(1000, 10, 10, 2000, 60, 10, 1e-3)
+CONVOLUTIONAL_RATE = 0.05  # of the inner steps of the convolutional models; the others have that of the data set
 MINIBATCH = 200  # images of an inner step of the convolutional models; the others take all
 # For a GPU: an imbalance of 100.
 FULL: dict[str, Any] = {"largest": 4900, "smallest": 49, "test": None, "outer_steps": 2000}
@@ -107,7 +102,7 @@ class Data(NamedTuple):
 
 def load(name: str, setting: Setting, seed: int) -> Data:
     """Draws a balanced validation set and training images whose numbers fall geometrically from class to class."""
-    (images, labels), others = POOLS[name]()
+    (images, labels), others = IMAGES[name].read(1)
     random = np.random.default_rng(seed)
     counts = np.geomspace(setting.largest, setting.smallest, CLASSES).round().astype(int)
     parts = []
@@ -190,7 +185,6 @@ ANCHORS: dict[str, Callable[[Data], bx.Batch]] = {
     "validation": lambda data: bx.Batch(data.batch.outer, (*data.batch.outer, jnp.ones(len(data.batch.outer[1])))),
 }
 METHODS = ESTIMATORS
-PLAIN = Estimator("", no_gradient, lambda inner: {"steps": inner.steps})
 
 
 def draw(runs: Sequence[Run], read: Callable[[int], Data]) -> Figure:
@@ -227,7 +221,7 @@ class Config:
     --model resnet18 --full --budget 3600`.
     """
 
-    data: Literal["digits", "fashion-mnist", "cifar10"] = "digits"
+    data: ImageName = "digits"
     """Images: scikit-learn's embedded digits, or a public data set; CIFAR-10 from lossy JPEG."""
     model: Literal["linear", "mlp", "cnn", "resnet", "resnet18"] = "mlp"
     """Softmax regression, a network with one hidden layer of 64 units, or convolutional ones with minibatches."""
@@ -239,12 +233,11 @@ class Config:
     def __post_init__(self) -> None:
         """Refuses what cannot be run."""
         self.common.check_methods([row.name for row in METHODS])
-        if self.full and self.data == "digits":
-            raise ValueError("full is about public data sets; got it with data=digits. Drop --full, or pass --data.")
+        check_full(self.data, self.full)
 
     def run(self) -> int:
         """Runs everything, prints the table and writes the files; returns the exit code."""
-        setting = SETTINGS[self.data]._replace(**(FULL if self.full else {}))
+        setting = (SMALL if IMAGES[self.data].small else LARGE)._replace(**(FULL if self.full else {}))
         steps = self.common.steps(setting.outer_steps)
         methods = self._methods(setting, steps)
         read = functools.partial(load, self.data, setting)
@@ -265,41 +258,36 @@ class Config:
         model = classifier(self.model)
         if self.model == "mlp":
             model = model._replace(init=functools.partial(random_layers, HIDDEN["mlp"]))
-        rate = setting.learning_rates[self.model]
+        rate = IMAGES[self.data].rates[self.model] if self.model in MODELS else CONVOLUTIONAL_RATE
         minibatch = None if self.model in MODELS and not self.full else MINIBATCH
         weighted = Inner(inner_loss(model, setting.l2, learnt), model.curvature, rate, setting.inner_steps, minibatch)
         fixed = weighted._replace(loss=inner_loss(model, setting.l2, lambda x, weights: weights))
 
-        adam = optax.adam(optax.cosine_decay_schedule(OUTER_RATE, steps))
-
         def outer_loss(x: chex.ArrayTree, y: chex.ArrayTree, batch: tuple) -> chex.Array:
             return mean_cross_entropy(model, y, batch)
-
-        def hypergradient(row: Estimator) -> bx.Hypergradient:
-            if row is PLAIN:
-                return bx.hypergradient(outer_loss, row.solver(fixed, **row.settings(fixed)))
-            return with_losses(bx.hypergradient(outer_loss, row.solver(weighted, **row.settings(weighted))), model)
 
         def start(data: Data) -> tuple[chex.ArrayTree, chex.ArrayTree]:
             x_key, y_key = jax.random.split(jax.random.key(data.seed))
             return weight_network(x_key), model.init(y_key, data.batch.inner[0].shape[1])
 
-        def method(name: str, row: Estimator) -> Method:
-            return Method(
-                name=name,
-                hypergradient=lambda: hypergradient(row),
-                optimizer=optax.set_to_zero() if row is PLAIN else adam,
-                start=start,
-                batch=ANCHORS.get(name, lambda data: data.batch),
-                evaluate=functools.partial(evaluate, model),
-                configuration={
-                    **{"data": self.data, "model": self.model, "hidden": HIDDEN, "minibatch": minibatch},
-                    **setting._asdict(),
-                    "settings": named(row.settings(weighted)),
-                    "inner_optimizer": {"sgd": {"learning_rate": rate, "momentum": MOMENTUM}},
-                    "outer_optimizer": None if row is PLAIN else {"adam": {"cosine_decay_schedule": OUTER_RATE}},
-                },
-            )
-
-        rows = [row for row in METHODS if row.name in self.common.methods]
-        return [*(method(name, PLAIN) for name in ANCHORS), *(method(row.name, row) for row in rows)]
+        shared = Shared(
+            outer_loss=outer_loss,
+            optimizer=optax.adam(optax.cosine_decay_schedule(OUTER_RATE, steps)),
+            start=start,
+            evaluate=functools.partial(evaluate, model),
+            configuration={
+                **{"data": self.data, "model": self.model, "hidden": HIDDEN, "minibatch": minibatch},
+                **setting._asdict(),
+                "inner_optimizer": {"sgd": {"learning_rate": rate, "momentum": MOMENTUM}},
+                "outer_optimizer": {"adam": {"cosine_decay_schedule": OUTER_RATE}},
+            },
+        )
+        learning = shared._replace(around=lambda hypergradient: with_losses(hypergradient, model))
+        anchors = {name: shared.fixed(batch=batch) for name, batch in ANCHORS.items()}
+        return [
+            *(one.method(name, PLAIN.solver, fixed, PLAIN.settings(fixed)) for name, one in anchors.items()),
+            *(
+                learning.method(row.name, row.solver, weighted, row.settings(weighted))
+                for row in self.common.chosen(METHODS)
+            ),
+        ]

@@ -26,14 +26,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 
 import bilevax as bx
-from benchmarks.data.images import Data, load
+from benchmarks.data.images import IMAGES, Data, ImageName, check_full, load
 from benchmarks.harness.loop import Carry
 from benchmarks.harness.report import COSTS, Run, mean_and_error
 from benchmarks.harness.runner import Method, Options, Task, outer_loops, perform
 from benchmarks.harness.style import COLOURS, STYLE, curves
 from benchmarks.networks.dense import MODELS
 from benchmarks.networks.model import Model, hits, mean_cross_entropy
-from benchmarks.tasks.estimators import ESTIMATORS, MOMENTUM, Estimator, Inner, named, no_gradient
+from benchmarks.tasks.estimators import ESTIMATORS, MOMENTUM, PLAIN, Inner
+from benchmarks.tasks.methods import Shared, first_weights
 
 TASK = "poisoning"
 L2 = 1e-3
@@ -50,7 +51,6 @@ class Setting(NamedTuple):
       outer_steps: of each run.
       inner_steps: in each of them.
       anew: steps of the training that is measured.
-      learning_rates: of the inner steps, for each model.
     """
 
     split: Mapping[str, int]
@@ -58,15 +58,12 @@ class Setting(NamedTuple):
     outer_steps: int
     inner_steps: int
     anew: int
-    learning_rates: Mapping[str, float]
 
 
-SETTINGS = {
-    "digits": Setting({"train": 500, "validation": 300}, 25, 150, 20, 400, {"linear": 0.5, "mlp": 0.2}),
-    "mnist": Setting({"train": 2000, "validation": 1000}, 100, 60, 10, 200, {"linear": 0.1, "mlp": 0.1}),
-}
+SMALL = Setting({"train": 500, "validation": 300}, 25, 150, 20, 400)
+LARGE = Setting({"train": 2000, "validation": 1000}, 100, 60, 10, 200)
 # For a GPU.
-FULL = Setting({"train": 20_000, "validation": 5000}, 600, 500, 20, 1000, {"linear": 0.1, "mlp": 0.1})
+FULL = Setting({"train": 20_000, "validation": 5000}, 600, 500, 20, 1000)
 
 COLUMNS = {
     "validation_error": ("valid.\nerror", "{:.3f}".format),
@@ -145,7 +142,6 @@ def evaluation(model: Model, inner: Inner, anew: int) -> Callable[[Data, Carry],
 
 ANCHORS = ("none", "random")
 METHODS = ESTIMATORS
-PLAIN = Estimator("", no_gradient, lambda inner: {"steps": inner.steps})
 
 
 def at_equal_time(runs: Sequence[Run], metric: str) -> tuple[float, dict[str, list[float]]]:
@@ -170,7 +166,7 @@ def bars(axes: Axes, runs: Sequence[Run], metric: str) -> None:
     axes.invert_yaxis()
 
 
-def draw(runs: Sequence[Run], read: Callable[[int], Data]) -> Figure:
+def draw(runs: Sequence[Run], read: Callable[[int], Data], shape: Sequence[int]) -> Figure:
     """Loss and error against time, error after equal time, and altered images of the strongest run."""
     learnt = [run for run in runs if run.method not in ANCHORS and run.finite]
     best = max(learnt, key=lambda run: (-run.seed, run.outcome.metrics["anew_loss"]))
@@ -184,16 +180,15 @@ def draw(runs: Sequence[Run], read: Callable[[int], Data]) -> Figure:
         figure.legend(*error.get_legend_handles_labels(), loc="outside upper center", ncols=8)
         bars(equal, learnt, "test_error")
         bottom.suptitle(f"Images before and after ({best.method}, seed {best.seed})")
-        gallery(bottom, np.asarray(best.outcome.x), read(best.seed))
+        gallery(bottom, np.asarray(best.outcome.x), read(best.seed), shape)
     return figure
 
 
-def gallery(figure: SubFigure, x: np.ndarray, data: Data) -> None:
+def gallery(figure: SubFigure, x: np.ndarray, data: Data, shape: Sequence[int]) -> None:
     """The first altered images below the true ones, with their label."""
-    side = int(np.sqrt(x.shape[1]))
     for line, images in zip(figure.subplots(2, PICTURES), (data.batch.inner[0], x), strict=True):
         for axes, image, label in zip(line, images, data.truth, strict=False):
-            axes.imshow(np.asarray(image).reshape(side, side), cmap="gray_r", vmin=0, vmax=1)
+            axes.imshow(np.asarray(image).reshape(shape), cmap="gray_r", vmin=0, vmax=1)
             axes.set_title(f"{label}", fontsize="small")
             axes.axis("off")
 
@@ -208,14 +203,14 @@ class Config:
     The anchors (no image altered, and random changes) always run. For one GPU: `--data mnist --full --budget 3600`.
     """
 
-    data: Literal["digits", "mnist"] = "digits"
-    """Images: scikit-learn's embedded digits, or MNIST."""
+    data: ImageName = "digits"
+    """Images: scikit-learn's embedded digits, or a public data set."""
     model: Literal["linear", "mlp"] = "linear"
     """Softmax regression, or a network with one hidden layer of 32 units."""
     radius: float = 0.5
     """How far a pixel may move; pixels lie in [0, 1]."""
     full: bool = False
-    """MNIST with 20,000 training images, for a GPU."""
+    """20,000 training images of a public data set, for a GPU."""
     common: tyro.conf.OmitArgPrefixes[Options] = DEFAULTS
     """Options of every task."""
 
@@ -224,17 +219,17 @@ class Config:
         self.common.check_methods([row.name for row in METHODS])
         if not 0 < self.radius <= 1:
             raise ValueError(f"radius must lie in (0, 1]; got {self.radius:g}. Pass, say, --radius 0.5.")
-        if self.full and self.data == "digits":
-            raise ValueError("full is about MNIST; got it with data=digits. Drop --full, or pass --data mnist.")
+        check_full(self.data, self.full)
 
     def run(self) -> int:
         """Runs everything, prints the table and writes the files; returns the exit code."""
-        setting = FULL if self.full else SETTINGS[self.data]
+        images = IMAGES[self.data]
+        setting = FULL if self.full else SMALL if images.small else LARGE
         steps = self.common.steps(setting.outer_steps)
         methods = self._methods(setting)
 
         def read(seed: int) -> Data:
-            return load(self.data, seed, corruption=0, **setting.split)
+            return load(self.data, seed, corruption=0, **{**images.split, **setting.split})
 
         task = Task(
             title=f"Poisoning of {self.data}, {self.model} model, "
@@ -246,45 +241,37 @@ class Config:
             runs=functools.partial(outer_loops, TASK, methods, read, steps, self.common),
             columns=COLUMNS,
             caption=CAPTION,
-            draw=lambda runs: draw(runs, read),
+            draw=lambda runs: draw(runs, read, images.shape),
         )
         return perform(task, self.common)
 
     def _methods(self, setting: Setting) -> list[Method]:
         model, poisons = MODELS[self.model], setting.poisons
-        inner = Inner(inner_loss(model), model.curvature, setting.learning_rates[self.model], setting.inner_steps)
-        evaluate = evaluation(model, inner, setting.anew)
+        inner = Inner(inner_loss(model), model.curvature, IMAGES[self.data].rates[self.model], setting.inner_steps)
         first = functools.partial(true_images, poisons)
-        starts = {"none": first, "random": functools.partial(scattered, poisons, self.radius)}
 
         def outer_loss(x: chex.Array, y: chex.ArrayTree, batch: tuple) -> chex.Array:
             return -mean_cross_entropy(model, y, batch)
 
-        def method(name: str, row: Estimator, optimizer: optax.GradientTransformation) -> Method:
-            settings = row.settings(inner)
-            return Method(
-                name=name,
-                hypergradient=lambda: bx.hypergradient(outer_loss, row.solver(inner, **settings)),
-                optimizer=optimizer,
-                start=lambda data: (
-                    starts.get(name, first)(data),
-                    model.init(jax.random.key(data.seed), data.batch.inner[0].shape[1]),
-                ),
-                batch=lambda data: data.batch,
-                evaluate=evaluate,
-                configuration={
-                    **{"data": self.data, "model": self.model, "radius": self.radius, "poisons": poisons},
-                    **setting.split,
-                    "settings": named(settings),
-                    "l2": L2,
-                    "inner_steps": inner.steps,
-                    "anew": setting.anew,
-                    "inner_optimizer": {"sgd": {"learning_rate": inner.learning_rate, "momentum": MOMENTUM}},
-                    "outer_optimizer": {"adam": OUTER} if row is not PLAIN else None,
-                },
-            )
+        def start(x: Callable[[Data], chex.Array]) -> Callable[[Data], tuple[chex.Array, chex.ArrayTree]]:
+            return lambda data: (x(data), first_weights(model, data))
 
-        attack = within(optax.adam(**OUTER), self.radius)
-        rows = [row for row in METHODS if row.name in self.common.methods]
-        still = [method(name, PLAIN, optax.set_to_zero()) for name in ANCHORS]
-        return [*still, *(method(row.name, row, attack) for row in rows)]
+        attack = Shared(
+            outer_loss=outer_loss,
+            optimizer=within(optax.adam(**OUTER), self.radius),
+            start=start(first),
+            evaluate=evaluation(model, inner, setting.anew),
+            configuration={
+                **{"data": self.data, "model": self.model, "radius": self.radius, "poisons": poisons},
+                **setting.split,
+                **{"l2": L2, "inner_steps": inner.steps, "anew": setting.anew},
+                "inner_optimizer": {"sgd": {"learning_rate": inner.learning_rate, "momentum": MOMENTUM}},
+                "outer_optimizer": {"adam": OUTER},
+            },
+        )
+        starts = {"none": first, "random": functools.partial(scattered, poisons, self.radius)}
+        still = {name: attack.fixed(start=start(starts[name])) for name in ANCHORS}
+        return [
+            *(shared.method(name, PLAIN.solver, inner, PLAIN.settings(inner)) for name, shared in still.items()),
+            *(attack.method(row.name, row.solver, inner, row.settings(inner)) for row in self.common.chosen(METHODS)),
+        ]
