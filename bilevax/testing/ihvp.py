@@ -1,0 +1,329 @@
+"""What every inverse-Hessian-vector product keeps, whatever it computes."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bilevax import checks
+from bilevax.problem import IHVP, Batch, IHVPInfo, Loss, inner_gradient
+from bilevax.sampling import Sample, full
+from bilevax.testing import ground, points
+from bilevax.testing.contract import contract, hold_all
+from bilevax.testing.structure import as_model
+from bilevax.testing.trees import close, differ, finite, form, same_form, scalars, truth
+
+KEY = 0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class IHVPSubject:
+    """An inverse-Hessian-vector product on trial, and the programs that its contracts share.
+
+    Attributes:
+      ihvp: an `IHVP`, or a constructor `ihvp(number, sample) -> IHVP` of its one number (a step size, a scale, a
+        damping) and its sampler.
+      number: with a constructor, the number with which it inverts H = 2 I.
+      biased: it does not even invert H = 2 I.
+      cold: it does not start from v0.
+      half: it has enough digits left in bfloat16.
+      counted: `info` counts products with the Hessian of the loss; False where it multiplies by another matrix.
+      structured: it needs a `ModelLoss`.
+
+    Example:
+        >>> import bilevax as bx
+        >>> from bilevax import testing
+        >>> testing.IHVPSubject(bx.ihvp.identity(0.5), cold=True).cold
+        True
+    """
+
+    ihvp: IHVP | Callable[[Any, Sample], IHVP]
+    number: float | None = None
+    biased: bool = False
+    cold: bool = False
+    half: bool = True
+    counted: bool = True
+    structured: bool = False
+
+    @property
+    def constructed(self) -> bool:
+        """Whether it is made of a number and a sampler."""
+        return not isinstance(self.ihvp, IHVP)
+
+    def make(self, number: chex.Numeric | None = None, sample: Sample = full) -> IHVP:
+        """The IHVP with this number, or with the one of the subject."""
+        if isinstance(self.ihvp, IHVP):
+            return self.ihvp
+        made = self.ihvp(self.number if number is None else number, sample)
+        checks.instance("ihvp(number, sample)", made, IHVP, "Return IHVP(init, prepare, linear).")
+        return made
+
+    def apply(self, ihvp: IHVP, loss: Loss, key: Any, state: Any, point: tuple, *b_and_v0: Any) -> tuple:
+        """`(v, info, state)` of one `prepare` and one `apply`."""
+        given = as_model(loss, *point[:2]) if self.structured else loss
+        apply, state = ihvp.prepare(key, state, given, point)
+        return *apply(*b_and_v0), state
+
+    @functools.cached_property
+    def start(self) -> Any:
+        """The first state on the proving ground."""
+        x, y = ground.make_point()
+        loss, data = ground.PROBLEM.inner_loss, ground.make_batch().inner
+        return self.make().init(x, y, data, as_model(loss, x, y) if self.structured else loss)
+
+    def _compiled(self, *v0: Any) -> jax.stages.Compiled:
+        loss = ground.PROBLEM.inner_loss
+
+        def solve(number: Any, key: Any, state: Any, point: tuple, *b_and_v0: Any) -> tuple:
+            solved = self.apply(self.make(number), loss, key, state, point, *b_and_v0)
+            return solved, inner_gradient(loss, *point).gradient  # as every caller of an IHVP evaluates it
+
+        x, y = ground.make_point()
+        number = jnp.asarray(self.number, float) if self.constructed else None
+        arguments = (number, jax.random.key(KEY), self.start, (x, y, ground.make_batch().inner), y, *v0)
+        return jax.jit(solve).lower(*arguments).compile()
+
+    @functools.cached_property
+    def cold_program(self) -> jax.stages.Compiled:
+        """From v = 0."""
+        return self._compiled()
+
+    @functools.cached_property
+    def warm_program(self) -> jax.stages.Compiled:
+        """From a v0."""
+        return self._compiled(ground.make_point()[1])
+
+    def solve(
+        self,
+        b: chex.Array | None = None,
+        *v0: chex.Array,
+        curved: float = 1.0,
+        number: Any = None,
+        state: Any = None,
+        data: Any = None,
+        y: chex.Array | None = None,
+    ) -> tuple:
+        """`(v, info, state)` on the proving ground, by a program that is compiled once."""
+        x, default = ground.make_point()
+        data = ground.make_batch(curved=curved).inner if data is None else data
+        number = jnp.asarray(self.number if number is None else number, float) if self.constructed else None
+        program = self.warm_program if v0 else self.cold_program
+        point = x, default if y is None else y, data
+        state = self.start if state is None else state
+        return program(number, jax.random.key(KEY), state, point, jnp.cos(default) if b is None else b, *v0)[0]
+
+    @functools.cached_property
+    def samples(self) -> bool:
+        """Whether it asks the sampler that it is made of."""
+        asked, (x, y) = [], ground.make_point()
+
+        def sample(key: Any, t: Any, data: Any) -> Any:
+            asked.append(t)
+            return data
+
+        def solve(state: Any, data: Any) -> Any:
+            point = x, y, data
+            return self.apply(self.make(sample=sample), ground.PROBLEM.inner_loss, jax.random.key(KEY), state, point, y)
+
+        jax.eval_shape(solve, self.start, ground.make_batch().inner)
+        return bool(asked)
+
+    @functools.cached_property
+    def mapped_program(self) -> Callable:
+        """`solve` under `jax.vmap` over everything, made of a concrete number, and of a stream where it samples."""
+        ihvp = self.make(sample=ground.stream)
+
+        def solve(key: Any, state: Any, point: tuple, b: Any) -> tuple:
+            return self.apply(ihvp, ground.PROBLEM.inner_loss, key, state, point, b)
+
+        return jax.jit(jax.vmap(solve))
+
+
+def _tasks(subject: IHVPSubject, batch: Batch, seeds: Any = (KEY,)) -> tuple:
+    """Eleven unit vectors as b, and their common point, stacked."""
+    x, y = ground.make_point()
+    one = jax.random.key(seeds[0]), subject.start, (x, y, batch.inner)
+    stacked = jax.tree.map(lambda leaf: jnp.stack([leaf] * len(y)), one)
+    if len(seeds) > 1:
+        stacked = (jnp.stack([jax.random.key(seed) for seed in seeds]), *stacked[1:])
+    return *stacked, jnp.eye(len(y))
+
+
+def _forms(subject: IHVPSubject, point: points.Point) -> None:
+    x, y = point
+    ihvp, loss, data = subject.make(), points.PROBLEM.inner_loss, points.make_batch().inner
+    truth(isinstance(ihvp.linear, bool), f"linear is {ihvp.linear!r}; it is True or False")
+    state = ihvp.init(x, y, data, as_model(loss, x, y) if subject.structured else loss)
+
+    def solve(state: Any, x: Any, y: Any, b: Any) -> tuple:
+        cold, info, after = subject.apply(ihvp, loss, jax.random.key(KEY), state, (x, y, data), b)
+        warm = subject.apply(ihvp, loss, jax.random.key(KEY), state, (x, y, data), b, cold)[:2]
+        return cold, info, after, warm
+
+    cold, info, after, (warm, warm_info) = jax.eval_shape(solve, state, x, y, y)
+    same_form("v", cold, "b", y)
+    same_form("v from v0", warm, "b", y)
+    same_form("the state after prepare", after, "the state of init", state)
+    truth(isinstance(info, IHVPInfo), f"apply returns a {type(info).__name__} beside v; it is an IHVPInfo")
+    same_form("info from v0", warm_info, "info", info)
+    scalars("info", info)
+    truth(jnp.result_type(info.breakdown) == bool, f"info.breakdown is {jnp.result_type(info.breakdown)}; bool is meant")
+
+
+@contract("Cast v like b at the end (optax.tree.cast_like), reduce info to scalars, and return a state like init's.")
+def v_is_like_b(subject: IHVPSubject) -> None:
+    """Structure, shapes and dtypes, at a point with everything in it, and with Python numbers for arrays."""
+    for point in (points.everything(), points.POINTS["python_float"]()):
+        _forms(subject, point)
+
+
+@contract("Make no array of a dtype of its own: jnp.asarray(number) is double precision where x64 is on.")
+def single_precision_stays_single(subject: IHVPSubject) -> None:
+    with jax.enable_x64(False):
+        _forms(subject, points.dictionary())
+
+
+@contract(
+    "Solve in float32 (bilevax.problem.widen) and cast v at the end, or declare half=False.",
+    applies=lambda subject: subject.half,
+)
+def half_precision_is_near_double(subject: IHVPSubject) -> None:
+    x, y = points.dictionary(jnp.bfloat16)
+    loss, ihvp = points.PROBLEM.inner_loss, subject.make()
+
+    @jax.jit
+    def solve(x: Any, y: Any, data: Any) -> tuple:
+        state = ihvp.init(x, y, data, as_model(loss, x, y) if subject.structured else loss)
+        point = x, y, data
+        return subject.apply(ihvp, loss, jax.random.key(KEY), state, point, jax.tree.map(jnp.cos, y))[0]
+
+    half = solve(x, y, points.make_batch(jnp.bfloat16).inner)
+    wide = [jax.tree.map(lambda leaf: leaf.astype(float), tree) for tree in (x, y, points.make_batch().inner)]
+    same_form("v", half, "b", y)
+    close("v", jax.tree.map(lambda leaf: leaf.astype(float), half), solve(*wide), rtol=0.02)
+
+
+@contract("Keep nothing outside the state, and give each leaf of it the same shape, dtype and weak type at each call.")
+def one_program_serves_all_calls(subject: IHVPSubject) -> None:
+    state = subject.start
+    for _ in range(3):
+        v, _, state = subject.solve(state=state)
+        finite("v", v)
+
+
+@contract("Use jax.lax.cond and jnp.where in place of `if`, and draw nothing from outside of the trace.")
+def vmap_equals_a_loop(subject: IHVPSubject) -> None:
+    """And an IHVP made of a concrete number equals one made of a traced number."""
+    keys, states, place, units = _tasks(subject, ground.make_batch())
+    v, info, state = subject.mapped_program(keys, states, place, units)
+    for i in (0, len(units) - 1):
+        one = subject.solve(units[i])
+        close("(v, info, state)", jax.tree.map(lambda leaf, i=i: leaf[i], (v, info, state)), one)
+
+
+@contract(
+    "At H = 2 I and the number of the subject, v = b / 2: look for a sign, a factor or a damping; or declare biased=True.",
+    applies=lambda subject: not subject.biased,
+)
+def inverts_twice_the_identity(subject: IHVPSubject) -> None:
+    x, _ = ground.make_point()
+    batch = ground.make_batch(curved=0.0)
+    b = jnp.cos(ground.make_point()[1])
+    close("v", subject.solve(b, data=batch.inner, y=ground.solution(x, batch))[0], b / 2)
+
+
+@contract("Begin at v0 where it is better than zero (bilevax.ihvp.start), or declare cold=True.", applies=lambda s: not s.cold)
+def v0_is_used(subject: IHVPSubject) -> None:
+    """From its own v, a solver needs fewer iterations, or gets further."""
+    cold, info, _ = subject.solve()
+    warm, warm_info, _ = subject.solve(None, cold)
+    fewer = warm_info.iterations < info.iterations
+    truth(fewer or not np.allclose(warm, cold, rtol=1e-12, atol=0), "from v0 = v, the same v after as many iterations")
+
+
+@contract("Let NaN pass into v, or set info.breakdown: an if, a where or a clip hides it.")
+def nan_is_reported(subject: IHVPSubject) -> None:
+    _, y = ground.make_point()
+    v, info, _ = subject.solve(jnp.cos(y).at[2].set(jnp.nan))
+    truth(info.breakdown and np.isnan(v).any(), f"b holds NaN; v = {v}, breakdown = {info.breakdown}")
+    finite_one = subject.solve()[0]
+    v, info, _ = subject.solve(data=ground.spoiled(ground.make_batch())[1].inner)
+    hidden = not info.breakdown and not np.isnan(v).any() and not np.array_equal(v, finite_one)
+    truth(not hidden, f"the Hessian holds NaN; v = {v}, breakdown = {info.breakdown}")
+
+
+@contract(
+    "Say linear=True only where apply is linear, symmetric and positive definite in b, on ONE draw for all products.",
+    applies=lambda subject: subject.make().linear,
+)
+def linear_means_symmetric_and_positive_definite(subject: IHVPSubject) -> None:
+    """Also on a stream of draws, as the matrix of the eleven unit vectors."""
+    b = jnp.cos(ground.make_point()[1]).at[1].set(-20.0)
+    for batch in (ground.make_batch(), ground.varied(ground.noisy(ground.make_batch()))):
+        matrix = subject.mapped_program(*_tasks(subject, batch))[0]
+        close("the matrix of apply", matrix, matrix.T)
+        smallest = np.linalg.eigvalsh(matrix)[0]
+        truth(smallest > 0, f"the smallest eigenvalue of apply is {smallest}")
+        if batch.inner["noise"] == 0:
+            close("apply(b)", subject.solve(b)[0], matrix @ b)
+
+
+@contract(
+    "Take the number as it is, without float() or `if`, so that it can be traced; and use it.",
+    applies=lambda subject: subject.constructed,
+)
+def number_may_be_traced(subject: IHVPSubject) -> None:
+    one, other = (subject.solve(number=subject.number + more)[0] for more in (0.1, 0.3))
+    differ("v with two numbers", one, other, rtol=1e-3)
+
+
+@contract(
+    "Draw from `sample(key, t, data)`, with keys that come from the key of prepare alone.",
+    applies=lambda subject: subject.samples,
+)
+def draws_depend_on_the_key_alone(subject: IHVPSubject) -> None:
+    batch, n = ground.noisy(ground.make_batch()), len(ground.make_point()[1])
+    keys, states, place, units = _tasks(subject, batch, seeds=[1, 1, *range(2, n)])
+    v = subject.mapped_program(keys, states, place, jnp.ones_like(units))[0]
+    close("v with one key", v[0], v[1], rtol=0)
+    differ("v with two keys", v[0], v[2])
+
+
+@contract(
+    "Count in info.products what apply runs, a warm start included, in setup_products and setup_gradients what prepare "
+    "runs beside one gradient that the caller shares; or declare counted=False.",
+    applies=lambda subject: subject.counted,
+)
+def declared_calls_are_compiled_calls(subject: IHVPSubject) -> None:
+    for kind, v0 in (("cold", ()), ("warm", (0.1 * ground.make_point()[1],))):
+        info = subject.solve(None, *v0)[1]
+        program = subject.warm_program if v0 else subject.cold_program
+        ran = ground.executed(program.as_text(), int(info.iterations)).inner_gradients
+        declared = info.products + info.setup_products + info.setup_gradients + 1
+        truth(ran == declared, f"{kind}: {ran} gradients and products are run, {declared} declared, one gradient with them")
+
+
+IHVP_CONTRACTS = (
+    v_is_like_b,
+    single_precision_stays_single,
+    one_program_serves_all_calls,
+    inverts_twice_the_identity,
+    vmap_equals_a_loop,
+    v0_is_used,
+    nan_is_reported,
+    linear_means_symmetric_and_positive_definite,
+    number_may_be_traced,
+    draws_depend_on_the_key_alone,
+    declared_calls_are_compiled_calls,
+    half_precision_is_near_double,
+)
+
+
+def check_ihvp(ihvp: IHVP | Callable[[Any, Sample], IHVP], number: float | None = None, **declared: bool) -> None:
+    subject = IHVPSubject(ihvp, number, **declared)
+    hold_all(IHVP_CONTRACTS, "ihvp", subject)

@@ -1,0 +1,91 @@
+"""Points (x, y) of every form that a method may meet, and losses that take any of them."""
+
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from bilevax.problem import Batch, BilevelProblem
+
+Point = tuple[chex.ArrayTree, chex.ArrayTree]
+
+
+def _inner_loss(x: chex.ArrayTree, y: chex.ArrayTree, batch: chex.Array) -> chex.Array:
+    """Hessian diag(2 − 0.1 cos y), coupled to every leaf of x."""
+    target = sum(jnp.tanh(leaf).mean() for leaf in jax.tree.leaves(x)) * batch.mean()
+    return sum(jnp.sum((leaf - target) ** 2 + 0.1 * jnp.cos(leaf)) for leaf in jax.tree.leaves(y))
+
+
+def _outer_loss(x: chex.ArrayTree, y: chex.ArrayTree, batch: chex.Array) -> chex.Array:
+    fit = sum(jnp.sum(jnp.sin(leaf - batch.mean())) for leaf in jax.tree.leaves(y))
+    return fit + 0.1 * sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(x))
+
+
+PROBLEM = BilevelProblem(_outer_loss, _inner_loss)
+
+
+def make_batch(dtype: Any = None) -> Batch:
+    """Eight numbers for each loss."""
+    rows = jnp.linspace(0.5, 1.5, 8, dtype=dtype)
+    return Batch(outer=rows, inner=rows)
+
+
+def everything() -> Point:
+    """Every form at once: nested dict, list, tuple, None, empty containers, scalars, half, single, double precision."""
+    layers = [{"w": jnp.full((2, 3), 0.3, jnp.bfloat16), "b": jnp.zeros(3, jnp.float32)}, (), {}]
+    x = {"layers": layers, "rate": jnp.array(-2.0), "none": None}
+    return x, (layers, {"head": jnp.ones((1, 1, 2)), "scale": jnp.array(0.5, jnp.float32)}, None)
+
+
+def array(dtype: Any = None) -> Point:
+    """Two arrays."""
+    return jnp.linspace(-1, 2, 3, dtype=dtype), jnp.linspace(0, 1, 4, dtype=dtype)
+
+
+def dictionary(dtype: Any = None) -> Point:
+    """An array and a scalar in each."""
+    x, y = array(dtype)
+    return {"a": x, "b": jnp.array(0.7, dtype)}, {"a": y, "b": jnp.array(0.3, dtype)}
+
+
+def nested() -> Point:
+    """Layers, an empty one among them, and None."""
+    x = {"layers": [{"w": jnp.full((2, 3), 0.3), "b": jnp.zeros(3)}, ()], "rate": jnp.array(-2.0), "none": None}
+    return x, (x["layers"], {"head": jnp.ones((1, 1, 2))})
+
+
+def mixed() -> Point:
+    """Half, single and double precision."""
+    types = {"half": jnp.bfloat16, "single": jnp.float32, "double": jnp.float64}
+    x, y = ({name: jnp.full(size, 0.5, dtype) for name, dtype in types.items()} for size in (2, 3))
+    return x, y
+
+
+def linen() -> Point:
+    """The variables of a flax.linen layer; needs flax."""
+    import flax.linen
+
+    return {"rate": jnp.array(0.5)}, flax.linen.Dense(2).init(jax.random.key(0), jnp.ones((1, 3)))
+
+
+def nnx() -> Point:
+    """The state of a flax.nnx layer in both; needs flax."""
+    import flax.nnx
+
+    _, parameters = flax.nnx.split(flax.nnx.Linear(3, 2, rngs=flax.nnx.Rngs(0)))
+    return parameters, parameters
+
+
+POINTS = {
+    "array": array,
+    "dict": dictionary,
+    "tuple": lambda: ((jnp.ones(2), jnp.array(0.1)), (jnp.zeros((2, 2)),)),
+    "nested": nested,
+    "scalar": lambda: (jnp.array(0.5), jnp.array(-1.2)),
+    "python_float": lambda: (0.5, -1.2),
+    "bfloat16": lambda: dictionary(jnp.bfloat16),
+    "mixed": mixed,
+    "linen": linen,
+    "nnx": nnx,
+}
