@@ -60,3 +60,9 @@ def hold_all(contracts: Iterable[Contract], what: str, *subject: Any) -> None:
         for one in contracts:
             if one.applies(*subject):
                 one.hold(what, *subject)
+
+
+def name_of(made_by: Any) -> str:
+    """What a message calls a method."""
+    kind = type(made_by).__name__
+    return getattr(made_by, "__qualname__", f"{'an' if kind[0] in 'AEIO' else 'a'} {kind}")

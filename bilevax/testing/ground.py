@@ -1,10 +1,10 @@
 """The proving ground: one problem on which the numbers of a method are held against each other.
 
-    g(x, y) = c Σ softplus(A tanh y) + ‖y‖² + yᵀB x          f(x, y) = w Σ softplus(C y · Σx) + ½‖y − b‖² + ½‖x‖²
+    g(x, y) = c Σ softplus(A tanh y) + ‖y‖² + yᵀB x          f(x, y) = w Σ softplus(C (y Σx)) + s (½‖y − b‖² + ½‖x‖²)
 
 Each gradient of g and each product with its Hessian is one product with Aᵀ, each product with its cross derivative
-one with Bᵀ, each gradient of f one with Cᵀ: a compiled program shows how many it runs. With c = w = 0 the Hessian is
-2 I and the hypergradient is known, in the same program, since A, B, C, c, w and b are numbers of the batch.
+one with Bᵀ, each gradient of f one with Cᵀ: a compiled program shows how many it runs. With c = w = 0 and s = 1 the
+Hessian is 2 I and the hypergradient is known, in the same program, since all these letters are arrays of the batch.
 """
 
 import functools
@@ -27,15 +27,15 @@ def _inner_loss(x: chex.Array, y: chex.Array, batch: dict) -> chex.Array:
 
 
 def _outer_loss(x: chex.Array, y: chex.Array, batch: dict) -> chex.Array:
-    curved = jnp.sum(jax.nn.softplus(batch["C"] @ y * jnp.sum(x)))
-    return batch["w"] * curved + 0.5 * jnp.sum((y - batch["b"]) ** 2) + 0.5 * jnp.sum(x**2)
+    curved = jnp.sum(jax.nn.softplus(batch["C"] @ (y * jnp.sum(x))))
+    return batch["w"] * curved + batch["s"] * (0.5 * jnp.sum((y - batch["b"]) ** 2) + 0.5 * jnp.sum(x**2))
 
 
 PROBLEM = BilevelProblem(_outer_loss, _inner_loss)
 
 
 def make_point(seed: int = 0) -> tuple[chex.Array, chex.Array]:
-    """x of 5 numbers and y of 11."""
+    """X of 5 numbers and y of 11."""
     draw = np.random.default_rng(seed).normal
     return jnp.asarray(draw(size=5) / 3), jnp.asarray(draw(size=11) / 3)
 
@@ -43,10 +43,10 @@ def make_point(seed: int = 0) -> tuple[chex.Array, chex.Array]:
 def make_batch(seed: int = 100, curved: float = 1.0) -> Batch:
     """A batch of both losses; with curved = 0 the Hessian of g is 2 I."""
     draw = np.random.default_rng(seed).normal
-    A, B, C, b = (jnp.asarray(draw(size=shape) / 3) for shape in ((7, 11), (11, 5), (13, 11), 11))
-    switch = jnp.asarray(curved, A.dtype)
-    inner = {"A": A, "B": B, "c": switch, "gains": jnp.ones(DRAWS, A.dtype), "noise": jnp.zeros((), A.dtype)}
-    return Batch(outer={"C": C, "b": b, "w": switch}, inner=inner)
+    A, B, C, b = (draw(size=shape) / 3 for shape in ((7, 11), (11, 5), (13, 11), 11))
+    outer = {"C": C, "b": b, "w": np.asarray(curved), "s": np.ones(())}
+    inner = {"A": A, "B": B, "c": np.asarray(curved), "gains": np.ones(DRAWS), "noise": np.zeros(())}
+    return jax.tree.map(jnp.asarray, Batch(outer, inner))
 
 
 def stream(key: chex.PRNGKey, t: chex.Numeric, data: dict) -> dict:
@@ -59,29 +59,36 @@ def stream(key: chex.PRNGKey, t: chex.Numeric, data: dict) -> dict:
 
 def varied(batch: Batch) -> Batch:
     """The same, with another draw at each step."""
-    return batch._replace(inner=batch.inner | {"gains": 1 + jnp.arange(DRAWS, dtype=batch.inner["gains"].dtype) / 8})
+    return batch._replace(inner=batch.inner | {"gains": jnp.asarray(1 + np.arange(DRAWS) / 8)})
 
 
 def noisy(batch: Batch) -> Batch:
     """The same, with another draw for each key."""
-    return batch._replace(inner=batch.inner | {"noise": jnp.ones_like(batch.inner["noise"])})
+    return batch._replace(inner=batch.inner | {"noise": jnp.asarray(np.ones(()))})
+
+
+def halved(tree: chex.ArrayTree) -> chex.ArrayTree:
+    """The same in bfloat16."""
+    return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf), jnp.bfloat16), tree)
 
 
 def spoiled(batch: Batch) -> tuple[Batch, Batch]:
     """The same, with one NaN in what f reads, or in what g reads."""
-    outer = batch.outer | {"C": batch.outer["C"].at[3, 2].set(jnp.nan)}
-    inner = batch.inner | {"A": batch.inner["A"].at[3, 2].set(jnp.nan)}
+    C, A = np.array(batch.outer["C"]), np.array(batch.inner["A"])
+    C[3, 2] = A[3, 2] = np.nan
+    outer, inner = batch.outer | {"C": jnp.asarray(C)}, batch.inner | {"A": jnp.asarray(A)}
     return batch._replace(outer=outer), batch._replace(inner=inner)
 
 
 def solution(x: chex.Array, batch: Batch) -> chex.Array:
     """The minimizer y of g where c = 0."""
-    return -batch.inner["B"] @ x / 2
+    return jnp.asarray(-np.asarray(batch.inner["B"]) @ np.asarray(x) / 2)
 
 
 def exact_gradient(x: chex.Array, batch: Batch) -> chex.Array:
     """The hypergradient where c = w = 0."""
-    return x - batch.inner["B"].T @ (solution(x, batch) - batch.outer["b"]) / 2
+    residual = np.asarray(solution(x, batch)) - np.asarray(batch.outer["b"])
+    return jnp.asarray(np.asarray(x) - np.asarray(batch.inner["B"]).T @ residual / 2)
 
 
 def _draw(data: dict, t: chex.Numeric) -> dict:
@@ -91,7 +98,7 @@ def _draw(data: dict, t: chex.Numeric) -> dict:
 
 @functools.partial(jax.jit, static_argnames="steps")
 def descend(steps: int, rate: chex.Numeric, x: chex.Array, y: chex.Array, data: dict) -> chex.Array:
-    """y after plain gradient steps on the draws of `stream` without noise."""
+    """Y after plain gradient steps on the draws of `stream` without noise."""
 
     def step(y: chex.Array, t: chex.Array) -> tuple[chex.Array, None]:
         return y - rate * jax.grad(_inner_loss, 1)(x, y, _draw(data, t)), None
@@ -107,7 +114,7 @@ def unrolled_gradient(steps: int, rate: chex.Numeric, x: chex.Array, y: chex.Arr
 
 @jax.jit
 def losses(x: chex.Array, y: chex.Array, data: dict, last: int) -> tuple[chex.Array, chex.Array]:
-    """g and ‖∇_y g‖ on draw `last` of `stream` without noise."""
+    """G and ‖∇_y g‖ on draw `last` of `stream` without noise."""
     value, gradient = jax.value_and_grad(_inner_loss, 1)(x, y, _draw(data, last))
     return value, jnp.linalg.norm(gradient)
 

@@ -5,6 +5,7 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bilevax.problem import Batch, BilevelProblem
 
@@ -25,40 +26,46 @@ def _outer_loss(x: chex.ArrayTree, y: chex.ArrayTree, batch: chex.Array) -> chex
 PROBLEM = BilevelProblem(_outer_loss, _inner_loss)
 
 
+def _array(values: Any, dtype: Any = None) -> chex.Array:
+    """An array that no program had to be compiled for, in double precision by default where x64 is on."""
+    wide = np.asarray(values, float)
+    return jnp.asarray(wide if dtype is None else wide.astype(dtype))
+
+
 def make_batch(dtype: Any = None) -> Batch:
     """Eight numbers for each loss."""
-    rows = jnp.linspace(0.5, 1.5, 8, dtype=dtype)
+    rows = _array(np.linspace(0.5, 1.5, 8), dtype)
     return Batch(outer=rows, inner=rows)
 
 
 def everything() -> Point:
     """Every form at once: nested dict, list, tuple, None, empty containers, scalars, half, single, double precision."""
-    layers = [{"w": jnp.full((2, 3), 0.3, jnp.bfloat16), "b": jnp.zeros(3, jnp.float32)}, (), {}]
-    x = {"layers": layers, "rate": jnp.array(-2.0), "none": None}
-    return x, (layers, {"head": jnp.ones((1, 1, 2)), "scale": jnp.array(0.5, jnp.float32)}, None)
+    layers = [{"w": _array(np.full((2, 3), 0.3), jnp.bfloat16), "b": _array(np.zeros(3), jnp.float32)}, (), {}]
+    x = {"layers": layers, "rate": _array(-2.0), "none": None}
+    return x, (layers, {"head": _array(np.ones((1, 1, 2))), "scale": _array(0.5, jnp.float32)}, None)
 
 
 def array(dtype: Any = None) -> Point:
     """Two arrays."""
-    return jnp.linspace(-1, 2, 3, dtype=dtype), jnp.linspace(0, 1, 4, dtype=dtype)
+    return _array(np.linspace(-1, 2, 3), dtype), _array(np.linspace(0, 1, 4), dtype)
 
 
 def dictionary(dtype: Any = None) -> Point:
     """An array and a scalar in each."""
     x, y = array(dtype)
-    return {"a": x, "b": jnp.array(0.7, dtype)}, {"a": y, "b": jnp.array(0.3, dtype)}
+    return {"a": x, "b": _array(0.7, dtype)}, {"a": y, "b": _array(0.3, dtype)}
 
 
 def nested() -> Point:
     """Layers, an empty one among them, and None."""
-    x = {"layers": [{"w": jnp.full((2, 3), 0.3), "b": jnp.zeros(3)}, ()], "rate": jnp.array(-2.0), "none": None}
-    return x, (x["layers"], {"head": jnp.ones((1, 1, 2))})
+    layers = [{"w": _array(np.full((2, 3), 0.3)), "b": _array(np.zeros(3))}, ()]
+    return {"layers": layers, "rate": _array(-2.0), "none": None}, (layers, {"head": _array(np.ones((1, 1, 2)))})
 
 
 def mixed() -> Point:
     """Half, single and double precision."""
     types = {"half": jnp.bfloat16, "single": jnp.float32, "double": jnp.float64}
-    x, y = ({name: jnp.full(size, 0.5, dtype) for name, dtype in types.items()} for size in (2, 3))
+    x, y = ({name: _array(np.full(size, 0.5), dtype) for name, dtype in types.items()} for size in (2, 3))
     return x, y
 
 
@@ -66,7 +73,7 @@ def linen() -> Point:
     """The variables of a flax.linen layer; needs flax."""
     import flax.linen
 
-    return {"rate": jnp.array(0.5)}, flax.linen.Dense(2).init(jax.random.key(0), jnp.ones((1, 3)))
+    return {"rate": _array(0.5)}, flax.linen.Dense(2).init(jax.random.key(0), jnp.ones((1, 3)))
 
 
 def nnx() -> Point:
@@ -80,9 +87,9 @@ def nnx() -> Point:
 POINTS = {
     "array": array,
     "dict": dictionary,
-    "tuple": lambda: ((jnp.ones(2), jnp.array(0.1)), (jnp.zeros((2, 2)),)),
+    "tuple": lambda: ((_array(np.ones(2)), _array(0.1)), (_array(np.zeros((2, 2))),)),
     "nested": nested,
-    "scalar": lambda: (jnp.array(0.5), jnp.array(-1.2)),
+    "scalar": lambda: (_array(0.5), _array(-1.2)),
     "python_float": lambda: (0.5, -1.2),
     "bfloat16": lambda: dictionary(jnp.bfloat16),
     "mixed": mixed,

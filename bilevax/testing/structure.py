@@ -1,7 +1,5 @@
 """Structure for losses that have none."""
 
-from typing import Any
-
 import chex
 import jax
 import jax.numpy as jnp

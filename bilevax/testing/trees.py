@@ -22,7 +22,9 @@ def same_form(name: str, got: chex.ArrayTree, like: str, expected: chex.ArrayTre
     for (path, _), mine, theirs in zip(jax.tree_util.tree_leaves_with_path(got), has[1], wants[1], strict=True):
         if mine != theirs:
             where = jax.tree_util.keystr(path)
-            raise AssertionError(f"{name}{where} has shape {mine[0]} and {mine[1]}; {like}: {theirs[0]} and {theirs[1]}")
+            raise AssertionError(
+                f"{name}{where} has shape {mine[0]} and {mine[1]}; {like}: {theirs[0]} and {theirs[1]}"
+            )
 
 
 def close(name: str, got: chex.ArrayTree, expected: chex.ArrayTree, rtol: float = 1e-10) -> None:

@@ -1,0 +1,422 @@
+"""What every estimator of a hypergradient keeps, whatever it computes."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from bilevax import checks
+from bilevax.hypergradient import HypergradientInfo
+from bilevax.problem import Batch, BilevelProblem, Calls, Hypergradient, IHVPInfo, InnerSolver, SolverInfo
+from bilevax.sampling import Sample, full
+from bilevax.testing import ground, points
+from bilevax.testing.contract import contract, hold_all, name_of
+from bilevax.testing.trees import close, differ, finite, same_form, scalars, truth
+from bilevax.two_phase import TwoPhaseInfo
+
+RATE = 0.1  # of the inner optimizer
+STEPS = 5  # outer steps in one program
+Make = Callable[[BilevelProblem, optax.GradientTransformation, Sample], Hypergradient]
+
+
+def no_more(info: HypergradientInfo) -> Calls:
+    """Nothing is run beside the declared calls."""
+    return Calls()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class HypergradientSubject:
+    """An estimator on trial, and the programs that its contracts share.
+
+    Attributes:
+      make: `make(problem, optimizer, sample) -> Hypergradient`; it may leave optimizer and sampler aside.
+      steps: how many steps of the optimizer lead from y to the next y, each on a draw of the sampler; None where
+        something else makes y.
+      unrolls: the gradient is the derivative of these steps.
+      keyed: the draws of the steps come from the key of an estimate; False where the solver has a key of its own.
+      solves: it makes y better; False where the y of the state is taken as it is.
+      biased: the gradient is not even right at the solution y of a quadratic g with H = 2 I.
+      cold: an estimate does not read all of the state.
+      half: it has enough digits left in bfloat16.
+      counted: `info` counts products with the matrices of the two losses.
+      uncounted: `uncounted(info) -> Calls`: what a compiled program runs beside the declared calls.
+      make_solver: of an inner solver, `make_solver(inner_loss, optimizer, sample) -> InnerSolver`.
+
+    Example:
+        >>> import bilevax as bx
+        >>> from bilevax import testing
+        >>> def make(problem, optimizer, sample):
+        ...     return bx.penalty(*problem, optimizer, steps=4, multiplier=10.0, sample=sample, cross_sample=sample)
+        >>> testing.HypergradientSubject(make, steps=4, biased=True).steps
+        4
+    """
+
+    make: Make
+    steps: int | None = None
+    unrolls: bool = False
+    keyed: bool = True
+    solves: bool = True
+    biased: bool = False
+    cold: bool = False
+    half: bool = True
+    counted: bool = True
+    uncounted: Callable[[HypergradientInfo], Calls] = no_more
+    make_solver: Callable[..., InnerSolver] | None = None
+
+    def at(self, problem: BilevelProblem, rate: chex.Numeric = RATE, sample: Sample = full) -> Hypergradient:
+        """The estimator of this problem with plain gradient steps."""
+        made = self.make(problem, optax.sgd(rate), sample)
+        fix = "Return Hypergradient(init, estimate)."
+        checks.instance("make(problem, optimizer, sample)", made, Hypergradient, fix)
+        return made
+
+    @functools.cached_property
+    def start(self) -> Any:
+        """The first state on the proving ground."""
+        return self.at(ground.PROBLEM).init(*ground.make_point(), ground.make_batch())
+
+    @functools.cached_property
+    def program(self) -> jax.stages.Compiled:
+        """`estimate` on full batches, for any learning rate of the inner optimizer."""
+
+        def estimate(rate: Any, key: Any, state: Any, x: Any, batch: Batch) -> tuple:
+            return self.at(ground.PROBLEM, rate).estimate(key, state, x, batch)
+
+        x, _ = ground.make_point()
+        arguments = jnp.asarray(RATE), jax.random.key(0), self.start, x, ground.make_batch()
+        return jax.jit(estimate).lower(*arguments).compile()
+
+    def estimate(self, state: Any = None, x: Any = None, batch: Batch | None = None, rate: float = RATE) -> tuple:
+        """`(grad, state, info)` on the proving ground, by a program that is compiled once."""
+        x = ground.make_point()[0] if x is None else x
+        batch = ground.make_batch() if batch is None else batch
+        state = self.start if state is None else state
+        return self.program(jnp.asarray(rate), jax.random.key(0), state, x, batch)
+
+    def run(self, state: Any, x: Any, batch: Batch) -> tuple:
+        """Outer steps one by one: `(x, state), (gradients, infos)`."""
+        seen = []
+        for _ in range(STEPS):
+            grad, state, info = self.estimate(state, x, batch)
+            x = jnp.asarray(np.asarray(x) - RATE * np.asarray(grad))
+            seen.append((grad, info))
+        return (x, state), jax.tree.map(lambda *leaves: np.stack(leaves), *seen)
+
+    @functools.cached_property
+    def mapped(self) -> tuple[dict[str, int], tuple]:
+        """Outer steps in `jax.lax.scan` under `jax.vmap` over trials, on streams; and the names of the trials."""
+        hypergrad = self.at(ground.PROBLEM, sample=ground.stream)
+
+        def scan(key: Any, state: Any, x: Any, batch: Batch) -> tuple:
+            def step(carry: tuple, _: None) -> tuple:
+                x, state = carry
+                grad, state, info = hypergrad.estimate(key, state, x, batch)
+                return (x - RATE * grad, state), (grad, state.y, info)
+
+            return jax.lax.scan(step, (x, state), length=STEPS)
+
+        named = trials(self)
+        stacked = jax.jit(lambda *trials: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trials))(*named.values())
+        return {name: i for i, name in enumerate(named)}, jax.jit(jax.vmap(scan))(*stacked)
+
+    def trial(self, name: str) -> tuple:
+        """`(grad, y, info)` of the outer steps of a trial, stacked."""
+        names, (_, seen) = self.mapped
+        return jax.tree.map(lambda leaf: leaf[names[name]], seen)
+
+
+def trials(subject: HypergradientSubject) -> dict[str, tuple]:
+    """`(key, state, x, batch)` of what runs at once."""
+    key, other, batch = jax.random.key(1), jax.random.key(2), ground.make_batch()
+    constant = batch._replace(outer=jax.tree.map(lambda leaf: jnp.asarray(np.zeros(leaf.shape)), batch.outer))
+
+    def trial(key: Any, batch: Batch, seed: int = 0) -> tuple:
+        x, y = ground.make_point(seed)
+        return key, subject.at(ground.PROBLEM).init(x, y, batch), x, batch
+
+    return {
+        "plain": trial(key, batch),
+        "another": trial(key, ground.make_batch(seed=101), seed=1),
+        "varied": trial(key, ground.varied(batch)),
+        "noisy": trial(key, ground.noisy(batch)),
+        "again": trial(key, ground.noisy(batch)),
+        "other key": trial(other, ground.noisy(batch)),
+        "constant": trial(key, ground.noisy(ground.varied(constant))),
+    }
+
+
+def parts(info: Any) -> tuple[HypergradientInfo, ...]:
+    """The infos of the two phases, or the one."""
+    return (info.first, info.second) if isinstance(info, TwoPhaseInfo) else (info,)
+
+
+def active(info: Any) -> HypergradientInfo:
+    """The info of the estimator that ran."""
+    return parts(info)[int(info.phase)] if isinstance(info, TwoPhaseInfo) else info
+
+
+def same_gradient_form(subject: HypergradientSubject, point: points.Point) -> None:
+    """The forms of one estimate at a point, by tracing alone."""
+    x, y = point
+    batch, hypergrad = points.make_batch(), subject.at(points.PROBLEM)
+    state = jax.eval_shape(hypergrad.init, x, y, batch)
+    grad, after, info = jax.eval_shape(hypergrad.estimate, jax.random.key(0), state, x, batch)
+    same_form("the gradient", grad, "x", x)
+    same_form("the state after an estimate", after, "the state of init", state)
+    same_form("state.y", after.y, "y", y)
+    for part in parts(info):
+        kinds = {"info": (part, HypergradientInfo), "info.inner": (part.inner, SolverInfo)}
+        for name, (got, kind) in (kinds | {"info.inner.calls": (part.inner.calls, Calls)}).items():
+            truth(isinstance(got, kind), f"{name} is a {type(got).__name__}; a {kind.__name__} is meant")
+    scalars("info", info)
+
+
+@contract("Cast the gradient like x and y like itself, reduce info to scalars, and return a state like init's.")
+def gradient_is_like_x(subject: HypergradientSubject) -> None:
+    """Structure, shapes and dtypes, at a point with everything in it."""
+    same_gradient_form(subject, points.everything())
+
+
+@contract("Make arrays of what init gets (jnp.asarray), and read shapes by jnp.shape: a Python float has none.")
+def python_floats_are_numbers(subject: HypergradientSubject) -> None:
+    """For x and for leaves of y, also where they are no arguments of a traced function."""
+    x, y, batch = 0.5, {"a": jnp.linspace(0, 1, 4), "b": -1.2}, points.make_batch()
+    hypergrad = subject.at(points.PROBLEM)
+    state = hypergrad.init(x, y, batch)
+    grad, after, _ = jax.eval_shape(lambda: hypergrad.estimate(jax.random.key(0), state, x, batch))
+    same_form("the gradient", grad, "x", x)
+    same_form("the state after an estimate", after, "the state of init", state)
+
+
+@contract("Make no array of a dtype of its own: jnp.asarray(number) is double precision where x64 is on.")
+def single_precision_stays_single(subject: HypergradientSubject) -> None:
+    with jax.enable_x64(False):
+        same_gradient_form(subject, points.dictionary())
+
+
+@contract("Strip weak types in init (jnp.asarray(leaf, jnp.result_type(leaf))): they make a second program.")
+def weak_types_are_kept(subject: HypergradientSubject) -> None:
+    x, y, batch, hypergrad = jnp.asarray(0.5), jnp.asarray(-1.2), points.make_batch(), subject.at(points.PROBLEM)
+    state = hypergrad.init(x, y, batch)
+    after = jax.eval_shape(hypergrad.estimate, jax.random.key(0), state, x, batch)[1]
+    weak = [[jax.typeof(leaf).weak_type for leaf in jax.tree.leaves(tree)] for tree in (state, after)]
+    truth(
+        weak[0] == weak[1], f"leaves of the state are weakly typed: {weak[0]} after init, {weak[1]} after an estimate"
+    )
+
+
+@contract("Keep nothing outside the state, and give each leaf of it the same shape and dtype at each call.")
+def one_program_serves_all_steps(subject: HypergradientSubject) -> None:
+    _, (grads, infos) = subject.run(subject.start, ground.make_point()[0], ground.make_batch())
+    last = active(jax.tree.map(lambda leaf: leaf[-1], infos))
+    finite("the gradient", grads)
+    finite("info.outer_loss", last.outer_loss)
+    truth(not last.inner.breakdown, "a breakdown is reported on a convex problem")
+
+
+@contract("Use jax.lax.cond and jnp.where in place of `if`, and keep nothing outside of the state.")
+def vmap_of_scan_equals_a_loop(subject: HypergradientSubject) -> None:
+    """And an estimator of a concrete learning rate equals one of a traced rate."""
+    names, results = subject.mapped
+    for name in ("plain", "another"):
+        (x, state), (grads, infos) = jax.tree.map(lambda leaf, i=names[name]: leaf[i], _without_y(results))
+        _, start, first_x, batch = trials(subject)[name]
+        (loop_x, loop_state), (loop_grads, loop_infos) = subject.run(start, first_x, batch)
+        close("(x, gradients, state)", (x, grads, state), (loop_x, loop_grads, loop_state), rtol=1e-8)
+        close("info", infos, loop_infos, rtol=1e-8)
+
+
+def _without_y(results: tuple) -> tuple:
+    carry, (grads, _, infos) = results
+    return carry, (grads, infos)
+
+
+@contract("Branch by jax.lax.cond on what is traced, and make each array of the dtype that it has under jit.")
+def jit_equals_eager(subject: HypergradientSubject) -> None:
+    """Python floats included, which jit turns into arrays."""
+    x, y, batch = 0.5, {"a": jnp.linspace(0, 1, 4), "b": -1.2}, points.make_batch()
+    hypergrad = subject.at(points.PROBLEM)
+    arguments = (jax.random.key(0), hypergrad.init(x, y, batch), x, batch)
+    eager = hypergrad.estimate(*arguments)
+    close("(grad, state, info)", eager, jax.jit(hypergrad.estimate)(*arguments), rtol=1e-12)
+    same_form("the gradient", eager[0], "x", x)
+    same_form("the state after an estimate", eager[1], "the state of init", arguments[1])
+
+
+@contract(
+    "At y = y*(x) and H = 2 I the gradient is known: look for a sign, a factor or a forgotten term; or say biased=True.",
+    applies=lambda subject: not subject.biased,
+)
+def exact_at_the_solution(subject: HypergradientSubject) -> None:
+    """With one gradient step to the solution, from the solution, in each outer step."""
+    x, batch = ground.make_point()[0], ground.make_batch(curved=0.0)
+    y = ground.solution(x, batch)
+    state = subject.at(ground.PROBLEM).init(x, y, batch)
+    grad, state, info = subject.estimate(state, x, batch, rate=0.5)
+    close("the gradient", grad, ground.exact_gradient(x, batch))
+    close("state.y", state.y, y)
+    size = active(info).inner.gradient_norm
+    truth(not size > 1e-12, f"info.inner.gradient_norm is {size} at the solution")  # NaN where a black box reports none
+
+
+@contract("Let NaN pass into the gradient and the losses of info, and set info.inner.breakdown.")
+def nan_is_reported(subject: HypergradientSubject) -> None:
+    in_outer, in_inner = ground.spoiled(ground.make_batch())
+    for batch in (in_outer, in_inner):
+        grad, state, info = subject.estimate(batch=batch)
+        inner = active(info).inner
+        truth(np.isnan(grad).all(), f"the batch holds NaN; the gradient is {grad}")
+        truth(inner.breakdown, "the batch holds NaN, and info.inner.breakdown is False")
+        if batch is in_outer:
+            truth(np.isnan(active(info).outer_loss), f"f is NaN, and info.outer_loss {active(info).outer_loss}")
+        else:
+            truth(np.isnan(inner.inner_loss), f"g is NaN, and info.inner.inner_loss {inner.inner_loss}")
+            truth(np.isnan(inner.gradient_norm), f"∇g is NaN, and info.inner.gradient_norm {inner.gradient_norm}")
+            truth(not subject.solves or np.isnan(state.y).all(), f"∇g is NaN, and y {state.y}")
+
+
+@contract(
+    "Keep in the state what the next estimate reads (a warm v that is not used, say), and no more; or say cold=True.",
+    applies=lambda subject: not subject.cold,
+)
+def state_is_read(subject: HypergradientSubject) -> None:
+    """Each array of the state, halved, makes another estimate."""
+    state = subject.estimate()[1]
+    expected = subject.estimate(state)
+    leaves, structure = jax.tree.flatten(state)
+    for i, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(state)):
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            other = jax.tree.unflatten(structure, [*leaves[:i], jnp.asarray(np.asarray(leaf) / 2), *leaves[i + 1 :]])
+            got = subject.estimate(other)
+            differ(f"an estimate without and with half of state{jax.tree_util.keystr(path)}", got, expected, rtol=1e-13)
+
+
+@contract(
+    "Take the steps that you declare, step t on sample(key_t, t, data), and report g on the draw of the last step; "
+    "or say steps=None.",
+    applies=lambda subject: subject.steps is not None,
+)
+def y_is_that_of_a_loop_by_hand(subject: HypergradientSubject) -> None:
+    """On a stream of batches, and with two learning rates."""
+    (x, y), plain = ground.make_point(), ground.make_batch()
+    for rate in (RATE, RATE / 2):
+        got = subject.estimate(rate=rate)[1].y
+        close(f"y with learning rate {rate}", got, ground.descend(subject.steps, rate, x, y, plain.inner))
+    batch = ground.varied(plain)
+    (_, ys, infos), by_hand = subject.trial("varied"), ground.descend(subject.steps, RATE, x, y, batch.inner)
+    close("y", ys[0], by_hand)
+    inner = active(jax.tree.map(lambda leaf: leaf[0], infos)).inner
+    if not np.isnan(inner.inner_loss):  # which a black box may leave out
+        report = ground.losses(x, by_hand, batch.inner, max(subject.steps - 1, 0))
+        close("(info.inner.inner_loss, gradient_norm)", (inner.inner_loss, inner.gradient_norm), report)
+
+
+@contract(
+    "Differentiate the steps on the draws of the forward pass (one key for both), all of them; or say unrolls=False.",
+    applies=lambda subject: subject.unrolls,
+)
+def gradient_is_that_of_the_steps(subject: HypergradientSubject) -> None:
+    x, y = ground.make_point()
+    batch = ground.varied(ground.make_batch())
+    by_hand = ground.unrolled_gradient(subject.steps, RATE, x, y, batch)
+    close("the gradient", subject.trial("varied")[0][0], by_hand)
+
+
+@contract("Draw from sample(key, t, data) with keys that come from the key of the estimate alone.")
+def draws_depend_on_the_key_alone(subject: HypergradientSubject) -> None:
+    one, again, other = (subject.trial(name) for name in ("noisy", "again", "other key"))
+    close("(gradients, y, info)", one, again, rtol=0)
+    if subject.steps and subject.keyed:
+        differ("y with two keys", one[1], other[1])
+
+
+@contract("Draw once what is subtracted from itself: two draws of one gradient leave their noise in the difference.")
+def constant_outer_loss_has_no_gradient(subject: HypergradientSubject) -> None:
+    """On draws that differ from step to step and from key to key."""
+    grads, _, _ = subject.trial("constant")
+    close("the gradient", grads[0], np.zeros_like(grads[0]), rtol=1e-12)
+
+
+@contract(
+    "Count in info.inner.calls what a compiled estimate runs; say what the count leaves out with "
+    "uncounted=lambda info: Calls(...), or counted=False.",
+    applies=lambda subject: subject.counted,
+)
+def declared_calls_are_compiled_calls(subject: HypergradientSubject) -> None:
+    info = active(subject.estimate()[2])
+    details = jax.tree.leaves(info.inner.detail, is_leaf=lambda part: isinstance(part, IHVPInfo))
+    iterations = [int(part.iterations) for part in details if isinstance(part, IHVPInfo)]
+    ran = ground.executed(subject.program.as_text(), max(iterations, default=1))
+    declared, more = ground.together(info.inner.calls), ground.together(subject.uncounted(info))
+    names = ("gradients of f", "gradients of g and Hessian products", "", "cross products")
+    for name, got, said, beside in zip(names, ran, declared, more, strict=True):
+        truth(got == said + beside, f"{got} {name} are run, and {said} declared, {beside} beside them")
+
+
+@contract("Solve in float32 (bilevax.problem.widen) what loses digits, or say half=False.", applies=lambda s: s.half)
+def half_precision_is_near_double(subject: HypergradientSubject) -> None:
+    x, y, batch = ground.halved((*ground.make_point(), ground.make_batch(curved=0.1)))
+    hypergrad = subject.at(ground.PROBLEM)
+    state = hypergrad.init(x, y, batch)
+    grad, state, info = jax.jit(hypergrad.estimate)(jax.random.key(0), state, x, batch)
+    same_form("the gradient", grad, "x", x)
+    same_form("state.y", state.y, "y", y)
+    expected_grad, expected, _ = subject.estimate(batch=ground.make_batch(curved=0.1))
+    inner = active(info).inner
+    finite("the report", (active(info).outer_loss, inner.inner_loss, inner.gradient_norm))
+    close("the gradient", grad.astype(float), expected_grad, rtol=0.05)
+    close("y", state.y.astype(float), expected.y, rtol=0.05)
+
+
+HYPERGRADIENT_CONTRACTS = (
+    gradient_is_like_x,
+    python_floats_are_numbers,
+    single_precision_stays_single,
+    weak_types_are_kept,
+    one_program_serves_all_steps,
+    exact_at_the_solution,
+    vmap_of_scan_equals_a_loop,
+    nan_is_reported,
+    state_is_read,
+    y_is_that_of_a_loop_by_hand,
+    gradient_is_that_of_the_steps,
+    draws_depend_on_the_key_alone,
+    constant_outer_loss_has_no_gradient,
+    declared_calls_are_compiled_calls,
+    half_precision_is_near_double,
+    jit_equals_eager,
+)
+
+
+def check_hypergradient(make: Make, **declared: Any) -> None:
+    """Holds an estimator of hypergradients to the contracts that all of them keep.
+
+    Args:
+      make: `make(problem, optimizer, sample) -> Hypergradient`; it may leave optimizer and sampler aside.
+      declared: `steps`, `biased` and the other properties of a `HypergradientSubject`.
+
+    Returns:
+      None.
+
+    Raises:
+      ContractError: with the name of the first contract that is broken, what was seen, and what to do.
+      TypeError: if there is no such property.
+
+    Cost: some ten compiled programs, and about a hundred tiny ones for the comparison with an eager call.
+
+    Example:
+        >>> import bilevax as bx
+        >>> from bilevax import testing
+        >>> def mine(problem, optimizer, sample):
+        ...     return bx.penalty(*problem, optimizer, steps=4, multiplier=10.0, sample=sample)
+        >>> testing.check_hypergradient(mine, steps=4)  # doctest: +IGNORE_EXCEPTION_DETAIL
+        Traceback (most recent call last):
+        bilevax.testing.contract.ContractError: mine breaks the contract `exact_at_the_solution`.
+    """
+    hold_all(HYPERGRADIENT_CONTRACTS, name_of(make), HypergradientSubject(make, **declared))

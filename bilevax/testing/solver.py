@@ -1,0 +1,139 @@
+"""What every inner solver keeps, beside what every estimator keeps that is made of it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from bilevax import checks
+from bilevax.hypergradient import differentiable, hypergradient
+from bilevax.problem import BilevelProblem, Hypergradient, InnerSolver, Iterate, Loss, SolverInfo
+from bilevax.sampling import Sample, full
+from bilevax.testing import ground, points
+from bilevax.testing.contract import contract, hold_all, name_of
+from bilevax.testing.hypergradient import HYPERGRADIENT_CONTRACTS, RATE, HypergradientSubject
+from bilevax.testing.trees import close, differ, same_form, scalars, truth
+
+MakeSolver = Callable[[Loss, optax.GradientTransformation, Sample], InnerSolver]
+
+
+def solver_subject(make: MakeSolver, **declared: Any) -> HypergradientSubject:
+    """An inner solver on trial, in an estimator that is made of it.
+
+    Args:
+      make: `make(inner_loss, optimizer, sample) -> InnerSolver`; it may leave optimizer and sampler aside.
+      declared: `steps`, `unrolls` and the other properties of a `HypergradientSubject`.
+
+    Returns:
+      A `HypergradientSubject`, for the contracts of solvers and of estimators.
+
+    Raises:
+      TypeError: if there is no such property.
+      ValueError: when it is used, if `make` returns no `InnerSolver`.
+
+    Cost: none before a contract asks for a program.
+
+    Example:
+        >>> import bilevax as bx
+        >>> from bilevax import testing
+        >>> subject = testing.solver_subject(lambda loss, optimizer, sample: bx.inner.reverse(loss, optimizer, 4), steps=4)
+        >>> subject.steps
+        4
+    """
+
+    def make_hypergradient(problem: BilevelProblem, optimizer: Any, sample: Sample) -> Hypergradient:
+        solver = make(problem.inner_loss, optimizer, sample)
+        fix = "Return InnerSolver(init, start, forward, backward)."
+        checks.instance("make(inner_loss, optimizer, sample)", solver, InnerSolver, fix)
+        return hypergradient(problem.outer_loss, solver)
+
+    return HypergradientSubject(make_hypergradient, **declared, make_solver=make)
+
+
+@contract("Return (z_T, residual, state) from forward and ((x_bar, z0_bar), state, SolverInfo) from backward.")
+def forward_and_backward_return_what_they_say(subject: HypergradientSubject) -> None:
+    """At a point with everything in it, for a cotangent of y alone."""
+    (x, y), batch = points.everything(), points.make_batch().inner
+    solver = _solver(subject, points.PROBLEM.inner_loss)
+
+    def run(state: Any, x: Any, y: Any) -> tuple:
+        z = solver.start(x, y)
+        z_T, residual, state = solver.forward(jax.random.key(0), state, x, z, batch)
+        return z, z_T, solver.backward(residual, state, Iterate(z_T.y))
+
+    state = jax.eval_shape(solver.init, x, y, batch)
+    z, z_T, ((x_bar, z0_bar), after, info) = jax.eval_shape(run, state, x, y)
+    for name, got in {"start(x, y)": z, "z_T": z_T, "z0_bar": z0_bar}.items():
+        truth(isinstance(got, Iterate), f"{name} is a {type(got).__name__}; an Iterate is meant")
+    truth(isinstance(info, SolverInfo), f"backward reports a {type(info).__name__}; a SolverInfo is meant")
+    scalars("info", info)
+    same_form("the y of start(x, y)", z.y, "y", y)
+    same_form("z_T", z_T, "z_0", z)
+    same_form("x_bar", x_bar, "x", x)
+    same_form("z0_bar.y", z0_bar.y, "y", y)
+    same_form("the state after both", after, "the state of init", state)
+
+
+@contract(
+    "Take all that depends on x from the arguments, and start cold in init: bx.differentiable does so at each call."
+)
+def differentiable_is_the_first_estimate(subject: HypergradientSubject) -> None:
+    """The derivative of one pure function, for two traced learning rates at once."""
+    (x, y), batch = ground.make_point(), ground.make_batch()
+
+    @jax.jit
+    @jax.vmap
+    def gradient(rate: Any) -> Any:
+        solve = differentiable(_solver(subject, ground.PROBLEM.inner_loss, rate))
+
+        def outer(x: Any) -> Any:
+            return ground.PROBLEM.outer_loss(x, solve(x, y, batch.inner, jax.random.key(0)), batch.outer)
+
+        return jax.grad(outer)(x)
+
+    rates = RATE, RATE / 2
+    got = gradient(jnp.asarray(np.asarray(rates)))
+    for one, rate in zip(got, rates, strict=True):
+        close(f"the derivative at learning rate {rate}", one, subject.estimate(rate=rate)[0])
+    if subject.steps:
+        differ("the derivative with two learning rates", got[0], got[1], rtol=1e-3)
+
+
+def _solver(subject: HypergradientSubject, loss: Loss, rate: Any = RATE) -> InnerSolver:
+    if subject.make_solver is None:
+        raise ValueError("subject must be one of an inner solver; got one without make_solver. Call solver_subject.")
+    return subject.make_solver(loss, optax.sgd(rate), full)
+
+
+SOLVER_CONTRACTS = (forward_and_backward_return_what_they_say, differentiable_is_the_first_estimate)
+
+
+def check_solver(make: MakeSolver, **declared: Any) -> None:
+    """Holds an inner solver to the contracts of solvers, and to those of the estimators that are made of it.
+
+    Args:
+      make: `make(inner_loss, optimizer, sample) -> InnerSolver`; it may leave optimizer and sampler aside.
+      declared: `steps`, `unrolls` and the other properties of a `HypergradientSubject`.
+
+    Returns:
+      None.
+
+    Raises:
+      ContractError: with the name of the first contract that is broken, what was seen, and what to do.
+      TypeError: if there is no such property.
+
+    Cost: some ten compiled programs, and about a hundred tiny ones for the comparison with an eager call.
+
+    Example:
+        >>> import bilevax as bx
+        >>> from bilevax import testing
+        >>> def mine(loss, optimizer, sample):
+        ...     return bx.inner.reverse(loss, optimizer, steps=3, sample=sample)
+        >>> testing.check_solver(mine, steps=4)  # doctest: +IGNORE_EXCEPTION_DETAIL
+        Traceback (most recent call last):
+        bilevax.testing.contract.ContractError: mine breaks the contract `y_is_that_of_a_loop_by_hand`.
+    """
+    hold_all((*SOLVER_CONTRACTS, *HYPERGRADIENT_CONTRACTS), name_of(make), solver_subject(make, **declared))
