@@ -20,7 +20,7 @@ from bilevax.decentralized.gossip import Gossip
 from bilevax.decentralized.levels import Levels
 from bilevax.problem import BilevelProblem
 from bilevax.sampling import Sample, minibatch
-from bilevax.testing.compiled import executed_dots, products
+from bilevax.testing.compiled import READABLE, executed_dots, products
 from bilevax.testing.contract import Contract, contract, hold_all
 from bilevax.testing.placement import LAZY_RING, N, equal, form, on_one_device, on_two_parts
 from bilevax.testing.problems.countable import CROSS, ENTRIES_OF_Y, INNER, OUTER, countable
@@ -30,7 +30,6 @@ Make = Callable[[BilevelProblem, Gossip, Levels, Sample], Algorithm]
 KEY = jax.random.key(0)
 ITERATIONS, PLACED = 10, 3
 STEPS = Levels(0.02, 0.05, optax.constant_schedule(0.05))
-READABLE = jax.__version_info__ >= (0, 10)  # since when HLO text is printed in the form that is read here
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -5,6 +5,10 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
+import jax
+
+READABLE = jax.__version_info__ >= (0, 10)  # since when HLO text is printed in the form that is read here
+
 
 class Dot(NamedTuple):
     """A matrix product of a compiled program.

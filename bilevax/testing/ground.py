@@ -119,12 +119,12 @@ def losses(x: chex.Array, y: chex.Array, data: dict, last: int) -> tuple[chex.Ar
     return value, jnp.linalg.norm(gradient)
 
 
-def executed(program: str, unknown_trips: int) -> Calls:
+def executed(program: jax.stages.Compiled, unknown_trips: int) -> Calls:
     """What a compiled program on this problem runs; a shared pull-back counts as both of its products.
 
     Gradients of g and products with its Hessian look alike: both stand in `inner_gradients`.
     """
-    dots = executed_dots(program, unknown_trips)
+    dots = executed_dots(str(program.as_text()), unknown_trips)
     return Calls(products(dots, 13, 11), products(dots, 7, 11), 0, products(dots, 11, 5))
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import chex
@@ -16,7 +16,8 @@ from bilevax.hypergradient import HypergradientInfo
 from bilevax.problem import Batch, BilevelProblem, Calls, Hypergradient, IHVPInfo, InnerSolver, SolverInfo
 from bilevax.sampling import Sample, full
 from bilevax.testing import ground, points
-from bilevax.testing.contract import contract, hold_all, name_of
+from bilevax.testing.compiled import READABLE
+from bilevax.testing.contract import Contract, contract, hold_all, name_of
 from bilevax.testing.trees import close, differ, finite, same_form, scalars, truth
 from bilevax.two_phase import TwoPhaseInfo
 
@@ -196,12 +197,14 @@ def python_floats_are_numbers(subject: HypergradientSubject) -> None:
 
 @contract("Make no array of a dtype of its own: jnp.asarray(number) is double precision where x64 is on.")
 def single_precision_stays_single(subject: HypergradientSubject) -> None:
+    """By tracing alone, with x64 off."""
     with jax.enable_x64(False):
         same_gradient_form(subject, points.dictionary())
 
 
 @contract("Strip weak types in init (jnp.asarray(leaf, jnp.result_type(leaf))): they make a second program.")
 def weak_types_are_kept(subject: HypergradientSubject) -> None:
+    """Of scalars made of Python numbers, such as jnp.asarray(0.5)."""
     x, y, batch, hypergrad = jnp.asarray(0.5), jnp.asarray(-1.2), points.make_batch(), subject.at(points.PROBLEM)
     state = hypergrad.init(x, y, batch)
     after = jax.eval_shape(hypergrad.estimate, jax.random.key(0), state, x, batch)[1]
@@ -213,6 +216,7 @@ def weak_types_are_kept(subject: HypergradientSubject) -> None:
 
 @contract("Keep nothing outside the state, and give each leaf of it the same shape and dtype at each call.")
 def one_program_serves_all_steps(subject: HypergradientSubject) -> None:
+    """A compiled program takes the state of one step in the next, and all numbers are finite."""
     _, (grads, infos) = subject.run(subject.start, ground.make_point()[0], ground.make_batch())
     last = active(jax.tree.map(lambda leaf: leaf[-1], infos))
     finite("the gradient", grads)
@@ -250,7 +254,7 @@ def jit_equals_eager(subject: HypergradientSubject) -> None:
 
 
 @contract(
-    "At y = y*(x) and H = 2 I the gradient is known: look for a sign, a factor or a forgotten term; or say biased=True.",
+    "At y = y*(x) and H = 2 I the gradient is known: look for a sign, a factor or a lost term; or say biased=True.",
     applies=lambda subject: not subject.biased,
 )
 def exact_at_the_solution(subject: HypergradientSubject) -> None:
@@ -267,6 +271,7 @@ def exact_at_the_solution(subject: HypergradientSubject) -> None:
 
 @contract("Let NaN pass into the gradient and the losses of info, and set info.inner.breakdown.")
 def nan_is_reported(subject: HypergradientSubject) -> None:
+    """One NaN in the data, of f or of g."""
     in_outer, in_inner = ground.spoiled(ground.make_batch())
     for batch in (in_outer, in_inner):
         grad, state, info = subject.estimate(batch=batch)
@@ -304,16 +309,16 @@ def state_is_read(subject: HypergradientSubject) -> None:
 )
 def y_is_that_of_a_loop_by_hand(subject: HypergradientSubject) -> None:
     """On a stream of batches, and with two learning rates."""
-    (x, y), plain = ground.make_point(), ground.make_batch()
+    (x, y), plain, steps = ground.make_point(), ground.make_batch(), subject.steps or 0
     for rate in (RATE, RATE / 2):
         got = subject.estimate(rate=rate)[1].y
-        close(f"y with learning rate {rate}", got, ground.descend(subject.steps, rate, x, y, plain.inner))
+        close(f"y with learning rate {rate}", got, ground.descend(steps, rate, x, y, plain.inner))
     batch = ground.varied(plain)
-    (_, ys, infos), by_hand = subject.trial("varied"), ground.descend(subject.steps, RATE, x, y, batch.inner)
+    (_, ys, infos), by_hand = subject.trial("varied"), ground.descend(steps, RATE, x, y, batch.inner)
     close("y", ys[0], by_hand)
     inner = active(jax.tree.map(lambda leaf: leaf[0], infos)).inner
     if not np.isnan(inner.inner_loss):  # which a black box may leave out
-        report = ground.losses(x, by_hand, batch.inner, max(subject.steps - 1, 0))
+        report = ground.losses(x, by_hand, batch.inner, max(steps - 1, 0))
         close("(info.inner.inner_loss, gradient_norm)", (inner.inner_loss, inner.gradient_norm), report)
 
 
@@ -322,6 +327,7 @@ def y_is_that_of_a_loop_by_hand(subject: HypergradientSubject) -> None:
     applies=lambda subject: subject.unrolls,
 )
 def gradient_is_that_of_the_steps(subject: HypergradientSubject) -> None:
+    """Against jax.grad of the loop by hand, on draws that differ from step to step."""
     x, y = ground.make_point()
     batch = ground.varied(ground.make_batch())
     by_hand = ground.unrolled_gradient(subject.steps, RATE, x, y, batch)
@@ -330,6 +336,7 @@ def gradient_is_that_of_the_steps(subject: HypergradientSubject) -> None:
 
 @contract("Draw from sample(key, t, data) with keys that come from the key of the estimate alone.")
 def draws_depend_on_the_key_alone(subject: HypergradientSubject) -> None:
+    """Equal estimates for equal keys, and another y for another key."""
     one, again, other = (subject.trial(name) for name in ("noisy", "again", "other key"))
     close("(gradients, y, info)", one, again, rtol=0)
     if subject.steps and subject.keyed:
@@ -346,13 +353,14 @@ def constant_outer_loss_has_no_gradient(subject: HypergradientSubject) -> None:
 @contract(
     "Count in info.inner.calls what a compiled estimate runs; say what the count leaves out with "
     "uncounted=lambda info: Calls(...), or counted=False.",
-    applies=lambda subject: subject.counted,
+    applies=lambda subject: subject.counted and READABLE,
 )
 def declared_calls_are_compiled_calls(subject: HypergradientSubject) -> None:
+    """By the matrix products of the compiled program, each of a size of its own."""
     info = active(subject.estimate()[2])
     details = jax.tree.leaves(info.inner.detail, is_leaf=lambda part: isinstance(part, IHVPInfo))
     iterations = [int(part.iterations) for part in details if isinstance(part, IHVPInfo)]
-    ran = ground.executed(subject.program.as_text(), max(iterations, default=1))
+    ran = ground.executed(subject.program, max(iterations, default=1))
     declared, more = ground.together(info.inner.calls), ground.together(subject.uncounted(info))
     names = ("gradients of f", "gradients of g and Hessian products", "", "cross products")
     for name, got, said, beside in zip(names, ran, declared, more, strict=True):
@@ -361,6 +369,7 @@ def declared_calls_are_compiled_calls(subject: HypergradientSubject) -> None:
 
 @contract("Solve in float32 (bilevax.problem.widen) what loses digits, or say half=False.", applies=lambda s: s.half)
 def half_precision_is_near_double(subject: HypergradientSubject) -> None:
+    """One estimate in bfloat16, where the Hessian is nearly 2 I."""
     x, y, batch = ground.halved((*ground.make_point(), ground.make_batch(curved=0.1)))
     hypergrad = subject.at(ground.PROBLEM)
     state = hypergrad.init(x, y, batch)
@@ -374,7 +383,7 @@ def half_precision_is_near_double(subject: HypergradientSubject) -> None:
     close("y", state.y.astype(float), expected.y, rtol=0.05)
 
 
-HYPERGRADIENT_CONTRACTS = (
+CONTRACTS: tuple[Contract, ...] = (
     gradient_is_like_x,
     python_floats_are_numbers,
     single_precision_stays_single,
@@ -394,11 +403,12 @@ HYPERGRADIENT_CONTRACTS = (
 )
 
 
-def check_hypergradient(make: Make, **declared: Any) -> None:
+def check_hypergradient(make: Make, contracts: Sequence[Contract] = CONTRACTS, **declared: Any) -> None:
     """Holds an estimator of hypergradients to the contracts that all of them keep.
 
     Args:
       make: `make(problem, optimizer, sample) -> Hypergradient`; it may leave optimizer and sampler aside.
+      contracts: those to be checked, of `bilevax.testing.hypergradient.CONTRACTS`.
       declared: `steps`, `biased` and the other properties of a `HypergradientSubject`.
 
     Returns:
@@ -419,4 +429,4 @@ def check_hypergradient(make: Make, **declared: Any) -> None:
         Traceback (most recent call last):
         bilevax.testing.contract.ContractError: mine breaks the contract `exact_at_the_solution`.
     """
-    hold_all(HYPERGRADIENT_CONTRACTS, name_of(make), HypergradientSubject(make, **declared))
+    hold_all(contracts, name_of(make), HypergradientSubject(make, **declared))

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import chex
@@ -14,7 +14,8 @@ from bilevax import checks
 from bilevax.problem import IHVP, Batch, IHVPInfo, Loss, inner_gradient
 from bilevax.sampling import Sample, full
 from bilevax.testing import ground, points
-from bilevax.testing.contract import contract, hold_all, name_of
+from bilevax.testing.compiled import READABLE
+from bilevax.testing.contract import Contract, contract, hold_all, name_of
 from bilevax.testing.structure import as_model
 from bilevax.testing.trees import close, differ, finite, same_form, scalars, truth
 
@@ -37,6 +38,7 @@ class IHVPSubject:
       number: with a constructor, the number with which it inverts H = 2 I.
       biased: it does not even invert H = 2 I.
       cold: it does not start from v0.
+      samples: a constructor makes it draw from its sampler.
       half: it has enough digits left in bfloat16.
       counted: `info` counts products with the Hessian of the loss; False where it multiplies by another matrix.
       structured: it needs a `ModelLoss`.
@@ -52,6 +54,7 @@ class IHVPSubject:
     number: float | None = None
     biased: bool = False
     cold: bool = False
+    samples: bool = True
     half: bool = True
     counted: bool = True
     structured: bool = False
@@ -124,22 +127,6 @@ class IHVPSubject:
         return program(number, jax.random.key(KEY), state, point, right_side() if b is None else b, *v0)[0]
 
     @functools.cached_property
-    def samples(self) -> bool:
-        """Whether it asks the sampler that it is made of."""
-        asked, (x, y) = [], ground.make_point()
-
-        def sample(key: Any, t: Any, data: Any) -> Any:
-            asked.append(t)
-            return data
-
-        def solve(state: Any, data: Any) -> Any:
-            point = x, y, data
-            return self.apply(self.make(sample=sample), ground.PROBLEM.inner_loss, jax.random.key(KEY), state, point, y)
-
-        jax.eval_shape(solve, self.start, ground.make_batch().inner)
-        return bool(asked)
-
-    @functools.cached_property
     def mapped_program(self) -> Callable:
         """`solve` under `jax.vmap` over everything, made of a concrete number, and of a stream where it samples."""
         ihvp = self.make(sample=ground.stream)
@@ -164,7 +151,8 @@ def _keys(seeds: Any) -> chex.Array:
     return jnp.stack([jax.random.key(seed) for seed in seeds])
 
 
-def _forms(subject: IHVPSubject, point: points.Point) -> None:
+def same_form_of_v(subject: IHVPSubject, point: points.Point) -> None:
+    """The forms of a cold and a warm solve at a point, by tracing alone."""
     x, y = point
     ihvp, loss, data = subject.make(), points.PROBLEM.inner_loss, points.make_batch().inner
     truth(isinstance(ihvp.linear, bool), f"linear is {ihvp.linear!r}; it is True or False")
@@ -182,22 +170,21 @@ def _forms(subject: IHVPSubject, point: points.Point) -> None:
     truth(isinstance(info, IHVPInfo), f"apply returns a {type(info).__name__} beside v; it is an IHVPInfo")
     same_form("info from v0", warm_info, "info", info)
     scalars("info", info)
-    truth(
-        jnp.result_type(info.breakdown) == bool, f"info.breakdown is {jnp.result_type(info.breakdown)}; bool is meant"
-    )
+    truth(info.breakdown.dtype == jnp.bool_, f"info.breakdown is of dtype {info.breakdown.dtype}; bool is meant")
 
 
 @contract("Cast v like b at the end (optax.tree.cast_like), reduce info to scalars, and return a state like init's.")
 def v_is_like_b(subject: IHVPSubject) -> None:
     """Structure, shapes and dtypes, at a point with everything in it, and with Python numbers for arrays."""
     for point in (points.everything(), points.POINTS["python_float"]()):
-        _forms(subject, point)
+        same_form_of_v(subject, point)
 
 
 @contract("Make no array of a dtype of its own: jnp.asarray(number) is double precision where x64 is on.")
 def single_precision_stays_single(subject: IHVPSubject) -> None:
+    """By tracing alone, with x64 off."""
     with jax.enable_x64(False):
-        _forms(subject, points.dictionary())
+        same_form_of_v(subject, points.dictionary())
 
 
 @contract(
@@ -205,6 +192,7 @@ def single_precision_stays_single(subject: IHVPSubject) -> None:
     applies=lambda subject: subject.half,
 )
 def half_precision_is_near_double(subject: IHVPSubject) -> None:
+    """In bfloat16, where the Hessian is nearly 2 I."""
     ihvp, loss = subject.make(), ground.PROBLEM.inner_loss
 
     @jax.jit
@@ -221,6 +209,7 @@ def half_precision_is_near_double(subject: IHVPSubject) -> None:
 
 @contract("Keep nothing outside the state, and give each leaf of it the same shape, dtype and weak type at each call.")
 def one_program_serves_all_calls(subject: IHVPSubject) -> None:
+    """A compiled program takes the state of one call in the next, and v stays finite."""
     state = subject.start
     for _ in range(3):
         v, _, state = subject.solve(state=state)
@@ -238,10 +227,12 @@ def vmap_equals_a_loop(subject: IHVPSubject) -> None:
 
 
 @contract(
-    "At H = 2 I and the number of the subject, v = b / 2: look for a sign, a factor or a damping; or declare biased=True.",
+    "At H = 2 I and with the number of the subject v = b / 2: look for a sign, a factor or a damping; or declare "
+    "biased=True.",
     applies=lambda subject: not subject.biased,
 )
 def inverts_twice_the_identity(subject: IHVPSubject) -> None:
+    """At a minimum of g."""
     x, _ = ground.make_point()
     batch = ground.make_batch(curved=0.0)
     b = right_side()
@@ -261,6 +252,7 @@ def v0_is_used(subject: IHVPSubject) -> None:
 
 @contract("Let NaN pass into v, or set info.breakdown: an if, a where or a clip hides it.")
 def nan_is_reported(subject: IHVPSubject) -> None:
+    """One NaN in b, or in the Hessian."""
     b = np.array(right_side())
     b[2] = np.nan
     v, info, _ = subject.solve(jnp.asarray(b))
@@ -292,15 +284,17 @@ def linear_means_symmetric_and_positive_definite(subject: IHVPSubject) -> None:
     applies=lambda subject: subject.constructed,
 )
 def number_may_be_traced(subject: IHVPSubject) -> None:
-    one, other = (subject.solve(number=subject.number + more)[0] for more in (0.1, 0.3))
+    """One compiled program serves two numbers, and gives two vectors."""
+    one, other = (subject.solve(number=(subject.number or 0.0) + more)[0] for more in (0.1, 0.3))
     differ("v with two numbers", one, other, rtol=1e-3)
 
 
 @contract(
-    "Draw from `sample(key, t, data)`, with keys that come from the key of prepare alone.",
-    applies=lambda subject: subject.samples,
+    "Draw from `sample(key, t, data)`, with keys that come from the key of prepare alone; or say samples=False.",
+    applies=lambda subject: subject.constructed and subject.samples,
 )
 def draws_depend_on_the_key_alone(subject: IHVPSubject) -> None:
+    """Equal v for equal keys, and another v for another key."""
     batch, n = ground.noisy(ground.make_batch()), len(ground.make_point()[1])
     keys, states, place, units = _tasks(subject, batch, seeds=(1, 1, *range(2, n)))
     v = subject.mapped_program(keys, states, place, jnp.asarray(np.ones(units.shape)))[0]
@@ -311,13 +305,14 @@ def draws_depend_on_the_key_alone(subject: IHVPSubject) -> None:
 @contract(
     "Count in info.products what apply runs, a warm start included, in setup_products and setup_gradients what prepare "
     "runs beside one gradient that the caller shares; or declare counted=False.",
-    applies=lambda subject: subject.counted,
+    applies=lambda subject: subject.counted and READABLE,
 )
 def declared_calls_are_compiled_calls(subject: IHVPSubject) -> None:
+    """By the matrix products of the compiled program, from v = 0 and from a v0."""
     for kind, v0 in (("cold", ()), ("warm", (right_side(),)))[: 1 if subject.cold else 2]:
         info = subject.solve(None, *v0)[1]
         program = subject.warm_program if v0 else subject.cold_program
-        ran = ground.executed(program.as_text(), int(info.iterations)).inner_gradients
+        ran = ground.executed(program, int(info.iterations)).inner_gradients
         declared = info.products + info.setup_products + info.setup_gradients + 1
         truth(
             ran == declared,
@@ -325,7 +320,7 @@ def declared_calls_are_compiled_calls(subject: IHVPSubject) -> None:
         )
 
 
-IHVP_CONTRACTS = (
+CONTRACTS: tuple[Contract, ...] = (
     v_is_like_b,
     single_precision_stays_single,
     one_program_serves_all_calls,
@@ -341,12 +336,13 @@ IHVP_CONTRACTS = (
 )
 
 
-def check_ihvp(ihvp: IHVP | MakeIHVP, **declared: Any) -> None:
+def check_ihvp(ihvp: IHVP | MakeIHVP, contracts: Sequence[Contract] = CONTRACTS, **declared: Any) -> None:
     """Holds an inverse-Hessian-vector product to the contracts that all of them keep.
 
     Args:
       ihvp: an `IHVP`; or a constructor `ihvp(number, sample) -> IHVP` of its one number (a step size, a scale, a
         damping) and its sampler, for the contracts of traced numbers and of draws as well.
+      contracts: those to be checked, of `bilevax.testing.ihvp.CONTRACTS`.
       declared: `number`, which a constructor needs, `cold` and the other properties of an `IHVPSubject`.
 
     Returns:
@@ -365,4 +361,4 @@ def check_ihvp(ihvp: IHVP | MakeIHVP, **declared: Any) -> None:
         Traceback (most recent call last):
         bilevax.testing.contract.ContractError: an IHVP breaks the contract `inverts_twice_the_identity`.
     """
-    hold_all(IHVP_CONTRACTS, name_of(ihvp), IHVPSubject(ihvp, **declared))
+    hold_all(contracts, name_of(ihvp), IHVPSubject(ihvp, **declared))

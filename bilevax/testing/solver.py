@@ -1,6 +1,6 @@
 """What every inner solver keeps, beside what every estimator keeps that is made of it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,8 +13,9 @@ from bilevax.hypergradient import differentiable, hypergradient
 from bilevax.problem import BilevelProblem, Hypergradient, InnerSolver, Iterate, Loss, SolverInfo
 from bilevax.sampling import Sample, full
 from bilevax.testing import ground, points
-from bilevax.testing.contract import contract, hold_all, name_of
-from bilevax.testing.hypergradient import HYPERGRADIENT_CONTRACTS, RATE, HypergradientSubject
+from bilevax.testing import hypergradient as hypergradient_contracts
+from bilevax.testing.contract import Contract, contract, hold_all, name_of
+from bilevax.testing.hypergradient import RATE, HypergradientSubject
 from bilevax.testing.trees import close, differ, same_form, scalars, truth
 
 MakeSolver = Callable[[Loss, optax.GradientTransformation, Sample], InnerSolver]
@@ -39,8 +40,8 @@ def solver_subject(make: MakeSolver, **declared: Any) -> HypergradientSubject:
     Example:
         >>> import bilevax as bx
         >>> from bilevax import testing
-        >>> subject = testing.solver_subject(lambda loss, optimizer, sample: bx.inner.reverse(loss, optimizer, 4), steps=4)
-        >>> subject.steps
+        >>> make = lambda loss, optimizer, sample: bx.inner.reverse(loss, optimizer, 4, sample=sample)
+        >>> testing.solver_subject(make, steps=4).steps
         4
     """
 
@@ -77,9 +78,7 @@ def forward_and_backward_return_what_they_say(subject: HypergradientSubject) -> 
     same_form("the state after both", after, "the state of init", state)
 
 
-@contract(
-    "Take all that depends on x from the arguments, and start cold in init: bx.differentiable does so at each call."
-)
+@contract("Take what depends on x from the arguments, and start cold in init: bx.differentiable does so at each call.")
 def differentiable_is_the_first_estimate(subject: HypergradientSubject) -> None:
     """The derivative of one pure function, for two traced learning rates at once."""
     (x, y), batch = ground.make_point(), ground.make_batch()
@@ -108,14 +107,19 @@ def _solver(subject: HypergradientSubject, loss: Loss, rate: Any = RATE) -> Inne
     return subject.make_solver(loss, optax.sgd(rate), full)
 
 
-SOLVER_CONTRACTS = (forward_and_backward_return_what_they_say, differentiable_is_the_first_estimate)
+CONTRACTS: tuple[Contract, ...] = (
+    forward_and_backward_return_what_they_say,
+    differentiable_is_the_first_estimate,
+    *hypergradient_contracts.CONTRACTS,
+)
 
 
-def check_solver(make: MakeSolver, **declared: Any) -> None:
+def check_solver(make: MakeSolver, contracts: Sequence[Contract] = CONTRACTS, **declared: Any) -> None:
     """Holds an inner solver to the contracts of solvers, and to those of the estimators that are made of it.
 
     Args:
       make: `make(inner_loss, optimizer, sample) -> InnerSolver`; it may leave optimizer and sampler aside.
+      contracts: those to be checked, of `bilevax.testing.solver.CONTRACTS`.
       declared: `steps`, `unrolls` and the other properties of a `HypergradientSubject`.
 
     Returns:
@@ -136,4 +140,4 @@ def check_solver(make: MakeSolver, **declared: Any) -> None:
         Traceback (most recent call last):
         bilevax.testing.contract.ContractError: mine breaks the contract `y_is_that_of_a_loop_by_hand`.
     """
-    hold_all((*SOLVER_CONTRACTS, *HYPERGRADIENT_CONTRACTS), name_of(make), solver_subject(make, **declared))
+    hold_all(contracts, name_of(make), solver_subject(make, **declared))

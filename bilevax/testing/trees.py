@@ -22,15 +22,13 @@ def same_form(name: str, got: chex.ArrayTree, like: str, expected: chex.ArrayTre
     for (path, _), mine, theirs in zip(jax.tree_util.tree_leaves_with_path(got), has[1], wants[1], strict=True):
         if mine != theirs:
             where = jax.tree_util.keystr(path)
-            raise AssertionError(
-                f"{name}{where} has shape {mine[0]} and {mine[1]}; {like}: {theirs[0]} and {theirs[1]}"
-            )
+            raise AssertionError(f"{name}{where} is {mine[1]}{list(mine[0])}, and {like} {theirs[1]}{list(theirs[0])}")
 
 
 def close(name: str, got: chex.ArrayTree, expected: chex.ArrayTree, rtol: float = 1e-10) -> None:
     """Raises AssertionError unless structures agree, and numbers up to rtol, relative and absolute."""
-    if (mine := jax.tree.structure(got)) != (theirs := jax.tree.structure(expected)):
-        raise AssertionError(f"{name}: {mine} instead of {theirs}")
+    structures = [str(jax.tree.structure(tree)) for tree in (got, expected)]
+    truth(structures[0] == structures[1], f"{name} is {structures[0]}; {structures[1]} is meant")
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(expected), strict=True):
         where = f"{name}{jax.tree_util.keystr(path)}"
         np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=rtol, atol=rtol, err_msg=where)
