@@ -6,10 +6,12 @@ import re
 import pytest
 
 import bilevax as bx
+from bilevax import testing
 
 NAMESPACES = (
     *(bx, bx.algorithms, bx.curvature, bx.decentralized, bx.estimator),
     *(bx.ihvp, bx.inner, bx.parallel, bx.partition, bx.topology),
+    *(testing, testing.problems),
 )
 MODULES = (
     *(bx.coins, bx.compression, bx.correction, bx.guides, bx.local_directions, bx.random_directions),

@@ -7,7 +7,13 @@ import jax
 
 
 class ContractError(AssertionError):
-    """A method breaks a contract; the message names both, says what was seen, and what to do."""
+    """A method breaks a contract; the message names both, says what was seen, and what to do.
+
+    Example:
+        >>> from bilevax import testing
+        >>> issubclass(testing.ContractError, AssertionError)
+        True
+    """
 
 
 class Contract(NamedTuple):
@@ -18,6 +24,11 @@ class Contract(NamedTuple):
       check: `check(subject, …)` raises any exception if the subject breaks it.
       remedy: what the author of a method does about it.
       applies: `applies(subject, …)`, False where it asks for something that the subject does not have or declares.
+
+    Example:
+        >>> from bilevax import testing
+        >>> testing.ihvp.nan_is_reported.name
+        'nan_is_reported'
     """
 
     name: str
@@ -46,6 +57,21 @@ def contract(remedy: str, applies: Callable[..., bool] = lambda *subject: True) 
     Args:
       remedy: what the author of a method does about it.
       applies: `applies(subject, …)`, whether it is asked of a subject.
+
+    Returns:
+      A decorator of `check(subject, …)`, which raises any exception where the contract is broken.
+
+    Raises:
+      AttributeError: when the check has no name.
+
+    Cost: none.
+
+    Example:
+        >>> from bilevax import testing
+        >>> @testing.contract("Return a number above zero.")
+        ... def is_positive(number):
+        ...     assert number > 0, f"{number} is not positive"
+        >>> is_positive.hold("my method", 1.0)
     """
     return lambda check: Contract(check.__name__, check, remedy, applies)
 
