@@ -64,22 +64,33 @@ def noisy(key, k, data):
     return jax.tree.map(lambda leaf: leaf + 0.01 * jax.random.normal(key, leaf.shape), data)
 
 
-METHODS = {
-    "sldbo": (RING, preset("sldbo", radius=5.0)),
-    "subset, torus": (graphs.torus(16, 4, graphs.self_weight(0.3)), preset("s3ldbo", bx.coins.subset(0.5, block=2))),
-    "global ids": (RING, preset("s3ldbo", lambda key, k, gossip: jnp.array([2, 5, 9]) + k % 3)),
-    "independent, gathered": (RANDOM, preset("s3ldbo", bx.coins.independent(np.linspace(0.3, 1.0, 16)))),
-    "one agent per device": (graphs.ring(8), preset("s3ldbo", bx.coins.independent(0.5), problem=OWN_DESCENT)),
-    "common, graph per level": (bx.Levels(RING, RANDOM, ONE_PEER), preset("s3ldbo", bx.coins.common(0.5))),
-    "variance-reduced, one peer": (ONE_PEER, preset("dsvrbgd", noisy, 0.3, 0.5)),
-    "mixed": (bx.Levels(RING, graphs.lazy(RING), ONE_WAY), mixed),
-    "compressed inner loops": (RING, preset("c2dfb", 2, 10.0, bx.compression.top_k(0.5), 0.4, noisy)),
-    "matrices": (RING, preset("gbdsbo")),
-    "inner loops": (RING, preset("ma_dsbo", 2, 2, noisy, 0.5)),
-    "accumulated": (RING, lambda gossip: bx.decentralized.adasdbo(PROBLEM, gossip, 0.5, noisy)),
-    "curvature of their own": (RING, curved),
+PARTS = {  # of about as many seconds
+    "neighbours": {
+        "sldbo": (RING, preset("sldbo", radius=5.0)),
+        "subset, torus": (
+            graphs.torus(16, 4, graphs.self_weight(0.3)),
+            preset("s3ldbo", bx.coins.subset(0.5, block=2)),
+        ),
+        "global ids": (RING, preset("s3ldbo", lambda key, k, gossip: jnp.array([2, 5, 9]) + k % 3)),
+        "one agent per device": (graphs.ring(8), preset("s3ldbo", bx.coins.independent(0.5), problem=OWN_DESCENT)),
+    },
+    "graphs": {
+        "independent, gathered": (RANDOM, preset("s3ldbo", bx.coins.independent(np.linspace(0.3, 1.0, 16)))),
+        "common, graph per level": (bx.Levels(RING, RANDOM, ONE_PEER), preset("s3ldbo", bx.coins.common(0.5))),
+        "variance-reduced, one peer": (ONE_PEER, preset("dsvrbgd", noisy, 0.3, 0.5)),
+        "mixed": (bx.Levels(RING, graphs.lazy(RING), ONE_WAY), mixed),
+    },
+    "loops": {
+        "compressed inner loops": (RING, preset("c2dfb", 2, 10.0, bx.compression.top_k(0.5), 0.4, noisy)),
+        "inner loops": (RING, preset("ma_dsbo", 2, 2, noisy, 0.5)),
+        "accumulated": (RING, lambda gossip: bx.decentralized.adasdbo(PROBLEM, gossip, 0.5, noisy)),
+    },
+    "matrices": {
+        "matrices": (RING, preset("gbdsbo")),
+        "curvature of their own": (RING, curved),
+    },
 }
-FIELD = ("compressed inner loops", "matrices", "inner loops", "accumulated", "curvature of their own")
+METHODS = {name: method for part in PARTS.values() for name, method in part.items()}
 
 
 def data(n):
@@ -331,11 +342,9 @@ def report():
     return {"calls": call_by_call(), "rounds": rounds, "refused": refused()}
 
 
-def main(parts):
-    names = {"methods": [name for name in METHODS if name not in FIELD], "field": FIELD}
-    methods = {name: compare(name) for part in parts for name in names.get(part, ())}
-    print(json.dumps({"methods": methods} if methods else report()))
+def main(part):
+    print(json.dumps({"methods": {name: compare(name) for name in PARTS[part]}} if part in PARTS else report()))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(sys.argv[1])
