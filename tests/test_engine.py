@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from cases import BATCH, DEFINITE, KEY, LAZY_RING, TOY_RING, TOY_STEPS, X, Y, all_directions, at, semi, toy_run
 from networks import at_solution, close, numbers, ring, roll, run, simulate, stacked
 
@@ -30,6 +31,7 @@ def test_breakdown_names_the_agents_that_are_not_finite():
     assert np.all(info.breakdown[-1])
 
 
+@pytest.mark.compiles(75)  # eager is its subject
 def test_step_outside_jit_is_the_same_step():
     method = decentralized.sldbo(PROBLEM, TOY_RING, TOY_STEPS)
     state, _ = method.step(None, method.init(X, Y), BATCH)

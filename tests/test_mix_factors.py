@@ -19,6 +19,16 @@ LOSS = bx.curvature.ModelLoss(
 )
 
 
+@jax.jit
+def solve(found, x, batch, y):
+    """With the factors of one agent."""
+    return bx.curvature.inverted(found, LOSS, x, y, batch, damping=1e-2)(y)
+
+
+def rounds_of(gossip, rounds):
+    return jax.jit(lambda f: bx.decentralized.mix_factors(None, gossip, gossip.init(f), f, rounds=rounds)[0])
+
+
 @pytest.fixture(scope="module")
 def setting():
     keys = jax.random.split(jax.random.key(0), 4)
@@ -35,23 +45,22 @@ def setting():
 def test_one_round_on_a_complete_graph_is_the_curvature_of_all_data(setting):
     y, batch, weights, factors = setting
     gossip = bx.gossip(bx.topology.complete(AGENTS))
-    mixed, _ = bx.decentralized.mix_factors(None, gossip, gossip.init(factors), factors)
+    mixed = rounds_of(gossip, 1)(factors)
     pooled = jax.tree.map(lambda leaf: leaf.reshape(AGENTS * ROWS, *leaf.shape[2:]), batch)
     pooled_loss = bx.curvature.ModelLoss(
         LOSS.model, LOSS.loss, LOSS.split, weights=lambda x, batch: jnp.repeat(x, ROWS), l2=0.1
     )
     point = (weights, y, pooled)
-    apply, _ = bx.ihvp.kfac(1e-2, fisher=EXACT).prepare(None, (), pooled_loss, point)
-    expected = jax.jit(lambda b: apply(b)[0])(y)
 
     @jax.jit
-    def solve(found, x, batch):
-        return bx.curvature.inverted(found, LOSS, x, y, batch, damping=1e-2)(y)
+    def pooled_solve(b, point):
+        return bx.ihvp.kfac(1e-2, fisher=EXACT).prepare(None, (), pooled_loss, point)[0](b)[0]
 
+    expected = pooled_solve(y, point)
     for agent in range(AGENTS):
-        mine = jax.tree.map(lambda leaf, agent=agent: leaf[agent], (mixed, weights, batch))
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), solve(*mine), expected)
-    alone = solve(*jax.tree.map(lambda leaf: leaf[0], (factors, weights, batch)))
+        mine = jax.tree.map(lambda leaf, agent=agent: np.asarray(leaf)[agent], (mixed, weights, batch))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), solve(*mine, y), expected)
+    alone = solve(*jax.tree.map(lambda leaf: np.asarray(leaf)[0], (factors, weights, batch)), y)
     assert not np.allclose(alone["last"], expected["last"], rtol=0.05), "agents must differ for this to be a test"
 
 
@@ -60,8 +69,8 @@ def test_rounds_on_a_ring_approach_the_mean(setting):
     gossip = bx.gossip(bx.topology.ring(AGENTS))
     errors = []
     for rounds in (1, 5, 20):
-        mixed, _ = bx.decentralized.mix_factors(None, gossip, gossip.init(factors), factors, rounds=rounds)
-        errors.append(max(float(jnp.abs(leaf - leaf.mean(0)[None]).max()) for leaf in jax.tree.leaves(mixed)))
+        mixed = jax.tree.map(np.asarray, rounds_of(gossip, rounds)(factors))
+        errors.append(max(np.abs(leaf - leaf.mean(0)).max() for leaf in jax.tree.leaves(mixed)))
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a.mean(0), b.mean(0), rtol=1e-12), mixed, factors)
     assert errors[0] > 10 * errors[1] > 100 * errors[2]
 
@@ -69,11 +78,11 @@ def test_rounds_on_a_ring_approach_the_mean(setting):
 def test_the_mean_of_inverses_is_another_thing(setting):
     """Why factors travel and not what is made of them."""
     y, batch, weights, factors = setting
-    solve = jax.vmap(lambda f, x, b: bx.curvature.inverted(f, LOSS, x, y, b, damping=1e-2)(y))
-    inverses = jax.tree.map(lambda leaf: leaf.mean(0), solve(factors, weights, batch))
-    mean = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf.mean(0), leaf.shape), factors)
-    inverse = jax.tree.map(lambda leaf: leaf[0], solve(mean, weights, batch))
-    assert not np.allclose(inverses["last"], inverse["last"], rtol=0.05)
+    every = jax.jit(jax.vmap(solve, (0, 0, 0, None)))
+    inverses = every(factors, weights, batch, y)["last"].mean(0)
+    mean = jax.tree.map(lambda leaf: np.broadcast_to(np.asarray(leaf).mean(0), leaf.shape), factors)
+    inverse = every(mean, weights, batch, y)["last"][0]
+    assert not np.allclose(inverses, inverse, rtol=0.05)
 
 
 def test_bad_input(setting):

@@ -89,7 +89,7 @@ def test_numbers_are_points_too():
     problem = bx.BilevelProblem(lambda x, y, batch: (y - 1) ** 2, lambda x, y, batch: (y - x) ** 2)
     method = bx.algorithms.soba(problem, bx.Levels(0.1, 0.5, 0.5))
     state = method.init(0.0, 2.0)
-    state, info = method.step(None, state, bx.Batch(None, None))
+    state, info = jax.jit(method.step)(None, state, bx.Batch(None, None))
     # d_x = −∇²_xy g v = 0, d_y = 2 (2 − 0), d_v = −2 (2 − 1) at v = 0
     assert [float(value) for value in (state.x, state.y, state.v)] == [0.0, 0.0, 1.0]
     assert [float(value) for value in info.moves] == [0.0, 2.0, 1.0]
