@@ -23,6 +23,7 @@ from bilevax.two_phase import TwoPhaseInfo
 
 RATE = 0.1  # of the inner optimizer
 STEPS = 5  # outer steps in one program
+NEAR = 1e-5  # of two points whose difference is a derivative
 Make = Callable[[BilevelProblem, optax.GradientTransformation, Sample], Hypergradient]
 
 
@@ -137,8 +138,9 @@ def trials(subject: HypergradientSubject) -> dict[str, tuple]:
     key, other, batch = jax.random.key(1), jax.random.key(2), ground.make_batch()
     constant = batch._replace(outer=jax.tree.map(lambda leaf: jnp.asarray(np.zeros(leaf.shape)), batch.outer))
 
-    def trial(key: Any, batch: Batch, seed: int = 0) -> tuple:
+    def trial(key: Any, batch: Batch, seed: int = 0, ahead: float = 0.0) -> tuple:
         x, y = ground.make_point(seed)
+        x = jnp.asarray(np.asarray(x) + ahead)
         return key, subject.at(ground.PROBLEM).init(x, y, batch), x, batch
 
     return {
@@ -147,6 +149,8 @@ def trials(subject: HypergradientSubject) -> dict[str, tuple]:
         "varied": trial(key, ground.varied(batch)),
         "noisy": trial(key, ground.noisy(batch)),
         "again": trial(key, ground.noisy(batch)),
+        "ahead": trial(key, ground.noisy(batch), ahead=NEAR),
+        "behind": trial(key, ground.noisy(batch), ahead=-NEAR),
         "other key": trial(other, ground.noisy(batch)),
         "constant": trial(key, ground.noisy(ground.varied(constant))),
     }
@@ -327,11 +331,15 @@ def y_is_that_of_a_loop_by_hand(subject: HypergradientSubject) -> None:
     applies=lambda subject: subject.unrolls,
 )
 def gradient_is_that_of_the_steps(subject: HypergradientSubject) -> None:
-    """Against jax.grad of the loop by hand, on draws that differ from step to step."""
+    """Against jax.grad of the loop by hand, and on draws of one key against a finite difference of f."""
     x, y = ground.make_point()
     batch = ground.varied(ground.make_batch())
     by_hand = ground.unrolled_gradient(subject.steps, RATE, x, y, batch)
     close("the gradient", subject.trial("varied")[0][0], by_hand)
+    grads, ahead, behind = (subject.trial(name) for name in ("noisy", "ahead", "behind"))
+    losses = [active(jax.tree.map(lambda leaf: leaf[0], trial[2])).outer_loss for trial in (ahead, behind)]
+    slope = (losses[0] - losses[1]) / (2 * NEAR)
+    close("the gradient along (1, …, 1)", np.sum(grads[0][0]), slope, rtol=1e-6)
 
 
 @contract("Draw from sample(key, t, data) with keys that come from the key of the estimate alone.")

@@ -1,0 +1,310 @@
+"""An IHVP, an inner solver and a penalty of another package keep the contracts; broken ones fail by name."""
+
+import functools
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import bilevax as bx
+from bilevax import testing
+
+# A foreign inverse-Hessian-vector product
+
+
+def richardson(step_size, sample, steps=3):
+    """v ← v + step_size (b − H v), from v0 or from zero."""
+
+    def init(x, y, batch=None, inner_loss=None):
+        return ()
+
+    def prepare(key, state, inner_loss, point):
+        x, y, data = point
+        product = bx.curvature.hessian(inner_loss, x, y, sample(key, 0, data))
+
+        def apply(b, v0=None):
+            def step(v, _):
+                r = jax.tree.map(lambda b, hv: b - hv, b, product(v))
+                return jax.tree.map(lambda v, r: (v + step_size * r).astype(v.dtype), v, r), None
+
+            v = jax.tree.map(lambda b: step_size * b, b) if v0 is None else v0
+            v, _ = jax.lax.scan(step, optax.tree.cast_like(v, b), length=steps)
+            bad = ~jnp.isfinite(sum(jnp.sum(leaf, dtype=float) for leaf in jax.tree.leaves(v)))
+            return v, bx.IHVPInfo(steps, steps, 0, jnp.nan, jnp.nan, bad)
+
+        return apply, state
+
+    return bx.IHVP(init, prepare, linear=True)
+
+
+def changed(change, linear=True):
+    """A constructor of `richardson` whose `apply` is `change(apply, b, v0)`."""
+
+    def make(number, sample):
+        sound = richardson(number, sample)
+
+        def prepare(*arguments):
+            apply, state = sound.prepare(*arguments)
+            return functools.partial(change, apply), state
+
+        return bx.IHVP(sound.init, prepare, linear)
+
+    return make
+
+
+def cold(apply, b, v0=None):
+    return apply(b)
+
+
+def wrong_sign(apply, b, v0=None):
+    v, info = apply(b, v0)
+    return optax.tree.scale(-1, v), info
+
+
+def single_precision(apply, b, v0=None):
+    v, info = apply(b, v0)
+    return optax.tree.cast(v, jnp.float32), info
+
+
+def hidden_nan(apply, b, v0=None):
+    v, info = apply(b, v0)
+    return jax.tree.map(jnp.nan_to_num, v), info._replace(breakdown=jnp.zeros((), bool))
+
+
+def one_product_too_few(apply, b, v0=None):
+    v, info = apply(b, v0)
+    return v, info._replace(products=info.products - 1)
+
+
+def triangular(apply, b, v0=None):
+    """Right at H = 2 I; not symmetric."""
+    v, info = apply(b, v0)
+    return jax.tree.map(lambda v, b: v + 0.1 * jnp.roll(v - b / 2, 1), v, b), info
+
+
+def two_draws(number, sample):
+    """Draws another batch in each application of one Hessian."""
+    sound = richardson(number, sample, steps=1)
+
+    def prepare(key, *arguments):
+        first, last = (sound.prepare(jax.random.fold_in(key, i), *arguments)[0] for i in range(2))
+
+        def apply(b, v0=None):
+            return last(b, first(b, v0)[0])
+
+        return apply, ()
+
+    return bx.IHVP(sound.init, prepare, linear=True)
+
+
+def branching(number, sample):
+    if number > 1:
+        raise ValueError("number must be at most 1")
+    return richardson(number, sample)
+
+
+@pytest.mark.compiles(200)
+def test_foreign_ihvp():
+    testing.check_ihvp(richardson, number=0.5)
+    testing.check_ihvp(richardson(0.5, bx.inner.full))
+
+
+BROKEN_IHVPS = {
+    "a warm v is not used": (cold, "v0_is_used"),
+    "the sign is wrong": (wrong_sign, "inverts_twice_the_identity"),
+    "v is single precision": (single_precision, "v_is_like_b"),
+    "NaN is hidden": (hidden_nan, "nan_is_reported"),
+    "a product is not counted": (one_product_too_few, "declared_calls_are_compiled_calls"),
+    "it is not symmetric": (triangular, "linear_means_symmetric_and_positive_definite"),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN_IHVPS)
+def test_broken_ihvp(fault):
+    change, name = BROKEN_IHVPS[fault]
+    fails_by_name(testing.check_ihvp, changed(change), name, number=0.5)
+
+
+def test_ihvp_of_two_draws_is_not_symmetric():
+    fails_by_name(testing.check_ihvp, two_draws, "linear_means_symmetric_and_positive_definite", number=0.5)
+
+
+def test_ihvp_that_branches_on_its_number():
+    fails_by_name(testing.check_ihvp, branching, "one_program_serves_all_calls", number=0.5)
+
+
+def fails_by_name(check, method, name, **declared):
+    with pytest.raises(testing.ContractError, match=re.escape(f"breaks the contract `{name}`")) as error:
+        check(method, **declared)
+    assert "what to do: " in str(error.value)
+
+
+# A foreign inner solver
+
+
+def one():
+    return 1.0
+
+
+class Unrolled(NamedTuple):
+    """What distinguishes the sound solver from its broken copies."""
+
+    backward_key: int = 0  # folded into the key for the steps that are differentiated
+    steps_back: int = 3  # of which there are three
+    gradients: int = 10  # declared: three steps forward, twice again on the way back, and one for the report
+    scale: Any = one  # of each step
+
+
+def unrolled(faults):
+    """Three steps, differentiated by `jax.vjp` of themselves, with no help of the package."""
+
+    def make(inner_loss, optimizer, sample):
+        def init(x, y, batch=None):
+            return ()
+
+        def start(x, y):
+            y = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), y)
+            return bx.Iterate(y, optimizer.init(y), jnp.zeros((), jnp.int32))
+
+        def loop(key, x, z, batch, steps):
+            def step(z, _):
+                rows = sample(jax.random.fold_in(key, z.t), z.t, batch)
+                gradient = jax.grad(inner_loss, 1)(x, z.y, rows)
+                updates, opt_state = optimizer.update(gradient, z.opt_state, z.y)
+                updates = optax.tree.cast_like(optax.tree.scale(faults.scale(), updates), updates)
+                return bx.Iterate(optax.apply_updates(z.y, updates), opt_state, z.t + 1), None
+
+            return jax.lax.scan(jax.checkpoint(step, prevent_cse=False), z, length=steps)[0]
+
+        def forward(key, state, x, z, batch):
+            return loop(key, x, z, batch, 3), (key, x, z, batch), state
+
+        def backward(residual, state, z_bar):
+            key, x, z, batch = residual
+            again = jax.random.fold_in(key, faults.backward_key) if faults.backward_key else key
+            z_T = loop(key, x, z, batch, 3)
+            _, pull_back = jax.vjp(lambda x, y: loop(again, x, z._replace(y=y), batch, faults.steps_back).y, x, z.y)
+            x_bar, y_bar = pull_back(z_bar.y)
+            rows = sample(jax.random.fold_in(key, z_T.t - 1), z_T.t - 1, batch)
+            value, gradient = jax.value_and_grad(inner_loss, 1)(x, z_T.y, rows)
+            size = optax.tree.norm(optax.tree.cast(gradient, float))
+            calls = bx.Calls(0, faults.gradients, 3, 3)
+            return (x_bar, bx.Iterate(y_bar)), state, bx.SolverInfo(value, size, ~jnp.isfinite(value + size), calls, ())
+
+        return bx.InnerSolver(init, start, forward, backward)
+
+    return make
+
+
+@pytest.mark.compiles(200)
+def test_foreign_solver():
+    testing.check_solver(unrolled(Unrolled()), steps=3, unrolls=True)
+
+
+def counter():
+    """Another number at each trace."""
+    traces = []
+
+    def scale():
+        traces.append(None)
+        return 1 / len(traces)
+
+    return scale
+
+
+BROKEN_SOLVERS = {
+    "a step is not differentiated": (Unrolled(steps_back=2), "gradient_is_that_of_the_steps"),
+    "a batch is drawn twice": (Unrolled(backward_key=1), "gradient_is_that_of_the_steps"),
+    "a gradient is not counted": (Unrolled(gradients=9), "declared_calls_are_compiled_calls"),
+    "each trace differs": (Unrolled(scale=counter()), "differentiable_is_the_first_estimate"),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN_SOLVERS)
+def test_broken_solver(fault):
+    faults, name = BROKEN_SOLVERS[fault]
+    fails_by_name(testing.check_solver, unrolled(faults), name, steps=3, unrolls=True)
+
+
+# A foreign penalty
+
+
+class PenaltyState(NamedTuple):
+    y: Any
+    penalized: Any
+
+
+def penalty(problem, optimizer, sample, draws=1, report=jnp.asarray, keep=lambda new, old: new):
+    """∇_x f + λ (∇_x g(y_λ) − ∇_x g(y)), after two plain loops of four steps."""
+    multiplier = 10.0
+
+    def init(x, y, batch=None):
+        y = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), y)
+        return PenaltyState(y, y)
+
+    def penalized_loss(x, y, batch):
+        return problem.inner_loss(x, y, batch.inner) + problem.outer_loss(x, y, batch.outer) / multiplier
+
+    def estimate(key, state, x, batch):
+        def draw(t, key=key):
+            return sample(jax.random.fold_in(key, t), t, batch.inner)
+
+        def descend(loss, pick, y):
+            def step(carry, t):
+                y, opt_state = carry
+                updates, opt_state = optimizer.update(jax.grad(loss, 1)(x, y, pick(t)), opt_state, y)
+                return (optax.apply_updates(y, updates), opt_state), None
+
+            return jax.lax.scan(step, (y, optimizer.init(y)), jnp.arange(4))[0][0]
+
+        y = descend(problem.inner_loss, draw, state.y)
+        y_penalized = descend(penalized_loss, lambda t: bx.Batch(batch.outer, draw(t)), state.penalized)
+        here, there = draw(3), draw(3, jax.random.fold_in(key, 7)) if draws == 2 else draw(3)
+        value, (g_x, g_y) = jax.value_and_grad(problem.inner_loss, (0, 1))(x, y, here)
+        above = jax.grad(problem.inner_loss)(x, y_penalized, there)
+        outer, f_x = jax.value_and_grad(problem.outer_loss)(x, y_penalized, batch.outer)
+        grad = jax.tree.map(lambda f, a, b: (f + multiplier * (a - b)).astype(f.dtype), f_x, above, g_x)
+        grad = jax.tree.map(lambda leaf, like: jnp.asarray(leaf, jnp.result_type(like)), grad, x)
+        size = optax.tree.norm(optax.tree.cast(g_y, float))
+        bad = report(~jnp.isfinite(outer + value + size + optax.tree.norm(optax.tree.cast(grad, float))))
+        inner = bx.SolverInfo(value, size, bad, bx.Calls(5, 9), ())
+        return grad, PenaltyState(y, keep(y_penalized, state.penalized)), bx.HypergradientInfo(outer, inner)
+
+    return bx.Hypergradient(init, estimate)
+
+
+def beside(info):
+    """Two ∇_x g; ∇_y g at y_λ is not taken, and ∇_x f needs no ∇_y f."""
+    return bx.Calls(cross_products=2)
+
+
+DECLARED = {"steps": 4, "biased": True, "uncounted": beside}
+BROKEN_PENALTIES = {
+    "a batch is drawn twice": ({"draws": 2}, "constant_outer_loss_has_no_gradient"),
+    "a breakdown is hidden": ({"report": jnp.zeros_like}, "nan_is_reported"),
+    "a state is not kept": ({"keep": lambda new, old: optax.tree.cast(new, jnp.float32)}, "gradient_is_like_x"),
+}
+
+
+@pytest.mark.compiles(200)
+def test_foreign_penalty():
+    testing.check_hypergradient(penalty, **DECLARED)
+
+
+@pytest.mark.parametrize("fault", BROKEN_PENALTIES)
+def test_broken_penalty(fault):
+    options, name = BROKEN_PENALTIES[fault]
+    fails_by_name(testing.check_hypergradient, functools.partial(penalty, **options), name, **DECLARED)
+
+
+def test_a_property_that_is_not_declared():
+    """A penalty is biased, and takes steps: it says so, or it fails by the contract of those that are not."""
+    fails_by_name(testing.check_hypergradient, penalty, "exact_at_the_solution", steps=4)
+
+
+def test_what_is_no_method_at_all():
+    fails_by_name(testing.check_solver, lambda *parts: None, "forward_and_backward_return_what_they_say")
+    fails_by_name(testing.check_ihvp, lambda *parts: None, "v_is_like_b", number=0.5)
