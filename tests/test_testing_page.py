@@ -1,0 +1,34 @@
+"""docs/testing.md, run as it stands; what it prints is what the page shows."""
+
+import contextlib
+import io
+import pathlib
+import re
+
+import pytest
+
+from bilevax import testing
+
+PAGE = (pathlib.Path(__file__).parent.parent / "docs" / "testing.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.compiles(400)
+def test_the_page_runs_and_prints_what_it_shows():
+    namespace, printed = {"__name__": "page"}, io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        for code in blocks("python"):
+            exec(compile(code, "docs/testing.md", "exec"), namespace)
+    assert printed.getvalue() == "".join(blocks("text"))
+    assert namespace["error"] < 1e-6
+    assert len(namespace["ASKED"]) >= 8
+    namespace["test_richardson"](namespace["ASKED"][0])
+
+
+def test_the_table_names_the_properties_of_subjects():
+    named = set(re.findall(r"`(\w+)=", PAGE[PAGE.index("| declared") : PAGE.index("## One case")]))
+    fields = {*testing.IHVPSubject.__dataclass_fields__, *testing.HypergradientSubject.__dataclass_fields__}
+    assert named == fields - {"ihvp", "number", "make", "make_solver"}
