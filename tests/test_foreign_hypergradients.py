@@ -112,6 +112,14 @@ def test_foreign_ihvp():
     testing.check_ihvp(richardson(0.5, bx.inner.full))
 
 
+@pytest.mark.compiles(100)
+def test_checks_are_in_double_precision_wherever_they_are_called():
+    with jax.enable_x64(False):
+        testing.check_ihvp(richardson(0.5, bx.inner.full))
+        with pytest.raises(testing.ContractError, match="inverts_twice_the_identity"):
+            testing.check_ihvp(richardson(0.4999999, bx.inner.full, steps=0))
+
+
 BROKEN_IHVPS = {
     "a warm v is not used": (cold, "v0_is_used"),
     "the sign is wrong": (wrong_sign, "inverts_twice_the_identity"),
