@@ -18,7 +18,7 @@ def normal(seed, *shape):
 
 
 INPUTS, SEQUENCES, IMAGES = normal(0, N, D), normal(1, N, T, D), normal(2, 2, 4, 3, 2)
-LABELS, WEIGHTS = jnp.arange(N) % C, jnp.linspace(0.2, 2.0, N)
+LABELS, WEIGHTS = jnp.asarray(np.arange(N) % C), jnp.asarray(np.linspace(0.2, 2.0, N))
 Y = {
     "hidden": {"bias": normal(3, 4), "kernel": normal(4, D, 4)},
     "out": {"bias": normal(5, C), "kernel": normal(6, 4, C)},

@@ -40,6 +40,7 @@ def run(tmp_path, capsys):
     return start
 
 
+@pytest.mark.compiles(60)  # a whole run of a command
 def test_a_run_writes_records_of_one_schema_a_plot_and_a_table_with_standard_errors(run):
     code, output, records, plot = run("--seeds 2 --seed 3 --outer-steps 4 --methods cg")
     assert code == 0

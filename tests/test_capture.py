@@ -26,15 +26,16 @@ from flax.traverse_util import flatten_dict
 from bilevax import curvature
 
 N, T, D, C = 4, 3, 2, 3
-X = jnp.linspace(-0.5, 0.5, N)
-LABELS = jnp.array([0, 2, 1, 1])
-INPUTS = jax.random.normal(jax.random.key(1), (N, D))
-SEQUENCES = jax.random.normal(jax.random.key(2), (N, T, D))
+X = jnp.asarray(np.linspace(-0.5, 0.5, N))
+LABELS = jnp.asarray(np.array([0, 2, 1, 1]))
 
 
 def normal(seed, **shapes):
-    keys = jax.random.split(jax.random.key(seed), len(shapes))
-    return {name: jax.random.normal(key, shape) for key, (name, shape) in zip(keys, shapes.items(), strict=True)}
+    random = np.random.default_rng(seed)
+    return {name: jnp.asarray(random.normal(size=shape)) for name, shape in shapes.items()}
+
+
+INPUTS, SEQUENCES = normal(1, inputs=(N, D), sequences=(N, T, D)).values()
 
 
 Y = {"hidden": normal(3, kernel=(D, 5), bias=(5,)), "out": normal(4, kernel=(5, C), bias=(C,))}

@@ -176,6 +176,7 @@ def test_options_that_make_no_sense_are_refused(arguments, message):
 
 
 @pytest.mark.usefixtures("single_precision")
+@pytest.mark.compiles(60)  # a whole run of a command
 def test_a_quick_run_compares_the_methods_and_writes_its_files(tmp_path, monkeypatch):
     monkeypatch.setattr(condensation, "HIDDEN", 4)
     monkeypatch.setattr(condensation, "QUICK_INNER_STEPS", 12)

@@ -13,11 +13,11 @@ import bilevax as bx
 from bilevax import curvature
 
 N, C = 7, 5
-KEYS = jax.random.split(jax.random.key(0), 4)
-Y = {"hidden": jax.random.normal(KEYS[0], (3, 4)), "out": jax.random.normal(KEYS[1], (4, C))}
-INPUTS = jax.random.normal(KEYS[2], (N, 3))
-PROBABILITIES = jax.nn.softmax(jax.random.normal(KEYS[3], (N, C)))
-X = jnp.linspace(-1, 1, N)
+RANDOM = np.random.default_rng(0)
+Y = {name: jnp.asarray(RANDOM.normal(size=shape)) for name, shape in (("hidden", (3, 4)), ("out", (4, C)))}
+INPUTS = jnp.asarray(RANDOM.normal(size=(N, 3)))
+PROBABILITIES = jnp.asarray(RANDOM.dirichlet(np.ones(C), size=N))
+X = jnp.asarray(np.linspace(-1, 1, N))
 FLAT, UNRAVEL = ravel_pytree(Y)
 
 

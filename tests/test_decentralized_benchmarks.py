@@ -54,16 +54,24 @@ def test_the_mean_over_agents_is_the_loss_on_the_undivided_data(digits):
     problem, batch = cleaning(L2), digits.whole.batch
     x_key, y_key = jax.random.split(jax.random.key(0))
     x, y = jax.random.normal(x_key, (240,)), jax.random.normal(y_key, (64, 10))
-    inner = jnp.mean(jax.nn.sigmoid(x) * cross_entropy(y, *batch.inner)) + L2 / 2 * jnp.sum(y**2)
-    outer = jnp.mean(cross_entropy(y, *batch.outer))
+
+    @jax.jit
+    def whole(x, y):
+        inner = jnp.mean(jax.nn.sigmoid(x) * cross_entropy(y, *batch.inner)) + L2 / 2 * jnp.sum(y**2)
+        return inner, jnp.mean(cross_entropy(y, *batch.outer))
+
     loss = network(digits).loss
-    np.testing.assert_allclose(loss(problem.inner_loss, x, y, digits.batch.inner), inner, rtol=1e-5)
-    np.testing.assert_allclose(loss(problem.outer_loss, x, y, digits.batch.outer), outer, rtol=1e-5)
+
+    @jax.jit
+    def divided(x, y):
+        return loss(problem.inner_loss, x, y, digits.batch.inner), loss(problem.outer_loss, x, y, digits.batch.outer)
+
+    np.testing.assert_allclose(divided(x, y), whole(x, y), rtol=1e-5)
 
 
 def test_an_agent_reads_the_weights_of_its_own_images_alone(digits):
     _, _, ids, weights = digits.batch.inner
-    gradients = jax.vmap(jax.grad(cleaning(L2).inner_loss), (None, None, 0))
+    gradients = jax.jit(jax.vmap(jax.grad(cleaning(L2).inner_loss), (None, None, 0)))
     reads = np.asarray(gradients(jnp.zeros(240), jnp.zeros((64, 10)), digits.batch.inner)) != 0
     assert (reads.sum(axis=0) == 1).all()
     for agent in range(4):
@@ -104,6 +112,7 @@ def test_every_partition_of_the_command_line_loses_nothing(choice):
     assert sorted(np.concatenate(validation)) == [*range(600)]
 
 
+@pytest.mark.compiles(180)  # a whole run of a command
 def test_a_run_writes_records_of_one_schema_a_plot_and_what_was_spent(run):
     code, printed, records, plots = run(
         "decentralized-hyper-cleaning --seed 3 --outer-steps 4 --methods s3ldbo-0.5 sparkle-ed --coins subset",
@@ -168,6 +177,7 @@ def test_what_cannot_be_had_is_said_in_one_line(arguments, message, run):
     assert printed.err.startswith(message)
 
 
+@pytest.mark.compiles(60)  # a whole run of a command
 def test_skipping_is_timed_and_memory_grows_with_the_agents(run, monkeypatch):
     monkeypatch.setattr(skipping, "FRACTIONS", (0.25,))
     code, printed, records, plots = run(

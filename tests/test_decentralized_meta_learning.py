@@ -73,13 +73,13 @@ def test_support_and_query_are_the_images_that_were_drawn(tasks):
 def test_features_have_one_length_so_that_the_curvature_is_bounded_for_every_x(small, tasks):
     net = network(tasks)
     x = jax.tree.map(lambda leaf: 5 * leaf + 0.1, net.x)
-    rows = heads.features(x, tasks.batch.inner[0][0])
-    np.testing.assert_allclose(jnp.linalg.norm(rows, axis=2), heads.LENGTH, rtol=1e-3)
+    rows = jax.jit(heads.features)(x, tasks.batch.inner[0][0])
+    np.testing.assert_allclose(np.linalg.norm(rows, axis=2), heads.LENGTH, rtol=1e-3)
 
     def flat(y):
         return net.problem.inner_loss(x, y.reshape(net.y.shape), jax.tree.map(lambda leaf: leaf[0], net.batch.inner))
 
-    hessian = jax.hessian(flat)(jnp.zeros(net.y.size))
+    hessian = jax.jit(jax.hessian(flat))(jnp.zeros(net.y.size))
     eigenvalues = np.linalg.eigvalsh(hessian)
     assert eigenvalues[0] > meta_learning.L2 / TASKS * 0.99
     assert eigenvalues[-1] < net.curvature
@@ -88,15 +88,22 @@ def test_features_have_one_length_so_that_the_curvature_is_bounded_for_every_x(s
 def test_the_mean_over_agents_is_the_mean_over_all_tasks(small, tasks):
     net = network(tasks)
     y = jax.random.normal(jax.random.key(0), (AGENTS, *net.y.shape))
-    every = y.reshape(-1, *net.y.shape[1:])
-    losses = {}
-    for kind, (images, labels) in tasks.batch._asdict().items():
-        logits = heads.features(net.x, images.reshape(-1, *images.shape[2:])) @ every
-        shape = (AGENTS * TASKS, -1)
-        losses[kind] = optax.softmax_cross_entropy_with_integer_labels(logits, labels.reshape(shape)).mean()
-    losses["inner"] += meta_learning.L2 / 2 * jnp.sum(every**2) / len(every)
-    np.testing.assert_allclose(net.loss(net.problem.outer_loss, net.x, y, net.batch.outer), losses["outer"], rtol=1e-5)
-    np.testing.assert_allclose(net.loss(net.problem.inner_loss, net.x, y, net.batch.inner), losses["inner"], rtol=1e-5)
+
+    @jax.jit
+    def whole(y):
+        every, losses = y.reshape(-1, *net.y.shape[1:]), {}
+        for kind, (images, labels) in tasks.batch._asdict().items():
+            logits = heads.features(net.x, images.reshape(-1, *images.shape[2:])) @ every
+            shape = (AGENTS * TASKS, -1)
+            losses[kind] = optax.softmax_cross_entropy_with_integer_labels(logits, labels.reshape(shape)).mean()
+        return losses["outer"], losses["inner"] + meta_learning.L2 / 2 * jnp.sum(every**2) / len(every)
+
+    @jax.jit
+    def divided(y):
+        parts = ((net.problem.outer_loss, net.batch.outer), (net.problem.inner_loss, net.batch.inner))
+        return [net.loss(loss, net.x, y, batch) for loss, batch in parts]
+
+    np.testing.assert_allclose(divided(y), whole(y), rtol=1e-5)
 
 
 def solved(x, support):
@@ -117,20 +124,22 @@ def solved(x, support):
     return scipy.optimize.minimize(value, start, jac=True, method="BFGS", options={"gtol": 1e-9}).x.reshape(-1, WAYS)
 
 
+@pytest.mark.compiles(60)  # with the reading of the characters
 def test_the_accurate_heads_are_those_that_numpy_finds_and_the_gradient_is_that_of_the_outer_loss(small, tasks):
     with jax.enable_x64(True):
         net = network(tasks)
         x, batch = jax.tree.map(
-            lambda leaf: leaf.astype(np.float64) if leaf.dtype == np.float32 else leaf, (net.x, net.batch)
+            lambda leaf: leaf.astype(np.float64) if leaf.dtype == np.float32 else leaf,
+            jax.device_get((net.x, net.batch)),
         )
         exactly = evaluator(net, Effort())
-        start = jnp.zeros((AGENTS, *net.y.shape))
+        start = np.zeros((AGENTS, *net.y.shape))
         at = exactly(x, start, batch)
         for agent, task in ((0, 0), (2, 1)):
             head = solved(x, jax.tree.map(lambda leaf, i=agent, j=task: leaf[i, j], batch.inner))
             np.testing.assert_allclose(at.y[agent, task], head, rtol=1e-4, atol=1e-6)
         assert at.residual < 1e-10
-        way, size = jax.tree.map(lambda leaf: jnp.cos(jnp.arange(leaf.size, dtype=float)).reshape(leaf.shape), x), 1e-5
+        way, size = jax.tree.map(lambda leaf: np.cos(np.arange(leaf.size, dtype=float)).reshape(leaf.shape), x), 1e-5
         ends = [
             exactly(jax.tree.map(lambda leaf, d, s=s: leaf + s * d, x, way), at.y, batch).loss for s in (size, -size)
         ]
@@ -151,6 +160,7 @@ def test_a_partition_that_leaves_an_agent_without_tasks_is_refused():
         heads.deal(photos(0), bx.partition.classes_per_agent(6, 2, 0), TASKS, SHOTS, seed=0)
 
 
+@pytest.mark.compiles(110)  # a whole run of a command
 def test_a_run_writes_records_of_accuracies_on_new_classes(small, tmp_path, capsys):
     options = "--agents 3 --tasks 2 --shots 2 --batch-size 8 --outer-steps 6 --quick --methods lopa-local lopa-tracking"
     assert main([TASK, *options.split(), "--results", str(tmp_path)]) == 0

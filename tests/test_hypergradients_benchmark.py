@@ -56,11 +56,11 @@ def test_points_are_where_they_say(found):
     x = jnp.asarray(hypergradients_points.random(data))
     g, _ = losses(x, data.batch)
     slope, y = jax.jit(jax.grad(g, argnums=1)), ravel_pytree(TINY.init(jax.random.key(0), 4))[0]
-    every = [y]
+    every = [np.asarray(y)]
     for _ in range(200):
-        every.append(every[-1] - hypergradients_points.STEP_SIZE * slope(x, every[-1]))
+        every.append(every[-1] - np.float32(hypergradients_points.STEP_SIZE) * np.asarray(slope(x, every[-1])))
     for point, steps in zip(found, (20, 200), strict=False):
-        path = np.stack([ravel_pytree(jax.tree.map(lambda leaf, k=k: leaf[k], point.path))[0] for k in range(20)])
+        path = jax.jit(jax.vmap(lambda tree: ravel_pytree(tree)[0]))(point.path)
         np.testing.assert_allclose(path, np.stack(every[steps - 19 : steps + 1]), atol=1e-6)
         assert point.gradient_norm > 1e-3
     end = found[-1]

@@ -41,7 +41,7 @@ from bilevax.curvature import fisher, kronecker
 KFAC = bx.ihvp.kfac(DAMPING, fisher=fisher.exact)
 EKFAC = bx.ihvp.ekfac(DAMPING, fisher=fisher.exact)
 BATCH = (INPUTS, LABELS)
-B = jax.tree.map(jnp.sin, Y)
+B = jax.tree.map(np.sin, Y)
 FLAT, UNRAVEL = ravel_pytree(Y)
 
 

@@ -14,7 +14,7 @@ import bilevax as bx
 from bilevax import curvature
 from bilevax.curvature import fisher
 
-B, BATCH = jax.tree.map(jnp.sin, Y), (INPUTS, LABELS)
+B, BATCH = jax.tree.map(np.sin, Y), (INPUTS, LABELS)
 STEPS = 7
 BATCHES = (np.asarray(normal(7, STEPS, N, D)), np.arange(STEPS * N).reshape(STEPS, N) ** 2 % C)
 SCALES = np.linspace(0.5, 1.5, STEPS)

@@ -56,6 +56,7 @@ def in_double_precision(data):
     return jax.tree.map(lambda leaf: leaf.astype(float) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, data)
 
 
+@pytest.mark.compiles(60)  # with the reading of the characters
 def test_the_meta_gradient_of_maml_is_that_of_a_loop_written_by_hand(small):
     data = in_double_precision(meta_learning.load("omniglot", 1, 0))
     rate, steps = 0.4, 3
@@ -189,6 +190,7 @@ def test_all_classes_drawers_and_turns_are_drawn():
 
 
 @pytest.mark.usefixtures("single_precision", "small")
+@pytest.mark.compiles(70)  # a whole run of a command
 def test_a_run_writes_records_of_one_schema_a_plot_and_a_table(run):
     code, output, records, plot = run("--seeds 2 --outer-steps 2 --methods imaml")
     assert code == 0

@@ -89,6 +89,7 @@ def test_news_are_read():
             data.news(wrong, 2)
 
 
+@pytest.mark.compiles(90)  # with the training of a model
 def test_first_weights_are_equal():
     model = Decoder(TINY.size)
     chunks = data.informative(data.cut(TEXTS, TINY.length), 0)
@@ -96,10 +97,12 @@ def test_first_weights_are_equal():
     found, states = read(model, y, chunks.words)
     assert states.shape == (len(chunks.words), TINY.length - 1, TINY.size.width)
     np.testing.assert_allclose(weights(start(TINY.size.width), states), math.log1p(math.exp(-0.8)), rtol=1e-6)
+    y, states = jax.device_get((y, states))
     expected = states @ y["head"]["kernel"] + y["head"]["bias"][None, None]
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.compiles(60)  # with the training of a model
 def test_hypergradients_are_those_of_a_written_out_loop():
     problem = Problem(Bigram(TINY.size), TINY)
     pool = Pool(data.informative(data.cut(TEXTS, TINY.length), 0), 0.2)
@@ -154,6 +157,7 @@ def test_the_best_rate_is_that_of_the_lowest_loss():
     assert task.best({0.1: math.nan, 0.2: math.inf, 0.3: 5.0}) == 0.3
 
 
+@pytest.mark.compiles(60)  # a whole run of a command
 def test_online_adaptation_runs(monkeypatch, tmp_path, capsys):
     collection = data.Collection(lambda: TEXTS, train=6, validation=3, chunks=20)
     monkeypatch.setitem(data.COLLECTIONS, "topics", collection)

@@ -9,12 +9,12 @@ import pytest
 import bilevax as bx
 
 RANDOM = np.random.default_rng(0)
-ROOT = jnp.asarray(RANDOM.normal(size=(4, 4)))
-H = ROOT @ ROOT.T + jnp.eye(4)
-A = jnp.diag(jnp.array([1.0, 2.0, 0.5, 3.0]))
-C = jnp.asarray(RANDOM.normal(size=(4, 3)))
-B = jnp.asarray(RANDOM.normal(size=4))
-X = jnp.array([0.3, -1.0, 2.0])
+ROOT = RANDOM.normal(size=(4, 4))
+H = ROOT @ ROOT.T + np.eye(4)
+A = np.diag([1.0, 2.0, 0.5, 3.0])
+C = RANDOM.normal(size=(4, 3))
+B = RANDOM.normal(size=4)
+X = np.array([0.3, -1.0, 2.0])
 BATCH = bx.Batch(B, None)
 
 
@@ -26,8 +26,8 @@ def outer_loss(x, y, b):
     return 0.5 * (y - b) @ A @ (y - b) + 0.5 * x @ x
 
 
-EXACT = X + C.T @ jnp.linalg.solve(H, A @ (jnp.linalg.solve(H, C @ X) - B))
-OPTIMIZER = optax.sgd(2 / (jnp.linalg.eigvalsh(H)[0] + jnp.linalg.eigvalsh(H)[-1]))
+EXACT = X + C.T @ np.linalg.solve(H, A @ (np.linalg.solve(H, C @ X) - B))
+OPTIMIZER = optax.sgd(2 / (np.linalg.eigvalsh(H)[0] + np.linalg.eigvalsh(H)[-1]))
 
 
 def estimate(multiplier, steps=3000, **options):
