@@ -1,3 +1,4 @@
+import functools
 import importlib
 import json
 import math
@@ -16,12 +17,13 @@ import bilevax as bx
 from benchmarks.__main__ import main
 from benchmarks.data import download
 from benchmarks.data.images import IMAGES, ImageSet, load
+from benchmarks.harness.clock import timed
 from benchmarks.harness.report import mean_and_error
 from benchmarks.tasks import hyper_cleaning
 
 COUNTS = {"inner_gradients", "outer_gradients", "hessian_products", "cross_products", "breakdowns", "outer_steps"}
-COSTS = {"seconds", "compile_seconds", "temp_bytes"}
-POINT = {"seconds", "outer_loss", "gradient_norm", "test_accuracy", "auc"}
+COSTS = {"compile_seconds", "compile_cpu_seconds", "temp_bytes"}
+POINT = {"seconds", "cpu_seconds", "outer_loss", "gradient_norm", "test_accuracy", "auc"}
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +65,16 @@ def test_a_run_writes_records_of_one_schema_a_plot_and_a_table_with_standard_err
     assert plot.read_bytes().startswith(b"\x89PNG")
     mean, error = mean_and_error([records[f"cg-seed{seed}"]["metrics"]["auc"] for seed in (3, 4)])
     assert f"{mean:.3f} ± {error:.3f}" in output
+
+
+def test_time_on_the_wall_and_of_the_processors_are_told_apart():
+    _, asleep = timed(functools.partial(time.sleep, 0.2))
+    assert asleep.seconds >= 0.2 > asleep.cpu_seconds
+    total, busy = timed(lambda: sum(range(10**6)))
+    assert total == 499999500000
+    assert busy.cpu_seconds > 0
+    both = asleep.plus(busy).named("compile_")
+    assert both["compile_cpu_seconds"] == asleep.cpu_seconds + busy.cpu_seconds
 
 
 def test_standard_error_is_that_of_the_mean():

@@ -10,6 +10,7 @@ from jax.flatten_util import ravel_pytree
 
 import bilevax as bx
 from benchmarks.data.images import Data
+from benchmarks.harness.clock import Spent
 from benchmarks.harness.report import mean_and_error
 from benchmarks.harness.timing import relative_error
 from benchmarks.studies import hypergradients, hypergradients_end_to_end, hypergradients_methods, hypergradients_points
@@ -127,12 +128,13 @@ def test_comparison_and_means(found):
         assert row["error"] == relative_error(grad, point.exact)
         rows.append(row)
     rows.append({**rows[0], "stage": "start", "products": 9, "breakdown": True})
-    numbers = hypergradients.metrics(rows, [0.02, 0.01, 0.03])
+    numbers = hypergradients.metrics(rows, [Spent(0.02, 0.05), Spent(0.01, 0.04), Spent(0.03, 0.03)])
     assert numbers["cosine_end"] == pytest.approx(0)
     assert numbers["cosine_start"] == pytest.approx(1)
     assert numbers["error_end"] == pytest.approx(4 / 3)
     assert numbers["l2=0.01, random"] == pytest.approx(0)
-    assert (numbers["products"], numbers["milliseconds"], numbers["breakdowns"]) == (3, 2, 1)
+    assert (numbers["products"], numbers["milliseconds"], numbers["cpu_milliseconds"]) == (3, 2, 4)
+    assert numbers["breakdowns"] == 1
 
 
 def test_every_method_has_a_name_and_the_lists_name_methods():

@@ -16,7 +16,8 @@ if missing := [name for name in ("jaxopt", "lineax", "optimistix") if importlib.
 
 from benchmarks.__main__ import main
 from benchmarks.harness import timing
-from benchmarks.studies import libraries, peers
+from benchmarks.harness.clock import Spent
+from benchmarks.studies import libraries, peers, peers_table
 
 SETTINGS = {"digits softmax", "CG-10", "reverse T = 10", "10 outer steps, error 0.001"}
 
@@ -105,21 +106,21 @@ def test_ratios_and_quartiles():
 
 
 def row(library, seconds, error, note=""):
-    return timing.Row("p", "s", library, [seconds], [1.0], 0.1, 8, error, note)
+    return peers_table.Row("p", "s", library, [seconds], [2 * seconds], [1.0], Spent(0.1, 0.2), 8, error, note)
 
 
 def test_the_fastest_is_another_library_with_a_right_answer():
     rows = [row("plain JAX", 3.0, 1e-7), row("bilevax", 1.0, 1e-7), row("fast", 0.5, 0.3), row("nan", 0.1, np.nan)]
-    assert timing.fastest([*rows, row("jaxopt", 2.0, 1.2e-7)]).library == "jaxopt"
+    assert peers_table.fastest([*rows, row("jaxopt", 2.0, 1.2e-7)]).library == "jaxopt"
     sought = [row("plain JAX", 3.0, 2e-4, "CG-40"), row("jaxopt", 2.0, 9e-4, "CG-20"), row("fast", 1.0, 2e-3, "no")]
-    assert timing.fastest(sought).library == "jaxopt"
+    assert peers_table.fastest(sought).library == "jaxopt"
 
 
 def test_each_round_runs_every_program_once_in_shuffled_order():
     order = []
     programs = {name: lambda name=name: order.append(name) for name in "abcd"}
-    seconds = timing.interleaved(programs, rounds=6, budget=1e-9, seed=0)
-    assert all(len(times) == 6 and min(times) >= 0 for times in seconds.values())
+    spent = timing.interleaved(programs, rounds=6, budget=1e-9, seed=0)
+    assert all(len(times) == 6 and min(map(min, times)) >= 0 for times in spent.values())
     rounds = [tuple(order[start : start + 4]) for start in range(0, 24, 4)]
     assert all(sorted(names) == list("abcd") for names in rounds)
     assert len(set(rounds)) > 1
@@ -127,7 +128,7 @@ def test_each_round_runs_every_program_once_in_shuffled_order():
 
 def test_a_wrong_answer_gets_no_ratio(capsys):
     rows = [row("plain JAX", 2.0, 1e-7), row("bilevax", 1.0, 1e-7), row("lineax", 1.0, np.nan)]
-    timing.show(rows, Console(width=120, highlight=False))
+    peers_table.show(rows, Console(width=120, highlight=False))
     output = capsys.readouterr().out
     (line,) = [line for line in output.splitlines() if line.strip().startswith("lineax ")]
     assert "nan" in line
@@ -150,6 +151,7 @@ def test_a_run_prints_one_table_and_writes_the_records(monkeypatch, tmp_path, ca
     for record in records:
         assert set(record) >= {"task", "method", "seed", "configuration", "versions", "device", "metrics", "curve"}
         assert record["metrics"]["rounds"] == len(record["curve"]["seconds"]) == 3
+        assert record["metrics"]["cpu_seconds"] == np.median(record["curve"]["cpu_seconds"])
     assert all(record["metrics"]["error"] < 1e-5 for record in records if "reverse" in record["method"])
     assert {record["configuration"]["note"] for record in records} == {"", "not reached"}
 

@@ -36,6 +36,7 @@ SPENT: Columns = {
     "megabytes": ("sent\n(MB)", "{:,.1f}".format),
     "rounds": ("comm.\nrounds", "{:,.0f}".format),
     "seconds": COSTS["seconds"],
+    "cpu_seconds": COSTS["cpu_seconds"],
 }
 CAPTION = """\
 All at the mean x, where F(x) and its gradient are of the accurately solved inner problem. deriv. evals: of one agent,

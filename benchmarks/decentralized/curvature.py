@@ -8,8 +8,8 @@ bring all three mean directions at the mean iterate to 1e-6 of their largest fir
 """
 
 import dataclasses
+import functools
 import math
-import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from benchmarks.decentralized.choices import PARTITIONS, TOPOLOGIES, parsed
 from benchmarks.decentralized.cleaning import cross_entropy, divide
 from benchmarks.decentralized.network import mean
 from benchmarks.harness import timing
+from benchmarks.harness.clock import timed
 from benchmarks.harness.loop import Outcome
 from benchmarks.harness.report import Columns, Run
 from benchmarks.harness.runner import Advance, Options, Task, perform
@@ -42,6 +43,7 @@ COLUMNS: Columns = {
     "penalty": ("learnt\npenalty", "{:.8f}".format),
     "milliseconds": ("iteration\n(ms)", "{:.2f}".format),
     "seconds": ("run\n(s)", "{:.1f}".format),
+    "cpu_seconds": ("CPU\n(s)", "{:.1f}".format),
 }
 CAPTION = """\
 residual: the largest of ‖mean d_x‖, ‖mean d_y‖ and ‖mean d_v‖ at the mean iterate, each relative to its largest value
@@ -195,18 +197,16 @@ class Config:
             }
             for seed in self.common.all_seeds:
                 arguments = x_steps[best], sizes[best], self.load(seed)
-                program, compile_seconds, _ = timing.compiled(one, arguments)
-                begin = time.perf_counter()
-                path = jax.block_until_ready(program(*arguments))
-                seconds = time.perf_counter() - begin
+                program, compiling, _ = timing.compiled(one, arguments)
+                path, spent = timed(functools.partial(program, *arguments))
                 residual = residuals(np.asarray(path.lengths))
                 metrics = {
                     "iterations": reached(residual),
                     "residual": float(residual[-1]),
                     "penalty": float(jnp.exp(path.x)),
-                    "milliseconds": 1e3 * seconds / self.iterations,
-                    "seconds": seconds,
-                    "compile_seconds": compile_seconds,
+                    "milliseconds": 1e3 * spent.seconds / self.iterations,
+                    **spent.named(),
+                    **compiling.named("compile_"),
                     "outer_steps": self.iterations,
                 }
                 every = max(1, self.iterations // 100)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -33,13 +34,20 @@ def read_log(folder: Path) -> Log | None:
     return Log(**json.loads(path.read_text())) if path.exists() else None
 
 
+def of_children() -> float:
+    """Processor seconds of the processes that were started, and have ended."""
+    times = os.times()
+    return times.children_user + times.children_system
+
+
 def perform(job: Job, command: Sequence[str], folder: Path, start: Start) -> Log:
     """Runs a job in place of what its folder holds."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    begin = time.perf_counter()
+    begin, cpu_begin = time.perf_counter(), of_children()
     code = start([*command, "--results", str(folder)])
-    log = Log(f"python -m benchmarks {' '.join(command)}", code, round(time.perf_counter() - begin, 1))
+    seconds = (round(end, 1) for end in (time.perf_counter() - begin, of_children() - cpu_begin))
+    log = Log(f"python -m benchmarks {' '.join(command)}", code, *seconds)
     (folder / LOG).write_text(json.dumps(log._asdict(), indent=1) + "\n")
     return log
 

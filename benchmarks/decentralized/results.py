@@ -19,12 +19,13 @@ COLUMNS = {
     "megabytes": "MB sent",
     "rounds": "rounds",
     "seconds": "seconds",
+    "cpu_seconds": "CPU seconds",
 }
 COUNTS = frozenset(
     (
         *("outer_loss", "gradient_norm", "exact_residual", "exact_product_residual", "consensus", "outer_steps"),
-        *("compile_seconds", "temp_bytes", "breakdowns", "inner_gradients", "outer_gradients", "hessian_products"),
-        "cross_products",
+        *("compile_seconds", "compile_cpu_seconds", "temp_bytes", "breakdowns"),
+        *("inner_gradients", "outer_gradients", "hessian_products", "cross_products"),
     )
 )
 TEMPLATE = """\
@@ -55,10 +56,11 @@ those of the rows with and without Kronecker factors are the best of nine pairs 
 
 F(x) and its gradient are of the accurately solved inner problem, at the mean x. Evaluations, MB and rounds are of one
 agent; an evaluation is ∇f, ∇_y g, a Hessian and a cross product on all its examples, a quarter each. Rows are in the
-order of F(x). Seconds are run time on this machine, and depend on what else it does. Last quarter: the share of its
-decrease of F since the start that a method makes in the last quarter of its run; where that is much, it was short.
-Steps: of x and of y, where v has that of y; * at an end of the grid, where a better one may lie outside; † where no
-pair of the grid was steady, and the best of all was taken. A run that ended early is named below its table.
+order of F(x). Seconds are run time on this machine, and depend on what else it does; CPU seconds, of all its threads,
+less so. Last quarter: the share of its decrease of F since the start that a method makes in the last quarter of its
+run; where that is much, it was short. Steps: of x and of y, where v has that of y; * at an end of the grid, where a
+better one may lie outside; † where no pair of the grid was steady, and the best of all was taken. A run that ended
+early is named below its table.
 
 {numbers}"""
 SETTINGS = {
@@ -75,11 +77,13 @@ class Log(NamedTuple):
       command: as it was run.
       code: its exit code.
       seconds: that it took.
+      cpu_seconds: of all its threads; None in older files.
     """
 
     command: str
     code: int
     seconds: float
+    cpu_seconds: float | None = None
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -166,7 +170,8 @@ def section(job: Job, records: Sequence[Record], log: Log | None) -> str:
     parts = [f"### {job.title}\n"]
     if log is not None:
         ended = "" if log.code == 0 else f", ended with code {log.code}"
-        parts.append(f"`{log.command}`, {log.seconds:,.0f} s in all{ended}.\n")
+        cpu = "" if log.cpu_seconds is None else f", {log.cpu_seconds:,.0f} CPU s"
+        parts.append(f"`{log.command}`, {log.seconds:,.0f} s{cpu} in all{ended}.\n")
     parts.append(f"{words(records)}.\n\n{numbers(records)}" if records else "No results.\n")
     parts += [
         f"{one.method}, seed {one.seed}: ended after {last} of {one.configuration.get('outer_steps')} iterations.\n"

@@ -17,6 +17,7 @@ from benchmarks.decentralized.methods import Row, evaluations, shares
 from benchmarks.decentralized.network import Network
 from benchmarks.decentralized.placement import Placed, fetch
 from benchmarks.harness import timing
+from benchmarks.harness.clock import Spent
 from benchmarks.harness.loop import Program, Trace
 
 Exactly = Callable[[Any, Any, bx.Batch], Exact]
@@ -83,8 +84,8 @@ def compiled(row: Row, placed: Placed, network: Network, size: int) -> Program:
         return Carry(state, x, y, consensus(every, x), spent), trace
 
     keys, batch = jax.random.split(jax.random.key(0), size), placed.put(network.batch)
-    made, seconds, memory = timing.compiled(chunk, (begin(*network.start, network.batch), keys, batch))
-    return Program(cast(Any, begin), made, seconds, memory)
+    made, compiling, memory = timing.compiled(chunk, (begin(*network.start, network.batch), keys, batch))
+    return Program(cast(Any, begin), made, compiling, memory)
 
 
 def outer_loss(network: Network, x: chex.ArrayTree, y: chex.ArrayTree, batch: bx.Batch) -> chex.Array:
@@ -110,7 +111,7 @@ def before(network: Network, exactly: Exactly, at_start: int) -> dict[str, float
     """The same before the first iteration, with the evaluations that `init` needs."""
     x, y = jax.device_get(network.point(*network.start))
     loss = outer_loss(network, x, y, network.batch).item()
-    spent = {"derivatives": float(at_start), "megabytes": 0.0, "rounds": 0.0, "seconds": 0.0}
+    spent = {"derivatives": float(at_start), "megabytes": 0.0, "rounds": 0.0, **Spent().named()}
     first = {"outer_step": 0, "outer_loss": loss, "consensus": 0.0}
     return {**first, **judged(exactly, x, y, network.batch), **network.scores(x, y), **spent}
 

@@ -9,7 +9,6 @@ iteration, however many agents there are. The floor is the mean of ‖x̄ − x*
 
 import dataclasses
 import functools
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ from rich.console import Console
 
 import bilevax as bx
 from benchmarks.harness import timing
+from benchmarks.harness.clock import timed
 from benchmarks.harness.loop import Outcome
 from benchmarks.harness.report import Run
 
@@ -107,12 +107,11 @@ def errors(method: bx.Algorithm, iterations: int, key: chex.PRNGKey, batch: bx.B
 def runs(name: str, method: bx.Algorithm, n: int, seeds: int, iterations: int) -> Iterator[Run]:
     """One run for each seed; the program is compiled once."""
     datasets = [quadratic(n, seed) for seed in range(seeds)]
-    program, compile_seconds, memory = timing.compiled(
+    program, compiling, memory = timing.compiled(
         functools.partial(errors, method, iterations), (jax.random.key(0), *datasets[0])
     )
     for seed, data in enumerate(datasets):
-        begin = time.perf_counter()
-        x, squares = jax.block_until_ready(program(jax.random.key(seed), *data))
+        (x, squares), spent = timed(functools.partial(program, jax.random.key(seed), *data))
         parts = np.asarray(squares, float).reshape(CHECKPOINTS, -1)
         curve = {
             "outer_step": [(number + 1) * parts.shape[1] for number in range(CHECKPOINTS)],
@@ -122,8 +121,8 @@ def runs(name: str, method: bx.Algorithm, n: int, seeds: int, iterations: int) -
             "squared_distance": float(squares[-1]),
             "floor": float(parts[CHECKPOINTS // 2 :].mean()),
             "outer_steps": iterations,
-            "seconds": time.perf_counter() - begin,
-            "compile_seconds": compile_seconds,
+            **spent.named(),
+            **compiling.named("compile_"),
             "temp_bytes": memory,
         }
         chosen = {

@@ -1,7 +1,7 @@
 """The outer loop of every task: compiled once for each method, driven chunk by chunk against a budget of seconds."""
 
+import functools
 import math
-import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 import bilevax as bx
+from benchmarks.harness.clock import Spent, timed
 
 
 class Carry(NamedTuple):
@@ -36,13 +37,13 @@ class Program(NamedTuple):
     Attributes:
       start: `start(x, y) -> carry`.
       chunk: `chunk(carry, keys, batch) -> (carry, trace)`, one outer step for each key.
-      compile_seconds: time to trace and compile it.
+      compiling: what it took to trace and compile it.
       temp_bytes: peak of its temporary memory, from the compiler's analysis; None where a backend offers none.
     """
 
     start: Callable[[chex.ArrayTree, chex.ArrayTree], Carry]
     chunk: Callable[[Carry, chex.PRNGKey, bx.Batch], tuple[Carry, Trace]]
-    compile_seconds: float
+    compiling: Spent
     temp_bytes: int | None
 
 
@@ -93,11 +94,10 @@ def compiled(
         counts["breakdowns"] = jnp.sum(info.inner.breakdown)
         return carry, Trace(info.outer_loss[-1], info.inner.gradient_norm[-1], counts)
 
-    begin = time.perf_counter()
-    program = jax.jit(chunk).lower(start(x, y), jax.random.split(jax.random.key(0), size), batch).compile()
-    compile_seconds = time.perf_counter() - begin
+    keys = jax.random.split(jax.random.key(0), size)
+    program, spent = timed(lambda: jax.jit(chunk).lower(start(x, y), keys, batch).compile())
     memory = program.memory_analysis()
-    return Program(start, program, compile_seconds, memory.temp_size_in_bytes if memory else None)
+    return Program(start, program, spent, memory.temp_size_in_bytes if memory else None)
 
 
 def drive(
@@ -125,20 +125,19 @@ def drive(
     """
     curve: defaultdict[str, list[Any]] = defaultdict(list)
     counts: Counter[str] = Counter()
-    seconds = 0.0
+    spent = Spent()
     for number, chunk_keys in enumerate(keys, start=1):
-        begin = time.perf_counter()
-        carry, trace = jax.block_until_ready(program.chunk(carry, chunk_keys, batch))
-        seconds += time.perf_counter() - begin
+        (carry, trace), more = timed(functools.partial(program.chunk, carry, chunk_keys, batch))
+        spent = spent.plus(more)
         counts.update({name: count.item() for name, count in trace.counts.items()})
         loss, norm = trace.outer_loss.item(), trace.gradient_norm.item()
-        point = {"outer_step": number * len(chunk_keys), "seconds": seconds, "outer_loss": loss, "gradient_norm": norm}
+        point = {"outer_step": number * len(chunk_keys), **spent.named(), "outer_loss": loss, "gradient_norm": norm}
         for name, value in {**point, **evaluate(carry)}.items():
             curve[name].append(value)
         advance(len(chunk_keys))
-        if seconds >= budget or not math.isfinite(loss):
+        if spent.seconds >= budget or not math.isfinite(loss):
             break
     metrics = {name: values[-1] for name, values in curve.items()} | counts
     metrics["outer_steps"] = metrics.pop("outer_step")
-    metrics |= {"compile_seconds": program.compile_seconds, "temp_bytes": program.temp_bytes}
+    metrics |= {**program.compiling.named("compile_"), "temp_bytes": program.temp_bytes}
     return Outcome(carry.x, metrics, dict(curve))

@@ -27,6 +27,7 @@ COSTS: Columns = {
     "hessian_products": ("Hessian\nprods", "{:,.0f}".format),
     "cross_products": ("cross\nprods", "{:,.0f}".format),
     "seconds": ("run\n(s)", "{:.2f}".format),
+    "cpu_seconds": ("CPU\n(s)", "{:.2f}".format),
     "compile_seconds": ("comp.\n(s)", "{:.1f}".format),
     "temp_bytes": ("temp.\nmemory", lambda number: filesize.decimal(round(number))),
 }

@@ -1,58 +1,16 @@
-"""Timing of several programs against each other, and the table of the results."""
+"""Timing of several programs against each other."""
 
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
-from benchmarks.harness.style import COLOURS, STYLE
+from benchmarks.harness.clock import Spent, timed
 
 MOST_ROUNDS = 200
-TOLERANCE = 1e-3
-
-CAPTION = """\
-ratio: time / time of plain JAX in the same round, median [quartiles] over rounds; temp.: the compiler's peak of
-temporary memory; error: ‖gradient − exact‖ / ‖exact‖, exact in float64 (CG: same y, linear system solved; reverse: the
-same steps; outer steps: y and v solved, median over the second half of them).
-CG: tolerance 0, all iterations run, v starts at 0; jaxopt and lineax spend one more product on that start.
-lineax.CG gives NaN where pᵀHp / rᵀr < 100 · eps · unknowns, often so in float32; "rescaled" multiplies H and b by 1e4.
-"with its report" returns the state and info of bilevax as well: one more inner gradient, and more arrays to hand over.
-Outer steps: x follows the exact trajectory for all; each library takes the smallest budget of a grid that reaches 1e-3.
-y and v stay warm in all: bilevax keeps both by itself; in the others the user carries them, v as option y0 of lineax
-and as init of jaxopt's solve_cg (not through custom_root, which hides v).
-jaxopt is no longer maintained; what is used here (OptaxSolver, root_vjp, solve_cg) ran with the JAX of this table.
-"""
-
-
-class Row(NamedTuple):
-    """A library in a setting.
-
-    Attributes:
-      problem, setting, library: their names.
-      seconds: of each round.
-      ratios: time over that of the baseline in the same round.
-      compile_seconds, temp_bytes: what its program costs once.
-      error: relative, of what it returns.
-      note: what it needed, if that differs between libraries.
-    """
-
-    problem: str
-    setting: str
-    library: str
-    seconds: list[float]
-    ratios: list[float]
-    compile_seconds: float
-    temp_bytes: int | None
-    error: float
-    note: str = ""
 
 
 def relative_error(value: Any, exact: Any) -> np.ndarray:
@@ -61,27 +19,26 @@ def relative_error(value: Any, exact: Any) -> np.ndarray:
     return np.linalg.norm(value - exact, axis=-1) / np.linalg.norm(exact, axis=-1)
 
 
-def compiled(program: Callable, args: tuple) -> tuple[Callable, float, int | None]:
-    """The compiled program, the seconds that this took, and its temporary bytes."""
-    begin = time.perf_counter()
-    made = jax.jit(program).lower(*args).compile()
-    seconds, memory = time.perf_counter() - begin, made.memory_analysis()
-    return made, seconds, memory.temp_size_in_bytes if memory else None
+def compiled(program: Callable, args: tuple) -> tuple[Callable, Spent, int | None]:
+    """The compiled program, what this took, and its temporary bytes."""
+    made, spent = timed(lambda: jax.jit(program).lower(*args).compile())
+    memory = made.memory_analysis()
+    return made, spent, memory.temp_size_in_bytes if memory else None
 
 
-def interleaved(programs: Mapping[str, Callable[[], Any]], rounds: int, budget: float, seed: int) -> dict[str, list]:
-    """Seconds of each program in each round, at least `rounds` of them, and more while the budget of seconds lasts."""
+def interleaved(
+    programs: Mapping[Any, Callable[[], Any]], rounds: int, budget: float, seed: int
+) -> dict[Any, list[Spent]]:
+    """What each program takes in each round, at least `rounds` of them, and more while the budget of seconds lasts."""
     order, draw, begin = list(programs), random.Random(seed), time.perf_counter()
-    seconds: dict[str, list[float]] = {name: [] for name in order}
+    spent: dict[Any, list[Spent]] = {name: [] for name in order}
     for number in range(MOST_ROUNDS):
         if number >= rounds and time.perf_counter() - begin > budget:
             break
         draw.shuffle(order)
         for name in order:
-            start = time.perf_counter()
-            jax.block_until_ready(programs[name]())
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
+            spent[name].append(timed(programs[name])[1])
+    return spent
 
 
 def ratios(seconds: Sequence[float], reference: Sequence[float]) -> list[float]:
@@ -93,66 +50,3 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     """Lower quartile, median and upper quartile."""
     low, median, high = np.percentile(values, [25, 50, 75]).tolist()
     return low, median, high
-
-
-def fastest(rows: Sequence[Row]) -> Row:
-    """The fastest library other than bilevax whose error is about the smallest, or small enough if that was sought."""
-    others = [row for row in rows if not row.library.startswith("bilevax") and np.isfinite(row.error)]
-    allowed = max(2 * min(row.error for row in others), TOLERANCE if rows[0].note else 1e-5)
-    return min((row for row in others if row.error <= allowed), key=lambda row: float(np.median(row.seconds)))
-
-
-def show(rows: Sequence[Row], console: Console) -> None:
-    """Prints the table, its caption, and bilevax against the fastest other library in each setting."""
-    view = Table(title="The same hypergradient", box=box.HORIZONTALS, padding=(0, 1, 0, 0), show_edge=False)
-    view.add_column("library", overflow="fold")
-    for header in ("ratio [quartiles]", "run\n(ms)", "comp.\n(s)", "temp.\n(MiB)", "error"):
-        view.add_column(header, justify="right", no_wrap=True)
-    settings: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        settings.setdefault((row.problem, row.setting), []).append(row)
-    notes = []
-    for (problem, setting), group in settings.items():
-        view.add_row(f"[bold]{problem}, {setting}")
-        for row in group:
-            view.add_row(*_cells(row), end_section=row is group[-1])
-        own, other = [row for row in group if row.library == "bilevax"], fastest(group)
-        if own:
-            low, median, high = quartiles(ratios(own[0].seconds, other.seconds))
-            notes.append(f"{problem}, {setting}: bilevax / {other.library} = {median:.2f} [{low:.2f}, {high:.2f}]")
-    console.print(view)
-    console.print(CAPTION, style="dim", soft_wrap=True, markup=False)
-    console.print("bilevax against the fastest other library with the same error:")
-    for note in notes:
-        console.print(f"  {note}", markup=False, soft_wrap=True)
-
-
-def draw(rows: Sequence[Row]) -> Figure:
-    """The ratios of each setting as bars with quartiles, and the temporary memory beside them."""
-    settings = list(dict.fromkeys((row.problem, row.setting) for row in rows))
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(10, 2 * len(settings)), dpi=150, layout="constrained")
-        for setting, (time_axes, memory_axes) in zip(
-            settings, figure.subplots(len(settings), 2, squeeze=False), strict=True
-        ):
-            group = [row for row in rows if (row.problem, row.setting) == setting and np.isfinite(row.error)][::-1]
-            names = [row.library for row in group]
-            colours = [COLOURS[0] if name.startswith("bilevax") else "#BBBBBB" for name in names]
-            low, median, high = np.array([quartiles(row.ratios) for row in group]).T
-            time_axes.barh(names, median, xerr=[median - low, high - median], color=colours)
-            time_axes.set_title(", ".join(setting))
-            memory_axes.barh(names, [(row.temp_bytes or 0) / 2**20 for row in group], color=colours, tick_label="")
-        time_axes.set_xlabel("time / time of plain JAX in the same round")
-        memory_axes.set_xlabel("temporary memory (MiB)")
-    return figure
-
-
-def _cells(row: Row) -> list[str]:
-    low, median, high = quartiles(row.ratios)
-    memory = "–" if row.temp_bytes is None else f"{row.temp_bytes / 2**20:,.1f}"
-    wrong = not np.isfinite(row.error)
-    error = "[bold red]nan[/]" if wrong else f"{row.error:.1e}"
-    ratio = "–" if wrong else f"{median:.2f} \\[{low:.2f}, {high:.2f}]"
-    run = f"{np.median(row.seconds) * 1e3:,.1f}"
-    library = f"  {row.library}" + (f" ({row.note})" if row.note else "")
-    return [library, ratio, "–" if wrong else run, f"{row.compile_seconds:.1f}", memory, error]

@@ -22,18 +22,9 @@ import bilevax as bx
 from benchmarks.data.images import load
 from benchmarks.harness.loop import Outcome
 from benchmarks.harness.report import Run
-from benchmarks.harness.timing import (
-    TOLERANCE,
-    Row,
-    compiled,
-    draw,
-    interleaved,
-    quartiles,
-    ratios,
-    relative_error,
-    show,
-)
+from benchmarks.harness.timing import compiled, interleaved, quartiles, ratios, relative_error
 from benchmarks.studies import libraries
+from benchmarks.studies.peers_table import TOLERANCE, Row, draw, show
 
 TASK = "peers"
 BASELINE = "plain JAX"
@@ -265,22 +256,26 @@ class Config:
         outputs = {library: jax.block_until_ready(parts[0](*args)) for library, parts in made.items()}
         calls = {library: functools.partial(parts[0], *args) for library, parts in made.items()}
         rounds, budget = (3, 1e-9) if self.quick else (self.rounds, self.budget)
-        seconds = interleaved(calls, rounds, budget, self.seed)
+        spent = interleaved(calls, rounds, budget, self.seed)
+        seconds = {library: [one.seconds for one in each] for library, each in spent.items()}
         for library, output in outputs.items():
             grad = output[0] if library == REPORTED else output
             error = relative_error(grad, exact) if exact.ndim == 1 else np.median(relative_error(grad, exact)[first:])
             relative = ratios(seconds[library], seconds[BASELINE])
-            _, compile_seconds, temp_bytes = made[library]
-            yield Row(name, setting, library, seconds[library], relative, compile_seconds, temp_bytes, float(error))
+            cpu_seconds = [one.cpu_seconds for one in spent[library]]
+            _, compiling, temp_bytes = made[library]
+            walls = seconds[library]
+            yield Row(name, setting, library, walls, cpu_seconds, relative, compiling, temp_bytes, float(error))
 
     def _write(self, row: Row) -> None:
         low, median, high = quartiles(row.ratios)
         metrics = {
             "seconds": float(np.median(row.seconds)),
+            "cpu_seconds": float(np.median(row.cpu_seconds)),
             "ratio": median,
             "ratio_lower_quartile": low,
             "ratio_upper_quartile": high,
-            "compile_seconds": row.compile_seconds,
+            **row.compiling.named("compile_"),
             "temp_bytes": row.temp_bytes,
             "error": row.error,
             "rounds": len(row.seconds),
@@ -289,7 +284,7 @@ class Config:
         for old, new in ((" = ", ""), (", ", "-"), (" ", "-"), ("(", ""), (")", "")):
             method = method.replace(old, new)
         chosen = {name: getattr(row, name) for name in ("problem", "setting", "library", "note")}
-        curve = {"seconds": row.seconds, "ratio": row.ratios}
+        curve = {"seconds": row.seconds, "cpu_seconds": row.cpu_seconds, "ratio": row.ratios}
         Run(TASK, method.lower(), self.seed, chosen, Outcome((), metrics, curve)).write(self.results / TASK)
 
 

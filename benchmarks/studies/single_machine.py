@@ -12,7 +12,6 @@ those of the benchmark suite that belongs to it (github.com/benchopt/benchmark_b
 
 import dataclasses
 import functools
-import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -27,6 +26,8 @@ import tyro
 from matplotlib.figure import Figure
 
 import bilevax as bx
+from benchmarks.harness import timing
+from benchmarks.harness.clock import Spent, timed
 from benchmarks.harness.loop import Outcome
 from benchmarks.harness.report import COSTS, Run
 from benchmarks.harness.runner import Advance, Options, Task, perform
@@ -218,7 +219,7 @@ class Program(NamedTuple):
     """A compiled chunk of iterations: `chunk(state, key, batch) -> (state, calls)`."""
 
     chunk: Callable
-    compile_seconds: float
+    compiling: Spent
     temp_bytes: int | None
 
 
@@ -233,11 +234,7 @@ def compiled(algorithm: bx.Algorithm, state: Any, batch: bx.Batch, size: int) ->
         state, calls = jax.lax.scan(step, state, length=size)
         return state, jax.tree.map(jnp.sum, calls)
 
-    begin = time.perf_counter()
-    program = jax.jit(chunk).lower(state, jax.random.key(0), batch).compile()
-    seconds = time.perf_counter() - begin
-    memory = program.memory_analysis()
-    return Program(program, seconds, memory.temp_size_in_bytes if memory else None)
+    return Program(*timing.compiled(chunk, (state, jax.random.key(0), batch)))
 
 
 def evaluate(data: Data, state: Any) -> dict[str, float]:
@@ -259,20 +256,19 @@ def drive(row: Row, data: Data, seed: int, iterations: int, budget: float, advan
     program = compiled(algorithm, state, batch, size)
     curve: defaultdict[str, list[Any]] = defaultdict(list)
     counts: Counter[str] = Counter()
-    seconds = 0.0
+    spent = Spent()
     for done in range(size, iterations + 1, size):
-        begin = time.perf_counter()
-        state, calls = jax.block_until_ready(program.chunk(state, jax.random.key(seed), batch))
-        seconds += time.perf_counter() - begin
+        (state, calls), more = timed(functools.partial(program.chunk, state, jax.random.key(seed), batch))
+        spent = spent.plus(more)
         counts.update({name: count.item() for name, count in calls._asdict().items()})
-        for name, value in ({"outer_step": done, "seconds": seconds} | evaluate(data, state)).items():
+        for name, value in ({"outer_step": done, **spent.named()} | evaluate(data, state)).items():
             curve[name].append(value)
         advance(size)
-        if seconds >= budget or not np.isfinite(curve["exact_loss"][-1]):
+        if spent.seconds >= budget or not np.isfinite(curve["exact_loss"][-1]):
             break
     metrics = {name: values[-1] for name, values in curve.items()} | counts
     metrics["outer_steps"] = metrics.pop("outer_step")
-    metrics |= {"compile_seconds": program.compile_seconds, "temp_bytes": program.temp_bytes}
+    metrics |= {**program.compiling.named("compile_"), "temp_bytes": program.temp_bytes}
     return Outcome(state.x, metrics, dict(curve))
 
 

@@ -27,6 +27,7 @@ from rich.table import Table
 
 import bilevax as bx
 from benchmarks.data.images import IMAGES, ImageName, shares
+from benchmarks.harness.clock import Spent
 from benchmarks.harness.loop import Outcome
 from benchmarks.harness.report import Run
 from benchmarks.harness.style import COLOURS, STYLE
@@ -51,7 +52,7 @@ class Timed(NamedTuple):
       name: of the method.
       n: number of agents.
       evaluated: agents that evaluate derivatives in an iteration.
-      seconds: of one iteration, in each round.
+      spent: by one iteration, in each round.
       speedups: time of the first program of its group over its own, in each round.
       memory: bytes; None where a backend does not tell.
     """
@@ -59,9 +60,14 @@ class Timed(NamedTuple):
     name: str
     n: int
     evaluated: int
-    seconds: list[float]
+    spent: list[Spent]
     speedups: list[float]
     memory: int | None
+
+    @property
+    def seconds(self) -> list[float]:
+        """Of one iteration on the wall, in each round."""
+        return [one.seconds for one in self.spent]
 
 
 def network(hidden: int, pixels: int) -> dict[str, chex.Array]:
@@ -190,9 +196,9 @@ class Config:
             evaluated = coin(jax.random.key(0), 0, gossip).size
             methods[f"S3LDBO p = {p:g}"] = bx.decentralized.s3ldbo(problem, gossip, STEPS, coin), evaluated
         made = {name: compiled(method, start, batch, iterations=4) for name, (method, _) in methods.items()}
-        seconds = self._seconds({name: program for name, (program, _) in made.items()}, 4)
+        spent = self._spent({name: program for name, (program, _) in made.items()}, 4)
         return [
-            Timed(name, n, evaluated, seconds[name], ratios(seconds["SLDBO"], seconds[name]), made[name][1])
+            Timed(name, n, evaluated, spent[name], _speedups(spent["SLDBO"], spent[name]), made[name][1])
             for name, (_, evaluated) in methods.items()
         ]
 
@@ -206,22 +212,22 @@ class Config:
             start = bx.replicate((jnp.zeros(FEATURES), jnp.zeros(FEATURES)), n)
             method = bx.decentralized.sldbo(least_squares(), bx.gossip(bx.topology.ring(n)), STEPS)
             made[n] = compiled(method, start, batch, iterations=10)
-        seconds = self._seconds({n: program for n, (program, _) in made.items()}, 10)
+        spent = self._spent({n: program for n, (program, _) in made.items()}, 10)
         first = self.sizes[0]
         return [
-            Timed("SLDBO", n, n, seconds[n], ratios(seconds[first], seconds[n]), needed)
-            for n, (_, needed) in made.items()
+            Timed("SLDBO", n, n, spent[n], _speedups(spent[first], spent[n]), needed) for n, (_, needed) in made.items()
         ]
 
-    def _seconds(self, programs: dict[Any, Callable], iterations: int) -> dict[Any, list[float]]:
+    def _spent(self, programs: dict[Any, Callable], iterations: int) -> dict[Any, list[Spent]]:
         rounds, budget = (3, 1e-9) if self.quick else (self.rounds, self.budget)
-        seconds = interleaved(programs, rounds, budget, self.seed)
-        return {name: [second / iterations for second in values] for name, values in seconds.items()}
+        spent = interleaved(programs, rounds, budget, self.seed)
+        return {name: [Spent(*(part / iterations for part in one)) for one in each] for name, each in spent.items()}
 
     def _write(self, timed: Timed, folder: Path) -> None:
         (low, median, high), speedup = quartiles(timed.seconds), quartiles(timed.speedups)[1]
         metrics = {
             "seconds": median,
+            "cpu_seconds": _cpu_seconds(timed),
             "seconds_lower_quartile": low,
             "seconds_upper_quartile": high,
             "speedup": speedup,
@@ -231,30 +237,41 @@ class Config:
         chosen = {name: getattr(self, name) for name in ("data", "agents", "examples", "hidden", "quick")}
         chosen |= {"method": timed.name, "n": timed.n, "evaluated": timed.evaluated}
         name = f"{timed.name}-n{timed.n}".replace(" = ", "").replace(" ", "-").lower()
-        curve = {"seconds": timed.seconds, "speedup": timed.speedups}
+        cpu_seconds = [one.cpu_seconds for one in timed.spent]
+        curve = {"seconds": timed.seconds, "cpu_seconds": cpu_seconds, "speedup": timed.speedups}
         Run(TASK, name, self.seed, chosen, Outcome((), metrics, curve)).write(folder)
+
+
+def _speedups(reference: Sequence[Spent], own: Sequence[Spent]) -> list[float]:
+    return ratios([one.seconds for one in reference], [one.seconds for one in own])
+
+
+def _cpu_seconds(row: Timed) -> float:
+    return float(np.median([one.cpu_seconds for one in row.spent]))
 
 
 def _skipping_table(rows: Sequence[Timed], title: str) -> Table:
     view = Table(title=title, box=box.HORIZONTALS, padding=(0, 1, 0, 0), show_edge=False)
-    for header in ("method", "evaluated", "iteration (ms)", "speed-up", "agents / evaluated", "memory"):
+    for header in ("method", "evaluated", "iteration (ms)", "CPU (ms)", "speed-up", "agents / evaluated", "memory"):
         view.add_column(header, justify="left" if header == "method" else "right")
     for row in rows:
         speedup = "{1:.2f} \\[{0:.2f}, {2:.2f}]".format(*quartiles(row.speedups))
         ideal = f"{row.n / row.evaluated:.2f}"
-        view.add_row(row.name, str(row.evaluated), _milliseconds(row), speedup, ideal, _bytes(row.memory))
+        cpu = f"{1e3 * _cpu_seconds(row):,.2f}"
+        view.add_row(row.name, str(row.evaluated), _milliseconds(row), cpu, speedup, ideal, _bytes(row.memory))
     return view
 
 
 def _growing_table(rows: Sequence[Timed]) -> Table:
     title = f"One iteration of SLDBO on a ring, d_x = d_y = {FEATURES}"
     view = Table(title=title, box=box.HORIZONTALS, padding=(0, 1, 0, 0), show_edge=False)
-    for header in ("agents", "iteration (ms)", "per agent (µs)", "memory", "per agent"):
+    for header in ("agents", "iteration (ms)", "CPU (ms)", "per agent (µs)", "memory", "per agent"):
         view.add_column(header, justify="right")
     for row in rows:
         per_agent = f"{quartiles(row.seconds)[1] / row.n * 1e6:.2f}"
         share = None if row.memory is None else row.memory // row.n
-        view.add_row(f"{row.n:,}", _milliseconds(row), per_agent, _bytes(row.memory), _bytes(share))
+        cpu = f"{1e3 * _cpu_seconds(row):,.2f}"
+        view.add_row(f"{row.n:,}", _milliseconds(row), cpu, per_agent, _bytes(row.memory), _bytes(share))
     return view
 
 

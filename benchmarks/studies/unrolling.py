@@ -8,7 +8,6 @@ directions until a few are there or its seconds are spent; its error is the root
 import dataclasses
 import functools
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +22,7 @@ from rich.console import Console
 
 import bilevax as bx
 from benchmarks.data.images import load
+from benchmarks.harness.clock import Spent, timed
 from benchmarks.harness.loop import Outcome
 from benchmarks.harness.report import Columns, Run, table
 from benchmarks.harness.timing import compiled, relative_error
@@ -72,7 +72,7 @@ class Estimates(NamedTuple):
       temp_bytes: of the compiled program.
       error: root mean square of the relative errors.
       cosine: to the exact hypergradient, the mean; 0 for an estimate of zero.
-      seconds: of one estimate, the median.
+      seconds, cpu_seconds: of one estimate, the medians.
       estimates: how many were made.
     """
 
@@ -80,6 +80,7 @@ class Estimates(NamedTuple):
     error: float | None = None
     cosine: float | None = None
     seconds: float | None = None
+    cpu_seconds: float | None = None
     estimates: int = 0
 
 
@@ -117,19 +118,19 @@ def exact(net: Model, inner: Inner, plain: bool, at: Problem) -> np.ndarray:
 
 def estimated(run: Callable, keys: chex.PRNGKey, at: Problem, answer: np.ndarray, budget: float) -> dict[str, Any]:
     """Makes estimates until the keys or the seconds are spent, one at least; the numbers of `Estimates`."""
-    grads, seconds = [], []
+    grads, spent = [], []
     for key in keys:
-        begin = time.perf_counter()
-        grads.append(np.asarray(jax.block_until_ready(run(key, at))[0], float))
-        seconds.append(time.perf_counter() - begin)
-        if sum(seconds) > budget:
+        (grad, _), one = timed(functools.partial(run, key, at))
+        grads.append(np.asarray(grad, float))
+        spent.append(one)
+        if sum(one.seconds for one in spent) > budget:
             break
     sizes = np.linalg.norm(grads, axis=1) * np.linalg.norm(answer)
     errors, cosines = relative_error(grads, answer), grads @ answer / np.where(sizes > 0, sizes, 1)
     return {
         "error": float(np.sqrt(np.mean(errors**2))),
         "cosine": float(np.mean(cosines)),
-        "seconds": float(np.median(seconds)),
+        **Spent(*np.median(spent, axis=0).tolist()).named(),
         "estimates": len(grads),
     }
 
@@ -255,6 +256,7 @@ class Config:
             "cosine": ("Cosine", "{:.3f}".format),
             "temp_bytes": ("Temporary memory", lambda number: filesize.decimal(round(number))),
             "seconds": ("Seconds of an estimate", "{:.3g}".format),
+            "cpu_seconds": ("CPU seconds of an estimate", "{:.3g}".format),
         }
         order = {row.name: number for number, row in enumerate(ROWS)}
         runs = sorted(runs, key=lambda run: (order[run.method], run.seed))

@@ -26,6 +26,7 @@ from matplotlib.figure import Figure, SubFigure
 
 import bilevax as bx
 from benchmarks.data.few_shot import QUERIES, WAYS, draw_task, read
+from benchmarks.harness.clock import Spent
 from benchmarks.harness.loop import Outcome
 from benchmarks.harness.report import COSTS, Run
 from benchmarks.harness.runner import Advance, Method, Options, Task, outer_loops, perform
@@ -246,9 +247,16 @@ def anchor_runs(seeds: Sequence[int], load: Callable[[int], Data], configuration
             point = evaluate(data.x, data.test)
             if name == "pixels":
                 point["test_loss"] = None  # distances are no logits
-            curve: dict[str, list[Any]] = {metric: [value] for metric, value in point.items()}
+            spent = Spent().named()
+            curve: dict[str, list[Any]] = {metric: [value] for metric, value in (spent | point).items()}
             metrics = {**dict.fromkeys(COLUMNS), **point}
-            yield Run(TASK, name, seed, dict(configuration), Outcome(data.x, metrics, {"seconds": [0.0], **curve}))
+            yield Run(
+                TASK,
+                name,
+                seed,
+                dict(configuration),
+                Outcome(data.x, metrics, curve),
+            )
 
 
 def draw(runs: Sequence[Run], anchors: Sequence[str], load: Callable[[int], Data]) -> Figure:

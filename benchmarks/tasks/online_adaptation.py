@@ -49,7 +49,7 @@ COLUMNS: Columns = {
     "divergence": ("KL to\nbase", "{:.3f}".format),
     "validation": ("validation\nouter loss", "{:.3f}".format),
     "inner_rate": ("inner\nrate", "{:.3f}".format),
-    **{name: COSTS[name] for name in ("seconds", "temp_bytes")},
+    **{name: COSTS[name] for name in ("seconds", "cpu_seconds", "temp_bytes")},
 }
 CAPTION = (
     "uniform: all weights are 1; none: no adaptation; marked: only the salient bytes count, which no method can see.\n"
@@ -298,7 +298,7 @@ class Config:
                 for rate in ANCHORS[name].rates
             }
             rate = best(tried)
-            curve: dict[str, list[Any]] = {"seconds": [0.0], "validation": [tried[rate]]}
+            curve: dict[str, list[Any]] = {"seconds": [0.0], "cpu_seconds": [0.0], "validation": [tried[rate]]}
             metrics = {**dict.fromkeys(COLUMNS), "validation": tried[rate], "inner_rate": rate}
             yield Run(TASK, name, seed, {**self._configuration, "tried": tried}, Outcome(x, metrics, curve))
 

@@ -68,7 +68,7 @@ COLUMNS = {
     "coefficient_error": ("error\nof ν", "{:.1e}".format),
     "field_error": ("error\nof field", "{:.1e}".format),
     "passes": ("passes", "{:,.0f}".format),
-    **{name: COSTS[name] for name in ("seconds", "compile_seconds", "temp_bytes")},
+    **{name: COSTS[name] for name in ("seconds", "cpu_seconds", "compile_seconds", "temp_bytes")},
 }
 CAPTION = (
     "Errors are relative, at the last x. passes: runs of the solver, and tangents or cotangents taken through it;\n"
