@@ -36,7 +36,7 @@ def single_precision():
 def run(tmp_path, capsys):
     def start(arguments):
         code = main([*arguments.split(), "--results", str(tmp_path)])
-        records = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("hyper_cleaning/*.json")}
+        records = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("hyper_cleaning*/*.json")}
         return code, capsys.readouterr().out, records, tmp_path / "hyper_cleaning" / "hyper_cleaning.png"
 
     return start

@@ -184,7 +184,7 @@ def test_a_quick_run_compares_the_methods_and_writes_its_files(tmp_path, monkeyp
     monkeypatch.delitem(condensation.ANCHORS, "random")
     options = Options(("forward-gradient",), outer_steps=2, quick=True, results=tmp_path)
     assert condensation.Config(rates=(0.02, 0.05), ipc=2, directions=3, common=options).run() == 0
-    folder = tmp_path / "condensation-digits-mlp-2"
+    folder = tmp_path / "condensation-digits-mlp-2-quick"
     found = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
     assert {*found} == {f"{name}-seed0" for name in ("means", "forward-gradient")}
     for record in found.values():

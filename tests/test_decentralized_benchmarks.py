@@ -181,7 +181,7 @@ def test_what_cannot_be_had_is_said_in_one_line(arguments, message, run):
 def test_skipping_is_timed_and_memory_grows_with_the_agents(run, monkeypatch):
     monkeypatch.setattr(skipping, "FRACTIONS", (0.25,))
     code, printed, records, plots = run(
-        "skipping --quick --data digits --agents 4 --examples 80 --hidden 4 --sizes 64 256", "skipping"
+        "skipping --quick --data digits --agents 4 --examples 80 --hidden 4 --sizes 64 256", "skipping-quick"
     )
     assert code == 0
     assert {name: record["configuration"]["evaluated"] for name, record in records.items()} == {

@@ -225,7 +225,7 @@ def test_a_run_writes_all_that_curves_need(tmp_path, capsys):
         f"--lower-topology complete --results {tmp_path}".split()
     )
     assert code == 0
-    folder = "decentralized_regularization-rows_80-agents_4-lower_topology_complete"
+    folder = "decentralized_regularization-rows_80-agents_4-lower_topology_complete-quick"
     records = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob(f"{folder}/*.json")}
     assert set(records) == {"sldbo-seed0", "dsvrbgd-seed0"}
     keys = {"exact_loss", "exact_gradient", "exact_residual", "exact_product_residual", "outer_loss", "gradient_norm"}

@@ -102,7 +102,7 @@ def test_a_run_raises_rates_that_are_too_low(tmp_path, monkeypatch, capsys):
     with jax.enable_x64(False):
         assert main(f"learning-rates --quick --methods forward-blocks-4 --results {tmp_path}".split()) == 0
     assert "fresh networks" in capsys.readouterr().out
-    folder = tmp_path / "learning-rates-each-step"
+    folder = tmp_path / "learning-rates-each-step-quick"
     anchor, learnt = (
         json.loads((folder / f"{name}-seed0.json").read_text()) for name in ("constant", "forward-blocks-4")
     )

@@ -175,6 +175,7 @@ def test_online_adaptation_runs(monkeypatch, tmp_path, capsys):
     learnt, tried = numbers["truncated-seed0"], found["truncated-seed0"]["configuration"]["tried"]
     assert {*tried} == {"0.5", "0.25"}
     assert learnt["validation"] == tried[f"{learnt['inner_rate']:g}"] == min(tried.values())
+    assert found["truncated-seed0"]["configuration"]["at_grid_end"] == ["inner_rate"]
     assert learnt["gain"] == pytest.approx(numbers["uniform-seed0"]["held_out"] - learnt["held_out"])
     assert learnt["held_out"] == pytest.approx(learnt["salient"] + learnt["divergence"] / 2)
     assert found["truncated-seed0"]["seed"] == 0

@@ -164,7 +164,7 @@ def test_a_run_in_float64_comes_closer_by_a_black_box_and_by_forward_gradients(t
         assert main(command.split()) == 0
         assert jnp.ones(()).dtype == jnp.float32
     assert "passes" in capsys.readouterr().out
-    folder = tmp_path / "pde-burgers-field"
+    folder = tmp_path / "pde-burgers-field-quick"
     for name, passes in (("forward-gradient-4", 100), ("zeroth-order-scipy", 100)):
         record = json.loads((folder / f"{name}-seed0.json").read_text())
         assert record["metrics"]["passes"] == passes

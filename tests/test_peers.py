@@ -145,9 +145,9 @@ def test_a_run_prints_one_table_and_writes_the_records(monkeypatch, tmp_path, ca
         assert main(["peers", "--quick", "--results", str(tmp_path)]) == 0
     output = capsys.readouterr().out
     assert all(name in output for name in (*SETTINGS, "The same hypergradient", "bilevax (not reached)"))
-    records = [json.loads(path.read_text()) for path in (tmp_path / "peers").glob("*-seed0.json")]
+    records = [json.loads(path.read_text()) for path in (tmp_path / "peers-quick").glob("*-seed0.json")]
     assert len(records) == 3 + 2 + 2
-    assert (tmp_path / "peers" / "peers.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "peers-quick" / "peers.png").read_bytes().startswith(b"\x89PNG")
     for record in records:
         assert set(record) >= {"task", "method", "seed", "configuration", "versions", "device", "metrics", "curve"}
         assert record["metrics"]["rounds"] == len(record["curve"]["seconds"]) == 3

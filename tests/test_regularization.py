@@ -102,7 +102,7 @@ def test_a_run_reports_exact_numbers_whatever_the_method_did(monkeypatch, tmp_pa
     with jax.enable_x64(False):
         code = main(f"regularization --quick --seeds 2 --methods cg truncated --results {tmp_path}".split())
     output = capsys.readouterr().out
-    records = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("regularization-ijcnn1/*.json")}
+    records = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("regularization-ijcnn1-quick/*.json")}
     assert code == 0
     assert set(records) == {f"{method}-seed{seed}" for method in ("cg", "truncated") for seed in (0, 1)}
     first = exact(*parts, np.zeros(FEATURES), np.zeros(FEATURES)).value
@@ -116,7 +116,11 @@ def test_a_run_reports_exact_numbers_whatever_the_method_did(monkeypatch, tmp_pa
         records["truncated-seed0"]["metrics"]["exact_loss"], rel=0.02
     )
     assert "|∇F(x)|²" in output
-    assert (tmp_path / "regularization-ijcnn1" / "regularization-ijcnn1.png").read_bytes().startswith(b"\x89PNG")
+    assert (
+        (tmp_path / "regularization-ijcnn1-quick" / "regularization-ijcnn1-quick.png")
+        .read_bytes()
+        .startswith(b"\x89PNG")
+    )
 
 
 def test_seeds_may_have_different_numbers_of_nonzeros(monkeypatch, tmp_path):

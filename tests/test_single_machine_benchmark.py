@@ -52,12 +52,12 @@ def test_a_short_run(monkeypatch, tmp_path, capsys):
     data = single_machine.Data(rows(0, 300), rows(1, 200), bx.Batch(None, None))
     first = single_machine.evaluate(data, bx.Levels(*single_machine.start(5), None))["exact_loss"]
     for name in names:
-        record = json.loads((tmp_path / "single-machine-ijcnn1" / f"{name}-seed0.json").read_text())
+        record = json.loads((tmp_path / "single-machine-ijcnn1-quick" / f"{name}-seed0.json").read_text())
         assert record["metrics"]["outer_steps"] == single_machine.QUICK_ITERATIONS
         last = record["metrics"]["exact_loss"]
         # the first published steps of x are too large here
         assert 0.5 < last < 0.6 if name == "soba-published" else 0.4 < last < first - 0.03
-    assert (tmp_path / "single-machine-ijcnn1" / "single-machine-ijcnn1.png").exists()
+    assert (tmp_path / "single-machine-ijcnn1-quick" / "single-machine-ijcnn1-quick.png").exists()
 
 
 def test_divergence_is_reported(tmp_path):

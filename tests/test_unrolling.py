@@ -172,7 +172,7 @@ def test_two_phases_run_one_after_the_other(small, monkeypatch, tmp_path, capsys
     monkeypatch.setattr(two_phase, "METHODS", methods)
     names = [phases.name for phases in methods]
     assert start(two_phase.Config, f"--quick --seeds 2 --outer-steps 3 --methods {' '.join(names)}", tmp_path) == 0
-    found = records(tmp_path / "two-phase")
+    found = records(tmp_path / "two-phase-quick")
     assert set(found) == {f"{name}-seed0" for name in names}
     gradients = {name: found[f"{name}-seed0"]["metrics"]["inner_gradients"] for name in names}
     assert 3 * gradients["two-phase"] == 2 * gradients["cg"] + gradients["forward-gradient"]
@@ -181,7 +181,7 @@ def test_two_phases_run_one_after_the_other(small, monkeypatch, tmp_path, capsys
     assert record["configuration"]["switch_at"] == 2
     assert record["metrics"]["outer_loss"] == pytest.approx(found["cg-seed0"]["metrics"]["outer_loss"], rel=1e-5)
     assert "two-phase" in capsys.readouterr().out
-    assert (tmp_path / "two-phase" / "two-phase.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "two-phase-quick" / "two-phase-quick.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_gaps_are_to_the_exact_run_of_the_same_seed():

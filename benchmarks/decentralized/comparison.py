@@ -178,18 +178,18 @@ def selected(everything: Sequence[Row], options: Options, network: Network, agen
     return [row for row in wanted if row.name not in refused], f"Left out: {reasons}.\n" * bool(refused)
 
 
-def compare(job: Job, agents: Agents, options: Options, where: Place = Place()) -> int:  # noqa: B008
+def compare(job: Job, config: Any, where: Place = Place()) -> int:  # noqa: B008
     """Runs everything, prints the table and writes the files; returns the exit code.
 
     Args:
       job: the task.
-      agents: how many, on which graphs.
-      options: methods and seeds.
+      config: its options, with `network`, the agents and their graphs, and `common`, the methods and seeds.
       where: devices.
 
     Raises:
       DataError: if no method is left.
     """
+    agents, options = config.network, config.common
     coins, words = COINS[agents.coins]
     first, *_ = [job.load(seed) for seed in options.all_seeds]
     everything = (personal_rows if first.personal else rows)(
@@ -213,4 +213,4 @@ def compare(job: Job, agents: Agents, options: Options, where: Place = Place()) 
         caption=job.caption + shared + about + left_out,
         draw=lambda finished: draw(finished, job.panel, job.finish),
     )
-    return perform(task, options)
+    return perform(task, options, config)

@@ -27,6 +27,7 @@ from benchmarks.decentralized.cleaning import cross_entropy, divide
 from benchmarks.decentralized.network import mean
 from benchmarks.harness import timing
 from benchmarks.harness.clock import timed
+from benchmarks.harness.grid import choice
 from benchmarks.harness.loop import Outcome
 from benchmarks.harness.report import Columns, Run
 from benchmarks.harness.runner import Advance, Options, Task, perform
@@ -189,8 +190,10 @@ class Config:
             best = min(range(len(scores)), key=scores.__getitem__)
             chosen = {
                 **{name: getattr(self, name) for name in ("data", "agents", "topology", "partition")},
-                "step_sizes": {"x": float(x_steps[best]), "y": float(sizes[best])},
-                "grid": {"x": x_steps.tolist(), "y": sizes.tolist()},
+                **choice(
+                    {"x": x_steps.tolist(), "y": sizes.tolist()},
+                    {"x": float(x_steps[best]), "y": float(sizes[best])},
+                ),
                 "outer_steps": self.iterations,
                 "budget": math.inf,
                 "damping": DAMPING,
@@ -231,7 +234,7 @@ class Config:
             draw=draw,
         )
         with jax.enable_x64(True):
-            return perform(task, self.common)
+            return perform(task, self.common, self)
 
 
 def draw(runs: Any) -> Figure:

@@ -220,4 +220,4 @@ class Config:
             finish=functools.partial(finish, lambda seed: np.asarray(self.load(seed).whole.clean)),
         )
         where = Place(devices, self.placement, math.inf if self.distributed else None)
-        return compare(job, self.network, self.common, where)
+        return compare(job, self, where)

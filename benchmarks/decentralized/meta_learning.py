@@ -158,4 +158,4 @@ class Config:
             ),
             effort=EFFORT,
         )
-        return compare(job, self.network, self.common)
+        return compare(job, self)

@@ -157,4 +157,4 @@ class Config:
             configuration={**chosen, "discount": DISCOUNT},
             caption=CAPTION.format(least=least, seed=first, size=self.network.batch_size, states=self.states),
         )
-        return compare(job, self.network, self.common)
+        return compare(job, self)

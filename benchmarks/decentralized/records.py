@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks.harness.errors import DataError
+
 
 class Record(NamedTuple):
     """One finished run, as `report.Run` wrote it.
@@ -20,6 +22,7 @@ class Record(NamedTuple):
       device: in words.
       metrics: the last numbers; None for what was not finite or has no meaning.
       curve: lists of one length, an entry for each checkpoint.
+      options: of the job; none in older files.
     """
 
     task: str
@@ -30,6 +33,7 @@ class Record(NamedTuple):
     device: str
     metrics: dict[str, Any]
     curve: dict[str, list[Any]]
+    options: dict[str, Any] | None = None
 
     def along(self, name: str) -> np.ndarray:
         """A curve, with NaN for what was not finite."""
@@ -40,9 +44,19 @@ Results = Mapping[str, Sequence[Record]]  # job -> its runs
 
 
 def read(folder: Path) -> list[Record]:
-    """All runs in the subfolders of the folder of a job, in the order of method and seed; none if it is not there."""
-    files = (json.loads(path.read_text()) for path in folder.glob("*/*.json"))
-    return sorted((Record(**record) for record in files), key=lambda record: (record.method, record.seed))
+    """All runs in the subfolders of the folder of a job, in the order of method and seed; none if it is not there.
+
+    Raises:
+      DataError: if they are runs of several options.
+    """
+    records = [Record(**json.loads(path.read_text())) for path in folder.glob("*/*.json")]
+    for record in records:
+        if record.options != records[0].options:
+            raise DataError(
+                f"{folder} must hold runs of one choice of options; got {records[0].options} and {record.options}. "
+                f"Run the job again."
+            )
+    return sorted(records, key=lambda record: (record.method, record.seed))
 
 
 def by_seed(records: Sequence[Record], method: str) -> dict[int, Record]:

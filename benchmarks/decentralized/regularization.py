@@ -215,4 +215,4 @@ class Config:
                 curvature=level,
             ),
         )
-        return compare(job, self.network, self.common)
+        return compare(job, self)

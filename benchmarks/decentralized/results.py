@@ -11,6 +11,7 @@ from benchmarks.decentralized.claims import CLAIMS, Claim
 from benchmarks.decentralized.paper_jobs import Job
 from benchmarks.decentralized.records import Record, Results
 from benchmarks.decentralized.verdicts import FAILS, HOLDS, OPEN, cell, summary
+from benchmarks.harness.grid import at_ends
 
 COLUMNS = {
     "exact_loss": "F(x)",
@@ -137,10 +138,8 @@ def steps(record: Record) -> str:
     grid, chosen = record.configuration.get("grid"), record.configuration.get("step_sizes")
     if not grid or not chosen:
         return "–"
-    ends = {name: {min(values), max(values)} for name, values in grid.items()}
-    texts = [
-        f"{chosen[name]:.3g}{'*' * (chosen[name] in ends[name])}" for name in ends if name in chosen and name != "v"
-    ]
+    ends = at_ends(grid, chosen)
+    texts = [f"{chosen[name]:.3g}{'*' * (name in ends)}" for name in grid if name in chosen and name != "v"]
     steady = np.asarray([*record.configuration.get("grid_steady", {"": [True]}).values()])
     return ", ".join(texts) + " †" * (not steady.all(axis=0).any())
 

@@ -18,6 +18,7 @@ from benchmarks.decentralized.network import Network
 from benchmarks.decentralized.placement import Placed, fetch
 from benchmarks.harness import timing
 from benchmarks.harness.clock import Spent
+from benchmarks.harness.grid import END, at_ends, choice
 from benchmarks.harness.loop import Program, Trace
 
 Exactly = Callable[[Any, Any, bx.Batch], Exact]
@@ -161,9 +162,11 @@ def tuned(
         level = np.fmax(accurate, outer_loss(network, x, y, network.batch))
         scores.append((_losses(exactly, network, points, len(grid.x)), together & (middle <= level)))
     best = chosen(*(np.stack(parts) for parts in zip(*scores, strict=True)))
+    values = {name: values.tolist() for name, values in grid._asdict().items()}
+    steps = {name: each[best] for name, each in values.items()}
     return {
-        "step_sizes": {name: float(values[best]) for name, values in grid._asdict().items()},
-        "grid": {name: values.tolist() for name, values in grid._asdict().items()},
+        **choice(values, steps),
+        END: at_ends(values, {name: steps[name] for name in ("x", "y")}),  # v has the step of y
         "grid_losses": {str(seed): losses.tolist() for seed, (losses, _) in zip(networks, scores, strict=True)},
         "grid_steady": {str(seed): steady.tolist() for seed, (_, steady) in zip(networks, scores, strict=True)},
     }

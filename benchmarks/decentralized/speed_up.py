@@ -22,6 +22,7 @@ from rich.console import Console
 import bilevax as bx
 from benchmarks.harness import timing
 from benchmarks.harness.clock import timed
+from benchmarks.harness.folder import prepared
 from benchmarks.harness.loop import Outcome
 from benchmarks.harness.report import Run
 
@@ -142,7 +143,7 @@ class Config:
     quick: bool = False
     """Fewer iterations."""
     results: Path = Path("results")
-    """Folder of the results; files go to a subfolder with the name of the task."""
+    """Folder of the results; files go to a subfolder with the name of the task, and -quick."""
 
     def __post_init__(self) -> None:
         """Refuses what cannot be run."""
@@ -152,9 +153,10 @@ class Config:
     def run(self) -> int:
         """Runs everything, prints the floors and writes the files; returns the exit code."""
         console, iterations = Console(highlight=False), QUICK_ITERATIONS if self.quick else ITERATIONS
+        folder = prepared(self, TASK, console)
         for n in SIZES:
             for name, method in methods(bx.gossip(bx.topology.ring(n))).items():
                 for run in runs(name, method, n, self.seeds, iterations):
-                    run.write(self.results / TASK)
+                    run.write(folder)
                     console.print(f"{name}, n = {n}, seed {run.seed}: ‖x̄ − x*‖² = {run.outcome.metrics['floor']:.3g}")
         return 0

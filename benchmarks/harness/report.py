@@ -6,7 +6,6 @@ import math
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,6 +16,8 @@ from rich import box, filesize
 from rich.table import Table
 
 import bilevax as bx
+from benchmarks.harness.folder import Folder
+from benchmarks.harness.grid import END
 from benchmarks.harness.loop import Outcome
 
 Columns = Mapping[str, tuple[str, Callable[[float], str]]]
@@ -71,6 +72,11 @@ class Run:
         return all(np.isfinite(number).all() for number in numbers)
 
     @property
+    def at_grid_end(self) -> list[str]:
+        """Names of the steps that were chosen at an end of their grid."""
+        return self.configuration.get(END, [])
+
+    @property
     def notes(self) -> list[str]:
         """What a reader of the numbers must know: divergence, an early stop, products that broke down."""
         metrics, notes = self.outcome.metrics, []
@@ -85,21 +91,32 @@ class Run:
             notes.append(f"inverse-Hessian-vector product broke down in {metrics['breakdowns']} of {steps} outer steps")
         return [f"{self.method}, seed {self.seed}: {note}" for note in notes]
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Folder) -> None:
         """Writes `<method>-seed<seed>.json`, with null for a number that is not finite or has no meaning."""
         record = {
             "task": self.task,
             "method": self.method,
             "seed": self.seed,
+            "options": folder.options,
             "configuration": _without_nan(self.configuration),
             "versions": _versions(),
             "device": _device(),
             "metrics": _without_nan(self.outcome.metrics),
             "curve": _without_nan(self.outcome.curve),
         }
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{self.method}-seed{self.seed}.json"
+        folder.path.mkdir(parents=True, exist_ok=True)
+        path = folder.path / f"{self.method}-seed{self.seed}.json"
         path.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+
+
+def grid_ends(runs: Sequence[Run]) -> str:
+    """What the stars of a table mean, where there are any."""
+    marked: dict[str, list[str]] = {}
+    for run in runs:
+        marked.setdefault(run.method, []).extend(run.at_grid_end)
+    named = [f"{method} ({', '.join(dict.fromkeys(names))})" for method, names in marked.items() if names]
+    ends = f"* a chosen step at an end of its grid, where a better one may lie outside: {', '.join(named)}"
+    return ends if named else ""
 
 
 def mean_and_error(values: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
@@ -122,6 +139,8 @@ def _cell(values: Sequence[float | None], form: Callable[[float], str]) -> str:
 def table(title: str, runs: Sequence[Run], columns: Columns, anchors: Sequence[str]) -> Table:
     """One row for each method, the anchors in a section of their own; mean ± standard error over its seeds.
 
+    A star follows the names of those with a chosen step at an end of its grid.
+
     Args:
       title: of the table.
       runs: those that finished.
@@ -140,5 +159,6 @@ def table(title: str, runs: Sequence[Run], columns: Columns, anchors: Sequence[s
     for method in methods:
         rows = [run for run in runs if run.method == method]
         cells = [_cell([run.outcome.metrics[metric] for run in rows], form) for metric, (_, form) in columns.items()]
-        view.add_row(method, *cells, end_section=method in last_anchor)
+        mark = "*" * any(run.at_grid_end for run in rows)
+        view.add_row(method + mark, *cells, end_section=method in last_anchor)
     return view

@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import bilevax as bx
+from benchmarks.harness.folder import Folder, prepared
 from benchmarks.harness.loop import Carry, compiled, drive
-from benchmarks.harness.report import Columns, Run, table
+from benchmarks.harness.report import Columns, Run, grid_ends, table
 
 QUICK_STEPS = 20
 LARGEST_CHUNK = 10
@@ -42,7 +43,8 @@ class Options:
     quick: bool = False
     """Few outer steps (at most 20, where a task does not say otherwise), to see that everything runs."""
     results: Path = Path("results")
-    """Folder of the results; files go to a subfolder with the name of the task."""
+    """Folder of the results; files go to a subfolder with the name of the task, and -quick. What lies there from other
+    options is moved to the subfolder old."""
 
     def __post_init__(self) -> None:
         """Refuses what cannot be run."""
@@ -81,7 +83,7 @@ class Task(NamedTuple):
 
     Attributes:
       title: of the table.
-      folder: subfolder of the results; also the name of the plot.
+      folder: subfolder of the results; that of quick runs ends in -quick; also the name of the plot.
       outer_steps: of each run, and in its configuration.
       methods: names of the rows, in order.
       anchors: those among them that are references, in a section of their own.
@@ -90,6 +92,7 @@ class Task(NamedTuple):
       columns: of the table.
       caption: explains the columns.
       draw: `draw(finished runs)`, asked if a method that is no anchor ended with finite numbers.
+      settle: `settle(finished runs)`, the same with what only all of them together tell.
     """
 
     title: str
@@ -101,9 +104,10 @@ class Task(NamedTuple):
     columns: Columns
     caption: str
     draw: Callable[[Sequence[Run]], Figure]
+    settle: Callable[[Sequence[Run]], Sequence[Run]] = lambda runs: runs
 
 
-def collect(task: Task, options: Options, folder: Path, console: Console) -> list[Run]:
+def collect(task: Task, options: Options, folder: Folder, console: Console) -> list[Run]:
     """Takes the runs as they finish and writes each to the folder; Ctrl-C drops the one that it hits."""
     names = [f"{method}, seed {seed}" for method in task.methods for seed in options.all_seeds]
     finished: list[Run] = []
@@ -126,24 +130,41 @@ def collect(task: Task, options: Options, folder: Path, console: Console) -> lis
     return finished
 
 
-def perform(task: Task, options: Options) -> int:
-    """Runs everything, prints the table and writes the files; returns the exit code."""
+def settled(task: Task, runs: Sequence[Run], folder: Folder) -> list[Run]:
+    """The finished runs with what only all of them together tell, which their files are told too."""
+    before, after = {id(run) for run in runs}, [*task.settle(runs)]
+    for run in after:
+        if id(run) not in before:
+            run.write(folder)
+    return after
+
+
+def perform(task: Task, options: Options, config: Any) -> int:
+    """Runs everything, prints the table and writes the files; returns the exit code.
+
+    Args:
+      task: what to run.
+      options: methods and seeds.
+      config: all options of the job, of which `options` are a part: runs of others are not in the same folder.
+    """
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-    seeds, folder = options.all_seeds, options.results / task.folder
-    finished = collect(task, options, folder, console)
+    seeds, folder = options.all_seeds, prepared(config, task.folder, console)
+    finished = settled(task, collect(task, options, folder, console), folder)
     if finished:
         several = f"seeds {seeds[0]} to {seeds[-1]}, mean ± standard error"
         which = several if options.seeds > 1 else f"seed {options.seed}"
         title = f"{task.title}, {task.outer_steps} outer steps, {which}"
         console.print(table(title, finished, task.columns, task.anchors))
         console.print(task.caption, style="dim")
+        if ends := grid_ends(finished):
+            console.print(ends, style="yellow", markup=False, soft_wrap=True)
         if options.quick:
             console.print("A quick run shows that everything runs, and claims nothing.", style="dim")
         for note in (note for run in finished for note in run.notes):
             console.print(note, style="yellow", soft_wrap=True)
-        console.print(f"One JSON file for each run: {folder}", markup=False, soft_wrap=True)
+        console.print(f"One JSON file for each run: {folder.path}", markup=False, soft_wrap=True)
     if any(run.method not in task.anchors and run.finite for run in finished):
-        path = folder / f"{task.folder}.png"
+        path = folder.path / f"{folder.path.name}.png"
         task.draw(finished).savefig(path)
         console.print(f"Plot: {path}", markup=False, soft_wrap=True)
     return 0 if len(finished) == len(task.methods) * len(seeds) else 130

@@ -11,6 +11,7 @@ import functools
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import chex
@@ -23,6 +24,7 @@ from rich.console import Console
 import bilevax as bx
 from benchmarks.data.images import load
 from benchmarks.harness.clock import Spent
+from benchmarks.harness.folder import prepared
 from benchmarks.harness.loop import Outcome
 from benchmarks.harness.report import Columns, Run, table
 from benchmarks.harness.runner import Options
@@ -170,19 +172,20 @@ class Config:
         if self.end_to_end:
             names = END_TO_END if self.common.methods == DEFAULTS.methods else self.common.methods
             options = dataclasses.replace(self.common, methods=names)
-            return hypergradients_end_to_end.run(self.end_to_end, options)
+            return hypergradients_end_to_end.run(self.end_to_end, options, self)
         console = Console(width=None if sys.stdout.isatty() else 150, highlight=False)
         finished: list[Run] = []
+        folder = prepared(self, TASK, console)
         try:
             for run in self._runs(lambda text: console.print(f"[dim]{text} …", soft_wrap=True)):
-                run.write(self.common.results / TASK / run.configuration["net"])
+                run.write(folder.within(run.configuration["net"]))
                 finished.append(run)
         except KeyboardInterrupt:
             console.print("[yellow]Interrupted; the finished runs are kept.")
             return 130
         finally:
             if finished:
-                self._report(finished, console)
+                self._report(finished, folder.path, console)
         return 0
 
     @property
@@ -227,7 +230,7 @@ class Config:
             numbers |= {"rounds": len(spent[method]), **compiling.named("compile_"), "temp_bytes": temp_bytes}
             yield Run(TASK, method, seed, chosen, Outcome((), numbers, curve))
 
-    def _report(self, finished: Sequence[Run], console: Console) -> None:
+    def _report(self, finished: Sequence[Run], folder: Path, console: Console) -> None:
         for name in dict.fromkeys(run.configuration["net"] for run in finished):
             runs = [run for run in finished if run.configuration["net"] == name]
             seeds = len({run.seed for run in runs})
@@ -237,6 +240,5 @@ class Config:
                 columns: Columns = {key: (key.replace(", ", "\n"), "{:.3f}".format) for key in settings}
                 console.print(table(f"{name}, cosine at the end, by setting", runs, columns, ()))
         console.print(CAPTION, style="dim", soft_wrap=True, markup=False)
-        folder = self.common.results / TASK
         draw(finished, {row.name: row.family for row in ROWS}).savefig(folder / f"{TASK}.png")
         console.print(f"JSON files and the plot: {folder}", markup=False, soft_wrap=True)

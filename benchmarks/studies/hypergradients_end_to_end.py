@@ -56,8 +56,14 @@ def method(row: Row, inner_steps: int) -> Method:
     )
 
 
-def run(numbers: Sequence[int], options: Options) -> int:
-    """Runs everything for each number of inner steps, prints tables and writes files; returns the exit code."""
+def run(numbers: Sequence[int], options: Options, config: Any) -> int:
+    """Runs everything for each number of inner steps, prints tables and writes files; returns the exit code.
+
+    Args:
+      numbers: of inner steps.
+      options: methods and seeds.
+      config: all options of the job.
+    """
     read = functools.partial(load, "digits", **SPLIT)
     chosen = [row for row in ROWS if row.name in options.methods]
     rows = {row.family if row.unrolled else row.name: row for row in chosen}
@@ -75,6 +81,6 @@ def run(numbers: Sequence[int], options: Options) -> int:
             caption=CAPTION,
             draw=draw_end_to_end,
         )
-        if code := perform(task, options):
+        if code := perform(task, options, config):
             return code
     return 0

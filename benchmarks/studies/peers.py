@@ -20,6 +20,7 @@ from rich.console import Console
 
 import bilevax as bx
 from benchmarks.data.images import load
+from benchmarks.harness.folder import Folder, prepared
 from benchmarks.harness.loop import Outcome
 from benchmarks.harness.report import Run
 from benchmarks.harness.timing import compiled, interleaved, quartiles, ratios, relative_error
@@ -158,7 +159,7 @@ class Config:
     quick: bool = False
     """Three rounds, 10 unrolled steps and 10 outer steps, to see that everything runs."""
     results: Path = Path("results")
-    """Folder of the results; files go to its subfolder peers."""
+    """Folder of the results; files go to its subfolder peers, or peers-quick."""
 
     def __post_init__(self) -> None:
         """Refuses what cannot be run."""
@@ -173,18 +174,19 @@ class Config:
         """Times everything, prints the table and writes the files; returns the exit code."""
         console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
         rows: list[Row] = []
+        folder = prepared(self, TASK, console)
         try:
             for row in self._rows(lambda text: console.print(f"[dim]{text} …", soft_wrap=True)):
                 rows.append(row)
-                self._write(row)
+                self._write(row, folder)
         except KeyboardInterrupt:
             console.print("[yellow]Interrupted; the finished settings are kept.")
             return 130
         finally:
             if rows:
                 show(rows, console)
-                console.print(f"One JSON file for each row: {self.results / TASK}", markup=False, soft_wrap=True)
-                path = self.results / TASK / f"{TASK}.png"
+                console.print(f"One JSON file for each row: {folder.path}", markup=False, soft_wrap=True)
+                path = folder.path / f"{TASK}.png"
                 draw(rows).savefig(path)
                 console.print(f"Plot: {path}", markup=False, soft_wrap=True)
         return 0
@@ -267,7 +269,7 @@ class Config:
             walls = seconds[library]
             yield Row(name, setting, library, walls, cpu_seconds, relative, compiling, temp_bytes, float(error))
 
-    def _write(self, row: Row) -> None:
+    def _write(self, row: Row, folder: Folder) -> None:
         low, median, high = quartiles(row.ratios)
         metrics = {
             "seconds": float(np.median(row.seconds)),
@@ -285,7 +287,7 @@ class Config:
             method = method.replace(old, new)
         chosen = {name: getattr(row, name) for name in ("problem", "setting", "library", "note")}
         curve = {"seconds": row.seconds, "cpu_seconds": row.cpu_seconds, "ratio": row.ratios}
-        Run(TASK, method.lower(), self.seed, chosen, Outcome((), metrics, curve)).write(self.results / TASK)
+        Run(TASK, method.lower(), self.seed, chosen, Outcome((), metrics, curve)).write(folder)
 
 
 def _all_compiled(programs: Mapping[str, Callable], args: tuple) -> dict[str, tuple]:

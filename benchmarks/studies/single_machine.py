@@ -343,4 +343,4 @@ class Config:
             draw=draw,
         )
         with jax.enable_x64(False):
-            return perform(task, self.common)
+            return perform(task, self.common, self)

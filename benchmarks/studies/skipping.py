@@ -28,6 +28,7 @@ from rich.table import Table
 import bilevax as bx
 from benchmarks.data.images import IMAGES, ImageName, shares
 from benchmarks.harness.clock import Spent
+from benchmarks.harness.folder import Folder, prepared
 from benchmarks.harness.loop import Outcome
 from benchmarks.harness.report import Run
 from benchmarks.harness.style import COLOURS, STYLE
@@ -149,7 +150,7 @@ class Config:
     quick: bool = False
     """A tenth of the images and three rounds, to see that everything runs."""
     results: Path = Path("results")
-    """Folder of the results; files go to its subfolder skipping."""
+    """Folder of the results; files go to its subfolder skipping, or skipping-quick."""
 
     def __post_init__(self) -> None:
         """Refuses what cannot be run."""
@@ -169,11 +170,11 @@ class Config:
         growing = self._growing()
         console.print(_growing_table(growing))
         console.print(CAPTION, style="dim", soft_wrap=True, markup=False)
-        folder = self.results / TASK
+        folder = prepared(self, TASK, console)
         for timed in (*skipping, *growing):
             self._write(timed, folder)
-        draw(skipping, growing).savefig(folder / f"{TASK}.png")
-        console.print(f"JSON files and the plot: {folder}", markup=False, soft_wrap=True)
+        draw(skipping, growing).savefig(folder.path / f"{TASK}.png")
+        console.print(f"JSON files and the plot: {folder.path}", markup=False, soft_wrap=True)
         return 0
 
     def _skipping(self) -> list[Timed]:
@@ -223,7 +224,7 @@ class Config:
         spent = interleaved(programs, rounds, budget, self.seed)
         return {name: [Spent(*(part / iterations for part in one)) for one in each] for name, each in spent.items()}
 
-    def _write(self, timed: Timed, folder: Path) -> None:
+    def _write(self, timed: Timed, folder: Folder) -> None:
         (low, median, high), speedup = quartiles(timed.seconds), quartiles(timed.speedups)[1]
         metrics = {
             "seconds": median,

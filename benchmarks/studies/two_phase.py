@@ -192,4 +192,4 @@ class Config:
             caption=CAPTION,
             draw=functools.partial(draw, switch_at=round(SHARE * steps)),
         )
-        return perform(task, options)
+        return perform(task, options, self)

@@ -23,6 +23,7 @@ from rich.console import Console
 import bilevax as bx
 from benchmarks.data.images import load
 from benchmarks.harness.clock import Spent, timed
+from benchmarks.harness.folder import Folder, prepared
 from benchmarks.harness.loop import Outcome
 from benchmarks.harness.report import Columns, Run, table
 from benchmarks.harness.timing import compiled, relative_error
@@ -167,7 +168,7 @@ class Config:
     quick: bool = False
     """T = 10, 100, 320 and six methods, where none are named; one seed, and one estimate at each T."""
     results: Path = Path("results")
-    """Folder of the results; files go to its subfolder unrolling."""
+    """Folder of the results; files go to its subfolder unrolling, or unrolling-quick."""
 
     def __post_init__(self) -> None:
         """Refuses what cannot be run."""
@@ -190,7 +191,7 @@ class Config:
         """Compares everything, prints the tables and writes the files; returns the exit code."""
         console = Console(width=None if sys.stdout.isatty() else 150, highlight=False)
         found: dict[tuple[str, int], dict[int, Estimates]] = {}
-        code = 0
+        code, folder = 0, prepared(self, TASK, console)
         try:
             for steps in self._steps:
                 console.print(f"[dim]T = {steps:,} …")
@@ -200,7 +201,7 @@ class Config:
             console.print(f"[yellow]Interrupted at T = {steps:,}, which is dropped; what was before is kept.")
             code = 130
         if found:
-            self._report([self._run(name, seed, rows) for (name, seed), rows in found.items()], console)
+            self._report([self._run(name, seed, rows) for (name, seed), rows in found.items()], folder, console)
         return code
 
     @property
@@ -247,8 +248,7 @@ class Config:
         metrics = {f"{field}_{steps}": value for steps, row in rows.items() for field, value in row._asdict().items()}
         return Run(TASK, name, seed, chosen, Outcome((), metrics, curve))
 
-    def _report(self, runs: Sequence[Run], console: Console) -> None:
-        folder = self.results / TASK
+    def _report(self, runs: Sequence[Run], folder: Folder, console: Console) -> None:
         for run in runs:
             run.write(folder)
         tables: dict[str, tuple[str, Callable[[float], str]]] = {
@@ -264,8 +264,8 @@ class Config:
             columns: Columns = {f"{field}_{steps}": (f"T = {steps:,}", form) for steps in self._steps}
             console.print(table(title, [_complete(run, columns) for run in runs], columns, ()))
         console.print(CAPTION, style="dim", soft_wrap=True, markup=False)
-        draw(runs, {row.name: row.family for row in ROWS}).savefig(folder / f"{TASK}.png")
-        console.print(f"JSON files and the plot: {folder}", markup=False, soft_wrap=True)
+        draw(runs, {row.name: row.family for row in ROWS}).savefig(folder.path / f"{TASK}.png")
+        console.print(f"JSON files and the plot: {folder.path}", markup=False, soft_wrap=True)
 
 
 def _complete(run: Run, columns: Columns) -> Run:

@@ -15,7 +15,7 @@ large-scale bi-level optimization", arXiv 2406.14095, with larger networks and l
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import chex
@@ -27,12 +27,13 @@ import tyro
 
 import bilevax as bx
 from benchmarks.data.images import IMAGES, Data, ImageName, load
+from benchmarks.harness.grid import choice
 from benchmarks.harness.loop import Carry
-from benchmarks.harness.report import COSTS
+from benchmarks.harness.report import COSTS, Run
 from benchmarks.harness.runner import Method, Options, Task, outer_loops, perform
 from benchmarks.networks.dense import perceptron, random_layers
 from benchmarks.networks.model import Model, hits, mean_cross_entropy
-from benchmarks.tasks.condensation_figure import draw
+from benchmarks.tasks.condensation_figure import chosen, draw
 from benchmarks.tasks.condensation_methods import ROWS, Row, Training, no_gradient
 from benchmarks.tasks.estimators import MOMENTUM
 from benchmarks.tasks.methods import Shared, first_weights
@@ -173,6 +174,19 @@ def evaluation(model: Model, training: Training) -> Callable[[Data, Carry], dict
     return evaluate
 
 
+def with_rates(runs: Sequence[Run]) -> list[Run]:
+    """The same runs; those with the best rate of several with that choice, and whether it is at an end."""
+    adams = [run for run in runs if run.configuration["outer_optimizer"] is not None]
+    rates = [*dict.fromkeys(run.configuration["outer_optimizer"]["adam"]["linear_schedule"] for run in adams)]
+    best = [id(run) for run in chosen(adams)] if len(rates) > 1 else []
+
+    def told(run: Run) -> Run:
+        rate = run.configuration["outer_optimizer"]["adam"]["linear_schedule"]
+        return dataclasses.replace(run, configuration={**run.configuration, **choice({"rate": rates}, {"rate": rate})})
+
+    return [told(run) if id(run) in best else run for run in runs]
+
+
 DEFAULTS = Options(tuple(row.name for row in ROWS), budget=300.0)
 
 
@@ -241,8 +255,9 @@ class Config:
             columns=COLUMNS,
             caption=CAPTION,
             draw=lambda runs: draw(runs, anchors, images.shape),
+            settle=with_rates,
         )
-        return perform(task, self.common)
+        return perform(task, self.common, self)
 
     def _model(self) -> Model:
         if self.network == "mlp":

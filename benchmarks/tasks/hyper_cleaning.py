@@ -219,7 +219,7 @@ class Config:
             caption=CAPTION + (GAUSS_NEWTON if model.curvature is bx.curvature.gauss_newton else ""),
             draw=lambda runs: draw(runs, anchors, read, images.shape),
         )
-        return perform(task, self.common)
+        return perform(task, self.common, self)
 
     @property
     def _folder(self) -> str:

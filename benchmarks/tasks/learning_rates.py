@@ -32,6 +32,7 @@ from matplotlib.figure import Figure
 
 import bilevax as bx
 from benchmarks.data.images import Data, load
+from benchmarks.harness.grid import choice
 from benchmarks.harness.report import COSTS, Run
 from benchmarks.harness.runner import Method, Options, Task, outer_loops, perform
 from benchmarks.harness.style import ANCHOR_COLOURS, STYLE, curves
@@ -71,12 +72,14 @@ class Schedule(NamedTuple):
     Attributes:
       optimizer: x -> SGD.
       rates: x -> its learning rates, [T].
+      steps: x -> what a hand would set, by name.
       start: the first x.
       tried: name -> values of x, [candidates, N], of which a hand would take the best.
     """
 
     optimizer: Callable[[chex.Array], optax.GradientTransformation]
     rates: Callable[[chex.Array], chex.Array]
+    steps: Callable[[np.ndarray], dict[str, float]]
     start: np.ndarray
     tried: Mapping[str, np.ndarray]
 
@@ -85,6 +88,7 @@ TIMES = np.arange(STEPS) / STEPS
 EACH = Schedule(
     optimizer=lambda x: optax.sgd(lambda t: jnp.exp(x[t])),
     rates=jnp.exp,
+    steps=lambda x: {"rate": float(np.exp(x[0]))},
     start=np.full(STEPS, np.log(FIRST_RATE)),
     tried={
         "constant": np.log(GRID[:, None] * np.ones(STEPS)),
@@ -105,6 +109,7 @@ def _tried(decay: float) -> np.ndarray:
 LINE = Schedule(
     optimizer=lambda x: optax.sgd(lambda t: _line(x, t), momentum=jax.nn.sigmoid(x[2])),
     rates=lambda x: _line(x, np.arange(STEPS)),
+    steps=lambda x: {"rate": float(np.exp(x[0])), "momentum": float(1 / (1 + np.exp(-x[2])))},
     start=np.array([np.log(FIRST_RATE), np.log(FIRST_RATE), 0.0]),
     tried={"constant": _tried(0.0), "decaying": _tried(3.0)},
 )
@@ -226,6 +231,18 @@ def measure(schedule: Schedule) -> Callable[[chex.Array, Data], dict[str, chex.A
     return measured
 
 
+def by_hand(schedule: Schedule, runs: Sequence[Run]) -> list[Run]:
+    """The same runs; those of schedules that are tried by hand with their choice, and whether it is at an end."""
+
+    def told(run: Run, tried: np.ndarray) -> Run:
+        steps = [schedule.steps(x) for x in tried]
+        taken = int(np.abs(tried - np.asarray(run.outcome.x)).sum(axis=1).argmin())
+        grid = {name: [each[name] for each in steps] for name in steps[0]}
+        return dataclasses.replace(run, configuration={**run.configuration, **choice(grid, steps[taken])})
+
+    return [told(run, schedule.tried[run.method]) if run.method in schedule.tried else run for run in runs]
+
+
 def draw(schedule: Schedule, runs: Sequence[Run]) -> Figure:
     """Validation loss against outer steps and time, and the schedules of the first seed."""
     with matplotlib.rc_context(STYLE):
@@ -286,8 +303,9 @@ class Config:
             columns=COLUMNS,
             caption=CAPTION,
             draw=functools.partial(draw, schedule),
+            settle=functools.partial(by_hand, schedule),
         )
-        return perform(task, self.common)
+        return perform(task, self.common, self)
 
     def _methods(self, schedule: Schedule, steps: int) -> list[Method]:
         measured = measure(schedule)

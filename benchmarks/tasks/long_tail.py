@@ -252,7 +252,7 @@ class Config:
             caption=CAPTION,
             draw=lambda runs: draw(runs, read),
         )
-        return perform(task, self.common)
+        return perform(task, self.common, self)
 
     def _methods(self, setting: Setting, steps: int) -> list[Method]:
         model = classifier(self.model)

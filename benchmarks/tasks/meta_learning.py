@@ -341,7 +341,7 @@ class Config:
             caption=CAPTION,
             draw=lambda runs: draw(runs, [*ANCHORS], self._load),
         )
-        return perform(task, self.common)
+        return perform(task, self.common, self)
 
     def _load(self, seed: int) -> Data:
         return load(self.data, self.shots, seed)

@@ -29,6 +29,7 @@ from matplotlib.figure import Figure
 
 import bilevax as bx
 from benchmarks.data.adaptation_data import BYTES, COLLECTIONS, Chunks, corpus, cut, informative
+from benchmarks.harness.grid import choice
 from benchmarks.harness.loop import Carry, Outcome
 from benchmarks.harness.report import COSTS, Columns, Run
 from benchmarks.harness.runner import Advance, Method, Options, Task, outer_loops, perform
@@ -151,6 +152,11 @@ def step_sizes(method: str, rate: float, x: chex.ArrayTree, streams: bx.Batch) -
     """The inner rate times the weight of each byte, [streams, T, length − 1]; x counts where weights are learnt."""
     weighting = ANCHORS[method].weigh(streams) if method in ANCHORS else weights(x, streams.inner.hidden)
     return rate * weighting
+
+
+def chosen_of(tried: Mapping[float, float]) -> dict[str, Any]:
+    """The best rate, for the configuration."""
+    return {"tried": dict(tried), **choice({"inner_rate": [*tried]}, {"inner_rate": best(tried)})}
 
 
 def best(tried: Mapping[float, float]) -> float:
@@ -282,7 +288,7 @@ class Config:
             caption=CAPTION,
             draw=lambda runs: draw(runs, load),
         )
-        return perform(task, self.common)
+        return perform(task, self.common, self)
 
     @property
     def _configuration(self) -> dict[str, Any]:
@@ -300,7 +306,7 @@ class Config:
             rate = best(tried)
             curve: dict[str, list[Any]] = {"seconds": [0.0], "cpu_seconds": [0.0], "validation": [tried[rate]]}
             metrics = {**dict.fromkeys(COLUMNS), "validation": tried[rate], "inner_rate": rate}
-            yield Run(TASK, name, seed, {**self._configuration, "tried": tried}, Outcome(x, metrics, curve))
+            yield Run(TASK, name, seed, {**self._configuration, **chosen_of(tried)}, Outcome(x, metrics, curve))
 
     def _learnt(self, row: Row, load: Callable[[int], Data], steps: int, advance: Advance) -> Iterator[Run]:
         """One run for each seed, that with the best of the inner rates; all rates share one program."""
@@ -317,7 +323,7 @@ class Config:
             each = dict(zip(rates, runs, strict=False))
             tried = {rate: run.outcome.metrics["validation"] for rate, run in each.items()}
             run = each[best(tried)]
-            yield dataclasses.replace(run, seed=seed, configuration={**run.configuration, "tried": tried})
+            yield dataclasses.replace(run, seed=seed, configuration={**run.configuration, **chosen_of(tried)})
 
     def _method(self, row: Row, steps: int) -> Method:
         settings = row.settings(self.problem)

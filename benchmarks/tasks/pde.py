@@ -222,7 +222,7 @@ class Config:
                 caption=CAPTION,
                 draw=functools.partial(draw, problem, start, read),
             )
-            return perform(task, self.common)
+            return perform(task, self.common, self)
 
     def _method(self, row: Row, problem: Problem, setting: Setting, start: chex.Array, steps: int) -> Method:
         directions = row.directions(len(start))

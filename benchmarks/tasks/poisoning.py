@@ -243,7 +243,7 @@ class Config:
             caption=CAPTION,
             draw=lambda runs: draw(runs, read, images.shape),
         )
-        return perform(task, self.common)
+        return perform(task, self.common, self)
 
     def _methods(self, setting: Setting) -> list[Method]:
         model, poisons = MODELS[self.model], setting.poisons

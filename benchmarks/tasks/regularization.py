@@ -272,4 +272,4 @@ class Config:
             draw=draw,
         )
         with jax.enable_x64(True):
-            return perform(task, self.common)
+            return perform(task, self.common, self)

@@ -210,4 +210,4 @@ class Config:
             caption=CAPTION,
             draw=lambda runs: draw(runs, anchors, METRICS, ("wanted", "unwanted"), EACH, load),
         )
-        return perform(task, self.common)
+        return perform(task, self.common, self)

@@ -265,4 +265,4 @@ class Config:
             caption=CAPTION,
             draw=lambda runs: draw(runs, anchors, METRICS, ("right votes", "wrong votes"), weighting, load),
         )
-        return perform(task, self.common)
+        return perform(task, self.common, self)
