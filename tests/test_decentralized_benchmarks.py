@@ -22,8 +22,8 @@ from benchmarks.studies import skipping
 COUNTS = {"inner_gradients", "outer_gradients", "hessian_products", "cross_products", "breakdowns", "outer_steps"}
 SPENT = {"derivatives", "megabytes", "rounds"}
 JUDGED = {"exact_loss", "exact_gradient", "exact_residual", "exact_product_residual", "consensus"}
-POINT = {"seconds", "outer_loss", "gradient_norm", "test_accuracy", "auc"}
-COSTS = {"compile_seconds", "temp_bytes"}
+POINT = {"seconds", "cpu_seconds", "outer_loss", "gradient_norm", "test_accuracy", "auc"}
+COSTS = {"compile_seconds", "compile_cpu_seconds", "temp_bytes"}
 L2 = 2e-3
 
 

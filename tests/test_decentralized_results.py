@@ -284,7 +284,7 @@ def test_a_job_that_fails_leaves_the_others_running_and_is_named(tmp_path, conso
     ]
     assert [run.method for run in read(config.folder / "mnist")] == ["sldbo"]
     config.write()
-    assert "--outer-steps 1000 --methods sldbo`, 0 s in all, ended with code 1." in config.output.read_text()
+    assert "--outer-steps 1000 --methods sldbo`, 0 s, 0 CPU s in all, ended with code 1." in config.output.read_text()
     again = Config(results=tmp_path, seeds=1, jobs=("synthetic", "mnist"), resume=True)
     commands.clear()
     assert again.run_all(console, start) == 1

@@ -108,6 +108,15 @@ def least_squares() -> bx.BilevelProblem:
     return bx.BilevelProblem(outer_loss, inner_loss)
 
 
+@functools.partial(jax.jit, static_argnums=1)
+def equations(key: chex.PRNGKey, n: int) -> bx.Batch:
+    """Random rows and targets of n agents."""
+    keys = jax.random.split(key, 4)
+    rows = [jax.random.normal(key, (n, EQUATIONS, FEATURES)) / FEATURES**0.5 for key in keys[:2]]
+    targets = [jax.random.normal(key, (n, EQUATIONS)) for key in keys[2:]]
+    return bx.Batch(*zip(rows, targets, strict=True))
+
+
 def compiled(method: bx.Algorithm, start: tuple, batch: bx.Batch, iterations: int) -> tuple[Callable, int | None]:
     """So many iterations as a function without arguments, and the bytes that they need."""
 
@@ -206,10 +215,7 @@ class Config:
     def _growing(self) -> list[Timed]:
         made = {}
         for n in self.sizes:
-            keys = jax.random.split(jax.random.key(self.seed), 4)
-            rows = [jax.random.normal(key, (n, EQUATIONS, FEATURES)) / FEATURES**0.5 for key in keys[:2]]
-            targets = [jax.random.normal(key, (n, EQUATIONS)) for key in keys[2:]]
-            batch = bx.Batch(*zip(rows, targets, strict=True))
+            batch = equations(jax.random.key(self.seed), n)
             start = bx.replicate((jnp.zeros(FEATURES), jnp.zeros(FEATURES)), n)
             method = bx.decentralized.sldbo(least_squares(), bx.gossip(bx.topology.ring(n)), STEPS)
             made[n] = compiled(method, start, batch, iterations=10)
