@@ -229,7 +229,7 @@ def test_a_run_writes_all_that_curves_need(tmp_path, capsys):
     records = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob(f"{folder}/*.json")}
     assert set(records) == {"sldbo-seed0", "dsvrbgd-seed0"}
     keys = {"exact_loss", "exact_gradient", "exact_residual", "exact_product_residual", "outer_loss", "gradient_norm"}
-    keys |= {"consensus", "derivatives", "megabytes", "rounds", "seconds", "test_accuracy", "outer_step"}
+    keys |= {"consensus", "derivatives", "megabytes", "rounds", "seconds", "cpu_seconds", "test_accuracy", "outer_step"}
     for record in records.values():
         assert set(record["curve"]) == keys
         chosen = record["configuration"]

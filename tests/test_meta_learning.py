@@ -200,7 +200,7 @@ def test_a_run_writes_records_of_one_schema_a_plot_and_a_table(run):
         assert record["configuration"]["data"] == "omniglot"
         assert 0 <= record["metrics"]["test_accuracy"] <= 1
         assert record["curve"]["test_accuracy"][-1] == record["metrics"]["test_accuracy"]
-        assert TEST | {"seconds"} <= set(record["curve"])
+        assert TEST | {"seconds", "cpu_seconds"} <= set(record["curve"])
     for seed in (0, 1):
         metrics = records[f"imaml-seed{seed}"]["metrics"]
         assert set(metrics) >= COUNTS | TEST | {"seconds", "compile_seconds", "temp_bytes", "outer_loss"}

@@ -96,7 +96,7 @@ def test_estimates_are_compared_with_the_answer():
     assert found["estimates"] == 4
     assert found["error"] == pytest.approx(np.sqrt((0 + 1 + 4 + 1) / 4))
     assert found["cosine"] == pytest.approx((1 + 0 - 1 + 1) / 4)
-    assert found["seconds"] >= 0
+    assert min(found["seconds"], found["cpu_seconds"]) >= 0
     calls.clear()
     assert unrolling.estimated(run, keys, None, answer, budget=-1.0)["error"] == 0
     assert calls == [0]
