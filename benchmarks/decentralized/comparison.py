@@ -169,7 +169,7 @@ def selected(everything: Sequence[Row], options: Options, network: Network, agen
     Raises:
       DataError: if none is left.
     """
-    wanted = [row for row in everything if row.name in options.methods]
+    wanted = options.chosen(everything)
     topologies = agents.topologies(options.seed)
     refused = {row.name: why for row in wanted if (why := refusal(row, network, topologies))}
     reasons = "; ".join(f"{name}: {why}" for name, why in refused.items())

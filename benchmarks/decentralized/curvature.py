@@ -226,7 +226,7 @@ class Config:
             title=f"One penalty learnt by {self.agents} agents, {self.topology}, {self.data}, {self.partition}",
             folder=TASK,
             outer_steps=self.iterations,
-            methods=[row.name for row in ROWS if row.name in self.common.methods],
+            methods=[row.name for row in self.common.chosen(ROWS)],
             anchors=(),
             runs=self.runs,
             columns=COLUMNS,

@@ -65,7 +65,7 @@ def run(numbers: Sequence[int], options: Options, config: Any) -> int:
       config: all options of the job.
     """
     read = functools.partial(load, "digits", **SPLIT)
-    chosen = [row for row in ROWS if row.name in options.methods]
+    chosen = options.chosen(ROWS)
     rows = {row.family if row.unrolled else row.name: row for row in chosen}
     for inner_steps in numbers:
         steps = options.steps(OUTER_STEPS[inner_steps])

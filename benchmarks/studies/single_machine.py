@@ -330,7 +330,7 @@ class Config:
         """Runs everything in float32, prints the table and writes the files; returns the exit code."""
         wanted = self.common.outer_steps or ITERATIONS
         iterations = min(wanted, QUICK_ITERATIONS) if self.common.quick else wanted
-        rows = [row for row in METHODS if row.name in self.common.methods]
+        rows = self.common.chosen(METHODS)
         task = Task(
             title=f"Single-machine methods on {self.data}, batches of {BATCH}",
             folder=f"{TASK}-{self.data}",

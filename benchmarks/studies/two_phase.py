@@ -178,7 +178,7 @@ class Config:
             options = dataclasses.replace(options, seeds=1)
         steps = options.steps(OUTER_STEPS)
         inner = Inner(inner_loss(MODEL), MODEL.curvature, RATE, INNER_STEPS)
-        chosen = [phases for phases in METHODS if phases.name in options.methods]
+        chosen = options.chosen(METHODS)
         methods = [method(phases, inner, steps, SPLIT) for phases in chosen]
         read: Callable = functools.partial(load, "digits", **SPLIT)
         task = Task(

@@ -323,7 +323,7 @@ class Config:
     def run(self) -> int:
         """Runs everything, prints the table and writes the files; returns the exit code."""
         steps = self.common.steps(OUTER_STEPS)
-        methods = [self._method(row, steps) for row in METHODS if row.name in self.common.methods]
+        methods = [self._method(row, steps) for row in self.common.chosen(METHODS)]
 
         def runs(advance: Advance) -> Iterator[Run]:
             yield from anchor_runs(self.common.all_seeds, self._load, self._configuration)

@@ -270,7 +270,7 @@ class Config:
     def run(self) -> int:
         """Runs everything, prints the table and writes the files; returns the exit code."""
         steps = self.common.steps(self.setting.outer_steps)
-        rows = [row for row in METHODS if row.name in self.common.methods]
+        rows = self.common.chosen(METHODS)
         load = functools.cache(self.load)
 
         def runs(advance: Advance) -> Iterator[Run]:

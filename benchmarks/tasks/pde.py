@@ -205,7 +205,7 @@ class Config:
         )
         problem = Problem(EQUATIONS[self.equation], setting.modes, setting.observations)
         steps = self.common.steps(OUTER_STEPS)
-        rows = [row for row in self._fitting() if row.name in self.common.methods]
+        rows = self.common.chosen(self._fitting())
         read = functools.partial(load, problem, self.noise)
         with float64():
             start = jnp.zeros(1 + problem.modes).at[0].set(np.log(problem.equation.viscosity * self.start))

@@ -256,7 +256,7 @@ class Config:
         """Runs everything in float64, prints the table and writes the files; returns the exit code."""
         setting = SETTINGS[self.data]
         steps = self.common.steps(setting.outer_steps)
-        rows = [row for row in METHODS if row.name in self.common.methods]
+        rows = self.common.chosen(METHODS)
         methods = [method(row, setting.curvature, {"data": self.data, "full": self.full}) for row in rows]
         task = Task(
             title=f"Penalties of a logistic regression on {self.data}",

@@ -195,7 +195,7 @@ class Config:
             return {**found, "margin": found["unwanted"] - found["wanted"]}
 
         steps = self.common.steps(setting.outer_steps)
-        rows = [*ANCHORS, *(row for row in METHODS if row.name in self.common.methods)]
+        rows = [*ANCHORS, *self.common.chosen(METHODS)]
         chosen: dict[str, Any] = {"model": self.model, **setting._asdict()}
         methods = [method(row, self.pose, EACH, likelihoods, chosen) for row in rows]
         anchors = [row.name for row in ANCHORS]

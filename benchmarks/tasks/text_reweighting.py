@@ -242,7 +242,7 @@ class Config:
             return {"test_accuracy": float(right)}
 
         steps = self.common.steps(setting.outer_steps)
-        rows = [*ANCHORS, *(row for row in METHODS if row.name in self.common.methods)]
+        rows = [*ANCHORS, *self.common.chosen(METHODS)]
         chosen = {
             "data": self.data,
             "model": self.model,
