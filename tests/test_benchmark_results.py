@@ -68,9 +68,10 @@ def test_runs_of_other_options_are_moved_away(tmp_path, console, capsys, other):
     assert "cleaning held runs of other options, which are now in" in capsys.readouterr().out
 
 
-def test_files_without_options_are_moved_away(tmp_path, console):
+@pytest.mark.parametrize("content", ["{}", '{"task": "hyper_cl'])
+def test_files_without_options_are_moved_away(tmp_path, console, content):
     (tmp_path / "cleaning").mkdir()
-    (tmp_path / "cleaning" / "cg-seed0.json").write_text("{}")
+    (tmp_path / "cleaning" / "cg-seed0.json").write_text(content)
     assert prepared(config(tmp_path), "cleaning", console).path == tmp_path / "cleaning"
     assert found(tmp_path) == ["old/cleaning-1/cg-seed0.json"]
 

@@ -43,6 +43,14 @@ def options_of(config: Any) -> dict[str, Any]:
     return found
 
 
+def _told(file: Path) -> Any:
+    """The options in a JSON file; None where it is of an older kind, or was cut off as it was written."""
+    try:
+        return json.loads(file.read_text()).get("options")
+    except json.JSONDecodeError:
+        return None
+
+
 def prepared(config: Any, name: str, console: Console) -> Folder:
     """The folder for the runs of a job; what lies there from other options is moved away first.
 
@@ -56,7 +64,7 @@ def prepared(config: Any, name: str, console: Console) -> Folder:
     """
     common, options = getattr(config, "common", config), options_of(config)
     path = common.results / (name + "-quick" * common.quick)
-    if any(json.loads(file.read_text()).get("options") != options for file in path.rglob("*.json")):
+    if any(_told(file) != options for file in path.rglob("*.json")):
         number = 1
         while (aside := common.results / OLD / f"{path.name}-{number}").exists():
             number += 1
