@@ -15,6 +15,7 @@ from jax.flatten_util import ravel_pytree
 
 import bilevax as bx
 from bilevax.testing import HypergradientSubject, IHVPSubject, hypergradient, ihvp, points, solver, solver_subject
+from bilevax.testing.structure import as_model
 
 STEPS = 4
 KEY = jax.random.key(0)
@@ -69,8 +70,24 @@ IHVPS = {  # number, sample -> method; the number that inverts H = 2 I; what it 
 NOT_LINEAR = ("cg", "cg_preconditioned", "random_neumann", "rescaled", "sgd", "linear")
 
 
+def modelled(make):
+    """An IHVP that needs structure, on losses that have none."""
+
+    def with_structure(number, sample):
+        sound = make(number, sample)
+
+        def prepare(key, state, loss, point):
+            return sound.prepare(key, state, as_model(loss, *point[:2]), point)
+
+        return bx.IHVP(sound.init, prepare, sound.linear)
+
+    return with_structure
+
+
 def implicit(name, steps=STEPS, **options):
-    make, number, _ = IHVPS[name]
+    make, number, declared = IHVPS[name]
+    if "structured" in declared:
+        make = modelled(make)
     return lambda loss, optimizer, sample: bx.inner.implicit(
         loss, optimizer, steps, make(number, sample), sample=sample, cross_sample=sample, **options
     )
@@ -213,7 +230,7 @@ ESTIMATORS = {  # problem, optimizer, sample -> estimator; what it declares
 INSIDE_IMPLICIT = {  # for `pytest -m slow`
     f"implicit_{name}": (implicit(name), TAKES | {key: declared[key] for key in ("biased", "half") if key in declared})
     for name, (_, _, declared) in IHVPS.items()
-    if name not in ("cg", "kfac", "ekfac")  # which stands above, and which need a model
+    if name != "cg"  # which stands above
 }
 REPRESENTATIVES = ("implicit_cg", "reverse", "forward_gradient", "penalty")
 KINDS = (*REPRESENTATIVES, "no_gradient", "chain_implicit_reverse", "zeroth_order", "two_phase", "full_zeroth_order")

@@ -91,24 +91,31 @@ class HypergradientSubject:
             return self.at(ground.PROBLEM, rate).estimate(key, state, x, batch)
 
         x, _ = ground.make_point()
-        arguments = jnp.asarray(RATE), jax.random.key(0), self.start, x, ground.make_batch()
+        arguments = jnp.asarray(RATE), _keys()[0], self.start, x, ground.make_batch()
         return jax.jit(estimate).lower(*arguments).compile()
 
-    def estimate(self, state: Any = None, x: Any = None, batch: Batch | None = None, rate: float = RATE) -> tuple:
+    def estimate(
+        self, state: Any = None, x: Any = None, batch: Batch | None = None, rate: float = RATE, key: Any = None
+    ) -> tuple:
         """`(grad, state, info)` on the proving ground, by a program that is compiled once."""
         x = ground.make_point()[0] if x is None else x
         batch = ground.make_batch() if batch is None else batch
         state = self.start if state is None else state
-        return self.program(jnp.asarray(rate), jax.random.key(0), state, x, batch)
+        return self.program(jnp.asarray(rate), _keys()[0] if key is None else key, state, x, batch)
 
-    def run(self, state: Any, x: Any, batch: Batch) -> tuple:
+    def run(self, key: Any, state: Any, x: Any, batch: Batch) -> tuple:
         """Outer steps one by one: `(x, state), (gradients, infos)`."""
         seen = []
         for _ in range(STEPS):
-            grad, state, info = self.estimate(state, x, batch)
+            grad, state, info = self.estimate(state, x, batch, key=key)
             x = jnp.asarray(np.asarray(x) - RATE * np.asarray(grad))
             seen.append((grad, info))
         return (x, state), jax.tree.map(lambda *leaves: np.stack(leaves), *seen)
+
+    @functools.cached_property
+    def trials(self) -> dict[str, tuple]:
+        """`(key, state, x, batch)` of what runs at once."""
+        return _trials(self)
 
     @functools.cached_property
     def mapped(self) -> tuple[dict[str, int], tuple]:
@@ -123,7 +130,7 @@ class HypergradientSubject:
 
             return jax.lax.scan(step, (x, state), length=STEPS)
 
-        named = trials(self)
+        named = self.trials
         stacked = jax.jit(lambda *trials: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trials))(*named.values())
         return {name: i for i, name in enumerate(named)}, jax.jit(jax.vmap(scan))(*stacked)
 
@@ -133,9 +140,13 @@ class HypergradientSubject:
         return jax.tree.map(lambda leaf: leaf[names[name]], seen)
 
 
-def trials(subject: HypergradientSubject) -> dict[str, tuple]:
-    """`(key, state, x, batch)` of what runs at once."""
-    key, other, batch = jax.random.key(1), jax.random.key(2), ground.make_batch()
+@jax.jit
+def _keys() -> tuple:
+    return jax.random.key(1), jax.random.key(2)
+
+
+def _trials(subject: HypergradientSubject) -> dict[str, tuple]:
+    key, other, batch = *_keys(), ground.make_batch()
     constant = batch._replace(outer=jax.tree.map(lambda leaf: jnp.asarray(np.zeros(leaf.shape)), batch.outer))
 
     def trial(key: Any, batch: Batch, seed: int = 0, ahead: float = 0.0) -> tuple:
@@ -221,7 +232,7 @@ def weak_types_are_kept(subject: HypergradientSubject) -> None:
 @contract("Keep nothing outside the state, and give each leaf of it the same shape and dtype at each call.")
 def one_program_serves_all_steps(subject: HypergradientSubject) -> None:
     """A compiled program takes the state of one step in the next, and all numbers are finite."""
-    _, (grads, infos) = subject.run(subject.start, ground.make_point()[0], ground.make_batch())
+    _, (grads, infos) = subject.run(*subject.trials["plain"])
     last = active(jax.tree.map(lambda leaf: leaf[-1], infos))
     finite("the gradient", grads)
     finite("info.outer_loss", last.outer_loss)
@@ -234,8 +245,7 @@ def vmap_of_scan_equals_a_loop(subject: HypergradientSubject) -> None:
     names, results = subject.mapped
     for name in ("plain", "another"):
         (x, state), (grads, infos) = jax.tree.map(lambda leaf, i=names[name]: leaf[i], _without_y(results))
-        _, start, first_x, batch = trials(subject)[name]
-        (loop_x, loop_state), (loop_grads, loop_infos) = subject.run(start, first_x, batch)
+        (loop_x, loop_state), (loop_grads, loop_infos) = subject.run(*subject.trials[name])
         close("(x, gradients, state)", (x, grads, state), (loop_x, loop_grads, loop_state), rtol=1e-8)
         close("info", infos, loop_infos, rtol=1e-8)
 
@@ -381,7 +391,7 @@ def half_precision_is_near_double(subject: HypergradientSubject) -> None:
     x, y, batch = ground.halved((*ground.make_point(), ground.make_batch(curved=0.1)))
     hypergrad = subject.at(ground.PROBLEM)
     state = hypergrad.init(x, y, batch)
-    grad, state, info = jax.jit(hypergrad.estimate)(jax.random.key(0), state, x, batch)
+    grad, state, info = jax.jit(hypergrad.estimate)(_keys()[0], state, x, batch)
     same_form("the gradient", grad, "x", x)
     same_form("state.y", state.y, "y", y)
     expected_grad, expected, _ = subject.estimate(batch=ground.make_batch(curved=0.1))

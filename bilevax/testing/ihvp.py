@@ -284,9 +284,19 @@ def linear_means_symmetric_and_positive_definite(subject: IHVPSubject) -> None:
     applies=lambda subject: subject.constructed,
 )
 def number_may_be_traced(subject: IHVPSubject) -> None:
-    """One compiled program serves two numbers, and gives two vectors."""
-    one, other = (subject.solve(number=(subject.number or 0.0) + more)[0] for more in (0.1, 0.3))
+    """One compiled program serves two numbers, and gives two vectors, as does `jax.vmap` over both."""
+    (x, y), data, b = ground.make_point(), ground.make_batch().inner, right_side()
+    numbers = np.asarray([(subject.number or 0.0) + more for more in (0.1, 0.3)])
+    one, other = (subject.solve(number=number)[0] for number in numbers)
     differ("v with two numbers", one, other, rtol=1e-3)
+
+    @jax.jit
+    @jax.vmap
+    def solve(number: Any) -> Any:
+        key = jax.random.key(KEY)
+        return subject.apply(subject.make(number), ground.PROBLEM.inner_loss, key, subject.start, (x, y, data), b)[0]
+
+    close("v of two numbers under vmap", solve(jnp.asarray(numbers)), np.stack([one, other]))
 
 
 @contract(
