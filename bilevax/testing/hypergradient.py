@@ -146,7 +146,7 @@ def _keys() -> tuple:
 
 
 def _trials(subject: HypergradientSubject) -> dict[str, tuple]:
-    key, other, batch = *_keys(), ground.make_batch()
+    (key, other), batch = _keys(), ground.make_batch()
     constant = batch._replace(outer=jax.tree.map(lambda leaf: jnp.asarray(np.zeros(leaf.shape)), batch.outer))
 
     def trial(key: Any, batch: Batch, seed: int = 0, ahead: float = 0.0) -> tuple:
