@@ -73,12 +73,13 @@ def test_declared_cost(name):
     batch = bx.Batch(outer=jnp.zeros((4, 1)), inner=jnp.zeros((4, 1)))
 
     @jax.jit
-    def info(keys):
+    def info(key):
+        """Of the second iteration: the first one of a snapshot finds the point of init."""
         state = method.init(*(jnp.zeros((4, d), jnp.float32) for d in sizes), batch)
-        state, _ = method.step(keys[0], state, batch)
-        return method.step(keys[1], state, batch)[1]._replace(moves=None, breakdown=None)
+        second = state._replace(k=jnp.ones_like(state.k))
+        return method.step(key, second, batch)[1]._replace(moves=None, breakdown=None)
 
-    got = info(jax.random.split(KEY, 2))
+    got = info(KEY)
     np.testing.assert_array_equal(got.bytes, np.full(4, 2 * size))
     assert got.rounds == rounds
     for count, expected in zip(got.calls, calls or [got.calls.outer_gradients] * 4, strict=True):
@@ -93,7 +94,7 @@ def flops(function, *args):
 WIDE = quadratic(0, n=4, dx=48, dy=64)
 
 
-@pytest.mark.parametrize("name", ["sldbo", "dsvrbgd_simultaneous", "dsvrbgd_alternating", "sparkle_ed"])
+@pytest.mark.parametrize("name", ["sldbo", "dsvrbgd_alternating"])
 def test_declared_calls_are_those_of_the_compiled_program(name):
     """Products with matrices of 64 rows are nearly all of the work, and the compiler counts them."""
     x, y = networks.zeros(WIDE.batch)

@@ -1,6 +1,5 @@
 """The engine: reports, schedules, transformations of JAX and of optax, networks."""
 
-import flax.linen
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,7 +69,9 @@ def test_adam_on_tracked_directions_converges():
 
 def test_parameters_of_a_network_descend():
     """A ridge weight x and a small flax network y for every agent."""
-    network = flax.linen.Sequential([flax.linen.Dense(4), jnp.tanh, flax.linen.Dense(1)])
+    from flax import linen
+
+    network = linen.Sequential([linen.Dense(4), jnp.tanh, linen.Dense(1)])
     inputs = jnp.asarray(np.random.default_rng(0).normal(size=(4, 16, 2)))
     data = inputs, jnp.sin(inputs.sum(-1, keepdims=True))
 
