@@ -23,6 +23,8 @@ if "JAX_COMPILATION_CACHE_DIR" in os.environ:
 MOST = 40  # programs that a test may compile
 COMPILED = "/jax/core/compile/backend_compile_duration"
 compiled = []  # seconds of each program
+dropped = [0]  # number of programs when the caches were emptied
+MANY = 100  # programs that may stay in them
 workers = []  # of each one that has finished: programs and memory
 
 
@@ -34,10 +36,10 @@ def _count(event, seconds, **_):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
-    """Fails a test that compiles too many programs: eagerly, each operation is one for each of its shapes."""
+    """Fails a test, but no doctest, that compiles too many programs: eagerly, each operation is one for each shape."""
     before, marker = len(compiled), item.get_closest_marker("compiles")
     result, most = (yield), marker.args[0] if marker else MOST
-    if (number := len(compiled) - before) > most:
+    if (number := len(compiled) - before) > most and isinstance(item, pytest.Function):
         fix = f"Jit what it runs eagerly; if that is its subject, mark it @pytest.mark.compiles({number})."
         pytest.fail(f"compiled {number} programs, and may compile {most}. {fix}", pytrace=False)
     return result
@@ -53,8 +55,11 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="module", autouse=True)
 def _drop_programs():
+    """After each module, unless it and those before it have compiled few, as nearly every doctest."""
     yield
-    jax.clear_caches()
+    if len(compiled) - dropped[-1] > MANY:
+        dropped.append(len(compiled))
+        jax.clear_caches()
 
 
 @pytest.fixture
