@@ -14,6 +14,8 @@ from bilevax import coins, decentralized
 from bilevax.testing.problems import quadratic
 from bilevax.testing.problems.quadratic import PROBLEM, inner_loss
 
+pytestmark = pytest.mark.usefixtures("uncached")
+
 LINEAR = bx.BilevelProblem(
     lambda x, y, batch: jnp.sum(x) + jnp.sum(y), lambda x, y, batch: 0.5 * jnp.sum(y**2) + jnp.sum(x) * y[0]
 )

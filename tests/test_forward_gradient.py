@@ -261,6 +261,7 @@ def dots(function, *arguments):
     return sorted(executed_dots(jax.jit(function).lower(*arguments).compile().as_text(), unknown_trips=1))
 
 
+@pytest.mark.usefixtures("uncached")
 @pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="reads HLO text as it is printed since jax 0.10")
 def test_products_of_the_compiled_program():
     """No tangent is pushed without a derivative; with one, b of them go through the step at once."""
@@ -381,6 +382,7 @@ def gradient_of(make, optimizer, **options):
     return gradient
 
 
+@pytest.mark.usefixtures("uncached")
 @pytest.mark.parametrize(
     ("optimizer", "options"),
     [
@@ -396,6 +398,7 @@ def test_memory_is_constant_in_the_number_of_steps(optimizer, options):
     assert temporary_bytes(gradient, 64) == temporary_bytes(gradient, 1024)
 
 
+@pytest.mark.usefixtures("uncached")
 def test_memory_of_chunks_is_constant_in_the_number_of_directions():
     few, many = (
         temporary_bytes(gradient_of(forward_gradient, optax.sgd(0.1), directions=number, chunk=2), 64)
@@ -421,6 +424,7 @@ def linearized(steps):
     return gradient
 
 
+@pytest.mark.usefixtures("uncached")
 def test_memory_of_reverse_mode_and_of_a_linearized_loop_grows():
     """By one copy of y a step at the least."""
     for gradient in (gradient_of(reverse, optax.sgd(0.1)), linearized):

@@ -345,6 +345,7 @@ def test_calls_of_the_guides_are_counted(role, solves):
 # The house around it.
 
 
+@pytest.mark.usefixtures("uncached")
 def test_states_keep_their_shapes():
     """A scan would refuse a state that changes; the second phase starts where the first one ends."""
     outer_loss = lambda x, y, u: jnp.sum((y - u) ** 2) / 2  # noqa: E731

@@ -460,6 +460,7 @@ def test_nystrom_reports_negative_curvature_and_needs_a_key():
         bx.ihvp.nystrom(3).prepare(None, (), quadratic(H), POINT)
 
 
+@pytest.mark.usefixtures("uncached")
 def test_nystrom_stores_no_hessian():
     n = 3000
 

@@ -102,6 +102,7 @@ def test_checkpointed_is_plain(checkpoint, steps):
     assert_trees_close(grad, plain, rtol=1e-13, atol=1e-15)
 
 
+@pytest.mark.usefixtures("uncached")
 def test_checkpoints_save_memory():
     big = {"inputs": jnp.ones((200, 3)), "targets": jnp.ones(200)}
 

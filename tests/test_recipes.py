@@ -100,6 +100,7 @@ def test_freezing_by_parts_is_right_and_in_the_optimizer_alone_only_for_reverse(
     close(masked.update(ones, masked.init(ones))[0], {"body": ones["body"], "head": -0.2 * ones["head"]})
 
 
+@pytest.mark.usefixtures("uncached")
 def test_a_frozen_part_in_the_batch_is_sampled_apart_and_no_constant_of_the_program():
     page = run("Frozen parts of y")
     (inputs, targets), body = page.sample(jax.random.key(0), 0, page.batch.inner)
@@ -143,6 +144,7 @@ def test_lora_equals_the_factors_by_hand():
 # Losses with has_aux
 
 
+@pytest.mark.usefixtures("uncached")
 def test_aux_is_that_of_the_returned_y_at_no_cost():
     page = run("Losses with `has_aux`")
     close(page.aux["prediction"], np.tanh(page.train[0] @ page.state.y))
@@ -208,6 +210,7 @@ def test_batch_statistics_of_linen_and_nnx_equal_a_batch_norm_by_hand():
 # Mixed precision
 
 
+@pytest.mark.usefixtures("uncached")
 def test_bfloat16_inside_keeps_float32_outside_and_stays_close():
     with jax.enable_x64(False):
         page = run("Mixed precision")

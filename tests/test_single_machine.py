@@ -229,6 +229,7 @@ def costly_outer_loss(x, y, C):
 OWN_BATCH = ("stocbio", "amigo")  # each product on a batch of its own takes one more gradient there
 
 
+@pytest.mark.usefixtures("uncached")
 @pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="reads HLO text as it is printed since jax 0.10")
 @pytest.mark.parametrize("name", ["mrbo", "amigo", "f2sa"])
 def test_declared_calls_are_those_that_the_compiled_program_runs(name):

@@ -1,0 +1,55 @@
+"""The suite itself: a test that compiles too many programs fails, and a persistent cache stays optional."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parent.parent
+PROGRAM = """
+import os
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+def entries():
+    return sorted(os.listdir(os.environ["JAX_COMPILATION_CACHE_DIR"]))
+
+def compile_some(number, size):
+    for i in range(number):
+        jax.jit(lambda x: x + i)(jnp.asarray([0.0] * size))
+
+def test_few():
+    compile_some(3, 1)
+
+def test_many():
+    compile_some(45, 2)
+
+@pytest.mark.compiles(50)
+def test_many_that_may():
+    compile_some(45, 3)
+
+def test_cached():
+    jax.jit(lambda x: x + 2.5)(1.0)
+    assert entries()
+
+def test_uncached(uncached):
+    before = entries()
+    jax.jit(lambda x: x + 3.5)(1.0)
+    assert entries() == before
+"""
+
+
+def test_too_many_programs_fail_a_test_and_a_cache_is_left_alone_where_programs_are_judged(tmp_path):
+    path, cache = tmp_path / "test_programs.py", tmp_path / "cache"
+    path.write_text(PROGRAM)
+    cache.mkdir()
+    options = ["-n0", "--no-cov", "-q", "-p", "conftest", "-p", "no:cacheprovider", "-c", ROOT / "pyproject.toml", path]
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "pytest", *map(str, options)]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert run.returncode == 1, run.stdout + run.stderr
+    assert "1 failed, 4 passed" in run.stdout, run.stdout
+    assert ", and may compile 40. Jit what it runs eagerly" in run.stdout
+    assert "programs compiled; " in run.stdout
