@@ -1,11 +1,12 @@
 """The command line: one subcommand for each task, and hyper-cleaning where none is named."""
 
 import argparse
+import dataclasses
 import importlib
 import sys
 from collections.abc import Sequence
-
-import tyro
+from pathlib import Path
+from typing import Any
 
 from benchmarks.harness.errors import DataError
 
@@ -43,8 +44,8 @@ FOLDERS = {
     },
 }
 TASKS = {task: folder for folder, tasks in FOLDERS.items() for task in tasks}
-FLAGS = (tyro.conf.FlagCreatePairsOff,)
 EXTRAS = {
+    **dict.fromkeys(("PIL", "matplotlib", "pooch", "rich", "sklearn", "tyro"), "bench"),
     **{"flax": "flax", "safetensors": "text", "tokenizers": "text"},
     **dict.fromkeys(("jaxopt", "lineax", "optimistix"), "peers"),
 }
@@ -55,12 +56,24 @@ Compares hypergradients on bilevel problems: prints a table, writes JSON files a
 
 Without a task, options belong to hyper-cleaning: `python -m benchmarks --seeds 5`.
 The options of a task: `python -m benchmarks hyper-cleaning --help`.
+Methods of your own: `--plugin my_methods.py`, a Python file that is executed; see docs/testing.md.
 Public data sets are downloaded once to a cache folder; BILEVAX_DATA=<folder> names another one."""
 
 
 def module_of(task: str) -> str:
     """Where a job lies: hyphens are underscores, and `decentralized-` at the front is its folder."""
     return f"benchmarks.{TASKS[task]}.{task.removeprefix('decentralized-').replace('-', '_')}"
+
+
+def takes_plugin(config: type[Any]) -> bool:
+    """Whether a job has the option."""
+    return bool({"common", "plugin"} & {field.name for field in dataclasses.fields(config)})
+
+
+def install(extra: str) -> str:
+    """The command that brings an extra, to a checkout or to an installed package."""
+    checkout = (Path(__file__).parent.parent / "pyproject.toml").exists()
+    return f'pip install -e ".[{extra}]"' if checkout else f'pip install "bilevax[{extra}]"'
 
 
 def main(args: Sequence[str]) -> int:
@@ -80,17 +93,20 @@ def main(args: Sequence[str]) -> int:
     parser.add_argument("task", choices=TASKS, help=argparse.SUPPRESS)
     task = parser.parse_args(args[:1]).task
     try:
-        module = importlib.import_module(module_of(task))
-        config = tyro.cli(module.Config, prog=f"python -m benchmarks {task}", args=args[1:], config=FLAGS)
-        return config.run()
+        import tyro
+
+        config = importlib.import_module(module_of(task)).Config
+        if not takes_plugin(config) and any(arg.partition("=")[0] == "--plugin" for arg in args):
+            raise DataError(f"{task} has no rows that a plugin could add to. Drop --plugin, or name another job.")
+        flags = (tyro.conf.FlagCreatePairsOff,)
+        return tyro.cli(config, prog=f"python -m benchmarks {task}", args=args[1:], config=flags).run()
     except DataError as error:
         print(error, file=sys.stderr)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in EXTRAS:
             raise
-        fix = f'pip install -e ".[{EXTRAS[package]}]"'
-        print(f"{task} needs {package}, which is not installed. Run: {fix}", file=sys.stderr)
+        print(f"{task} needs {package}, which is not installed. Run: {install(EXTRAS[package])}", file=sys.stderr)
     return 1
 
 

@@ -14,6 +14,7 @@ import bilevax as bx
 from benchmarks.decentralized.choices import COINS, Agents
 from benchmarks.decentralized.exact import Effort, evaluator
 from benchmarks.decentralized.figure import Panel, draw
+from benchmarks.decentralized.foreign import foreign
 from benchmarks.decentralized.methods import Row, pace, refusal
 from benchmarks.decentralized.network import Network
 from benchmarks.decentralized.placement import gossip, place
@@ -22,6 +23,7 @@ from benchmarks.decentralized.rows import personal_rows, rows
 from benchmarks.decentralized.running import before, compiled, evaluate, tuned
 from benchmarks.harness.errors import DataError
 from benchmarks.harness.loop import drive
+from benchmarks.harness.plugin import DECENTRALIZED
 from benchmarks.harness.report import COSTS, Columns, Run
 from benchmarks.harness.runner import Advance, Options, Task, perform
 
@@ -125,6 +127,7 @@ def runs(
         placed = place(_on(row, first, steps), topology, where.devices, where.by)
         chosen_here = {
             **job.configuration,
+            **options.origin(row.name, DECENTRALIZED),
             **{name: getattr(agents, name) for name in ("agents", "topology", "lower_topology", "coins")},
             "batch_size": row.batch_size,
             "outer_steps": number * size,
@@ -169,8 +172,9 @@ def selected(everything: Sequence[Row], options: Options, network: Network, agen
     Raises:
       DataError: if none is left.
     """
-    wanted = options.chosen(everything)
     topologies = agents.topologies(options.seed)
+    plugged = functools.partial(foreign, network=network, topologies=topologies, size=agents.batch_size)
+    wanted = options.chosen(everything, plugged, DECENTRALIZED)
     refused = {row.name: why for row in wanted if (why := refusal(row, network, topologies))}
     reasons = "; ".join(f"{name}: {why}" for name, why in refused.items())
     if len(refused) == len(wanted):

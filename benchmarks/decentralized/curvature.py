@@ -151,7 +151,7 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuses what cannot be run."""
-        self.common.check_methods([row.name for row in ROWS])
+        self.common.check_methods([row.name for row in ROWS], kind=None)
         if self.agents < 1:
             raise ValueError(f"agents must be an int >= 1; got {self.agents}. Pass, say, --agents 8.")
         parsed("partition", self.partition, PARTITIONS)

@@ -28,6 +28,7 @@ from benchmarks.decentralized.network import Network, by_weight
 from benchmarks.decentralized.placement import join_hosts, start_devices
 from benchmarks.decentralized.rows import names
 from benchmarks.harness.errors import DataError
+from benchmarks.harness.plugin import DECENTRALIZED
 from benchmarks.harness.report import Columns, Run
 from benchmarks.harness.runner import Options
 from benchmarks.harness.style import histogram
@@ -146,7 +147,7 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuses what cannot be run."""
-        self.common.check_methods(names())
+        self.common.check_methods(names(), DECENTRALIZED)
         if self.devices < 1:
             raise ValueError(f"devices must be an int >= 1; got {self.devices}. Pass, say, --devices 8.")
         agents = self.network.agents

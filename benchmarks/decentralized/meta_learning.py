@@ -40,6 +40,7 @@ from benchmarks.decentralized.heads import (
 )
 from benchmarks.decentralized.network import Network
 from benchmarks.decentralized.rows import names
+from benchmarks.harness.plugin import DECENTRALIZED
 from benchmarks.harness.report import Columns
 from benchmarks.harness.runner import Options
 from benchmarks.tasks.meta_learning import draw_tasks
@@ -107,7 +108,7 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuses what cannot be run."""
-        self.common.check_methods(names(personal=True))
+        self.common.check_methods(names(personal=True), DECENTRALIZED)
         most = 20 - QUERIES
         if not 1 <= self.shots <= most:
             raise ValueError(f"shots must lie between 1 and {most}; got {self.shots}. Pass, say, --shots 5.")

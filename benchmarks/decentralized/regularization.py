@@ -39,6 +39,7 @@ from benchmarks.decentralized.penalties import (
     synthetic,
 )
 from benchmarks.decentralized.rows import names
+from benchmarks.harness.plugin import DECENTRALIZED
 from benchmarks.harness.report import Columns
 from benchmarks.harness.runner import Options
 
@@ -149,7 +150,7 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuses what cannot be run."""
-        self.common.check_methods(names())
+        self.common.check_methods(names(), DECENTRALIZED)
         parsed("partition", self.division, PARTITIONS)
         drawn = self.data == "synthetic"
         if drawn and self.partition is not None:

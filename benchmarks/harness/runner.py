@@ -16,8 +16,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import bilevax as bx
+from benchmarks.harness import plugin
+from benchmarks.harness.errors import DataError
 from benchmarks.harness.folder import Folder, prepared
 from benchmarks.harness.loop import Carry, compiled, drive
+from benchmarks.harness.plugin import HYPERGRADIENTS, Function
 from benchmarks.harness.report import Columns, Run, grid_ends, table
 
 QUICK_STEPS = 20
@@ -32,6 +35,10 @@ class Options:
 
     methods: tuple[str, ...]
     """Methods to compare. Anchors, where a task has them, always run."""
+    plugin: str | None = None
+    """A Python file of yours, which is executed, or an importable module: its rows are compared as well, all of them
+    unless --methods names some. They are functions, in dicts HYPERGRADIENTS, ALGORITHMS (of one machine) and
+    DECENTRALIZED; see docs/testing.md."""
     outer_steps: int | None = None
     """Outer steps of each run; by default as many as suit the data."""
     budget: float = 12.0
@@ -65,12 +72,30 @@ class Options:
         """From the first to the last."""
         return range(self.seed, self.seed + self.seeds)
 
-    def chosen(self, rows: Iterable[Any]) -> list[Any]:
-        """The rows that are to be compared, by their names."""
-        return [row for row in rows if row.name in self.methods]
+    def chosen(
+        self, rows: Iterable[Any], foreign: Callable[[Function], Any] | None = None, kind: str = HYPERGRADIENTS
+    ) -> list[Any]:
+        """The rows that are to be compared.
 
-    def check_methods(self, names: Sequence[str]) -> None:
-        """Refuses methods that are not among the names."""
+        Args:
+          rows: of the job; those whose names are wanted.
+          foreign: makes a row of a function of the plugin, of those of this kind that are named, or else of all.
+          kind: of the rows.
+        """
+        own = [row for row in rows if row.name in self.methods]
+        if foreign is None:
+            return own
+        functions = plugin.functions(self.plugin, kind)
+        named = [function for name, function in functions.items() if name in self.methods]
+        return [*own, *map(foreign, named or functions.values())]
+
+    def origin(self, name: str, kind: str = HYPERGRADIENTS) -> dict[str, str]:
+        """For the JSON files: where a row came from, if it is one of the plugin."""
+        return {"plugin": str(self.plugin)} if name in plugin.functions(self.plugin, kind) else {}
+
+    def check_methods(self, names: Sequence[str], kind: str | None = HYPERGRADIENTS) -> None:
+        """Refuses methods that are not among the names, and a plugin without rows of this kind (None: no kind)."""
+        names = [*names, *plugin.checked(self.plugin, kind, names)]
         if not self.methods or not {*self.methods} <= {*names}:
             raise ValueError(
                 f"methods must be some of {', '.join(names)}; got {' '.join(self.methods) or 'none'}. "
@@ -147,6 +172,8 @@ def perform(task: Task, options: Options, config: Any) -> int:
       options: methods and seeds.
       config: all options of the job, of which `options` are a part: runs of others are not in the same folder.
     """
+    if taken := [name for name in task.anchors if [*task.methods].count(name) > 1]:
+        raise DataError(f"{options.plugin} has a row {taken[0]}, and so has this job, as an anchor. Rename yours.")
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     seeds, folder = options.all_seeds, prepared(config, task.folder, console)
     finished = settled(task, collect(task, options, folder, console), folder)
@@ -210,9 +237,12 @@ def outer_loops(
     """
     datasets = {seed: load(seed) for seed in options.all_seeds}
     size = max(size for size in range(1, LARGEST_CHUNK + 1) if steps % size == 0)
-    for method in methods:
+    origins = [options.origin(method.configuration.get("estimator", method.name)) for method in methods]
+    for method in (method for method, origin in zip(methods, origins, strict=True) if origin):
+        method.hypergradient()  # what is wrong with it is said before anything runs
+    for method, origin in zip(methods, origins, strict=True):
         shapes: list[tuple[int, ...]] = []
-        chosen = {**method.configuration, "outer_steps": steps, "budget": options.budget}
+        chosen = {**method.configuration, **origin, "outer_steps": steps, "budget": options.budget}
         for seed, data in datasets.items():
             point, batch = method.start(data), method.batch(data)
             found = [np.shape(leaf) for leaf in jax.tree.leaves((point, batch))]

@@ -26,6 +26,7 @@ from benchmarks.data.images import load
 from benchmarks.harness.clock import Spent
 from benchmarks.harness.folder import prepared
 from benchmarks.harness.loop import Outcome
+from benchmarks.harness.plugin import Function, finished
 from benchmarks.harness.report import Columns, Run, table
 from benchmarks.harness.runner import Options
 from benchmarks.harness.timing import compiled, interleaved, relative_error
@@ -73,12 +74,21 @@ in ten estimates. -exact: no sampled labels. tail: reverse, and kfac for the ste
 """
 
 
+def foreign(function: Function) -> Row:
+    """The row of a function of a plugin; what it returns as a whole, and not to `implicit`, makes inner steps too."""
+    net = NETS["mlp"]
+    given = Inner(inner_loss(net, DECAYS[0]), STEP_SIZE, UNROLLED).given
+    made = function.method(given._replace(outer_loss=functools.partial(outer_loss, net)))
+    unrolled = 0 if isinstance(made, bx.IHVP) else UNROLLED
+    return Row(function.name, function.name, lambda inner: function.hypergradient(inner.given), unrolled)
+
+
 def estimates(row: Row, net: Model) -> Callable:
     """The estimates along a path as a function (l2, xs, path, keys, batch) -> (the last one, its calls, breakdown)."""
 
     def program(l2: chex.Array, xs: chex.Array, path: Any, keys: chex.PRNGKey, batch: bx.Batch) -> tuple:
         solver = row.solver(Inner(inner_loss(net, l2), STEP_SIZE, row.unrolled))
-        hypergrad = bx.hypergradient(functools.partial(outer_loss, net), solver)
+        hypergrad = finished(functools.partial(outer_loss, net), solver)
         first = UNROLLED - row.unrolled
         ys = jax.tree.map(lambda leaf: leaf[first : first + ESTIMATES], path)
 
@@ -191,8 +201,8 @@ class Config:
     @property
     def _rows(self) -> list[Row]:
         shortened = self.common.quick and self.common.methods == DEFAULTS.methods
-        chosen = QUICK_METHODS if shortened else self.common.methods
-        return [row for row in ROWS if row.name in chosen]
+        options = dataclasses.replace(self.common, methods=QUICK_METHODS) if shortened else self.common
+        return options.chosen(ROWS, foreign)
 
     @property
     def _grid(self) -> Sequence[tuple[float, str]]:
@@ -225,6 +235,7 @@ class Config:
         spent = interleaved(calls, ROUNDS, 1e-9 if self.common.quick else self.common.budget, seed)
         for method, (_, compiling, temp_bytes) in programs.items():
             chosen = {"net": name, "settings": self._grid, "split": SPLIT, "step_size": STEP_SIZE, "damping": DAMPING}
+            chosen |= self.common.origin(method)
             curve = {key: [row[key] for row in outputs[method]] for key in outputs[method][0]}
             numbers = metrics(outputs[method], spent[method])
             numbers |= {"rounds": len(spent[method]), **compiling.named("compile_"), "temp_bytes": temp_bytes}
@@ -240,5 +251,5 @@ class Config:
                 columns: Columns = {key: (key.replace(", ", "\n"), "{:.3f}".format) for key in settings}
                 console.print(table(f"{name}, cosine at the end, by setting", runs, columns, ()))
         console.print(CAPTION, style="dim", soft_wrap=True, markup=False)
-        draw(finished, {row.name: row.family for row in ROWS}).savefig(folder / f"{TASK}.png")
+        draw(finished, {row.name: row.family for row in self._rows}).savefig(folder / f"{TASK}.png")
         console.print(f"JSON files and the plot: {folder}", markup=False, soft_wrap=True)

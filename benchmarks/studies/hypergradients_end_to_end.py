@@ -11,6 +11,7 @@ import optax
 
 import bilevax as bx
 from benchmarks.data.images import Data, load
+from benchmarks.harness.plugin import Function, finished
 from benchmarks.harness.runner import Method, Options, Task, outer_loops, perform
 from benchmarks.studies.hypergradients_figure import draw_end_to_end
 from benchmarks.studies.hypergradients_methods import ROWS, Inner, Row
@@ -28,12 +29,17 @@ A 64-64-64-10 network, {SPLIT["train"]} training images and {SPLIT["validation"]
 """
 
 
+def foreign(function: Function) -> Row:
+    """The row of a function of a plugin."""
+    return Row(function.name, function.name, lambda inner: function.hypergradient(inner.given))
+
+
 def method(row: Row, inner_steps: int) -> Method:
     """The row with so many inner steps."""
 
     def hypergradient() -> bx.Hypergradient:
         inner = Inner(inner_loss(NET), STEP_SIZE, inner_steps, bx.inner.minibatch(MINIBATCH))
-        return bx.hypergradient(functools.partial(outer_loss, NET), row.solver(inner))
+        return finished(functools.partial(outer_loss, NET), row.solver(inner))
 
     def start(data: Data) -> tuple[chex.Array, chex.ArrayTree]:
         return jnp.zeros(data.clean.shape), NET.init(jax.random.key(data.seed), data.batch.inner[0].shape[1])
@@ -65,7 +71,7 @@ def run(numbers: Sequence[int], options: Options, config: Any) -> int:
       config: all options of the job.
     """
     read = functools.partial(load, "digits", **SPLIT)
-    chosen = options.chosen(ROWS)
+    chosen = options.chosen(ROWS, foreign)
     rows = {row.family if row.unrolled else row.name: row for row in chosen}
     for inner_steps in numbers:
         steps = options.steps(OUTER_STEPS[inner_steps])

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import optax
 
 import bilevax as bx
+from benchmarks.harness.plugin import InnerProblem
 
 DAMPING = 1e-3  # of the inverses that need one
 Make = Callable[["Inner"], bx.IHVP]
@@ -18,6 +19,13 @@ class Inner(NamedTuple):
     step_size: float
     steps: int
     sample: Callable = bx.inner.full
+
+    @property
+    def given(self) -> InnerProblem:
+        """The same for a function of a plugin."""
+        given = InnerProblem(self.loss, self.optimizer, self.steps, self.step_size, bx.curvature.hessian)
+        own = self.sample
+        return given._replace(sample=own, ihvp_sample=own, cross_sample=own, warm_start=False)
 
     @property
     def optimizer(self) -> optax.GradientTransformation:

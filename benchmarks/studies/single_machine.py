@@ -29,6 +29,7 @@ import bilevax as bx
 from benchmarks.harness import timing
 from benchmarks.harness.clock import Spent, timed
 from benchmarks.harness.loop import Outcome
+from benchmarks.harness.plugin import ALGORITHMS, Function
 from benchmarks.harness.report import COSTS, Run
 from benchmarks.harness.runner import Advance, Options, Task, perform
 from benchmarks.harness.style import STYLE, curves
@@ -138,6 +139,15 @@ def plain(make: Callable[..., bx.Algorithm]) -> Callable[..., bx.Algorithm]:
 def sizes(x: float, y: float, *, x_power: float = 0.5, y_power: float = 0.0, v: float | None = None) -> bx.Levels:
     """Step sizes (a, p); those of v are those of y, or a constant."""
     return bx.Levels((x, x_power), (y, y_power), (y, y_power) if v is None else (v, 0.0))
+
+
+def foreign(function: Function) -> Row:
+    """The row of a function of a plugin, with the step sizes of most rows."""
+
+    def make(problem: bx.BilevelProblem, sizes: bx.Levels, sample: Any, rows: int) -> bx.Algorithm:
+        return function.algorithm(problem, sizes, sample=sample)
+
+    return Row(function.name, make, sizes(0.1, 0.25))
 
 
 algorithms = bx.algorithms
@@ -275,10 +285,14 @@ def drive(row: Row, data: Data, seed: int, iterations: int, budget: float, advan
 def runs(name: str, rows: Sequence[Row], iterations: int, options: Options, advance: Advance) -> Iterator[Run]:
     """Each method on each seed, in order."""
     datasets = {seed: load(name, seed) for seed in options.all_seeds}
+    origins = {row.name: options.origin(row.name, ALGORITHMS) for row in rows}
+    for row in (row for row in rows if origins[row.name]):
+        method(row, len(datasets[options.seed].batch.inner[1]))  # what is wrong with it is said before anything runs
     for row in rows:
         for seed, data in datasets.items():
             outcome = drive(row, data, seed, iterations, options.budget, advance)
             configuration = {
+                **origins[row.name],
                 "data": name,
                 "batch": BATCH,
                 "step_sizes": row.steps._asdict(),
@@ -324,13 +338,13 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuses what cannot be run."""
-        self.common.check_methods([row.name for row in METHODS])
+        self.common.check_methods([row.name for row in METHODS], ALGORITHMS)
 
     def run(self) -> int:
         """Runs everything in float32, prints the table and writes the files; returns the exit code."""
         wanted = self.common.outer_steps or ITERATIONS
         iterations = min(wanted, QUICK_ITERATIONS) if self.common.quick else wanted
-        rows = self.common.chosen(METHODS)
+        rows = self.common.chosen(METHODS, foreign, ALGORITHMS)
         task = Task(
             title=f"Single-machine methods on {self.data}, batches of {BATCH}",
             folder=f"{TASK}-{self.data}",

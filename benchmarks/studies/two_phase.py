@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 
 import bilevax as bx
 from benchmarks.data.images import load
+from benchmarks.harness.plugin import Function
 from benchmarks.harness.report import Run
 from benchmarks.harness.runner import Method, Options, Task, outer_loops, perform
 from benchmarks.harness.style import STYLE, curves
@@ -94,6 +95,15 @@ METHODS = (
     Phases("two-phase", (KFAC, FORWARD)),
     Phases("two-phase-guided", (KFAC, GUIDED)),
 )
+
+
+def foreign(function: Function) -> Phases:
+    """The row of a function of a plugin, in one phase."""
+
+    def solver(inner: Inner) -> Any:
+        return function.hypergradient(inner.given._replace(initial=fresh))
+
+    return Phases(function.name, (Row(function.name, solver, lambda inner: {}),))
 
 
 def method(phases: Phases, inner: Inner, outer_steps: int, configuration: Mapping[str, Any]) -> Method:
@@ -178,7 +188,7 @@ class Config:
             options = dataclasses.replace(options, seeds=1)
         steps = options.steps(OUTER_STEPS)
         inner = Inner(inner_loss(MODEL), MODEL.curvature, RATE, INNER_STEPS)
-        chosen = options.chosen(METHODS)
+        chosen = options.chosen(METHODS, foreign)
         methods = [method(phases, inner, steps, SPLIT) for phases in chosen]
         read: Callable = functools.partial(load, "digits", **SPLIT)
         task = Task(

@@ -25,12 +25,14 @@ from benchmarks.data.images import load
 from benchmarks.harness.clock import Spent, timed
 from benchmarks.harness.folder import Folder, prepared
 from benchmarks.harness.loop import Outcome
+from benchmarks.harness.plugin import finished
 from benchmarks.harness.report import Columns, Run, table
+from benchmarks.harness.runner import Options
 from benchmarks.harness.timing import compiled, relative_error
 from benchmarks.networks.dense import perceptron, random_layers
 from benchmarks.networks.model import Model
 from benchmarks.studies.unrolling_figure import draw
-from benchmarks.studies.unrolling_methods import ROWS, Row
+from benchmarks.studies.unrolling_methods import ROWS, Row, foreign
 from benchmarks.tasks.estimators import MOMENTUM, Inner
 from benchmarks.tasks.hyper_cleaning import inner_loss, numbered, outer_loss
 
@@ -97,9 +99,9 @@ def problem(net: Model, seed: int) -> Problem:
     return Problem(jnp.zeros(len(labels)), net.init(jax.random.key(seed), images.shape[1]), batch)
 
 
-def program(net: Model, solver: bx.InnerSolver) -> Callable:
+def program(net: Model, solver: Any) -> Callable:
     """One hypergradient from the start: (key, problem) -> (grad, y_T)."""
-    hypergrad = bx.hypergradient(functools.partial(outer_loss, net), solver)
+    hypergrad = finished(functools.partial(outer_loss, net), solver)
 
     def estimate(key: chex.PRNGKey, at: Problem) -> tuple[chex.Array, chex.ArrayTree]:
         grad, state, _ = hypergrad.estimate(key, hypergrad.init(at.x, at.y, at.batch.inner), at.x, at.batch)
@@ -151,6 +153,9 @@ class Config:
 
     methods: tuple[str, ...] = tuple(row.name for row in ROWS)
     """Methods to compare."""
+    plugin: str | None = None
+    """A Python file of yours, which is executed, or an importable module: the HYPERGRADIENTS that it defines are
+    compared as well, all of them unless --methods names some; see docs/testing.md."""
     steps: tuple[int, ...] = STEPS
     """Numbers T of inner steps."""
     hidden: int = 32
@@ -172,12 +177,7 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuses what cannot be run."""
-        names = [row.name for row in ROWS]
-        if not self.methods or not {*self.methods} <= {*names}:
-            raise ValueError(
-                f"methods must be some of {', '.join(names)}; got {' '.join(self.methods) or 'none'}. "
-                f"Pass, say, --methods {names[0]}."
-            )
+        self._options.check_methods([row.name for row in ROWS])
         if not self.steps or min(self.steps) < 1:
             raise ValueError(f"steps must be ints >= 1; got {self.steps}. Pass, say, --steps 10 100 1000.")
         for name, least in (("hidden", 1), ("seeds", 1), ("seed", 0)):
@@ -209,10 +209,13 @@ class Config:
         return QUICK_STEPS if self.quick and self.steps == STEPS else tuple(sorted(self.steps))
 
     @property
-    def _rows(self) -> list[Row]:
+    def _options(self) -> Options:
         shortened = self.quick and self.methods == tuple(row.name for row in ROWS)
-        chosen = QUICK_METHODS if shortened else self.methods
-        return [row for row in ROWS if row.name in chosen]
+        return Options(QUICK_METHODS if shortened else self.methods, plugin=self.plugin)
+
+    @property
+    def _rows(self) -> list[Row]:
+        return self._options.chosen(ROWS, foreign)
 
     def _at(self, steps: int, found: Mapping[tuple[str, int], Mapping[int, Estimates]]) -> Iterator[tuple]:
         """All methods at one T: (name, seed, estimates)."""
@@ -242,6 +245,7 @@ class Config:
 
     def _run(self, name: str, seed: int, rows: Mapping[int, Estimates]) -> Run:
         chosen = {"hidden": self.hidden, "split": SPLIT, "rate": RATE, "momentum": MOMENTUM, "steps": self._steps}
+        chosen |= self._options.origin(name)
         curve = {"steps": list(rows)} | {
             field: [getattr(row, field) for row in rows.values()] for field in Estimates._fields
         }
@@ -258,13 +262,13 @@ class Config:
             "seconds": ("Seconds of an estimate", "{:.3g}".format),
             "cpu_seconds": ("CPU seconds of an estimate", "{:.3g}".format),
         }
-        order = {row.name: number for number, row in enumerate(ROWS)}
+        order = {row.name: number for number, row in enumerate(self._rows)}
         runs = sorted(runs, key=lambda run: (order[run.method], run.seed))
         for field, (title, form) in tables.items():
             columns: Columns = {f"{field}_{steps}": (f"T = {steps:,}", form) for steps in self._steps}
             console.print(table(title, [_complete(run, columns) for run in runs], columns, ()))
         console.print(CAPTION, style="dim", soft_wrap=True, markup=False)
-        draw(runs, {row.name: row.family for row in ROWS}).savefig(folder.path / f"{TASK}.png")
+        draw(runs, {row.name: row.family for row in self._rows}).savefig(folder.path / f"{TASK}.png")
         console.print(f"JSON files and the plot: {folder.path}", markup=False, soft_wrap=True)
 
 

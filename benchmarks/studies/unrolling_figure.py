@@ -11,7 +11,7 @@ from benchmarks.harness.report import Run
 from benchmarks.harness.style import COLOURS, STYLE
 
 MARKERS = "osD^vP*X"
-GREY = "#777777"
+GREY, BROWN = "#777777", "#8B4513"
 LABELS = {
     "steps": "inner steps T",
     "error": "relative error of the hypergradient",
@@ -32,7 +32,7 @@ def draw(runs: Sequence[Run], families: Mapping[str, str]) -> Figure:
       A figure, ready for `savefig`.
     """
     methods = list(dict.fromkeys(run.method for run in runs))
-    colours = dict(zip(dict.fromkeys(families.values()), (GREY, *COLOURS, "#000000"), strict=False))
+    colours = dict(zip(dict.fromkeys(families.values()), (GREY, *COLOURS, "#000000", BROWN), strict=False))
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(13, 9), dpi=150, layout="constrained")
         panels = figure.subplots(2, 2).flat

@@ -9,6 +9,7 @@ import jax
 import optax
 
 import bilevax as bx
+from benchmarks.harness.plugin import Function
 from benchmarks.tasks.estimators import MOMENTUM, Inner, implicit, no_gradient, truncated
 
 DAMPING = 1e-2
@@ -96,6 +97,11 @@ def zeroth_order(inner: Inner, directions: int) -> bx.InnerSolver:
         return jax.lax.scan(step, (y0, inner.optimizer.init(y0)), length=inner.steps)[0][0]
 
     return bx.inner.zeroth_order(solve, directions, mu=1e-2, inner_loss=inner.loss)
+
+
+def foreign(function: Function) -> Row:
+    """The row of a function of a plugin."""
+    return Row(function.name, "plugin", lambda inner: function.hypergradient(inner.given))
 
 
 ROWS = (

@@ -16,6 +16,7 @@ import optax
 
 import bilevax as bx
 from benchmarks.data.adaptation_data import Chunks, likelihoods
+from benchmarks.harness.plugin import finished
 from benchmarks.networks.decoder import Decoder
 from benchmarks.networks.encoder import Size
 
@@ -175,9 +176,9 @@ class Problem(NamedTuple):
         aim = Aim(Chunks(words[here], salient[here]), words[elsewhere], jax.nn.log_softmax(found[elsewhere]))
         return bx.Batch(outer=aim, inner=Passage(words[here], hidden[here], pool.rate))
 
-    def hypergradient(self, solver: bx.InnerSolver) -> bx.Hypergradient:
+    def hypergradient(self, solver: Any) -> bx.Hypergradient:
         """Each outer step draws its documents from the pool in its batch, and starts at the base model."""
-        whole = bx.hypergradient(self.outer_loss, solver)
+        whole = finished(self.outer_loss, solver)
 
         def estimate(key: chex.PRNGKey, state: Any, x: chex.ArrayTree, pool: Pool) -> tuple:
             draw_key, key = jax.random.split(key)

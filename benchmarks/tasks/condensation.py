@@ -34,7 +34,7 @@ from benchmarks.harness.runner import Method, Options, Task, outer_loops, perfor
 from benchmarks.networks.dense import perceptron, random_layers
 from benchmarks.networks.model import Model, hits, mean_cross_entropy
 from benchmarks.tasks.condensation_figure import chosen, draw
-from benchmarks.tasks.condensation_methods import ROWS, Row, Training, no_gradient
+from benchmarks.tasks.condensation_methods import ROWS, Row, Training, foreign, no_gradient
 from benchmarks.tasks.estimators import MOMENTUM
 from benchmarks.tasks.methods import Shared, first_weights
 
@@ -88,7 +88,7 @@ def training(model: Model, rate: float, steps: int, directions: int, chunk: int 
         return x, labels
 
     loss = bx.curvature.ModelLoss(model.logits, bx.curvature.softmax_cross_entropy, split, l2=L2)
-    return Training(loss, optax.sgd(optax.cosine_decay_schedule(rate, steps), MOMENTUM), steps, directions, chunk)
+    return Training(loss, optax.sgd(optax.cosine_decay_schedule(rate, steps), MOMENTUM), steps, rate, directions, chunk)
 
 
 def renewed(hypergrad: bx.Hypergradient, model: Model, minibatch: int) -> bx.Hypergradient:
@@ -307,6 +307,6 @@ class Config:
             ),
             *(
                 method(row, shared(uniform, inner, rate), inner, rate)
-                for row, inner, rate in itertools.product(self.common.chosen(ROWS), trainings, rates)
+                for row, inner, rate in itertools.product(self.common.chosen(ROWS, foreign), trainings, rates)
             ),
         ]

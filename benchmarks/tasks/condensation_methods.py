@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import optax
 
 import bilevax as bx
+from benchmarks.harness.plugin import Function, InnerProblem
 
 
 class Training(NamedTuple):
@@ -16,6 +17,7 @@ class Training(NamedTuple):
       loss: g.
       optimizer: of the network.
       steps: T.
+      step_size: the first one.
       directions: b, of the methods that draw directions.
       chunk: of them, pushed at once; None for all.
     """
@@ -23,6 +25,7 @@ class Training(NamedTuple):
     loss: bx.curvature.ModelLoss
     optimizer: optax.GradientTransformation
     steps: int
+    step_size: float
     directions: int
     chunk: int | None = None
 
@@ -53,8 +56,9 @@ def truncated(training: Training, tail: int) -> bx.InnerSolver:
 
 def forward(training: Training, **choices: Any) -> bx.InnerSolver:
     """Forward gradients: unbiased, in a memory that does not grow with T."""
-    loss, optimizer, steps, directions, chunk = training
-    return bx.inner.forward_gradient(loss, optimizer, steps, directions, chunk=chunk, **choices)
+    return bx.inner.forward_gradient(
+        training.loss, training.optimizer, training.steps, training.directions, chunk=training.chunk, **choices
+    )
 
 
 def guided(training: Training, ihvp: Callable[..., bx.IHVP], **settings: Any) -> bx.InnerSolver:
@@ -80,6 +84,17 @@ class Row(NamedTuple):
     name: str
     solver: Callable[..., bx.InnerSolver]
     settings: Mapping[str, Any] = {}
+
+
+def foreign(function: Function) -> Row:
+    """The row of a function of a plugin."""
+
+    def solver(training: Training) -> Any:
+        curvature = bx.curvature.gauss_newton
+        problem = InnerProblem(training.loss, training.optimizer, training.steps, training.step_size, curvature)
+        return function.hypergradient(problem._replace(warm_start=False))
+
+    return Row(function.name, solver)
 
 
 # A network fits its ten images: their curvature at y_T is small, and so is the damping that does not drown it, chosen

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import optax
 
 import bilevax as bx
+from benchmarks.harness.plugin import Function, InnerProblem
 
 MOMENTUM = 0.9
 
@@ -42,6 +43,20 @@ class Inner(NamedTuple):
     def cross_sample(self) -> Callable:
         """Draws the images of the cross term: as many as five steps see."""
         return bx.inner.full if self.minibatch is None else bx.inner.minibatch(5 * self.minibatch)
+
+    @property
+    def given(self) -> InnerProblem:
+        """The same for a function of a plugin."""
+        return InnerProblem(
+            self.loss,
+            self.optimizer,
+            self.steps,
+            self.learning_rate,
+            self.curvature,
+            sample=self.sample,
+            ihvp_sample=self.sample,
+            cross_sample=self.cross_sample,
+        )
 
 
 class Estimator(NamedTuple):
@@ -113,5 +128,11 @@ ESTIMATORS = (
     Estimator("truncated", truncated, lambda inner: {"steps": 5}),
     Estimator("reverse", reverse, lambda inner: {"steps": inner.steps}),
 )
+
+
+def foreign(function: Function) -> Estimator:
+    """The row of a function of a plugin."""
+    return Estimator(function.name, lambda inner: function.hypergradient(inner.given), lambda inner: {})
+
 
 PLAIN = Estimator("", no_gradient, lambda inner: {"steps": inner.steps})  # plain training

@@ -28,7 +28,7 @@ from benchmarks.harness.runner import Method, Options, Task, outer_loops, perfor
 from benchmarks.networks.classifiers import classifier
 from benchmarks.networks.dense import MODELS
 from benchmarks.networks.model import Model, accuracy, mean_cross_entropy
-from benchmarks.tasks.estimators import ESTIMATORS, MOMENTUM, Inner, no_gradient
+from benchmarks.tasks.estimators import ESTIMATORS, MOMENTUM, Inner, foreign, no_gradient
 from benchmarks.tasks.hyper_cleaning_figure import draw
 from benchmarks.tasks.methods import Shared, first_weights
 
@@ -199,8 +199,8 @@ class Config:
         steps = self.common.steps(FULL_STEPS if self.full else setting.outer_steps)
         steps = min(steps, QUICK_STEPS) if self.common.quick and minibatch else steps
         short = self.common.quick and minibatch and self.common.methods == DEFAULTS.methods
-        chosen = QUICK_METHODS if short else self.common.methods
-        rows = [*ANCHORS, *(row for row in METHODS if row.name in chosen)]
+        options = dataclasses.replace(self.common, methods=QUICK_METHODS) if short else self.common
+        rows = [*ANCHORS, *options.chosen(METHODS, lambda function: Row(*foreign(function)))]
         configuration = {"data": self.data, "model": self.model, "corruption": self.corruption, **split}
         methods = [method(row, model, inner, configuration) for row in rows]
         anchors = [row.name for row in ANCHORS]

@@ -33,6 +33,7 @@ from matplotlib.figure import Figure
 import bilevax as bx
 from benchmarks.data.images import Data, load
 from benchmarks.harness.grid import choice
+from benchmarks.harness.plugin import Function, InnerProblem
 from benchmarks.harness.report import COSTS, Run
 from benchmarks.harness.runner import Method, Options, Task, outer_loops, perform
 from benchmarks.harness.style import ANCHOR_COLOURS, STYLE, curves
@@ -192,6 +193,17 @@ ROWS = (
 )
 
 
+def foreign(function: Function) -> Row:
+    """The row of a function of a plugin."""
+
+    def solver(training: Training) -> Any:
+        curvature = bx.curvature.gauss_newton
+        problem = InnerProblem(training.loss, training.optimizer, training.steps, FIRST_RATE, curvature)
+        return function.hypergradient(problem._replace(sample=SAMPLE, ihvp_sample=SAMPLE, cross_sample=SAMPLE))
+
+    return Row(function.name, solver)
+
+
 def renewed(hypergrad: bx.Hypergradient) -> bx.Hypergradient:
     """The hypergradient from a fresh network, drawn with the key."""
 
@@ -334,7 +346,8 @@ class Config:
         anchors = {
             name: shared.fixed(start=start(functools.partial(best, tried))) for name, tried in schedule.tried.items()
         }
+        rows = self.common.chosen(self._fitting(), foreign)
         return [
             *(anchor.method(name, no_gradient, inner, {}) for name, anchor in anchors.items()),
-            *(shared.method(row.name, row.solver, inner, row.settings) for row in self.common.chosen(self._fitting())),
+            *(shared.method(row.name, row.solver, inner, row.settings) for row in rows),
         ]

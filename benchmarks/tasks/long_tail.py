@@ -33,7 +33,7 @@ from benchmarks.harness.style import COLOURS, STYLE, curves
 from benchmarks.networks.classifiers import classifier
 from benchmarks.networks.dense import MODELS, affine, layer, random_layers
 from benchmarks.networks.model import Model, hits, mean_cross_entropy
-from benchmarks.tasks.estimators import ESTIMATORS, MOMENTUM, PLAIN, Inner
+from benchmarks.tasks.estimators import ESTIMATORS, MOMENTUM, PLAIN, Inner, foreign
 from benchmarks.tasks.methods import Shared
 
 TASK = "long_tail"
@@ -288,6 +288,6 @@ class Config:
             *(one.method(name, PLAIN.solver, fixed, PLAIN.settings(fixed)) for name, one in anchors.items()),
             *(
                 learning.method(row.name, row.solver, weighted, row.settings(weighted))
-                for row in self.common.chosen(METHODS)
+                for row in self.common.chosen(METHODS, foreign)
             ),
         ]

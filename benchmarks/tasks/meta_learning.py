@@ -28,6 +28,7 @@ import bilevax as bx
 from benchmarks.data.few_shot import QUERIES, WAYS, draw_task, read
 from benchmarks.harness.clock import Spent
 from benchmarks.harness.loop import Outcome
+from benchmarks.harness.plugin import Function, InnerProblem, finished
 from benchmarks.harness.report import COSTS, Run
 from benchmarks.harness.runner import Advance, Method, Options, Task, outer_loops, perform
 from benchmarks.harness.style import COLOURS, STYLE, curves
@@ -192,6 +193,25 @@ METHODS = (
 )
 
 
+def foreign(function: Function) -> Row:
+    """The row of a function of a plugin, with the settings of the rows of iMAML."""
+
+    def solver(steps: int, learning_rate: float, strength: float) -> Any:
+        loss, sgd = cross_entropy(strength), optax.sgd(learning_rate)
+        curvature = bx.curvature.gauss_newton
+        return function.hypergradient(
+            InnerProblem(loss, sgd, steps, learning_rate, curvature, initial=lambda x: x, warm_start=False)
+        )
+
+    return Row(function.name, solver, PROXIMAL, outer_rate=3e-3)
+
+
+def tested(row: Row) -> bx.InnerSolver:
+    """What adapts to a task of the test: the row's own solver, or for a plugin the inner steps of iMAML."""
+    solver = row.solver(**row.settings)
+    return proximal(bx.ihvp.identity(), **row.settings) if callable(solver) else solver
+
+
 def load(name: str, shots: int, seed: int) -> Data:
     """Draws the test tasks and the first weights."""
     images, unseen = read(name)
@@ -280,8 +300,9 @@ def draw(runs: Sequence[Run], anchors: Sequence[str], load: Callable[[int], Data
 def gallery(figure: SubFigure, run: Run, data: Data) -> None:
     """One row for each class: a support image, and the query images with their predicted class."""
     task = jax.tree.map(lambda leaf: leaf[0], data.test)
-    row = next(row for row in METHODS if row.name == run.method)
-    outputs = jax.jit(adapted(row.solver(**row.settings)))(run.outcome.x, task)
+    own = [row for row in METHODS if row.name == run.method]
+    solver = tested(own[0]) if own else proximal(bx.ihvp.identity(), **run.configuration["settings"])
+    outputs = jax.jit(adapted(solver))(run.outcome.x, task)
     predicted = np.asarray(outputs.argmax(axis=1)).reshape(WAYS, QUERIES)
     support, query = (np.asarray(part[0]).reshape(WAYS, -1, *part[0].shape[1:]) for part in (task.inner, task.outer))
     for label, line in enumerate(figure.subplots(WAYS, 1 + QUERIES)):
@@ -323,7 +344,7 @@ class Config:
     def run(self) -> int:
         """Runs everything, prints the table and writes the files; returns the exit code."""
         steps = self.common.steps(OUTER_STEPS)
-        methods = [self._method(row, steps) for row in self.common.chosen(METHODS)]
+        methods = [self._method(row, steps) for row in self.common.chosen(METHODS, foreign)]
 
         def runs(advance: Advance) -> Iterator[Run]:
             yield from anchor_runs(self.common.all_seeds, self._load, self._configuration)
@@ -360,11 +381,11 @@ class Config:
 
     def _method(self, row: Row, steps: int) -> Method:
         solver = row.solver(**row.settings)
-        evaluate = scores(adapted(solver))
+        evaluate = scores(adapted(tested(row)))
         one_by_one = row.decomposes and jax.default_backend() == "cpu"
         return Method(
             name=row.name,
-            hypergradient=lambda: over_tasks(bx.hypergradient(cross_entropy(), solver), TASKS, self.shots, one_by_one),
+            hypergradient=lambda: over_tasks(finished(cross_entropy(), solver), TASKS, self.shots, one_by_one),
             optimizer=optax.adam(optax.cosine_decay_schedule(row.outer_rate, steps)),
             start=lambda data: (data.x, data.x),
             batch=lambda data: data.images,

@@ -9,6 +9,7 @@ import optax
 
 import bilevax as bx
 from benchmarks.harness.loop import Carry
+from benchmarks.harness.plugin import finished
 from benchmarks.harness.runner import Method
 from benchmarks.networks.model import Model
 
@@ -45,7 +46,7 @@ class Shared(NamedTuple):
         """The row whose inner solver is `solver(inner, **settings)`."""
         return Method(
             name=name,
-            hypergradient=lambda: self.around(bx.hypergradient(self.outer_loss, solver(inner, **settings))),
+            hypergradient=lambda: self.around(finished(self.outer_loss, solver(inner, **settings))),
             optimizer=self.optimizer,
             start=self.start,
             batch=self.batch,

@@ -31,6 +31,7 @@ import bilevax as bx
 from benchmarks.data.adaptation_data import BYTES, COLLECTIONS, Chunks, corpus, cut, informative
 from benchmarks.harness.grid import choice
 from benchmarks.harness.loop import Carry, Outcome
+from benchmarks.harness.plugin import Function, InnerProblem
 from benchmarks.harness.report import COSTS, Columns, Run
 from benchmarks.harness.runner import Advance, Method, Options, Task, outer_loops, perform
 from benchmarks.harness.style import COLOURS, STYLE, curves
@@ -119,6 +120,17 @@ class Row(NamedTuple):
     name: str
     solver: Callable[..., bx.InnerSolver]
     settings: Callable[[Problem], Mapping[str, Any]]
+
+
+def foreign(function: Function) -> Row:
+    """The row of a function of a plugin; the rate of the inner steps is in the loss."""
+
+    def solver(problem: Problem) -> Any:
+        curvature, sample = bx.curvature.hessian, bx.inner.per_step
+        given = InnerProblem(problem.inner_loss, optax.sgd(1.0), problem.steps, 1.0, curvature, sample=sample)
+        return function.hypergradient(given)
+
+    return Row(function.name, solver, lambda problem: {})
 
 
 METHODS = (
@@ -270,7 +282,7 @@ class Config:
     def run(self) -> int:
         """Runs everything, prints the table and writes the files; returns the exit code."""
         steps = self.common.steps(self.setting.outer_steps)
-        rows = self.common.chosen(METHODS)
+        rows = self.common.chosen(METHODS, foreign)
         load = functools.cache(self.load)
 
         def runs(advance: Advance) -> Iterator[Run]:

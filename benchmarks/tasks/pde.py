@@ -185,7 +185,7 @@ class Config:
     def __post_init__(self) -> None:
         """Refuses what cannot be run."""
         rows = ROWS if self.common.methods == DEFAULTS.methods else self._fitting()
-        self.common.check_methods([row.name for row in rows])
+        self.common.check_methods([row.name for row in rows], kind=None)
         if self.observations is not None and self.observations < 1:
             raise ValueError(f"observations must be >= 1; got {self.observations}. Pass, say, --observations 4.")
         if not self.noise >= 0:

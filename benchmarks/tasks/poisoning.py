@@ -33,7 +33,7 @@ from benchmarks.harness.runner import Method, Options, Task, outer_loops, perfor
 from benchmarks.harness.style import COLOURS, STYLE, curves
 from benchmarks.networks.dense import MODELS
 from benchmarks.networks.model import Model, hits, mean_cross_entropy
-from benchmarks.tasks.estimators import ESTIMATORS, MOMENTUM, PLAIN, Inner
+from benchmarks.tasks.estimators import ESTIMATORS, MOMENTUM, PLAIN, Inner, foreign
 from benchmarks.tasks.methods import Shared, first_weights
 
 TASK = "poisoning"
@@ -271,7 +271,8 @@ class Config:
         )
         starts = {"none": first, "random": functools.partial(scattered, poisons, self.radius)}
         still = {name: attack.fixed(start=start(starts[name])) for name in ANCHORS}
+        rows = self.common.chosen(METHODS, foreign)
         return [
             *(shared.method(name, PLAIN.solver, inner, PLAIN.settings(inner)) for name, shared in still.items()),
-            *(attack.method(row.name, row.solver, inner, row.settings(inner)) for row in self.common.chosen(METHODS)),
+            *(attack.method(row.name, row.solver, inner, row.settings(inner)) for row in rows),
         ]

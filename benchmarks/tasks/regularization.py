@@ -30,6 +30,7 @@ from sklearn.preprocessing import normalize
 import bilevax as bx
 from benchmarks.data import download
 from benchmarks.harness.loop import Carry
+from benchmarks.harness.plugin import Function, InnerProblem, finished
 from benchmarks.harness.report import COSTS, Run
 from benchmarks.harness.runner import Method, Options, Task, outer_loops, perform
 from benchmarks.harness.style import COLOURS, STYLE, curves
@@ -180,6 +181,16 @@ def truncated(loss: Any, optimizer: Any, steps: int) -> bx.InnerSolver:
     return bx.inner.chain(first, bx.inner.reverse(loss, optimizer, steps))
 
 
+def foreign(function: Function) -> Row:
+    """The row of a function of a plugin."""
+
+    def solver(loss: Any, optimizer: Any) -> Any:
+        step_size, curvature = INNER["learning_rate"], bx.curvature.hessian
+        return function.hypergradient(InnerProblem(loss, optimizer, INNER_STEPS, step_size, curvature))
+
+    return Row(function.name, solver, {})
+
+
 METHODS = (
     Row("identity", functools.partial(implicit, bx.ihvp.identity), {"scale": 1.0}),
     Row("neumann", functools.partial(implicit, bx.ihvp.neumann), {"steps": 10, "step_size": 1.0}),
@@ -194,7 +205,7 @@ def method(row: Row, curvature: float, configuration: Mapping[str, Any]) -> Meth
     inner, outer = (functools.partial(loss, curvature) for loss in (inner_loss, outer_loss))
     return Method(
         name=row.name,
-        hypergradient=lambda: bx.hypergradient(outer, row.solver(inner, optax.sgd(**INNER), **row.settings)),
+        hypergradient=lambda: finished(outer, row.solver(inner, optax.sgd(**INNER), **row.settings)),
         optimizer=boxed(optax.adam(**OUTER)),
         start=lambda rows: (jnp.zeros(rows.inner.features.shape[1]),) * 2,
         batch=lambda rows: rows.batch,
@@ -256,7 +267,7 @@ class Config:
         """Runs everything in float64, prints the table and writes the files; returns the exit code."""
         setting = SETTINGS[self.data]
         steps = self.common.steps(setting.outer_steps)
-        rows = self.common.chosen(METHODS)
+        rows = self.common.chosen(METHODS, foreign)
         methods = [method(row, setting.curvature, {"data": self.data, "full": self.full}) for row in rows]
         task = Task(
             title=f"Penalties of a logistic regression on {self.data}",

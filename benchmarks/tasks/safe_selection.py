@@ -38,6 +38,7 @@ from benchmarks.tasks.weighting import (
     Problem,
     Weighting,
     draw,
+    foreign,
     method,
     oracle,
     uniform,
@@ -195,7 +196,7 @@ class Config:
             return {**found, "margin": found["unwanted"] - found["wanted"]}
 
         steps = self.common.steps(setting.outer_steps)
-        rows = [*ANCHORS, *self.common.chosen(METHODS)]
+        rows = [*ANCHORS, *self.common.chosen(METHODS, foreign)]
         chosen: dict[str, Any] = {"model": self.model, **setting._asdict()}
         methods = [method(row, self.pose, EACH, likelihoods, chosen) for row in rows]
         anchors = [row.name for row in ANCHORS]

@@ -40,6 +40,7 @@ from benchmarks.tasks.weighting import (
     Problem,
     Weighting,
     draw,
+    foreign,
     method,
     oracle,
     uniform,
@@ -242,7 +243,7 @@ class Config:
             return {"test_accuracy": float(right)}
 
         steps = self.common.steps(setting.outer_steps)
-        rows = [*ANCHORS, *self.common.chosen(METHODS)]
+        rows = [*ANCHORS, *self.common.chosen(METHODS, foreign)]
         chosen = {
             "data": self.data,
             "model": self.model,

@@ -22,6 +22,7 @@ from sklearn.metrics import roc_auc_score
 
 import bilevax as bx
 from benchmarks.harness.loop import Carry
+from benchmarks.harness.plugin import Function, InnerProblem, finished
 from benchmarks.harness.report import Columns, Run
 from benchmarks.harness.runner import Method
 from benchmarks.harness.style import STYLE, curves, histogram
@@ -177,6 +178,28 @@ class Row(NamedTuple):
     start: Callable[[Data], chex.Array] | None = None
 
 
+def foreign(function: Function) -> Row:
+    """The row of a function of a plugin."""
+
+    def solver(problem: Problem) -> Any:
+        draw = {name: bx.inner.minibatch(size) for name, size in problem.sizes.items()}
+        return function.hypergradient(
+            InnerProblem(
+                problem.inner_loss,
+                problem.optimizer,
+                problem.steps,
+                problem.step_size,
+                bx.curvature.gauss_newton,
+                sample=draw["inner"],
+                ihvp_sample=draw["curvature"],
+                cross_sample=draw["cross"],
+                warm_start=False,
+            )
+        )
+
+    return Row(function.name, solver, lambda problem: {})
+
+
 def kronecker(problem: Problem) -> dict[str, Any]:
     """Fresh factors in each outer step, of words and not of padding; they are inverted anew in one step of five."""
     return {"damping": DAMPING, "positions": problem.positions, "inverse_every": 5}
@@ -232,7 +255,7 @@ def method(
     return Method(
         name=row.name,
         hypergradient=lambda: draw_outer(
-            bx.hypergradient(problem.outer_loss, row.solver(problem, **settings)), problem.sizes["outer"]
+            finished(problem.outer_loss, row.solver(problem, **settings)), problem.sizes["outer"]
         ),
         optimizer=optax.adam(**OUTER) if learns else optax.set_to_zero(),
         start=lambda data: ((row.start or used.start)(data), data.y),
