@@ -20,7 +20,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 if "JAX_COMPILATION_CACHE_DIR" in os.environ:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
-MOST = 40  # programs that a test may compile
+MOST = 40  # programs that a test may compile; this number, and those of marks, were counted with JAX 0.10
+LEEWAY = 1.0 if jax.__version_info__[:2] == (0, 10) else 1.25
 COMPILED = "/jax/core/compile/backend_compile_duration"
 compiled = []  # seconds of each program
 dropped = [0]  # number of programs when the caches were emptied
@@ -38,7 +39,7 @@ def _count(event, seconds, **_):
 def pytest_runtest_call(item):
     """Fails a test, but no doctest, that compiles too many programs: eagerly, each operation is one for each shape."""
     before, marker = len(compiled), item.get_closest_marker("compiles")
-    result, most = (yield), marker.args[0] if marker else MOST
+    result, most = (yield), int(LEEWAY * (marker.args[0] if marker else MOST))
     if (number := len(compiled) - before) > most and isinstance(item, pytest.Function):
         fix = f"Jit what it runs eagerly; if that is its subject, mark it @pytest.mark.compiles({number})."
         pytest.fail(f"compiled {number} programs, and may compile {most}. {fix}", pytrace=False)
