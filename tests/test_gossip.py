@@ -10,6 +10,7 @@ import pytest
 
 import bilevax as bx
 from bilevax.decentralized import gossip as forms
+from bilevax.testing import correction
 
 GRAPHS = {
     "one": bx.topology.ring(1),
@@ -181,6 +182,21 @@ def test_tracking_over_push_sum_is_exact():
     state, _ = jax.jit(lambda state: jax.lax.scan(step, state, length=4000))(state)
     limit = tuple(bx.replicate(jnp.array([-23, 27, -10]) / 79, 4).T)
     assert_close((state.x, state.y, state.v), limit)
+
+
+@pytest.mark.parametrize("moved", [bx.correction.none(), bx.correction.tracking()], ids=["none", "tracking"])
+def test_the_weighted_mean_moves_along_the_mean_direction(moved):
+    """Σ_i ω_i s_i⁺ = Σ_i ω_i s_i − a Σ_i d_i in every update, with ω⁺ = C ω: stochastic gradient push."""
+    run = jax.jit(lambda s, d: correction.follow(moved, bx.push_sum(DIRECTED), s, d))
+    path, d = run(correction.start(), correction.directions()), correction.directions()
+    before, matrix = np.ones(4), DIRECTED.matrix.toarray()
+    for k in range(correction.UPDATES):
+        after = matrix @ before
+        total = lambda omega, k: jax.tree.map(lambda leaf: np.tensordot(omega, leaf[k], 1), path)  # noqa: E731
+        along = jax.tree.map(lambda leaf, k=k: -correction.STEP * np.asarray(leaf)[:, k].sum(0), d)
+        assert_close(jax.tree.map(np.subtract, total(after, k + 1), total(before, k)), along)
+        before = after
+    assert not np.allclose(before, 1)
 
 
 def test_what_does_not_fit_is_refused():
