@@ -110,3 +110,12 @@ def test_ids_that_are_not_held_here_are_left_out():
     mask, _ = calls_and_path(np.arange(4) == 1)
     close(ids, mask, 1e-15)
     np.testing.assert_array_equal(calls, [[0, 1, 0, 0]] * 5)
+
+
+def test_samples_of_f_and_g_and_of_agents_are_drawn_apart():
+    """Of one data set for both losses and for all agents: no two of eight samples share more than chance."""
+    rows = jnp.broadcast_to(jnp.arange(1000), (4, 1000))
+    draw = jax.jit(lambda key, data: bx.estimator.draw(key, bx.inner.minibatch(50), 0, data, jnp.arange(4)))
+    samples = np.concatenate(draw(KEY, bx.Batch(rows, rows)))
+    shared = (samples[:, None] == samples).mean(-1) - np.eye(8)
+    assert shared.max() < 0.1
