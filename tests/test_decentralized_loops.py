@@ -255,6 +255,26 @@ def test_noise_of_the_samples_leaves_noise_around_the_limit(name):
         assert np.abs(hessians[:, 0] - hessians[:, 1]).max((1, 2)).min() > 1e-2
 
 
+def test_both_inner_problems_of_c2dfb_see_the_same_samples():
+    """With f = 0 they are one problem, and nothing moves x."""
+    rows = jnp.asarray(np.random.default_rng(0).normal(size=(8, 50, 3)))
+    problem = bx.BilevelProblem(
+        lambda x, y, rows: 0.0 * jnp.sum(y), lambda x, y, rows: jnp.mean((rows @ y - rows @ x) ** 2)
+    )
+    compressor, sample = bx.compression.top_k(0.4), bx.inner.minibatch(5)
+    method = decentralized.c2dfb(problem, LAZY_RING, (0.1, 0.02, 0.02), 3, 10.0, compressor, 0.4, sample)
+    start = method.init(jnp.ones((8, 3)), jnp.zeros((8, 3)))
+
+    def step(state, key):
+        return method.step(key, state, bx.Batch(rows, rows))[0], None
+
+    keys = jax.random.split(networks.KEY, 20)
+    state = numbers(jax.jit(lambda keys: jax.lax.scan(step, start, keys)[0])(keys))
+    np.testing.assert_allclose(state.x, 1.0, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(state.penalized, state.y, rtol=0, atol=1e-12)
+    assert np.abs(state.y).min() > 1e-2
+
+
 def test_a_restart_forgets_the_tracker_and_not_the_round_of_a_sequence():
     gossip = bx.gossip(bx.topology.one_peer_exponential(8))
     method = decentralized.ma_dsbo(PROBLEM, gossip, STEPS, 1, 1, restart=True)
