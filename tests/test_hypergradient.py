@@ -235,11 +235,12 @@ class TestDifferentiable:
             lambda loss: bx.inner.reverse(loss, optax.adam(0.2), 5),
             lambda loss: bx.inner.reverse(loss, optax.sgd(0.2), 5, initial=lambda x: x),
             lambda loss: bx.inner.reverse(loss, lambda x: optax.sgd(x[0], momentum=0.5), 5),
+            lambda loss: bx.inner.reverse(loss, lambda x: optax.inject_hyperparams(optax.sgd)(x[0]), 5),
             lambda loss: bx.inner.chain(
                 bx.inner.no_gradient(loss, optax.adam(0.2), 5), bx.inner.reverse(loss, optax.adam(0.2), 2)
             ),
         ],
-        ids=["exact", "cg", "reverse", "initial", "learned", "truncated"],
+        ids=["exact", "cg", "reverse", "initial", "learned", "learned_in_state", "truncated"],
     )
     def test_is_the_backward_of_the_hypergradient(self, make):
         solver = make(self.inner)

@@ -109,7 +109,7 @@ def test_neumann_is_its_truncated_series(steps):
 
 def test_a_random_term_of_the_series_is_right_in_the_mean_and_over_batches():
     """E over p and over the matrices of the factors, which are H ± D with the mean H."""
-    terms, eta = 4, 0.03
+    terms, eta, damping = 4, 0.03, 5.0
     spread = 0.3 * np.diag(np.arange(1.0, 10.0))
     rows = jnp.asarray(np.stack([H - spread, H + spread]))
 
@@ -117,13 +117,15 @@ def test_a_random_term_of_the_series_is_right_in_the_mean_and_over_batches():
         return 0.5 * joined(y) @ batch @ joined(y)
 
     def draw(key):
-        ihvp = bx.ihvp.random_neumann(terms, eta, lambda key, t, data: data[jax.random.randint(key, (), 0, 2)])
+        sample = lambda key, t, data: data[jax.random.randint(key, (), 0, 2)]  # noqa: E731
+        ihvp = bx.ihvp.random_neumann(terms, eta, sample, damping)
         apply, _ = ihvp.prepare(key, (), loss, (*POINT[:2], rows))
         v, info = apply(split_like_y(B))
         return joined(v), info.products, info.breakdown
 
     v, products, breakdown = jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(1), 4_000))
-    series = eta * sum(np.linalg.matrix_power(np.eye(9) - eta * H, k) for k in range(terms))
+    contraction = np.eye(9) - eta * (H + damping * np.eye(9))
+    series = eta * sum(np.linalg.matrix_power(contraction, k) for k in range(terms))
     np.testing.assert_allclose(v.mean(0), series @ B, atol=5 * float(v.std(0).max()) / 4_000**0.5)
     assert set(products.tolist()) == {0, 1, 2, 3}
     assert not breakdown.any()
