@@ -75,6 +75,7 @@ def uncached():
 
 
 def _spent():
+    """Programs, and the largest memory in GiB, as Linux counts it."""
     return len(compiled), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
