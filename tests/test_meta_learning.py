@@ -237,3 +237,19 @@ def test_learnt_first_weights_classify_new_characters(run):
     assert code == 0
     assert accuracy["maml-seed0"] >= 0.8
     assert accuracy["maml-seed0"] > max(accuracy["pixels-seed0"], accuracy["untrained-seed0"]) + 0.1
+
+
+@pytest.mark.compiles(60)  # a whole run of a command
+@pytest.mark.usefixtures("single_precision", "small")
+def test_an_inverse_of_a_plugin_does_what_the_same_one_does_here(run, tmp_path):
+    path = tmp_path / "my_methods.py"
+    path.write_text(
+        "import bilevax as bx\n\n"
+        "HYPERGRADIENTS = {'mine': lambda inner: bx.ihvp.cg(5, curvature=inner.curvature, sample=inner.ihvp_sample)}\n"
+    )
+    code, _, records, _ = run(f"--plugin {path} --methods imaml --outer-steps 2")
+    assert code == 0
+    own, other = (records[f"{name}-seed0"]["metrics"] for name in ("mine", "imaml"))
+    assert {name: own[name] for name in ("outer_loss", "test_accuracy", "hessian_products")} == {
+        name: other[name] for name in ("outer_loss", "test_accuracy", "hessian_products")
+    }

@@ -20,7 +20,7 @@ from benchmarks.decentralized.rows import INNER_STEPS, drawn
 from benchmarks.harness.plugin import Function, load
 from benchmarks.studies import hypergradients, hypergradients_methods, single_machine
 from benchmarks.studies.hypergradients_points import UNROLLED, Point, feedforward, network
-from benchmarks.tasks import condensation_methods, learning_rates
+from benchmarks.tasks import condensation_methods, learning_rates, weighting
 from benchmarks.tasks.hyper_cleaning import numbered
 
 PAGE = pathlib.Path(__file__).parent.parent / "docs" / "testing.md"
@@ -159,6 +159,19 @@ def test_learning_rates_hand_on_an_optimizer_of_x_and_their_minibatches():
     assert seen[0].problem == (learning_rates.outer_loss, seen[0].loss)
     assert callable(seen[0].optimizer)
     assert seen[0].sample is seen[0].cross_sample is learning_rates.SAMPLE
+
+
+def test_tasks_on_texts_hand_on_the_minibatches_of_each_kind():
+    seen = []
+    sizes = {"inner": 2, "curvature": 3, "cross": 4, "outer": 5}
+    posed = weighting.Problem(lambda x, y, batch: 0.0, None, optax.sgd(0.1), 6, sizes, lambda batch: None, 0.01)
+    row = weighting.foreign(function(lambda inner: seen.append(inner) or bx.ihvp.identity()))
+    row.solver(posed, **row.settings(posed))(lambda x, y, batch: 0.0)
+    (inner,) = seen
+    samples = (inner.sample, inner.ihvp_sample, inner.cross_sample)
+    drawn_sizes = [jax.eval_shape(sample, jax.random.key(0), 0, jnp.zeros(9)).shape for sample in samples]
+    assert drawn_sizes == [(2,), (3,), (4,)]
+    assert (inner.steps, inner.step_size, inner.warm_start) == (6, 0.01, False)
 
 
 def test_algorithms_of_one_machine_get_the_batches_of_the_job_if_they_ask_for_a_sampler():
