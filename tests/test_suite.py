@@ -47,7 +47,7 @@ def test_too_many_programs_fail_a_test_and_a_cache_is_left_alone_where_programs_
     path, cache = tmp_path / "test_programs.py", tmp_path / "cache"
     path.write_text(PROGRAM)
     cache.mkdir()
-    options = ["-n0", "--no-cov", "-q", "-p", "conftest", "-p", "no:cacheprovider", "-c", ROOT / "pyproject.toml", path]
+    options = ["-n0", "-q", "-p", "conftest", "-p", "no:cacheprovider", "-c", ROOT / "pyproject.toml", path]
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "pytest", *map(str, options)]
     run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
