@@ -25,7 +25,7 @@ LEEWAY = 1.0 if jax.__version_info__[:2] == (0, 10) else 1.25
 COMPILED = "/jax/core/compile/backend_compile_duration"
 compiled = []  # seconds of each program
 dropped = [0]  # number of programs when the caches were emptied
-MANY = 100  # programs that may stay in them
+MANY = 200  # programs that may stay in them
 workers = []  # of each one that has finished: programs and memory
 
 
@@ -54,10 +54,9 @@ def pytest_collection_modifyitems(items):
         item.add_marker(pytest.mark.xdist_group(f"{item.path.stem} {name}"))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _drop_programs():
-    """After each module, unless it and those before it have compiled few, as nearly every doctest."""
-    yield
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown():
+    """Drops what has been compiled, from time to time: executables are never dropped by themselves."""
     if len(compiled) - dropped[-1] > MANY:
         dropped.append(len(compiled))
         jax.clear_caches()
