@@ -16,7 +16,8 @@ from benchmarks.decentralized import penalties
 from benchmarks.decentralized import regularization as penalties_of_agents
 from benchmarks.decentralized.foreign import foreign
 from benchmarks.decentralized.methods import Row, counted, pace
-from benchmarks.decentralized.rows import INNER_STEPS, drawn
+from benchmarks.decentralized.rows import INNER_STEPS, drawn, preset
+from benchmarks.harness.errors import DataError
 from benchmarks.harness.plugin import Function, load
 from benchmarks.studies import hypergradients, hypergradients_methods, single_machine
 from benchmarks.studies.hypergradients_points import UNROLLED, Point, feedforward, network
@@ -207,7 +208,43 @@ def test_what_an_algorithm_costs_is_counted_while_it_runs(agents):
     assert pace(own, agents) == pace(row, agents)
 
 
+def test_coins_cost_what_an_agent_that_draws_one_pays(agents):
+    ring = bx.topology.lazy(bx.topology.ring(4))
+
+    def costs(share):
+        coins = bx.coins.independent(share)
+        own = function(lambda *problem: bx.decentralized.s3ldbo(*problem, coins=coins), kind="DECENTRALIZED")
+        return foreign(own, agents, bx.Levels(ring, ring, ring), 8)
+
+    job = Row("s3ldbo-0.2", preset(bx.decentralized.s3ldbo, coins=bx.coins.independent(0.2)))
+    assert costs(0.2).calls(agents) == job.calls(agents) == bx.Calls(1, 1, 1, 1)
+    assert pace(costs(0.2), agents) == pace(job, agents) == 1
+    with pytest.raises(DataError, match=r"DECENTRALIZED\['mine'\] in my_methods.py must evaluate derivatives in one"):
+        costs(1e-6)
+
+
+def test_a_row_that_cannot_be_traced_is_refused_with_the_check_that_finds_out_why(agents):
+    ring = bx.topology.ring(4)
+    blind = bx.decentralized.dsoba(agents.problem, bx.gossip(ring), bx.Levels(0.1, 0.1, 0.1))
+    blind = blind._replace(step=lambda key, state, batch: (state, None))
+    with pytest.raises(DataError, match=r"DECENTRALIZED\['mine'\].* raised AttributeError: .*testing has check_algo"):
+        foreign(function(lambda *problem: blind, kind="DECENTRALIZED"), agents, bx.Levels(ring, ring, ring), 8)
+
+
 ROW = "HYPERGRADIENTS = {'mine': "
+BROKEN = """
+import bilevax as bx
+
+
+def mine(inner):
+    def prepare(key, state, inner_loss, point):
+        return lambda b, v0=None: (b, None), state
+
+    return bx.IHVP(lambda x, y, batch=None, inner_loss=None: (), prepare)
+
+
+HYPERGRADIENTS = {"mine": mine}
+"""
 FAULTS = {
     "raises": ("import bilevax\n1 / 0", "line 2 raised ZeroDivisionError: division by zero. Mend it: python"),
     "syntax": ("def", "raised SyntaxError: invalid syntax"),
@@ -219,7 +256,7 @@ FAULTS = {
     "no-function": (f"{ROW}3}}", "must be a function; got int. Name the function itself, not what it returns."),
     "name": ("HYPERGRADIENTS = {'My CG': len}", "got 'My CG'. Write, say, 'my-method'."),
     "taken": ("HYPERGRADIENTS = {'cg': len}", "and this job has a row cg. Rename yours, say my-cg."),
-    "kind": ("ALGORITHMS = {'mine': len}", "plugin must define HYPERGRADIENTS for this job; got"),
+    "kind": ("ALGORITHMS = {'mine': pow}", "plugin must define HYPERGRADIENTS for this job; got"),
 }
 
 
@@ -274,6 +311,44 @@ def test_the_name_of_an_anchor_and_a_wrong_return_are_said_before_anything_runs(
     assert (code, records) == (1, {})
     assert "HYPERGRADIENTS['mine'] in" in output.err
     assert "must return a bx.IHVP, a bx.InnerSolver or a bx.Hypergradient; got dict." in output.err
+    code, output, records = run(f"hyper-cleaning --plugin {plugin(BROKEN, 'broken.py')} --methods cg mine")
+    assert (code, records) == (1, {})
+    assert "HYPERGRADIENTS['mine'] in" in output.err
+    assert "broken.py raised AttributeError: 'NoneType' object has no attribute" in output.err
+    assert "bilevax.testing has check_ihvp, check_solver or check_hypergradient" in output.err
+
+
+def test_a_function_that_raises_is_named_with_its_line(plugin):
+    path = plugin("def oops(inner):\n    return 1 / 0\n\nHYPERGRADIENTS = {'oops': oops}\n")
+    with pytest.raises(DataError) as refusal:
+        load(path)["HYPERGRADIENTS"]["oops"].method(None)
+    assert str(refusal.value) == (
+        f"HYPERGRADIENTS['oops'] in {path}, line 2 raised ZeroDivisionError: division by zero. Mend it."
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "make", "message"),
+    [
+        ("HYPERGRADIENTS", "lambda: 0", "must be a function of (inner); got one that cannot be called so: too many"),
+        (
+            "HYPERGRADIENTS",
+            "dict",
+            "cannot be called so: no signature found for builtin type <class 'dict'>. Write, say",
+        ),
+        (
+            "ALGORITHMS",
+            "lambda sample, problem, steps: 0",
+            "(problem, step_sizes), or (problem, step_sizes, sample); got",
+        ),
+        ("DECENTRALIZED", "lambda problem: 0", "Write, say, def my_own(problem, gossip, step_sizes)."),
+    ],
+)
+def test_a_function_that_cannot_be_called_as_those_of_its_kind_is_refused(kind, make, message, plugin):
+    path = plugin(f"{kind} = {{'my-own': {make}}}")
+    with pytest.raises(ValueError, match=re.escape(message)) as refusal:
+        load(path)
+    assert str(refusal.value).startswith(f"{kind}['my-own'] in {path} must be a function of (")
 
 
 def test_all_rows_of_a_plugin_run_unless_some_are_named(plugin):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 import bilevax as bx
+from benchmarks.harness import timing
 from benchmarks.harness.clock import Spent, timed
 
 
@@ -69,15 +70,12 @@ def active(info: Any) -> Any:
     return jax.tree.map(lambda *parts: jnp.where(info.phase == 0, *parts), first, second)
 
 
-def compiled(
+def outer_steps(
     hypergrad: bx.Hypergradient,
     optimizer: optax.GradientTransformation,
-    x: chex.ArrayTree,
-    y: chex.ArrayTree,
     batch: bx.Batch,
-    size: int,
-) -> Program:
-    """Compiles `size` outer steps for arrays shaped like these; the batch stays an argument."""
+) -> tuple[Callable[..., Carry], Callable[..., tuple[Carry, Trace]]]:
+    """`start` and `chunk` of a `Program`, before it is compiled."""
     inner = batch.inner if isinstance(batch, bx.Batch) else batch  # only its shapes count at the start
 
     def start(x: chex.ArrayTree, y: chex.ArrayTree) -> Carry:
@@ -94,10 +92,21 @@ def compiled(
         counts["breakdowns"] = jnp.sum(info.inner.breakdown)
         return carry, Trace(info.outer_loss[-1], info.inner.gradient_norm[-1], counts)
 
+    return start, chunk
+
+
+def compiled(
+    hypergrad: bx.Hypergradient,
+    optimizer: optax.GradientTransformation,
+    x: chex.ArrayTree,
+    y: chex.ArrayTree,
+    batch: bx.Batch,
+    size: int,
+) -> Program:
+    """Compiles `size` outer steps for arrays shaped like these; the batch stays an argument."""
+    start, chunk = outer_steps(hypergrad, optimizer, batch)
     keys = jax.random.split(jax.random.key(0), size)
-    program, spent = timed(lambda: jax.jit(chunk).lower(start(x, y), keys, batch).compile())
-    memory = program.memory_analysis()
-    return Program(start, program, spent, memory.temp_size_in_bytes if memory else None)
+    return Program(start, *timing.compiled(chunk, (start(x, y), keys, batch)))
 
 
 def drive(

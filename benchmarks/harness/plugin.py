@@ -1,5 +1,6 @@
 """Rows of a user's own: a Python file with functions that make hypergradients and algorithms, by their names."""
 
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -7,10 +8,12 @@ import inspect
 import re
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
+
+import jax
 
 import bilevax as bx
 from benchmarks.harness.errors import DataError
@@ -18,6 +21,16 @@ from benchmarks.harness.errors import DataError
 # What a file may define: dicts of names and functions, for the tables of as many kinds of jobs.
 HYPERGRADIENTS, ALGORITHMS, DECENTRALIZED = KINDS = ("HYPERGRADIENTS", "ALGORITHMS", "DECENTRALIZED")
 NAME = re.compile(r"[a-z0-9][a-z0-9.+_-]*")
+TAKEN = {  # what the functions of each kind are called with, and a sampler by its name
+    HYPERGRADIENTS: ("inner",),
+    ALGORITHMS: ("problem", "step_sizes"),
+    DECENTRALIZED: ("problem", "gossip", "step_sizes"),
+}
+CHECKS = {
+    HYPERGRADIENTS: "check_ihvp, check_solver or check_hypergradient",
+    ALGORITHMS: "check_algorithm",
+    DECENTRALIZED: "check_algorithm",
+}
 
 
 class InnerProblem(NamedTuple):
@@ -85,13 +98,31 @@ class Function(NamedTuple):
 
     def made(self, *arguments: Any, of: tuple[type, ...], expected: str, **keywords: Any) -> Any:
         """What it returns, of one of these types."""
-        value = self.make(*arguments, **keywords)
+        with self.blamed("Mend it."):
+            value = self.make(*arguments, **keywords)
         if not isinstance(value, of):
             raise DataError(
                 f"{self.kind}['{self.name}'] in {self.file} must return {expected}; got {type(value).__name__}. "
                 f"Return the value itself, as in the example of docs/testing.md."
             )
         return value
+
+    @contextlib.contextmanager
+    def blamed(self, fix: str) -> Iterator[None]:
+        """Says of what is raised inside that it is the function's, with the line of its file."""
+        try:
+            yield
+        except DataError:
+            raise
+        except Exception as error:
+            what = f"{self.kind}['{self.name}'] in {self.file}{_line(error, _place(self.file))}"
+            raise DataError(f"{what} raised {type(error).__name__}: {error}. {fix}") from error
+
+    def traced(self, program: Callable[..., Any], *arguments: Any) -> Any:
+        """The shapes of what a program makes with it, which is not run; what cannot be traced is refused."""
+        fix = f"It was being traced; bilevax.testing has {CHECKS[self.kind]}, which says what is wrong."
+        with self.blamed(fix):
+            return jax.eval_shape(program, *arguments)
 
     @property
     def samples(self) -> bool:
@@ -134,8 +165,13 @@ def load(name: str) -> Plugin:
     Raises:
       ValueError: if there is no such file, it raises, or it does not name functions.
     """
+    return _loaded(_place(name), name)
+
+
+def _place(name: str) -> str:
+    """Of a file, its whole path; of a module, its name."""
     path = Path(name)
-    return _loaded(str(path.resolve()) if path.suffix == ".py" else name, name)
+    return str(path.resolve()) if path.suffix == ".py" else name
 
 
 @functools.cache
@@ -177,10 +213,15 @@ def _fault(error: Exception, place: str, name: str) -> str:
             f"a Python file or a module that can be imported; got {name}. Pass the path of a file, say --plugin "
             f"my_methods.py."
         )
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == place]
-    where = f", line {lines[-1]}" if lines else ""
-    what = f"{type(error).__name__}: {error}"
-    return f"a Python file that can be executed; {name}{where} raised {what}. Mend it: python {name} says more."
+    what = f"{name}{_line(error, place)} raised {type(error).__name__}: {error}"
+    return f"a Python file that can be executed; {what}. Mend it: python {name} says more."
+
+
+def _line(error: Exception, place: str) -> str:
+    """The last line of a file or module that an error went through, if any."""
+    file = getattr(sys.modules.get(place), "__file__", place)
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    return f", line {lines[-1]}" if lines else ""
 
 
 def _functions(module: ModuleType, kind: str, name: str) -> dict[str, Function]:
@@ -201,7 +242,22 @@ def _functions(module: ModuleType, kind: str, name: str) -> dict[str, Function]:
                 f"{kind}['{row}'] in {name} must be a function; got {type(make).__name__}. Name the function itself, "
                 f"not what it returns."
             )
+        _check_signature(make, kind, row, name)
     return {row: Function(name, kind, row, make) for row, make in value.items()}
+
+
+def _check_signature(make: Callable[..., Any], kind: str, row: str, name: str) -> None:
+    """Refuses a function that cannot be called as those of its kind are."""
+    try:
+        signature = inspect.signature(make)
+        signature.bind(*TAKEN[kind], **{"sample": None} if "sample" in signature.parameters else {})
+    except (TypeError, ValueError) as error:
+        taken = ", ".join(TAKEN[kind])
+        or_sample = "" if kind == HYPERGRADIENTS else f", or ({taken}, sample)"
+        raise ValueError(
+            f"{kind}['{row}'] in {name} must be a function of ({taken}){or_sample}; got one that cannot be called so: "
+            f"{error}. Write, say, def {re.sub('[^a-z0-9]', '_', row)}({taken})."
+        ) from error
 
 
 def functions(plugin: str | None, kind: str) -> Mapping[str, Function]:

@@ -19,7 +19,7 @@ import bilevax as bx
 from benchmarks.harness import plugin
 from benchmarks.harness.errors import DataError
 from benchmarks.harness.folder import Folder, prepared
-from benchmarks.harness.loop import Carry, compiled, drive
+from benchmarks.harness.loop import Carry, Trace, compiled, drive, outer_steps
 from benchmarks.harness.plugin import HYPERGRADIENTS, Function
 from benchmarks.harness.report import Columns, Run, grid_ends, table
 
@@ -92,6 +92,11 @@ class Options:
     def origin(self, name: str, kind: str = HYPERGRADIENTS) -> dict[str, str]:
         """For the JSON files: where a row came from, if it is one of the plugin."""
         return {"plugin": str(self.plugin)} if name in plugin.functions(self.plugin, kind) else {}
+
+    def rehearse(self, name: str, program: Callable[..., Any], *arguments: Any, kind: str = HYPERGRADIENTS) -> None:
+        """Traces a program of a row of the plugin: what is wrong with it is said before anything runs."""
+        if function := plugin.functions(self.plugin, kind).get(name):
+            function.traced(program, *arguments)
 
     def check_methods(self, names: Sequence[str], kind: str | None = HYPERGRADIENTS) -> None:
         """Refuses methods that are not among the names, and a plugin without rows of this kind (None: no kind)."""
@@ -219,6 +224,12 @@ class Method(NamedTuple):
     configuration: Mapping[str, Any]
 
 
+def rehearsal(method: Method, x: chex.ArrayTree, y: chex.ArrayTree, batch: Any) -> tuple[Carry, Trace]:
+    """One outer step from the start."""
+    start, chunk = outer_steps(method.hypergradient(), method.optimizer, batch)
+    return chunk(start(x, y), jax.random.split(jax.random.key(0), 1), batch)
+
+
 def outer_loops(
     task: str, methods: Sequence[Method], load: Callable[[int], Any], steps: int, options: Options, advance: Advance
 ) -> Iterator[Run]:
@@ -237,10 +248,11 @@ def outer_loops(
     """
     datasets = {seed: load(seed) for seed in options.all_seeds}
     size = max(size for size in range(1, LARGEST_CHUNK + 1) if steps % size == 0)
-    origins = [options.origin(method.configuration.get("estimator", method.name)) for method in methods]
-    for method in (method for method, origin in zip(methods, origins, strict=True) if origin):
-        method.hypergradient()  # what is wrong with it is said before anything runs
-    for method, origin in zip(methods, origins, strict=True):
+    names = [method.configuration.get("estimator", method.name) for method in methods]
+    for method, name in zip(methods, names, strict=True):
+        data = datasets[options.seed]
+        options.rehearse(name, functools.partial(rehearsal, method), *method.start(data), method.batch(data))
+    for method, origin in zip(methods, map(options.origin, names), strict=True):
         shapes: list[tuple[int, ...]] = []
         chosen = {**method.configuration, **origin, "outer_steps": steps, "budget": options.budget}
         for seed, data in datasets.items():

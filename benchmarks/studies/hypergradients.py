@@ -221,6 +221,8 @@ class Config:
                 if not programs:
                     say(f"{name}: compiling {len(rows)} methods")
                     example = arguments(found[0], seed, batch)
+                    for row in rows:
+                        self.common.rehearse(row.name, estimates(row, net), *example)
                     programs = {row.name: compiled(estimates(row, net), example) for row in rows}
                 say(f"{name}, seed {seed}: {len(rows)} methods at {len(found)} points")
                 yield from self._compare(name, seed, batch, found, programs)

@@ -224,6 +224,13 @@ class Config:
         seeds = range(self.seed, self.seed + (1 if self.quick else self.seeds))
         problems = {seed: problem(net, seed) for seed in seeds}
         rows = [row for row in self._rows if steps >= row.least]
+        for row in rows:
+            self._options.rehearse(
+                row.name,
+                lambda key, at, row=row: program(net, row.solver(inner))(key, at),
+                jax.random.key(0),
+                problems[self.seed],
+            )
         answers = {
             (seed, plain): exact(net, inner, plain, at)
             for plain in {row.plain for row in rows}
