@@ -116,7 +116,7 @@ class Function(NamedTuple):
             raise
         except Exception as error:
             what = f"{self.kind}['{self.name}'] in {self.file}{_line(error, _place(self.file))}"
-            raise DataError(f"{what} raised {type(error).__name__}: {error}. {fix}") from error
+            raise DataError(f"{what} raised {type(error).__name__}: {str(error).rstrip('.')}. {fix}") from error
 
     def traced(self, program: Callable[..., Any], *arguments: Any) -> Any:
         """The shapes of what a program makes with it, which is not run; what cannot be traced is refused."""
