@@ -12,7 +12,7 @@ import pytest
 
 import bilevax as bx
 from benchmarks.__main__ import install, main
-from benchmarks.decentralized import penalties
+from benchmarks.decentralized import papers, penalties
 from benchmarks.decentralized import regularization as penalties_of_agents
 from benchmarks.decentralized.foreign import foreign
 from benchmarks.decentralized.methods import Row, counted, pace
@@ -375,6 +375,15 @@ def test_help_says_that_the_file_is_executed(capsys):
         printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
         assert "--plugin" in printed
         assert "executed" in printed
+
+
+def test_a_page_of_results_lies_beside_them_where_there_is_no_checkout(tmp_path, monkeypatch):
+    of_a_checkout = pathlib.Path("benchmarks/decentralized/RESULTS.md")
+    monkeypatch.chdir(PAGE.parent.parent)
+    assert papers.Config().page == of_a_checkout
+    monkeypatch.chdir(tmp_path)
+    assert papers.Config().page == pathlib.Path("results/decentralized_papers/RESULTS.md")
+    assert papers.Config(output=of_a_checkout).page == of_a_checkout
 
 
 def test_a_missing_package_is_named_for_a_checkout(monkeypatch):

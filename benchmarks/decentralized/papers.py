@@ -62,8 +62,9 @@ class Config:
     """How many seeds of each job."""
     results: Path = Path("results")
     """Folder of the results; each job has a subfolder of decentralized_papers, or decentralized_papers-quick."""
-    output: Path = Path("benchmarks/decentralized/RESULTS.md")
-    """The page that is written."""
+    output: Path | None = None
+    """The page that is written; by default RESULTS.md, in benchmarks/decentralized if that is there, else beside the
+    results."""
     report_only: bool = False
     """Run nothing: write the page from the files that are there."""
     resume: bool = False
@@ -85,6 +86,12 @@ class Config:
     def folder(self) -> Path:
         """Of the results of this setting."""
         return self.results / (TASK + "-quick" * self.quick)
+
+    @property
+    def page(self) -> Path:
+        """That is written: the one of a checkout, where the command is run in one."""
+        checkout = Path("benchmarks/decentralized/RESULTS.md")
+        return self.output or (checkout if checkout.exists() else self.folder / checkout.name)
 
     def command(self, results: Results) -> str:
         """What makes such a page, with as many seeds as there are."""
@@ -116,13 +123,13 @@ class Config:
         names = [job.name for job in JOBS]
         results = {name: read(self.folder / name) for name in names}
         logs = {name: log for name in names if (log := read_log(self.folder / name))}
-        self.output.parent.mkdir(parents=True, exist_ok=True)
-        self.output.write_text(render(self.command(results), self.quick, JOBS, results, logs))
+        self.page.parent.mkdir(parents=True, exist_ok=True)
+        self.page.write_text(render(self.command(results), self.quick, JOBS, results, logs))
 
     def run(self) -> int:
         """Runs everything and writes the page; returns the exit code."""
         console = Console(highlight=False)
         code = 0 if self.report_only else self.run_all(console)
         self.write()
-        console.print(f"Page: {self.output}", markup=False, soft_wrap=True)
+        console.print(f"Page: {self.page}", markup=False, soft_wrap=True)
         return code
