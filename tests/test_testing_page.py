@@ -1,5 +1,6 @@
-"""docs/testing.md, run as it stands; what it prints is what the page shows."""
+"""docs/testing.md, run as it stands; what it prints is what the page shows. And `bilevax.testing` as a whole."""
 
+import ast
 import contextlib
 import io
 import pathlib
@@ -10,6 +11,7 @@ import pytest
 from bilevax import testing
 
 PAGE = (pathlib.Path(__file__).parent.parent / "docs" / "testing.md").read_text()
+SOURCES = sorted(pathlib.Path(testing.__file__).parent.rglob("*.py"))
 
 
 def blocks(language):
@@ -32,3 +34,10 @@ def test_the_table_names_the_properties_of_subjects():
     named = set(re.findall(r"`(\w+)=", PAGE[PAGE.index("| declared") : PAGE.index("## One case")]))
     fields = {*testing.IHVPSubject.__dataclass_fields__, *testing.HypergradientSubject.__dataclass_fields__}
     assert named == fields - {"ihvp", "number", "make", "make_solver"}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_contracts_can_fail_under_optimized_python(path):
+    """An `assert` statement is compiled to nothing there."""
+    lines = [node.lineno for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Assert)]
+    assert not lines, f"{path.name}: say truth(condition, seen) in lines {lines}"

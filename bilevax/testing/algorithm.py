@@ -24,6 +24,7 @@ from bilevax.testing.compiled import READABLE, executed_dots, products
 from bilevax.testing.contract import Contract, contract, hold_all
 from bilevax.testing.placement import LAZY_RING, N, equal, form, on_one_device, on_two_parts
 from bilevax.testing.problems.countable import CROSS, ENTRIES_OF_Y, INNER, OUTER, countable
+from bilevax.testing.trees import truth
 
 Make = Callable[[BilevelProblem, Gossip, Levels, Sample], Algorithm]
 
@@ -131,15 +132,15 @@ def state_keeps_its_form(subject: AlgorithmSubject) -> None:
     x = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), x)
     state = jax.eval_shape(method.init, x, y, batch)
     new, info = jax.eval_shape(method.step, jax.eval_shape(lambda: jax.random.key(0)), state, batch)
-    assert form(state) == form(new), f"init makes {form(state)}, and step {form(new)}"
+    truth(form(state) == form(new), f"init makes {form(state)}, and step {form(new)}")
     for name, got, given in (("x", new.x, x), ("y", new.y, y)):
         kept = [leaf.dtype for leaf in jax.tree.leaves(got)], [leaf.dtype for leaf in jax.tree.leaves(given)]
-        assert kept[0] == kept[1], f"{name} has {kept[0]}, and started with {kept[1]}"
+        truth(kept[0] == kept[1], f"{name} has {kept[0]}, and started with {kept[1]}")
     odd = [leaf.shape for leaf in jax.tree.leaves((state, info)) if leaf.ndim and leaf.shape[0] != N]
-    assert not odd, f"leaves {odd} of {N} agents"
+    truth(not odd, f"leaves {odd} of {N} agents")
     shapes = {leaf.shape for leaf in jax.tree.leaves(info._replace(rounds=()))}
-    assert shapes == {(N,)}, f"info has shapes {shapes} in place of {(N,)}"
-    assert new.k.shape == (), "the counter state.k is no scalar"
+    truth(shapes == {(N,)}, f"info has shapes {shapes} in place of {(N,)}")
+    truth(new.k.shape == (), "the counter state.k is no scalar")
 
 
 @contract("Let nothing in step depend on Python numbers that change, and return no weakly typed leaves.")
@@ -147,23 +148,23 @@ def ten_steps_are_one_trace(subject: AlgorithmSubject) -> None:
     """Whatever the iteration, and `state.k` counts it."""
     _, states, _ = subject.history
     traces = len(subject.step[1])
-    assert traces == 1, f"{traces} traces of step in ten calls"
-    assert int(states[-1].k) == ITERATIONS, f"state.k is {int(states[-1].k)} after {ITERATIONS} steps"
+    truth(traces == 1, f"{traces} traces of step in ten calls")
+    truth(int(states[-1].k) == ITERATIONS, f"state.k is {int(states[-1].k)} after {ITERATIONS} steps")
 
 
 @contract("Look for a level that is never updated, a zero direction, or a step size that is not used.")
 def every_agent_moves(subject: AlgorithmSubject) -> None:
     """On each of its levels, all the way, by what Info reports and by what the state says."""
     start, states, infos = subject.history
-    assert not np.any([info.breakdown for info in infos]), "a breakdown is reported on a smooth problem"
+    truth(not np.any([info.breakdown for info in infos]), "a breakdown is reported on a smooth problem")
     for name, moves in Levels(*infos[-1].moves)._asdict().items():
         still = np.flatnonzero(np.asarray(moves) <= 0)
-        assert still.size == 0, f"agents {still} do not move in {name}"
+        truth(still.size == 0, f"agents {still} do not move in {name}")
     for got, old in zip(
         jax.tree.leaves((states[-1].x, states[-1].y)), jax.tree.leaves((start.x, start.y)), strict=True
     ):
         moved = np.abs(np.asarray(got) - old).reshape(N, -1).max(1)
-        assert np.all(moved > 0), f"x and y of agents {np.flatnonzero(moved == 0)} stay at the start"
+        truth(np.all(moved > 0), f"x and y of agents {np.flatnonzero(moved == 0)} stay at the start")
 
 
 @contract("Keep all memory in the state: a step is a pure function of (key, state, batch).")
@@ -192,7 +193,7 @@ def nan_is_reported_by_the_agent_that_has_it(subject: AlgorithmSubject) -> None:
     for leaf in jax.tree.leaves(y):
         leaf[2] = np.nan
     _, info = subject.step[0](KEY, start._replace(y=jax.tree.map(jnp.asarray, y)), subject.point[-1])
-    assert info.breakdown[2], "breakdown is False for the agent whose y is NaN"
+    truth(info.breakdown[2], "breakdown is False for the agent whose y is NaN")
 
 
 @contract(
@@ -218,7 +219,7 @@ def somebody_evaluates(subject: AlgorithmSubject) -> None:
     """In ten iterations of four agents at least once, by `info.calls`."""
     _, _, infos = subject.history
     total = np.sum([info.calls.inner_gradients for info in infos])
-    assert total > 0, "no ∇_y g in ten iterations of four agents"
+    truth(total > 0, "no ∇_y g in ten iterations of four agents")
 
 
 @contract(
@@ -230,7 +231,7 @@ def calls_are_those_declared(subject: AlgorithmSubject) -> None:
     _, _, infos = subject.history
     got = np.asarray(stacked([info.calls for info in infos])).mean((1, 2))
     expected = subject.declared
-    assert np.allclose(got, expected, rtol=1e-6), f"info.calls are {got} an iteration, declared are {expected}"
+    truth(np.allclose(got, expected, rtol=1e-6), f"info.calls are {got} an iteration, declared are {expected}")
 
 
 @contract(
@@ -242,11 +243,11 @@ def calls_are_those_of_the_compiled_program(subject: AlgorithmSubject) -> None:
     """Products of the compiled step; a Hessian and a cross product may share a pull-back, and every branch counts."""
     outer, inner, hessian, cross = subject.declared
     outer_found, passes, cross_found = subject.executed
-    assert outer_found == outer, f"the program runs {outer_found} ∇f, declared are {outer}"
+    truth(outer_found == outer, f"the program runs {outer_found} ∇f, declared are {outer}")
     least, most = inner + max(hessian, cross), inner + hessian + cross
-    assert least <= passes <= most, f"the program runs {passes} passes through ∇_y g, declared are {least} to {most}"
+    truth(least <= passes <= most, f"the program runs {passes} passes through ∇_y g, declared are {least} to {most}")
     most = cross or inner  # a method of first derivatives has one such product in each ∇_x g
-    assert cross <= cross_found <= most, f"the program runs {cross_found} cross products, declared are {cross}"
+    truth(cross <= cross_found <= most, f"the program runs {cross_found} cross products, declared are {cross}")
 
 
 CONTRACTS: tuple[Contract, ...] = (

@@ -70,7 +70,8 @@ def contract(remedy: str, applies: Callable[..., bool] = lambda *subject: True) 
         >>> from bilevax import testing
         >>> @testing.contract("Return a number above zero.")
         ... def is_positive(number):
-        ...     assert number > 0, f"{number} is not positive"
+        ...     if number <= 0:
+        ...         raise ValueError(f"{number} is not positive")
         >>> is_positive.hold("my method", 1.0)
     """
     return lambda check: Contract(check.__name__, check, remedy, applies)

@@ -17,6 +17,7 @@ from bilevax.decentralized.correction_type import Correction, Move
 from bilevax.decentralized.gossip import Gossip
 from bilevax.testing.contract import Contract, contract, hold_all
 from bilevax.testing.placement import DIRECTED, LAZY_RING, N, directed, equal, form, on_one_device, on_two_parts
+from bilevax.testing.trees import truth
 
 KEY = jax.random.key(0)
 STEP, UPDATES, LONG = 0.1, 20, 4000
@@ -95,10 +96,10 @@ def state_keeps_its_form(subject: CorrectionSubject) -> None:
     new, after, sent = jax.eval_shape(
         lambda state, s: subject.correction.update(KEY, state, gossip, s, s, move), state, s
     )
-    assert form(state) == form(after), f"init makes {form(state)}, and update {form(after)}"
+    truth(form(state) == form(after), f"init makes {form(state)}, and update {form(after)}")
     got, expected = ([(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)] for tree in (new, s))
-    assert got == expected, f"s⁺ has {got}, and s {expected}"
-    assert sent.shape == (N,), f"bytes have shape {sent.shape}"
+    truth(got == expected, f"s⁺ has {got}, and s {expected}")
+    truth(sent.shape == (N,), f"bytes have shape {sent.shape}")
 
 
 @contract(
@@ -111,10 +112,10 @@ def mean_moves_along_the_mean_direction(subject: CorrectionSubject) -> None:
     moved = _flat(jax.tree.map(lambda leaf: np.diff(leaf.mean(1), axis=0), subject.path))
     d = _flat(jax.tree.map(lambda leaf: np.asarray(leaf).mean(0), directions()))
     share = -(moved[0] @ d[0]) / (STEP * d[0] @ d[0])
-    assert 0 < share < 1 + 1e-9, f"the mean moves by {share:.3g} times the step along the mean direction"
+    truth(0 < share < 1 + 1e-9, f"the mean moves by {share:.3g} times the step along the mean direction")
     for k in range(UPDATES):
         error = np.abs(moved[k] + share * STEP * d[k]).max()
-        assert error < 1e-10, f"in update {k} the mean is {error:.2g} off the mean direction"
+        truth(error < 1e-10, f"in update {k} the mean is {error:.2g} off the mean direction")
 
 
 @contract(
@@ -141,7 +142,7 @@ def limit_is_that_of_the_mean_loss(subject: CorrectionSubject) -> None:
 
     got, expected = np.asarray(end(jnp.zeros((N, 3)), H, b)), (H * b).sum(0) / H.sum(0)
     error = np.nan_to_num(np.abs(got - expected), nan=np.inf).max()
-    assert error < 1e-6, f"after {LONG} updates the agents are {error:.2g} off the minimum of the mean loss"
+    truth(error < 1e-6, f"after {LONG} updates the agents are {error:.2g} off the minimum of the mean loss")
 
 
 @contract(
@@ -168,8 +169,8 @@ def bytes_and_rounds_are_those_of_its_messages(subject: CorrectionSubject) -> No
         return size, sum(sent, start=jnp.zeros(N))
 
     got, expected = declared(start())
-    assert np.allclose(got, expected), f"bytes are {got}, and the messages have {expected}"
-    assert subject.correction.rounds == len(sent), f"rounds={subject.correction.rounds} for {len(sent)} calls"
+    truth(np.allclose(got, expected), f"bytes are {got}, and the messages have {expected}")
+    truth(subject.correction.rounds == len(sent), f"rounds={subject.correction.rounds} for {len(sent)} calls")
 
 
 @contract("Let nothing but gossip see more than one agent, and draw with keys into which gossip.agents() is folded.")

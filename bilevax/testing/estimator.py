@@ -19,6 +19,7 @@ from bilevax.decentralized.levels import Levels
 from bilevax.problem import Batch
 from bilevax.testing.contract import Contract, contract, hold_all
 from bilevax.testing.placement import LAZY_RING, N, equal, form
+from bilevax.testing.trees import truth
 
 KEY = jax.random.key(0)
 LEVELS = ("x", "y", "v")
@@ -147,11 +148,11 @@ def state_keeps_its_form(subject: EstimatorSubject) -> None:
             state,
             point,
         )
-        assert form(state) == form(after), f"init makes {form(state)}, and update {form(after)}"
+        truth(form(state) == form(after), f"init makes {form(state)}, and update {form(after)}")
         expected = jax.eval_shape(lambda point, asked=asked: asked.evaluate(point, batch), point)
         got, given = ([(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)] for tree in (u, expected))
-        assert got == given, f"u has {got} for directions with {given}"
-        assert evaluations.shape == (N,), f"evaluations have shape {evaluations.shape}"
+        truth(got == given, f"u has {got} for directions with {given}")
+        truth(evaluations.shape == (N,), f"evaluations have shape {evaluations.shape}")
 
 
 @contract(
@@ -170,7 +171,7 @@ def first_estimate_is_unbiased(subject: EstimatorSubject) -> None:
     draws = jax.tree.map(np.asarray, jax.jit(jax.vmap(first))(jax.random.split(KEY, KEYS)))
     for name, u, d in zip(LEVELS, draws, directions(point, batch), strict=True):
         error, width = np.abs(u.mean(0) - d), 5 * u.std(0) / np.sqrt(KEYS) + 1e-9
-        assert (error < width).all(), f"the mean of d_{name} is up to {error.max():.3g} off the direction"
+        truth((error < width).all(), f"the mean of d_{name} is up to {error.max():.3g} off the direction")
 
 
 @contract(
@@ -184,7 +185,7 @@ def settles_where_the_point_settles(subject: EstimatorSubject) -> None:
         scale = np.abs(np.asarray(path)).max()
         error = np.nan_to_num(np.abs(estimates[-1] - d), nan=np.inf).reshape(N, -1).max(1)
         late = np.flatnonzero(error >= 0.05 * scale)
-        assert late.size == 0, f"d_{name} of agents {late} is {error[late]} off at the end"
+        truth(late.size == 0, f"d_{name} of agents {late} is {error[late]} off at the end")
 
 
 @contract(
@@ -201,7 +202,7 @@ def evaluations_are_those_that_were_run(subject: EstimatorSubject) -> None:
     thrown_away = (run == N * most) & np.isin(evaluations, (0, most)).all(1)
     wrong = (run != evaluations.sum(1)) & ~thrown_away
     k = int(np.argmax(wrong))
-    assert not wrong.any(), f"at iteration {k} the agents evaluate {run[k]:g} times, and count {evaluations[k]}"
+    truth(not wrong.any(), f"at iteration {k} the agents evaluate {run[k]:g} times, and count {evaluations[k]}")
 
 
 @contract("An agent that evaluates nothing learns nothing: its estimate stays what it was.")
@@ -211,7 +212,7 @@ def who_does_not_evaluate_keeps_its_estimate(subject: EstimatorSubject) -> None:
     for name, estimates in zip(LEVELS, u, strict=True):
         changed = np.abs(np.diff(estimates, axis=0)).reshape(POINTS - 1, N, -1).max(2) > 0
         wrong = changed & (evaluations[1:] == 0)
-        assert not wrong.any(), f"d_{name} changes at {int(wrong.sum())} iterations of agents that count no evaluation"
+        truth(not wrong.any(), f"d_{name} changes at {int(wrong.sum())} iterations of agents that count no evaluation")
 
 
 @contract(
@@ -222,7 +223,7 @@ def one_sample_at_both_points(subject: EstimatorSubject) -> None:
     """In every update that evaluates more than once."""
     for k, marks in _by_iteration(subject.ordinary[2]).items():
         same = all(np.allclose(one, marks[0]) for one in marks)
-        assert same, f"at iteration {k} the {len(marks)} evaluations are on different samples"
+        truth(same, f"at iteration {k} the {len(marks)} evaluations are on different samples")
 
 
 @contract("Fold the global ids, oracle.gossip.agents(), into the key of each agent: bilevax.estimator.draw does.")
@@ -232,7 +233,7 @@ def agents_draw_apart(subject: EstimatorSubject) -> None:
     whole = [marks for _, marks in noted if len(marks) == N]
     random = len({float(np.round(marks[0], 9)) for marks in whole}) > 2
     apart = any(np.ptp(marks) > 1e-9 for marks in whole)
-    assert apart or not random, "all agents draw the same sample in every iteration"
+    truth(apart or not random, "all agents draw the same sample in every iteration")
 
 
 @contract(

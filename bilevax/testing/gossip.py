@@ -17,6 +17,7 @@ from bilevax.decentralized.gossip import Gossip, message_bytes
 from bilevax.decentralized.topology import Topology
 from bilevax.testing.contract import Contract, contract, hold_all
 from bilevax.testing.placement import directed, form, in_turn
+from bilevax.testing.trees import truth
 
 KEY = jax.random.key(0)
 ROUNDS = 60
@@ -92,19 +93,19 @@ def state_keeps_its_form(subject: GossipSubject) -> None:
     for name in ("mix",) if subject.directed else ("mix", "laplacian"):
         got, after = jax.eval_shape(getattr(gossip, name), KEY, state, tree)
         given = jax.eval_shape(lambda tree: tree, tree)
-        assert form(got) == form(given), f"{name} makes {form(got)} of {form(given)}"
-        assert form(after) == form(state), f"{name} makes the state {form(after)} of {form(state)}"
+        truth(form(got) == form(given), f"{name} makes {form(got)} of {form(given)}")
+        truth(form(after) == form(state), f"{name} makes the state {form(after)} of {form(state)}")
 
 
 @contract("What is kept is Σ ω_i s_i with the weights ω of gossip.weights, 1 unless it is push-sum, and Σ ω_i = n.")
 def mean_is_kept(subject: GossipSubject) -> None:
     """In each of sixty rounds; each agent divides by its weight after mixing."""
     tree, weights, _ = subject.rounds
-    assert np.allclose(weights.sum(1), subject.gossip.n, rtol=1e-12), f"the weights sum to {weights.sum(1)}"
+    truth(np.allclose(weights.sum(1), subject.gossip.n, rtol=1e-12), f"the weights sum to {weights.sum(1)}")
     for leaf in jax.tree.leaves(tree):
         mean = (weights.reshape(*weights.shape, *[1] * (leaf.ndim - 2)) * leaf).mean(1)
         error = np.abs(mean - mean[0]).max(tuple(range(1, mean.ndim)))
-        assert error.max() < 1e-12, f"the mean is {error.max():.2g} off, first in round {np.argmax(error > 1e-12)}"
+        truth(error.max() < 1e-12, f"the mean is {error.max():.2g} off, first in round {np.argmax(error > 1e-12)}")
 
 
 @contract("Rounds must bring the agents closer to the mean of the start: over a directed graph divide by the weights.")
@@ -112,7 +113,7 @@ def rounds_approach_the_mean(subject: GossipSubject) -> None:
     """In sixty rounds by a factor."""
     for leaf in jax.tree.leaves(subject.rounds[0]):
         first, last = (np.abs(leaf[k] - leaf[0].mean(0)).max() for k in (0, -1))
-        assert last < subject.shrinks * first, f"from {first:.2g} off the mean of the start to {last:.2g}"
+        truth(last < subject.shrinks * first, f"from {first:.2g} off the mean of the start to {last:.2g}")
 
 
 @contract(
@@ -126,7 +127,7 @@ def mixing_is_the_matrix(subject: GossipSubject) -> None:
         for k in range(ROUNDS):
             W = subject.graphs[k % len(subject.graphs)].matrix.toarray()
             error = np.abs(leaf[k + 1] - np.tensordot(W, leaf[k], 1)).max()
-            assert error < 1e-12, f"in round {k} what the agents have is {error:.2g} off W s"
+            truth(error < 1e-12, f"in round {k} what the agents have is {error:.2g} off W s")
 
 
 @contract(
@@ -146,9 +147,9 @@ def laplacian_is_the_rest(subject: GossipSubject) -> None:
     slope, zero = slopes(tree, equal)
     for got, leaf in zip(jax.tree.leaves(slope), jax.tree.leaves(tree), strict=True):
         error = np.abs(got - (leaf - np.tensordot(W, leaf, 1))).max()
-        assert error < 1e-12, f"laplacian is {error:.2g} off s − W s"
+        truth(error < 1e-12, f"laplacian is {error:.2g} off s − W s")
     largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(zero))
-    assert largest == 0, f"laplacian of equal agents is {largest:.2g}"
+    truth(largest == 0, f"laplacian of equal agents is {largest:.2g}")
 
 
 @contract("agents are the global ids, int32 [n]; mean is that over all agents, n their number.")
@@ -156,9 +157,9 @@ def agents_and_mean_are_all_of_them(subject: GossipSubject) -> None:
     """All agents are held here."""
     gossip = subject.gossip
     ids = gossip.agents()
-    assert ids.dtype == jnp.int32 and np.array_equal(ids, np.arange(gossip.n)), f"agents() is {ids!r}"  # noqa: PT018
+    truth(ids.dtype == jnp.int32 and np.array_equal(ids, np.arange(gossip.n)), f"agents() is {ids!r}")
     for got, leaf in zip(jax.tree.leaves(gossip.mean(subject.message)), jax.tree.leaves(subject.message), strict=True):
-        assert np.allclose(got, np.asarray(leaf).mean(0), rtol=1e-12), "mean(tree) is not the mean over the agents"
+        truth(np.allclose(got, np.asarray(leaf).mean(0), rtol=1e-12), "mean(tree) is not the mean over the agents")
 
 
 @contract(
@@ -173,9 +174,9 @@ def bytes_are_those_to_all_neighbours(subject: GossipSubject) -> None:
         matrix = subject.graphs[k % len(subject.graphs)].matrix.toarray()
         neighbours = ((matrix != 0) & ~np.eye(len(matrix), dtype=bool)).sum(0)
         to_each = sent[k].sum() / neighbours.sum() if subject.compressed else size
-        assert to_each > 0, f"in round {k} nothing is sent"
+        truth(to_each > 0, f"in round {k} nothing is sent")
         expected = neighbours * to_each
-        assert np.allclose(sent[k], expected), f"in round {k} bytes are {sent[k]} in place of {expected}"
+        truth(np.allclose(sent[k], expected), f"in round {k} bytes are {sent[k]} in place of {expected}")
 
 
 CONTRACTS: tuple[Contract, ...] = (
