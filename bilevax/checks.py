@@ -89,7 +89,7 @@ def whole(name: str, value: chex.Numeric) -> None:
 def instance(name: str, value: Any, kind: type, fix: str) -> None:
     """Raises ValueError unless `value` is a `kind`."""
     if not isinstance(value, kind):
-        raise ValueError(f"{name} must be {_article(kind.__name__)}; got {_describe(value)}. {fix}")
+        raise ValueError(f"{name} must be {article(kind.__name__)}; got {_describe(value)}. {fix}")
 
 
 def has_y(name: str, state: Any) -> None:
@@ -120,8 +120,9 @@ def _describe(value: Any) -> str:
     return getattr(value, "__qualname__", f"{value!r:.80} of type {type(value).__name__}")
 
 
-def _article(noun: str) -> str:
-    return f"an {noun}" if noun[0] in "AEIO" else f"a {noun}"
+def article(noun: str) -> str:
+    """`noun` with its indefinite article."""
+    return f"an {noun}" if noun[0].lower() in "aeio" else f"a {noun}"
 
 
 def floating(name: str, tree: chex.ArrayTree) -> None:

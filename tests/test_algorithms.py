@@ -57,8 +57,10 @@ def newton(ihvp):
 MOMENTUM = {"momentum": 0.5, "rate": 0.5}
 SERIES = {"terms": 3, "inverse_step": 0.1}
 COMPRESSED = {"inner_steps": 2, "multiplier": 10.0, "compressor": bx.compression.top_k(0.5), "gossip_step": 0.5}
+MERGED = False  # not counted: the compiler merges products with all unit vectors of all agents
+BRANCHES = False  # not counted: both branches of a cond would be
 D = bx.decentralized
-METHODS = {  # (problem, gossip, step_sizes, sample) -> method; declared calls of an iteration; graphs
+METHODS = {  # (problem, gossip, step_sizes, sample) -> method; declared calls of an iteration; graphs; counted
     "sldbo": (preset(D.sldbo, radius=5.0), PLAIN, RING),
     "s3ldbo_independent": (preset(D.s3ldbo, bx.coins.independent(0.5)), None, RING),
     "s3ldbo_common": (preset(D.s3ldbo, bx.coins.common(0.5)), None, RING),
@@ -70,9 +72,9 @@ METHODS = {  # (problem, gossip, step_sizes, sample) -> method; declared calls o
     "sparkle_extra": (preset(D.sparkle, EXTRA), (1, 2, 1, 1)),
     "sparkle_mixed": (preset(D.sparkle, bx.Levels(GT, ED, EXTRA)), (1, 2, 1, 1)),
     "dsoba": (sampled(D.dsoba, theta=0.5), PLAIN, RING),
-    "spider": (engine(bx.estimator.spider(3, SMALL)), (1.6, 1.6, 1.6, 1.6), RING),
+    "spider": (engine(bx.estimator.spider(3, SMALL)), (1.6, 1.6, 1.6, 1.6), RING, BRANCHES),
     "page": (engine(bx.estimator.page(0.5, SMALL)), None, RING),
-    "saga": (engine(bx.estimator.saga(2)), PLAIN, RING),
+    "saga": (engine(bx.estimator.saga(2)), PLAIN, RING, MERGED),
     "atc": (engine(bx.estimator.full(), bx.correction.tracking_atc()), PLAIN, RING),
     "non_atc": (engine(bx.estimator.full(), bx.correction.tracking_non_atc()), PLAIN, RING),
     "adam": (engine(bx.estimator.full(), step_sizes=ADAM), PLAIN, RING),
@@ -88,22 +90,20 @@ METHODS = {  # (problem, gossip, step_sizes, sample) -> method; declared calls o
     ),
     "mdbo": (sampled(D.mdbo, **MOMENTUM, **SERIES), (1, 1, 3, 1), RING),
     "vrdbo": (sampled(D.vrdbo, **MOMENTUM, **SERIES), (2, 2, 6, 2), RING),
-    "gbdsbo": (sampled(D.gbdsbo), lambda d: (1, 1, d, d), RING),  # d entries of y
-    "gbdsbo_factors": (sampled(D.gbdsbo, factors=2, inverse_step=0.1), lambda d: (1, 2, 2 * d, d), RING),
+    "gbdsbo": (sampled(D.gbdsbo), lambda d: (1, 1, d, d), RING, MERGED),  # d entries of y
+    "gbdsbo_factors": (sampled(D.gbdsbo, factors=2, inverse_step=0.1), lambda d: (1, 2, 2 * d, d), RING, MERGED),
     "adasdbo": (adasdbo, PLAIN, RING),
     "c2dfb": (sampled(D.c2dfb, **COMPRESSED), (3, 6, 0, 0), RING),
     "interact": (preset(D.interact, 3, 0.1), (1, 1, 3, 1), RING),
-    "interact_svr": (preset(D.interact_svr, 3, 0.1, 3, SMALL), (1.6, 1.6, 4.8, 1.6), RING),  # once, then twice, twice
+    "interact_svr": (  # once, then twice, twice
+        *(preset(D.interact_svr, 3, 0.1, 3, SMALL), (1.6, 1.6, 4.8, 1.6), RING, BRANCHES),
+    ),
     "diamond": (sampled(D.diamond, a=0.5, **SERIES), (2, 2, 6, 2), RING),
     "lopa_local": (sampled(D.lopa_local, theta=0.5), PLAIN, RING),
     "lopa_tracking": (sampled(D.lopa_tracking), PLAIN, RING),
     "preconditioned": (newton(bx.ihvp.identity()), PLAIN, RING),
     "preconditioned_with_a_state": (newton(bx.ihvp.diagonal(eps=0.1)), PLAIN, RING),
 }
-UNREADABLE = (
-    *("saga", "gbdsbo", "gbdsbo_factors"),  # the compiler merges products with all unit vectors of all agents
-    *("spider", "interact_svr"),  # both branches are counted
-)
 EVERY_DAY = {  # methods of contracts that take a program of their own
     algorithm.scan_equals_a_loop: ("dsvrbgd_alternating", "s3ldbo_subset", "one_peer"),
     algorithm.vmap_over_keys_equals_a_loop: ("s3ldbo_common", "page", "saga"),
@@ -136,14 +136,13 @@ def name_of(subject):
     return next(name for name, (make, *_) in METHODS.items() if make is subject.make)
 
 
-def read(subject):
-    return algorithm.calls_are_those_of_the_compiled_program.applies(subject) and name_of(subject) not in UNREADABLE
-
-
 APART = ("dsvrbgd_alternating", "sparkle", "ma_dsbo", "mdbo", "vrdbo", "interact", "diamond")  # v and x do not share
 
 
-@contract("One pull-back of v serves the Hessian and the cross product where x and v move at once.", applies=read)
+@contract(
+    "One pull-back of v serves the Hessian and the cross product where x and v move at once.",
+    applies=algorithm.calls_are_those_of_the_compiled_program.applies,
+)
 def pull_backs_are_shared(subject):
     name = name_of(subject)
     _, inner, hessian, cross = subject.calls
@@ -152,13 +151,7 @@ def pull_backs_are_shared(subject):
     assert cross_found == {"dsoba_first_order": 2, "c2dfb": 2}.get(name, cross)  # evaluations of ∇_x g
 
 
-COMPILED = algorithm.calls_are_those_of_the_compiled_program._replace(applies=read)
-CONTRACTS = (
-    *(one for one in algorithm.CONTRACTS if one.name != COMPILED.name),
-    COMPILED,
-    calls_are_those_of_the_chosen,
-    pull_backs_are_shared,
-)
+CONTRACTS = (*algorithm.CONTRACTS, calls_are_those_of_the_chosen, pull_backs_are_shared)
 
 
 def pairs(often):

@@ -268,3 +268,39 @@ def test_a_method_that_solves_another_problem_is_told_which():
     with pytest.raises(testing.ContractError, match=r"`limit_is_the_declared_one`[\s\S]*e-1\d from x_l"):
         testing.check_limit(method, q, q.x_star)
     testing.check_limit(method, q, q.x_l)
+
+
+def test_a_method_with_branches_passes_if_it_says_so():
+    """Once in three iterations the full directions, else two on a sample: the program has both branches."""
+
+    def branches(problem, gossip, steps, sample):
+        return bx.decentralized.single_loop(problem, gossip, steps, bx.estimator.spider(3, sample))
+
+    compiled = [testing.algorithm.calls_are_those_of_the_compiled_program]
+    calls = testing.algorithm.calls_are_those_declared
+    testing.check_algorithm(branches, (1.6,) * 4, contracts=[calls, *compiled], counted=False)
+    with pytest.raises(testing.ContractError, match=r"branch of a cond[\s\S]*say counted=False"):
+        testing.check_algorithm(branches, (1.6,) * 4, contracts=compiled)
+
+
+MISUSE = {  # none is a broken contract
+    "a constructor of corrections": (testing.check_correction, (bx.correction.tracking,), "Correction; got tracking"),
+    "no graph": (testing.check_correction, (heavy_tracking(), True, []), "topologies must hold at least one graph"),
+    "eight agents": (testing.check_correction, (heavy_tracking(), True, [bx.topology.ring(8)]), "must have 4 agents"),
+    "a constructor of estimators": (testing.check_estimator, (bx.estimator.stochastic,), "Estimator; got stochastic"),
+    "a graph": (testing.check_gossip, (bx.topology.ring(4),), r"must be a Gossip; got Topology.*bx.gossip\(topology\)"),
+    "one machine": (testing.check_algorithm, (bx.algorithms.soba,), r"function \(problem, gossip, step_sizes, sample"),
+    "no sampler": (testing.check_algorithm, (bx.decentralized.sldbo,), r"got sldbo, which says: radius.* wrap it"),
+    "no method": (testing.check_algorithm, (lambda *parts: None,), "must be an Algorithm; got None"),
+    "one number of calls": (testing.check_algorithm, (plain_descent, 3), "calls must be four numbers"),
+    "five agents": (testing.check_algorithm, (plain_descent, None, bx.topology.ring(5)), "must have 4 agents"),
+    "no contracts": (testing.check_correction, (heavy_tracking(), True, [SUBSET], []), "hold at least one Contract"),
+    "other contracts": (testing.check_estimator, (recursive(), testing.gossip.CONTRACTS), "about an EstimatorSubject"),
+}
+
+
+@pytest.mark.parametrize("name", MISUSE)
+def test_misuse_is_no_broken_contract(name):
+    check, arguments, message = MISUSE[name]
+    with pytest.raises(ValueError, match=message):
+        check(*arguments)

@@ -313,6 +313,47 @@ def test_a_property_that_is_not_declared():
     fails_by_name(testing.check_hypergradient, penalty, "exact_at_the_solution", steps=4)
 
 
-def test_what_is_no_method_at_all():
-    fails_by_name(testing.check_solver, lambda *parts: None, "forward_and_backward_return_what_they_say")
-    fails_by_name(testing.check_ihvp, lambda *parts: None, "v_is_like_b", number=0.5)
+SOUND = richardson(0.5, bx.inner.full)
+MISUSE = {
+    "a constructor without its number": (testing.check_ihvp, (richardson,), {}, "number must be given"),
+    "a value with a number": (testing.check_ihvp, (SOUND,), {"number": 0.5}, "number must be left out"),
+    "a number for an IHVP": (testing.check_ihvp, (3,), {}, "ihvp must be an IHVP; got 3 of type int"),
+    "an IHVP of a number alone": (
+        testing.check_ihvp,
+        (bx.ihvp.identity,),
+        {"number": 0.5},
+        r"function \(number, sample",
+    ),
+    "no IHVP": (testing.check_ihvp, (lambda *parts: None,), {"number": 0.5}, "must be an IHVP; got None"),
+    "no solver": (testing.check_solver, (lambda *parts: None,), {}, "must be an InnerSolver; got None"),
+    "a solver of a loss alone": (
+        testing.check_solver,
+        (lambda loss: None,),
+        {},
+        r"function \(inner_loss, optimizer, s",
+    ),
+    "no estimator": (
+        testing.check_hypergradient,
+        (lambda *parts: 1,),
+        {},
+        "must be a Hypergradient; got 1 of type int",
+    ),
+    "no function": (testing.check_hypergradient, (None,), {}, r"make must be a function \(problem, optimizer, sample"),
+    "no contracts": (testing.check_ihvp, (SOUND, []), {}, "contracts must hold at least one"),
+    "contracts of another kind": (
+        *(testing.check_ihvp, (SOUND, testing.gossip.CONTRACTS), {}),
+        r"about an IHVPSubject; got state_keeps_its_form\(subject: .*GossipSubject\)",
+    ),
+    "a contract of a limit": (
+        *(testing.check_ihvp, (SOUND, [testing.limits.limit_is_the_declared_one]), {}),
+        "got limit_is_the_declared_one",
+    ),
+    "a function for a contract": (testing.check_ihvp, (SOUND, [print]), {}, "must be a Contract; got print"),
+}
+
+
+@pytest.mark.parametrize("name", MISUSE)
+def test_misuse_is_no_broken_contract(name):
+    check, arguments, declared, message = MISUSE[name]
+    with pytest.raises(ValueError, match=message):
+        check(*arguments, **declared)

@@ -36,8 +36,9 @@ def test_the_table_names_the_properties_of_subjects():
     assert named == fields - {"ihvp", "number", "make", "make_solver"}
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
-def test_contracts_can_fail_under_optimized_python(path):
-    """An `assert` statement is compiled to nothing there."""
-    lines = [node.lineno for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Assert)]
-    assert not lines, f"{path.name}: say truth(condition, seen) in lines {lines}"
+def test_contracts_can_fail_under_optimized_python():
+    """An `assert` statement is compiled to nothing there: truth(condition, seen) stands in its place."""
+    trees = {path.name: ast.walk(ast.parse(path.read_text())) for path in SOURCES}
+    found = [(name, node.lineno) for name, nodes in trees.items() for node in nodes if isinstance(node, ast.Assert)]
+    assert len(trees) > 10
+    assert not found

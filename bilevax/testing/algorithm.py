@@ -15,19 +15,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from bilevax import checks
 from bilevax.decentralized.engine import Algorithm
 from bilevax.decentralized.gossip import Gossip
 from bilevax.decentralized.levels import Levels
 from bilevax.problem import BilevelProblem
 from bilevax.sampling import Sample, minibatch
 from bilevax.testing.compiled import READABLE, executed_dots, products
-from bilevax.testing.contract import Contract, contract, hold_all
-from bilevax.testing.placement import LAZY_RING, N, equal, form, on_one_device, on_two_parts
+from bilevax.testing.contract import Contract, contract, hold_all, name_of
+from bilevax.testing.placement import LAZY_RING, N, equal, form, of_four_agents, on_one_device, on_two_parts
 from bilevax.testing.problems.countable import CROSS, ENTRIES_OF_Y, INNER, OUTER, countable
 from bilevax.testing.trees import truth
 
 Make = Callable[[BilevelProblem, Gossip, Levels, Sample], Algorithm]
 
+ARGUMENTS = ("problem", "gossip", "step_sizes", "sample")
 KEY = jax.random.key(0)
 ITERATIONS, PLACED = 10, 3
 STEPS = Levels(0.02, 0.05, optax.constant_schedule(0.05))
@@ -42,6 +44,8 @@ class AlgorithmSubject:
       calls: declared evaluations of ∇f and ∇_y g, Hessian and cross products of an agent in an iteration, the mean of
         the first ten; or a function of the number of entries of y that returns them; None where they are random.
       topology: the graph or graphs of the four agents.
+      counted: the products of the compiled program are those that run for `calls`; False where they are not, as with
+        a `jax.lax.cond`, every branch of which counts.
 
     Example:
         >>> import bilevax as bx
@@ -54,6 +58,17 @@ class AlgorithmSubject:
     make: Make
     calls: Any = None
     topology: Any = LAZY_RING
+    counted: bool = True
+
+    def __post_init__(self) -> None:
+        """Raises ValueError unless make can be called, calls are four numbers, and graphs have four agents."""
+        checks.function("make", self.make, *ARGUMENTS)
+        of_four_agents(self.topology)
+        if self.calls is not None and np.shape(self.declared) != (4,):
+            raise ValueError(
+                f"calls must be four numbers, of ∇f, ∇_y g, Hessian and cross products, or a function that returns "
+                f"them; got {self.declared!r:.80}. Pass, say, calls=(1, 1, 1, 1)."
+            )
 
     @property
     def gossip(self) -> Gossip:
@@ -73,9 +88,23 @@ class AlgorithmSubject:
     def method(self, gossip: Gossip) -> Algorithm:
         """The method over some gossip."""
         method = self.make(countable(N)[0], gossip, STEPS, minibatch(1))
-        if not isinstance(method, Algorithm):
-            raise TypeError(f"make must return an Algorithm; got {type(method).__name__}")
+        checks.instance(f"make({', '.join(ARGUMENTS)})", method, Algorithm, "Return Algorithm(init, step).")
         return method
+
+    def made(self) -> Algorithm:
+        """The method on one device, made to see whether make is what is meant.
+
+        Raises:
+          ValueError: if it raises with these arguments, or returns no Algorithm.
+        """
+        try:
+            return self.method(self.gossip)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"make must be a function ({', '.join(ARGUMENTS)}) -> Algorithm; got {name_of(self.make)}, which says: "
+                f"{error} Where it takes other arguments, wrap it: "
+                f"lambda {', '.join(ARGUMENTS)}: my_method(problem, gossip, step_sizes)."
+            ) from error
 
     @functools.cached_property
     def step(self) -> tuple:
@@ -124,7 +153,8 @@ def stacked(trees: list) -> Any:
 @contract(
     "Return from step what init returns: the same NamedTuple, shapes and dtypes, agents first in every leaf but "
     "counters. Cast what mixes dtypes back with .astype(leaf.dtype), and start counters as jnp.zeros((), jnp.int32). "
-    "Info has moves, breakdown, calls and bytes [n]; zeros are jnp.zeros(n)."
+    "Info has moves, breakdown, calls and bytes [n]; zeros are jnp.zeros(n). What init and step get has all agents, "
+    "leaves [n, ...]: jax.vmap what is meant for one."
 )
 def state_keeps_its_form(subject: AlgorithmSubject) -> None:
     """By tracing alone, for x in half precision and y in double and single."""
@@ -236,8 +266,9 @@ def calls_are_those_declared(subject: AlgorithmSubject) -> None:
 
 @contract(
     "Count in info.calls each ∇f and ∇_y g (with all their arguments), each product with ∇²_yy g and ∇²_xy g. Look for "
-    "a point that is evaluated twice, or for a sample that is drawn twice where one is meant.",
-    applies=lambda subject: subject.calls is not None and READABLE,
+    "a point that is evaluated twice, or for a sample that is drawn twice where one is meant. Every branch of a cond "
+    "counts, whichever runs: of a sound method with branches, say counted=False.",
+    applies=lambda subject: subject.calls is not None and subject.counted and READABLE,
 )
 def calls_are_those_of_the_compiled_program(subject: AlgorithmSubject) -> None:
     """Products of the compiled step; a Hessian and a cross product may share a pull-back, and every branch counts."""
@@ -265,7 +296,11 @@ CONTRACTS: tuple[Contract, ...] = (
 
 
 def check_algorithm(
-    make: Make, calls: Any = None, topology: Any = LAZY_RING, contracts: Sequence[Contract] = CONTRACTS
+    make: Make,
+    calls: Any = None,
+    topology: Any = LAZY_RING,
+    contracts: Sequence[Contract] = CONTRACTS,
+    counted: bool = True,
 ) -> None:
     """Checks what every decentralized method keeps: its form, its reports, its placement, and what it says it costs.
 
@@ -277,12 +312,16 @@ def check_algorithm(
         decides, the contracts `calls_…` are left out.
       topology: a graph of four agents, or several in turn, if the method needs another than a lazy ring.
       contracts: those to be checked, of `bilevax.testing.algorithm.CONTRACTS`.
+      counted: False where the compiled program does not show how often `calls` run, as with a `jax.lax.cond`: every
+        branch of it counts. `calls` are then compared with `info.calls` alone.
 
     Returns:
       None.
 
     Raises:
       ContractError: naming the contract that the method breaks, what was seen, and what to do.
+      ValueError: if make takes other arguments, fails with these, or returns no Algorithm; calls are not four numbers;
+        a graph has other than four agents; or contracts are none, or those of something else.
 
     Cost: about five programs.
 
@@ -292,4 +331,5 @@ def check_algorithm(
         >>> make = lambda problem, gossip, steps, sample: bx.decentralized.dsoba(problem, gossip, steps, sample)
         >>> testing.check_algorithm(make, contracts=[testing.algorithm.state_keeps_its_form])
     """
-    hold_all(contracts, getattr(make, "__name__", repr(make)), AlgorithmSubject(make, calls, topology))
+    subject = AlgorithmSubject(make, calls, topology, counted)
+    hold_all(contracts, name_of(make), subject, subject.made)

@@ -1,9 +1,14 @@
 """What a contract is: a name, a check that raises, and what to do then."""
 
+import dataclasses
+import functools
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
+
+from bilevax import checks
 
 
 class ContractError(AssertionError):
@@ -77,19 +82,43 @@ def contract(remedy: str, applies: Callable[..., bool] = lambda *subject: True) 
     return lambda check: Contract(check.__name__, check, remedy, applies)
 
 
-def hold_all(contracts: Iterable[Contract], what: str, *subject: Any) -> None:
+def hold_all(contracts: Iterable[Contract], what: str, subject: Any, make: Callable[[], Any] | None = None) -> None:
     """Checks in double precision, one after the other, all contracts that apply.
+
+    `make()` makes of the subject what its contracts are about: what it raises is no broken contract, and goes through.
 
     Raises:
       ContractError: at the first one that is broken.
+      ValueError: if there are no contracts, or some that are not about such a subject; or by `make`.
     """
+    asked = list(contracts)
+    about(asked, subject)
     with jax.enable_x64(True):
-        for one in contracts:
-            if one.applies(*subject):
-                one.hold(what, *subject)
+        if make is not None:
+            make()
+        for one in asked:
+            if one.applies(subject):
+                one.hold(what, subject)
+
+
+def about(contracts: list[Contract], subject: Any) -> None:
+    """Raises ValueError unless there are contracts, and all of them are about subjects of this kind."""
+    fix = "Leave contracts out for all of them, or pick some of the CONTRACTS of the module of this check."
+    if not contracts:
+        raise ValueError(f"contracts must hold at least one Contract; got none, which would let anything pass. {fix}")
+    for i, one in enumerate(contracts):
+        checks.instance(
+            f"contracts[{i}]", one, Contract, f"{fix} Decorate one of your own with testing.contract(remedy)."
+        )
+        parameters = list(inspect.signature(one.check).parameters.values())
+        kind = parameters[0].annotation if len(parameters) == 1 else None
+        if len(parameters) != 1 or (dataclasses.is_dataclass(kind) and not isinstance(subject, kind)):  # type: ignore[arg-type]
+            meant, takes = type(subject).__name__, ", ".join(str(one) for one in parameters)
+            raise ValueError(f"contracts must be about {checks.article(meant)}; got {one.name}({takes}). {fix}")
 
 
 def name_of(made_by: Any) -> str:
     """What a message calls a method."""
-    kind = type(made_by).__name__
-    return getattr(made_by, "__qualname__", f"{'an' if kind[0] in 'AEIO' else 'a'} {kind}")
+    while isinstance(made_by, functools.partial):
+        made_by = made_by.func
+    return getattr(made_by, "__qualname__", checks.article(type(made_by).__name__))

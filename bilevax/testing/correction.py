@@ -13,10 +13,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bilevax import checks
 from bilevax.decentralized.correction_type import Correction, Move
 from bilevax.decentralized.gossip import Gossip
-from bilevax.testing.contract import Contract, contract, hold_all
-from bilevax.testing.placement import DIRECTED, LAZY_RING, N, directed, equal, form, on_one_device, on_two_parts
+from bilevax.testing.contract import Contract, contract, hold_all, name_of
+from bilevax.testing.placement import (
+    DIRECTED,
+    LAZY_RING,
+    N,
+    directed,
+    equal,
+    form,
+    of_four_agents,
+    on_one_device,
+    on_two_parts,
+)
 from bilevax.testing.trees import truth
 
 KEY = jax.random.key(0)
@@ -43,6 +54,12 @@ class CorrectionSubject:
     correction: Correction
     topology: Any = LAZY_RING
     unbiased: bool = True
+
+    def __post_init__(self) -> None:
+        """Raises ValueError unless it is a Correction on graphs of four agents."""
+        fix = "Pass the value that a constructor returns, such as bx.correction.tracking()."
+        checks.instance("correction", self.correction, Correction, fix)
+        of_four_agents(self.topology)
 
     @functools.cached_property
     def path(self) -> Any:
@@ -219,6 +236,8 @@ def check_correction(
 
     Raises:
       ContractError: naming the contract that it breaks, what was seen, and what to do.
+      ValueError: if correction is none, a graph has other than four agents, topologies or contracts are empty, or
+        contracts are those of something else.
 
     Cost: four programs for each graph.
 
@@ -228,5 +247,7 @@ def check_correction(
         >>> form = testing.correction.state_keeps_its_form
         >>> testing.check_correction(bx.correction.tracking(), contracts=[form])
     """
+    if not topologies:
+        raise ValueError("topologies must hold at least one graph; got none. Leave them out for two that are given.")
     for topology in topologies:
-        hold_all(contracts, "the correction", CorrectionSubject(correction, topology, unbiased))
+        hold_all(contracts, name_of(correction), CorrectionSubject(correction, topology, unbiased))

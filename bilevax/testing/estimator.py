@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bilevax import checks
 from bilevax.decentralized.estimator import Estimator, Oracle
 from bilevax.decentralized.gossip import gossip
 from bilevax.decentralized.levels import Levels
 from bilevax.problem import Batch
-from bilevax.testing.contract import Contract, contract, hold_all
+from bilevax.testing.contract import Contract, contract, hold_all, name_of
 from bilevax.testing.placement import LAZY_RING, N, equal, form
 from bilevax.testing.trees import truth
 
@@ -105,6 +106,11 @@ class EstimatorSubject:
     """
 
     estimator: Estimator
+
+    def __post_init__(self) -> None:
+        """Raises ValueError unless it is an Estimator."""
+        fix = "Pass the value that a constructor returns, such as bx.estimator.full()."
+        checks.instance("estimator", self.estimator, Estimator, fix)
 
     @functools.cached_property
     def run(self) -> Callable:
@@ -286,6 +292,7 @@ def check_estimator(estimator: Estimator, contracts: Sequence[Contract] = CONTRA
 
     Raises:
       ContractError: naming the contract that it breaks, what was seen, and what to do.
+      ValueError: if estimator is none; or contracts are none, or those of something else.
 
     Cost: three programs.
 
@@ -294,4 +301,4 @@ def check_estimator(estimator: Estimator, contracts: Sequence[Contract] = CONTRA
         >>> from bilevax import testing
         >>> testing.check_estimator(bx.estimator.full(), contracts=[testing.estimator.state_keeps_its_form])
     """
-    hold_all(contracts, "the estimator", EstimatorSubject(estimator))
+    hold_all(contracts, name_of(estimator), EstimatorSubject(estimator))

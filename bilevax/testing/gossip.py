@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bilevax import checks
 from bilevax.decentralized.gossip import Gossip, message_bytes
 from bilevax.decentralized.topology import Topology
-from bilevax.testing.contract import Contract, contract, hold_all
+from bilevax.testing.contract import Contract, contract, hold_all, name_of
 from bilevax.testing.placement import directed, form, in_turn
 from bilevax.testing.trees import truth
 
@@ -43,6 +44,10 @@ class GossipSubject:
     gossip: Gossip
     compressed: bool = False
     shrinks: float = 0.8
+
+    def __post_init__(self) -> None:
+        """Raises ValueError unless it is a Gossip."""
+        checks.instance("gossip", self.gossip, Gossip, "Make one of a graph, bx.gossip(topology).")
 
     @functools.cached_property
     def message(self) -> dict:
@@ -206,6 +211,7 @@ def check_gossip(
 
     Raises:
       ContractError: naming the contract that it breaks, what was seen, and what to do.
+      ValueError: if gossip is none; or contracts are none, or those of something else.
 
     Cost: two programs.
 
@@ -214,4 +220,4 @@ def check_gossip(
         >>> from bilevax import testing
         >>> testing.check_gossip(bx.gossip(bx.topology.ring(4)), contracts=[testing.gossip.mean_is_kept])
     """
-    hold_all(contracts, "the gossip", GossipSubject(gossip, compressed, shrinks))
+    hold_all(contracts, name_of(gossip), GossipSubject(gossip, compressed, shrinks))

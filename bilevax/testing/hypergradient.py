@@ -71,6 +71,10 @@ class HypergradientSubject:
     uncounted: Callable[[HypergradientInfo], Calls] = no_more
     make_solver: Callable[..., InnerSolver] | None = None
 
+    def __post_init__(self) -> None:
+        """Raises ValueError unless make can be called."""
+        checks.function("make", self.make, "problem", "optimizer", "sample")
+
     def at(self, problem: BilevelProblem, rate: chex.Numeric = RATE, sample: Sample = full) -> Hypergradient:
         """The estimator of this problem with plain gradient steps."""
         made = self.make(problem, optax.sgd(rate), sample)
@@ -434,6 +438,8 @@ def check_hypergradient(make: Make, contracts: Sequence[Contract] = CONTRACTS, *
 
     Raises:
       ContractError: with the name of the first contract that is broken, what was seen, and what to do.
+      ValueError: if make takes other arguments, or returns no Hypergradient; or contracts are none, or those of
+        something else.
       TypeError: if there is no such property.
 
     Cost: some ten compiled programs, and about a hundred tiny ones for the comparison with an eager call.
@@ -447,4 +453,5 @@ def check_hypergradient(make: Make, contracts: Sequence[Contract] = CONTRACTS, *
         Traceback (most recent call last):
         bilevax.testing.contract.ContractError: mine breaks the contract `exact_at_the_solution`.
     """
-    hold_all(contracts, name_of(make), HypergradientSubject(make, **declared))
+    subject = HypergradientSubject(make, **declared)
+    hold_all(contracts, name_of(make), subject, lambda: subject.at(ground.PROBLEM))

@@ -59,6 +59,25 @@ class IHVPSubject:
     counted: bool = True
     structured: bool = False
 
+    def __post_init__(self) -> None:
+        """Raises ValueError unless it is a value without a number, or a constructor with one."""
+        if isinstance(self.ihvp, IHVP):
+            if self.number is not None:
+                raise ValueError(
+                    f"number must be left out with an IHVP, which has its own; got {self.number!r:.80}. Pass the "
+                    f"constructor ihvp(number, sample) in place of the IHVP, or leave number out."
+                )
+            return
+        if not callable(self.ihvp):
+            fix = "Or pass a constructor ihvp(number, sample), and number."
+            checks.instance("ihvp", self.ihvp, IHVP, fix)
+        checks.function("ihvp", self.ihvp, "number", "sample")
+        if self.number is None:
+            raise ValueError(
+                "number must be given with a constructor ihvp(number, sample); got None. Pass the number with which it "
+                "inverts H = 2 I, such as the step size number=0.5 or the damping number=0.0; or pass an IHVP."
+            )
+
     @property
     def constructed(self) -> bool:
         """Whether it is made of a number and a sampler."""
@@ -360,6 +379,8 @@ def check_ihvp(ihvp: IHVP | MakeIHVP, contracts: Sequence[Contract] = CONTRACTS,
 
     Raises:
       ContractError: with the name of the first contract that is broken, what was seen, and what to do.
+      ValueError: if ihvp is neither of these, a constructor has no `number`, or returns no IHVP; an IHVP has one; or
+        contracts are none, or those of something else.
       TypeError: if there is no such property.
 
     Cost: some eight compiled programs.
@@ -371,4 +392,5 @@ def check_ihvp(ihvp: IHVP | MakeIHVP, contracts: Sequence[Contract] = CONTRACTS,
         Traceback (most recent call last):
         bilevax.testing.contract.ContractError: an IHVP breaks the contract `inverts_twice_the_identity`.
     """
-    hold_all(contracts, name_of(ihvp), IHVPSubject(ihvp, **declared))
+    subject = IHVPSubject(ihvp, **declared)
+    hold_all(contracts, name_of(ihvp), subject, subject.make)

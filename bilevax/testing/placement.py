@@ -7,7 +7,7 @@ import chex
 import jax
 import numpy as np
 
-from bilevax import parallel
+from bilevax import checks, parallel
 from bilevax.decentralized import topology as graphs
 from bilevax.decentralized.gossip import Gossip, gossip, push_sum
 from bilevax.parallel.agents import gossip_along
@@ -20,6 +20,14 @@ DIRECTED = graphs.from_matrix(np.array([[0.5, 0, 0, 0.5], [0.5, 0.5, 0, 0], [0, 
 def on_one_device(topology: Any) -> Gossip:
     """The gossip over a graph or several in turn; of directed ones push-sum."""
     return (push_sum if directed(topology) else gossip)(topology)
+
+
+def of_four_agents(topology: Any) -> None:
+    """Raises ValueError unless it is a graph of four agents, or several."""
+    for one in in_turn(topology) if isinstance(topology, (tuple, list)) else [topology]:
+        checks.instance("topology", one, graphs.Topology, f"Pass, say, bx.topology.ring({N}).")
+        if one.n != N:
+            raise ValueError(f"topology must have {N} agents; got {one!r}. Pass, say, bx.topology.ring({N}).")
 
 
 def in_turn(topology: Any) -> list[graphs.Topology]:

@@ -33,7 +33,7 @@ def solver_subject(make: MakeSolver, **declared: Any) -> HypergradientSubject:
 
     Raises:
       TypeError: if there is no such property.
-      ValueError: when it is used, if `make` returns no `InnerSolver`.
+      ValueError: if `make` takes other arguments; when it is used, if it returns no `InnerSolver`.
 
     Cost: none before a contract asks for a program.
 
@@ -44,14 +44,18 @@ def solver_subject(make: MakeSolver, **declared: Any) -> HypergradientSubject:
         >>> testing.solver_subject(make, steps=4).steps
         4
     """
+    checks.function("make", make, "inner_loss", "optimizer", "sample")
 
-    def make_hypergradient(problem: BilevelProblem, optimizer: Any, sample: Sample) -> Hypergradient:
-        solver = make(problem.inner_loss, optimizer, sample)
+    def make_solver(*arguments: Any) -> InnerSolver:
+        solver = make(*arguments)
         fix = "Return InnerSolver(init, start, forward, backward)."
         checks.instance("make(inner_loss, optimizer, sample)", solver, InnerSolver, fix)
-        return hypergradient(problem.outer_loss, solver)
+        return solver
 
-    return HypergradientSubject(make_hypergradient, **declared, make_solver=make)
+    def make_hypergradient(problem: BilevelProblem, optimizer: Any, sample: Sample) -> Hypergradient:
+        return hypergradient(problem.outer_loss, make_solver(problem.inner_loss, optimizer, sample))
+
+    return HypergradientSubject(make_hypergradient, **declared, make_solver=make_solver)
 
 
 @contract("Return (z_T, residual, state) from forward and ((x_bar, z0_bar), state, SolverInfo) from backward.")
@@ -128,6 +132,8 @@ def check_solver(make: MakeSolver, contracts: Sequence[Contract] = CONTRACTS, **
 
     Raises:
       ContractError: with the name of the first contract that is broken, what was seen, and what to do.
+      ValueError: if make takes other arguments, or returns no InnerSolver; or contracts are none, or those of
+        something else.
       TypeError: if there is no such property.
 
     Cost: some ten compiled programs, and about a hundred tiny ones for the comparison with an eager call.
@@ -141,4 +147,5 @@ def check_solver(make: MakeSolver, contracts: Sequence[Contract] = CONTRACTS, **
         Traceback (most recent call last):
         bilevax.testing.contract.ContractError: mine breaks the contract `y_is_that_of_a_loop_by_hand`.
     """
-    hold_all(contracts, name_of(make), solver_subject(make, **declared))
+    subject = solver_subject(make, **declared)
+    hold_all(contracts, name_of(make), subject, lambda: subject.at(ground.PROBLEM))
