@@ -274,7 +274,7 @@ def test_a_method_with_branches_passes_if_it_says_so():
     """Once in three iterations the full directions, else two on a sample: the program has both branches."""
 
     def branches(problem, gossip, steps, sample):
-        return bx.decentralized.single_loop(problem, gossip, steps, bx.estimator.spider(3, sample))
+        return bx.decentralized.single_loop(problem, gossip, steps, bx.estimator.spider(3, sample), heavy_tracking())
 
     compiled = [testing.algorithm.calls_are_those_of_the_compiled_program]
     calls = testing.algorithm.calls_are_those_declared

@@ -107,14 +107,13 @@ def about(contracts: list[Contract], subject: Any) -> None:
     if not contracts:
         raise ValueError(f"contracts must hold at least one Contract; got none, which would let anything pass. {fix}")
     for i, one in enumerate(contracts):
-        checks.instance(
-            f"contracts[{i}]", one, Contract, f"{fix} Decorate one of your own with testing.contract(remedy)."
-        )
-        parameters = list(inspect.signature(one.check).parameters.values())
-        kind = parameters[0].annotation if len(parameters) == 1 else None
-        if len(parameters) != 1 or (dataclasses.is_dataclass(kind) and not isinstance(subject, kind)):  # type: ignore[arg-type]
-            meant, takes = type(subject).__name__, ", ".join(str(one) for one in parameters)
-            raise ValueError(f"contracts must be about {checks.article(meant)}; got {one.name}({takes}). {fix}")
+        decorate = "Decorate one of your own with testing.contract(remedy)."
+        checks.instance(f"contracts[{i}]", one, Contract, f"{fix} {decorate}")
+        required = [p for p in inspect.signature(one.check).parameters.values() if p.default is p.empty]
+        kind: Any = required[0].annotation if len(required) == 1 else None
+        if len(required) != 1 or (dataclasses.is_dataclass(kind) and not isinstance(subject, kind)):
+            meant, takes = checks.article(type(subject).__name__), ", ".join(map(str, required))
+            raise ValueError(f"contracts must be about {meant}; got {one.name}({takes}). {fix}")
 
 
 def name_of(made_by: Any) -> str:
