@@ -304,6 +304,9 @@ def check_algorithm(
 ) -> None:
     """Checks what every decentralized method keeps: its form, its reports, its placement, and what it says it costs.
 
+    The contract `calls_are_those_of_the_compiled_program` is left out with JAX before 0.10, which prints
+    its programs in another form.
+
     Args:
       make: `make(problem, gossip, step_sizes, sample) -> Algorithm`, the method over whatever it is given;
         `step_sizes` are `Levels` and `sample` is a sampler of one agent's data; ignore what the method does not take.

@@ -111,7 +111,8 @@ def about(contracts: list[Contract], subject: Any) -> None:
         checks.instance(f"contracts[{i}]", one, Contract, f"{fix} {decorate}")
         required = [p for p in inspect.signature(one.check).parameters.values() if p.default is p.empty]
         kind: Any = required[0].annotation if len(required) == 1 else None
-        if len(required) != 1 or (dataclasses.is_dataclass(kind) and not isinstance(subject, kind)):
+        kind = kind if dataclasses.is_dataclass(kind) else object
+        if len(required) != 1 or not isinstance(subject, kind):
             meant, takes = checks.article(type(subject).__name__), ", ".join(map(str, required))
             raise ValueError(f"contracts must be about {meant}; got {one.name}({takes}). {fix}")
 

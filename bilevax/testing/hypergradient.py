@@ -428,6 +428,9 @@ CONTRACTS: tuple[Contract, ...] = (
 def check_hypergradient(make: Make, contracts: Sequence[Contract] = CONTRACTS, **declared: Any) -> None:
     """Holds an estimator of hypergradients to the contracts that all of them keep.
 
+    The contract `declared_calls_are_compiled_calls` is left out with JAX before 0.10, which prints
+    its programs in another form.
+
     Args:
       make: `make(problem, optimizer, sample) -> Hypergradient`; it may leave optimizer and sampler aside.
       contracts: those to be checked, of `bilevax.testing.hypergradient.CONTRACTS`.

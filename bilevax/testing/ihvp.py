@@ -368,6 +368,9 @@ CONTRACTS: tuple[Contract, ...] = (
 def check_ihvp(ihvp: IHVP | MakeIHVP, contracts: Sequence[Contract] = CONTRACTS, **declared: Any) -> None:
     """Holds an inverse-Hessian-vector product to the contracts that all of them keep.
 
+    The contract `declared_calls_are_compiled_calls` is left out with JAX before 0.10, which prints
+    its programs in another form.
+
     Args:
       ihvp: an `IHVP`; or a constructor `ihvp(number, sample) -> IHVP` of its one number (a step size, a scale, a
         damping) and its sampler, for the contracts of traced numbers and of draws as well.

@@ -122,6 +122,9 @@ CONTRACTS: tuple[Contract, ...] = (
 def check_solver(make: MakeSolver, contracts: Sequence[Contract] = CONTRACTS, **declared: Any) -> None:
     """Holds an inner solver to the contracts of solvers, and to those of the estimators that are made of it.
 
+    The contract `declared_calls_are_compiled_calls` is left out with JAX before 0.10, which prints
+    its programs in another form.
+
     Args:
       make: `make(inner_loss, optimizer, sample) -> InnerSolver`; it may leave optimizer and sampler aside.
       contracts: those to be checked, of `bilevax.testing.solver.CONTRACTS`.
