@@ -66,8 +66,8 @@ def module_of(task: str) -> str:
 
 
 def takes_plugin(config: type[Any]) -> bool:
-    """Whether a job has the option."""
-    return bool({"common", "plugin"} & {field.name for field in dataclasses.fields(config)})
+    """Whether a job has the option, of its own or among the common ones."""
+    return any(field.name == "plugin" or hasattr(field.default, "plugin") for field in dataclasses.fields(config))
 
 
 def install(extra: str) -> str:

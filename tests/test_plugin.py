@@ -281,20 +281,19 @@ def test_a_file_or_module_that_is_not_there_is_refused(capsys):
     assert "a module that can be imported; got no.module." in refused(["unrolling", "--plugin", "no.module"], capsys)
 
 
-@pytest.mark.parametrize("job", ["decentralized-curvature", "pde"])
-def test_a_job_with_rows_of_another_kind_says_so(job, plugin, capsys):
-    said = refused([job, "--plugin", plugin(METHODS)], capsys)
-    assert "plugin is for jobs that compare hypergradients or algorithms as such" in said
-    assert "Drop --plugin." in said
+WITHOUT_ROWS = ("skipping", "peers", "pde", "decentralized-speed-up", "decentralized-papers", "decentralized-curvature")
 
 
-@pytest.mark.parametrize("job", ["skipping", "peers", "decentralized-speed-up", "decentralized-papers"])
-def test_a_job_without_rows_says_so(job, capsys):
+@pytest.mark.parametrize("job", WITHOUT_ROWS)
+def test_a_job_without_rows_says_so_and_does_not_offer_the_option(job, capsys):
     assert main([job, "--plugin=my_methods.py"]) == 1
     assert (
         capsys.readouterr().err
         == f"{job} has no rows that a plugin could add to. Drop --plugin, or name another job.\n"
     )
+    with pytest.raises(SystemExit):
+        main([job, "--help"])
+    assert "--plugin" not in capsys.readouterr().out
 
 
 def test_a_name_that_is_no_row_is_refused_with_those_of_the_plugin(plugin, capsys):
@@ -353,9 +352,9 @@ def test_a_function_that_cannot_be_called_as_those_of_its_kind_is_refused(kind, 
 
 def test_all_rows_of_a_plugin_run_unless_some_are_named(plugin):
     path = plugin(METHODS)
-    options = single_machine.Options(("cg",), plugin=path)
+    options = hypergradients.Options(("cg",), plugin=path)
     assert [own.name for own in options.chosen([], lambda own: own)] == ["my-identity", "my-reverse", "my-penalty"]
-    named = single_machine.Options(("cg", "my-reverse"), plugin=path)
+    named = hypergradients.Options(("cg", "my-reverse"), plugin=path)
     assert [own.name for own in named.chosen([], lambda own: own)] == ["my-reverse"]
 
 

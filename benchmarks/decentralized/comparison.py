@@ -21,11 +21,12 @@ from benchmarks.decentralized.placement import gossip, place
 from benchmarks.decentralized.rows import CAPTION as METHODS
 from benchmarks.decentralized.rows import personal_rows, rows
 from benchmarks.decentralized.running import before, compiled, evaluate, tuned
+from benchmarks.harness import runner
 from benchmarks.harness.errors import DataError
 from benchmarks.harness.loop import drive
 from benchmarks.harness.plugin import DECENTRALIZED
 from benchmarks.harness.report import COSTS, Columns, Run
-from benchmarks.harness.runner import Advance, Options, Task, perform
+from benchmarks.harness.runner import Advance, Task, perform
 
 CHECKPOINTS, QUICK_CHECKPOINTS = 20, 12
 TUNED = 2  # seeds that step sizes are chosen on, where there are so many
@@ -93,6 +94,12 @@ class Place(NamedTuple):
     budget: float | None = None  # seconds in place of the option: several hosts must not stop at different iterations
 
 
+class Options(runner.Options):
+    """The options of a decentralized task, with rows that are algorithms of agents."""
+
+    kind = DECENTRALIZED
+
+
 def defaults(methods: Sequence[str]) -> Options:
     """The options of a decentralized task."""
     return Options(tuple(methods), budget=BUDGET)
@@ -127,7 +134,7 @@ def runs(
         placed = place(_on(row, first, steps), topology, where.devices, where.by)
         chosen_here = {
             **job.configuration,
-            **options.origin(row.name, DECENTRALIZED),
+            **options.origin(row.name),
             **{name: getattr(agents, name) for name in ("agents", "topology", "lower_topology", "coins")},
             "batch_size": row.batch_size,
             "outer_steps": number * size,
@@ -174,7 +181,7 @@ def selected(everything: Sequence[Row], options: Options, network: Network, agen
     """
     topologies = agents.topologies(options.seed)
     plugged = functools.partial(foreign, network=network, topologies=topologies, size=agents.batch_size)
-    wanted = options.chosen(everything, plugged, DECENTRALIZED)
+    wanted = options.chosen(everything, plugged)
     refused = {row.name: why for row in wanted if (why := refusal(row, network, topologies))}
     reasons = "; ".join(f"{name}: {why}" for name, why in refused.items())
     if len(refused) == len(wanted):

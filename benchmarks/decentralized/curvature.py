@@ -30,7 +30,7 @@ from benchmarks.harness.clock import timed
 from benchmarks.harness.grid import choice
 from benchmarks.harness.loop import Outcome
 from benchmarks.harness.report import Columns, Run
-from benchmarks.harness.runner import Advance, Options, Task, perform
+from benchmarks.harness.runner import Advance, Common, Task, perform
 from benchmarks.harness.style import COLOURS
 
 TASK = "decentralized_curvature"
@@ -77,7 +77,7 @@ ROWS = (
     Row("kfac", lambda size: (KFAC(size), KFAC(size)), (0.3, 1.0, 3.0), SHARES),
     Row("ekfac", lambda size: (EKFAC(size), EKFAC(size)), (0.3, 1.0, 3.0), SHARES),
 )
-DEFAULTS = Options(tuple(row.name for row in ROWS))
+DEFAULTS = Common(tuple(row.name for row in ROWS))
 
 
 def penalized() -> bx.BilevelProblem:
@@ -146,12 +146,12 @@ class Config:
     """Graph; see decentralized-hyper-cleaning."""
     partition: str = "dirichlet:1"
     """How images are divided; see decentralized-hyper-cleaning."""
-    common: tyro.conf.OmitArgPrefixes[Options] = DEFAULTS
+    common: tyro.conf.OmitArgPrefixes[Common] = DEFAULTS
     """Options of every task."""
 
     def __post_init__(self) -> None:
         """Refuses what cannot be run."""
-        self.common.check_methods([row.name for row in ROWS], kind=None)
+        self.common.check_methods([row.name for row in ROWS])
         if self.agents < 1:
             raise ValueError(f"agents must be an int >= 1; got {self.agents}. Pass, say, --agents 8.")
         parsed("partition", self.partition, PARTITIONS)

@@ -21,14 +21,12 @@ import tyro
 
 import bilevax as bx
 from benchmarks.decentralized.choices import Agents, changed
-from benchmarks.decentralized.comparison import Job, compare, defaults
+from benchmarks.decentralized.comparison import Job, Options, compare, defaults
 from benchmarks.decentralized.figure import Panel
 from benchmarks.decentralized.markov import Chain, draw, evaluation, successors
 from benchmarks.decentralized.network import Network
 from benchmarks.decentralized.rows import names
-from benchmarks.harness.plugin import DECENTRALIZED
 from benchmarks.harness.report import Columns
-from benchmarks.harness.runner import Options
 
 TASK = "decentralized_policy_evaluation"
 DISCOUNT = 0.9
@@ -117,7 +115,7 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuses what cannot be run."""
-        self.common.check_methods(names(), DECENTRALIZED)
+        self.common.check_methods(names())
         if self.features < 1:
             raise ValueError(f"features must be an int >= 1; got {self.features}. Pass, say, --features 10.")
         if self.states <= self.features:

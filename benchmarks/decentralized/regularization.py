@@ -24,7 +24,7 @@ import tyro
 
 import bilevax as bx
 from benchmarks.decentralized.choices import PARTITIONS, Agents, changed, parsed
-from benchmarks.decentralized.comparison import Job, compare, defaults
+from benchmarks.decentralized.comparison import Job, Options, compare, defaults
 from benchmarks.decentralized.figure import GRADIENT
 from benchmarks.decentralized.network import Network, by_weight
 from benchmarks.decentralized.penalties import (
@@ -39,9 +39,7 @@ from benchmarks.decentralized.penalties import (
     synthetic,
 )
 from benchmarks.decentralized.rows import names
-from benchmarks.harness.plugin import DECENTRALIZED
 from benchmarks.harness.report import Columns
-from benchmarks.harness.runner import Options
 
 TASK = "decentralized_regularization"
 INNER_GRID = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)  # over the curvature L of the mean inner loss
@@ -150,7 +148,7 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuses what cannot be run."""
-        self.common.check_methods(names(), DECENTRALIZED)
+        self.common.check_methods(names())
         parsed("partition", self.division, PARTITIONS)
         drawn = self.data == "synthetic"
         if drawn and self.partition is not None:

@@ -265,24 +265,19 @@ def functions(plugin: str | None, kind: str) -> Mapping[str, Function]:
     return load(plugin).get(kind, {}) if plugin else {}
 
 
-def checked(plugin: str | None, kind: str | None, names: Sequence[str]) -> Sequence[str]:
+def checked(plugin: str | None, kind: str, names: Sequence[str]) -> Sequence[str]:
     """The names of a plugin's rows for a job.
 
     Args:
       plugin: what `load` takes; None where there is none.
-      kind: of the rows of the job; None where they are of no such kind.
+      kind: of the rows of the job.
       names: of its own rows.
 
     Raises:
-      ValueError: if the job has no such rows, the plugin none for it, or one whose name is taken.
+      ValueError: if the plugin has no rows for the job, or one whose name is taken.
     """
     if plugin is None:
         return ()
-    if kind is None:
-        raise ValueError(
-            f"plugin is for jobs that compare hypergradients or algorithms as such, and this one compares "
-            f"{', '.join(names)}; got {plugin}. Drop --plugin."
-        )
     found = load(plugin)
     if not found.get(kind):
         raise ValueError(

@@ -5,7 +5,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import chex
 import jax
@@ -30,15 +30,11 @@ Advance = Callable[[int], None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Common:
     """The options of every task."""
 
     methods: tuple[str, ...]
     """Methods to compare. Anchors, where a task has them, always run."""
-    plugin: str | None = None
-    """A Python file of yours, which is executed, or an importable module: its rows are compared as well, all of them
-    unless --methods names some. They are functions, in dicts HYPERGRADIENTS, ALGORITHMS (of one machine) and
-    DECENTRALIZED; see docs/testing.md."""
     outer_steps: int | None = None
     """Outer steps of each run; by default as many as suit the data."""
     budget: float = 12.0
@@ -72,40 +68,61 @@ class Options:
         """From the first to the last."""
         return range(self.seed, self.seed + self.seeds)
 
-    def chosen(
-        self, rows: Iterable[Any], foreign: Callable[[Function], Any] | None = None, kind: str = HYPERGRADIENTS
-    ) -> list[Any]:
+    @property
+    def functions(self) -> Mapping[str, Function]:
+        """Of a plugin, that make rows of this job, by their names."""
+        return {}
+
+    def chosen(self, rows: Iterable[Any], foreign: Callable[[Function], Any] | None = None) -> list[Any]:
         """The rows that are to be compared.
 
         Args:
           rows: of the job; those whose names are wanted.
-          foreign: makes a row of a function of the plugin, of those of this kind that are named, or else of all.
-          kind: of the rows.
+          foreign: makes a row of a function of the plugin, of those that are named, or else of all.
         """
         own = [row for row in rows if row.name in self.methods]
         if foreign is None:
             return own
-        functions = plugin.functions(self.plugin, kind)
-        named = [function for name, function in functions.items() if name in self.methods]
-        return [*own, *map(foreign, named or functions.values())]
+        named = [function for name, function in self.functions.items() if name in self.methods]
+        return [*own, *map(foreign, named or self.functions.values())]
 
-    def origin(self, name: str, kind: str = HYPERGRADIENTS) -> dict[str, str]:
+    def origin(self, name: str) -> dict[str, str]:
         """For the JSON files: where a row came from, if it is one of the plugin."""
-        return {"plugin": str(self.plugin)} if name in plugin.functions(self.plugin, kind) else {}
+        return {"plugin": self.functions[name].file} if name in self.functions else {}
 
-    def rehearse(self, name: str, program: Callable[..., Any], *arguments: Any, kind: str = HYPERGRADIENTS) -> None:
+    def rehearse(self, name: str, program: Callable[..., Any], *arguments: Any) -> None:
         """Traces a program of a row of the plugin: what is wrong with it is said before anything runs."""
-        if function := plugin.functions(self.plugin, kind).get(name):
-            function.traced(program, *arguments)
+        if name in self.functions:
+            self.functions[name].traced(program, *arguments)
 
-    def check_methods(self, names: Sequence[str], kind: str | None = HYPERGRADIENTS) -> None:
-        """Refuses methods that are not among the names, and a plugin without rows of this kind (None: no kind)."""
-        names = [*names, *plugin.checked(self.plugin, kind, names)]
+    def check_methods(self, names: Sequence[str]) -> None:
+        """Refuses methods that are not among the names."""
         if not self.methods or not {*self.methods} <= {*names}:
             raise ValueError(
                 f"methods must be some of {', '.join(names)}; got {' '.join(self.methods) or 'none'}. "
                 f"Pass, say, --methods {names[0]}."
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(Common):
+    """The options of a task with rows that a plugin can add to."""
+
+    plugin: str | None = None
+    """A Python file of yours, which is executed, or an importable module: its rows are compared as well, all of them
+    unless --methods names some. They are functions, in dicts HYPERGRADIENTS, ALGORITHMS (of one machine) and
+    DECENTRALIZED; see docs/testing.md."""
+    kind: ClassVar[str] = HYPERGRADIENTS
+    """Of the rows, for all options of this class."""
+
+    @property
+    def functions(self) -> Mapping[str, Function]:
+        """Of the plugin, that make rows of this job, by their names."""
+        return plugin.functions(self.plugin, self.kind)
+
+    def check_methods(self, names: Sequence[str]) -> None:
+        """Refuses methods that are not among the names and those of the plugin, and a plugin without rows for this."""
+        super().check_methods([*names, *plugin.checked(self.plugin, self.kind, names)])
 
 
 class Task(NamedTuple):
@@ -137,7 +154,7 @@ class Task(NamedTuple):
     settle: Callable[[Sequence[Run]], Sequence[Run]] = lambda runs: runs
 
 
-def collect(task: Task, options: Options, folder: Folder, console: Console) -> list[Run]:
+def collect(task: Task, options: Common, folder: Folder, console: Console) -> list[Run]:
     """Takes the runs as they finish and writes each to the folder; Ctrl-C drops the one that it hits."""
     names = [f"{method}, seed {seed}" for method in task.methods for seed in options.all_seeds]
     finished: list[Run] = []
@@ -169,7 +186,7 @@ def settled(task: Task, runs: Sequence[Run], folder: Folder) -> list[Run]:
     return after
 
 
-def perform(task: Task, options: Options, config: Any) -> int:
+def perform(task: Task, options: Common, config: Any) -> int:
     """Runs everything, prints the table and writes the files; returns the exit code.
 
     Args:
@@ -178,7 +195,8 @@ def perform(task: Task, options: Options, config: Any) -> int:
       config: all options of the job, of which `options` are a part: runs of others are not in the same folder.
     """
     if taken := [name for name in task.anchors if [*task.methods].count(name) > 1]:
-        raise DataError(f"{options.plugin} has a row {taken[0]}, and so has this job, as an anchor. Rename yours.")
+        file = options.functions[taken[0]].file
+        raise DataError(f"{file} has a row {taken[0]}, and so has this job, as an anchor. Rename yours.")
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     seeds, folder = options.all_seeds, prepared(config, task.folder, console)
     finished = settled(task, collect(task, options, folder, console), folder)
@@ -231,7 +249,7 @@ def rehearsal(method: Method, x: chex.ArrayTree, y: chex.ArrayTree, batch: Any) 
 
 
 def outer_loops(
-    task: str, methods: Sequence[Method], load: Callable[[int], Any], steps: int, options: Options, advance: Advance
+    task: str, methods: Sequence[Method], load: Callable[[int], Any], steps: int, options: Common, advance: Advance
 ) -> Iterator[Run]:
     """Runs each method on the data of each seed; each program is compiled once, or again where shapes differ.
 

@@ -26,12 +26,12 @@ import tyro
 from matplotlib.figure import Figure
 
 import bilevax as bx
-from benchmarks.harness import timing
+from benchmarks.harness import runner, timing
 from benchmarks.harness.clock import Spent, timed
 from benchmarks.harness.loop import Outcome
 from benchmarks.harness.plugin import ALGORITHMS, Function
 from benchmarks.harness.report import COSTS, Run
-from benchmarks.harness.runner import Advance, Options, Task, perform
+from benchmarks.harness.runner import Advance, Task, perform
 from benchmarks.harness.style import STYLE, curves
 from benchmarks.tasks.logistic import Rows, exact
 from benchmarks.tasks.regularization import SETTINGS
@@ -292,12 +292,18 @@ def rehearsal(row: Row, batch: bx.Batch) -> Any:
     )
 
 
+class Options(runner.Options):
+    """The options, with rows that are algorithms of one machine."""
+
+    kind = ALGORITHMS
+
+
 def runs(name: str, rows: Sequence[Row], iterations: int, options: Options, advance: Advance) -> Iterator[Run]:
     """Each method on each seed, in order."""
     datasets = {seed: load(name, seed) for seed in options.all_seeds}
-    origins = {row.name: options.origin(row.name, ALGORITHMS) for row in rows}
+    origins = {row.name: options.origin(row.name) for row in rows}
     for row in rows:
-        options.rehearse(row.name, functools.partial(rehearsal, row), datasets[options.seed].batch, kind=ALGORITHMS)
+        options.rehearse(row.name, functools.partial(rehearsal, row), datasets[options.seed].batch)
     for row in rows:
         for seed, data in datasets.items():
             outcome = drive(row, data, seed, iterations, options.budget, advance)
@@ -348,13 +354,13 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuses what cannot be run."""
-        self.common.check_methods([row.name for row in METHODS], ALGORITHMS)
+        self.common.check_methods([row.name for row in METHODS])
 
     def run(self) -> int:
         """Runs everything in float32, prints the table and writes the files; returns the exit code."""
         wanted = self.common.outer_steps or ITERATIONS
         iterations = min(wanted, QUICK_ITERATIONS) if self.common.quick else wanted
-        rows = self.common.chosen(METHODS, foreign, ALGORITHMS)
+        rows = self.common.chosen(METHODS, foreign)
         task = Task(
             title=f"Single-machine methods on {self.data}, batches of {BATCH}",
             folder=f"{TASK}-{self.data}",

@@ -36,7 +36,7 @@ from matplotlib.ticker import NullFormatter
 import bilevax as bx
 from benchmarks.harness.loop import Carry
 from benchmarks.harness.report import COSTS, Run
-from benchmarks.harness.runner import Method, Options, Task, outer_loops, perform
+from benchmarks.harness.runner import Common, Method, Task, outer_loops, perform
 from benchmarks.harness.style import STYLE, curves
 from benchmarks.tasks.pde_methods import MU, ROWS, Problem, Row, counted
 from benchmarks.tasks.pde_solvers import EQUATIONS
@@ -157,7 +157,7 @@ def draw(problem: Problem, start: chex.Array, read: Callable[[int], Data], runs:
     return figure
 
 
-DEFAULTS = Options(tuple(row.name for row in ROWS), budget=120.0)
+DEFAULTS = Common(tuple(row.name for row in ROWS), budget=120.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,13 +179,13 @@ class Config:
     """The first viscosity, as a multiple of the true one. The first modes are zero."""
     rate: float | None = None
     """Rate of Adam, falling to 0 linearly; by default 0.3 for the viscosity and 0.05 for the field."""
-    common: tyro.conf.OmitArgPrefixes[Options] = DEFAULTS
+    common: tyro.conf.OmitArgPrefixes[Common] = DEFAULTS
     """Options of every task."""
 
     def __post_init__(self) -> None:
         """Refuses what cannot be run."""
         rows = ROWS if self.common.methods == DEFAULTS.methods else self._fitting()
-        self.common.check_methods([row.name for row in rows], kind=None)
+        self.common.check_methods([row.name for row in rows])
         if self.observations is not None and self.observations < 1:
             raise ValueError(f"observations must be >= 1; got {self.observations}. Pass, say, --observations 4.")
         if not self.noise >= 0:
