@@ -3,6 +3,7 @@
 They are written with public names alone, as a reader of the documentation would write them.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ import pytest
 import bilevax as bx
 from bilevax import testing
 from bilevax.testing import estimator
+from bilevax.testing.contract import name_of
 
 SUBSET = bx.topology.lazy(bx.topology.ring(4))
 DIRECTED = testing.placement.DIRECTED
@@ -268,6 +270,45 @@ def test_a_method_that_solves_another_problem_is_told_which():
     with pytest.raises(testing.ContractError, match=r"`limit_is_the_declared_one`[\s\S]*e-1\d from x_l"):
         testing.check_limit(method, q, q.x_star)
     testing.check_limit(method, q, q.x_l)
+
+
+def limit(agents=8, step=0.1):
+    q = testing.problems.quadratic(0)
+    method = bx.decentralized.sldbo(q.problem, bx.gossip(bx.topology.ring(agents)), step)
+    testing.check_limit(method, q, q.x_star, iterations=500)
+
+
+def test_a_method_that_diverges_is_told_to_take_smaller_steps():
+    with pytest.raises(testing.ContractError, match=r"`x_is_finite`.\nseen: x is not finite\n.*: Take smaller steps"):
+        limit(step=100.0)
+
+
+def test_a_method_over_other_agents_is_told_how_many_are_meant():
+    with pytest.raises(ValueError, match="Make the method over 8 agents"):
+        limit(agents=4)
+
+
+def test_a_difference_is_said_in_one_line():
+    with pytest.raises(AssertionError, match=r"^v\['a'\] differs by up to 0.5 \(50 %\) at \[1, 0\]: 1.5, expected 1$"):
+        testing.trees.close("v", {"a": jnp.asarray([[1.0], [1.5]])}, {"a": jnp.ones((2, 1))})
+    with pytest.raises(AssertionError, match=r"^v differs by up to inf: nan, expected 0$"):
+        testing.trees.close("v", jnp.nan, 0.0)
+    with pytest.raises(AssertionError, match=r"^v has shape \(2,\), expected \(3,\)$"):
+        testing.trees.close("v", jnp.ones(2), jnp.ones(3))
+    testing.trees.close("v", (jnp.nan, jnp.inf), (jnp.nan, jnp.inf))
+
+
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [
+        (heavy_tracking(), "a Correction"),
+        (functools.partial(functools.partial(plain_descent)), "plain_descent"),
+        (3, "an int"),
+    ],
+    ids=["value", "partial", "int"],
+)
+def test_what_a_message_calls_a_method(value, name):
+    assert name_of(value) == name
 
 
 def test_a_method_with_branches_passes_if_it_says_so():

@@ -6,12 +6,19 @@ from typing import Any
 import jax
 import numpy as np
 
+from bilevax import checks
 from bilevax.decentralized.engine import Algorithm
-from bilevax.testing.contract import contract
+from bilevax.testing.contract import contract, name_of
 from bilevax.testing.problems.quadratic import Quadratic
 from bilevax.testing.trees import truth
 
 KEY = jax.random.key(0)
+
+
+@contract("Take smaller steps, and look for a sign.")
+def x_is_finite(end: Any) -> None:
+    """At the end."""
+    truth(np.isfinite(end.x).all(), "x is not finite")
 
 
 @contract(
@@ -48,7 +55,8 @@ def check_limit(
       The last state.
 
     Raises:
-      ContractError: with the distances from all known points, if x ends elsewhere.
+      ContractError: if x is not finite in the end; with the distances from all known points, if it ends elsewhere.
+      ValueError: if algorithm is none, or has another number of agents than problem.
 
     Cost: one program.
 
@@ -60,7 +68,8 @@ def check_limit(
         >>> end = testing.check_limit(method, q, q.x_star, iterations=200, atol=1e-4)
     """
     end = last(algorithm, problem, iterations)
-    limit_is_the_declared_one.hold("the method", end, problem, x, atol)
+    x_is_finite.hold(name_of(algorithm), end)
+    limit_is_the_declared_one.hold(name_of(algorithm), end, problem, x, atol)
     return end
 
 
@@ -76,7 +85,7 @@ def last(algorithm: Algorithm, problem: Quadratic, iterations: int) -> Any:
       The state of the method.
 
     Raises:
-      ValueError: as the method itself.
+      ValueError: if algorithm is none, or has another number of agents than problem.
 
     Cost: one program.
 
@@ -88,8 +97,24 @@ def last(algorithm: Algorithm, problem: Quadratic, iterations: int) -> Any:
         >>> limits.last(method, q, iterations=1).x.shape
         (4, 1)
     """
+    checks.instance("algorithm", algorithm, Algorithm, "Make it with problem.problem over the agents of problem.")
+    checks.instance("problem", problem, Quadratic, "Pass, say, bilevax.testing.problems.quadratic(0).")
+    _takes_the_agents(algorithm, problem)
     run = jax.jit(partial(_run, algorithm, iterations))
     return jax.tree.map(np.asarray, run(*problem.start, problem.batch))
+
+
+def _takes_the_agents(algorithm: Algorithm, problem: Quadratic) -> None:
+    n = len(problem.A)
+    try:
+        jax.eval_shape(algorithm.init, *problem.start, problem.batch)
+    except ValueError as error:
+        if "agents" not in str(error):
+            raise
+        raise ValueError(
+            f"algorithm must be made over the {n} agents of problem; got one whose init refuses them. "
+            f"Make the method over {n} agents, such as those of bx.gossip(bx.topology.ring({n}))."
+        ) from error
 
 
 def _run(algorithm: Algorithm, iterations: int, x: Any, y: Any, batch: Any) -> Any:

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import chex
 import jax
 import numpy as np
 
@@ -11,6 +10,7 @@ from bilevax import checks, parallel
 from bilevax.decentralized import topology as graphs
 from bilevax.decentralized.gossip import Gossip, gossip, push_sum
 from bilevax.parallel.agents import gossip_along
+from bilevax.testing.trees import close
 
 N, PARTS = 4, 2
 LAZY_RING = graphs.lazy(graphs.ring(N))
@@ -54,4 +54,4 @@ def form(tree: Any) -> Any:
 
 def equal(got: Any, expected: Any) -> None:
     """Raises AssertionError unless two trees agree to the rounding of a leaf in single precision among them."""
-    chex.assert_trees_all_close(got, expected, rtol=1e-5, atol=1e-7)
+    close("the result", got, expected, rtol=1e-5, atol=1e-7)

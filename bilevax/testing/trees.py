@@ -25,13 +25,31 @@ def same_form(name: str, got: chex.ArrayTree, like: str, expected: chex.ArrayTre
             raise AssertionError(f"{name}{where} is {mine[1]}{list(mine[0])}, and {like} {theirs[1]}{list(theirs[0])}")
 
 
-def close(name: str, got: chex.ArrayTree, expected: chex.ArrayTree, rtol: float = 1e-10) -> None:
-    """Raises AssertionError unless structures agree, and numbers up to rtol, relative and absolute."""
+def close(
+    name: str, got: chex.ArrayTree, expected: chex.ArrayTree, rtol: float = 1e-10, atol: float | None = None
+) -> None:
+    """Raises AssertionError unless structures agree, and numbers up to rtol, relative and (without atol) absolute."""
     structures = [str(jax.tree.structure(tree)) for tree in (got, expected)]
     truth(structures[0] == structures[1], f"{name} is {structures[0]}; {structures[1]} is meant")
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(expected), strict=True):
         where = f"{name}{jax.tree_util.keystr(path)}"
-        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=rtol, atol=rtol, err_msg=where)
+        _close(where, np.asarray(a, float), np.asarray(b, float), rtol, rtol if atol is None else atol)
+
+
+def _close(name: str, got: np.ndarray, expected: np.ndarray, rtol: float, atol: float) -> None:
+    """In one line: how far two arrays are apart, and where that is most."""
+    truth(got.shape == expected.shape, f"{name} has shape {got.shape}, expected {expected.shape}")
+    wrong = ~np.isclose(got, expected, rtol=rtol, atol=atol, equal_nan=True)
+    if not wrong.any():
+        return
+    with np.errstate(invalid="ignore", divide="ignore"):
+        off = np.where(wrong, np.nan_to_num(np.abs(got - expected), nan=np.inf), -1.0)
+        at = np.unravel_index(np.argmax(off), off.shape)
+        share = 100 * off[at] / np.abs(expected[at])
+    percent = f" ({share:.3g} %)" if np.isfinite(share) else ""
+    where = f" at [{', '.join(map(str, at))}]" if at else ""
+    pair = f"{got[at]:.6g}, expected {expected[at]:.6g}"
+    raise AssertionError(f"{name} differs by up to {off[at]:.3g}{percent}{where}: {pair}")
 
 
 def differ(name: str, one: chex.ArrayTree, other: chex.ArrayTree, rtol: float = 1e-6) -> None:
