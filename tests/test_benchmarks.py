@@ -172,6 +172,7 @@ def test_a_missing_package_is_one_line_with_the_command(monkeypatch, capsys):
     )
 
 
+@pytest.mark.compiles(60)  # a whole run of a command
 @pytest.mark.parametrize("model", ["linear", "mlp"])
 def test_public_images_run_with_each_model(run, monkeypatch, model):
     random = np.random.default_rng(0)

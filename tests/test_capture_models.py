@@ -212,7 +212,7 @@ def channels_first(A, weight):
     return A[np.ix_(order, order)]
 
 
-@pytest.mark.compiles(50)  # three networks, each four times
+@pytest.mark.compiles(80)  # three networks, each four times
 @over_models
 def test_linen_against_shifts_of_each_output(name):
     """Kronecker factors from perturbed outputs, diagonals from JᵀLJ; together they speak for each entry of y once."""
@@ -304,6 +304,7 @@ def test_agents_under_vmap_equal_a_loop():
         assert_equal_factors(at(together), captured(model, *at((xs, ys, (tokens, labels)))))
 
 
+@pytest.mark.compiles(60)  # three networks
 @over_models
 def test_one_example_has_the_exact_gauss_newton_blocks(name):
     """With one example and one position (a convolution onto one pixel, a sentence of one token) A ⊗ B is the block."""

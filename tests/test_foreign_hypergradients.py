@@ -131,6 +131,7 @@ BROKEN_IHVPS = {
 
 
 @pytest.mark.parametrize("fault", BROKEN_IHVPS)
+@pytest.mark.compiles(100)
 def test_broken_ihvp(fault):
     change, name = BROKEN_IHVPS[fault]
     fails_by_name(testing.check_ihvp, changed(change), name, number=0.5)
@@ -232,6 +233,7 @@ BROKEN_SOLVERS = {
 
 
 @pytest.mark.parametrize("fault", BROKEN_SOLVERS)
+@pytest.mark.compiles(100)
 def test_broken_solver(fault):
     faults, name = BROKEN_SOLVERS[fault]
     fails_by_name(testing.check_solver, unrolled(faults), name, steps=3, unrolls=True)
@@ -303,6 +305,7 @@ def test_foreign_penalty():
 
 
 @pytest.mark.parametrize("fault", BROKEN_PENALTIES)
+@pytest.mark.compiles(100)
 def test_broken_penalty(fault):
     options, name = BROKEN_PENALTIES[fault]
     fails_by_name(testing.check_hypergradient, functools.partial(penalty, **options), name, **DECLARED)

@@ -51,6 +51,7 @@ def losses(x, batch):
     return g, lambda flat: jnp.mean(entropies(flat, *batch.outer))
 
 
+@pytest.mark.compiles(90)  # with a search for points
 def test_points_are_where_they_say(found):
     assert [point.stage for point in found] == ["start", "middle", "end"]
     data = tiny()
@@ -71,6 +72,7 @@ def test_points_are_where_they_say(found):
     assert all(np.ptp(leaf, axis=0).max() == 0 for leaf in jax.tree.leaves(end.path))
 
 
+@pytest.mark.compiles(90)  # with a search for points
 def test_exact_at_a_minimum_is_the_slope_of_the_solved_problem(found):
     """Against finite differences: solve again for two x, by Newton steps from the minimum."""
     data, end = tiny(), found[-1]
@@ -160,6 +162,7 @@ def small(monkeypatch):
         yield
 
 
+@pytest.mark.compiles(90)  # a whole run of a command
 def test_a_run_prints_tables_and_writes_the_records(small, tmp_path, capsys):
     methods = ("reverse-5", "kfac-every-10")
     assert start(f"--nets mlp --l2 0.01 --seeds 2 --budget 1e-9 --methods {' '.join(methods)}", tmp_path) == 0

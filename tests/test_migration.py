@@ -36,6 +36,7 @@ def test_each_block_names_its_library():
     assert {library for library, _ in BLOCKS} == {"bilevax", "jaxopt", "TorchOpt", "betty"}
 
 
+@pytest.mark.compiles(280)  # a page as it stands
 def test_both_hypergradients_equal_the_derivative_of_the_closed_form(page):
     exact = jax.jit(jax.grad(lambda x: exact_loss(page, x)))(page["first_x"])
     assert np.linalg.norm(exact) > 1e-3
@@ -43,16 +44,19 @@ def test_both_hypergradients_equal_the_derivative_of_the_closed_form(page):
     np.testing.assert_allclose(page["root_grad"], exact, atol=1e-12)
 
 
+@pytest.mark.compiles(280)  # a page as it stands
 def test_the_learnt_first_point_adapts_better_than_the_old_one(page):
     assert page["meta_loss"](page["meta_x"]) < 0.5 * page["meta_loss"](jnp.zeros(4))
 
 
+@pytest.mark.compiles(280)  # a page as it stands
 def test_the_warm_loop_lowers_the_true_outer_loss_with_accurate_gradients(page):
     assert exact_loss(page, page["x"]) < 0.98 * exact_loss(page, page["first_x"])
     assert float(page["info"].inner.detail.residual) < 1e-3
     assert not bool(page["info"].inner.breakdown)
 
 
+@pytest.mark.compiles(280)  # a page as it stands
 @pytest.mark.skipif(importlib.util.find_spec("jaxopt") is None, reason="needs the extra peers")
 def test_jaxopt_gets_the_same_hypergradient(page):
     names = {**page, "x": page["first_x"]}

@@ -252,6 +252,7 @@ def minima(a, b):
     }
 
 
+@pytest.mark.compiles(60)  # a page as it stands
 def test_projection_and_reparametrisation_reach_the_constrained_minimum():
     page = run("Constraints on x")
     scale, goal, inside = map(np.asarray, (page.scale, page.goal, page.inside))

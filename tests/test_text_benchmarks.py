@@ -258,6 +258,7 @@ def test_safe_selection_runs(small, tmp_path, monkeypatch):
     assert 0 <= metrics["auc"] <= 1
 
 
+@pytest.mark.compiles(60)  # with the setup of a model
 def test_a_word_counts_and_padding_does_not(small, monkeypatch):
     monkeypatch.setattr(safe_selection, "train", lambda model, y, *_: y)
     config = safe_selection.Config()
