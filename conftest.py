@@ -3,6 +3,8 @@
 A single-precision test says `with jax.enable_x64(False)`.
 """
 
+import ctypes
+import gc
 import os
 import resource
 
@@ -54,12 +56,21 @@ def pytest_collection_modifyitems(items):
         item.add_marker(pytest.mark.xdist_group(f"{item.path.stem} {name}"))
 
 
+def pytest_collection_finish():
+    """Collects garbage less often, and not among what has been imported: tracing makes much that is soon forgotten."""
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown():
     """Drops what has been compiled, from time to time: executables are never dropped by themselves."""
     if len(compiled) - dropped[-1] > MANY:
         dropped.append(len(compiled))
         jax.clear_caches()
+        gc.collect()
+        if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # of glibc, which keeps what is freed
+            trim(0)
 
 
 @pytest.fixture
