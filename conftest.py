@@ -1,4 +1,4 @@
-"""Double precision and strict shapes in every test; what tests compile is kept cheap, counted and dropped.
+"""Double precision and strict shapes in every test; what tests compile is kept cheap, counted, dropped and found again.
 
 A single-precision test says `with jax.enable_x64(False)`.
 """
@@ -7,6 +7,7 @@ import ctypes
 import gc
 import os
 import resource
+import tempfile
 
 import jax
 import pytest
@@ -19,22 +20,36 @@ if jax.__version_info__ < (0, 11):  # gone since
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-if "JAX_COMPILATION_CACHE_DIR" in os.environ:
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 MOST = 40  # programs that a test may compile; this number, and those of marks, were counted with JAX 0.10
 LEEWAY = 1.0 if jax.__version_info__[:2] == (0, 10) else 1.25
-COMPILED = "/jax/core/compile/backend_compile_duration"
-compiled = []  # seconds of each program
+COMPILED, FOUND = "/jax/core/compile/backend_compile_duration", "/jax/compilation_cache/cache_hits"
+compiled = []  # seconds of each program, also of one that was
+found = []  # in the persistent cache
 dropped = [0]  # number of programs when the caches were emptied
 MANY = 200  # programs that may stay in them
-workers = []  # of each one that has finished: programs and memory
+workers = []  # of each one that has finished: programs, those found again, memory
 
 
 @jax.monitoring.register_event_duration_secs_listener
 def _count(event, seconds, **_):
     if event == COMPILED:
         compiled.append(seconds)
+
+
+@jax.monitoring.register_event_listener
+def _count_again(event, **_):
+    if event == FOUND:
+        found.append(event)
+
+
+def pytest_configure(config):
+    """A folder for programs, where none is given: each process finds in its own what it has compiled and dropped."""
+    if jax.config.jax_compilation_cache_dir is None:
+        folder = tempfile.TemporaryDirectory(prefix="bilevax-tests-")
+        config.add_cleanup(folder.cleanup)
+        jax.config.update("jax_compilation_cache_dir", folder.name)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -85,8 +100,8 @@ def uncached():
 
 
 def _spent():
-    """Programs, and the largest memory in GiB, as Linux counts it."""
-    return len(compiled), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    """Programs, those found again, and the largest memory in GiB, as Linux counts it."""
+    return len(compiled), len(found), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def pytest_sessionfinish(session):
@@ -96,10 +111,11 @@ def pytest_sessionfinish(session):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node):
-    workers.append(getattr(node, "workeroutput", {}).get("spent", (0, float("nan"))))
+    workers.append(getattr(node, "workeroutput", {}).get("spent", (0, 0, float("nan"))))
 
 
 def pytest_terminal_summary(terminalreporter):
-    programs, memory = zip(*(workers or [_spent()]), strict=True)
+    programs, again, memory = zip(*(workers or [_spent()]), strict=True)
     largest = f"{max(memory):.2f} GiB in the largest of {len(memory)} processes"
-    terminalreporter.write_line(f"{sum(programs):,} programs compiled; {largest}")
+    compiled_once = sum(programs) - sum(again)
+    terminalreporter.write_line(f"{compiled_once:,} programs compiled, {sum(again):,} found again; {largest}")

@@ -15,7 +15,7 @@ KEY = networks.KEY
 STEPS = (0.01, 0.025, 0.025)
 TOY_STEPS = (0.05, 0.1, 0.1)
 DEFINITE, INDEFINITE = quadratic(0), quadratic(0, indefinite=2.5)
-BOTH = jax.tree.map(lambda *leaves: jnp.stack(leaves), DEFINITE.batch, INDEFINITE.batch)
+BOTH = jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), DEFINITE.batch, INDEFINITE.batch)
 W = lazy(ring(8))
 LAZY_RING = bx.gossip(networks.topology(W))
 TOY_RING = bx.gossip(networks.topology(ring(4)))

@@ -14,8 +14,6 @@ import pytest
 import bilevax as bx
 from bilevax.testing import AlgorithmSubject, algorithm, contract
 
-pytestmark = pytest.mark.usefixtures("uncached")
-
 RING = bx.topology.ring(4)
 DIRECTED = bx.topology.from_matrix(
     np.array([[0.5, 0, 0, 0.5], [0.5, 0.5, 0, 0], [0, 0.25, 0.5, 0], [0, 0.25, 0.5, 0.5]])

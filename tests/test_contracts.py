@@ -17,8 +17,6 @@ import bilevax as bx
 from bilevax.testing import HypergradientSubject, IHVPSubject, hypergradient, ihvp, points, solver, solver_subject
 from bilevax.testing.structure import as_model
 
-pytestmark = pytest.mark.usefixtures("uncached")
-
 STEPS = 4
 KEY = jax.random.key(0)
 EXACT_FISHER = bx.curvature.fisher.exact

@@ -11,8 +11,6 @@ from bilevax import estimator as estimators
 from bilevax.testing import CorrectionSubject, EstimatorSubject, GossipSubject, correction, estimator, gossip
 from bilevax.testing.placement import DIRECTED, LAZY_RING
 
-pytestmark = pytest.mark.usefixtures("uncached")
-
 ONE_PEER = bx.topology.one_peer_exponential(4)
 CORRECTIONS = {
     "none": (corrections.none(), LAZY_RING, False),

@@ -172,7 +172,7 @@ def model(y, tokens):
     return Net().apply({"params": y}, tokens)
 
 
-Y = Net().init(jax.random.key(0), TOKENS)["params"] | {"spare": jnp.ones(3)}
+Y = jax.jit(Net().init)(jax.random.key(0), TOKENS)["params"] | {"spare": jnp.ones(3)}
 
 
 Y = optax.tree.cast(Y, jnp.float32)
