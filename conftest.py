@@ -63,14 +63,6 @@ def pytest_runtest_call(item):
     return result
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """What tests of one file do to one method is done by one worker, whose programs then serve all of them."""
-    for item in items:
-        name = item.callspec.params.get("name", "") if hasattr(item, "callspec") else ""
-        item.add_marker(pytest.mark.xdist_group(f"{item.path.stem} {name}"))
-
-
 def pytest_collection_finish():
     """Collects garbage less often, and not among what has been imported: tracing makes much that is soon forgotten."""
     gc.freeze()

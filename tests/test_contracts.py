@@ -253,10 +253,21 @@ def subject(name):
 
 LINEAR = ihvp.linear_means_symmetric_and_positive_definite
 EAGER = hypergradient.jit_equals_eager
-OFTEN = {  # what takes programs of its own: of whom it is asked every day
+VARIANTS = (  # of others, which hand on the same forms: they differ in what they compute
+    *("implicit_cold", "reverse_two_level", "reverse_store_all", "reverse_store_products"),
+    *("chain_reverse_reverse", "chain_reverse_implicit", "chain_forward_gradient_reverse"),
+    *("forward_gradient_guide", "forward_gradient_control_variate", "two_phase_second"),
+)
+OTHERS = tuple(name for name in SOLVERS | ESTIMATORS if name not in VARIANTS)
+OFTEN = {  # of whom it is asked every day: what takes programs of its own, and what is about forms alone
     EAGER: REPRESENTATIVES,
     hypergradient.half_precision_is_near_double: KINDS,
     solver.differentiable_is_the_first_estimate: KINDS,
+    solver.forward_and_backward_return_what_they_say: OTHERS,
+    hypergradient.python_floats_are_numbers: OTHERS,
+    hypergradient.single_precision_stays_single: OTHERS,
+    hypergradient.weak_types_are_kept: OTHERS,
+    hypergradient.vmap_of_scan_equals_a_loop: OTHERS,
 }
 
 
