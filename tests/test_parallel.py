@@ -76,20 +76,21 @@ def received(run):
     return sum(size * pairs for _, size, pairs in run["collectives"])
 
 
-def runs_on_eight_devices(part):
+def runs_on_eight_devices(part, *by_pmap):
     """Of methods that are the same there."""
-    (found,) = findings(start(8, "parallel_runs.py", part))
+    (found,) = findings(start(8, "parallel_runs.py", part, *by_pmap))
+    assert {name for name, run in found["methods"].items() if "pmap" in run} == {*by_pmap}
     for name, run in found["methods"].items():
         assert run["moved"] > 0.1, name
         assert run["shard_map"] < SMALL, name
-        assert run["pmap"] < SMALL, name
+        assert run.get("pmap", 0.0) < SMALL, name
         assert run["kept"], name
         assert run["counters"], name
     return found["methods"]
 
 
 def test_neighbours_on_eight_devices():
-    runs = runs_on_eight_devices("neighbours")
+    runs = runs_on_eight_devices("neighbours", "subset, torus", "one agent per device")
 
     # Boundary agents alone travel: of two agents on a device each has one of its two neighbours elsewhere
     assert received(runs["sldbo"]) == sum(runs["sldbo"]["bytes"]) / 2
@@ -103,7 +104,7 @@ def test_neighbours_on_eight_devices():
 
 
 def test_other_graphs_on_eight_devices():
-    runs = runs_on_eight_devices("graphs")
+    runs = runs_on_eight_devices("graphs", "common, graph per level", "mixed")
 
     # Hops 1, 2, 4, 8 of the one-peer graph: one row of each device, then both
     one_peer = runs["variance-reduced, one peer"]
@@ -115,7 +116,8 @@ def test_other_graphs_on_eight_devices():
 
 
 def test_inner_loops_on_eight_devices():
-    assert set(runs_on_eight_devices("loops")) == {"compressed inner loops", "inner loops", "accumulated"}
+    runs = runs_on_eight_devices("loops", "accumulated")
+    assert set(runs) == {"compressed inner loops", "inner loops", "accumulated"}
 
 
 def test_matrices_on_eight_devices():
@@ -123,6 +125,21 @@ def test_matrices_on_eight_devices():
 
     # Of tracked Hessians and all else half the agents' messages leave the device, and nothing more does
     assert received(runs["matrices"]) == sum(runs["matrices"]["bytes"]) / 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("part", "methods"),
+    [
+        ("neighbours", ("sldbo", "global ids")),
+        ("graphs", ("independent, gathered", "variance-reduced, one peer")),
+        ("loops", ("compressed inner loops", "inner loops")),
+        ("matrices", ("matrices", "curvature of their own")),
+    ],
+    ids=["neighbours", "graphs", "loops", "matrices"],
+)
+def test_other_methods_by_pmap(part, methods):
+    runs_on_eight_devices(part, *methods)
 
 
 def test_calls_and_bad_input():
