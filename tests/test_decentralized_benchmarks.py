@@ -13,9 +13,9 @@ import pytest
 import bilevax as bx
 from benchmarks.__main__ import main
 from benchmarks.data.images import load
+from benchmarks.decentralized import hyper_cleaning
 from benchmarks.decentralized.choices import PARTITIONS, TOPOLOGIES, parsed
 from benchmarks.decentralized.cleaning import cleaning, cross_entropy, divide
-from benchmarks.decentralized.hyper_cleaning import network
 from benchmarks.decentralized.network import by_weight
 from benchmarks.studies import skipping
 
@@ -60,7 +60,7 @@ def test_the_mean_over_agents_is_the_loss_on_the_undivided_data(digits):
         inner = jnp.mean(jax.nn.sigmoid(x) * cross_entropy(y, *batch.inner)) + L2 / 2 * jnp.sum(y**2)
         return inner, jnp.mean(cross_entropy(y, *batch.outer))
 
-    loss = network(digits).loss
+    loss = hyper_cleaning.network(digits).loss
 
     @jax.jit
     def divided(x, y):
@@ -113,7 +113,8 @@ def test_every_partition_of_the_command_line_loses_nothing(choice):
 
 
 @pytest.mark.compiles(180)  # a whole run of a command
-def test_a_run_writes_records_of_one_schema_a_plot_and_what_was_spent(run):
+def test_a_run_writes_records_of_one_schema_a_plot_and_what_was_spent(run, monkeypatch):
+    monkeypatch.setattr(hyper_cleaning, "OUTER_GRID", hyper_cleaning.OUTER_GRID[-2:])
     code, printed, records, plots = run(
         "decentralized-hyper-cleaning --seed 3 --outer-steps 4 --methods s3ldbo-0.5 sparkle-ed --coins subset",
         "decentralized_hyper_cleaning-coins_subset",
@@ -199,7 +200,7 @@ def test_skipping_is_timed_and_memory_grows_with_the_agents(run, monkeypatch):
 
 def _figures(data, make):
     """Of 4,000 iterations over a ring; evaluations: of an agent, until the validation loss is below 0.45."""
-    task = network(data)
+    task = hyper_cleaning.network(data)
     method = make(task.problem, bx.gossip(bx.topology.ring(8)), bx.Levels(300.0, 0.6, 0.6))
 
     def step(state, key):
