@@ -209,8 +209,8 @@ def _figures(data, make):
         return state, (loss, jnp.mean(info.calls.hessian_products))
 
     keys = jax.random.split(jax.random.key(0), 4000)
-    run = jax.jit(lambda state: jax.lax.scan(step, state, keys))
-    state, (losses, evaluations) = jax.device_get(run(method.init(*task.start, data.batch)))
+    run = jax.jit(lambda x, y: jax.lax.scan(step, method.init(x, y, data.batch), keys))
+    state, (losses, evaluations) = jax.device_get(run(*task.start))
     scores = task.scores(*map(np.asarray, task.point(state.x, state.y)))
     assert (losses < 0.45).any()
     return scores | {"outer_loss": losses[-1], "evaluations": evaluations[: np.argmax(losses < 0.45) + 1].sum()}

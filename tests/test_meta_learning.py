@@ -228,6 +228,7 @@ def test_a_method_that_is_not_there_is_refused_by_name(capsys):
     assert "got reptile. Pass, say, --methods maml." in " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
+@pytest.mark.compiles(50)
 @pytest.mark.slow
 @pytest.mark.usefixtures("single_precision")
 @pytest.mark.skipif("BILEVAX_DATA" not in os.environ, reason="needs the folder BILEVAX_DATA with Omniglot")
