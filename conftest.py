@@ -45,11 +45,14 @@ def _count_again(event, **_):
 
 
 def pytest_configure(config):
-    """A folder for programs, where none is given: each process finds in its own what it has compiled and dropped."""
-    if jax.config.jax_compilation_cache_dir is None:
-        folder = tempfile.TemporaryDirectory(prefix="bilevax-tests-")
-        config.add_cleanup(folder.cleanup)
-        jax.config.update("jax_compilation_cache_dir", folder.name)
+    """A folder of its own for each process, which finds there what it has compiled and dropped."""
+    folder = jax.config.jax_compilation_cache_dir
+    if folder is None:
+        temporary = tempfile.TemporaryDirectory(prefix="bilevax-tests-")
+        config.add_cleanup(temporary.cleanup)
+        folder = temporary.name
+    own = os.path.join(folder, os.environ.get("PYTEST_XDIST_WORKER", "main"))
+    jax.config.update("jax_compilation_cache_dir", own)
 
 
 @pytest.hookimpl(wrapper=True)

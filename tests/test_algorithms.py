@@ -13,11 +13,10 @@ import pytest
 
 import bilevax as bx
 from bilevax.testing import AlgorithmSubject, algorithm, contract
+from bilevax.testing.compiled import READABLE
+from bilevax.testing.placement import DIRECTED
 
 RING = bx.topology.ring(4)
-DIRECTED = bx.topology.from_matrix(
-    np.array([[0.5, 0, 0, 0.5], [0.5, 0.5, 0, 0], [0, 0.25, 0.5, 0], [0, 0.25, 0.5, 0.5]])
-)
 SMALL = bx.inner.minibatch(1)
 GT, ED, EXTRA = bx.correction.tracking(), bx.correction.exact_diffusion(), bx.correction.extra()
 ADAM = bx.Levels(optax.adam(0.01), 0.05, optax.sgd(0.05, momentum=0.5))
@@ -171,6 +170,12 @@ def test_contract(name, contract):
 @pytest.mark.parametrize(("name", "contract"), pairs(often=False))
 def test_the_rest_of_the_product(name, contract):
     contract.hold(name, subject(name))
+
+
+@pytest.mark.skipif(not READABLE, reason="reads HLO text as it is printed since jax 0.10")
+def test_the_branch_of_a_common_coin_is_one_evaluation():
+    """∇f once; ∇_y g, and one pull-back for the Hessian and the cross product."""
+    assert subject("s3ldbo_common").executed == (1, 2, 1)
 
 
 def test_no_method_of_the_package_is_left_out():

@@ -52,20 +52,12 @@ IHVPS = {  # number, sample -> method; the number that inverts H = 2 I; what it 
     "cg_preconditioned": (preconditioned_cg, 0.0, {}),
     "kfac": (factored(bx.ihvp.kfac), 0.0, STRUCTURED),
     "ekfac": (factored(bx.ihvp.ekfac), 0.0, STRUCTURED),
-    "diagonal": (lambda number, sample: bx.ihvp.diagonal(number, sample=sample), 0.5, {"cold": True, "biased": True}),
-    "random_neumann": (
-        lambda number, sample: bx.ihvp.random_neumann(3, number, sample),
-        0.5,
-        {"cold": True, "biased": True},
-    ),
+    "diagonal": (lambda number, sample: bx.ihvp.diagonal(number, sample=sample), 0.5, UNBIASED),
+    "random_neumann": (lambda number, sample: bx.ihvp.random_neumann(3, number, sample), 0.5, UNBIASED),
     "rescaled": (rescaled, 0.0, {"cold": True}),
     "nystrom": (lambda number, sample: bx.ihvp.nystrom(3, number, sample=sample), 0.0, {"cold": True}),
     "sgd": (lambda number, sample: bx.ihvp.sgd(3, number, sample), 0.5, {}),
-    "linear": (
-        lambda number, sample: bx.ihvp.linear(gmres(1e-12), number, sample=sample),
-        0.0,
-        {"counted": False, "half": False},
-    ),
+    "linear": (lambda number, sample: bx.ihvp.linear(gmres(1e-12), number, sample=sample), 0.0, EXACT),
 }
 NOT_LINEAR = ("cg", "cg_preconditioned", "random_neumann", "rescaled", "sgd", "linear")
 

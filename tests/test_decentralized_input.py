@@ -6,7 +6,6 @@ import re
 import jax
 import jax.numpy as jnp
 import networks
-import numpy as np
 import optax
 import pytest
 from cases import BATCH, ED, EXTRA, GT, KEY, LAZY_RING, LAZY_SQUARE, TOY_RING, TOY_SLDBO, TOY_STEPS, X, Y, make
@@ -14,10 +13,11 @@ from networks import lazy, ring
 
 import bilevax as bx
 from bilevax import coins, correction, decentralized, estimator
+from bilevax.testing import placement
 from bilevax.testing.problems.quadratic import PROBLEM
 
 IMAGES = bx.BilevelProblem(lambda x, y, batch: jnp.sum(x["w"] * y), lambda x, y, batch: jnp.sum((x["w"] - y) ** 2))
-DIRECTED = np.array([[0.5, 0, 0, 0.5], [0.5, 0.5, 0, 0], [0, 0.25, 0.5, 0], [0, 0.25, 0.5, 0.5]])
+DIRECTED = placement.DIRECTED.matrix.toarray()
 
 
 def start(x, y=Y, batch=BATCH, problem=PROBLEM):

@@ -34,27 +34,29 @@ def sections(docstring):
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
-@pytest.mark.parametrize("name", PUBLIC)
-def test_summary_and_example(name):
-    docstring = inspect.getdoc(PUBLIC[name])
-    assert "tuple(" not in docstring.splitlines()[0].lower(), "the docstring that NamedTuple writes by itself"
-    assert re.match(r"[A-Z∇].+\.$", docstring.splitlines()[0])
-    assert ">>> " in sections(docstring)["Example"]
+def test_summary_and_example(subtests):
+    for name, value in PUBLIC.items():
+        with subtests.test(name):
+            docstring = inspect.getdoc(value)
+            assert "tuple(" not in docstring.splitlines()[0].lower(), "the docstring that NamedTuple writes by itself"
+            assert re.match(r"[A-Z∇].+\.$", docstring.splitlines()[0])
+            assert ">>> " in sections(docstring)["Example"]
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_sections(name):
-    function = FUNCTIONS[name]
-    found = sections(inspect.getdoc(function))
-    expected = {"Args", "Returns", "Raises", "Example"} | (set() if function in COSTLESS else {"Cost"})
-    assert expected <= set(found)
-    assert all(text.strip() for text in found.values())
+def test_sections(subtests):
+    for name, function in FUNCTIONS.items():
+        with subtests.test(name):
+            found = sections(inspect.getdoc(function))
+            expected = {"Args", "Returns", "Raises", "Example"} | (set() if function in COSTLESS else {"Cost"})
+            assert expected <= set(found)
+            assert all(text.strip() for text in found.values())
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_every_argument_is_documented(name):
-    documented = re.findall(r"^  (\w+): ", sections(inspect.getdoc(FUNCTIONS[name]))["Args"], flags=re.M)
-    assert documented == list(inspect.signature(FUNCTIONS[name]).parameters)
+def test_every_argument_is_documented(subtests):
+    for name, function in FUNCTIONS.items():
+        with subtests.test(name):
+            documented = re.findall(r"^  (\w+): ", sections(inspect.getdoc(function))["Args"], flags=re.M)
+            assert documented == list(inspect.signature(function).parameters)
 
 
 @pytest.mark.parametrize("namespace", NAMESPACES)

@@ -9,14 +9,14 @@ from conftest import LEEWAY, MOST
 
 ROOT = pathlib.Path(__file__).parent.parent
 PROGRAM = """
-import os
+import pathlib
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 def entries():
-    return sorted(os.listdir(os.environ["JAX_COMPILATION_CACHE_DIR"]))
+    return sorted(pathlib.Path(jax.config.jax_compilation_cache_dir).glob("*-cache"))
 
 def compile_some(number, size):
     for i in range(number):
@@ -36,6 +36,14 @@ def test_cached():
     jax.jit(lambda x: x + 2.5)(1.0)
     assert entries()
 
+def test_half_written():
+    double = jax.jit(lambda x: x * 2.5)
+    double(1.0)
+    for path in entries():
+        path.write_bytes(path.read_bytes()[:20])
+    jax.clear_caches()
+    assert double(1.0) == 2.5
+
 def test_uncached(uncached):
     before = entries()
     jax.jit(lambda x: x + 3.5)(1.0)
@@ -52,6 +60,6 @@ def test_too_many_programs_fail_a_test_and_a_cache_is_left_alone_where_programs_
     command = [sys.executable, "-m", "pytest", *map(str, options)]
     run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert run.returncode == 1, run.stdout + run.stderr
-    assert "1 failed, 4 passed" in run.stdout, run.stdout
+    assert "1 failed, 5 passed" in run.stdout, run.stdout
     assert f", and may compile {int(LEEWAY * MOST)}. Jit what it runs eagerly" in run.stdout
     assert "programs compiled, 0 found again; " in run.stdout
