@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from benchmarks.decentralized import speed_up
 from benchmarks.decentralized.records import read
+from benchmarks.harness import runner
 from benchmarks.harness.errors import DataError
 from benchmarks.harness.folder import options_of, prepared
 from benchmarks.harness.grid import at_ends, choice
 from benchmarks.harness.loop import Outcome
 from benchmarks.harness.report import Run, grid_ends, table
-from benchmarks.harness.runner import Options, Task, settled
-from benchmarks.studies import peers
+from benchmarks.harness.runner import Options, Task, perform, settled
+from benchmarks.studies import peers, unrolling
 from benchmarks.tasks import condensation, hyper_cleaning, learning_rates
 
 RATES = (0.1, 0.2, 0.4)
@@ -74,6 +76,46 @@ def test_files_without_options_are_moved_away(tmp_path, console, content):
     (tmp_path / "cleaning" / "cg-seed0.json").write_text(content)
     assert prepared(config(tmp_path), "cleaning", console).path == tmp_path / "cleaning"
     assert found(tmp_path) == ["old/cleaning-1/cg-seed0.json"]
+
+
+def test_runs_of_another_default_number_of_steps_are_moved_away(tmp_path, monkeypatch):
+    for default in (20, 10, 10):
+        monkeypatch.setattr(runner, "QUICK_STEPS", default)
+        job = config(tmp_path, quick=True)
+        steps = job.common.steps(600)
+        numbers = {"outer_steps": steps, "outer_loss": 1.0}
+        runs = [run(configuration={"outer_steps": steps}, metrics=numbers)]
+        task = Task("", "cleaning", steps, ("cg",), ("cg",), lambda advance, runs=runs: iter(runs), {}, "", None)
+        assert perform(task, job.common, job) == 0
+    assert found(tmp_path) == ["cleaning-quick/cg-seed0.json", "old/cleaning-quick-1/cg-seed0.json"]
+    records = [json.loads((tmp_path / name).read_text()) for name in found(tmp_path)]
+    assert [record["options"]["outer_steps"] for record in records] == [10, 20]
+
+
+@pytest.mark.parametrize(
+    ("job", "place", "default"),
+    [
+        (peers, "Config.unrolled", 5),
+        (peers, "Config.outer_steps", 5),
+        (unrolling, "QUICK_STEPS", (10, 100)),
+        (speed_up, "QUICK_ITERATIONS", 5),
+    ],
+)
+def test_studies_tell_runs_of_another_default_number_of_steps_apart(tmp_path, monkeypatch, job, place, default):
+    def interrupted(*arguments, **resulted):
+        run().write(prepared(*arguments, **resulted))
+        raise KeyboardInterrupt
+
+    def start():
+        with pytest.raises(KeyboardInterrupt):
+            job.Config(quick=True, results=tmp_path).run()
+        return found(tmp_path)
+
+    monkeypatch.setattr(job, "prepared", interrupted)
+    name = f"{job.TASK}-quick"
+    assert start() == start() == [f"{name}/cg-seed0.json"]
+    monkeypatch.setattr(f"{job.__name__}.{place}", default)
+    assert start() == sorted([f"{name}/cg-seed0.json", f"old/{name}-1/cg-seed0.json"])
 
 
 def test_quick_runs_have_a_folder_of_their_own(tmp_path, console):

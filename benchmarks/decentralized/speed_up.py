@@ -153,7 +153,7 @@ class Config:
     def run(self) -> int:
         """Runs everything, prints the floors and writes the files; returns the exit code."""
         console, iterations = Console(highlight=False), QUICK_ITERATIONS if self.quick else ITERATIONS
-        folder = prepared(self, TASK, console)
+        folder = prepared(self, TASK, console, outer_steps=iterations)
         for n in SIZES:
             for name, method in methods(bx.gossip(bx.topology.ring(n))).items():
                 for run in runs(name, method, n, self.seeds, iterations):

@@ -24,22 +24,23 @@ class Folder(NamedTuple):
         return self._replace(path=self.path / name)
 
 
+def _plain(value: Any) -> Any:
+    """An option as a JSON file holds it."""
+    if isinstance(value, tuple | list):
+        return [_plain(part) for part in value]
+    exact = value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
+    return value if exact else str(value)
+
+
 def options_of(config: Any) -> dict[str, Any]:
     """What a job's options say about each run, as a JSON file holds it."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, tuple | list):
-            return [plain(part) for part in value]
-        exact = value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
-        return value if exact else str(value)
-
     found: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
             found |= options_of(value)
         elif field.name not in SELECTING:
-            found[field.name] = plain(value)
+            found[field.name] = _plain(value)
     return found
 
 
@@ -51,18 +52,21 @@ def _told(file: Path) -> Any:
         return None
 
 
-def prepared(config: Any, name: str, console: Console) -> Folder:
+def prepared(config: Any, name: str, console: Console, **resulted: Any) -> Folder:
     """The folder for the runs of a job; what lies there from other options is moved away first.
 
     Args:
       config: the options of the job.
       name: of the folder; that of a quick run ends in -quick.
       console: told if something is moved.
+      resulted: numbers of steps that came out of the options and of what the job takes by default; they are among the
+        options of its runs, where one of the same name said less.
 
     Returns:
       The folder, which need not exist.
     """
-    common, options = getattr(config, "common", config), options_of(config)
+    common = getattr(config, "common", config)
+    options = options_of(config) | {option: _plain(value) for option, value in resulted.items()}
     path = common.results / (name + "-quick" * common.quick)
     if any(_told(file) != options for file in path.rglob("*.json")):
         number = 1

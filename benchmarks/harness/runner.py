@@ -198,7 +198,8 @@ def perform(task: Task, options: Common, config: Any) -> int:
         file = options.functions[taken[0]].file
         raise DataError(f"{file} has a row {taken[0]}, and so has this job, as an anchor. Rename yours.")
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-    seeds, folder = options.all_seeds, prepared(config, task.folder, console)
+    seeds = options.all_seeds
+    folder = prepared(config, task.folder, console, outer_steps=task.outer_steps)
     finished = settled(task, collect(task, options, folder, console), folder)
     if finished:
         several = f"seeds {seeds[0]} to {seeds[-1]}, mean ± standard error"

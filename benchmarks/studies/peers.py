@@ -174,7 +174,7 @@ class Config:
         """Times everything, prints the table and writes the files; returns the exit code."""
         console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
         rows: list[Row] = []
-        folder = prepared(self, TASK, console)
+        folder = prepared(self, TASK, console, unrolled=self.unrolled, outer_steps=self.outer_steps)
         try:
             for row in self._rows(lambda text: console.print(f"[dim]{text} …", soft_wrap=True)):
                 rows.append(row)

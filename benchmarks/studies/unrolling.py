@@ -191,7 +191,7 @@ class Config:
         """Compares everything, prints the tables and writes the files; returns the exit code."""
         console = Console(width=None if sys.stdout.isatty() else 150, highlight=False)
         found: dict[tuple[str, int], dict[int, Estimates]] = {}
-        code, folder = 0, prepared(self, TASK, console)
+        code, folder = 0, prepared(self, TASK, console, steps=self._steps)
         try:
             for steps in self._steps:
                 console.print(f"[dim]T = {steps:,} …")
