@@ -70,10 +70,10 @@ def test_runs_of_other_options_are_moved_away(tmp_path, console, capsys, other):
     assert "cleaning held runs of other options, which are now in" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("content", ["{}", '{"task": "hyper_cl'])
+@pytest.mark.parametrize("content", [b"{}", b'{"task": "hyper_cl', b"[1]", b"\xff"])
 def test_files_without_options_are_moved_away(tmp_path, console, content):
     (tmp_path / "cleaning").mkdir()
-    (tmp_path / "cleaning" / "cg-seed0.json").write_text(content)
+    (tmp_path / "cleaning" / "cg-seed0.json").write_bytes(content)
     assert prepared(config(tmp_path), "cleaning", console).path == tmp_path / "cleaning"
     assert found(tmp_path) == ["old/cleaning-1/cg-seed0.json"]
 

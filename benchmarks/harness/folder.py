@@ -45,11 +45,12 @@ def options_of(config: Any) -> dict[str, Any]:
 
 
 def _told(file: Path) -> Any:
-    """The options in a JSON file; None where it is of an older kind, or was cut off as it was written."""
+    """The options in a JSON file; None where it is of an older or another kind, or was cut off as it was written."""
     try:
-        return json.loads(file.read_text()).get("options")
-    except json.JSONDecodeError:
+        told = json.loads(file.read_text())
+    except ValueError:  # no JSON, or no text
         return None
+    return told.get("options") if isinstance(told, dict) else None
 
 
 def prepared(config: Any, name: str, console: Console, **resulted: Any) -> Folder:
