@@ -2,4 +2,7 @@
 
 
 class DataError(Exception):
-    """A data file is missing, or is not what was published; the message says which, where, and what to do."""
+    """A job cannot run as asked: a file of data, results or methods, the machine or the job itself does not allow it.
+
+    The message says what is wrong, where, and what to do; it is printed without a traceback.
+    """
