@@ -327,6 +327,27 @@ def test_a_function_that_raises_is_named_with_its_line(plugin):
 
 
 @pytest.mark.parametrize(
+    ("program", "said"),
+    [
+        (lambda x: 1 if x > 0 else 2, r"TracerBoolConversionError: [^:]* traced array with shape bool\[\]"),
+        (
+            lambda x: jax.lax.scan(lambda c, _: (c > 0, None), x, length=2),
+            r"TypeError: scan .*: .* float32\[\] .* bool.*",
+        ),
+        (lambda x: next(iter(())), "StopIteration"),
+    ],
+)
+def test_what_jax_says_of_a_function_is_told_in_one_line(program, said):
+    with pytest.raises(DataError) as refusal:
+        function(len).traced(program, 1.0)
+    expected = (
+        rf"HYPERGRADIENTS\['mine'\] in my_methods.py raised {said}\. It was being traced; bilevax\.testing has .*"
+    )
+    assert re.fullmatch(expected, str(refusal.value))
+    assert "https" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
     ("kind", "make", "message"),
     [
         ("HYPERGRADIENTS", "lambda: 0", "must be a function of (inner); got one that cannot be called so: too many"),

@@ -116,7 +116,7 @@ class Function(NamedTuple):
             raise
         except Exception as error:
             what = f"{self.kind}['{self.name}'] in {self.file}{_line(error, _place(self.file))}"
-            raise DataError(f"{what} raised {type(error).__name__}: {str(error).rstrip('.')}. {fix}") from error
+            raise DataError(f"{what} raised {_said(error)}. {fix}") from error
 
     def traced(self, program: Callable[..., Any], *arguments: Any) -> Any:
         """The shapes of what a program makes with it, which is not run; what cannot be traced is refused."""
@@ -213,8 +213,15 @@ def _fault(error: Exception, place: str, name: str) -> str:
             f"a Python file or a module that can be imported; got {name}. Pass the path of a file, say --plugin "
             f"my_methods.py."
         )
-    what = f"{name}{_line(error, place)} raised {type(error).__name__}: {error}"
+    what = f"{name}{_line(error, place)} raised {_said(error)}"
     return f"a Python file that can be executed; {what}. Mend it: python {name} says more."
+
+
+def _said(error: Exception) -> str:
+    """The type of an error and its first line, with the next one where it ends in a colon: JAX goes on for more."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    kept = lines[: 2 if lines[0].endswith(":") else 1]
+    return f"{type(error).__name__}: {' '.join(kept)}".rstrip(".: ")
 
 
 def _line(error: Exception, place: str) -> str:
