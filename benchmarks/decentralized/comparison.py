@@ -21,12 +21,11 @@ from benchmarks.decentralized.placement import gossip, place
 from benchmarks.decentralized.rows import CAPTION as METHODS
 from benchmarks.decentralized.rows import personal_rows, rows
 from benchmarks.decentralized.running import before, compiled, evaluate, tuned
-from benchmarks.harness import runner
 from benchmarks.harness.errors import DataError
 from benchmarks.harness.loop import drive
 from benchmarks.harness.plugin import DECENTRALIZED
 from benchmarks.harness.report import COSTS, Columns, Run
-from benchmarks.harness.runner import Advance, Task, perform
+from benchmarks.harness.runner import Advance, Options, Task, perform
 
 CHECKPOINTS, QUICK_CHECKPOINTS = 20, 12
 TUNED = 2  # seeds that step sizes are chosen on, where there are so many
@@ -94,15 +93,9 @@ class Place(NamedTuple):
     budget: float | None = None  # seconds in place of the option: several hosts must not stop at different iterations
 
 
-class Options(runner.Options):
-    """The options of a decentralized task, with rows that are algorithms of agents."""
-
-    kind = DECENTRALIZED
-
-
 def defaults(methods: Sequence[str]) -> Options:
-    """The options of a decentralized task."""
-    return Options(tuple(methods), budget=BUDGET)
+    """The options of a decentralized task, whose rows are algorithms of agents."""
+    return Options(tuple(methods), budget=BUDGET, kind=DECENTRALIZED)
 
 
 def pairs(job: Job) -> bx.Levels:

@@ -22,13 +22,14 @@ import bilevax as bx
 from benchmarks.data.images import IMAGES, ImageName, load
 from benchmarks.decentralized.choices import PARTITIONS, Agents, changed, parsed
 from benchmarks.decentralized.cleaning import Divided, cleaning, divide
-from benchmarks.decentralized.comparison import Job, Options, Place, compare, defaults
+from benchmarks.decentralized.comparison import Job, Place, compare, defaults
 from benchmarks.decentralized.figure import Panel
 from benchmarks.decentralized.network import Network, by_weight
 from benchmarks.decentralized.placement import join_hosts, start_devices
 from benchmarks.decentralized.rows import names
 from benchmarks.harness.errors import DataError
 from benchmarks.harness.report import Columns, Run
+from benchmarks.harness.runner import Options
 from benchmarks.harness.style import histogram
 
 TASK = "decentralized_hyper_cleaning"

@@ -24,7 +24,7 @@ import tyro
 import bilevax as bx
 from benchmarks.data.few_shot import QUERIES, WAYS, read
 from benchmarks.decentralized.choices import PARTITIONS, Agents, changed, parsed
-from benchmarks.decentralized.comparison import Job, Options, compare, defaults
+from benchmarks.decentralized.comparison import Job, compare, defaults
 from benchmarks.decentralized.exact import Effort
 from benchmarks.decentralized.figure import Panel
 from benchmarks.decentralized.heads import (
@@ -41,6 +41,7 @@ from benchmarks.decentralized.heads import (
 from benchmarks.decentralized.network import Network
 from benchmarks.decentralized.rows import names
 from benchmarks.harness.report import Columns
+from benchmarks.harness.runner import Options
 from benchmarks.tasks.meta_learning import draw_tasks
 
 TASK = "decentralized_meta_learning"

@@ -21,12 +21,13 @@ import tyro
 
 import bilevax as bx
 from benchmarks.decentralized.choices import Agents, changed
-from benchmarks.decentralized.comparison import Job, Options, compare, defaults
+from benchmarks.decentralized.comparison import Job, compare, defaults
 from benchmarks.decentralized.figure import Panel
 from benchmarks.decentralized.markov import Chain, draw, evaluation, successors
 from benchmarks.decentralized.network import Network
 from benchmarks.decentralized.rows import names
 from benchmarks.harness.report import Columns
+from benchmarks.harness.runner import Options
 
 TASK = "decentralized_policy_evaluation"
 DISCOUNT = 0.9

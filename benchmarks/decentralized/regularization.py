@@ -24,7 +24,7 @@ import tyro
 
 import bilevax as bx
 from benchmarks.decentralized.choices import PARTITIONS, Agents, changed, parsed
-from benchmarks.decentralized.comparison import Job, Options, compare, defaults
+from benchmarks.decentralized.comparison import Job, compare, defaults
 from benchmarks.decentralized.figure import GRADIENT
 from benchmarks.decentralized.network import Network, by_weight
 from benchmarks.decentralized.penalties import (
@@ -40,6 +40,7 @@ from benchmarks.decentralized.penalties import (
 )
 from benchmarks.decentralized.rows import names
 from benchmarks.harness.report import Columns
+from benchmarks.harness.runner import Options
 
 TASK = "decentralized_regularization"
 INNER_GRID = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)  # over the curvature L of the mean inner loss

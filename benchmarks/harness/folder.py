@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 # Options that say which runs there are, and not what a run is: runs that differ in them lie side by side.
-SELECTING = ("methods", "plugin", "seeds", "seed", "nets", "problems", "end_to_end", "results")
+SELECTING = ("methods", "plugin", "kind", "seeds", "seed", "nets", "problems", "end_to_end", "results")
 OLD = "old"  # the subfolder of the results to which runs of other options move
 
 

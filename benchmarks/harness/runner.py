@@ -5,12 +5,13 @@ import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
 import numpy as np
 import optax
+import tyro
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -112,8 +113,8 @@ class Options(Common):
     """A Python file of yours, which is executed, or an importable module: its rows are compared as well, all of them
     unless --methods names some. They are functions, in dicts HYPERGRADIENTS, ALGORITHMS (of one machine) and
     DECENTRALIZED; see docs/testing.md."""
-    kind: ClassVar[str] = HYPERGRADIENTS
-    """Of the rows, for all options of this class."""
+    kind: tyro.conf.Suppress[str] = HYPERGRADIENTS
+    """Of the rows that the plugin adds: the name of their dict. The job says it, not the command line."""
 
     @property
     def functions(self) -> Mapping[str, Function]:

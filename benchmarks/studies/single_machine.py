@@ -26,12 +26,12 @@ import tyro
 from matplotlib.figure import Figure
 
 import bilevax as bx
-from benchmarks.harness import runner, timing
+from benchmarks.harness import timing
 from benchmarks.harness.clock import Spent, timed
 from benchmarks.harness.loop import Outcome
 from benchmarks.harness.plugin import ALGORITHMS, Function
 from benchmarks.harness.report import COSTS, Run
-from benchmarks.harness.runner import Advance, Task, perform
+from benchmarks.harness.runner import Advance, Options, Task, perform
 from benchmarks.harness.style import STYLE, curves
 from benchmarks.tasks.logistic import Rows, exact
 from benchmarks.tasks.regularization import SETTINGS
@@ -292,12 +292,6 @@ def rehearsal(row: Row, batch: bx.Batch) -> Any:
     )
 
 
-class Options(runner.Options):
-    """The options, with rows that are algorithms of one machine."""
-
-    kind = ALGORITHMS
-
-
 def runs(name: str, rows: Sequence[Row], iterations: int, options: Options, advance: Advance) -> Iterator[Run]:
     """Each method on each seed, in order."""
     datasets = {seed: load(name, seed) for seed in options.all_seeds}
@@ -336,7 +330,7 @@ def draw(finished: Sequence[Run]) -> Figure:
     return figure
 
 
-DEFAULTS = Options(tuple(row.name for row in METHODS), budget=600.0)
+DEFAULTS = Options(tuple(row.name for row in METHODS), budget=600.0, kind=ALGORITHMS)
 
 
 @dataclasses.dataclass(frozen=True)
