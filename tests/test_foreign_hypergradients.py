@@ -142,7 +142,7 @@ def test_ihvp_of_two_draws_is_not_symmetric():
 
 
 def test_ihvp_that_branches_on_its_number():
-    fails_by_name(testing.check_ihvp, branching, "one_program_serves_all_calls", number=0.5)
+    fails_by_name(testing.check_ihvp, branching, "number_may_be_traced", number=0.5)
 
 
 def fails_by_name(check, method, name, **declared):

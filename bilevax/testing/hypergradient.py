@@ -365,7 +365,10 @@ def draws_depend_on_the_key_alone(subject: HypergradientSubject) -> None:
         differ("y with two keys", one[1], other[1])
 
 
-@contract("Draw once what is subtracted from itself: two draws of one gradient leave their noise in the difference.")
+@contract(
+    "Look for a sign in what is subtracted; and draw it once: two draws of one gradient leave their noise in the "
+    "difference."
+)
 def constant_outer_loss_has_no_gradient(subject: HypergradientSubject) -> None:
     """On draws that differ from step to step and from key to key."""
     grads, _, _ = subject.trial("constant")
@@ -374,7 +377,8 @@ def constant_outer_loss_has_no_gradient(subject: HypergradientSubject) -> None:
 
 @contract(
     "Count in info.inner.calls what a compiled estimate runs; say what the count leaves out with "
-    "uncounted=lambda info: Calls(...), or counted=False.",
+    "uncounted=lambda info: Calls(...), such as each ∇_x g, which shows as a cross product: "
+    "uncounted=lambda info: Calls(cross_products=1); or say counted=False.",
     applies=lambda subject: subject.counted and READABLE,
 )
 def declared_calls_are_compiled_calls(subject: HypergradientSubject) -> None:
