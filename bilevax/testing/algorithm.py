@@ -23,9 +23,9 @@ from bilevax.problem import BilevelProblem
 from bilevax.sampling import Sample, minibatch
 from bilevax.testing.compiled import READABLE, executed_dots, products
 from bilevax.testing.contract import Contract, contract, hold_all, name_of
-from bilevax.testing.placement import LAZY_RING, N, equal, form, of_four_agents, on_one_device, on_two_parts
+from bilevax.testing.placement import LAZY_RING, N, equal, of_four_agents, on_one_device, on_two_parts
 from bilevax.testing.problems.countable import CROSS, ENTRIES_OF_Y, INNER, OUTER, countable
-from bilevax.testing.trees import truth
+from bilevax.testing.trees import same_form, truth
 
 Make = Callable[[BilevelProblem, Gossip, Levels, Sample], Algorithm]
 
@@ -162,10 +162,9 @@ def state_keeps_its_form(subject: AlgorithmSubject) -> None:
     x = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), x)
     state = jax.eval_shape(method.init, x, y, batch)
     new, info = jax.eval_shape(method.step, jax.eval_shape(lambda: jax.random.key(0)), state, batch)
-    truth(form(state) == form(new), f"init makes {form(state)}, and step {form(new)}")
-    for name, got, given in (("x", new.x, x), ("y", new.y, y)):
-        kept = [leaf.dtype for leaf in jax.tree.leaves(got)], [leaf.dtype for leaf in jax.tree.leaves(given)]
-        truth(kept[0] == kept[1], f"{name} has {kept[0]}, and started with {kept[1]}")
+    same_form("the state after a step", new, "the state of init", state, weak=True)
+    same_form("x", new.x, "the x that init got", x)
+    same_form("y", new.y, "the y that init got", y)
     odd = [leaf.shape for leaf in jax.tree.leaves((state, info)) if leaf.ndim and leaf.shape[0] != N]
     truth(not odd, f"leaves {odd} of {N} agents")
     shapes = {leaf.shape for leaf in jax.tree.leaves(info._replace(rounds=()))}

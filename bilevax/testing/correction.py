@@ -23,12 +23,11 @@ from bilevax.testing.placement import (
     N,
     directed,
     equal,
-    form,
     of_four_agents,
     on_one_device,
     on_two_parts,
 )
-from bilevax.testing.trees import truth
+from bilevax.testing.trees import same_form, truth
 
 KEY = jax.random.key(0)
 STEP, UPDATES, LONG = 0.1, 20, 4000
@@ -113,9 +112,8 @@ def state_keeps_its_form(subject: CorrectionSubject) -> None:
     new, after, sent = jax.eval_shape(
         lambda state, s: subject.correction.update(KEY, state, gossip, s, s, move), state, s
     )
-    truth(form(state) == form(after), f"init makes {form(state)}, and update {form(after)}")
-    got, expected = ([(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)] for tree in (new, s))
-    truth(got == expected, f"s⁺ has {got}, and s {expected}")
+    same_form("the state after an update", after, "the state of init", state, weak=True)
+    same_form("s⁺", new, "s", s)
     truth(sent.shape == (N,), f"bytes have shape {sent.shape}")
 
 

@@ -19,8 +19,8 @@ from bilevax.decentralized.gossip import gossip
 from bilevax.decentralized.levels import Levels
 from bilevax.problem import Batch
 from bilevax.testing.contract import Contract, contract, hold_all, name_of
-from bilevax.testing.placement import LAZY_RING, N, equal, form
-from bilevax.testing.trees import truth
+from bilevax.testing.placement import LAZY_RING, N, equal
+from bilevax.testing.trees import same_form, truth
 
 KEY = jax.random.key(0)
 LEVELS = ("x", "y", "v")
@@ -154,10 +154,9 @@ def state_keeps_its_form(subject: EstimatorSubject) -> None:
             state,
             point,
         )
-        truth(form(state) == form(after), f"init makes {form(state)}, and update {form(after)}")
+        same_form("the state after an update", after, "the state of init", state, weak=True)
         expected = jax.eval_shape(lambda point, asked=asked: asked.evaluate(point, batch), point)
-        got, given = ([(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)] for tree in (u, expected))
-        truth(got == given, f"u has {got} for directions with {given}")
+        same_form("u", u, "the direction", expected)
         truth(evaluations.shape == (N,), f"evaluations have shape {evaluations.shape}")
 
 

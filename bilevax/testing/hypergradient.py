@@ -227,10 +227,7 @@ def weak_types_are_kept(subject: HypergradientSubject) -> None:
     x, y, batch, hypergrad = jnp.asarray(0.5), jnp.asarray(-1.2), points.make_batch(), subject.at(points.PROBLEM)
     state = hypergrad.init(x, y, batch)
     after = jax.eval_shape(hypergrad.estimate, jax.random.key(0), state, x, batch)[1]
-    weak = [[jax.typeof(leaf).weak_type for leaf in jax.tree.leaves(tree)] for tree in (state, after)]
-    truth(
-        weak[0] == weak[1], f"leaves of the state are weakly typed: {weak[0]} after init, {weak[1]} after an estimate"
-    )
+    same_form("the state after an estimate", after, "the state of init", state, weak=True)
 
 
 @contract("Keep nothing outside the state, and give each leaf of it the same shape and dtype at each call.")

@@ -47,11 +47,6 @@ def on_two_parts(run: Callable, topology: Any, *trees: Any) -> Any:
     return jax.jit(lambda trees: parallel.join(program(*parallel.split(trees, PARTS))))(trees)
 
 
-def form(tree: Any) -> Any:
-    """Shapes and dtypes of the leaves, and whether a dtype is weak, which costs another trace."""
-    return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, bool(leaf.weak_type)), tree)
-
-
 def equal(got: Any, expected: Any) -> None:
     """Raises AssertionError unless two trees agree to the rounding of a leaf in single precision among them."""
     close("the result", got, expected, rtol=1e-5, atol=1e-7)

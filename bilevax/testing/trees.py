@@ -8,21 +8,34 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def form(tree: chex.ArrayTree) -> tuple[Any, list]:
-    """The structure of a pytree, and the shape and dtype of each leaf."""
-    leaves, structure = jax.tree.flatten(tree)
-    return structure, [(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves]
+def same_form(name: str, got: chex.ArrayTree, like: str, expected: chex.ArrayTree, weak: bool = False) -> None:
+    """Raises AssertionError unless structures, shapes, dtypes and, with `weak`, weak types agree."""
+    _same_structure(name, got, like, expected)
+    for where, leaf, other in zip(_paths(got), jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        has, wants = _form(leaf, weak), _form(other, weak)
+        truth(has == wants, f"{name}{where} is {has}, and {like}{where} {wants}")
 
 
-def same_form(name: str, got: chex.ArrayTree, like: str, expected: chex.ArrayTree) -> None:
-    """Raises AssertionError unless structures, shapes and dtypes agree."""
-    has, wants = form(got), form(expected)
-    if has[0] != wants[0]:
-        raise AssertionError(f"{name} is {has[0]}, and {like} is {wants[0]}")
-    for (path, _), mine, theirs in zip(jax.tree_util.tree_leaves_with_path(got), has[1], wants[1], strict=True):
-        if mine != theirs:
-            where = jax.tree_util.keystr(path)
-            raise AssertionError(f"{name}{where} is {mine[1]}{list(mine[0])}, and {like} {theirs[1]}{list(theirs[0])}")
+def _form(leaf: Any, weak: bool) -> str:
+    """Dtype and shape, such as `float32[3, 2]`; and whether the dtype is weak, which costs another trace."""
+    of = jax.typeof(leaf)
+    return f"{'weakly typed ' if weak and of.weak_type else ''}{of.dtype}{list(of.shape)}"
+
+
+def _same_structure(name: str, got: chex.ArrayTree, like: str, expected: chex.ArrayTree) -> None:
+    """Raises AssertionError at the first leaf that one of the two lacks, or where containers are of another kind."""
+    kinds: Any = [jax.tree.structure(tree) for tree in (got, expected)]
+    if kinds[0] == kinds[1]:
+        return
+    mine, theirs = _paths(got), _paths(expected)
+    for one, paths, other, others in ((name, mine, like, theirs), (like, theirs, name, mine)):
+        for path in paths:
+            truth(path in others, f"{one}{path} is a leaf, and {other} has none there")
+    raise AssertionError(f"{name} is {kinds[0]}, and {like} is {kinds[1]}")
+
+
+def _paths(tree: chex.ArrayTree) -> list[str]:
+    return [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
 
 
 def close(

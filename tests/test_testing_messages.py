@@ -1,0 +1,39 @@
+"""What broken contracts say: where something differs, in one line."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bilevax import testing
+
+trees = testing.trees
+
+
+class Pair(NamedTuple):
+    a: object
+    b: object
+
+
+@pytest.mark.parametrize(
+    ("got", "expected", "said"),
+    [
+        ({"a": jnp.ones((2, 1))}, {"a": jnp.ones(2)}, "v['a'] is float64[2, 1], and b['a'] float64[2]"),
+        (Pair(1.0, jnp.ones(2, jnp.float32)), Pair(1.0, jnp.ones(2)), "v.b is float32[2], and b.b float64[2]"),
+        ({"a": 1.0, "c": 1.0}, {"a": 1.0}, "v['c'] is a leaf, and b has none there"),
+        ({"a": None}, {"a": 1.0}, "b['a'] is a leaf, and v has none there"),
+        ([1.0], (1.0,), "v is PyTreeDef([*]), and b is PyTreeDef((*,))"),
+        (Pair(0, jnp.asarray(0.5)), Pair(0, np.asarray(0.5)), "v.b is weakly typed float64[], and b.b float64[]"),
+    ],
+    ids=["shape", "dtype", "more leaves", "fewer leaves", "containers", "weak type"],
+)
+def test_a_difference_of_form_is_said_in_one_line(got, expected, said):
+    with pytest.raises(AssertionError) as error:
+        trees.same_form("v", got, "b", expected, weak=True)
+    assert str(error.value) == said
+
+
+def test_forms_agree_without_weak_types():
+    trees.same_form("v", {"a": jnp.asarray(0.5)}, "b", {"a": jax.ShapeDtypeStruct((), jnp.float64)})
