@@ -37,3 +37,18 @@ def test_a_difference_of_form_is_said_in_one_line(got, expected, said):
 
 def test_forms_agree_without_weak_types():
     trees.same_form("v", {"a": jnp.asarray(0.5)}, "b", {"a": jax.ShapeDtypeStruct((), jnp.float64)})
+
+
+def test_equal_numbers_are_shown_in_short():
+    with pytest.raises(AssertionError, match=r"^v is \[0, 0.1, 0.2, …\] both times$"):
+        trees.differ("v", {"a": np.arange(100) / 10}, {"a": np.arange(100) / 10})
+    with pytest.raises(AssertionError, match=r"^v is 1.5 both times$"):
+        trees.differ("v", 1.5, 1.5)
+    trees.differ("v", 1.5, 1.6)
+
+
+def test_a_number_that_is_not_finite_is_shown_by_its_place():
+    with pytest.raises(AssertionError, match=r"^v\['a'\] is not finite at \[1, 0\]$"):
+        trees.finite("v", {"a": jnp.asarray([[1.0], [jnp.inf]])})
+    with pytest.raises(AssertionError, match=r"^v is not finite$"):
+        trees.finite("v", jnp.nan)

@@ -1,5 +1,6 @@
 """Comparisons of pytrees: their forms, and their numbers."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import chex
@@ -60,16 +61,20 @@ def _close(name: str, got: np.ndarray, expected: np.ndarray, rtol: float, atol: 
         at = np.unravel_index(np.argmax(off), off.shape)
         share = 100 * off[at] / np.abs(expected[at])
     percent = f" ({share:.3g} %)" if np.isfinite(share) else ""
-    where = f" at [{', '.join(map(str, at))}]" if at else ""
     pair = f"{got[at]:.6g}, expected {expected[at]:.6g}"
-    raise AssertionError(f"{name} differs by up to {off[at]:.3g}{percent}{where}: {pair}")
+    raise AssertionError(f"{name} differs by up to {off[at]:.3g}{percent}{_at(at)}: {pair}")
+
+
+def _at(index: Sequence) -> str:
+    """Such as ` at [1, 0]`; nothing for a scalar."""
+    return f" at [{', '.join(map(str, index))}]" if len(index) else ""
 
 
 def differ(name: str, one: chex.ArrayTree, other: chex.ArrayTree, rtol: float = 1e-6) -> None:
     """Raises AssertionError if all numbers agree up to rtol."""
     pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
     if all(np.allclose(a, b, rtol=rtol, atol=rtol, equal_nan=True) for a, b in pairs):
-        raise AssertionError(f"{name} is {jax.tree.leaves(one)[0]} both times")
+        raise AssertionError(f"{name} is {short(jax.tree.leaves(one)[0])} both times")
 
 
 def scalars(name: str, tree: chex.ArrayTree) -> None:
@@ -82,8 +87,16 @@ def scalars(name: str, tree: chex.ArrayTree) -> None:
 def finite(name: str, tree: chex.ArrayTree) -> None:
     """Raises AssertionError if any number is not finite."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        if not np.isfinite(np.asarray(leaf, float)).all():
-            raise AssertionError(f"{name}{jax.tree_util.keystr(path)} is {leaf}")
+        wrong = ~np.isfinite(np.asarray(leaf, float))
+        if wrong.any():
+            raise AssertionError(f"{name}{jax.tree_util.keystr(path)} is not finite{_at(np.argwhere(wrong)[0])}")
+
+
+def short(numbers: chex.ArrayTree) -> str:
+    """An array by its first three numbers, such as `[0, 0.5, 1, …]`."""
+    array = np.asarray(numbers, float)
+    first = [f"{number:.6g}" for number in array.ravel()[:3]]
+    return f"[{', '.join(first + ['…'] * (array.size > 3))}]" if array.ndim else first[0]
 
 
 def truth(condition: Any, seen: str) -> None:
