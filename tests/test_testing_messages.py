@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from bilevax import testing
@@ -52,3 +53,56 @@ def test_a_number_that_is_not_finite_is_shown_by_its_place():
         trees.finite("v", {"a": jnp.asarray([[1.0], [jnp.inf]])})
     with pytest.raises(AssertionError, match=r"^v is not finite$"):
         trees.finite("v", jnp.nan)
+
+
+# An exception that is no finding of a check is shown with its type, and with its place in the code of the method
+
+
+@testing.contract("Do otherwise.")
+def returns(method):
+    """Whatever the method raises goes through."""
+    jax.jit(method)(1.0)
+
+
+def branches(number):
+    return -number if number < 0 else number
+
+
+def says_nothing(number):
+    raise AssertionError
+
+
+def adds_what_cannot_be_added(number):
+    return optax.tree.add(jnp.ones(2), jnp.ones(3)) + number
+
+
+def says_two_lines(number):
+    raise ValueError("first\nsecond")
+
+
+@pytest.mark.parametrize(
+    ("method", "error", "said"),
+    [
+        (branches, "TracerBoolConversionError", ": Attempted boolean conversion of traced array"),
+        (says_nothing, "AssertionError", "\n"),
+        (adds_what_cannot_be_added, "TypeError", ": add got incompatible shapes"),
+        (says_two_lines, "ValueError", ": first\nwhat to do"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_an_exception_is_told_with_its_type_and_place(method, error, said):
+    line = method.__code__.co_firstlineno + 1
+    with pytest.raises(testing.ContractError) as broken:
+        returns.hold("mine", method)
+    assert f"\nseen: {error} in test_testing_messages.py, line {line}{said}" in str(broken.value)
+
+
+def test_an_exception_outside_of_the_method_has_no_place():
+    adds = testing.Contract("adds", jnp.add, "Do otherwise.")
+    with pytest.raises(testing.ContractError, match=r"\nseen: TypeError: add got incompatible shapes"):
+        adds.hold("mine", jnp.ones(2), jnp.ones(3))
+
+
+def test_a_finding_of_a_check_is_told_as_it_is():
+    with pytest.raises(testing.ContractError, match=r"\nseen: two are meant\nwhat to do"):
+        testing.contract("Do otherwise.")(trees.truth).hold("mine", False, "two are meant")

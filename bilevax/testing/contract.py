@@ -3,12 +3,17 @@
 import dataclasses
 import functools
 import inspect
+import pathlib
+import traceback
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
 
 from bilevax import checks
+
+# what is raised deeper in one of these was called by the code of a method
+LIBRARIES = {"bilevax", "jax", "jaxlib", "optax", "chex", "numpy", "scipy", "functools", "contextlib"}
 
 
 class ContractError(AssertionError):
@@ -50,7 +55,8 @@ class Contract(NamedTuple):
         try:
             self.check(*arguments)
         except Exception as error:
-            seen = str(error).strip() or type(error).__name__
+            said = str(error).strip() if isinstance(error, AssertionError) else ""
+            seen = said or _raised(error)
             raise ContractError(
                 f"{what} breaks the contract `{self.name}`.\nseen: {seen}\nwhat to do: {self.remedy}"
             ) from error
@@ -115,6 +121,18 @@ def about(contracts: list[Contract], subject: Any) -> None:
         if len(required) != 1 or not isinstance(subject, kind):
             meant, takes = checks.article(type(subject).__name__), ", ".join(map(str, required))
             raise ValueError(f"contracts must be about {meant}; got {one.name}({takes}). {fix}")
+
+
+def _raised(error: Exception) -> str:
+    """Type and first line of an exception, and where the method raised it, if its code is among what was called."""
+    places = [
+        f" in {pathlib.Path(frame.f_code.co_filename).name}, line {line}"
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        if frame.f_globals.get("__name__", "").partition(".")[0] not in LIBRARIES
+    ]
+    place = places[-1] if places else ""
+    first = "".join(str(error).strip().splitlines()[:1])
+    return f"{type(error).__name__}{place}{first and ': '}{first}"
 
 
 def name_of(made_by: Any) -> str:
