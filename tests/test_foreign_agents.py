@@ -66,6 +66,30 @@ def test_a_foreign_correction_passes():
     testing.check_correction(heavy_tracking())
 
 
+@pytest.mark.parametrize("make", [bx.correction.extra, bx.correction.exact_diffusion], ids=["extra", "exact_diffusion"])
+def test_a_correction_that_refuses_a_graph_is_told_to_leave_it_out(make):
+    fix = r"Pass topologies=\[bx.topology.lazy\(bx.topology.ring\(4\)\)\]"
+    with pytest.raises(ValueError, match=rf"got Topology\(.*directed=True\), which it refuses: .*symmetric W.* {fix}"):
+        testing.check_correction(make())
+    testing.check_correction(make(), topologies=[SUBSET])
+
+
+def test_a_correction_that_refuses_all_graphs_breaks_a_contract():
+    def init(gossip, s, move):
+        raise ValueError("no graph will do")
+
+    faulty = heavy_tracking()._replace(init=init)
+    with pytest.raises(
+        testing.ContractError, match=r"^a Correction over Topology.*`state_keeps_its_form`.\nseen: Value"
+    ):
+        testing.check_correction(faulty)
+
+
+def test_a_broken_correction_is_told_over_which_graph():
+    with pytest.raises(testing.ContractError, match=r"^a Correction over Topology\(.*directed=True\) breaks"):
+        testing.check_correction(heavy_tracking(divide=lambda gossip, state, d: d))
+
+
 CORRECTIONS = {
     "a sign in the tracker": ("mean_moves_along_the_mean_direction", {"sign": -1.0}, SUBSET),
     "half a step": ("limit_is_that_of_the_mean_loss", {"sign": 0.5, "divide": lambda g, s, d: d}, DIRECTED),

@@ -60,6 +60,19 @@ class CorrectionSubject:
         checks.instance("correction", self.correction, Correction, fix)
         of_four_agents(self.topology)
 
+    def takes_the_topology(self) -> None:
+        """By tracing alone.
+
+        Raises:
+          ValueError: if the correction refuses it, although it takes a lazy ring.
+        """
+        error = refusal(self.correction, self.topology)
+        if error is not None and refusal(self.correction, LAZY_RING) is None:
+            raise ValueError(
+                f"topologies must be graphs that the correction takes; got {self.topology!r}, which it refuses: "
+                f"{str(error).rstrip('.')}. Pass topologies=[bx.topology.lazy(bx.topology.ring({N}))]."
+            ) from error
+
     @functools.cached_property
     def path(self) -> Any:
         """S at the start and after each update along random directions, leaves [updates + 1, n, ...]."""
@@ -97,6 +110,16 @@ def follow(correction: Correction, gossip: Gossip, s: Any, d: Any) -> Any:
     path: Any
     _, path = jax.lax.scan(update, carry, (jnp.arange(UPDATES), d))
     return jax.tree.map(lambda one, many: jnp.concatenate([one[None], many]), first, path)
+
+
+def refusal(correction: Correction, topology: Any) -> ValueError | None:
+    """What the correction says of a graph that it does not take."""
+    gossip, s, move = on_one_device(topology), start(), along(STEP)
+    try:
+        jax.eval_shape(lambda s: correction.update(KEY, correction.init(gossip, s, move), gossip, s, s, move), s)
+    except ValueError as error:
+        return error
+    return None
 
 
 @contract(
@@ -233,9 +256,9 @@ def check_correction(
       None.
 
     Raises:
-      ContractError: naming the contract that it breaks, what was seen, and what to do.
-      ValueError: if correction is none, a graph has other than four agents, topologies or contracts are empty, or
-        contracts are those of something else.
+      ContractError: naming the contract that it breaks, over which graph, what was seen, and what to do.
+      ValueError: if correction is none, or refuses a graph; a graph has other than four agents; topologies or contracts
+        are empty, or contracts are those of something else.
 
     Cost: four programs for each graph.
 
@@ -247,5 +270,11 @@ def check_correction(
     """
     if not topologies:
         raise ValueError("topologies must hold at least one graph; got none. Leave them out for two that are given.")
-    for topology in topologies:
-        hold_all(contracts, name_of(correction), CorrectionSubject(correction, topology, unbiased))
+    subjects = [CorrectionSubject(correction, topology, unbiased) for topology in topologies]
+
+    def all_are_taken() -> None:
+        for subject in subjects:
+            subject.takes_the_topology()
+
+    for subject in subjects:
+        hold_all(contracts, f"{name_of(correction)} over {subject.topology!r}", subject, all_are_taken)
