@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+import bilevax as bx
 from bilevax import testing
 
 trees = testing.trees
@@ -106,3 +107,22 @@ def test_an_exception_outside_of_the_method_has_no_place():
 def test_a_finding_of_a_check_is_told_as_it_is():
     with pytest.raises(testing.ContractError, match=r"\nseen: two are meant\nwhat to do"):
         testing.contract("Do otherwise.")(trees.truth).hold("mine", False, "two are meant")
+
+
+@pytest.mark.parametrize("loss", ["f", "g"])
+def test_a_hidden_nan_is_told_with_the_loss_that_has_it(loss):
+    """An estimator that reports no breakdown where one of the two losses is NaN."""
+
+    def make(problem, optimizer, sample):
+        sound = bx.penalty(*problem, optimizer, steps=1, multiplier=10.0, sample=sample)
+
+        def estimate(*arguments):
+            grad, state, info = sound.estimate(*arguments)
+            breakdown = jnp.isnan(info.inner.inner_loss) == (loss == "f")
+            return grad, state, info._replace(inner=info.inner._replace(breakdown=breakdown))
+
+        return bx.Hypergradient(sound.init, estimate)
+
+    said = rf"the data of {loss} hold NaN, and info.inner.breakdown is False"
+    with pytest.raises(testing.ContractError, match=said):
+        testing.check_hypergradient(make, [testing.hypergradient.nan_is_reported])

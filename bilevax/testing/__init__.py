@@ -18,7 +18,8 @@ from bilevax.testing.contract import Contract, ContractError, contract
 from bilevax.testing.correction import CorrectionSubject, check_correction
 from bilevax.testing.estimator import EstimatorSubject, check_estimator
 from bilevax.testing.gossip import GossipSubject, check_gossip
-from bilevax.testing.hypergradient import HypergradientSubject, check_hypergradient
+from bilevax.testing.hypergradient import check_hypergradient
+from bilevax.testing.hypergradient_subject import HypergradientSubject
 from bilevax.testing.ihvp import IHVPSubject, check_ihvp
 from bilevax.testing.limits import check_limit
 from bilevax.testing.solver import check_solver, solver_subject

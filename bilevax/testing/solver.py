@@ -15,7 +15,7 @@ from bilevax.sampling import Sample, full
 from bilevax.testing import ground, points
 from bilevax.testing import hypergradient as hypergradient_contracts
 from bilevax.testing.contract import Contract, contract, hold_all, name_of
-from bilevax.testing.hypergradient import RATE, HypergradientSubject
+from bilevax.testing.hypergradient_subject import RATE, HypergradientSubject
 from bilevax.testing.trees import close, differ, same_form, scalars, truth
 
 MakeSolver = Callable[[Loss, optax.GradientTransformation, Sample], InnerSolver]
