@@ -231,8 +231,10 @@ def one_program_serves_all_calls(subject: IHVPSubject) -> None:
     """A compiled program takes the state of one call in the next, and v stays finite."""
     state = subject.start
     for _ in range(3):
-        v, _, state = subject.solve(state=state)
+        v, _, after = subject.solve(state=state)
         finite("v", v)
+        same_form("the state after prepare", after, "the state before it", state, weak=True)
+        state = after
 
 
 @contract("Use jax.lax.cond and jnp.where in place of `if`, and draw nothing from outside of the trace.")

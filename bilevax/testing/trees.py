@@ -20,7 +20,9 @@ def same_form(name: str, got: chex.ArrayTree, like: str, expected: chex.ArrayTre
 def _form(leaf: Any, weak: bool) -> str:
     """Dtype and shape, such as `float32[3, 2]`; and whether the dtype is weak, which costs another trace."""
     of = jax.typeof(leaf)
-    return f"{'weakly typed ' if weak and of.weak_type else ''}{of.dtype}{list(of.shape)}"
+    own = isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct))  # with x64 off, the type of a double is single
+    dtype = leaf.dtype if own else of.dtype
+    return f"{'weakly typed ' if weak and of.weak_type else ''}{dtype}{list(of.shape)}"
 
 
 def _same_structure(name: str, got: chex.ArrayTree, like: str, expected: chex.ArrayTree) -> None:
