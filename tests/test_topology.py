@@ -242,7 +242,7 @@ def test_weights():
     assert_doubly_stochastic(tp.star(6, weights=tp.self_weight(0.1)))
     assert tp.ring(1, weights=tp.self_weight(0.5)).matrix.toarray().tolist() == [[1.0]]
     own = tp.ring(5, weights=lambda adjacency: (adjacency.toarray() + 2 * np.eye(5)) / 4)
-    assert own.matrix[0].toarray().tolist() == [0.5, 0.25, 0, 0, 0.25]
+    assert own.matrix.toarray()[0].tolist() == [0.5, 0.25, 0, 0, 0.25]
     np.testing.assert_allclose(tp.ring(4, weights=tp.out_weights).matrix.toarray(), tp.ring(4).matrix.toarray())
 
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 from tokenizers import BertWordPieceTokenizer, Tokenizer
+from tokenizers.models import WordPiece
 
 from benchmarks.data.download import SOURCES, Source, fetch
 from benchmarks.harness.errors import DataError
@@ -138,8 +139,10 @@ def wordpiece(path: Path, length: int, vocabulary: int) -> Encode:
       DataError: if the file cannot be read, or has more tokens than the encoder.
     """
     try:
-        json_file = path.suffix == ".json"
-        tokenizer = Tokenizer.from_file(str(path)) if json_file else BertWordPieceTokenizer(str(path), lowercase=True)
+        if path.suffix == ".json":
+            tokenizer = Tokenizer.from_file(str(path))
+        else:
+            tokenizer = BertWordPieceTokenizer(WordPiece.read_file(str(path)), lowercase=True)
     except Exception as error:  # the package raises nothing narrower
         raise DataError(f"{path} must be the vocab.txt or tokenizer.json of a checkpoint: {error}") from error
     if tokenizer.get_vocab_size() > vocabulary:

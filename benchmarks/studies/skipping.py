@@ -299,7 +299,9 @@ def draw(skipping: Sequence[Timed], growing: Sequence[Timed]) -> Figure:
         reference, *others = skipping
         low, median, high = (1e3 * np.array([quartiles(row.seconds) for row in others])).T
         p = np.array([row.evaluated / row.n for row in others])
-        fractions.errorbar(p, median, (median - low, high - median), fmt="o-", color=COLOURS[0], label="S3LDBO")
+        fractions.errorbar(
+            p, median, np.stack([median - low, high - median]), fmt="o-", color=COLOURS[0], label="S3LDBO"
+        )
         everybody = 1e3 * quartiles(reference.seconds)[1]
         fractions.axhline(everybody, color="#777777", linestyle="--", label="SLDBO")
         fractions.plot([0, 1], [0, everybody], color="#BBBBBB", linestyle=":", label="in proportion")
@@ -307,7 +309,7 @@ def draw(skipping: Sequence[Timed], growing: Sequence[Timed]) -> Figure:
         fractions.legend()
         n = np.array([row.n for row in growing])
         low, median, high = (1e3 * np.array([quartiles(row.seconds) for row in growing])).T
-        times.errorbar(n, median, (median - low, high - median), fmt="o-", color=COLOURS[0], label="SLDBO")
+        times.errorbar(n, median, np.stack([median - low, high - median]), fmt="o-", color=COLOURS[0], label="SLDBO")
         times.plot(n, median[-1] * n / n[-1], color="#BBBBBB", linestyle=":", label="linear")
         times.set(xlabel="agents", ylabel="time of an iteration (ms)", xscale="log", yscale="log")
         memory = np.array([np.nan if row.memory is None else row.memory / 2**20 for row in growing])
