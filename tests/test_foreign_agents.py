@@ -6,6 +6,7 @@ They are written with public names alone, as a reader of the documentation would
 import functools
 from typing import Any, NamedTuple
 
+import foreign
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,21 +20,6 @@ from bilevax.testing.contract import name_of
 
 SUBSET = bx.topology.lazy(bx.topology.ring(4))
 DIRECTED = testing.placement.DIRECTED
-
-
-UNREADABLE = "reads HLO text as it is printed since jax 0.10"
-IN_ORDER = {"bytes", "a sample drawn twice"}  # these faults pass all contracts before theirs
-
-
-def broken(check, module, name, fault):
-    """`check(contracts)` finds the one of this name broken; of some faults it is the first that is broken of all."""
-    if "compiled" in name and not testing.compiled.READABLE:
-        pytest.skip(UNREADABLE)
-    contracts = [one for one in module.CONTRACTS if one.name == name or fault in IN_ORDER]
-    with pytest.raises(testing.ContractError, match=f"breaks the contract `{name}`") as error:
-        check(contracts)
-    assert "seen: " in str(error.value)
-    assert "what to do: " in str(error.value)
 
 
 # A correction: tracking whose tracker is a moving average, which keeps its mean
@@ -115,7 +101,7 @@ def test_a_broken_correction_fails_by_name(name):
     def check(contracts):
         testing.check_correction(heavy_tracking(**fault), topologies=[topology], contracts=contracts)
 
-    broken(check, testing.correction, contract, name)
+    foreign.broken(check, testing.correction, contract, name)
 
 
 # An estimator: recursive momentum with a coin of its own
@@ -184,7 +170,7 @@ ESTIMATORS = {
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_a_broken_estimator_fails_by_name(name):
     contract, fault = ESTIMATORS[name]
-    broken(functools.partial(testing.check_estimator, recursive(**fault)), testing.estimator, contract, name)
+    foreign.broken(functools.partial(testing.check_estimator, recursive(**fault)), testing.estimator, contract, name)
 
 
 # A gossip: two rounds in one
@@ -248,7 +234,7 @@ GOSSIPS = {
 @pytest.mark.parametrize("name", GOSSIPS)
 def test_a_broken_gossip_fails_by_name(name):
     contract, value = GOSSIPS[name]
-    broken(lambda contracts: testing.check_gossip(value, contracts=contracts), testing.gossip, contract, name)
+    foreign.broken(lambda contracts: testing.check_gossip(value, contracts=contracts), testing.gossip, contract, name)
 
 
 # A method: descent along the exact directions on x and y, which keeps only what it must
@@ -343,7 +329,7 @@ def test_a_broken_method_fails_by_name(name):
     def check(contracts):
         testing.check_algorithm(make, calls=(1, 1, 1, 1), contracts=contracts)
 
-    broken(check, testing.algorithm, contract, name)
+    foreign.broken(check, testing.algorithm, contract, name)
 
 
 TABLES = {"correction": CORRECTIONS, "estimator": ESTIMATORS, "gossip": GOSSIPS, "algorithm": METHODS}
@@ -351,8 +337,8 @@ TABLES = {"correction": CORRECTIONS, "estimator": ESTIMATORS, "gossip": GOSSIPS,
 
 @pytest.mark.parametrize("kind", TABLES)
 def test_each_contract_has_a_broken_method(kind):
-    assert {row[0] for row in TABLES[kind].values()} == {one.name for one in getattr(testing, kind).CONTRACTS}
-    assert IN_ORDER & set(TABLES[kind])
+    table = TABLES[kind]
+    foreign.same_names(table, (row[0] for row in table.values()), getattr(testing, kind).CONTRACTS)
 
 
 def test_a_method_that_solves_another_problem_is_told_which():
@@ -404,7 +390,7 @@ def test_what_a_message_calls_a_method(value, name):
     assert name_of(value) == name
 
 
-@pytest.mark.skipif(not testing.compiled.READABLE, reason=UNREADABLE)
+@pytest.mark.skipif(not testing.compiled.READABLE, reason=foreign.UNREADABLE)
 def test_a_method_with_branches_passes_if_it_says_so():
     """Once in three iterations the full directions, else two on a sample: the program has both branches."""
 

@@ -1,9 +1,9 @@
-"""An IHVP, an inner solver and a penalty of another package keep the contracts; broken ones fail by name."""
+"""An inner solver and a penalty of another package keep the contracts; broken ones fail by name."""
 
 import functools
-import re
 from typing import Any, NamedTuple
 
+import foreign
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,188 +14,6 @@ import bilevax as bx
 from bilevax import testing
 
 RANDOM = np.random.default_rng(0)  # drawn from while a function is traced, it makes each trace another one
-IN_ORDER = {"a product is not counted", "a batch is drawn twice"}  # these faults pass all contracts before theirs
-
-# A foreign inverse-Hessian-vector product
-
-
-def richardson(step_size, sample, steps=3):
-    """v ← v + step_size (b − H v), from v0 or from zero."""
-
-    def init(x, y, batch=None, inner_loss=None):
-        return ()
-
-    def prepare(key, state, inner_loss, point):
-        x, y, data = point
-        product = bx.curvature.hessian(inner_loss, x, y, sample(key, 0, data))
-
-        def apply(b, v0=None):
-            def step(v, _):
-                r = jax.tree.map(lambda b, hv: b - hv, b, product(v))
-                return jax.tree.map(lambda v, r: (v + step_size * r).astype(v.dtype), v, r), None
-
-            v = jax.tree.map(lambda b: step_size * b, b) if v0 is None else v0
-            v, _ = jax.lax.scan(step, optax.tree.cast_like(v, b), length=steps)
-            bad = ~jnp.isfinite(sum(jnp.sum(leaf, dtype=float) for leaf in jax.tree.leaves(v)))
-            return v, bx.IHVPInfo(steps, steps, 0, jnp.nan, jnp.nan, bad)
-
-        return apply, state
-
-    return bx.IHVP(init, prepare, linear=True)
-
-
-def changed(change, linear=True):
-    """A constructor of `richardson` whose `apply` is `change(apply, b, v0)`."""
-
-    def make(number, sample):
-        sound = richardson(number, sample)
-
-        def prepare(*arguments):
-            apply, state = sound.prepare(*arguments)
-            return functools.partial(change, apply), state
-
-        return bx.IHVP(sound.init, prepare, linear)
-
-    return make
-
-
-def cold(apply, b, v0=None):
-    return apply(b)
-
-
-def wrong_sign(apply, b, v0=None):
-    v, info = apply(b, v0)
-    return optax.tree.scale(-1, v), info
-
-
-def single_precision(apply, b, v0=None):
-    v, info = apply(b, v0)
-    return optax.tree.cast(v, jnp.float32), info
-
-
-def double(function, *arguments):
-    """The first result in double precision, also with x64 off."""
-    first, *rest = function(*arguments)
-    with jax.enable_x64(True):
-        return optax.tree.cast(first, float), *rest
-
-
-def hidden_nan(apply, b, v0=None):
-    v, info = apply(b, v0)
-    return jax.tree.map(jnp.nan_to_num, v), info._replace(breakdown=jnp.zeros((), bool))
-
-
-def one_product_too_few(apply, b, v0=None):
-    v, info = apply(b, v0)
-    return v, info._replace(products=info.products - 1)
-
-
-def triangular(apply, b, v0=None):
-    """Right at H = 2 I; not symmetric."""
-    v, info = apply(b, v0)
-    return jax.tree.map(lambda v, b: v + 0.1 * jnp.roll(v - b / 2, 1), v, b), info
-
-
-def random_start(apply, b, v0=None):
-    return apply(b, jax.tree.map(lambda leaf: jnp.full_like(leaf, RANDOM.normal()), b))
-
-
-def weak_memory(number, sample):
-    """Made of a Python number in init, of an array in prepare."""
-    sound = richardson(number, sample)
-
-    def prepare(key, state, *problem):
-        return sound.prepare(key, (), *problem)[0], jnp.zeros(())
-
-    return bx.IHVP(lambda *point: jnp.asarray(0.0), prepare, linear=True)
-
-
-def two_draws(number, sample):
-    """Draws another batch in each application of one Hessian."""
-    sound = richardson(number, sample, steps=1)
-
-    def prepare(key, *arguments):
-        first, last = (sound.prepare(jax.random.fold_in(key, i), *arguments)[0] for i in range(2))
-
-        def apply(b, v0=None):
-            return last(b, first(b, v0)[0])
-
-        return apply, ()
-
-    return bx.IHVP(sound.init, prepare, linear=True)
-
-
-def one_key(number, sample):
-    """The same draws for all keys."""
-    sound = richardson(number, sample)
-    return sound._replace(prepare=lambda key, *arguments: sound.prepare(jax.random.key(7), *arguments))
-
-
-def small_steps(number, sample):
-    """Right in double precision; in bfloat16 a step is soon too small to be added."""
-    return richardson(number / 100, sample, steps=2400)
-
-
-def branching(number, sample):
-    if number > 1:
-        raise ValueError("number must be at most 1")
-    return richardson(number, sample)
-
-
-@pytest.mark.compiles(200)
-def test_foreign_ihvp():
-    testing.check_ihvp(richardson, number=0.5)
-    testing.check_ihvp(richardson(0.5, bx.inner.full))
-
-
-@pytest.mark.compiles(100)
-def test_checks_are_in_double_precision_wherever_they_are_called():
-    with jax.enable_x64(False):
-        testing.check_ihvp(richardson(0.5, bx.inner.full))
-        with pytest.raises(testing.ContractError, match="inverts_twice_the_identity"):
-            testing.check_ihvp(richardson(0.4999999, bx.inner.full, steps=0))
-
-
-BROKEN_IHVPS = {
-    "a warm v is not used": (changed(cold), "v0_is_used"),
-    "the sign is wrong": (changed(wrong_sign), "inverts_twice_the_identity"),
-    "v is single precision": (changed(single_precision), "v_is_like_b"),
-    "v is double precision": (changed(double), "single_precision_stays_single"),
-    "a weak type of the state is not kept": (weak_memory, "one_program_serves_all_calls"),
-    "it starts from outside of the trace": (changed(random_start), "vmap_equals_a_loop"),
-    "NaN is hidden": (changed(hidden_nan), "nan_is_reported"),
-    "a product is not counted": (changed(one_product_too_few), "declared_calls_are_compiled_calls"),
-    "it is not symmetric": (changed(triangular), "linear_means_symmetric_and_positive_definite"),
-    "it draws for each application": (two_draws, "linear_means_symmetric_and_positive_definite"),
-    "the key is not used": (one_key, "draws_depend_on_the_key_alone"),
-    "its steps are small": (small_steps, "half_precision_is_near_double"),
-    "it branches on its number": (branching, "number_may_be_traced"),
-}
-
-
-def faults(table):
-    """What goes through all contracts may compile more."""
-    return [pytest.param(fault, marks=pytest.mark.compiles(80)) if fault in IN_ORDER else fault for fault in table]
-
-
-@pytest.mark.parametrize("fault", faults(BROKEN_IHVPS))
-def test_broken_ihvp(fault):
-    make, name = BROKEN_IHVPS[fault]
-    fails_by_name(testing.check_ihvp, make, asked(testing.ihvp.CONTRACTS, name, fault), name, number=0.5)
-
-
-def asked(contracts, name, fault):
-    """The contract of this name; of some faults all in their order, of which the first that is broken is named."""
-    if "compiled" in name and not testing.compiled.READABLE:
-        pytest.skip("reads HLO text as it is printed since jax 0.10")
-    return [one for one in contracts if one.name == name or fault in IN_ORDER]
-
-
-def fails_by_name(check, method, contracts, name, **declared):
-    with pytest.raises(testing.ContractError, match=re.escape(f"breaks the contract `{name}`")) as error:
-        check(method, contracts, **declared)
-    assert "what to do: " in str(error.value)
-
 
 # A foreign inner solver
 
@@ -270,11 +88,14 @@ BROKEN_SOLVERS = {
 }
 
 
-@pytest.mark.parametrize("fault", faults(BROKEN_SOLVERS))
+@pytest.mark.parametrize("fault", foreign.faults(BROKEN_SOLVERS))
 def test_broken_solver(fault):
     how, name = BROKEN_SOLVERS[fault]
-    contracts = asked(testing.solver.CONTRACTS, name, fault)
-    fails_by_name(testing.check_solver, unrolled(how), contracts, name, steps=3, unrolls=True)
+
+    def check(contracts):
+        testing.check_solver(unrolled(how), contracts, steps=3, unrolls=True)
+
+    foreign.broken(check, testing.solver, name, fault)
 
 
 # A foreign penalty
@@ -378,7 +199,7 @@ BROKEN_PENALTIES = {
         "gradient_is_like_x",
     ),
     "the dtype of a number is read": (around(read_dtype), "python_floats_are_numbers"),
-    "the gradient is double precision": (around(double), "single_precision_stays_single"),
+    "the gradient is double precision": (around(foreign.double), "single_precision_stays_single"),
     "a weak type is not stripped": (weak_start, "weak_types_are_kept"),
     "a breakdown is made up": (functools.partial(penalty, report=jnp.ones_like), "one_program_serves_all_steps"),
     "a breakdown is hidden": (functools.partial(penalty, report=jnp.zeros_like), "nan_is_reported"),
@@ -397,17 +218,20 @@ def test_foreign_penalty():
     testing.check_hypergradient(penalty, **DECLARED)
 
 
-@pytest.mark.parametrize("fault", faults(BROKEN_PENALTIES))
+@pytest.mark.parametrize("fault", foreign.faults(BROKEN_PENALTIES))
 def test_broken_penalty(fault):
     make, name = BROKEN_PENALTIES[fault]
-    contracts = asked(testing.hypergradient.CONTRACTS, name, fault)
-    fails_by_name(testing.check_hypergradient, make, contracts, name, **DECLARED)
+
+    def check(contracts):
+        testing.check_hypergradient(make, contracts, **DECLARED)
+
+    foreign.broken(check, testing.hypergradient, name, fault)
 
 
 def test_a_property_that_is_not_declared():
     """A penalty is biased, and takes steps: it says so, or it fails by the contract of those that are not."""
-    contracts = testing.hypergradient.CONTRACTS
-    fails_by_name(testing.check_hypergradient, penalty, contracts, "exact_at_the_solution", steps=4)
+    with pytest.raises(testing.ContractError, match="breaks the contract `exact_at_the_solution`"):
+        testing.check_hypergradient(penalty, steps=4)
 
 
 ELSEWHERE = {
@@ -417,28 +241,27 @@ ELSEWHERE = {
 }
 
 
-def test_each_contract_of_ihvps_has_a_broken_method():
-    same_names(BROKEN_IHVPS, testing.ihvp.CONTRACTS)
-
-
 def test_each_contract_of_hypergradients_has_a_broken_method():
-    same_names(BROKEN_PENALTIES, testing.hypergradient.CONTRACTS, ELSEWHERE)
+    foreign.same_names(BROKEN_PENALTIES, names(BROKEN_PENALTIES), testing.hypergradient.CONTRACTS, ELSEWHERE)
 
 
 def test_each_contract_of_solvers_has_a_broken_method():
     own = [one for one in testing.solver.CONTRACTS if one not in testing.hypergradient.CONTRACTS]
-    same_names(BROKEN_SOLVERS, own, ELSEWHERE - {"exact_at_the_solution"})
+    foreign.same_names(BROKEN_SOLVERS, names(BROKEN_SOLVERS), own, ELSEWHERE - {"exact_at_the_solution"})
 
 
-def same_names(table, contracts, others=frozenset()):
-    """Of the broken methods and the contracts, others aside; one method at least goes through all contracts."""
-    assert {name for _, name in table.values()} ^ {one.name for one in contracts} == set(others)
-    assert IN_ORDER & set(table)
+def names(table):
+    return {name for _, name in table.values()}
 
 
-SOUND = richardson(0.5, bx.inner.full)
+SOUND = bx.ihvp.identity(0.5)
 MISUSE = {
-    "a constructor without its number": (testing.check_ihvp, (richardson,), {}, "number must be given"),
+    "a constructor without its number": (
+        testing.check_ihvp,
+        (lambda number, sample: SOUND,),
+        {},
+        "number must be given",
+    ),
     "a value with a number": (testing.check_ihvp, (SOUND,), {"number": 0.5}, "number must be left out"),
     "a number for an IHVP": (testing.check_ihvp, (3,), {}, "ihvp must be an IHVP; got 3 of type int"),
     "an IHVP of a number alone": (
