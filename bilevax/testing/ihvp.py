@@ -346,10 +346,8 @@ def declared_calls_are_compiled_calls(subject: IHVPSubject) -> None:
         program = subject.warm_program if v0 else subject.cold_program
         ran = ground.executed(program, int(info.iterations)).inner_gradients
         declared = info.products + info.setup_products + info.setup_gradients + 1
-        truth(
-            ran == declared,
-            f"{kind}: {ran} gradients and products are run, {declared} declared, one gradient with them",
-        )
+        seen = f"{kind}: {ran} gradients and products are run, {declared} declared, one gradient with them"
+        truth(ran == declared, seen)
 
 
 CONTRACTS: tuple[Contract, ...] = (
