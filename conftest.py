@@ -25,8 +25,8 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 MOST = 40  # programs that a test may compile; this number, and those of marks, were counted with JAX 0.10
 LEEWAY = 1.0 if jax.__version_info__[:2] == (0, 10) else 1.25
 COMPILED, FOUND = "/jax/core/compile/backend_compile_duration", "/jax/compilation_cache/cache_hits"
-compiled = []  # seconds of each program, also of one that was
-found = []  # in the persistent cache
+compiled = []  # seconds of each program, those of `found` included
+found = []  # an event for each program that lay in the persistent cache
 dropped = [0]  # number of programs when the caches were emptied
 MANY = 200  # programs that may stay in them
 workers = []  # of each one that has finished: programs, those found again, memory
