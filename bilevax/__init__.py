@@ -1,82 +1,86 @@
-"""bilevax: hypergradients and bilevel optimization as small pure functions for JAX."""
+"""bilevax: hypergradients and bilevel optimization as small pure functions for JAX.
 
-from bilevax import algorithms, curvature, decentralized, ihvp, inner, parallel, random_directions
-from bilevax.black_box import black_box
-from bilevax.decentralized import coins, compression, correction, estimator, local_directions, partition, topology
-from bilevax.decentralized.engine import Algorithm
-from bilevax.decentralized.gossip import Gossip, gossip, push_sum, replicate
-from bilevax.decentralized.levels import Levels
-from bilevax.doctor import HypergradientReport, check_hypergradient
-from bilevax.full_zeroth_order import full_zeroth_order
-from bilevax.hypergradient import HypergradientInfo, HypergradientState, differentiable, hypergradient
-from bilevax.inner import guides
-from bilevax.penalty import PenaltyDetail, PenaltyState, penalty
-from bilevax.problem import (
-    IHVP,
-    Batch,
-    BilevelProblem,
-    Calls,
-    Directions,
-    Hypergradient,
-    IHVPInfo,
-    InnerGradient,
-    InnerSolver,
-    Iterate,
-    SolverInfo,
-    directions,
-    inner_gradient,
-)
-from bilevax.two_phase import TwoPhaseInfo, TwoPhaseState, two_phase
+    bx.hypergradient, bx.differentiable    ∂(validation loss)/∂(hyperparameters), as an estimator or inside a loss
+    bx.inner, bx.ihvp, bx.curvature        how the inner problem is solved and differentiated
+    bx.algorithms, bx.decentralized        whole methods, on one machine and over a graph of agents
+    bx.single_loop, bx.agents              the parts of which the single-loop and decentralized methods are made
+    bx.parallel, bx.testing                many devices and hosts; contracts for methods of your own
+
+A namespace is imported when it is first read.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bilevax import (
+        agents,
+        algorithms,
+        curvature,
+        decentralized,
+        hypergradients,
+        ihvp,
+        inner,
+        parallel,
+        problem,
+        sampling,
+        single_loop,
+        testing,
+    )
+    from bilevax.agents import gossip, partition, replicate, topology
+    from bilevax.hypergradients import check_hypergradient, differentiable, hypergradient, penalty, two_phase
+    from bilevax.problem import Batch, BilevelProblem
+    from bilevax.single_loop import Levels, coins
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "IHVP",
-    "Algorithm",
     "Batch",
     "BilevelProblem",
-    "Calls",
-    "Directions",
-    "Gossip",
-    "Hypergradient",
-    "HypergradientInfo",
-    "HypergradientReport",
-    "HypergradientState",
-    "IHVPInfo",
-    "InnerGradient",
-    "InnerSolver",
-    "Iterate",
     "Levels",
-    "PenaltyDetail",
-    "PenaltyState",
-    "SolverInfo",
-    "TwoPhaseInfo",
-    "TwoPhaseState",
+    "agents",
     "algorithms",
-    "black_box",
     "check_hypergradient",
     "coins",
-    "compression",
-    "correction",
     "curvature",
     "decentralized",
     "differentiable",
-    "directions",
-    "estimator",
-    "full_zeroth_order",
     "gossip",
-    "guides",
     "hypergradient",
+    "hypergradients",
     "ihvp",
     "inner",
-    "inner_gradient",
-    "local_directions",
     "parallel",
     "partition",
     "penalty",
-    "push_sum",
-    "random_directions",
+    "problem",
     "replicate",
+    "sampling",
+    "single_loop",
+    "testing",
     "topology",
     "two_phase",
 ]
+
+_HOMES = {
+    "agents": ("gossip", "partition", "replicate", "topology"),
+    "hypergradients": ("check_hypergradient", "differentiable", "hypergradient", "penalty", "two_phase"),
+    "problem": ("Batch", "BilevelProblem"),
+    "single_loop": ("Levels", "coins"),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
+    if name in _HOME:
+        value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    else:
+        value = importlib.import_module(f"{__name__}.{name}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -18,6 +18,32 @@ import optax
 
 from bilevax import checks
 
+__all__ = [
+    "IHVP",
+    "Algorithm",
+    "Batch",
+    "BilevelProblem",
+    "Calls",
+    "Directions",
+    "Hypergradient",
+    "IHVPInfo",
+    "InnerGradient",
+    "InnerSolver",
+    "Iterate",
+    "Loss",
+    "SolverInfo",
+    "arrays",
+    "directions",
+    "inner_gradient",
+    "norm",
+    "widen",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 Loss = Callable[[Any, Any, Any], Any]
 
 
@@ -57,7 +83,7 @@ class Calls(NamedTuple):
 
     Example:
         >>> import bilevax as bx
-        >>> bx.Calls(inner_gradients=20, cross_products=1).inner_gradients
+        >>> bx.problem.Calls(inner_gradients=20, cross_products=1).inner_gradients
         20
     """
 
@@ -72,7 +98,7 @@ class Directions(NamedTuple):
 
     Example:
         >>> import bilevax as bx
-        >>> bx.Directions(x=1.0, y=2.0, v=3.0).y
+        >>> bx.problem.Directions(x=1.0, y=2.0, v=3.0).y
         2.0
     """
 
@@ -88,7 +114,7 @@ class InnerGradient(NamedTuple):
 
     Example:
         >>> import bilevax as bx
-        >>> inner = bx.inner_gradient(lambda x, y, batch: x * y**2, 3.0, 2.0, None)
+        >>> inner = bx.problem.inner_gradient(lambda x, y, batch: x * y**2, 3.0, 2.0, None)
         >>> float(inner.loss), float(inner.gradient), [float(product) for product in inner.pull_back(1.0)]
         (12.0, 12.0, [4.0, 6.0])
     """
@@ -117,7 +143,7 @@ def inner_gradient(inner_loss: Loss, x: chex.ArrayTree, y: chex.ArrayTree, batch
 
     Example:
         >>> import bilevax as bx
-        >>> float(bx.inner_gradient(lambda x, y, batch: (y - x) ** 2, 1.0, 3.0, None).gradient)
+        >>> float(bx.problem.inner_gradient(lambda x, y, batch: (y - x) ** 2, 1.0, 3.0, None).gradient)
         4.0
     """
     loss = checks.scalar_loss("inner_loss", inner_loss)
@@ -160,7 +186,7 @@ def directions(
     Example:
         >>> import bilevax as bx
         >>> problem = bx.BilevelProblem(lambda x, y, batch: y**2, lambda x, y, batch: (y - x) ** 2)
-        >>> d = bx.directions(problem, x=3.0, y=3.0, v=3.0, batch=bx.Batch(None, None))
+        >>> d = bx.problem.directions(problem, x=3.0, y=3.0, v=3.0, batch=bx.Batch(None, None))
         >>> float(d.x), float(d.y), float(d.v)
         (6.0, 0.0, 0.0)
     """
@@ -204,7 +230,7 @@ class IHVPInfo(NamedTuple):
 
     Example:
         >>> import bilevax as bx
-        >>> info = bx.IHVPInfo(5, products=6, setup_products=0, residual=1e-7, curvature=0.1, breakdown=False)
+        >>> info = bx.problem.IHVPInfo(5, products=6, setup_products=0, residual=1e-7, curvature=0.1, breakdown=False)
         >>> info.products
         6
     """
@@ -226,7 +252,7 @@ class IHVP(NamedTuple):
         its shapes depend on the model, it asks for the batch and the loss.
       prepare: `prepare(key, state, inner_loss, (x, y, batch)) -> (apply, state)`, and
         `apply(b, v0=None) -> (v, IHVPInfo)`, a plain function that lives inside this trace.
-      linear: True where `apply(b)` is linear, symmetric and (for a positive definite H) positive definite in b, so that
+      spd: True where `apply(b)` is linear, symmetric and (for a positive definite H) positive definite in b, so that
         it is a valid preconditioner of `ihvp.cg`.
 
     Example:
@@ -239,7 +265,7 @@ class IHVP(NamedTuple):
 
     init: Callable
     prepare: Callable
-    linear: bool = False
+    spd: bool = False
 
 
 class Iterate(NamedTuple):
@@ -249,7 +275,7 @@ class Iterate(NamedTuple):
 
     Example:
         >>> import bilevax as bx
-        >>> bx.Iterate(y=1.0).y
+        >>> bx.problem.Iterate(y=1.0).y
         1.0
     """
 
@@ -274,7 +300,8 @@ class SolverInfo(NamedTuple):
 
     Example:
         >>> import bilevax as bx
-        >>> info = bx.SolverInfo(inner_loss=0.5, gradient_norm=1e-6, breakdown=False, calls=bx.Calls(), detail=())
+        >>> calls = bx.problem.Calls()
+        >>> info = bx.problem.SolverInfo(inner_loss=0.5, gradient_norm=1e-6, breakdown=False, calls=calls, detail=())
         >>> info.breakdown
         False
     """
@@ -295,14 +322,14 @@ class InnerSolver(NamedTuple):
       forward: `forward(key, state, x, z, batch) -> (z_T, residual, state)`.
       backward: `backward(residual, state, z_bar) -> ((x_bar, z0_bar), state, SolverInfo)`, the pull-back of
         (x, z_0) ↦ z_T.
-      first_only: True where it pushes tangents from x through `start` itself and has no derivative with respect to
+      pushes_tangents: True where it pushes tangents from x through `start` itself and has no derivative with respect to
         z_0 to send back: it cannot be the last link of a chain.
 
     Example:
         >>> import bilevax as bx, optax
         >>> solver = bx.inner.reverse(lambda x, y, batch: 0.5 * (y - x) ** 2, optax.sgd(0.5), steps=2)
         >>> z, residual, state = solver.forward(None, solver.init(1.0, 0.0), 1.0, solver.start(1.0, 0.0), None)
-        >>> (x_bar, z0_bar), state, info = solver.backward(residual, state, bx.Iterate(1.0))
+        >>> (x_bar, z0_bar), state, info = solver.backward(residual, state, bx.problem.Iterate(1.0))
         >>> float(z.y), float(x_bar), float(z0_bar.y)
         (0.75, 0.75, 0.25)
     """
@@ -311,7 +338,7 @@ class InnerSolver(NamedTuple):
     start: Callable
     forward: Callable
     backward: Callable
-    first_only: bool = False
+    pushes_tangents: bool = False
 
 
 class Hypergradient(NamedTuple):
@@ -323,9 +350,26 @@ class Hypergradient(NamedTuple):
 
     Example:
         >>> import bilevax as bx
-        >>> bx.Hypergradient._fields
+        >>> bx.problem.Hypergradient._fields
         ('init', 'estimate')
     """
 
     init: Callable
     estimate: Callable
+
+
+class Algorithm(NamedTuple):
+    """A whole method as a pair of pure functions; one `jax.lax.scan` drives it.
+
+    Attributes:
+      init: `init(x, y, batch=None) -> state`, leaves [n, ...]; the batch where the method evaluates at the start.
+      step: `step(key, state, batch) -> (state, info)`; the key may be None where nothing is random.
+
+    Example:
+        >>> import bilevax as bx
+        >>> bx.problem.Algorithm._fields
+        ('init', 'step')
+    """
+
+    init: Callable
+    step: Callable

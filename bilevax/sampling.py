@@ -9,6 +9,21 @@ import jax.numpy as jnp
 
 from bilevax import checks
 
+__all__ = [
+    "Sample",
+    "check_key",
+    "fold",
+    "full",
+    "minibatch",
+    "per_step",
+    "split",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 Sample = Callable[[Any, Any, Any], Any]
 
 
@@ -41,7 +56,7 @@ def full(key: chex.PRNGKey | None, t: chex.Numeric, data: Any) -> Any:
 
     Example:
         >>> import bilevax as bx
-        >>> bx.inner.full(None, 0, [1, 2, 3])
+        >>> bx.sampling.full(None, 0, [1, 2, 3])
         [1, 2, 3]
     """
     return data
@@ -54,7 +69,7 @@ def per_step(key: chex.PRNGKey | None, t: chex.Numeric, data: Any) -> Any:
 
     Example:
         >>> import bilevax as bx, jax.numpy as jnp
-        >>> float(bx.inner.per_step(None, 1, jnp.array([3.0, 4.0])))
+        >>> float(bx.sampling.per_step(None, 1, jnp.array([3.0, 4.0])))
         4.0
     """
 
@@ -86,7 +101,7 @@ def minibatch(size: int) -> Sample:
 
     Example:
         >>> import bilevax as bx, jax, jax.numpy as jnp
-        >>> bx.inner.minibatch(4)(jax.random.key(0), 0, {"image": jnp.zeros((100, 8)), "l2": 0.1})["image"].shape
+        >>> bx.sampling.minibatch(4)(jax.random.key(0), 0, {"image": jnp.zeros((100, 8)), "l2": 0.1})["image"].shape
         (4, 8)
     """
     size = checks.count("size", size, minimum=1)

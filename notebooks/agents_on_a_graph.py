@@ -183,7 +183,7 @@ steps = bx.Levels(x=0.03, y=0.15, v=0.15)
 methods = {
     "SLDBO": bx.decentralized.sldbo(problem, gossip, steps),
     "S3LDBO, p = 0.2": bx.decentralized.s3ldbo(problem, gossip, steps, bx.coins.independent(0.2)),
-    "DSVRBGD": bx.decentralized.dsvrbgd(problem, gossip, steps, bx.inner.minibatch(8), momentum=0.05, rate=0.3),
+    "DSVRBGD": bx.decentralized.dsvrbgd(problem, gossip, steps, bx.sampling.minibatch(8), momentum=0.05, rate=0.3),
     "D-SOBA": bx.decentralized.dsoba(problem, gossip, steps),
 }
 

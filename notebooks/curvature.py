@@ -337,7 +337,7 @@ assert frontier["CG"][1][0] < frontier["PCG with KFAC"][1][0]
 
 # %%
 INNER, OUTER_STEPS, RATE = 10, 150, 0.5
-sample = bx.inner.minibatch(200)
+sample = bx.sampling.minibatch(200)
 
 
 def implicit(ihvp):

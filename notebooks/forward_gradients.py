@@ -199,9 +199,9 @@ assert memory["linearize, 4 directions"][1] > 10 * memory["linearize, 4 directio
 
 # %%
 samplers = {
-    "rademacher": bx.random_directions.rademacher,
-    "orthogonal": bx.random_directions.orthogonal,
-    "hadamard": bx.random_directions.hadamard,
+    "rademacher": bx.inner.random_directions.rademacher,
+    "orthogonal": bx.inner.random_directions.orthogonal,
+    "hadamard": bx.inner.random_directions.hadamard,
 }
 numbers = (1, 8, 24)
 softmax = [{"W": jnp.zeros((64, 10)), "b": jnp.zeros(10)}]  # no hidden layer, y_0 = 0
@@ -271,8 +271,8 @@ x, batch, exact = setting(N, T)
 descent = {"inner_loss": g, "optimizer": optimizer}
 truncated = bx.inner.chain(bx.inner.no_gradient(**descent, steps=T - 10), bx.inner.reverse(**descent, steps=10))
 guesses = {
-    "KFAC, implicit": bx.guides.at_solution(bx.inner.implicit(g, ihvp=bx.ihvp.kfac(damping=1e-2))),
-    "the last 10 steps": bx.guides.from_start(truncated),
+    "KFAC, implicit": bx.inner.guides.at_solution(bx.inner.implicit(g, ihvp=bx.ihvp.kfac(damping=1e-2))),
+    "the last 10 steps": bx.inner.guides.from_start(truncated),
 }
 plain = squared_error(repeated(bx.inner.forward_gradient(g, optimizer, T, b), x, batch, 40)[0], exact)[0]
 print(f"squared error of {b} plain directions: {plain:.1f} (formula {(N - 1) / b:.1f}), the gradient being 1")
@@ -321,7 +321,7 @@ def difference_errors(difference, dtype, sizes, N=16, T=30):
             lambda leaf: jnp.asarray(leaf, dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf,
             (jnp.zeros(N), softmax, spoiled(0, N, 256)),
         )
-        coordinates = bx.random_directions.coordinate
+        coordinates = bx.inner.random_directions.coordinate
 
         def one(mu):
             solver = bx.inner.zeroth_order(unrolled(T), N, mu, difference=difference, sampler=coordinates)
@@ -354,7 +354,7 @@ assert best["central, double precision"] < best["one-sided, double precision"]
 # What to see: in double precision small is good, and central differences, for nearly twice the solves, are better by
 # orders of magnitude. In single precision rounding takes over early, and the best $\mu$ is some thousandths of what is
 # moved. Only the solver is a black box: $\nabla_y f$ and $\nabla_x f$ are still exact. Code that is not JAX at all
-# becomes such a solver by `bx.black_box(function)`.
+# becomes such a solver by `bx.inner.black_box(function)`.
 #
 # ## 5. A cheap estimator first
 #
@@ -368,7 +368,7 @@ N, T, b, outer_steps = 512, 30, 16, 150
 first_x, batch = jnp.zeros(N), spoiled(0, N, 256)
 start = {"initial": lambda x: softmax}  # each outer step trains anew, so that F is a function of x alone
 kfac = bx.ihvp.kfac(damping=1e-2)
-guide = bx.guides.at_solution(bx.inner.implicit(g, ihvp=kfac))
+guide = bx.inner.guides.at_solution(bx.inner.implicit(g, ihvp=kfac))
 exact = bx.hypergradient(f, bx.inner.reverse(g, optimizer, T, **start))
 implicit = bx.hypergradient(f, bx.inner.implicit(g, optimizer, T, kfac, **start))
 plain = bx.hypergradient(f, bx.inner.forward_gradient(g, optimizer, T, b, **start))

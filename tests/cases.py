@@ -7,9 +7,10 @@ import numpy as np
 from networks import lazy, numbers, ring, run, stacked
 
 import bilevax as bx
-from bilevax import correction, decentralized
+from bilevax import decentralized
+from bilevax.single_loop import correction
 from bilevax.testing.problems import four_agents, quadratic
-from bilevax.testing.problems.quadratic import PROBLEM
+from bilevax.testing.problems._quadratic import PROBLEM
 
 KEY = networks.KEY
 STEPS = (0.01, 0.025, 0.025)

@@ -21,7 +21,7 @@ def estimate(solver, outer_loss, x, y, batch=NO_DATA, key=KEY):
 
 def rows(vectors):
     """A sampler that always returns the given directions [b, N], for an x of shape [N]."""
-    return bx.random_directions.Sampler(lambda key, like, number: lambda i: vectors[i], lambda N, b: (N - 1) / b)
+    return bx.inner.random_directions.Sampler(lambda key, like, number: lambda i: vectors[i], lambda N, b: (N - 1) / b)
 
 
 def signs(N):

@@ -12,7 +12,7 @@ import numpy as np
 import scipy.linalg
 import scipy.sparse
 
-from bilevax.decentralized.topology import Topology
+from bilevax.agents.topology import Topology
 
 KEY = jax.random.key(0)
 TOY_STEPS = (0.05, 0.1, 0.1)

@@ -16,9 +16,9 @@ from networks import KEY, zeros
 
 import bilevax as bx
 import bilevax.parallel
-from bilevax.decentralized import topology as graphs
+from bilevax.agents import topology as graphs
 from bilevax.testing.problems import quadratic
-from bilevax.testing.problems.quadratic import PROBLEM
+from bilevax.testing.problems._quadratic import PROBLEM
 
 STEPS = (0.05, 0.1, 0.1)
 ITERATIONS = 8
@@ -48,14 +48,18 @@ def preset(name, *arguments, problem=PROBLEM, **options):
 
 def mixed(gossip):
     """A correction for each level: x compressed, y by exact diffusion, v over a directed graph."""
-    compressed = bx.compression.choco(gossip.x, bx.compression.top_k(0.5), step=0.5)
-    corrections = bx.Levels(bx.correction.tracking(), bx.correction.exact_diffusion(), bx.correction.tracking())
+    compressed = bx.agents.compression.choco(gossip.x, bx.agents.compression.top_k(0.5), step=0.5)
+    corrections = bx.Levels(
+        bx.single_loop.correction.tracking(),
+        bx.single_loop.correction.exact_diffusion(),
+        bx.single_loop.correction.tracking(),
+    )
     return bx.decentralized.sparkle(PROBLEM, gossip._replace(x=compressed), STEPS, corrections)
 
 
 def curved(gossip):
     """Steps of y and v along directions that a regularized Newton method has rescaled."""
-    newton = bx.decentralized.preconditioned(0.1, bx.ihvp.exact(damping=20.0))
+    newton = bx.single_loop.preconditioned(0.1, bx.ihvp.exact(damping=20.0))
     return bx.decentralized.sldbo(PROBLEM, gossip, bx.Levels(STEPS[0], newton, newton))
 
 
@@ -81,7 +85,7 @@ PARTS = {  # of about as many seconds
         "mixed": (bx.Levels(RING, graphs.lazy(RING), ONE_WAY), mixed),
     },
     "loops": {
-        "compressed inner loops": (RING, preset("c2dfb", 2, 10.0, bx.compression.top_k(0.5), 0.4, noisy)),
+        "compressed inner loops": (RING, preset("c2dfb", 2, 10.0, bx.agents.compression.top_k(0.5), 0.4, noisy)),
         "inner loops": (RING, preset("ma_dsbo", 2, 2, noisy, 0.5)),
         "accumulated": (RING, lambda gossip: bx.decentralized.adasdbo(PROBLEM, gossip, 0.5, noisy)),
     },
@@ -101,7 +105,7 @@ def data(n):
 def gossip_of(topology):
     if isinstance(topology, bx.Levels):
         return bx.Levels(*map(gossip_of, topology))
-    return bx.push_sum(topology) if topology is ONE_WAY else bx.gossip(topology)
+    return bx.agents.push_sum(topology) if topology is ONE_WAY else bx.gossip(topology)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -253,7 +257,7 @@ def one_round(gossip):
         mixed, state = gossip.mix(None, gossip.init(x), x)
         return mixed, gossip.laplacian(None, state, x)[0], gossip.agents(), gossip.mean(x)
 
-    return bx.Algorithm(init, lambda key, state, batch: (state, ()))
+    return bx.problem.Algorithm(init, lambda key, state, batch: (state, ()))
 
 
 def mixing(topology, mesh):
@@ -307,7 +311,7 @@ def refused():
     spanning = bx.parallel.shard_agents(preset("s3ldbo", bx.coins.subset(0.5, block=4)), RING, mesh)
     whole = bx.parallel.pmap_agents(make, RING, devices)
     method = bx.parallel.shard_agents(make, RING, mesh)
-    odd = bx.Algorithm(lambda x, y, batch: jnp.zeros(3), lambda key, state, batch: (state, jnp.zeros(5)))
+    odd = bx.problem.Algorithm(lambda x, y, batch: jnp.zeros(3), lambda key, state, batch: (state, jnp.zeros(5)))
     attempts = {
         "agents": lambda: bx.parallel.shard_agents(make, graphs.ring(12), mesh),
         "agents of pmap": lambda: bx.parallel.pmap_agents(make, graphs.ring(12), devices),

@@ -35,17 +35,17 @@ def makers():
         return lambda axis: bx.hypergradient(
             outer_loss,
             bx.inner.forward_gradient(
-                inner_loss, optax.adam(0.1), 6, directions, sample=bx.inner.minibatch(5), axis=axis, **options
+                inner_loss, optax.adam(0.1), 6, directions, sample=bx.sampling.minibatch(5), axis=axis, **options
             ),
         )
 
-    guide = bx.guides.at_solution(bx.inner.implicit(inner_loss))
-    sampler = bx.random_directions
+    guide = bx.inner.guides.at_solution(bx.inner.implicit(inner_loss))
+    sampler = bx.inner.random_directions
     return {
         "rademacher": forward(8),
         "orthogonal": forward(4, sampler=sampler.orthogonal),
         "hadamard, chunk": forward(8, sampler=sampler.hadamard, chunk=1),
-        "guide, control variate": forward(5, guide=guide, control_variate=bx.guides.running_mean(0.1)),
+        "guide, control variate": forward(5, guide=guide, control_variate=bx.inner.guides.running_mean(0.1)),
         "zeroth order": lambda axis: bx.hypergradient(outer_loss, bx.inner.zeroth_order(solve, 8, axis=axis)),
     }
 

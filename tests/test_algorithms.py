@@ -17,8 +17,12 @@ from bilevax.testing.compiled import READABLE
 from bilevax.testing.placement import DIRECTED
 
 RING = bx.topology.ring(4)
-SMALL = bx.inner.minibatch(1)
-GT, ED, EXTRA = bx.correction.tracking(), bx.correction.exact_diffusion(), bx.correction.extra()
+SMALL = bx.sampling.minibatch(1)
+GT, ED, EXTRA = (
+    bx.single_loop.correction.tracking(),
+    bx.single_loop.correction.exact_diffusion(),
+    bx.single_loop.correction.extra(),
+)
 ADAM = bx.Levels(optax.adam(0.01), 0.05, optax.sgd(0.05, momentum=0.5))
 PLAIN = (1, 1, 1, 1)
 
@@ -32,14 +36,14 @@ def sampled(make, **options):
 
 
 def engine(estimator, correction=GT, step_sizes=None):
-    return lambda problem, gossip, steps, sample: bx.decentralized.single_loop(
+    return lambda problem, gossip, steps, sample: bx.single_loop.single_loop(
         problem, gossip, step_sizes or steps, estimator, correction
     )
 
 
 def choco(problem, gossip, steps, sample):
-    compressed = bx.compression.choco(gossip, bx.compression.top_k(0.5), 0.5)
-    return bx.decentralized.single_loop(problem, compressed, steps, bx.estimator.full(), GT)
+    compressed = bx.agents.compression.choco(gossip, bx.agents.compression.top_k(0.5), 0.5)
+    return bx.single_loop.single_loop(problem, compressed, steps, bx.single_loop.estimator.full(), GT)
 
 
 def adasdbo(problem, gossip, steps, sample):
@@ -47,13 +51,13 @@ def adasdbo(problem, gossip, steps, sample):
 
 
 def newton(ihvp):
-    step = bx.decentralized.preconditioned(0.05, ihvp)
-    return engine(bx.estimator.full(), step_sizes=bx.Levels(0.02, step, step))
+    step = bx.single_loop.preconditioned(0.05, ihvp)
+    return engine(bx.single_loop.estimator.full(), step_sizes=bx.Levels(0.02, step, step))
 
 
 MOMENTUM = {"momentum": 0.5, "rate": 0.5}
 SERIES = {"terms": 3, "inverse_step": 0.1}
-COMPRESSED = {"inner_steps": 2, "multiplier": 10.0, "compressor": bx.compression.top_k(0.5), "gossip_step": 0.5}
+COMPRESSED = {"inner_steps": 2, "multiplier": 10.0, "compressor": bx.agents.compression.top_k(0.5), "gossip_step": 0.5}
 MERGED = False  # not counted: the compiler merges products with all unit vectors of all agents
 BRANCHES = False  # not counted: both branches of a cond would be
 D = bx.decentralized
@@ -69,14 +73,14 @@ METHODS = {  # (problem, gossip, step_sizes, sample) -> method; declared calls o
     "sparkle_extra": (preset(D.sparkle, EXTRA), (1, 2, 1, 1)),
     "sparkle_mixed": (preset(D.sparkle, bx.Levels(GT, ED, EXTRA)), (1, 2, 1, 1)),
     "dsoba": (sampled(D.dsoba, theta=0.5), PLAIN, RING),
-    "spider": (engine(bx.estimator.spider(3, SMALL)), (1.6, 1.6, 1.6, 1.6), RING, BRANCHES),
-    "page": (engine(bx.estimator.page(0.5, SMALL)), None, RING),
-    "saga": (engine(bx.estimator.saga(2)), PLAIN, RING, MERGED),
-    "atc": (engine(bx.estimator.full(), bx.correction.tracking_atc()), PLAIN, RING),
-    "non_atc": (engine(bx.estimator.full(), bx.correction.tracking_non_atc()), PLAIN, RING),
-    "adam": (engine(bx.estimator.full(), step_sizes=ADAM), PLAIN, RING),
-    "one_peer": (engine(bx.estimator.full()), PLAIN, bx.topology.one_peer_exponential(4)),
-    "push_sum": (engine(bx.estimator.full()), PLAIN, DIRECTED),
+    "spider": (engine(bx.single_loop.estimator.spider(3, SMALL)), (1.6, 1.6, 1.6, 1.6), RING, BRANCHES),
+    "page": (engine(bx.single_loop.estimator.page(0.5, SMALL)), None, RING),
+    "saga": (engine(bx.single_loop.estimator.saga(2)), PLAIN, RING, MERGED),
+    "atc": (engine(bx.single_loop.estimator.full(), bx.single_loop.correction.tracking_atc()), PLAIN, RING),
+    "non_atc": (engine(bx.single_loop.estimator.full(), bx.single_loop.correction.tracking_non_atc()), PLAIN, RING),
+    "adam": (engine(bx.single_loop.estimator.full(), step_sizes=ADAM), PLAIN, RING),
+    "one_peer": (engine(bx.single_loop.estimator.full()), PLAIN, bx.topology.one_peer_exponential(4)),
+    "push_sum": (engine(bx.single_loop.estimator.full()), PLAIN, DIRECTED),
     "choco": (choco, PLAIN, RING),
     "dsoba_first_order": (sampled(D.dsoba_first_order, theta=0.5), (1, 3, 0, 0), RING),
     "ma_dsbo": (sampled(D.ma_dsbo, inner_steps=2, product_steps=3, theta=0.5), (1, 3, 3, 1), RING),

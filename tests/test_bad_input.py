@@ -74,8 +74,11 @@ over_methods = pytest.mark.parametrize("method", METHODS)
 
 READERS = {
     "hypergradient": ("outer_loss", lambda loss: estimate(bx.inner.reverse(inner_loss, SGD, 2), loss)),
-    "directions": ("outer_loss", lambda loss: bx.directions(bx.BilevelProblem(loss, inner_loss), *[POINT] * 3, BATCH)),
-    "inner_gradient": ("inner_loss", lambda loss: bx.inner_gradient(loss, POINT, POINT, None)),
+    "directions": (
+        "outer_loss",
+        lambda loss: bx.problem.directions(bx.BilevelProblem(loss, inner_loss), *[POINT] * 3, BATCH),
+    ),
+    "inner_gradient": ("inner_loss", lambda loss: bx.problem.inner_gradient(loss, POINT, POINT, None)),
     "hessian": ("inner_loss", lambda loss: bx.curvature.hessian(loss, POINT, POINT, None)),
     "exact": ("inner_loss", lambda loss: bx.ihvp.exact().prepare(None, (), loss, (POINT, POINT, None))),
     "own_y": ("inner_loss", lambda loss: estimate(bx.inner.implicit(loss))),
@@ -175,9 +178,9 @@ COUNTS = {
     "no_gradient": ("steps", 0, lambda steps: bx.inner.no_gradient(inner_loss, SGD, steps)),
     "neumann": ("steps", 0, lambda steps: bx.ihvp.neumann(steps, 0.1)),
     "cg": ("maxiter", 1, bx.ihvp.cg),
-    "sgd": ("steps", 1, lambda steps: bx.ihvp.sgd(steps, 0.1, bx.inner.full)),
+    "sgd": ("steps", 1, lambda steps: bx.ihvp.sgd(steps, 0.1, bx.sampling.full)),
     "nystrom": ("rank", 1, bx.ihvp.nystrom),
-    "minibatch": ("size", 1, bx.inner.minibatch),
+    "minibatch": ("size", 1, bx.sampling.minibatch),
     "store_products": ("every", 1, bx.inner.store_products),
 }
 
@@ -198,9 +201,9 @@ NUMBERS = {
     "neumann": ("damping", lambda number: bx.ihvp.neumann(1, 0.1, number)),
     "cg": ("damping", lambda number: bx.ihvp.cg(damping=number)),
     "cg_tol": ("tol", lambda number: bx.ihvp.cg(tol=number)),
-    "sgd": ("damping", lambda number: bx.ihvp.sgd(1, 0.1, bx.inner.full, number)),
+    "sgd": ("damping", lambda number: bx.ihvp.sgd(1, 0.1, bx.sampling.full, number)),
     "nystrom": ("damping", lambda number: bx.ihvp.nystrom(1, number)),
-    "linear": ("damping", lambda number: bx.ihvp.linear(lineax.GMRES(1e-3, 1e-3), number)),
+    "linear": ("damping", lambda number: bx.ihvp.lineax(lineax.GMRES(1e-3, 1e-3), number)),
     "damped": ("damping", lambda number: bx.curvature.damped(lambda v: v, number)),
 }
 over_numbers = pytest.mark.parametrize(("name", "make"), NUMBERS.values(), ids=NUMBERS)
@@ -217,7 +220,7 @@ def test_nonnegative_numbers(name, make):
 def test_positive_numbers(bad):
     says = ["step_size must be a finite number > 0", f"got {bad}", "Pass a small positive step_size"]
     check(lambda: bx.ihvp.neumann(1, bad), says)
-    check(lambda: bx.ihvp.sgd(1, bad, bx.inner.full), says)
+    check(lambda: bx.ihvp.sgd(1, bad, bx.sampling.full), says)
 
 
 @over_numbers
@@ -339,7 +342,7 @@ def test_solve_that_returns_no_y(wrong, says, run):
         lambda: bx.inner.reverse(inner_loss, SGD, 2, initial=POINT), ["initial must be a function (x)", "Array("]
     ),
     sample_not_called=Case(
-        lambda: bx.inner.reverse(inner_loss, SGD, 2, sample=bx.inner.minibatch),
+        lambda: bx.inner.reverse(inner_loss, SGD, 2, sample=bx.sampling.minibatch),
         ["sample must be a function (key, t, data)", "got minibatch(size", "Give it these arguments"],
     ),
     sample_number=Case(
@@ -386,7 +389,7 @@ def test_solve_that_returns_no_y(wrong, says, run):
         lambda: bx.ihvp.cg(curvature=None), ["curvature must be a function (inner_loss, x, y, batch)", "got None"]
     ),
     sample_of_an_ihvp=Case(
-        lambda: bx.ihvp.exact(sample=bx.inner.minibatch), ["sample must be a function (key, t, data)", "minibatch"]
+        lambda: bx.ihvp.exact(sample=bx.sampling.minibatch), ["sample must be a function (key, t, data)", "minibatch"]
     ),
     tail_no_function=Case(lambda: bx.ihvp.nystrom(3, tail=0.0), ["tail must be a function (eigenvalues)", "got 0.0"]),
     tail_no_number=Case(
@@ -394,11 +397,11 @@ def test_solve_that_returns_no_y(wrong, says, run):
         ["tail must return one number; got shape (3,)", "tail=jnp.min"],
     ),
     solver_not_of_lineax=Case(
-        lambda: bx.ihvp.linear(bx.ihvp.cg()),
+        lambda: bx.ihvp.lineax(bx.ihvp.cg()),
         ["solver must be an AbstractLinearSolver", "got IHVP", "Pass, say, lineax.GMRES(rtol=1e-6, atol=1e-6)."],
     ),
     sgd_as_preconditioner=Case(
-        lambda: bx.ihvp.cg(preconditioner=bx.ihvp.sgd(3, 0.1, bx.inner.full)),
+        lambda: bx.ihvp.cg(preconditioner=bx.ihvp.sgd(3, 0.1, bx.sampling.full)),
         ["preconditioner must be an IHVP whose apply is linear", "Pass ihvp.identity"],
     ),
     solver_none=Case(
@@ -431,24 +434,24 @@ def test_solve_that_returns_no_y(wrong, says, run):
     ),
     minibatch_without_key=Case(
         lambda: estimate(
-            bx.inner.reverse(mean_loss, SGD, 1, sample=bx.inner.minibatch(2)), batch=bx.Batch(None, jnp.ones((5, 3)))
+            bx.inner.reverse(mean_loss, SGD, 1, sample=bx.sampling.minibatch(2)), batch=bx.Batch(None, jnp.ones((5, 3)))
         ),
         ["key must be a jax.random.key", "got None", "Pass key=jax.random.key(0)"],
     ),
     minibatch_without_key_in_differentiable=Case(
-        lambda: solve(bx.inner.reverse(mean_loss, SGD, 1, sample=bx.inner.minibatch(2)), batch=jnp.ones((5, 3))),
+        lambda: solve(bx.inner.reverse(mean_loss, SGD, 1, sample=bx.sampling.minibatch(2)), batch=jnp.ones((5, 3))),
         ["key must be a jax.random.key", "got None", "Pass key=jax.random.key(0)"],
     ),
     minibatch_of_unequal_lengths=Case(
-        lambda: bx.inner.minibatch(2)(KEY, 0, (jnp.ones((5, 3)), jnp.ones(4))),
+        lambda: bx.sampling.minibatch(2)(KEY, 0, (jnp.ones((5, 3)), jnp.ones(4))),
         ["arrays with one common leading axis", "got leading axes [4, 5]", "one row per example"],
     ),
     minibatch_of_scalars=Case(
-        lambda: bx.inner.minibatch(2)(KEY, 0, {"l2": 0.1}),
+        lambda: bx.sampling.minibatch(2)(KEY, 0, {"l2": 0.1}),
         ["arrays with one common leading axis", "got leading axes []", "one row per example"],
     ),
     minibatch_of_nothing=Case(
-        lambda: bx.inner.minibatch(2)(KEY, 0, jnp.ones((0, 3))),
+        lambda: bx.sampling.minibatch(2)(KEY, 0, jnp.ones((0, 3))),
         ["batch must hold at least one example", "leading axes [0]"],
     ),
 )
@@ -543,8 +546,8 @@ IMPLICIT = {
     "exact": bx.inner.implicit(half_square, optax.sgd(0.5), 2, bx.ihvp.exact()),
     "neumann": bx.inner.implicit(half_square, optax.sgd(0.5), 2, bx.ihvp.neumann(2, 0.5)),
     "identity": bx.inner.implicit(half_square, optax.sgd(0.5), 2, bx.ihvp.identity()),
-    "sgd": bx.inner.implicit(half_square, optax.sgd(0.5), 2, bx.ihvp.sgd(2, 0.5, bx.inner.full)),
-    "linear": bx.inner.implicit(half_square, optax.sgd(0.5), 2, bx.ihvp.linear(lineax.GMRES(1e-3, 1e-3))),
+    "sgd": bx.inner.implicit(half_square, optax.sgd(0.5), 2, bx.ihvp.sgd(2, 0.5, bx.sampling.full)),
+    "linear": bx.inner.implicit(half_square, optax.sgd(0.5), 2, bx.ihvp.lineax(lineax.GMRES(1e-3, 1e-3))),
     "no_steps": bx.inner.implicit(half_square),
     "solve": bx.inner.implicit(half_square, solve=lambda x, y, batch: y),
     "chain": bx.inner.chain(

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 import bilevax as bx
-from bilevax.decentralized import compression, correction, topology
-from bilevax.decentralized.gossip import gossip, push_sum
-from bilevax.decentralized.sldbo import sldbo
+from bilevax.agents import compression, topology
+from bilevax.agents._gossip import gossip, push_sum
+from bilevax.decentralized._sldbo import sldbo
+from bilevax.single_loop import correction
 
 KEY = jax.random.key(0)
 X = np.asarray(jax.random.normal(jax.random.key(1), (8, 50)))

@@ -47,7 +47,7 @@ def written_out(key, x, real):
 
         velocity = jax.tree.map(lambda m, g: 0.9 * m + g, velocity, jax.grad(loss)(y))
         y = jax.tree.map(lambda leaf, m, rate=rate: leaf - rate * m, y, velocity)
-    outer = bx.inner.minibatch(MINIBATCH)(outer_key, 0, real)
+    outer = bx.sampling.minibatch(MINIBATCH)(outer_key, 0, real)
     return mean_cross_entropy(MODEL, y, outer)
 
 
@@ -79,7 +79,7 @@ def test_every_method_has_a_name_of_its_own_and_builds_a_solver():
     assert len({*names}) == len(names)
     assert {"truncated", "kfac", "cg", "neumann", "identity", "forward-gradient", "guided-kfac", "reverse"} <= {*names}
     for row in condensation_methods.ROWS:
-        assert isinstance(row.solver(training, **row.settings), bx.InnerSolver)
+        assert isinstance(row.solver(training, **row.settings), bx.problem.InnerSolver)
         assert json.loads(json.dumps(dict(row.settings))) == row.settings
 
 

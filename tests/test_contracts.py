@@ -58,7 +58,7 @@ IHVPS = {  # number, sample -> method; the number that inverts H = 2 I; what it 
     "rescaled": (rescaled, 0.0, {"cold": True}),
     "nystrom": (lambda number, sample: bx.ihvp.nystrom(3, number, sample=sample), 0.0, {"cold": True}),
     "sgd": (lambda number, sample: bx.ihvp.sgd(3, number, sample), 0.5, {}),
-    "linear": (lambda number, sample: bx.ihvp.linear(gmres(1e-12), number, sample=sample), 0.0, EXACT),
+    "linear": (lambda number, sample: bx.ihvp.lineax(gmres(1e-12), number, sample=sample), 0.0, EXACT),
 }
 NOT_LINEAR = ("cg", "cg_preconditioned", "random_neumann", "rescaled", "sgd", "linear")
 
@@ -72,7 +72,7 @@ def modelled(make):
         def prepare(key, state, loss, point):
             return sound.prepare(key, state, as_model(loss, *point[:2]), point)
 
-        return bx.IHVP(sound.init, prepare, sound.linear)
+        return bx.problem.IHVP(sound.init, prepare, sound.linear)
 
     return with_structure
 
@@ -114,7 +114,7 @@ def _all_coordinates(key, like, number):
     return lambda i: unravel(rows[i])
 
 
-COORDINATES = bx.random_directions.Sampler(_all_coordinates, lambda size, number: 0.0)
+COORDINATES = bx.inner.random_directions.Sampler(_all_coordinates, lambda size, number: 0.0)
 MOST = 10  # entries of x
 
 
@@ -125,12 +125,12 @@ def forward_gradient(steps=STEPS):
 
 
 def guided(loss, optimizer, sample):
-    guide = bx.guides.at_solution(implicit("cg", steps=0)(loss, optimizer, sample))
+    guide = bx.inner.guides.at_solution(implicit("cg", steps=0)(loss, optimizer, sample))
     return bx.inner.forward_gradient(loss, optimizer, STEPS, MOST + 1, sampler=COORDINATES, sample=sample, guide=guide)
 
 
 def shifted(loss, optimizer, sample):
-    shift = bx.guides.from_start(chain(no_gradient(STEPS - 1), reverse(1))(loss, optimizer, sample))
+    shift = bx.inner.guides.from_start(chain(no_gradient(STEPS - 1), reverse(1))(loss, optimizer, sample))
     return bx.inner.forward_gradient(
         loss, optimizer, STEPS, MOST, sampler=COORDINATES, sample=sample, control_variate=shift
     )
@@ -153,12 +153,12 @@ def zeroth_order(loss, optimizer, sample):
 
 def pushed(steps, detail=lambda info: info.inner.detail):
     """Cross products in forward mode, of one v for all steps, which the compiler takes out of the loop."""
-    return lambda info: bx.Calls(cross_products=-steps * detail(info).tangents)
+    return lambda info: bx.problem.Calls(cross_products=-steps * detail(info).tangents)
 
 
 def solves(info):
     """The steps inside of the black box."""
-    return bx.Calls(inner_gradients=STEPS * info.inner.detail.solves)
+    return bx.problem.Calls(inner_gradients=STEPS * info.inner.detail.solves)
 
 
 def first_detail(info):
@@ -173,7 +173,7 @@ SOLVERS = {  # loss, optimizer, sample -> solver; what it declares
     "implicit_cg": (implicit("cg"), TAKES),
     "implicit_cold": (implicit("cg", warm_start=False), TAKES),
     "implicit_no_steps": (implicit("exact", steps=0), {"solves": False, "cold": True}),
-    "implicit_solve": (solved, {"cold": True, "uncounted": lambda info: bx.Calls(inner_gradients=1)}),
+    "implicit_solve": (solved, {"cold": True, "uncounted": lambda info: bx.problem.Calls(inner_gradients=1)}),
     "reverse": (reverse(), UNROLLS),
     "reverse_two_level": (reverse(checkpoint=bx.inner.two_level), UNROLLS),
     "reverse_store_all": (reverse(checkpoint=bx.inner.store_all), UNROLLS),
@@ -210,14 +210,17 @@ def penalty(problem, optimizer, sample):
 
 def full_zeroth_order(problem, optimizer, sample):
     solve = unrolled(problem.inner_loss, optimizer, sample)
-    return bx.full_zeroth_order(problem.outer_loss, solve, MOST, 1.0, sampler=COORDINATES)
+    return bx.hypergradients.full_zeroth_order(problem.outer_loss, solve, MOST, 1.0, sampler=COORDINATES)
 
 
 PHASES = TAKES | {"cold": True, "counted": False}  # of two states one is read; the counts are those of the parts
 ESTIMATORS = {  # problem, optimizer, sample -> estimator; what it declares
     "two_phase": (two_phase(3), PHASES),
     "two_phase_second": (two_phase(0), PHASES | {"unrolls": True}),
-    "penalty": (penalty, TAKES | {"biased": True, "uncounted": lambda info: bx.Calls(cross_products=2)}),  # two ∇_x g
+    "penalty": (
+        penalty,
+        TAKES | {"biased": True, "uncounted": lambda info: bx.problem.Calls(cross_products=2)},
+    ),  # two ∇_x g
     "full_zeroth_order": (full_zeroth_order, BLACK_BOX | {"half": False}),  # losses in bfloat16 have no digits left
 }
 INSIDE_IMPLICIT = {  # for `pytest -m slow`
@@ -357,7 +360,7 @@ def test_every_ihvp_inside_implicit(name, contract):
 
 def test_linear_solver_of_lineax_in_half_precision():
     """With a tolerance that bfloat16 can meet."""
-    loose = IHVPSubject(bx.ihvp.linear(gmres(1e-3)), counted=False)
+    loose = IHVPSubject(bx.ihvp.lineax(gmres(1e-3)), counted=False)
     ihvp.half_precision_is_near_double.hold("linear", loose)
 
 
@@ -394,7 +397,7 @@ def test_flax_models():
     def estimate(predict, y):
         fit = lambda y: jnp.mean((predict(y) - targets) ** 2)  # noqa: E731
         ridge = lambda x, y, batch: fit(y) + jnp.exp(x["log_l2"]) * optax.tree.norm(y, squared=True)  # noqa: E731
-        made = chain(implicit("cg", 2), reverse(2))(ridge, optax.sgd(0.1), bx.inner.full)
+        made = chain(implicit("cg", 2), reverse(2))(ridge, optax.sgd(0.1), bx.sampling.full)
         hypergrad = bx.hypergradient(lambda x, y, batch: fit(y), made)
         x = {"log_l2": jnp.array(-1.0)}
         grad, state, _ = jax.jit(hypergrad.estimate)(KEY, hypergrad.init(x, y), x, bx.Batch(None, None))

@@ -26,9 +26,10 @@ from cases import (
 from networks import at_solution, close, numbers, ring, roll, run, simulate, stacked
 
 import bilevax as bx
-from bilevax import coins, correction, decentralized, estimator
+from bilevax import coins, decentralized
+from bilevax.single_loop import correction, estimator, single_loop
 from bilevax.testing.problems import Quadratic, four_agents
-from bilevax.testing.problems.quadratic import PROBLEM
+from bilevax.testing.problems._quadratic import PROBLEM
 
 # Golden numbers
 
@@ -113,7 +114,7 @@ def test_directions_of_the_quadratic():
     """The written-out directions of this page against the package's, at a random point."""
     rng = np.random.default_rng(0)
     point = [rng.normal(size=(8, d)) for d in (2, 3, 3)]
-    got = jax.jit(jax.vmap(functools.partial(bx.directions, PROBLEM)))(*point, INDEFINITE.batch)
+    got = jax.jit(jax.vmap(functools.partial(bx.problem.directions, PROBLEM)))(*point, INDEFINITE.batch)
     close(tuple(got), networks.directions(INDEFINITE, point), 1e-12)
 
 
@@ -199,7 +200,7 @@ def test_tracking_under_changing_matrices():
     """Each level with a tracking of its own, and matrices that are neither symmetric nor alike."""
     forms = bx.Levels(correction.tracking_atc(), correction.tracking_non_atc(), correction.tracking())
     gossip = bx.gossip(networks.topology(*CHANGING))
-    method = decentralized.single_loop(PROBLEM, gossip, STEPS, estimator.full(), forms)
+    method = single_loop(PROBLEM, gossip, STEPS, estimator.full(), forms)
     state, path, _ = numbers(run(method, INDEFINITE.batch, 40))
     mean_dynamics(path, all_directions(INDEFINITE, path, 40), STEPS)
     for level in state.corrections:
@@ -346,7 +347,7 @@ def equal_start(n):
 def test_complete_graph_with_equal_start_is_centralized(forms):
     gossip = bx.gossip(networks.topology(networks.complete(8)))
     corrections = bx.Levels(*(getattr(correction, form)() for form in forms))
-    method = decentralized.single_loop(PROBLEM, gossip, STEPS, estimator.full(), corrections)
+    method = single_loop(PROBLEM, gossip, STEPS, estimator.full(), corrections)
     _, path, _ = run(method, INDEFINITE.batch, 60, start=equal_start(8)[:2])
     close(path, [np.repeat(level, 8, axis=1) for level in centralized(INDEFINITE, equal_start(8), 60)], 1e-13)
 

@@ -12,7 +12,7 @@ from cases import ATC, ED, EXTRA, GT, KEY, LAZY_SQUARE, STEPS, make
 import bilevax as bx
 from bilevax import coins, decentralized
 from bilevax.testing.problems import quadratic
-from bilevax.testing.problems.quadratic import PROBLEM, inner_loss
+from bilevax.testing.problems._quadratic import PROBLEM, inner_loss
 
 pytestmark = pytest.mark.usefixtures("uncached")
 
@@ -22,7 +22,7 @@ LINEAR = bx.BilevelProblem(
 
 
 def variance_reduced(preset):
-    return make(preset, bx.inner.full, 0.1, 1.0)
+    return make(preset, bx.sampling.full, 0.1, 1.0)
 
 
 def sparkle(*forms):
@@ -33,7 +33,7 @@ def neumann(preset, *choices, terms=3):
     return make(preset, *choices, terms, 0.1)
 
 
-FIFTH = bx.compression.top_k(0.2)
+FIFTH = bx.agents.compression.top_k(0.2)
 COSTS = {  # bytes to each neighbour for d_x = 784 and d_y = 7840; F, G, H and J per agent; rounds
     "sldbo": (make(decentralized.sldbo), 131_712, (1, 1, 1, 1), 1),
     "sldbo_atc": (make(decentralized.sldbo, None, ATC()), 131_712, (1, 1, 1, 1), 2),
@@ -50,11 +50,11 @@ COSTS = {  # bytes to each neighbour for d_x = 784 and d_y = 7840; F, G, H and J
     "adasdbo": (make(decentralized.adasdbo), 65_868, (1, 1, 1, 1), 1),  # three numbers more
     "ma_dsbo": (make(decentralized.ma_dsbo, 10, 10), 943_936, (1, 11, 10, 1), 21),
     "ma_dsbo_tracked": (make(decentralized.ma_dsbo, 10, 10, track=True), 1_260_672, (1, 11, 10, 1), 21),
-    "mdbo": (neumann(decentralized.mdbo, bx.inner.full, 0.1, 1.0), 68_992, (1, 1, 3, 1), 1),
-    "vrdbo": (neumann(decentralized.vrdbo, bx.inner.full, 0.1, 1.0), 68_992, (2, 2, 6, 2), 1),
+    "mdbo": (neumann(decentralized.mdbo, bx.sampling.full, 0.1, 1.0), 68_992, (1, 1, 3, 1), 1),
+    "vrdbo": (neumann(decentralized.vrdbo, bx.sampling.full, 0.1, 1.0), 68_992, (2, 2, 6, 2), 1),
     "interact": (neumann(decentralized.interact), 6_272, (1, 1, 3, 1), 1),
-    "interact_svr": (make(decentralized.interact_svr, 3, 0.1, 2, bx.inner.full), 6_272, (2, 2, 6, 2), 1),
-    "diamond": (neumann(decentralized.diamond, bx.inner.full, 0.1), 6_272, (2, 2, 6, 2), 1),
+    "interact_svr": (make(decentralized.interact_svr, 3, 0.1, 2, bx.sampling.full), 6_272, (2, 2, 6, 2), 1),
+    "diamond": (neumann(decentralized.diamond, bx.sampling.full, 0.1), 6_272, (2, 2, 6, 2), 1),
     "lopa_local": (make(decentralized.lopa_local), 3_136, (1, 1, 1, 1), 1),
     "lopa_tracking": (make(decentralized.lopa_tracking), 6_272, (1, 1, 1, 1), 1),
     # 2 · 784 numbers and 40 messages of 1568 values; half of the compressed bytes are indices
@@ -64,7 +64,7 @@ COSTS = {  # bytes to each neighbour for d_x = 784 and d_y = 7840; F, G, H and J
 
 MATRICES = {  # those that send some, for d_x = 3 and d_y = 5
     "gbdsbo": (make(decentralized.gbdsbo), 4 * (6 + 15 + 15 + 25), (1, 1, 5, 5), 1),
-    "gbdsbo_factors": (make(decentralized.gbdsbo, bx.inner.full, 4, 0.1), 4 * (6 + 15 + 15 + 100), (1, 4, 20, 5), 1),
+    "gbdsbo_factors": (make(decentralized.gbdsbo, bx.sampling.full, 4, 0.1), 4 * (6 + 15 + 15 + 100), (1, 4, 20, 5), 1),
 }
 
 
@@ -100,7 +100,7 @@ WIDE = quadratic(0, n=4, dx=48, dy=64)
 def test_declared_calls_are_those_of_the_compiled_program(name):
     """Products with matrices of 64 rows are nearly all of the work, and the compiler counts them."""
     x, y = networks.zeros(WIDE.batch)
-    unit = flops(jax.vmap(functools.partial(bx.directions, PROBLEM)), x, y, y, WIDE.batch)
+    unit = flops(jax.vmap(functools.partial(bx.problem.directions, PROBLEM)), x, y, y, WIDE.batch)
     gradient = flops(jax.vmap(jax.grad(inner_loss, 1)), x, y, WIDE.batch.inner)
     method = COSTS[name][0](PROBLEM, LAZY_SQUARE)
     state = jax.eval_shape(method.init, x, y)

@@ -12,13 +12,14 @@ from cases import DEFINITE, GT, INDEFINITE, LAZY_RING, LAZY_SQUARE, STEPS, TOY_S
 from networks import close, lazy, numbers, ring, roll, simulate, stacked
 
 import bilevax as bx
-from bilevax import correction, decentralized
+from bilevax import decentralized
+from bilevax.single_loop import correction, single_loop
 from bilevax.testing import check_limit
 from bilevax.testing.limits import last, off
 from bilevax.testing.problems import Quadratic, four_agents, neumann
-from bilevax.testing.problems.quadratic import PROBLEM
+from bilevax.testing.problems._quadratic import PROBLEM
 
-full, whole = bx.inner.full, bx.compression.top_k(1.0)
+full, whole = bx.sampling.full, bx.agents.compression.top_k(1.0)
 C = 0.28  # 1 / L on the definite problem
 EXACT = 50, C  # terms of a Neumann series, of which nothing is missing
 
@@ -138,9 +139,9 @@ def test_differences_of_gradients_are_off_by_delta_squared():
     """δ²/6 times the third derivative along v: of g = exp(y) sin(x) this is known, in d_v and in d_x."""
     problem = bx.BilevelProblem(lambda x, y, c: c * x * y, lambda x, y, c: jnp.exp(y) * jnp.sin(x))
     x, y, v = 0.3, 0.2, 1.5
-    exact = bx.local_directions.second_order().evaluate(problem, x, y, v, bx.Batch(2.0, 0.0))
+    exact = bx.single_loop.local_directions.second_order().evaluate(problem, x, y, v, bx.Batch(2.0, 0.0))
     for delta in (0.02, 0.01):
-        d = bx.local_directions.first_order(delta).evaluate(problem, x, y, v, bx.Batch(2.0, 0.0))
+        d = bx.single_loop.local_directions.first_order(delta).evaluate(problem, x, y, v, bx.Batch(2.0, 0.0))
         size = delta**2 / 6 * v**3 * np.exp(y)
         assert d.v - exact.v == pytest.approx(size * np.sin(x), rel=1e-3)
         assert d.x - exact.x == pytest.approx(-size * np.cos(x), rel=1e-3)
@@ -186,7 +187,7 @@ DIRECTED = DIRECTED + 0.3 * np.eye(8)[:, (2 * np.arange(8) + 1) % 8]  # columns 
 
 @pytest.mark.parametrize("name", ["gbdsbo", "ma_dsbo_tracked", "mdbo"])
 def test_limits_over_a_directed_graph(name):
-    gossip = bx.push_sum(bx.topology.from_matrix(DIRECTED))
+    gossip = bx.agents.push_sum(bx.topology.from_matrix(DIRECTED))
     assert np.ptp(DIRECTED.sum(1)) > 0.5
     presets = {
         "gbdsbo": lambda: make(decentralized.gbdsbo, gossip=gossip, steps=(0.02, 0.05, 0.05)),
@@ -260,7 +261,7 @@ def test_gbdsbo_follows_its_recursion():
 
 def test_local_correction_sends_nothing():
     """Every agent descends alone: the lower levels of LoPA, and all levels of agents that never meet."""
-    method = decentralized.single_loop(PROBLEM, LAZY_RING, STEPS, bx.estimator.full(), correction.local())
+    method = single_loop(PROBLEM, LAZY_RING, STEPS, bx.single_loop.estimator.full(), correction.local())
     _, path, info = networks.run(method, DEFINITE.batch, 60)
     expected = simulate(DEFINITE, [networks.local() for _ in range(3)], STEPS, lazy(ring(8)), 60)
     close(path, stacked(expected), 1e-13)

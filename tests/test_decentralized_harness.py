@@ -27,7 +27,7 @@ from benchmarks.tasks import logistic
 EVERY_ROW = [(row, False) for row in rows(bx.coins.independent, 8)] + [
     (row, True) for row in personal_rows(bx.coins.independent, 8)
 ]
-ALL = bx.Calls(1, 1, 1, 1)
+ALL = bx.problem.Calls(1, 1, 1, 1)
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +165,7 @@ def test_no_method_evaluates_more_than_it_declares_and_none_more_than_sldbo(netw
 def test_the_shares_of_minibatches_and_of_whole_iterations(network):
     by_name = {row.name: row for row, _ in EVERY_ROW}
     assert network.sizes == bx.Batch(outer=10, inner=20)
-    assert shares(by_name["dsvrbgd"], network) == bx.Calls(0.8, 0.4, 0.4, 0.4)
+    assert shares(by_name["dsvrbgd"], network) == bx.problem.Calls(0.8, 0.4, 0.4, 0.4)
     assert pace(by_name["dsvrbgd"], network) == pytest.approx(1 / (2 * (0.8 + 3 * 0.4) / 4))
     assert pace(by_name["sparkle-ed"], network) == pytest.approx(0.8)
     assert pace(by_name["ma-dsbo"], network) == pytest.approx(4 / (1 + 6 + 5 + 1))

@@ -12,9 +12,10 @@ from cases import BATCH, ED, EXTRA, GT, KEY, LAZY_RING, LAZY_SQUARE, TOY_RING, T
 from networks import lazy, ring
 
 import bilevax as bx
-from bilevax import coins, correction, decentralized, estimator
+from bilevax import coins, decentralized
+from bilevax.single_loop import correction, estimator, single_loop
 from bilevax.testing import placement
-from bilevax.testing.problems.quadratic import PROBLEM
+from bilevax.testing.problems._quadratic import PROBLEM
 
 IMAGES = bx.BilevelProblem(lambda x, y, batch: jnp.sum(x["w"] * y), lambda x, y, batch: jnp.sum((x["w"] - y) ** 2))
 DIRECTED = placement.DIRECTED.matrix.toarray()
@@ -98,7 +99,7 @@ BAD = {
     "no_key_for_a_mask": (r"key.*jax\.random\.key", keyless(decentralized.s3ldbo, coins.independent(0.5))),
     "no_key_for_one_coin": (r"key.*jax\.random\.key", keyless(decentralized.s3ldbo, coins.common(0.5))),
     "no_key_for_a_subset": (r"key.*jax\.random\.key", keyless(decentralized.s3ldbo, coins.subset(0.5))),
-    "no_key_for_a_minibatch": (r"key.*jax\.random\.key", keyless(decentralized.dsoba, bx.inner.minibatch(1))),
+    "no_key_for_a_minibatch": (r"key.*jax\.random\.key", keyless(decentralized.dsoba, bx.sampling.minibatch(1))),
     "coins_no_function": ("coins.*0.5", lambda: decentralized.s3ldbo(PROBLEM, TOY_RING, TOY_STEPS, 0.5)),
     "coins_of_another_length": (
         r"bool \[4\].*bool \[3\]",
@@ -108,7 +109,7 @@ BAD = {
         "coins.*float",
         keyless(decentralized.s3ldbo, lambda key, k, gossip: jnp.full(4, 0.5)),
     ),
-    "momentum": ("momentum.*-0.1", make(decentralized.dsvrbgd_simultaneous, bx.inner.full, -0.1, 0.5)),
+    "momentum": ("momentum.*-0.1", make(decentralized.dsvrbgd_simultaneous, bx.sampling.full, -0.1, 0.5)),
     "one_step_size_per_agent": (
         r"step_sizes\.x must be one number; got shape \(4,\).*vmap",
         steps((jnp.ones(4), 0.1, 0.1)),
@@ -138,7 +139,7 @@ BAD = {
     "number_as_key": ("key must be one jax.random.key", lambda: TOY_SLDBO.step(0, TOY_SLDBO.init(X, Y), BATCH)),
     "no_order": (
         "order must name",
-        lambda: decentralized.single_loop(PROBLEM, TOY_RING, 0.1, estimator.full(), GT(), order=None),
+        lambda: single_loop(PROBLEM, TOY_RING, 0.1, estimator.full(), GT(), order=None),
     ),
     "an_algorithm_for_one_agent": (
         r"make_algorithm must be a function \(gossip\)",
@@ -146,11 +147,11 @@ BAD = {
     ),
     "gossip_of_other_agents": (r"tree must have leaves \[4, ...\]", lambda: TOY_RING.mix(None, (), jnp.ones(5))),
     "gossip_of_integers": ("tree must hold floating-point", lambda: TOY_RING.mix(None, (), jnp.arange(4))),
-    "rate": ("rate.*1.5", make(decentralized.dsvrbgd_alternating, bx.inner.full, 0.1, 1.5)),
-    "theta": ("theta.*0.0", make(decentralized.dsoba, bx.inner.full, 0.0)),
+    "rate": ("rate.*1.5", make(decentralized.dsvrbgd_alternating, bx.sampling.full, 0.1, 1.5)),
+    "theta": ("theta.*0.0", make(decentralized.dsoba, bx.sampling.full, 0.0)),
     "order": (
         "order",
-        lambda: decentralized.single_loop(PROBLEM, TOY_RING, 0.1, estimator.full(), GT(), order=(("y",), ("x",))),
+        lambda: single_loop(PROBLEM, TOY_RING, 0.1, estimator.full(), GT(), order=(("y",), ("x",))),
     ),
 }
 
@@ -165,7 +166,7 @@ def test_bad_input(name):
 
 # The rest of the field: each row a method, what it is given, and what the message names
 
-FULL, WHOLE, RECURSIVE = bx.inner.full, bx.compression.top_k(1.0), ("mdbo", "vrdbo")
+FULL, WHOLE, RECURSIVE = bx.sampling.full, bx.agents.compression.top_k(1.0), ("mdbo", "vrdbo")
 FIELD = {
     **{f"{name}_momentum": ("momentum.*-0.1", name, (FULL, -0.1, 0.5, 3, 0.1)) for name in RECURSIVE},
     **{f"{name}_rate": ("rate.*0.0", name, (FULL, 0.1, 0.0, 3, 0.1)) for name in RECURSIVE},
@@ -179,7 +180,7 @@ FIELD = {
     "diamond_a": (r"\ba\b.*1.5", "diamond", (FULL, 1.5, 3, 0.1)),
     "diamond_terms": ("terms", "diamond", (FULL, 0.5, "3", 0.1)),
     "diamond_inverse_step": ("inverse_step.*nan", "diamond", (FULL, 0.5, 3, float("nan"))),
-    "diamond_correction": ("corrections.*bx.correction", "diamond", (FULL, 0.5, 3, 0.1, 0.5)),
+    "diamond_correction": ("corrections.*bx.single_loop.correction", "diamond", (FULL, 0.5, 3, 0.1, 0.5)),
     "lopa_local_theta": ("theta.*0.0", "lopa_local", (FULL, 0.0)),
     "lopa_tracking_theta": ("theta.*1.1", "lopa_tracking", (FULL, 1.1)),
     "dsoba_first_order_delta": ("delta.*0.0", "dsoba_first_order", (FULL, 1.0, 0.0)),
@@ -223,7 +224,7 @@ def test_bad_input_of_the_field(name):
     assert len(str(error.value)) > 40
 
 
-MINIBATCH = bx.inner.minibatch(1)
+MINIBATCH = bx.sampling.minibatch(1)
 DRAWING = {
     "mdbo": (MINIBATCH, 0.1, 0.5, 3, 0.1),
     "vrdbo": (MINIBATCH, 0.1, 0.5, 3, 0.1),

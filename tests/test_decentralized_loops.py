@@ -10,7 +10,7 @@ from networks import close, non_atc, none, numbers, run, stacked
 
 import bilevax as bx
 from bilevax import decentralized
-from bilevax.testing.problems.quadratic import PROBLEM
+from bilevax.testing.problems._quadratic import PROBLEM
 
 SOLUTION = DEFINITE.x_star
 
@@ -92,7 +92,7 @@ def test_ma_dsbo_without_tracking_is_off_by_about_its_step():
 
 
 def c2dfb(multiplier, fraction=1.0, gossip_step=0.5, inner_steps=10, steps=TOY_STEPS):
-    compressor = bx.compression.top_k(fraction)
+    compressor = bx.agents.compression.top_k(fraction)
     return decentralized.c2dfb(PROBLEM, LAZY_RING, steps, inner_steps, multiplier, compressor, gossip_step)
 
 
@@ -227,7 +227,7 @@ def noisy(key, k, data, size=0.1):
 SAMPLED = {
     "ma_dsbo": lambda sample: ma_dsbo(2, 2, STEPS, sample=sample, theta=0.1, track=True),
     "c2dfb": lambda sample: decentralized.c2dfb(
-        PROBLEM, LAZY_RING, STEPS, 3, 10.0, bx.compression.top_k(0.4), 0.4, sample
+        PROBLEM, LAZY_RING, STEPS, 3, 10.0, bx.agents.compression.top_k(0.4), 0.4, sample
     ),
     "adasdbo": lambda sample: decentralized.adasdbo(PROBLEM, LAZY_RING, 1.0, sample),
     "diamond": lambda sample: decentralized.diamond(PROBLEM, LAZY_RING, STEPS, sample, 0.1, 5, 0.2),
@@ -261,7 +261,7 @@ def test_both_inner_problems_of_c2dfb_see_the_same_samples():
     problem = bx.BilevelProblem(
         lambda x, y, rows: 0.0 * jnp.sum(y), lambda x, y, rows: jnp.mean((rows @ y - rows @ x) ** 2)
     )
-    compressor, sample = bx.compression.top_k(0.4), bx.inner.minibatch(5)
+    compressor, sample = bx.agents.compression.top_k(0.4), bx.sampling.minibatch(5)
     method = decentralized.c2dfb(problem, LAZY_RING, (0.1, 0.02, 0.02), 3, 10.0, compressor, 0.4, sample)
     start = method.init(jnp.ones((8, 3)), jnp.zeros((8, 3)))
 

@@ -9,7 +9,7 @@ from networks import at_solution, close, run, stacked
 
 from benchmarks.decentralized.moved_snapshot import s3ldbo_adaptive
 from bilevax import decentralized
-from bilevax.testing.problems.quadratic import PROBLEM
+from bilevax.testing.problems._quadratic import PROBLEM
 
 
 def recursion(q, p, block, iterations):

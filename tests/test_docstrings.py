@@ -9,12 +9,19 @@ import bilevax as bx
 from bilevax import testing
 
 NAMESPACES = (
-    *(bx, bx.algorithms, bx.curvature, bx.decentralized, bx.estimator),
+    *(bx, bx.algorithms, bx.curvature, bx.decentralized, bx.single_loop.estimator),
     *(bx.ihvp, bx.inner, bx.parallel, bx.partition, bx.topology),
     *(testing, testing.problems),
 )
 MODULES = (
-    *(bx.coins, bx.compression, bx.correction, bx.guides, bx.local_directions, bx.random_directions),
+    *(
+        bx.coins,
+        bx.agents.compression,
+        bx.single_loop.correction,
+        bx.inner.guides,
+        bx.single_loop.local_directions,
+        bx.inner.random_directions,
+    ),
     *(bx.curvature.capture, bx.curvature.fisher, bx.curvature.kronecker),
 )
 PUBLIC = {
@@ -23,9 +30,9 @@ PUBLIC = {
     for name in namespace.__all__
     if inspect.isfunction(getattr(namespace, name)) or inspect.isclass(getattr(namespace, name))
 }
-SAMPLERS = (bx.inner.full, bx.inner.per_step)  # all of one signature, which their module documents
+SAMPLERS = (bx.sampling.full, bx.sampling.per_step)  # all of one signature, which their module documents
 FUNCTIONS = {name: value for name, value in PUBLIC.items() if inspect.isfunction(value) and value not in SAMPLERS}
-COSTLESS = (bx.curvature.damped, bx.inner.minibatch)
+COSTLESS = (bx.curvature.damped, bx.sampling.minibatch)
 
 
 def sections(docstring):

@@ -35,7 +35,7 @@ def implicit(steps=2000, ihvp=None, loss=inner_loss):
 
 
 def check(solver, outer_loss=outer_loss, inner_loss=inner_loss, x=X, y=Y, batch=BATCH, **options):
-    hypergrad = solver if isinstance(solver, bx.Hypergradient) else bx.hypergradient(outer_loss, solver)
+    hypergrad = solver if isinstance(solver, bx.problem.Hypergradient) else bx.hypergradient(outer_loss, solver)
     return bx.check_hypergradient(outer_loss, inner_loss, x, y, batch, hypergrad, **options)
 
 
@@ -210,7 +210,7 @@ def test_a_loss_that_is_another_function_in_float64():
 
 
 def test_a_state_without_y():
-    nameless = bx.Hypergradient(lambda x, y, batch=None: (), lambda key, state, x, batch: (x, state, ()))
+    nameless = bx.problem.Hypergradient(lambda x, y, batch=None: (), lambda key, state, x, batch: (x, state, ()))
     with pytest.raises(ValueError, match=r"hypergradient.init must return a NamedTuple with a field y.* got \(\)"):
         check(nameless)
 
@@ -222,7 +222,11 @@ def test_noise_of_random_batches():
         return jnp.mean((rows @ y - jnp.sum(x)) ** 2) + 0.05 * jnp.sum((y - C @ x) ** 2)
 
     solver = bx.inner.implicit(
-        loss, optax.sgd(0.1), 500, bx.ihvp.cg(20, sample=bx.inner.minibatch(8)), cross_sample=bx.inner.minibatch(8)
+        loss,
+        optax.sgd(0.1),
+        500,
+        bx.ihvp.cg(20, sample=bx.sampling.minibatch(8)),
+        cross_sample=bx.sampling.minibatch(8),
     )
     batch = bx.Batch(B, rows)
     report = check(solver, inner_loss=loss, batch=batch, key=jax.random.key(0))
@@ -316,7 +320,7 @@ def test_pytrees_keys_and_a_warm_state():
 
 
 def test_large_inner_problems_are_solved_without_a_dense_hessian(monkeypatch):
-    monkeypatch.setattr("bilevax.oracle.DENSE", 5)
+    monkeypatch.setattr("bilevax.hypergradients._reference.DENSE", 5)
     report = check(implicit())
     assert report.ok, str(report)
     np.testing.assert_allclose(report.reference, EXACT, rtol=1e-8)

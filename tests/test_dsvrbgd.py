@@ -11,9 +11,10 @@ from cases import DEFINITE, INDEFINITE, LAZY_RING, STEPS, W, at, mean_dynamics
 from networks import at_solution, close, numbers, roll, run, stacked
 
 import bilevax as bx
-from bilevax import correction, decentralized, estimator
+from bilevax import decentralized
+from bilevax.single_loop import correction, estimator, single_loop
 from bilevax.testing.problems import Quadratic
-from bilevax.testing.problems.quadratic import PROBLEM, inner_loss, outer_loss
+from bilevax.testing.problems._quadratic import PROBLEM, inner_loss, outer_loss
 
 
 def noisy(q, iterations, noise):
@@ -33,7 +34,7 @@ DSVRBGD = {"simultaneous": decentralized.dsvrbgd, "alternating": decentralized.d
 RATE = 0.6
 
 
-def dsvrbgd(kind, a, rate=RATE, sample=bx.inner.per_step):
+def dsvrbgd(kind, a, rate=RATE, sample=bx.sampling.per_step):
     """With the momentum a = α η² itself."""
     return DSVRBGD[kind](PROBLEM, LAZY_RING, STEPS, sample=sample, momentum=a / rate**2, rate=rate)
 
@@ -82,7 +83,7 @@ def test_no_momentum_freezes_the_error_of_additive_noise(kind):
 @pytest.mark.parametrize("kind", DSVRBGD)
 def test_dsvrbgd_without_noise_reaches_the_solution_whatever_its_momentum(kind):
     def path(a):
-        return roll(dsvrbgd(kind, a, 1.0, bx.inner.full), INDEFINITE.batch, 2500)[1]
+        return roll(dsvrbgd(kind, a, 1.0, bx.sampling.full), INDEFINITE.batch, 2500)[1]
 
     got = numbers(jax.jit(jax.vmap(path))(MOMENTA))
     for row in range(3):
@@ -107,7 +108,7 @@ def test_recursive_estimates_restart_from_the_exact_directions(kind):
     problem = bx.BilevelProblem(over_examples(outer_loss), over_examples(inner_loss))
     restarts = {"spider": estimator.spider(3, one_in_turn), "page": estimator.page(0.3, one_in_turn)}
     data = noisy(DEFINITE, 4, noise="ABcQeRrS")
-    method = decentralized.single_loop(problem, LAZY_RING, STEPS, restarts[kind], correction.none())
+    method = single_loop(problem, LAZY_RING, STEPS, restarts[kind], correction.none())
     start = tuple(jnp.zeros((8, d)) for d in (2, 3))
     _, path, info = numbers(run(method, data.batch, 20, start))
     mean = Quadratic(*(leaf.mean(1) for leaf in data))

@@ -9,9 +9,10 @@ from cases import BATCH, DEFINITE, KEY, LAZY_RING, TOY_RING, TOY_STEPS, X, Y, al
 from networks import at_solution, close, numbers, ring, roll, run, simulate, stacked
 
 import bilevax as bx
-from bilevax import coins, correction, decentralized
+from bilevax import coins, decentralized
+from bilevax.single_loop import correction
 from bilevax.testing.problems import four_agents
-from bilevax.testing.problems.quadratic import PROBLEM
+from bilevax.testing.problems._quadratic import PROBLEM
 
 
 def test_moves_are_lengths_of_displacements():
@@ -115,7 +116,9 @@ def test_ids_that_are_not_held_here_are_left_out():
 def test_samples_of_f_and_g_and_of_agents_are_drawn_apart():
     """Of one data set for both losses and for all agents: no two of eight samples share more than chance."""
     rows = jnp.broadcast_to(jnp.arange(1000), (4, 1000))
-    draw = jax.jit(lambda key, data: bx.estimator.draw(key, bx.inner.minibatch(50), 0, data, jnp.arange(4)))
+    draw = jax.jit(
+        lambda key, data: bx.single_loop.estimator.draw(key, bx.sampling.minibatch(50), 0, data, jnp.arange(4))
+    )
     samples = np.concatenate(draw(KEY, bx.Batch(rows, rows)))
     shared = (samples[:, None] == samples).mean(-1) - np.eye(8)
     assert shared.max() < 0.1

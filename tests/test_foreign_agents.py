@@ -16,7 +16,7 @@ import pytest
 import bilevax as bx
 from bilevax import testing
 from bilevax.testing import estimator
-from bilevax.testing.contract import name_of
+from bilevax.testing._contract import name_of
 
 SUBSET = bx.topology.lazy(bx.topology.ring(4))
 DIRECTED = testing.placement.DIRECTED
@@ -32,7 +32,7 @@ class Memory(NamedTuple):
     last: Any
 
 
-def heavy_tracking(sign=1.0, divide=bx.correction.share, extra_bytes=0.0, wider=False, meet=lambda s: s):
+def heavy_tracking(sign=1.0, divide=bx.single_loop.correction.share, extra_bytes=0.0, wider=False, meet=lambda s: s):
     """t = W t_last + d − d_last, s⁺ = W (s − a t); what is passed in breaks it."""
 
     def init(gossip, s, move):
@@ -49,7 +49,7 @@ def heavy_tracking(sign=1.0, divide=bx.correction.share, extra_bytes=0.0, wider=
             tracker = optax.tree.cast(tracker, jnp.float32)
         return new, Memory(mixing, moved, tracker, d), gossip.bytes(state.gossip, message) + extra_bytes
 
-    return bx.correction.Correction(init, update, rounds=1)
+    return bx.single_loop.correction.Correction(init, update, rounds=1)
 
 
 def to_their_mean(s):
@@ -60,7 +60,11 @@ def test_a_foreign_correction_passes():
     testing.check_correction(heavy_tracking())
 
 
-@pytest.mark.parametrize("make", [bx.correction.extra, bx.correction.exact_diffusion], ids=["extra", "exact_diffusion"])
+@pytest.mark.parametrize(
+    "make",
+    [bx.single_loop.correction.extra, bx.single_loop.correction.exact_diffusion],
+    ids=["extra", "exact_diffusion"],
+)
 def test_a_correction_that_refuses_a_graph_is_told_to_leave_it_out(make):
     fix = r"Pass topologies=\[bx.topology.lazy\(bx.topology.ring\(4\)\)\]"
     with pytest.raises(ValueError, match=rf"got Topology\(.*directed=True\), which it refuses: .*symmetric W.* {fix}"):
@@ -115,14 +119,18 @@ def recursive(
     again=False, counted=2, coin=always, agents=lambda oracle: oracle.gossip.agents(), scale=1.0, rest=lambda u: u
 ):
     """u = (1 − 0.3) (u − d(previous; ξ)) + d(here; ξ), for all agents where a coin says so."""
-    sample = bx.inner.minibatch(2)
+    sample = bx.sampling.minibatch(2)
 
     def init(oracle, point, batch):
         return oracle.evaluate(point, batch)
 
     def update(key, state, oracle, point, batch, k):
-        drawn = bx.estimator.draw(key, sample, k, batch, agents(oracle))
-        other = bx.estimator.draw(jax.random.fold_in(key, 1), sample, k, batch, agents(oracle)) if again else drawn
+        drawn = bx.single_loop.estimator.draw(key, sample, k, batch, agents(oracle))
+        other = (
+            bx.single_loop.estimator.draw(jax.random.fold_in(key, 1), sample, k, batch, agents(oracle))
+            if again
+            else drawn
+        )
         a = jnp.where(k == 0, 1.0, 0.3)
 
         def fresh():
@@ -133,7 +141,7 @@ def recursive(
         u = jax.lax.cond(tossed, fresh, lambda: rest(state))
         return u, u, jnp.full(point.x.shape[:1], counted) * tossed
 
-    return bx.estimator.Estimator(init, update, remembers=True)
+    return bx.single_loop.estimator.Estimator(init, update, remembers=True)
 
 
 def half_the_time(key):
@@ -204,7 +212,7 @@ def then(plain, name, change):
 
 def unweighted():
     """Push-sum that forgets to divide."""
-    pushed = bx.push_sum(DIRECTED)
+    pushed = bx.agents.push_sum(DIRECTED)
 
     def mix(key, state, tree):
         divided, after = pushed.mix(key, state, tree)
@@ -259,11 +267,11 @@ def plain_descent(
 
     def step(key, state, batch):
         point = state.x, state.y, state.v
-        drawn = bx.estimator.draw(key, sample, state.k, batch, gossip.agents())
-        d = jax.vmap(lambda x, y, v, data: bx.directions(problem, x, y, v, data))(*point, drawn)
+        drawn = bx.single_loop.estimator.draw(key, sample, state.k, batch, gossip.agents())
+        d = jax.vmap(lambda x, y, v, data: bx.problem.directions(problem, x, y, v, data))(*point, drawn)
         if double:
-            again = bx.estimator.draw(jax.random.fold_in(key, 1), sample, state.k, batch, gossip.agents())
-            more = jax.vmap(lambda x, y, v, data: bx.directions(problem, x, y, v, data))(*point, again)
+            again = bx.single_loop.estimator.draw(jax.random.fold_in(key, 1), sample, state.k, batch, gossip.agents())
+            more = jax.vmap(lambda x, y, v, data: bx.problem.directions(problem, x, y, v, data))(*point, again)
             d = jax.tree.map(lambda a, b: (a + b) / 2, d, more)
         if couple:
             d = jax.tree.map(lambda leaf: leaf - leaf.mean(0)[None] / 2, d)
@@ -278,11 +286,11 @@ def plain_descent(
             *(jax.vmap(optax.tree.norm)(optax.tree.sub(a, b)) for a, b in zip(mixed, point, strict=True))
         )
         ones = jnp.ones(gossip.agents().shape)
-        calls = bx.Calls(ones * counted, ones, ones, ones)
+        calls = bx.problem.Calls(ones * counted, ones, ones, ones)
         breakdown = show(~jnp.isfinite(sum(lengths)))
-        return new, bx.decentralized.Info(lengths, breakdown, calls, gossip.bytes(state.gossip, tuple(moved)), 1)
+        return new, bx.single_loop.Info(lengths, breakdown, calls, gossip.bytes(state.gossip, tuple(moved)), 1)
 
-    return bx.Algorithm(init, step)
+    return bx.problem.Algorithm(init, step)
 
 
 def fault(**faults):
@@ -345,7 +353,7 @@ def test_a_method_that_solves_another_problem_is_told_which():
     """Each agent inverts its own Hessian: it says x*, and ends at x_l."""
     q = testing.problems.quadratic(0)
     ring = bx.gossip(bx.topology.lazy(bx.topology.ring(8)))
-    method = bx.decentralized.mdbo(q.problem, ring, (0.05, 0.1, 0.1), bx.inner.full, 0.5, 0.5, 50, 0.28)
+    method = bx.decentralized.mdbo(q.problem, ring, (0.05, 0.1, 0.1), bx.sampling.full, 0.5, 0.5, 50, 0.28)
     with pytest.raises(testing.ContractError, match=r"`limit_is_the_declared_one`[\s\S]*e-1\d from x_l"):
         testing.check_limit(method, q, q.x_star)
     testing.check_limit(method, q, q.x_l)
@@ -395,7 +403,9 @@ def test_a_method_with_branches_passes_if_it_says_so():
     """Once in three iterations the full directions, else two on a sample: the program has both branches."""
 
     def branches(problem, gossip, steps, sample):
-        return bx.decentralized.single_loop(problem, gossip, steps, bx.estimator.spider(3, sample), heavy_tracking())
+        return bx.single_loop.single_loop(
+            problem, gossip, steps, bx.single_loop.estimator.spider(3, sample), heavy_tracking()
+        )
 
     compiled = [testing.algorithm.calls_are_those_of_the_compiled_program]
     calls = testing.algorithm.calls_are_those_declared
@@ -405,10 +415,18 @@ def test_a_method_with_branches_passes_if_it_says_so():
 
 
 MISUSE = {  # none is a broken contract
-    "a constructor of corrections": (testing.check_correction, (bx.correction.tracking,), "Correction; got tracking"),
+    "a constructor of corrections": (
+        testing.check_correction,
+        (bx.single_loop.correction.tracking,),
+        "Correction; got tracking",
+    ),
     "no graph": (testing.check_correction, (heavy_tracking(), True, []), "topologies must hold at least one graph"),
     "eight agents": (testing.check_correction, (heavy_tracking(), True, [bx.topology.ring(8)]), "must have 4 agents"),
-    "a constructor of estimators": (testing.check_estimator, (bx.estimator.stochastic,), "Estimator; got stochastic"),
+    "a constructor of estimators": (
+        testing.check_estimator,
+        (bx.single_loop.estimator.stochastic,),
+        "Estimator; got stochastic",
+    ),
     "a graph": (testing.check_gossip, (bx.topology.ring(4),), r"must be a Gossip; got Topology.*bx.gossip\(topology\)"),
     "one machine": (testing.check_algorithm, (bx.algorithms.soba,), r"function \(problem, gossip, step_sizes, sample"),
     "no sampler": (testing.check_algorithm, (bx.decentralized.sldbo,), r"got sldbo, which says: radius.* wrap it"),

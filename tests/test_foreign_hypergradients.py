@@ -29,7 +29,7 @@ class Unrolled(NamedTuple):
     steps_back: int = 3  # of which there are three
     gradients: int = 10  # declared: three steps forward, twice again on the way back, and one for the report
     scale: Any = one  # of each step
-    z0_bar: Any = bx.Iterate  # what is made of the cotangent of y
+    z0_bar: Any = bx.problem.Iterate  # what is made of the cotangent of y
 
 
 def unrolled(faults):
@@ -41,7 +41,7 @@ def unrolled(faults):
 
         def start(x, y):
             y = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), y)
-            return bx.Iterate(y, optimizer.init(y), jnp.zeros((), jnp.int32))
+            return bx.problem.Iterate(y, optimizer.init(y), jnp.zeros((), jnp.int32))
 
         def loop(key, x, z, batch, steps):
             def step(z, _):
@@ -49,7 +49,7 @@ def unrolled(faults):
                 gradient = jax.grad(inner_loss, 1)(x, z.y, rows)
                 updates, opt_state = optimizer.update(gradient, z.opt_state, z.y)
                 updates = optax.tree.cast_like(optax.tree.scale(faults.scale(), updates), updates)
-                return bx.Iterate(optax.apply_updates(z.y, updates), opt_state, z.t + 1), None
+                return bx.problem.Iterate(optax.apply_updates(z.y, updates), opt_state, z.t + 1), None
 
             return jax.lax.scan(jax.checkpoint(step, prevent_cse=False), z, length=steps)[0]
 
@@ -65,11 +65,11 @@ def unrolled(faults):
             rows = sample(jax.random.fold_in(key, z_T.t - 1), z_T.t - 1, batch)
             value, gradient = jax.value_and_grad(inner_loss, 1)(x, z_T.y, rows)
             size = optax.tree.norm(optax.tree.cast(gradient, float))
-            calls = bx.Calls(0, faults.gradients, 3, 3)
-            info = bx.SolverInfo(value, size, ~jnp.isfinite(value + size), calls, ())
+            calls = bx.problem.Calls(0, faults.gradients, 3, 3)
+            info = bx.problem.SolverInfo(value, size, ~jnp.isfinite(value + size), calls, ())
             return (x_bar, faults.z0_bar(y_bar)), state, info
 
-        return bx.InnerSolver(init, start, forward, backward)
+        return bx.problem.InnerSolver(init, start, forward, backward)
 
     return make
 
@@ -138,15 +138,19 @@ def penalty(problem, optimizer, sample, draws=1, report=jnp.asarray, keep=lambda
         grad = jax.tree.map(lambda leaf, like: jnp.asarray(leaf, jnp.result_type(like)), grad, x)
         size = optax.tree.norm(optax.tree.cast(g_y, float))
         bad = report(~jnp.isfinite(outer + value + size + optax.tree.norm(optax.tree.cast(grad, float))))
-        inner = bx.SolverInfo(value, size, bad, bx.Calls(5, 9), ())
-        return grad, PenaltyState(y, keep(y_penalized, state.penalized)), bx.HypergradientInfo(outer, inner)
+        inner = bx.problem.SolverInfo(value, size, bad, bx.problem.Calls(5, 9), ())
+        return (
+            grad,
+            PenaltyState(y, keep(y_penalized, state.penalized)),
+            bx.hypergradients.HypergradientInfo(outer, inner),
+        )
 
-    return bx.Hypergradient(init, estimate)
+    return bx.problem.Hypergradient(init, estimate)
 
 
 def beside(info):
     """Two ∇_x g; ∇_y g at y_λ is not taken, and ∇_x f needs no ∇_y f."""
-    return bx.Calls(cross_products=2)
+    return bx.problem.Calls(cross_products=2)
 
 
 DECLARED = {"steps": 4, "biased": True, "uncounted": beside}
@@ -157,7 +161,7 @@ def around(change):
 
     def make(problem, optimizer, sample):
         sound = penalty(problem, optimizer, sample)
-        return bx.Hypergradient(sound.init, functools.partial(change, jax.jit(sound.estimate)))
+        return bx.problem.Hypergradient(sound.init, functools.partial(change, jax.jit(sound.estimate)))
 
     return make
 

@@ -33,14 +33,14 @@ def richardson(step_size, sample, steps=3):
             v = jax.tree.map(lambda b: step_size * b, b) if v0 is None else v0
             v, _ = jax.lax.scan(step, optax.tree.cast_like(v, b), length=steps)
             bad = ~jnp.isfinite(sum(jnp.sum(leaf, dtype=float) for leaf in jax.tree.leaves(v)))
-            return v, bx.IHVPInfo(steps, steps, 0, jnp.nan, jnp.nan, bad)
+            return v, bx.problem.IHVPInfo(steps, steps, 0, jnp.nan, jnp.nan, bad)
 
         return apply, state
 
-    return bx.IHVP(init, prepare, linear=True)
+    return bx.problem.IHVP(init, prepare, spd=True)
 
 
-def changed(change, linear=True):
+def changed(change, spd=True):
     """A constructor of `richardson` whose `apply` is `change(apply, b, v0)`."""
 
     def make(number, sample):
@@ -50,7 +50,7 @@ def changed(change, linear=True):
             apply, state = sound.prepare(*arguments)
             return functools.partial(change, apply), state
 
-        return bx.IHVP(sound.init, prepare, linear)
+        return bx.problem.IHVP(sound.init, prepare, spd)
 
     return make
 
@@ -96,7 +96,7 @@ def weak_memory(number, sample):
     def prepare(key, state, *problem):
         return sound.prepare(key, (), *problem)[0], jnp.zeros(())
 
-    return bx.IHVP(lambda *point: jnp.asarray(0.0), prepare, linear=True)
+    return bx.problem.IHVP(lambda *point: jnp.asarray(0.0), prepare, spd=True)
 
 
 def two_draws(number, sample):
@@ -111,7 +111,7 @@ def two_draws(number, sample):
 
         return apply, ()
 
-    return bx.IHVP(sound.init, prepare, linear=True)
+    return bx.problem.IHVP(sound.init, prepare, spd=True)
 
 
 def one_key(number, sample):
@@ -134,15 +134,15 @@ def branching(number, sample):
 @pytest.mark.compiles(200)
 def test_foreign_ihvp():
     testing.check_ihvp(richardson, number=0.5)
-    testing.check_ihvp(richardson(0.5, bx.inner.full))
+    testing.check_ihvp(richardson(0.5, bx.sampling.full))
 
 
 @pytest.mark.compiles(100)
 def test_checks_are_in_double_precision_wherever_they_are_called():
     with jax.enable_x64(False):
-        testing.check_ihvp(richardson(0.5, bx.inner.full))
+        testing.check_ihvp(richardson(0.5, bx.sampling.full))
         with pytest.raises(testing.ContractError, match="inverts_twice_the_identity"):
-            testing.check_ihvp(richardson(0.4999999, bx.inner.full, steps=0))
+            testing.check_ihvp(richardson(0.4999999, bx.sampling.full, steps=0))
 
 
 BROKEN = {

@@ -37,7 +37,7 @@ from directional_cases import (
 
 import bilevax as bx
 from bilevax.inner import chain, forward_gradient, no_gradient, reverse
-from bilevax.random_directions import coordinate, gaussian, hadamard, orthogonal, rademacher, sphere
+from bilevax.inner.random_directions import coordinate, gaussian, hadamard, orthogonal, rademacher, sphere
 from bilevax.testing import executed_dots
 
 MOMENTUM = optax.sgd(0.3, momentum=0.9)
@@ -121,7 +121,7 @@ def test_is_the_derivative_of_the_unroll_by_hand():
     batches = {name: leaf[picks] for name, leaf in TRAIN.items()}
 
     for name, optimizer in OPTIMIZERS.items():
-        solver = cleaning(optimizer=optimizer, steps=12, sample=bx.inner.per_step)
+        solver = cleaning(optimizer=optimizer, steps=12, sample=bx.sampling.per_step)
         grad, _, info = cleaning_estimate(solver, batch=bx.Batch(VALID, batches))
         value, expected = jax.jit(jax.value_and_grad(unrolled(optimizer, batches)))(WEIGHTS)
         np.testing.assert_allclose(flat(grad), flat(expected), rtol=0, atol=1e-10, err_msg=name)
@@ -132,7 +132,7 @@ def test_is_the_derivative_of_the_unroll_by_hand():
 
 def test_minibatches_initial_and_chunks_against_reverse():
     """The same key draws the same minibatches; 8 does not divide 29, nor does 3 divide 10."""
-    shared = {"initial": from_x, "sample": bx.inner.minibatch(8)}
+    shared = {"initial": from_x, "sample": bx.sampling.minibatch(8)}
     expected, expected_state, _ = cleaning_estimate(reverse(cleaning_loss, MOMENTUM, 6, **shared))
     for chunk in (None, 8):
         grad, state, _ = cleaning_estimate(cleaning(chunk=chunk, **shared))
@@ -157,7 +157,7 @@ def test_first_link_of_a_chain():
     grad, state, _ = quadratic_estimate(chain(quadratic(2, momentum, 1, sampler=orthogonal), last))
     np.testing.assert_allclose(state.y, [9, 4], atol=1e-12)
     np.testing.assert_allclose(grad, [27 / 16, -1 / 2], atol=1e-12)
-    adam, sample = optax.adam(0.1), bx.inner.minibatch(8)
+    adam, sample = optax.adam(0.1), bx.sampling.minibatch(8)
     last = reverse(cleaning_loss, adam, 2, sample=sample)
     grad, _, info = cleaning_estimate(chain(cleaning(optimizer=adam, steps=4, initial=from_x, sample=sample), last))
     expected, _, _ = cleaning_estimate(reverse(cleaning_loss, adam, 6, initial=from_x, sample=sample))
@@ -380,9 +380,9 @@ def gradient_of(make, optimizer, **options):
     ("optimizer", "options"),
     [
         (optax.sgd(0.1), {"directions": 4}),
-        (MOMENTUM, {"directions": 4, "sampler": hadamard, "sample": bx.inner.minibatch(8)}),
-        (optax.adam(0.1), {"directions": 5, "sample": bx.inner.minibatch(8), "chunk": 2}),
-        (optax.sgd(0.1), {"directions": 4, "initial": lambda x: jnp.tile(x, 4), "guide": bx.guides.blocks(2)}),
+        (MOMENTUM, {"directions": 4, "sampler": hadamard, "sample": bx.sampling.minibatch(8)}),
+        (optax.adam(0.1), {"directions": 5, "sample": bx.sampling.minibatch(8), "chunk": 2}),
+        (optax.sgd(0.1), {"directions": 4, "initial": lambda x: jnp.tile(x, 4), "guide": bx.inner.guides.blocks(2)}),
     ],
     ids=["sgd", "momentum_minibatch", "adam_minibatch_chunk", "initial_guide"],
 )
@@ -462,7 +462,7 @@ def test_mistakes_of_construction(make, says):
 
 
 def sampler_of(draw):
-    return bx.random_directions.Sampler(draw, lambda N, b: (N - 1) / b)
+    return bx.inner.random_directions.Sampler(draw, lambda N, b: (N - 1) / b)
 
 
 @pytest.mark.parametrize(

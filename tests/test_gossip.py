@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import bilevax as bx
-from bilevax.decentralized import gossip as forms
+from bilevax.agents import _gossip as forms
 from bilevax.testing import correction
 
 GRAPHS = {
@@ -146,7 +146,7 @@ def test_half_precision_keeps_its_dtype_and_its_mean(make):
 
 def test_push_sum_reaches_the_average_on_a_directed_graph():
     assert DIRECTED.directed
-    gossip = bx.push_sum(DIRECTED)
+    gossip = bx.agents.push_sum(DIRECTED)
     start = tree = leaves(4)
     state = gossip.init(tree)
     mix = jax.jit(gossip.mix)
@@ -160,7 +160,7 @@ def test_push_sum_reaches_the_average_on_a_directed_graph():
 
 
 def test_push_sum_of_a_doubly_stochastic_matrix_is_plain_gossip():
-    plain, pushed = bx.gossip(GRAPHS["ring"]), bx.push_sum(GRAPHS["ring"])
+    plain, pushed = bx.gossip(GRAPHS["ring"]), bx.agents.push_sum(GRAPHS["ring"])
     tree = leaves(8)
     assert_close(pushed.mix(None, pushed.init(tree), tree)[0], plain.mix(None, (), tree)[0])
 
@@ -176,7 +176,7 @@ def test_tracking_over_push_sum_is_exact():
         lambda x, y, t: 0.5 * t[0] * y**2 - t[1] * y + 0.5 * t[2] * x**2 + t[3] * x,
         lambda x, y, t: 0.5 * t[0] * y**2 - y * (t[1] * x + t[2]),
     )
-    method = bx.decentralized.sldbo(problem, bx.push_sum(DIRECTED), (0.02, 0.05, 0.05))
+    method = bx.decentralized.sldbo(problem, bx.agents.push_sum(DIRECTED), (0.02, 0.05, 0.05))
     state = method.init(jnp.zeros(4), jnp.zeros(4))
     step = lambda state, _: (method.step(None, state, bx.Batch(outer, inner))[0], None)  # noqa: E731
     state, _ = jax.jit(lambda state: jax.lax.scan(step, state, length=4000))(state)
@@ -184,10 +184,12 @@ def test_tracking_over_push_sum_is_exact():
     assert_close((state.x, state.y, state.v), limit)
 
 
-@pytest.mark.parametrize("moved", [bx.correction.none(), bx.correction.tracking()], ids=["none", "tracking"])
+@pytest.mark.parametrize(
+    "moved", [bx.single_loop.correction.none(), bx.single_loop.correction.tracking()], ids=["none", "tracking"]
+)
 def test_the_weighted_mean_moves_along_the_mean_direction(moved):
     """Σ_i ω_i s_i⁺ = Σ_i ω_i s_i − a Σ_i d_i in every update, with ω⁺ = C ω: stochastic gradient push."""
-    run = jax.jit(lambda s, d: correction.follow(moved, bx.push_sum(DIRECTED), s, d))
+    run = jax.jit(lambda s, d: correction.follow(moved, bx.agents.push_sum(DIRECTED), s, d))
     path, d = run(correction.start(), correction.directions()), correction.directions()
     before, matrix = np.ones(4), DIRECTED.matrix.toarray()
     for k in range(correction.UPDATES):
@@ -202,7 +204,7 @@ def test_the_weighted_mean_moves_along_the_mean_direction(moved):
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"columns alone sum to 1\. Take bx\.push_sum"):
         bx.gossip(DIRECTED)
-    gossip = bx.push_sum(DIRECTED)
+    gossip = bx.agents.push_sum(DIRECTED)
     with pytest.raises(ValueError, match=r"symmetric W .* bx\.correction\.tracking"):
         gossip.laplacian(None, gossip.init(jnp.zeros(4)), jnp.zeros(4))
     with pytest.raises(ValueError, match="n must be an int >= 1; got 0"):

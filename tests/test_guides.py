@@ -41,7 +41,7 @@ U = np.array([1.0, -2.0, 3.0, 0.5, 4.0])
 GUESSES = np.array([[1.0, -1.0, 2.0, 0.0, 3.0], [0.0, 1.0, 1.0, 1.0, -1.0]])
 
 
-def truncated(loss, optimizer, steps, last, sample=bx.inner.full, initial=None):
+def truncated(loss, optimizer, steps, last, sample=bx.sampling.full, initial=None):
     first = no_gradient(loss, optimizer, steps - last, initial=initial, sample=sample)
     return from_start(chain(first, reverse(loss, optimizer, last, sample=sample)))
 
@@ -233,7 +233,7 @@ def test_blocks_explain_most_of_a_smooth_schedule(number, share):
     def by_schedule(x):
         return optax.sgd(lambda count: jnp.exp(x[count]))
 
-    options = {"sampler": bx.random_directions.hadamard, "guide": blocks(number)}
+    options = {"sampler": bx.inner.random_directions.hadamard, "guide": blocks(number)}
     grad, _, info = estimate(forward_gradient(loss, by_schedule, 64, 32 + number, **options), loss, rates, y)
     u = np.asarray(estimate(reverse(loss, by_schedule, 64), loss, rates, y)[0])
     means = u.reshape(number, -1).mean(axis=1)
@@ -288,7 +288,7 @@ def test_running_mean_as_control_variate_removes_the_noise():
 
 def test_a_guess_from_the_start_with_minibatches():
     """From all steps of the same unroll it is exact: the same batches, the same start."""
-    sample = bx.inner.minibatch(8)
+    sample = bx.sampling.minibatch(8)
     shared = {"directions": 2, "sample": sample, "initial": from_x}
     expected, _, _ = cleaning_estimate(reverse(cleaning_loss, MOMENTUM, 5, initial=from_x, sample=sample))
     guess = from_start(reverse(cleaning_loss, MOMENTUM, 5, initial=from_x, sample=sample))
@@ -337,7 +337,7 @@ def test_calls_of_the_guides_are_counted(role, solves):
     own = implicit(QUADRATIC.inner_loss, ihvp=bx.ihvp.neumann(3, 0.2))
     none, alone = info_of(quadratic(3)).calls, info_of(own).calls
     info = info_of(quadratic(3, **{role: at_solution(own)}))
-    again = bx.Calls(inner_gradients=2 * (solves - 1), outer_gradients=-1)
+    again = bx.problem.Calls(inner_gradients=2 * (solves - 1), outer_gradients=-1)
     assert info.calls == jax.tree.map(lambda *counts: sum(counts), none, alone, again)
     assert (info.detail.solves, info.detail.tangents) == (solves, 3)
 
@@ -408,7 +408,9 @@ def test_more_guesses_than_numbers():
         (lambda: probe(2, U, guide=fixed(jnp.ones((1, 4)))), ["directions of guides.fixed", "(4,)", "(5,)"]),
         (lambda: probe(9, U, control_variate=blocks(2)), ["control_variate must propose one guess", "got one with 2"]),
         (
-            lambda: probe(2, U, guide=blocks(1)._replace(propose=lambda key, s, x, solution: (x, s, bx.Calls()))),
+            lambda: probe(
+                2, U, guide=blocks(1)._replace(propose=lambda key, s, x, solution: (x, s, bx.problem.Calls()))
+            ),
             ["guesses of a guide must keep its structure and shapes", "(5,)", "(1, 5)"],
         ),
     ],

@@ -122,7 +122,7 @@ def test_methods_are_compared_at_the_y_of_the_exact_answer(found):
 
 def test_comparison_and_means(found):
     point = found[-1]
-    calls = bx.Calls(hessian_products=3)
+    calls = bx.problem.Calls(hessian_products=3)
     rows = []
     for grad, cosine, error in ((2 * point.exact, 1, 1), (-point.exact, -1, 2), (0 * point.exact, 0, 1)):
         row = hypergradients.compared((grad, calls, False), point)

@@ -64,10 +64,10 @@ def traced_solve(ihvp, b, h, v0):
         lambda damping: bx.ihvp.cg(30, 1e-14, damping, preconditioner=bx.ihvp.neumann(2, 0.02)),
         lambda damping: bx.ihvp.cg(30, 1e-14, damping, preconditioner=bx.ihvp.nystrom(4, 0.1)),
         lambda damping: bx.ihvp.neumann(3000, 0.03, damping),
-        lambda damping: bx.ihvp.sgd(3000, 0.03, bx.inner.full, damping),
-        lambda damping: bx.ihvp.linear(lineax.GMRES(1e-13, 1e-13), damping),
-        lambda damping: bx.ihvp.linear(lineax.BiCGStab(1e-13, 1e-13), damping),
-        lambda damping: bx.ihvp.linear(lineax.Cholesky(), damping),
+        lambda damping: bx.ihvp.sgd(3000, 0.03, bx.sampling.full, damping),
+        lambda damping: bx.ihvp.lineax(lineax.GMRES(1e-13, 1e-13), damping),
+        lambda damping: bx.ihvp.lineax(lineax.BiCGStab(1e-13, 1e-13), damping),
+        lambda damping: bx.ihvp.lineax(lineax.Cholesky(), damping),
     ],
     ids=["exact", "cg", "cg+exact", "cg+neumann", "cg+nystrom", "neumann", "sgd", "gmres", "bicgstab", "cholesky"],
 )
@@ -166,9 +166,9 @@ def test_cg_does_not_depend_on_the_scale_of_its_preconditioner(preconditioner, s
         bx.ihvp.exact(),
         bx.ihvp.neumann(40, 0.3),
         bx.ihvp.identity(2.0),
-        bx.ihvp.sgd(40, 0.3, bx.inner.full),
+        bx.ihvp.sgd(40, 0.3, bx.sampling.full),
         bx.ihvp.nystrom(4),
-        bx.ihvp.linear(lineax.GMRES(1e-5, 1e-5)),
+        bx.ihvp.lineax(lineax.GMRES(1e-5, 1e-5)),
     ],
     ids=["exact", "neumann", "identity", "sgd", "nystrom", "linear"],
 )
@@ -296,8 +296,8 @@ def test_warm_starts_do_not_amplify_an_indefinite_hessian_from_step_to_step():
     solver = bx.inner.implicit(loss, ihvp=bx.ihvp.cg(maxiter=6))
 
     def step(state, shift):
-        residual = (None, None, 1.0, bx.Iterate(jnp.zeros(9), (), jnp.zeros((), jnp.int32)), None)
-        _, state, info = solver.backward(residual, state, bx.Iterate(B + 0.1 * shift))
+        residual = (None, None, 1.0, bx.problem.Iterate(jnp.zeros(9), (), jnp.zeros((), jnp.int32)), None)
+        _, state, info = solver.backward(residual, state, bx.problem.Iterate(B + 0.1 * shift))
         return state, (info.breakdown, jnp.linalg.norm(state.v))
 
     _, (breakdowns, sizes) = jax.lax.scan(step, solver.init(1.0, np.zeros(9)), shifts)
@@ -376,7 +376,7 @@ def test_sgd_takes_one_batch_for_each_step():
     expected = np.zeros(9)
     for rows in batches:
         expected = expected - eta * (rows.T @ rows / 6 @ expected + damping * expected - B)
-    ihvp = bx.ihvp.sgd(steps, eta, bx.inner.per_step, damping)
+    ihvp = bx.ihvp.sgd(steps, eta, bx.sampling.per_step, damping)
     v, info = jax.jit(lambda b: ihvp.prepare(None, (), rows_loss, (0.0, POINT[1], batches))[0](b))(split_like_y(B))
     np.testing.assert_allclose(joined(v), expected, rtol=1e-12)
     assert info.products == info.iterations == steps
@@ -388,7 +388,7 @@ def test_sgd_with_minibatches_is_right_in_the_mean():
     steps, eta, keys = 5, 0.1, 4000
 
     def solve(key):
-        apply, _ = bx.ihvp.sgd(steps, eta, bx.inner.minibatch(4)).prepare(key, (), rows_loss, (0.0, POINT[1], ROWS))
+        apply, _ = bx.ihvp.sgd(steps, eta, bx.sampling.minibatch(4)).prepare(key, (), rows_loss, (0.0, POINT[1], ROWS))
         return joined(apply(split_like_y(B))[0])
 
     draws = np.asarray(jax.jit(jax.vmap(solve))(jax.random.split(jax.random.key(0), keys)))
@@ -399,12 +399,12 @@ def test_sgd_with_minibatches_is_right_in_the_mean():
 
 @pytest.mark.parametrize("eta", [0.03, 0.05])
 def test_sgd_reports_divergence(eta):
-    assert bool(solve(bx.ihvp.sgd(20, eta, bx.inner.full))[1].breakdown) == (eta > 2 / 50)
+    assert bool(solve(bx.ihvp.sgd(20, eta, bx.sampling.full))[1].breakdown) == (eta > 2 / 50)
 
 
 def test_sgd_reports_negative_curvature():
     h = H - 5 * np.eye(9)
-    assert solve(bx.ihvp.sgd(300, 0.03, bx.inner.full), h=h)[1].breakdown
+    assert solve(bx.ihvp.sgd(300, 0.03, bx.sampling.full), h=h)[1].breakdown
 
 
 # Nyström.
@@ -479,7 +479,7 @@ def test_nystrom_stores_no_hessian():
 
 
 def test_linear_reports_a_solver_that_gives_up():
-    _, info = solve(bx.ihvp.linear(lineax.GMRES(1e-12, 1e-12, max_steps=2, restart=2)))
+    _, info = solve(bx.ihvp.lineax(lineax.GMRES(1e-12, 1e-12, max_steps=2, restart=2)))
     assert info.breakdown
     assert info.residual > 1e-3
     assert info.iterations == 2
@@ -493,7 +493,7 @@ M = np.array([[2.0, 1.0, 0.0], [0.0, 1.5, 0.7], [-0.5, 0.0, 1.0]])
     "solver", [lineax.GMRES(1e-12, 1e-12), lineax.LSMR(1e-12, 1e-12), lineax.LU(), lineax.AutoLinearSolver(None)]
 )
 def test_linear_takes_a_curvature_that_is_not_symmetric(solver):
-    ihvp = bx.ihvp.linear(solver, curvature=lambda *point: lambda v: M @ v, tags=())
+    ihvp = bx.ihvp.lineax(solver, curvature=lambda *point: lambda v: M @ v, tags=())
     loss, point, b = lambda x, y, batch: jnp.sum(y), (0.0, np.ones(3), None), np.array([1.0, 2.0, 3.0])
     v, info = jax.jit(lambda b: ihvp.prepare(None, (), loss, point)[0](b))(b)
     np.testing.assert_allclose(v, np.linalg.solve(M, b), rtol=1e-8)
@@ -504,7 +504,7 @@ def test_linear_takes_a_curvature_that_is_not_symmetric(solver):
 def test_linear_returns_a_warm_start_that_solves_the_system(solver):
     h = np.array([1.0, 0.5, 0.25, 0.125])
     loss, point = lambda x, y, batch: 0.5 * jnp.sum(h * y**2), (0.0, np.ones(4), None)
-    run = jax.jit(lambda b, v0: bx.ihvp.linear(solver).prepare(None, (), loss, point)[0](b, v0))
+    run = jax.jit(lambda b, v0: bx.ihvp.lineax(solver).prepare(None, (), loss, point)[0](b, v0))
     for b in (np.zeros(4), np.array([1.0, 2.0, 3.0, 4.0])):
         v, info = run(b, b / h)
         np.testing.assert_allclose(v, b / h, rtol=1e-14)
@@ -512,7 +512,7 @@ def test_linear_returns_a_warm_start_that_solves_the_system(solver):
 
 
 def test_linear_takes_a_warm_start():
-    ihvp = bx.ihvp.linear(lineax.GMRES(1e-8, 1e-8))
+    ihvp = bx.ihvp.lineax(lineax.GMRES(1e-8, 1e-8))
     exact = np.linalg.solve(H, B)
     assert solve(ihvp, v0=exact)[1].iterations < solve(ihvp)[1].iterations
     assert not solve(ihvp, b=np.zeros(9))[1].breakdown

@@ -67,7 +67,7 @@ def by_hand(name, tail=6, initial=lambda x: Y):
 
 
 @functools.cache
-def by_reverse(name, sample=bx.inner.full, checkpoint=bx.inner.every_step, steps=6):
+def by_reverse(name, sample=bx.sampling.full, checkpoint=bx.inner.every_step, steps=6):
     return estimate(
         bx.inner.reverse(inner_loss, OPTIMIZERS[name], steps, sample=sample, checkpoint=checkpoint), key=KEY
     )
@@ -130,7 +130,7 @@ def test_checkpoints_save_memory():
 
 @pytest.mark.parametrize(
     ("name", "sample"),
-    [*((name, bx.inner.full) for name in OPTIMIZERS), ("momentum", bx.inner.minibatch(4))],
+    [*((name, bx.sampling.full) for name in OPTIMIZERS), ("momentum", bx.sampling.minibatch(4))],
     ids=[*OPTIMIZERS, "momentum-minibatch"],
 )
 def test_chain_of_reverses_is_reverse_of_the_sum(name, sample):
@@ -187,7 +187,7 @@ def test_initial_sends_the_derivative_of_the_first_iterate():
 
 def test_per_step_reads_one_batch_for_each_step():
     stacked = jax.tree.map(lambda leaf: leaf.reshape(4, 3, *leaf.shape[1:]), DATA)
-    solver = bx.inner.reverse(inner_loss, optax.sgd(0.1), steps=4, sample=bx.inner.per_step)
+    solver = bx.inner.reverse(inner_loss, optax.sgd(0.1), steps=4, sample=bx.sampling.per_step)
 
     @jax.jit
     def by_loop(y):
@@ -197,18 +197,18 @@ def test_per_step_reads_one_batch_for_each_step():
         return y
 
     assert_trees_close(jax.jit(bx.differentiable(solver))(X, Y, stacked), by_loop(Y), rtol=1e-13)
-    longer = bx.inner.reverse(inner_loss, optax.sgd(0.1), steps=5, sample=bx.inner.per_step)
+    longer = bx.inner.reverse(inner_loss, optax.sgd(0.1), steps=5, sample=bx.sampling.per_step)
     assert np.isnan(jax.jit(bx.differentiable(longer))(X, Y, stacked)["bias"])
 
 
 def test_minibatch_draws_rows_and_lets_scalars_and_keys_through():
     data = {"rows": jnp.arange(10.0), "more": jnp.arange(20.0).reshape(10, 2), "l2": 0.5, "key": jax.random.key(7)}
-    batch = jax.jit(bx.inner.minibatch(6))(jax.random.key(0), 0, data)
+    batch = jax.jit(bx.sampling.minibatch(6))(jax.random.key(0), 0, data)
     np.testing.assert_array_equal(batch["more"][:, 0], 2 * batch["rows"])
     assert batch["rows"].shape == (6,)
     assert batch["l2"] == 0.5
     assert batch["key"] == data["key"]
-    draw = jax.jit(jax.vmap(lambda key: bx.inner.minibatch(6)(key, 0, data)["rows"]))
+    draw = jax.jit(jax.vmap(lambda key: bx.sampling.minibatch(6)(key, 0, data)["rows"]))
     draws = np.asarray(draw(jax.random.split(jax.random.key(1), 4000)))
     np.testing.assert_allclose(draws.mean(), 4.5, atol=5 * 2.9 / np.sqrt(draws.size))
 

@@ -60,8 +60,10 @@ def test_truncation_sees_only_the_last_rates_and_the_implicit_rule_none(estimate
 
 def test_each_estimate_starts_from_a_network_of_its_own(data):
     seen = []
-    hypergrad = learning_rates.renewed(bx.Hypergradient(None, lambda key, state, x, batch: seen.append(state.y)))
-    state = bx.HypergradientState({"weights": 0.0}, (), None)
+    hypergrad = learning_rates.renewed(
+        bx.problem.Hypergradient(None, lambda key, state, x, batch: seen.append(state.y))
+    )
+    state = bx.hypergradients.HypergradientState({"weights": 0.0}, (), None)
     for key in jax.random.split(jax.random.key(0), 2):
         hypergrad.estimate(key, state, jnp.zeros(3), data.batch)
     first, second = (y["first"]["weights"] for y in seen)

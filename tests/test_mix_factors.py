@@ -26,7 +26,7 @@ def solve(found, x, batch, y):
 
 
 def rounds_of(gossip, rounds):
-    return jax.jit(lambda f: bx.decentralized.mix_factors(None, gossip, gossip.init(f), f, rounds=rounds)[0])
+    return jax.jit(lambda f: bx.agents.mix_factors(None, gossip, gossip.init(f), f, rounds=rounds)[0])
 
 
 @pytest.fixture(scope="module")
@@ -89,11 +89,11 @@ def test_bad_input(setting):
     y, batch, _, factors = setting
     gossip = bx.gossip(bx.topology.ring(8))
     with pytest.raises(ValueError, match=r"factors must have leaves \[8, ...\].*got shape \(4, "):
-        bx.decentralized.mix_factors(None, gossip, (), factors)
+        bx.agents.mix_factors(None, gossip, (), factors)
     with pytest.raises(ValueError, match="rounds must be an int >= 1; got 0"):
-        bx.decentralized.mix_factors(None, gossip, (), factors, rounds=0)
+        bx.agents.mix_factors(None, gossip, (), factors, rounds=0)
     with pytest.raises(ValueError, match="gossip must be a Gossip"):
-        bx.decentralized.mix_factors(None, bx.topology.ring(8), (), factors)
+        bx.agents.mix_factors(None, bx.topology.ring(8), (), factors)
     one = {"first": factors["first"]}
     with pytest.raises(
         ValueError, match=r"found must hold the factors of the blocks.*'first', 'last'.*got \['first'\]"

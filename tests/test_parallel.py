@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bilevax.decentralized import gossip as gossips
-from bilevax.decentralized import topology as graphs
+from bilevax.agents import _gossip as gossips
+from bilevax.agents import topology as graphs
 
 HERE = pathlib.Path(__file__).parent
 SMALL = 1e-12

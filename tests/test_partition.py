@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import bilevax as bx
-from bilevax.decentralized import partition
-from bilevax.decentralized.partition import deal
+from bilevax.agents import partition
+from bilevax.agents.partition import deal
 
 LABELS = np.random.default_rng(0).integers(0, 10, 1000)
 VALIDATION = np.random.default_rng(1).integers(0, 10, 400)
@@ -215,7 +215,7 @@ def test_minibatches_and_blocks_are_unbiased(weigh):
     for blocks in (2, 3, 6):
         np.testing.assert_allclose(agents(np.arange(6).reshape(blocks, -1)).mean(axis=0), expected, rtol=0, atol=1e-12)
     keys = jax.random.split(jax.random.key(0), 4000)
-    drawn = agents(np.asarray(jax.vmap(lambda key: bx.inner.minibatch(2)(key, 0, jnp.arange(6)))(keys)))
+    drawn = agents(np.asarray(jax.vmap(lambda key: bx.sampling.minibatch(2)(key, 0, jnp.arange(6)))(keys)))
     errors = np.abs(drawn.mean(axis=0) - expected)
     assert (errors < 4 * drawn.std(axis=0) / np.sqrt(len(keys))).all()
 

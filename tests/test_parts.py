@@ -5,9 +5,10 @@ import functools
 import pytest
 
 import bilevax as bx
-from bilevax import coins, compression
-from bilevax import correction as corrections
-from bilevax import estimator as estimators
+from bilevax import coins
+from bilevax.agents import compression
+from bilevax.single_loop import correction as corrections
+from bilevax.single_loop import estimator as estimators
 from bilevax.testing import CorrectionSubject, EstimatorSubject, GossipSubject, correction, estimator, gossip
 from bilevax.testing.placement import DIRECTED, LAZY_RING
 
@@ -26,7 +27,7 @@ CORRECTIONS = {
     "tracking_atc_directed": (corrections.tracking_atc(), DIRECTED),
     "tracking_non_atc_directed": (corrections.tracking_non_atc(), DIRECTED),
 }
-SMALL = bx.inner.minibatch(2)
+SMALL = bx.sampling.minibatch(2)
 ESTIMATORS = {
     "full": estimators.full(),
     "stochastic": estimators.stochastic(SMALL),
@@ -45,7 +46,7 @@ GOSSIPS = {
     "dense": (bx.gossip(bx.topology.erdos_renyi(12, 0.4, seed=0)),),
     "edges": (bx.gossip(bx.topology.random_regular(600, 3, seed=0)),),
     "in_turn": (bx.gossip(ONE_PEER),),
-    "push_sum": (bx.push_sum(DIRECTED),),
+    "push_sum": (bx.agents.push_sum(DIRECTED),),
     "top_k": (compression.choco(RING, compression.top_k(0.5), 0.3), True),
     "random_k": (compression.choco(RING, compression.random_k(0.5), 0.3), True),
     "sign": (compression.choco(RING, compression.sign(), 0.3), True),

@@ -85,7 +85,7 @@ def test_both_inner_problems_see_the_same_batches():
         return jnp.mean((rows @ y - jnp.sum(x)) ** 2)
 
     rows = bx.Batch(None, jnp.asarray(RANDOM.normal(size=(50, 4))))
-    options = {"sample": bx.inner.minibatch(5), "cross_sample": bx.inner.minibatch(7)}
+    options = {"sample": bx.sampling.minibatch(5), "cross_sample": bx.sampling.minibatch(7)}
     hypergrad = bx.penalty(lambda x, y, b: 0.5 * x @ x, loss, optax.sgd(0.05), 9, 10.0, **options)
     grad, state, _ = jax.jit(hypergrad.estimate)(jax.random.key(0), hypergrad.init(X, jnp.zeros(4)), X, rows)
     np.testing.assert_allclose(grad, X, rtol=1e-12)

@@ -149,7 +149,7 @@ def test_a_job_with_a_network_that_starts_anew_does_not_warm_start_v():
     training = condensation_methods.Training(lambda x, y, batch: 0.0, optax.sgd(0.3), 5, 0.3, directions=8)
     row = condensation_methods.foreign(function(lambda inner: seen.append(inner) or bx.ihvp.identity()))
     hypergradient = row.solver(training)(lambda x, y, batch: 0.0)
-    assert isinstance(hypergradient, bx.Hypergradient)
+    assert isinstance(hypergradient, bx.problem.Hypergradient)
     assert (seen[0].steps, seen[0].step_size, seen[0].warm_start) == (5, 0.3, False)
 
 
@@ -184,7 +184,7 @@ def test_algorithms_of_one_machine_get_the_batches_of_the_job_if_they_ask_for_a_
 
     for make in (sampling, bx.algorithms.soba, lambda problem, steps: bx.algorithms.soba(problem, steps)):
         row = single_machine.foreign(function(make, kind="ALGORITHMS"))
-        assert isinstance(single_machine.method(row, rows=128), bx.Algorithm)
+        assert isinstance(single_machine.method(row, rows=128), bx.problem.Algorithm)
     assert seen["sample"].__qualname__.startswith("blocks.")
 
 
@@ -217,7 +217,7 @@ def test_coins_cost_what_an_agent_that_draws_one_pays(agents):
         return foreign(own, agents, bx.Levels(ring, ring, ring), 8)
 
     job = Row("s3ldbo-0.2", preset(bx.decentralized.s3ldbo, coins=bx.coins.independent(0.2)))
-    assert costs(0.2).calls(agents) == job.calls(agents) == bx.Calls(1, 1, 1, 1)
+    assert costs(0.2).calls(agents) == job.calls(agents) == bx.problem.Calls(1, 1, 1, 1)
     assert pace(costs(0.2), agents) == pace(job, agents) == 1
     with pytest.raises(DataError, match=r"DECENTRALIZED\['mine'\] in my_methods.py must evaluate derivatives in one"):
         costs(1e-6)
@@ -240,7 +240,7 @@ def mine(inner):
     def prepare(key, state, inner_loss, point):
         return lambda b, v0=None: (b, None), state
 
-    return bx.IHVP(lambda x, y, batch=None, inner_loss=None: (), prepare)
+    return bx.problem.IHVP(lambda x, y, batch=None, inner_loss=None: (), prepare)
 
 
 HYPERGRADIENTS = {"mine": mine}
@@ -309,7 +309,9 @@ def test_the_name_of_an_anchor_and_a_wrong_return_are_said_before_anything_runs(
     code, output, records = run(f"hyper-cleaning --plugin {plugin(ROW + 'lambda inner: {}}', 'wrong.py')} --methods cg")
     assert (code, records) == (1, {})
     assert "HYPERGRADIENTS['mine'] in" in output.err
-    assert "must return a bx.IHVP, a bx.InnerSolver or a bx.Hypergradient; got dict." in output.err
+    assert (
+        "must return a bx.problem.IHVP, a bx.problem.InnerSolver or a bx.problem.Hypergradient; got dict." in output.err
+    )
     code, output, records = run(f"hyper-cleaning --plugin {plugin(BROKEN, 'broken.py')} --methods cg mine")
     assert (code, records) == (1, {})
     assert "HYPERGRADIENTS['mine'] in" in output.err

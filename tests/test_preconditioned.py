@@ -9,10 +9,10 @@ from cases import BATCH, DEFINITE, LAZY_RING, LAZY_SQUARE, TOY_RING, W, X, Y
 from networks import at_solution, close, numbers, run, simulate, stacked
 
 import bilevax as bx
-from bilevax import correction, decentralized
-from bilevax.decentralized import preconditioned
+from bilevax import decentralized
+from bilevax.single_loop import correction, preconditioned
 from bilevax.testing.problems import four_agents
-from bilevax.testing.problems.quadratic import PROBLEM
+from bilevax.testing.problems._quadratic import PROBLEM
 
 NEWTON = preconditioned(0.2, bx.ihvp.exact())
 STEPS = bx.Levels(0.05, NEWTON, NEWTON)
@@ -60,9 +60,9 @@ OTHERS = {
     "ma_dsbo": lambda: decentralized.ma_dsbo(PROBLEM, LAZY_RING, STEPS, 2, 2, track=True),
     "gbdsbo": lambda: decentralized.gbdsbo(PROBLEM, LAZY_RING, bx.Levels(0.05, NEWTON, 0.0)),
     "diamond": lambda: decentralized.diamond(
-        PROBLEM, LAZY_RING, bx.Levels(0.05, NEWTON, 0.0), bx.inner.full, 0.3, 50, 0.28
+        PROBLEM, LAZY_RING, bx.Levels(0.05, NEWTON, 0.0), bx.sampling.full, 0.3, 50, 0.28
     ),
-    "c2dfb": lambda: decentralized.c2dfb(PROBLEM, LAZY_RING, STEPS, 5, 10.0, bx.compression.top_k(1.0), 0.5),
+    "c2dfb": lambda: decentralized.c2dfb(PROBLEM, LAZY_RING, STEPS, 5, 10.0, bx.agents.compression.top_k(1.0), 0.5),
 }
 
 

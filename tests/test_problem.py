@@ -26,7 +26,7 @@ def test_directions_equal_dense_derivatives():
 
     @jax.jit
     def both():
-        d = bx.directions(bx.BilevelProblem(outer_loss, inner_loss), X, Y, V, batch)
+        d = bx.problem.directions(bx.BilevelProblem(outer_loss, inner_loss), X, Y, V, batch)
         dense = grad_y(X, Y, batch.inner), jax.jacobian(grad_y, (0, 1))(X, Y, batch.inner)
         return d, *dense, jax.grad(outer_loss, (0, 1))(X, Y, batch.outer)
 
@@ -42,7 +42,7 @@ def test_directions_at_the_solution_are_the_hypergradient_and_zero():
     problem = bx.BilevelProblem(lambda x, y, b: 0.5 * jnp.sum((y - c) ** 2), lambda x, y, b: 0.5 * a @ y**2 - x @ y)
     x = jnp.array([2.0, 8.0])
     y = x / a
-    d = bx.directions(problem, x, y, (y - c) / a, bx.Batch(None, None))
+    d = bx.problem.directions(problem, x, y, (y - c) / a, bx.Batch(None, None))
     np.testing.assert_allclose(d.x, (x / a - c) / a, rtol=1e-15)
     np.testing.assert_array_equal(d.y, 0)
     np.testing.assert_array_equal(d.v, 0)

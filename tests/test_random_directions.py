@@ -9,7 +9,7 @@ import pytest
 from directional_cases import KEY, assert_mean, flat
 
 import bilevax as bx
-from bilevax.random_directions import coordinate, gaussian, hadamard, orthogonal, rademacher, sphere
+from bilevax.inner.random_directions import coordinate, gaussian, hadamard, orthogonal, rademacher, sphere
 
 SAMPLERS = {
     "rademacher": rademacher,
@@ -138,13 +138,13 @@ def scaled(factor, shape=(4,), dtype=float):
     def draw(key, like, number):
         return lambda i: factor * jax.random.normal(jax.random.fold_in(key, i), shape, dtype)
 
-    return bx.random_directions.Sampler(draw, gaussian.noise)
+    return bx.inner.random_directions.Sampler(draw, gaussian.noise)
 
 
 @pytest.mark.parametrize("number", [1, 8])
 def test_samplers_that_pass_the_check(number):
     for sampler in (*SAMPLERS.values(), scaled(1.0), scaled(-1.0)):
-        bx.random_directions.check(sampler, jnp.zeros(4), min(number, 4))
+        bx.inner.random_directions.check(sampler, jnp.zeros(4), min(number, 4))
 
 
 @pytest.mark.parametrize(
@@ -156,11 +156,11 @@ def test_samplers_that_pass_the_check(number):
         (scaled(1.0, (4, 1)), ["v of the sampler must keep its structure and shapes", "(4, 1)", "(4,)"]),
         (scaled(1.0, (3,)), ["v of the sampler must keep its structure and shapes", "(3,)", "(4,)"]),
         (scaled(1.0, dtype=jnp.float32), ["v of the sampler must have the dtype of x", "float32", "float64"]),
-        (jax.random.normal, ["sampler must be a Sampler", "bx.random_directions.rademacher"]),
+        (jax.random.normal, ["sampler must be a Sampler", "bx.inner.random_directions.rademacher"]),
     ],
     ids=["small", "large", "nan", "column", "short", "dtype", "function"],
 )
 def test_samplers_that_do_not(sampler, says):
     with pytest.raises(ValueError, match="sampler") as caught:
-        bx.random_directions.check(sampler, jnp.zeros(4), 4)
+        bx.inner.random_directions.check(sampler, jnp.zeros(4), 4)
     assert [part for part in says if part not in str(caught.value)] == []

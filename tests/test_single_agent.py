@@ -11,13 +11,13 @@ from networks import numbers
 
 import bilevax as bx
 from bilevax.testing.problems import Quadratic, quadratic
-from bilevax.testing.problems.quadratic import inner_loss, outer_loss
+from bilevax.testing.problems._quadratic import inner_loss, outer_loss
 
 STEPS = (0.02, 0.05, 0.05)
 DATA = quadratic(5, n=12)  # its leading axis counts examples here
 EXACT = DATA.solution
 START = jnp.array([0.3, -0.2]), jnp.array([0.1, 0.4, -0.5])
-MINIBATCH = bx.inner.minibatch(4)
+MINIBATCH = bx.sampling.minibatch(4)
 
 
 def over_examples(loss):
@@ -29,7 +29,7 @@ METHODS = {
     "soba": bx.algorithms.soba(PROBLEM, STEPS),
     "soba_minibatch": bx.algorithms.soba(PROBLEM, STEPS, MINIBATCH),
     "saba": bx.algorithms.saba(PROBLEM, STEPS, blocks=4),
-    "sustain": bx.algorithms.sustain(PROBLEM, STEPS, bx.inner.full),
+    "sustain": bx.algorithms.sustain(PROBLEM, STEPS, bx.sampling.full),
     "sustain_minibatch": bx.algorithms.sustain(PROBLEM, STEPS, MINIBATCH, a=0.05),
 }
 

@@ -14,14 +14,14 @@ from networks import numbers
 import bilevax as bx
 from bilevax.testing import executed_dots
 from bilevax.testing.problems import quadratic
-from bilevax.testing.problems.quadratic import inner_loss, outer_loss
+from bilevax.testing.problems._quadratic import inner_loss, outer_loss
 
 DATA = quadratic(5, n=12)  # its leading axis counts examples here
 MEAN = DATA.mean
 EXACT = DATA.solution
 START = jnp.array([0.3, -0.2]), jnp.array([0.1, 0.4, -0.5])
 STEPS = (0.1, 0.2, 0.3)
-FULL, SMALL = bx.inner.full, bx.inner.minibatch(4)
+FULL, SMALL = bx.sampling.full, bx.sampling.minibatch(4)
 KEY = jax.random.key(0)
 A = bx.algorithms
 MANY = 25  # terms of a series that leave nothing: the eigenvalues of I − 0.3 ∇²_yy g are below 0.4

@@ -8,15 +8,15 @@ import pytest
 from networks import at_solution, close, lazy, numbers, ring, roll, run, simulate, stacked, topology
 
 import bilevax as bx
-from bilevax import correction, decentralized
+from bilevax import decentralized
+from bilevax.single_loop import JACOBI, correction
 from bilevax.testing.problems import quadratic
-from bilevax.testing.problems.quadratic import PROBLEM
+from bilevax.testing.problems._quadratic import PROBLEM
 
 STEPS = (0.01, 0.025, 0.025)
 DEFINITE, INDEFINITE = quadratic(0), quadratic(0, indefinite=2.5)
 W = lazy(ring(8))
 LAZY_RING = bx.gossip(topology(W))
-JACOBI = decentralized.JACOBI
 
 
 def sparkle(forms, theta=1.0, gossip=LAZY_RING, steps=STEPS, **choices):

@@ -121,7 +121,7 @@ def test_a_hidden_nan_is_told_with_the_loss_that_has_it(loss):
             breakdown = jnp.isnan(info.inner.inner_loss) == (loss == "f")
             return grad, state, info._replace(inner=info.inner._replace(breakdown=breakdown))
 
-        return bx.Hypergradient(sound.init, estimate)
+        return bx.problem.Hypergradient(sound.init, estimate)
 
     said = rf"the data of {loss} hold NaN, and info.inner.breakdown is False"
     with pytest.raises(testing.ContractError, match=said):

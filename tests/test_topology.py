@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from bilevax.decentralized import topology as tp
+from bilevax.agents import topology as tp
 
 FAMILIES = (tp.ring, tp.path, tp.star, tp.torus, tp.grid, tp.exponential, tp.hypercube)
 SIGMA = {  # ‖W − 11ᵀ/n‖₂ in the order of FAMILIES

@@ -49,7 +49,7 @@ def test_it_is_the_one_and_then_the_other(switch_at):
         assert active.inner.calls == theirs[2].inner.calls
         assert jnp.isnan(idle.outer_loss)
         assert jnp.isnan(idle.inner.gradient_norm)
-        assert idle.inner.calls == bx.Calls()
+        assert idle.inner.calls == bx.problem.Calls()
         assert not idle.inner.breakdown
     assert state.step == 5
 
@@ -100,7 +100,7 @@ def test_mistakes(arguments, says):
 
 
 def test_a_state_without_y():
-    nameless = bx.Hypergradient(lambda x, y, batch=None: (), lambda key, state, x, batch: (x, state, ()))
+    nameless = bx.problem.Hypergradient(lambda x, y, batch=None: (), lambda key, state, x, batch: (x, state, ()))
     with pytest.raises(ValueError, match=r"second.init must return a NamedTuple with a field y"):
         bx.two_phase(1, CHEAP, nameless).init(*START)
 

@@ -40,13 +40,18 @@ def records(folder):
 
 def test_info_of_two_phases_is_that_of_the_active_one():
     def info(loss, breakdown, detail):
-        calls = bx.Calls(inner_gradients=int(10 * loss))
-        return bx.HypergradientInfo(loss, bx.SolverInfo(loss + 1, loss + 2, breakdown, calls, detail))
+        calls = bx.problem.Calls(inner_gradients=int(10 * loss))
+        return bx.hypergradients.HypergradientInfo(
+            loss, bx.problem.SolverInfo(loss + 1, loss + 2, breakdown, calls, detail)
+        )
 
     first, second = info(1.0, True, ()), info(2.0, False, (3.0,))
-    nested = bx.TwoPhaseInfo(0, second, first)
+    nested = bx.hypergradients.TwoPhaseInfo(0, second, first)
     for phase, chosen in ((0, first), (1, second)):
-        for whole in (bx.TwoPhaseInfo(phase, first, second), bx.TwoPhaseInfo(phase, first, nested)):
+        for whole in (
+            bx.hypergradients.TwoPhaseInfo(phase, first, second),
+            bx.hypergradients.TwoPhaseInfo(phase, first, nested),
+        ):
             found = active(whole)
             assert found.outer_loss == chosen.outer_loss
             assert found.inner.gradient_norm == chosen.inner.gradient_norm
@@ -198,7 +203,7 @@ def test_every_method_of_two_phases_can_be_built():
     inner = Inner(inner_loss(two_phase.MODEL), two_phase.MODEL.curvature, two_phase.RATE, 2)
     for phases in two_phase.METHODS:
         made = two_phase.method(phases, inner, 150, two_phase.SPLIT)
-        assert isinstance(made.hypergradient(), bx.Hypergradient)
+        assert isinstance(made.hypergradient(), bx.problem.Hypergradient)
         assert made.configuration["switch_at"] == 100
         json.dumps(made.configuration)
 

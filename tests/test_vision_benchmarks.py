@@ -278,13 +278,13 @@ def test_weights_read_the_losses_at_the_warm_y_as_constants():
     x, y = long_tail.weight_network(jax.random.key(0)), {"weights": jnp.ones((2, 10)), "bias": jnp.arange(10.0)}
     images, labels = jnp.asarray(np.random.default_rng(1).normal(size=(4, 2))), np.array([9, 1, 9, 4])
     seen = []
-    inner = bx.Hypergradient(
+    inner = bx.problem.Hypergradient(
         lambda x, y, batch: seen.append(batch),
         lambda key, state, x, batch: seen.append(batch.inner),
     )
     wrapped = long_tail.with_losses(inner, model)
     wrapped.init(x, y, (images, labels))
-    warm = bx.HypergradientState(y, (), None)
+    warm = bx.hypergradients.HypergradientState(y, (), None)
     wrapped.estimate(None, warm, x, bx.Batch(None, (images, labels)))
     logits = np.asarray(images) @ np.asarray(y["weights"]) + np.asarray(y["bias"])[None]
     expected = logsumexp(logits, axis=1) - logits[np.arange(4), labels]

@@ -29,7 +29,7 @@ from scipy.integrate import solve_ivp
 
 import bilevax as bx
 from bilevax.inner import central, no_gradient, one_sided, reverse, zeroth_order
-from bilevax.random_directions import coordinate, hadamard, orthogonal
+from bilevax.inner.random_directions import coordinate, hadamard, orthogonal
 
 BOTH = pytest.mark.parametrize("difference", [one_sided, central], ids=["one_sided", "central"])
 two_steps = bx.differentiable(no_gradient(QUADRATIC.inner_loss, QUADRATIC_SGD, 2))
@@ -53,7 +53,9 @@ def test_numbers_of_the_quadratic():
             for difference in (one_sided, central)
         ]
         full = [
-            bx.full_zeroth_order(QUADRATIC.outer_loss, two_steps, 1, mu, difference=difference, sampler=rows(V))
+            bx.hypergradients.full_zeroth_order(
+                QUADRATIC.outer_loss, two_steps, 1, mu, difference=difference, sampler=rows(V)
+            )
             for difference in (one_sided, central)
         ]
         return [grad for grad, *_ in half + [estimated(method, QUADRATIC.x, QUADRATIC.y) for method in full]]
@@ -77,7 +79,7 @@ def half_form(mu, difference, **options):
 
 
 def full_form(mu, difference, **options):
-    return bx.full_zeroth_order(validation_loss, five_steps, N, mu, difference=difference, **options)
+    return bx.hypergradients.full_zeroth_order(validation_loss, five_steps, N, mu, difference=difference, **options)
 
 
 @BOTH
@@ -127,13 +129,13 @@ def counted(function):
 def test_solves_are_counted(difference, chunk):
     """b + 1 and 2 b + 1: as many as the black box really answers."""
     function, calls = counted(lambda x, y, batch: x / np.array([1.0, 2.0]))
-    solver = zeroth_order(bx.black_box(function), 3, 0.1, difference=difference, chunk=chunk)
+    solver = zeroth_order(bx.inner.black_box(function), 3, 0.1, difference=difference, chunk=chunk)
     grad, state, info = quadratic_estimate(solver)
     jax.block_until_ready(grad)
     np.testing.assert_allclose(state.y, [16, 4], rtol=1e-14)
     assert len(calls) == info.inner.detail.solves == {one_sided: 4, central: 7}[difference]
     assert info.inner.detail.tangents == 3
-    assert info.inner.calls == bx.Calls(outer_gradients=1)
+    assert info.inner.calls == bx.problem.Calls(outer_gradients=1)
     assert np.isnan(info.inner.inner_loss)
 
 
@@ -154,14 +156,16 @@ def test_an_equation_solved_by_scipy():
 
     batch, y = bx.Batch(jnp.array([1.0, 0.2, 0.3]), jnp.array(2.0)), jnp.zeros(3)
     expected = jax.jit(jax.grad(lambda x: outer_loss(x, closed_form(x, y, batch.inner), batch.outer)))(x)
-    solver = zeroth_order(bx.black_box(integrate), 2, 1e-4, difference=central, sampler=orthogonal, chunk=1)
+    solver = zeroth_order(bx.inner.black_box(integrate), 2, 1e-4, difference=central, sampler=orthogonal, chunk=1)
     grad, state, info = estimate(solver, outer_loss, x, y, batch)
     np.testing.assert_allclose(state.y, closed_form(x, y, batch.inner), rtol=1e-8)
     np.testing.assert_allclose(grad, expected, rtol=1e-5)
     assert not info.inner.breakdown
     # The outer loss as another black box.
-    cost = bx.black_box(lambda x, y, batch: np.sum((y - batch) ** 2) + 0.1 * x @ x, returns=lambda x, y, batch: 0.0)
-    hypergrad = bx.full_zeroth_order(cost, bx.black_box(integrate), 2, 1e-4, sampler=orthogonal)
+    cost = bx.inner.black_box(
+        lambda x, y, batch: np.sum((y - batch) ** 2) + 0.1 * x @ x, returns=lambda x, y, batch: 0.0
+    )
+    hypergrad = bx.hypergradients.full_zeroth_order(cost, bx.inner.black_box(integrate), 2, 1e-4, sampler=orthogonal)
     grad, state, info = estimated(hypergrad, x, y, batch)
     np.testing.assert_allclose(grad, expected, rtol=1e-5)
     assert info.outer_loss == pytest.approx(float(outer_loss(x, state.y, batch.outer)), rel=1e-12)
@@ -177,7 +181,7 @@ def test_common_random_numbers():
     def by_numpy(x, y, batch):
         return x * np.array([1.0, 2.0]) + np.random.default_rng(batch["key"]).normal(size=2)
 
-    for solve in (noisy, bx.black_box(by_numpy)):
+    for solve in (noisy, bx.inner.black_box(by_numpy)):
         solver = zeroth_order(solve, 2, 1e-3, sampler=orthogonal)
         batch = bx.Batch(None, {"key": jax.random.key(8)})
         grad, state, _ = estimate(solver, QUADRATIC.outer_loss, QUADRATIC.x, QUADRATIC.y, batch)
@@ -190,7 +194,9 @@ def test_a_first_y_that_depends_on_x():
         solver = zeroth_order(two_steps, 2, 0.1, sampler=orthogonal, initial=initial)
         grad, state, _ = quadratic_estimate(solver)
         np.testing.assert_allclose(grad, np.array(jacobian) * (state.y - QUADRATIC.a), atol=1e-9)
-        full = bx.full_zeroth_order(QUADRATIC.outer_loss, two_steps, 2, 0.1, sampler=orthogonal, initial=initial)
+        full = bx.hypergradients.full_zeroth_order(
+            QUADRATIC.outer_loss, two_steps, 2, 0.1, sampler=orthogonal, initial=initial
+        )
         other, full_state, _ = estimated(full, QUADRATIC.x, QUADRATIC.y)
         np.testing.assert_allclose(other, grad, atol=1e-9)
         np.testing.assert_allclose(full_state.y, state.y, atol=1e-12)
@@ -199,11 +205,11 @@ def test_a_first_y_that_depends_on_x():
 def test_guides_and_control_variates():
     """As for exact tangents: a guess in the right direction leaves nothing to chance."""
     u = jnp.asarray(QUADRATIC_GRADIENT)[None]
-    for options in ({"guide": bx.guides.fixed(5 * u)}, {"control_variate": bx.guides.fixed(u)}):
+    for options in ({"guide": bx.inner.guides.fixed(5 * u)}, {"control_variate": bx.inner.guides.fixed(u)}):
         grad, _, info = quadratic_estimate(zeroth_order(two_steps, 2, 0.1, **options))
         np.testing.assert_allclose(grad, QUADRATIC_GRADIENT, atol=1e-9)
         assert info.inner.detail.relative_error < 1e-9
-    grad, state, info = quadratic_estimate(zeroth_order(two_steps, 2, 0.1, guide=bx.guides.running_mean(0.5)))
+    grad, state, info = quadratic_estimate(zeroth_order(two_steps, 2, 0.1, guide=bx.inner.guides.running_mean(0.5)))
     np.testing.assert_allclose(state.solver.guide, grad / 2, rtol=1e-12)
     assert info.inner.detail.solves == 3
     assert np.isnan(info.inner.detail.cosine)  # of a mean that is still zero
@@ -214,11 +220,11 @@ def test_a_loss_that_is_only_reported():
     np.testing.assert_allclose(state.y, [7, 3], rtol=1e-14)
     assert info.inner.inner_loss == pytest.approx(float(QUADRATIC.inner_loss(QUADRATIC.x, state.y, None)), rel=1e-12)
     assert info.inner.gradient_norm == pytest.approx(np.hypot(9, 2), rel=1e-12)
-    assert info.inner.calls == bx.Calls(outer_gradients=1, inner_gradients=1)
+    assert info.inner.calls == bx.problem.Calls(outer_gradients=1, inner_gradients=1)
 
 
 def test_the_differentiable_solve_and_the_second_phase():
-    solver = zeroth_order(bx.black_box(lambda x, y, batch: x / np.array([1.0, 2.0])), 2, 0.1, sampler=coordinate)
+    solver = zeroth_order(bx.inner.black_box(lambda x, y, batch: x / np.array([1.0, 2.0])), 2, 0.1, sampler=coordinate)
     solve = bx.differentiable(solver)
     grad = jax.jit(jax.grad(lambda x: QUADRATIC.outer_loss(x, solve(x, QUADRATIC.y, None, KEY), None)))(QUADRATIC.x)
     np.testing.assert_allclose(grad, [10, -1 / 2], atol=1e-9)
@@ -247,11 +253,11 @@ def test_numbers_that_are_not_finite_are_a_breakdown(where):
         broken = where == "everywhere" or not np.allclose(x, QUADRATIC.x)
         return np.where(broken, np.nan, x)
 
-    grad, state, info = quadratic_estimate(zeroth_order(bx.black_box(fails), 2, 0.1))
+    grad, state, info = quadratic_estimate(zeroth_order(bx.inner.black_box(fails), 2, 0.1))
     assert info.inner.breakdown
     assert np.isnan(grad).any()
     assert np.isnan(state.y).all() == (where == "everywhere")
-    full = bx.full_zeroth_order(QUADRATIC.outer_loss, bx.black_box(fails), 2, 0.1)
+    full = bx.hypergradients.full_zeroth_order(QUADRATIC.outer_loss, bx.inner.black_box(fails), 2, 0.1)
     assert estimated(full, QUADRATIC.x, QUADRATIC.y)[2].inner.breakdown
 
 
@@ -267,7 +273,7 @@ STRUCTURES = {
 def test_a_black_box_of_another_structure(name):
     function, says = STRUCTURES[name]
     with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match="result of the black box must keep") as caught:
-        jax.block_until_ready(quadratic_estimate(zeroth_order(bx.black_box(function), 2)))
+        jax.block_until_ready(quadratic_estimate(zeroth_order(bx.inner.black_box(function), 2)))
     assert says in str(caught.value)
     if name != "nothing":
         as_jax = lambda x, y, batch: jax.tree.map(jnp.asarray, function(x, y, batch))  # noqa: E731
@@ -281,7 +287,7 @@ def test_what_a_black_box_raises_is_not_swallowed():
         raise FloatingPointError("the mesh is too coarse")
 
     with pytest.raises(jax.errors.JaxRuntimeError, match="the mesh is too coarse"):
-        jax.block_until_ready(quadratic_estimate(zeroth_order(bx.black_box(fails), 2)))
+        jax.block_until_ready(quadratic_estimate(zeroth_order(bx.inner.black_box(fails), 2)))
 
 
 @pytest.mark.parametrize(
@@ -299,13 +305,24 @@ def test_what_a_black_box_raises_is_not_swallowed():
         (lambda: quadratic_estimate(zeroth_order(two_steps, 3, sampler=coordinate)), ["directions", "got 3"]),
         (lambda: quadratic_estimate(zeroth_order(two_steps), key=None), ["key must be", "got None"]),
         (lambda: quadratic_estimate(zeroth_order(two_steps), x=jnp.arange(2)), ["x must hold floating-point", "int64"]),
-        (lambda: bx.black_box(lambda x: x), ["function must be a function (x, y, batch)"]),
-        (lambda: bx.black_box(two_steps, returns=0.0), ["returns must be a function (x, y, batch)", "got 0.0"]),
-        (lambda: bx.full_zeroth_order(QUADRATIC.outer_loss, two_steps, 2, 0.0), ["mu must be", "got 0.0"]),
-        (lambda: bx.full_zeroth_order(QUADRATIC.outer_loss, two_steps, 0), ["directions must be", "got 0"]),
-        (lambda: bx.full_zeroth_order(3.0, two_steps), ["outer_loss must be a function (x, y, batch)", "got 3.0"]),
+        (lambda: bx.inner.black_box(lambda x: x), ["function must be a function (x, y, batch)"]),
+        (lambda: bx.inner.black_box(two_steps, returns=0.0), ["returns must be a function (x, y, batch)", "got 0.0"]),
         (
-            lambda: estimated(bx.full_zeroth_order(lambda x, y, batch: y, two_steps), QUADRATIC.x, QUADRATIC.y),
+            lambda: bx.hypergradients.full_zeroth_order(QUADRATIC.outer_loss, two_steps, 2, 0.0),
+            ["mu must be", "got 0.0"],
+        ),
+        (
+            lambda: bx.hypergradients.full_zeroth_order(QUADRATIC.outer_loss, two_steps, 0),
+            ["directions must be", "got 0"],
+        ),
+        (
+            lambda: bx.hypergradients.full_zeroth_order(3.0, two_steps),
+            ["outer_loss must be a function (x, y, batch)", "got 3.0"],
+        ),
+        (
+            lambda: estimated(
+                bx.hypergradients.full_zeroth_order(lambda x, y, batch: y, two_steps), QUADRATIC.x, QUADRATIC.y
+            ),
             ["outer_loss must return a scalar", "(2,)"],
         ),
     ],
@@ -325,6 +342,6 @@ def test_a_step_that_rounding_swallows_is_reported(dtype, scale):
 
 
 def test_a_black_box_returns_real_numbers():
-    solve = bx.black_box(lambda x, y, batch: x + 1j)
+    solve = bx.inner.black_box(lambda x, y, batch: x + 1j)
     with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match="black box must hold float64; got complex128"):
         jax.block_until_ready(solve(jnp.ones(2), jnp.ones(2), None))

@@ -151,12 +151,12 @@ def runs(
             yield Run(job.name, row.name, seed, chosen_here, outcome._replace(curve=curve))
 
 
-def _over(row: Row, network: Network, gossip: Any) -> Callable[[bx.Levels], bx.Algorithm]:
+def _over(row: Row, network: Network, gossip: Any) -> Callable[[bx.Levels], bx.problem.Algorithm]:
     """The row, but for the step sizes."""
     return lambda steps: row.make(network, gossip, steps)
 
 
-def _on(row: Row, network: Network, steps: bx.Levels) -> Callable[[Any], bx.Algorithm]:
+def _on(row: Row, network: Network, steps: bx.Levels) -> Callable[[Any], bx.problem.Algorithm]:
     """The row, but for the gossip."""
     return lambda gossip: row.make(network, gossip, steps)
 

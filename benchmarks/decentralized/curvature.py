@@ -63,10 +63,10 @@ class Row(NamedTuple):
     grid: tuple[float, ...]
 
 
-def curved(make: Callable[..., bx.IHVP]) -> Callable[[Any], Any]:
+def curved(make: Callable[..., bx.problem.IHVP]) -> Callable[[Any], Any]:
     """A step in front of which the inverse of Kronecker factors stands."""
     ihvp = make(DAMPING, fisher=bx.curvature.fisher.exact)
-    return lambda size: bx.decentralized.preconditioned(size, ihvp)
+    return lambda size: bx.single_loop.preconditioned(size, ihvp)
 
 
 SHARES = (0.03, 0.1, 0.3)  # of the steps of Newton's method
@@ -104,14 +104,14 @@ class Path(NamedTuple):
     x: chex.Array
 
 
-def roll(method: bx.Algorithm, problem: bx.BilevelProblem, batch: bx.Batch, key: Any, iterations: int) -> Path:
+def roll(method: bx.problem.Algorithm, problem: bx.BilevelProblem, batch: bx.Batch, key: Any, iterations: int) -> Path:
     """Runs a method from the first penalty and y = 0."""
     images = batch.inner[0]
     start = bx.replicate((jnp.log(jnp.asarray(FIRST_PENALTY)), jnp.zeros((images.shape[-1], 10))), len(images))
 
-    def lengths(state: bx.decentralized.State) -> chex.Array:
+    def lengths(state: bx.single_loop.State) -> chex.Array:
         x, y, v = mean((state.x, state.y, state.v))
-        d = jax.vmap(lambda data: bx.directions(problem, x, y, v, data))(batch)
+        d = jax.vmap(lambda data: bx.problem.directions(problem, x, y, v, data))(batch)
         return jnp.stack([jnp.linalg.norm(part) for part in mean(d)])
 
     def step(state: Any, _: None) -> tuple[Any, chex.Array]:

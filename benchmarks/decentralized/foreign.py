@@ -16,7 +16,7 @@ ITERATIONS = 10  # whose derivative evaluations are counted
 def foreign(function: Function, network: Network, topologies: bx.Levels, size: int) -> Row:
     """The row of a function of a plugin; one that asks for a sampler gets minibatches of this size."""
 
-    def make(network: Network, gossip: bx.Gossip, steps: bx.Levels) -> bx.Algorithm:
+    def make(network: Network, gossip: bx.agents.Gossip, steps: bx.Levels) -> bx.problem.Algorithm:
         return function.algorithm(network.problem, gossip, steps, sample=network.sample(size))
 
     graphs = topologies.x if topologies.x is topologies.y else topologies
@@ -25,24 +25,24 @@ def foreign(function: Function, network: Network, topologies: bx.Levels, size: i
     return Row(function.name, make, lambda network: calls, size if function.samples else None)
 
 
-def most_calls(function: Function, method: bx.Algorithm, network: Network) -> bx.Calls:
+def most_calls(function: Function, method: bx.problem.Algorithm, network: Network) -> bx.problem.Calls:
     """The most derivative evaluations of an agent in one of the first iterations; of a coin, where it says yes.
 
     Raises:
       DataError: if the method that the function made cannot be traced, or evaluates no derivative.
     """
 
-    def most(x: jax.Array, y: jax.Array, batch: bx.Batch) -> bx.Calls:
+    def most(x: jax.Array, y: jax.Array, batch: bx.Batch) -> bx.problem.Calls:
         def step(state: object, key: jax.Array) -> tuple:
             state, info = method.step(key, state, batch)
-            return state, bx.Calls(*(jnp.max(jnp.asarray(number, float)) for number in info.calls))
+            return state, bx.problem.Calls(*(jnp.max(jnp.asarray(number, float)) for number in info.calls))
 
         keys = jax.random.split(jax.random.key(0), ITERATIONS)
         return jax.tree.map(jnp.max, jax.lax.scan(step, method.init(x, y, batch), keys)[1])
 
     arguments = (*network.start, network.batch)
     function.traced(most, *arguments)
-    calls = bx.Calls(*map(float, jax.jit(most)(*arguments)))
+    calls = bx.problem.Calls(*map(float, jax.jit(most)(*arguments)))
     if not any(calls):
         raise DataError(
             f"{function.kind}['{function.name}'] in {function.file} must evaluate derivatives in one of the first "

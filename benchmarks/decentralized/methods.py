@@ -13,9 +13,11 @@ from benchmarks.decentralized.network import Network
 MOST_PACE = 2.0
 
 
-def counted(outer: float = 1, inner: float = 1, hessian: float = 1, cross: float = 1) -> Callable[[Network], bx.Calls]:
+def counted(
+    outer: float = 1, inner: float = 1, hessian: float = 1, cross: float = 1
+) -> Callable[[Network], bx.problem.Calls]:
     """The same derivative evaluations in each iteration: ∇f, ∇_y g, Hessian and cross products."""
-    return lambda network: bx.Calls(outer, inner, hessian, cross)
+    return lambda network: bx.problem.Calls(outer, inner, hessian, cross)
 
 
 class Row(NamedTuple):
@@ -36,8 +38,8 @@ class Row(NamedTuple):
     """
 
     name: str
-    make: Callable[[Network, Any, bx.Levels], bx.Algorithm]
-    calls: Callable[[Network], bx.Calls] = counted()
+    make: Callable[[Network, Any, bx.Levels], bx.problem.Algorithm]
+    calls: Callable[[Network], bx.problem.Calls] = counted()
     batch_size: int | None = None
     every: int | None = None
     graphs: Callable[[bx.Levels], bx.Levels] = lambda topologies: topologies
@@ -66,15 +68,15 @@ def refusal(row: Row, network: Network, topologies: bx.Levels) -> str | None:
     return None
 
 
-def shares(row: Row, network: Network) -> bx.Calls:
+def shares(row: Row, network: Network) -> bx.problem.Calls:
     """What an evaluation reads of an agent's examples, on average, for each kind of derivative; 1 is all of them."""
     if row.batch_size is None:
-        return bx.Calls(1.0, 1.0, 1.0, 1.0)
+        return bx.problem.Calls(1.0, 1.0, 1.0, 1.0)
     outer, inner = (row.batch_size / size for size in (network.sizes.outer, network.sizes.inner))
-    return bx.Calls(outer_gradients=outer, inner_gradients=inner, hessian_products=inner, cross_products=inner)
+    return bx.problem.Calls(outer_gradients=outer, inner_gradients=inner, hessian_products=inner, cross_products=inner)
 
 
-def evaluations(calls: bx.Calls, share: Sequence[Any]) -> Any:
+def evaluations(calls: bx.problem.Calls, share: Sequence[Any]) -> Any:
     """One evaluation is ∇f, ∇_y g, a Hessian and a cross product, a quarter each."""
     return sum(part * number for part, number in zip(share, calls, strict=True)) / len(calls)
 
@@ -83,6 +85,6 @@ def pace(row: Row, network: Network) -> float:
     """Iterations for each one of SLDBO, at most 2: so many that it evaluates no more derivatives."""
     cost = evaluations(row.calls(network), shares(row, network))
     if row.every:
-        whole = evaluations(row.calls(network), bx.Calls(0.5, 0.5, 0.5, 0.5))  # one point in place of two
+        whole = evaluations(row.calls(network), bx.problem.Calls(0.5, 0.5, 0.5, 0.5))  # one point in place of two
         cost = (whole + (row.every - 1) * cost) / row.every
     return min(MOST_PACE, 1 / cost)

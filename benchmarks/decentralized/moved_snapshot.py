@@ -21,7 +21,7 @@ class MovedSnapshot(NamedTuple):
     point: bx.Levels
 
 
-def moved_snapshot(p: float) -> bx.estimator.Estimator:
+def moved_snapshot(p: float) -> bx.single_loop.estimator.Estimator:
     """The directions of the last refresh; the agents whose point has moved farthest since then refresh now.
 
         r_i = Σ_s ‖s_i − its snapshot‖ / mean_j ‖s_j − its snapshot‖,      s = x, y, v
@@ -32,7 +32,7 @@ def moved_snapshot(p: float) -> bx.estimator.Estimator:
     evaluates everybody and keeps the chosen: its seconds say nothing.
     """
 
-    def init(oracle: bx.estimator.Oracle, point: bx.Levels, batch: Any) -> MovedSnapshot:
+    def init(oracle: bx.single_loop.estimator.Oracle, point: bx.Levels, batch: Any) -> MovedSnapshot:
         return MovedSnapshot(oracle.evaluate(point, batch), point)
 
     def update(key: Any, state: MovedSnapshot, oracle: Any, point: bx.Levels, batch: Any, k: chex.Numeric) -> tuple:
@@ -47,12 +47,12 @@ def moved_snapshot(p: float) -> bx.estimator.Estimator:
         d = jax.tree.map(kept, oracle.evaluate(point, batch), state.directions)
         return d, MovedSnapshot(d, jax.tree.map(kept, point, state.point)), chosen.astype(jnp.int32)
 
-    return bx.estimator.Estimator(init, update)
+    return bx.single_loop.estimator.Estimator(init, update)
 
 
 def s3ldbo_adaptive(
     problem: bx.BilevelProblem, gossip: Any, step_sizes: Any, p: float, correction: Any = None
-) -> bx.Algorithm:
+) -> bx.problem.Algorithm:
     """Snapshot gradient tracking with such a choice; its limit is that of `s3ldbo`."""
-    corrections = bx.correction.tracking() if correction is None else correction
-    return bx.decentralized.single_loop(problem, gossip, step_sizes, moved_snapshot(p), corrections)
+    corrections = bx.single_loop.correction.tracking() if correction is None else correction
+    return bx.single_loop.single_loop(problem, gossip, step_sizes, moved_snapshot(p), corrections)

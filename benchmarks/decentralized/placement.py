@@ -22,7 +22,7 @@ class Placed(NamedTuple):
       join: `join(tree) -> tree` gives them their leaves [n, ...] back, inside a trace too.
     """
 
-    method: bx.Algorithm
+    method: bx.problem.Algorithm
     put: Callable[[Any], Any]
     join: Callable[[Any], Any]
 
@@ -32,7 +32,7 @@ def gossip(topology: Any) -> Any:
     return bx.Levels(*map(bx.gossip, topology)) if isinstance(topology, bx.Levels) else bx.gossip(topology)
 
 
-def place(make: Callable[[Any], bx.Algorithm], topology: Any, devices: int, by: str) -> Placed:
+def place(make: Callable[[Any], bx.problem.Algorithm], topology: Any, devices: int, by: str) -> Placed:
     """Places a method.
 
     Args:

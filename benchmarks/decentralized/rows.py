@@ -50,7 +50,7 @@ def series(make: Callable[..., Callable], method: Callable, *size: int, **settin
     )(network, gossip, steps)
 
 
-def longer(network: Network, gossip: Any, steps: bx.Levels) -> bx.Algorithm:
+def longer(network: Network, gossip: Any, steps: bx.Levels) -> bx.problem.Algorithm:
     """AdaSDBO, whose steps are lengths."""
     return bx.decentralized.adasdbo(network.problem, gossip, bx.Levels(*(LENGTH * step for step in steps)))
 
@@ -62,10 +62,10 @@ def each(function: Callable, value: Any) -> Any:
 
 def compressed(make: Callable, fraction: float) -> Callable:
     """`make` over gossip that sends the largest entries of each change."""
-    compression = bx.compression
+    compression = bx.agents.compression
 
-    def wrapped(network: Network, gossip: Any, steps: bx.Levels) -> bx.Algorithm:
-        def one(gossip: bx.Gossip) -> bx.Gossip:
+    def wrapped(network: Network, gossip: Any, steps: bx.Levels) -> bx.problem.Algorithm:
+        def one(gossip: bx.agents.Gossip) -> bx.agents.Gossip:
             return compression.choco(gossip, compression.top_k(fraction), COMPRESSION[fraction])
 
         return make(network, each(one, gossip), steps)
@@ -80,9 +80,9 @@ def lazy(levels: str) -> Callable[[bx.Levels], bx.Levels]:
     )
 
 
-def matrices(network: Network) -> bx.Calls:
+def matrices(network: Network) -> bx.problem.Calls:
     """Whole matrices: as many products as y has numbers."""
-    return bx.Calls(1, 1, size_of(network.y), size_of(network.y))
+    return bx.problem.Calls(1, 1, size_of(network.y), size_of(network.y))
 
 
 def rows(coins: Callable, size: int) -> tuple[Row, ...]:
@@ -92,7 +92,7 @@ def rows(coins: Callable, size: int) -> tuple[Row, ...]:
       coins: `coins(p)` of S3LDBO.
       size: of a minibatch.
     """
-    methods, correction = bx.decentralized, bx.correction
+    methods, correction = bx.decentralized, bx.single_loop.correction
     reduced = {"momentum": MOMENTUM, "rate": RATE}
     simultaneous = drawn(methods.dsvrbgd_simultaneous, size, **reduced)
     exact_diffusion, tracking = correction.exact_diffusion(), correction.tracking()
@@ -106,7 +106,7 @@ def rows(coins: Callable, size: int) -> tuple[Row, ...]:
     c2dfb = preset(
         methods.c2dfb,
         inner_steps=INNER_STEPS,
-        compressor=bx.compression.top_k(SENT),
+        compressor=bx.agents.compression.top_k(SENT),
         multiplier=PENALTY,
         gossip_step=0.4,
     )
@@ -148,7 +148,7 @@ def personal_rows(coins: Callable, size: int) -> tuple[Row, ...]:
       coins: `coins(p)` of S3LDBO.
       size: of a minibatch.
     """
-    methods, correction = bx.decentralized, bx.correction
+    methods, correction = bx.decentralized, bx.single_loop.correction
 
     def own(upper: Any) -> bx.Levels:
         return bx.Levels(upper, correction.local(), correction.local())

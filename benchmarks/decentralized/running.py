@@ -42,9 +42,9 @@ class Carry(NamedTuple):
     spent: dict[str, chex.Array]
 
 
-def spending(info: Any, share: bx.Calls) -> dict[str, chex.Array]:
+def spending(info: Any, share: bx.problem.Calls) -> dict[str, chex.Array]:
     """What one iteration costs an agent, on average."""
-    calls = bx.Calls(*map(jnp.mean, info.calls))
+    calls = bx.problem.Calls(*map(jnp.mean, info.calls))
     return {
         "derivatives": jnp.asarray(evaluations(calls, share), float),
         "megabytes": jnp.mean(info.bytes) / 1e6,
@@ -52,12 +52,12 @@ def spending(info: Any, share: bx.Calls) -> dict[str, chex.Array]:
     }
 
 
-def share_at(row: Row, share: bx.Calls, state: Any) -> bx.Calls:
+def share_at(row: Row, share: bx.problem.Calls, state: Any) -> bx.problem.Calls:
     """The share of the next iteration: 1 where it is the turn of all examples."""
     if row.every is None:
         return share
     turn = jnp.ravel(state.k)[0] % row.every == 0
-    return bx.Calls(*(jnp.where(turn, 1.0, part) for part in share))
+    return bx.problem.Calls(*(jnp.where(turn, 1.0, part) for part in share))
 
 
 def compiled(row: Row, placed: Placed, network: Network, size: int) -> Program:
@@ -127,7 +127,7 @@ def judged(exactly: Exactly, x: Any, y: Any, batch: bx.Batch) -> dict[str, float
 
 
 def tuned(
-    make: Callable[[bx.Levels], bx.Algorithm],
+    make: Callable[[bx.Levels], bx.problem.Algorithm],
     networks: Mapping[int, Network],
     exactly: Exactly,
     grid: bx.Levels,

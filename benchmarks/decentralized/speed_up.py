@@ -82,9 +82,9 @@ def quadratic(n: int, seed: int) -> Quadratic:
     return Quadratic(bx.Batch(*divided), minimum(outer, inner).astype(np.float32))
 
 
-def methods(gossip: bx.Gossip) -> dict[str, bx.Algorithm]:
+def methods(gossip: bx.agents.Gossip) -> dict[str, bx.problem.Algorithm]:
     """The same steps for every n."""
-    sample = bx.inner.minibatch(BATCH)
+    sample = bx.sampling.minibatch(BATCH)
     make = bx.decentralized
     return {
         "d-soba": make.dsoba(PROBLEM, gossip, STEPS, sample=sample),
@@ -92,7 +92,9 @@ def methods(gossip: bx.Gossip) -> dict[str, bx.Algorithm]:
     }
 
 
-def errors(method: bx.Algorithm, iterations: int, key: chex.PRNGKey, batch: bx.Batch, solution: chex.Array) -> Any:
+def errors(
+    method: bx.problem.Algorithm, iterations: int, key: chex.PRNGKey, batch: bx.Batch, solution: chex.Array
+) -> Any:
     """‖x̄ − x*‖² after each iteration, from 0, and the last x [n, features]."""
     n = len(jax.tree.leaves(batch)[0])
 
@@ -105,7 +107,7 @@ def errors(method: bx.Algorithm, iterations: int, key: chex.PRNGKey, batch: bx.B
     return state.x, squares
 
 
-def runs(name: str, method: bx.Algorithm, n: int, seeds: int, iterations: int) -> Iterator[Run]:
+def runs(name: str, method: bx.problem.Algorithm, n: int, seeds: int, iterations: int) -> Iterator[Run]:
     """One run for each seed; the program is compiled once."""
     datasets = [quadratic(n, seed) for seed in range(seeds)]
     program, compiling, memory = timing.compiled(

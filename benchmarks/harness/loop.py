@@ -64,14 +64,14 @@ class Outcome(NamedTuple):
 
 def active(info: Any) -> Any:
     """The info of the estimator that ran: of two phases its losses, norms and counts, without the details."""
-    if not isinstance(info, bx.TwoPhaseInfo):
+    if not isinstance(info, bx.hypergradients.TwoPhaseInfo):
         return info
     first, second = (part._replace(inner=part.inner._replace(detail=())) for part in map(active, info[1:]))
     return jax.tree.map(lambda *parts: jnp.where(info.phase == 0, *parts), first, second)
 
 
 def outer_steps(
-    hypergrad: bx.Hypergradient,
+    hypergrad: bx.problem.Hypergradient,
     optimizer: optax.GradientTransformation,
     batch: bx.Batch,
 ) -> tuple[Callable[..., Carry], Callable[..., tuple[Carry, Trace]]]:
@@ -82,7 +82,7 @@ def outer_steps(
         return Carry(x, optimizer.init(x), hypergrad.init(x, y, inner))
 
     def chunk(carry: Carry, keys: chex.PRNGKey, batch: bx.Batch) -> tuple[Carry, Trace]:
-        def step(carry: Carry, key: chex.PRNGKey) -> tuple[Carry, bx.HypergradientInfo]:
+        def step(carry: Carry, key: chex.PRNGKey) -> tuple[Carry, bx.hypergradients.HypergradientInfo]:
             grad, estimator, info = hypergrad.estimate(key, carry.estimator, carry.x, batch)
             updates, state = optimizer.update(grad, carry.optimizer, carry.x)
             return Carry(optax.apply_updates(carry.x, updates), state, estimator), active(info)
@@ -96,7 +96,7 @@ def outer_steps(
 
 
 def compiled(
-    hypergrad: bx.Hypergradient,
+    hypergrad: bx.problem.Hypergradient,
     optimizer: optax.GradientTransformation,
     x: chex.ArrayTree,
     y: chex.ArrayTree,

@@ -55,9 +55,9 @@ class InnerProblem(NamedTuple):
     steps: int
     step_size: float
     curvature: Callable[..., Any]
-    sample: Callable = bx.inner.full
-    ihvp_sample: Callable = bx.inner.full
-    cross_sample: Callable = bx.inner.full
+    sample: Callable = bx.sampling.full
+    ihvp_sample: Callable = bx.sampling.full
+    cross_sample: Callable = bx.sampling.full
     initial: Callable | None = None
     warm_start: bool = True
     outer_loss: Any = None
@@ -67,7 +67,7 @@ class InnerProblem(NamedTuple):
         """Both losses."""
         return bx.BilevelProblem(self.outer_loss, self.loss)
 
-    def implicit(self, ihvp: bx.IHVP) -> bx.InnerSolver:
+    def implicit(self, ihvp: bx.problem.IHVP) -> bx.problem.InnerSolver:
         """Implicit differentiation with this inverse-Hessian-vector product, as the rows of the job do it."""
         return bx.inner.implicit(
             self.loss,
@@ -129,29 +129,31 @@ class Function(NamedTuple):
         """Whether it asks for a sampler, by a parameter of that name."""
         return "sample" in inspect.signature(self.make).parameters
 
-    def algorithm(self, *arguments: Any, sample: Callable) -> bx.Algorithm:
+    def algorithm(self, *arguments: Any, sample: Callable) -> bx.problem.Algorithm:
         """The algorithm that it makes; the sampler is for those that ask for one."""
         keywords = {"sample": sample} if self.samples else {}
-        return self.made(*arguments, of=(bx.Algorithm,), expected="a bx.Algorithm", **keywords)
+        return self.made(*arguments, of=(bx.problem.Algorithm,), expected="a bx.problem.Algorithm", **keywords)
 
-    def method(self, inner: InnerProblem) -> bx.IHVP | bx.InnerSolver | bx.Hypergradient:
+    def method(self, inner: InnerProblem) -> bx.problem.IHVP | bx.problem.InnerSolver | bx.problem.Hypergradient:
         """What it makes of an inner problem with an outer loss."""
-        kinds = (bx.IHVP, bx.InnerSolver, bx.Hypergradient)
-        return self.made(inner, of=kinds, expected="a bx.IHVP, a bx.InnerSolver or a bx.Hypergradient")
+        kinds = (bx.problem.IHVP, bx.problem.InnerSolver, bx.problem.Hypergradient)
+        return self.made(
+            inner, of=kinds, expected="a bx.problem.IHVP, a bx.problem.InnerSolver or a bx.problem.Hypergradient"
+        )
 
     def hypergradient(self, inner: InnerProblem) -> Any:
         """The hypergradient that it makes, once `finished` has told it the outer loss."""
         return functools.partial(self._finished, inner)
 
-    def _finished(self, inner: InnerProblem, outer_loss: Callable[..., Any]) -> bx.Hypergradient:
+    def _finished(self, inner: InnerProblem, outer_loss: Callable[..., Any]) -> bx.problem.Hypergradient:
         inner = inner._replace(outer_loss=outer_loss)
         value = self.method(inner)
-        if isinstance(value, bx.Hypergradient):
+        if isinstance(value, bx.problem.Hypergradient):
             return value
-        return bx.hypergradient(outer_loss, inner.implicit(value) if isinstance(value, bx.IHVP) else value)
+        return bx.hypergradient(outer_loss, inner.implicit(value) if isinstance(value, bx.problem.IHVP) else value)
 
 
-def finished(outer_loss: Callable[..., Any], solver: Any) -> bx.Hypergradient:
+def finished(outer_loss: Callable[..., Any], solver: Any) -> bx.problem.Hypergradient:
     """The hypergradient of a row: by its inner solver, or as a function of a plugin makes it."""
     return solver(outer_loss) if callable(solver) else bx.hypergradient(outer_loss, solver)
 

@@ -236,7 +236,7 @@ class Method(NamedTuple):
     """
 
     name: str
-    hypergradient: Callable[[], bx.Hypergradient]
+    hypergradient: Callable[[], bx.problem.Hypergradient]
     optimizer: optax.GradientTransformation
     start: Callable[[Any], tuple[chex.ArrayTree, chex.ArrayTree]]
     batch: Callable[[Any], Any]

@@ -79,7 +79,7 @@ def foreign(function: Function) -> Row:
     net = NETS["mlp"]
     given = Inner(inner_loss(net, DECAYS[0]), STEP_SIZE, UNROLLED).given
     made = function.method(given._replace(outer_loss=functools.partial(outer_loss, net)))
-    unrolled = 0 if isinstance(made, bx.IHVP) else UNROLLED
+    unrolled = 0 if isinstance(made, bx.problem.IHVP) else UNROLLED
     return Row(function.name, function.name, lambda inner: function.hypergradient(inner.given), unrolled)
 
 

@@ -37,8 +37,8 @@ def foreign(function: Function) -> Row:
 def method(row: Row, inner_steps: int) -> Method:
     """The row with so many inner steps."""
 
-    def hypergradient() -> bx.Hypergradient:
-        inner = Inner(inner_loss(NET), STEP_SIZE, inner_steps, bx.inner.minibatch(MINIBATCH))
+    def hypergradient() -> bx.problem.Hypergradient:
+        inner = Inner(inner_loss(NET), STEP_SIZE, inner_steps, bx.sampling.minibatch(MINIBATCH))
         return finished(functools.partial(outer_loss, NET), row.solver(inner))
 
     def start(data: Data) -> tuple[chex.Array, chex.ArrayTree]:

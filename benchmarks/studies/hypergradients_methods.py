@@ -9,7 +9,7 @@ import bilevax as bx
 from benchmarks.harness.plugin import InnerProblem
 
 DAMPING = 1e-3  # of the inverses that need one
-Make = Callable[["Inner"], bx.IHVP]
+Make = Callable[["Inner"], bx.problem.IHVP]
 
 
 class Inner(NamedTuple):
@@ -18,7 +18,7 @@ class Inner(NamedTuple):
     loss: bx.curvature.ModelLoss
     step_size: float
     steps: int
-    sample: Callable = bx.inner.full
+    sample: Callable = bx.sampling.full
 
     @property
     def given(self) -> InnerProblem:
@@ -45,14 +45,14 @@ class Row(NamedTuple):
 
     name: str
     family: str
-    solver: Callable[[Inner], bx.InnerSolver]
+    solver: Callable[[Inner], bx.problem.InnerSolver]
     unrolled: int = 0
 
 
 def implicit(name: str, ihvp: Make, family: str | None = None) -> Row:
     """Implicit differentiation, with no first guess of v."""
 
-    def solver(inner: Inner) -> bx.InnerSolver:
+    def solver(inner: Inner) -> bx.problem.InnerSolver:
         return bx.inner.implicit(
             inner.loss,
             inner.optimizer,
@@ -79,7 +79,7 @@ def cg(maxiter: int, curvature: Callable = bx.curvature.hessian, preconditioner:
     if curvature is bx.curvature.gauss_newton:
         family += "-gn"
 
-    def ihvp(inner: Inner) -> bx.IHVP:
+    def ihvp(inner: Inner) -> bx.problem.IHVP:
         first = None if preconditioner is None else preconditioner(inner)
         return bx.ihvp.cg(maxiter, 0.0, curvature=curvature, preconditioner=first, sample=inner.sample)
 
@@ -89,7 +89,7 @@ def cg(maxiter: int, curvature: Callable = bx.curvature.hessian, preconditioner:
 def nystrom(rank: int) -> Row:
     """A randomized low-rank inverse of the Gauss–Newton matrix."""
 
-    def ihvp(inner: Inner) -> bx.IHVP:
+    def ihvp(inner: Inner) -> bx.problem.IHVP:
         return bx.ihvp.nystrom(rank, DAMPING, curvature=bx.curvature.gauss_newton, sample=inner.sample)
 
     return implicit(f"nystrom-{rank}", ihvp, "nystrom")
@@ -118,8 +118,8 @@ def reverse(steps: int) -> Row:
 def tail(steps: int) -> Row:
     """The same, with the inverse of Kronecker factors for all that was before."""
 
-    def solver(inner: Inner) -> bx.InnerSolver:
-        def kfac(damping: float) -> bx.IHVP:
+    def solver(inner: Inner) -> bx.problem.InnerSolver:
+        def kfac(damping: float) -> bx.problem.IHVP:
             return bx.ihvp.kfac(damping, sample=inner.sample)
 
         samples = {"sample": inner.sample, "cross_sample": inner.sample}

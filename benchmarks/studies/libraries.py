@@ -1,4 +1,4 @@
-"""The same hypergradients as users of four libraries write them, each as a `bx.Hypergradient`.
+"""The same hypergradients as users of four libraries write them, each as a `bx.problem.Hypergradient`.
 
     implicit: y_T = `steps` optimizer steps from the last y, then `iterations` of conjugate gradients for v, all run
     reverse:  y_T = `steps` optimizer steps, differentiated step by step
@@ -29,7 +29,7 @@ Problem: TypeAlias = bx.BilevelProblem
 Optimizer: TypeAlias = optax.GradientTransformation
 
 
-def _unrolled(outer_loss: Callable, run: Callable) -> bx.Hypergradient:
+def _unrolled(outer_loss: Callable, run: Callable) -> bx.problem.Hypergradient:
     """jax.grad through `run(x, y, inner batch) -> y`."""
 
     def value(x: Any, y: Any, batch: bx.Batch) -> chex.Array:
@@ -38,10 +38,10 @@ def _unrolled(outer_loss: Callable, run: Callable) -> bx.Hypergradient:
     def estimate(key: Any, y: Any, x: Any, batch: bx.Batch) -> tuple:
         return jax.grad(value)(x, y, batch), y, ()
 
-    return bx.Hypergradient(lambda x, y, batch=None: y, estimate)
+    return bx.problem.Hypergradient(lambda x, y, batch=None: y, estimate)
 
 
-def _implicit(problem: Problem, run: Callable, indirect: Callable, warm: bool) -> bx.Hypergradient:
+def _implicit(problem: Problem, run: Callable, indirect: Callable, warm: bool) -> bx.problem.Hypergradient:
     """Puts together `run(x, y, inner batch) -> y` and `indirect(x, y, inner batch, b, v) -> (x_bar, v)`."""
 
     def init(x: Any, y: Any, batch: Any = None) -> tuple:
@@ -53,7 +53,7 @@ def _implicit(problem: Problem, run: Callable, indirect: Callable, warm: bool) -
         x_bar, v = indirect(x, y, batch.inner, b, state[1])
         return optax.tree.add(direct, x_bar), (y, v if warm else None), ()
 
-    return bx.Hypergradient(init, estimate)
+    return bx.problem.Hypergradient(init, estimate)
 
 
 def _plain_run(loss: Callable, optimizer: Optimizer, steps: int, remat: bool = False) -> Callable:
@@ -69,12 +69,14 @@ def _plain_run(loss: Callable, optimizer: Optimizer, steps: int, remat: bool = F
     return run
 
 
-def plain_reverse(problem: Problem, optimizer: Optimizer, steps: int, remat: bool = False) -> bx.Hypergradient:
+def plain_reverse(problem: Problem, optimizer: Optimizer, steps: int, remat: bool = False) -> bx.problem.Hypergradient:
     """jax.grad of a lax.scan."""
     return _unrolled(problem.outer_loss, _plain_run(problem.inner_loss, optimizer, steps, remat))
 
 
-def plain_implicit(problem: Problem, optimizer: Optimizer, steps: int, iterations: int, warm: bool) -> bx.Hypergradient:
+def plain_implicit(
+    problem: Problem, optimizer: Optimizer, steps: int, iterations: int, warm: bool
+) -> bx.problem.Hypergradient:
     """A textbook CG loop around jax.linearize of the gradient; v starts without a product where it is cold."""
 
     def indirect(x: Any, y: Any, batch: Any, b: Any, v: Any) -> tuple:
@@ -100,7 +102,7 @@ def plain_implicit(problem: Problem, optimizer: Optimizer, steps: int, iteration
 
 def bilevax_reverse(
     problem: Problem, optimizer: Optimizer, steps: int, checkpoint: bx.inner.Checkpoint = bx.inner.every_step
-) -> bx.Hypergradient:
+) -> bx.problem.Hypergradient:
     """inner.reverse."""
     return bx.hypergradient(
         problem.outer_loss, bx.inner.reverse(problem.inner_loss, optimizer, steps, checkpoint=checkpoint)
@@ -109,7 +111,7 @@ def bilevax_reverse(
 
 def bilevax_implicit(
     problem: Problem, optimizer: Optimizer, steps: int, iterations: int, warm: bool
-) -> bx.Hypergradient:
+) -> bx.problem.Hypergradient:
     """inner.implicit with ihvp.cg."""
     ihvp = bx.ihvp.cg(iterations, tol=0.0)
     solver = bx.inner.implicit(problem.inner_loss, optimizer, steps, ihvp, warm_start=warm)
@@ -123,14 +125,14 @@ def _jaxopt_run(loss: Callable, optimizer: Optimizer, steps: int, unroll: bool) 
     return lambda x, y, batch: solver.run(y, x, batch).params if steps else y
 
 
-def jaxopt_reverse(problem: Problem, optimizer: Optimizer, steps: int) -> bx.Hypergradient:
+def jaxopt_reverse(problem: Problem, optimizer: Optimizer, steps: int) -> bx.problem.Hypergradient:
     """An OptaxSolver that is unrolled."""
     return _unrolled(problem.outer_loss, _jaxopt_run(problem.inner_loss, optimizer, steps, unroll=True))
 
 
 def jaxopt_implicit(
     problem: Problem, optimizer: Optimizer, steps: int, iterations: int, warm: bool
-) -> bx.Hypergradient:
+) -> bx.problem.Hypergradient:
     """root_vjp with solve_cg, whose solution is kept; custom_root would hide it, and v could not stay warm."""
 
     def indirect(x: Any, y: Any, batch: Any, b: Any, v: Any) -> tuple:
@@ -168,7 +170,7 @@ def _optimistix_run(loss: Callable, optimizer: Optimizer, steps: int, adjoint: o
 
 def optimistix_reverse(
     problem: Problem, optimizer: Optimizer, steps: int, checkpoints: int | None = None
-) -> bx.Hypergradient:
+) -> bx.problem.Hypergradient:
     """An OptaxMinimiser with RecursiveCheckpointAdjoint, by default with about √(2 steps) checkpoints."""
     adjoint = optx.RecursiveCheckpointAdjoint(checkpoints)
     return _unrolled(problem.outer_loss, _optimistix_run(problem.inner_loss, optimizer, steps, adjoint))
@@ -176,7 +178,7 @@ def optimistix_reverse(
 
 def lineax_implicit(
     problem: Problem, optimizer: Optimizer, steps: int, iterations: int, warm: bool, scale: float = 1.0
-) -> bx.Hypergradient:
+) -> bx.problem.Hypergradient:
     """Optimistix for y and lineax.CG for v, on scale · H v = scale · b."""
     solver = lx.CG(rtol=0.0, atol=0.0, max_steps=iterations, stabilise_every=None)
 
@@ -193,14 +195,14 @@ def lineax_implicit(
     return _implicit(problem, _optimistix_run(problem.inner_loss, optimizer, steps, adjoint), indirect, warm)
 
 
-IMPLICIT: dict[str, Callable[..., bx.Hypergradient]] = {
+IMPLICIT: dict[str, Callable[..., bx.problem.Hypergradient]] = {
     "plain JAX": plain_implicit,
     "bilevax": bilevax_implicit,
     "jaxopt": jaxopt_implicit,
     "lineax": lineax_implicit,
     "lineax, rescaled": functools.partial(lineax_implicit, scale=RESCALED),
 }
-REVERSE: dict[str, Callable[..., bx.Hypergradient]] = {
+REVERSE: dict[str, Callable[..., bx.problem.Hypergradient]] = {
     "plain JAX": plain_reverse,
     "bilevax": bilevax_reverse,
     "bilevax, two_level": functools.partial(bilevax_reverse, checkpoint=bx.inner.two_level),

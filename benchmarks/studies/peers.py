@@ -121,7 +121,7 @@ def double(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.astype(float) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, tree)
 
 
-def gradient(hypergrad: bx.Hypergradient, whole: bool = False) -> Callable:
+def gradient(hypergrad: bx.problem.Hypergradient, whole: bool = False) -> Callable:
     """One estimate from a cold start as a function (x, y, batch) -> grad, or everything that it returns."""
 
     def program(x: Any, y: Any, batch: bx.Batch) -> Any:
@@ -131,7 +131,7 @@ def gradient(hypergrad: bx.Hypergradient, whole: bool = False) -> Callable:
     return program
 
 
-def along(hypergrad: bx.Hypergradient) -> Callable:
+def along(hypergrad: bx.problem.Hypergradient) -> Callable:
     """The estimates along a trajectory, each warm from the last, as a function (points, y, batch) -> grads."""
 
     def program(points: Any, y: Any, batch: bx.Batch) -> Any:
@@ -302,6 +302,6 @@ def _implicit(
     warm: bool,
     step_size: float = 1.0,
     momentum: float | None = None,
-) -> bx.Hypergradient:
+) -> bx.problem.Hypergradient:
     make = libraries.IMPLICIT[library]
     return make(case.losses, optax.sgd(step_size, momentum), steps, iterations, warm)

@@ -75,7 +75,7 @@ class Row(NamedTuple):
     """
 
     name: str
-    make: Callable[..., bx.Algorithm]
+    make: Callable[..., bx.problem.Algorithm]
     steps: bx.Levels
     options: Mapping[str, Any] = {}
     tuned: bool = True
@@ -113,24 +113,28 @@ def trimmed(batch: bx.Batch) -> bx.Batch:
     return jax.tree.map(lambda leaf: leaf[: len(leaf) // number * number], batch)
 
 
-def saba(problem: bx.BilevelProblem, sizes: bx.Levels, sample: Any, rows: int) -> bx.Algorithm:
+def saba(problem: bx.BilevelProblem, sizes: bx.Levels, sample: Any, rows: int) -> bx.problem.Algorithm:
     """SABA draws the blocks of its table itself."""
     return bx.algorithms.saba(problem, sizes, blocks=rows // BATCH)
 
 
-def recursive(make: Callable[..., bx.Algorithm]) -> Callable[..., bx.Algorithm]:
+def recursive(make: Callable[..., bx.problem.Algorithm]) -> Callable[..., bx.problem.Algorithm]:
     """A method with full passes, one for each half of the batches that the data have."""
 
-    def made(problem: bx.BilevelProblem, sizes: bx.Levels, sample: Any, rows: int, **options: Any) -> bx.Algorithm:
+    def made(
+        problem: bx.BilevelProblem, sizes: bx.Levels, sample: Any, rows: int, **options: Any
+    ) -> bx.problem.Algorithm:
         return make(problem, sizes, sample, period=max(1, rows // (2 * BATCH)), **options)
 
     return made
 
 
-def plain(make: Callable[..., bx.Algorithm]) -> Callable[..., bx.Algorithm]:
+def plain(make: Callable[..., bx.problem.Algorithm]) -> Callable[..., bx.problem.Algorithm]:
     """A method that does not ask how many rows there are."""
 
-    def made(problem: bx.BilevelProblem, sizes: bx.Levels, sample: Any, rows: int, **options: Any) -> bx.Algorithm:
+    def made(
+        problem: bx.BilevelProblem, sizes: bx.Levels, sample: Any, rows: int, **options: Any
+    ) -> bx.problem.Algorithm:
         return make(problem, sizes, sample, **options)
 
     return made
@@ -144,7 +148,7 @@ def sizes(x: float, y: float, *, x_power: float = 0.5, y_power: float = 0.0, v: 
 def foreign(function: Function) -> Row:
     """The row of a function of a plugin, with the step sizes of most rows."""
 
-    def make(problem: bx.BilevelProblem, sizes: bx.Levels, sample: Any, rows: int) -> bx.Algorithm:
+    def make(problem: bx.BilevelProblem, sizes: bx.Levels, sample: Any, rows: int) -> bx.problem.Algorithm:
         return function.algorithm(problem, sizes, sample=sample)
 
     return Row(function.name, make, sizes(0.1, 0.25))
@@ -208,7 +212,7 @@ def start(features: int) -> tuple[chex.Array, chex.Array]:
         return jnp.log(jax.random.uniform(x_key, (features,), jnp.float32)), y
 
 
-def method(row: Row, rows: int) -> bx.Algorithm:
+def method(row: Row, rows: int) -> bx.problem.Algorithm:
     """The row on data with so many inner rows."""
     x, y, v = (bx.algorithms.decay(a, p) if p else a for a, p in row.steps)
     x = boxed(optax.adam(x)) if row.tuned else x
@@ -233,11 +237,11 @@ class Program(NamedTuple):
     temp_bytes: int | None
 
 
-def compiled(algorithm: bx.Algorithm, state: Any, batch: bx.Batch, size: int) -> Program:
+def compiled(algorithm: bx.problem.Algorithm, state: Any, batch: bx.Batch, size: int) -> Program:
     """Compiles `size` iterations; the batch stays an argument."""
 
-    def chunk(state: Any, key: chex.PRNGKey, batch: bx.Batch) -> tuple[Any, bx.Calls]:
-        def step(state: Any, _: None) -> tuple[Any, bx.Calls]:
+    def chunk(state: Any, key: chex.PRNGKey, batch: bx.Batch) -> tuple[Any, bx.problem.Calls]:
+        def step(state: Any, _: None) -> tuple[Any, bx.problem.Calls]:
             state, info = algorithm.step(key, state, batch)  # which folds in k
             return state, info.calls
 

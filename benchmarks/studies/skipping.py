@@ -117,7 +117,9 @@ def equations(key: chex.PRNGKey, n: int) -> bx.Batch:
     return bx.Batch(*zip(rows, targets, strict=True))
 
 
-def compiled(method: bx.Algorithm, start: tuple, batch: bx.Batch, iterations: int) -> tuple[Callable, int | None]:
+def compiled(
+    method: bx.problem.Algorithm, start: tuple, batch: bx.Batch, iterations: int
+) -> tuple[Callable, int | None]:
     """So many iterations as a function without arguments, and the bytes that they need."""
 
     @jax.jit

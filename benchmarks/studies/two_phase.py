@@ -47,35 +47,35 @@ def fresh(x: chex.Array) -> chex.ArrayTree:
     return MODEL.init(jax.random.key(0), 64)
 
 
-def implicit(inner: Inner, ihvp: bx.IHVP) -> bx.InnerSolver:
+def implicit(inner: Inner, ihvp: bx.problem.IHVP) -> bx.problem.InnerSolver:
     """All inner steps, and the implicit rule at their end."""
     return bx.inner.implicit(inner.loss, inner.optimizer, inner.steps, ihvp, initial=fresh)
 
 
-def reverse(inner: Inner) -> bx.InnerSolver:
+def reverse(inner: Inner) -> bx.problem.InnerSolver:
     """Differentiates all inner steps."""
     return bx.inner.reverse(inner.loss, inner.optimizer, inner.steps, initial=fresh)
 
 
-def cg(inner: Inner, maxiter: int) -> bx.InnerSolver:
+def cg(inner: Inner, maxiter: int) -> bx.problem.InnerSolver:
     """Implicit, by conjugate gradients."""
     return implicit(inner, bx.ihvp.cg(maxiter))
 
 
-def kfac(inner: Inner, damping: float) -> bx.InnerSolver:
+def kfac(inner: Inner, damping: float) -> bx.problem.InnerSolver:
     """Implicit, by Kronecker factors."""
     return implicit(inner, bx.ihvp.kfac(damping))
 
 
-def forward_gradient(inner: Inner, directions: int, **settings: Any) -> bx.InnerSolver:
+def forward_gradient(inner: Inner, directions: int, **settings: Any) -> bx.problem.InnerSolver:
     """Pushes random directions through all inner steps."""
     return bx.inner.forward_gradient(inner.loss, inner.optimizer, inner.steps, directions, initial=fresh, **settings)
 
 
-def guided(inner: Inner, directions: int, damping: float) -> bx.InnerSolver:
+def guided(inner: Inner, directions: int, damping: float) -> bx.problem.InnerSolver:
     """The same, one direction of which is the implicit hypergradient by Kronecker factors."""
     guess = bx.inner.implicit(inner.loss, ihvp=bx.ihvp.kfac(damping))
-    return forward_gradient(inner, directions, guide=bx.guides.at_solution(guess))
+    return forward_gradient(inner, directions, guide=bx.inner.guides.at_solution(guess))
 
 
 class Phases(NamedTuple):
@@ -112,7 +112,7 @@ def method(phases: Phases, inner: Inner, outer_steps: int, configuration: Mappin
     chosen = {**configuration, "phases": [row.name for row in phases.rows], "switch_at": switch_at}
     parts = [hyper_cleaning.method(row, MODEL, inner, chosen) for row in phases.rows]
 
-    def hypergradient() -> bx.Hypergradient:
+    def hypergradient() -> bx.problem.Hypergradient:
         made = [part.hypergradient() for part in parts]
         return made[0] if len(made) == 1 else bx.two_phase(switch_at, *made)
 

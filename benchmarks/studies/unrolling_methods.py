@@ -30,7 +30,7 @@ class Row(NamedTuple):
 
     name: str
     family: str
-    solver: Callable[[Inner], bx.InnerSolver]
+    solver: Callable[[Inner], bx.problem.InnerSolver]
     least: int = 1
     plain: bool = False
 
@@ -38,7 +38,7 @@ class Row(NamedTuple):
 def reverse(name: str, checkpoint: bx.inner.Checkpoint) -> Row:
     """Differentiates all inner steps, and keeps what the checkpoint says."""
 
-    def solver(inner: Inner) -> bx.InnerSolver:
+    def solver(inner: Inner) -> bx.problem.InnerSolver:
         return bx.inner.reverse(inner.loss, inner.optimizer, inner.steps, checkpoint=checkpoint)
 
     return Row(name, "reverse", solver)
@@ -49,15 +49,15 @@ def last(steps: int) -> Row:
     return Row(f"truncated-{steps}", "truncated", lambda inner: truncated(inner, steps), least=steps + 1)
 
 
-def inverse(name: str, ihvp: Callable[[Inner], bx.IHVP]) -> Row:
+def inverse(name: str, ihvp: Callable[[Inner], bx.problem.IHVP]) -> Row:
     """Implicit differentiation."""
     return Row(name, "implicit", lambda inner: implicit(inner, ihvp(inner)))
 
 
-def tail(inner: Inner) -> bx.InnerSolver:
+def tail(inner: Inner) -> bx.problem.InnerSolver:
     """The last steps, and Kronecker factors for those before; its steps are plain ones of about the same length."""
 
-    def kfac(damping: float) -> bx.IHVP:
+    def kfac(damping: float) -> bx.problem.IHVP:
         return bx.ihvp.kfac(damping)
 
     return bx.inner.unroll_with_tail(inner.loss, inner.learning_rate / (1 - MOMENTUM), inner.steps, LAST, kfac)
@@ -65,12 +65,12 @@ def tail(inner: Inner) -> bx.InnerSolver:
 
 def kfac_guess(inner: Inner) -> Any:
     """The implicit hypergradient by Kronecker factors, at y_T."""
-    return bx.guides.at_solution(bx.inner.implicit(inner.loss, ihvp=bx.ihvp.kfac(DAMPING)))
+    return bx.inner.guides.at_solution(bx.inner.implicit(inner.loss, ihvp=bx.ihvp.kfac(DAMPING)))
 
 
 def truncated_guess(inner: Inner) -> Any:
     """That of the last steps."""
-    return bx.guides.from_start(truncated(inner, LAST))
+    return bx.inner.guides.from_start(truncated(inner, LAST))
 
 
 def forward(
@@ -78,14 +78,14 @@ def forward(
 ) -> Row:
     """Pushes random directions through all inner steps."""
 
-    def solver(inner: Inner) -> bx.InnerSolver:
+    def solver(inner: Inner) -> bx.problem.InnerSolver:
         guide = None if guess is None else guess(inner)
         return bx.inner.forward_gradient(inner.loss, inner.optimizer, inner.steps, directions, guide=guide, **settings)
 
     return Row(f"{name}-{directions}", family, solver, least)
 
 
-def zeroth_order(inner: Inner, directions: int) -> bx.InnerSolver:
+def zeroth_order(inner: Inner, directions: int) -> bx.problem.InnerSolver:
     """Differences of whole solutions."""
 
     def solve(x: chex.Array, y0: chex.ArrayTree, batch: Any) -> chex.ArrayTree:
@@ -115,12 +115,12 @@ ROWS = (
     inverse("identity", lambda inner: bx.ihvp.identity(inner.learning_rate / (1 - MOMENTUM))),
     inverse("neumann-20", lambda inner: bx.ihvp.neumann(20, 0.3, curvature=inner.curvature)),
     inverse("cg-20", lambda inner: bx.ihvp.cg(20, curvature=inner.curvature)),
-    inverse("sgd-20", lambda inner: bx.ihvp.sgd(20, 0.3, bx.inner.minibatch(64), curvature=inner.curvature)),
+    inverse("sgd-20", lambda inner: bx.ihvp.sgd(20, 0.3, bx.sampling.minibatch(64), curvature=inner.curvature)),
     inverse("nystrom-20", lambda inner: bx.ihvp.nystrom(20, DAMPING, curvature=inner.curvature)),
     inverse("kfac", lambda inner: bx.ihvp.kfac(DAMPING)),
     inverse("ekfac", lambda inner: bx.ihvp.ekfac(DAMPING)),
     *(forward("forward", directions) for directions in (1, 4, 16)),
-    forward("hadamard", EXAMPLES, sampler=bx.random_directions.hadamard, chunk=16),
+    forward("hadamard", EXAMPLES, sampler=bx.inner.random_directions.hadamard, chunk=16),
     forward("guided-kfac", 16, "guided", kfac_guess),
     forward(f"guided-last-{LAST}", 16, "guided", truncated_guess, least=LAST + 1),
     Row("zeroth-order-16", "zeroth order", functools.partial(zeroth_order, directions=16)),

@@ -107,7 +107,7 @@ def _inputs(words: chex.Array) -> tuple[chex.Array, chex.Array]:
 
 def train(model: Decoder, words: np.ndarray, steps: int, learning_rate: float, key: chex.PRNGKey) -> chex.ArrayTree:
     """Trains a new model on chunks [C, length] in the plain way."""
-    optimizer, sample = optax.adamw(learning_rate), bx.inner.minibatch(BATCH)
+    optimizer, sample = optax.adamw(learning_rate), bx.sampling.minibatch(BATCH)
     first_key, key = jax.random.split(key)
 
     def step(carry: tuple, key: chex.PRNGKey) -> tuple[tuple, None]:
@@ -176,7 +176,7 @@ class Problem(NamedTuple):
         aim = Aim(Chunks(words[here], salient[here]), words[elsewhere], jax.nn.log_softmax(found[elsewhere]))
         return bx.Batch(outer=aim, inner=Passage(words[here], hidden[here], pool.rate))
 
-    def hypergradient(self, solver: Any) -> bx.Hypergradient:
+    def hypergradient(self, solver: Any) -> bx.problem.Hypergradient:
         """Each outer step draws its documents from the pool in its batch, and starts at the base model."""
         whole = finished(self.outer_loss, solver)
 
@@ -185,7 +185,7 @@ class Problem(NamedTuple):
             grad, last, info = whole.estimate(key, state, x, self.draw(draw_key, state.y, pool))
             return grad, last._replace(y=state.y), info
 
-        return bx.Hypergradient(lambda x, y, pool=None: whole.init(x, y), estimate)
+        return bx.problem.Hypergradient(lambda x, y, pool=None: whole.init(x, y), estimate)
 
 
 def adapted(model: Decoder, base: chex.ArrayTree, step_sizes: chex.Array, words: chex.Array) -> chex.ArrayTree:

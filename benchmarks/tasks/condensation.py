@@ -91,16 +91,16 @@ def training(model: Model, rate: float, steps: int, directions: int, chunk: int 
     return Training(loss, optax.sgd(optax.cosine_decay_schedule(rate, steps), MOMENTUM), steps, rate, directions, chunk)
 
 
-def renewed(hypergrad: bx.Hypergradient, model: Model, minibatch: int) -> bx.Hypergradient:
+def renewed(hypergrad: bx.problem.Hypergradient, model: Model, minibatch: int) -> bx.problem.Hypergradient:
     """The hypergradient from a fresh network and on some of the real images, both drawn with the key."""
 
     def estimate(key: chex.PRNGKey, state: Any, x: chex.Array, batch: bx.Batch) -> tuple:
         network_key, outer_key, key = jax.random.split(key, 3)
         state = state._replace(y=model.init(network_key, x.shape[1]))
-        outer = bx.inner.minibatch(minibatch)(outer_key, 0, batch.outer)
+        outer = bx.sampling.minibatch(minibatch)(outer_key, 0, batch.outer)
         return hypergrad.estimate(key, state, x, bx.Batch(outer, batch.inner))
 
-    return bx.Hypergradient(hypergrad.init, estimate)
+    return bx.problem.Hypergradient(hypergrad.init, estimate)
 
 
 def within_range(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:

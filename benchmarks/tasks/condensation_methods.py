@@ -30,22 +30,22 @@ class Training(NamedTuple):
     chunk: int | None = None
 
 
-def no_gradient(training: Training) -> bx.InnerSolver:
+def no_gradient(training: Training) -> bx.problem.InnerSolver:
     """Trains, and differentiates nothing."""
     return bx.inner.no_gradient(training.loss, training.optimizer, training.steps)
 
 
-def implicit(training: Training, ihvp: Callable[..., bx.IHVP], **settings: Any) -> bx.InnerSolver:
+def implicit(training: Training, ihvp: Callable[..., bx.problem.IHVP], **settings: Any) -> bx.problem.InnerSolver:
     """Takes y_T for a minimum. A new network has nothing in common with the last one: v starts from zero."""
     return bx.inner.implicit(training.loss, training.optimizer, training.steps, ihvp(**settings), warm_start=False)
 
 
-def reverse(training: Training) -> bx.InnerSolver:
+def reverse(training: Training) -> bx.problem.InnerSolver:
     """The exact gradient, with two levels of checkpoints."""
     return bx.inner.reverse(training.loss, training.optimizer, training.steps, checkpoint=bx.inner.two_level)
 
 
-def truncated(training: Training, tail: int) -> bx.InnerSolver:
+def truncated(training: Training, tail: int) -> bx.problem.InnerSolver:
     """Differentiates through the last steps only."""
     last = min(tail, training.steps)
     return bx.inner.chain(
@@ -54,22 +54,22 @@ def truncated(training: Training, tail: int) -> bx.InnerSolver:
     )
 
 
-def forward(training: Training, **choices: Any) -> bx.InnerSolver:
+def forward(training: Training, **choices: Any) -> bx.problem.InnerSolver:
     """Forward gradients: unbiased, in a memory that does not grow with T."""
     return bx.inner.forward_gradient(
         training.loss, training.optimizer, training.steps, training.directions, chunk=training.chunk, **choices
     )
 
 
-def guided(training: Training, ihvp: Callable[..., bx.IHVP], **settings: Any) -> bx.InnerSolver:
+def guided(training: Training, ihvp: Callable[..., bx.problem.IHVP], **settings: Any) -> bx.problem.InnerSolver:
     """Forward gradients along the implicit gradient with this product, and at random."""
     guess = bx.inner.implicit(training.loss, ihvp=ihvp(**settings), warm_start=False)
-    return forward(training, guide=bx.guides.at_solution(guess))
+    return forward(training, guide=bx.inner.guides.at_solution(guess))
 
 
-def hadamard(training: Training) -> bx.InnerSolver:
+def hadamard(training: Training) -> bx.problem.InnerSolver:
     """Forward gradients along distinct rows of a Hadamard matrix."""
-    return forward(training, sampler=bx.random_directions.hadamard)
+    return forward(training, sampler=bx.inner.random_directions.hadamard)
 
 
 class Row(NamedTuple):
@@ -82,7 +82,7 @@ class Row(NamedTuple):
     """
 
     name: str
-    solver: Callable[..., bx.InnerSolver]
+    solver: Callable[..., bx.problem.InnerSolver]
     settings: Mapping[str, Any] = {}
 
 

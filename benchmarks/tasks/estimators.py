@@ -37,12 +37,12 @@ class Inner(NamedTuple):
     @property
     def sample(self) -> Callable:
         """Draws the images of a step."""
-        return bx.inner.full if self.minibatch is None else bx.inner.minibatch(self.minibatch)
+        return bx.sampling.full if self.minibatch is None else bx.sampling.minibatch(self.minibatch)
 
     @property
     def cross_sample(self) -> Callable:
         """Draws the images of the cross term: as many as five steps see."""
-        return bx.inner.full if self.minibatch is None else bx.inner.minibatch(5 * self.minibatch)
+        return bx.sampling.full if self.minibatch is None else bx.sampling.minibatch(5 * self.minibatch)
 
     @property
     def given(self) -> InnerProblem:
@@ -69,43 +69,43 @@ class Estimator(NamedTuple):
     """
 
     name: str
-    solver: Callable[..., bx.InnerSolver]
+    solver: Callable[..., bx.problem.InnerSolver]
     settings: Callable[[Inner], Mapping[str, Any]]
 
 
-def implicit(inner: Inner, ihvp: bx.IHVP) -> bx.InnerSolver:
+def implicit(inner: Inner, ihvp: bx.problem.IHVP) -> bx.problem.InnerSolver:
     """Implicit differentiation with this inverse-Hessian-vector product."""
     return bx.inner.implicit(
         inner.loss, inner.optimizer, inner.steps, ihvp, sample=inner.sample, cross_sample=inner.cross_sample
     )
 
 
-def identity(inner: Inner, scale: float) -> bx.InnerSolver:
+def identity(inner: Inner, scale: float) -> bx.problem.InnerSolver:
     """Takes the Hessian for a multiple of the identity."""
     return implicit(inner, bx.ihvp.identity(scale))
 
 
-def by(ihvp: Callable[..., bx.IHVP], inner: Inner, **settings: Any) -> bx.InnerSolver:
+def by(ihvp: Callable[..., bx.problem.IHVP], inner: Inner, **settings: Any) -> bx.problem.InnerSolver:
     """Implicit differentiation with an inverse-Hessian-vector product of these settings, on a batch of its own."""
     return implicit(inner, ihvp(**settings, sample=inner.sample))
 
 
-def reverse(inner: Inner, steps: int) -> bx.InnerSolver:
+def reverse(inner: Inner, steps: int) -> bx.problem.InnerSolver:
     """Differentiates through all inner steps."""
     return bx.inner.reverse(inner.loss, inner.optimizer, steps, sample=inner.sample)
 
 
-def no_gradient(inner: Inner, steps: int) -> bx.InnerSolver:
+def no_gradient(inner: Inner, steps: int) -> bx.problem.InnerSolver:
     """Makes the inner steps, and differentiates none of them."""
     return bx.inner.no_gradient(inner.loss, inner.optimizer, steps, sample=inner.sample)
 
 
-def truncated(inner: Inner, steps: int) -> bx.InnerSolver:
+def truncated(inner: Inner, steps: int) -> bx.problem.InnerSolver:
     """Differentiates through the last of the inner steps."""
     return bx.inner.chain(no_gradient(inner, inner.steps - steps), reverse(inner, steps))
 
 
-def preconditioned(inner: Inner, maxiter: int, **settings: Any) -> bx.InnerSolver:
+def preconditioned(inner: Inner, maxiter: int, **settings: Any) -> bx.problem.InnerSolver:
     """Conjugate gradients on the Gauss–Newton matrix, with Kronecker factors of these settings as preconditioner."""
     kfac = bx.ihvp.kfac(**settings, sample=inner.sample)
     curvature = bx.curvature.gauss_newton

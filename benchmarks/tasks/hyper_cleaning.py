@@ -108,7 +108,7 @@ class Row(NamedTuple):
     """
 
     name: str
-    solver: Callable[..., bx.InnerSolver]
+    solver: Callable[..., bx.problem.InnerSolver]
     settings: Callable[[Inner], Mapping[str, Any]]
     weights: Callable[[Data], chex.Array] = lambda data: jnp.zeros(data.clean.shape)
     batch: Callable[[Data], bx.Batch] = lambda data: data.batch

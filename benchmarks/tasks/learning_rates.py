@@ -133,7 +133,7 @@ class Training(NamedTuple):
     steps: int = STEPS
 
 
-SAMPLE = bx.inner.minibatch(MINIBATCH)
+SAMPLE = bx.sampling.minibatch(MINIBATCH)
 
 
 def training(schedule: Schedule) -> Training:
@@ -142,44 +142,44 @@ def training(schedule: Schedule) -> Training:
     return Training(loss, schedule.optimizer, len(schedule.start))
 
 
-def no_gradient(training: Training) -> bx.InnerSolver:
+def no_gradient(training: Training) -> bx.problem.InnerSolver:
     """Trains, and differentiates nothing."""
     return bx.inner.no_gradient(training.loss, training.optimizer, training.steps, sample=SAMPLE)
 
 
-def reverse(training: Training) -> bx.InnerSolver:
+def reverse(training: Training) -> bx.problem.InnerSolver:
     """The exact gradient by reverse mode."""
     return bx.inner.reverse(training.loss, training.optimizer, training.steps, sample=SAMPLE)
 
 
-def truncated(training: Training, part: int) -> bx.InnerSolver:
+def truncated(training: Training, part: int) -> bx.problem.InnerSolver:
     """Reverse mode through the last steps, one part of so many: the rates of the others get no gradient."""
     last = training.steps // part
     first = no_gradient(training._replace(steps=training.steps - last))
     return bx.inner.chain(first, reverse(training._replace(steps=last)))
 
 
-def implicit(training: Training) -> bx.InnerSolver:
+def implicit(training: Training) -> bx.problem.InnerSolver:
     """Takes y_T for a minimum, which does not depend on how it was reached."""
     identity = bx.ihvp.identity()
     return bx.inner.implicit(training.loss, training.optimizer, training.steps, identity, sample=SAMPLE)
 
 
-def forward(training: Training, directions: int, **choices: Any) -> bx.InnerSolver:
+def forward(training: Training, directions: int, **choices: Any) -> bx.problem.InnerSolver:
     """Forward gradients, by default along random signs."""
     return bx.inner.forward_gradient(
         training.loss, training.optimizer, training.steps, directions, sample=SAMPLE, **choices
     )
 
 
-def exact(training: Training) -> bx.InnerSolver:
+def exact(training: Training) -> bx.problem.InnerSolver:
     """The exact gradient by forward mode along each entry of x."""
-    return forward(training, training.size, sampler=bx.random_directions.coordinate)
+    return forward(training, training.size, sampler=bx.inner.random_directions.coordinate)
 
 
-def blocks(training: Training, directions: int, blocks: int) -> bx.InnerSolver:
+def blocks(training: Training, directions: int, blocks: int) -> bx.problem.InnerSolver:
     """Forward gradients that are exact for what is constant on blocks of steps; the blocks count as directions."""
-    return forward(training, directions, guide=bx.guides.blocks(blocks))
+    return forward(training, directions, guide=bx.inner.guides.blocks(blocks))
 
 
 ROWS = (
@@ -204,7 +204,7 @@ def foreign(function: Function) -> Row:
     return Row(function.name, solver)
 
 
-def renewed(hypergrad: bx.Hypergradient) -> bx.Hypergradient:
+def renewed(hypergrad: bx.problem.Hypergradient) -> bx.problem.Hypergradient:
     """The hypergradient from a fresh network, drawn with the key."""
 
     def estimate(key: chex.PRNGKey, state: Any, x: chex.Array, batch: bx.Batch) -> tuple:
@@ -212,7 +212,7 @@ def renewed(hypergrad: bx.Hypergradient) -> bx.Hypergradient:
         pixels = batch.inner[0].shape[1]
         return hypergrad.estimate(key, state._replace(y=MODEL.init(network_key, pixels)), x, batch)
 
-    return bx.Hypergradient(hypergrad.init, estimate)
+    return bx.problem.Hypergradient(hypergrad.init, estimate)
 
 
 def outer_loss(x: chex.Array, y: chex.ArrayTree, batch: tuple) -> chex.Array:

@@ -148,7 +148,7 @@ def inner_loss(model: Model, l2: float, weights: Callable[[Any, chex.Array], che
     )
 
 
-def with_losses(hypergradient: bx.Hypergradient, model: Model) -> bx.Hypergradient:
+def with_losses(hypergradient: bx.problem.Hypergradient, model: Model) -> bx.problem.Hypergradient:
     """The hypergradient on batches of images and labels, to which it adds the losses at the warm y as constants."""
 
     def extended(y: chex.ArrayTree, inner: tuple) -> tuple:
@@ -161,7 +161,7 @@ def with_losses(hypergradient: bx.Hypergradient, model: Model) -> bx.Hypergradie
     def estimate(key: chex.PRNGKey, state: Any, x: chex.ArrayTree, batch: bx.Batch) -> tuple:
         return hypergradient.estimate(key, state, x, bx.Batch(batch.outer, extended(state.y, batch.inner)))
 
-    return bx.Hypergradient(init, estimate)
+    return bx.problem.Hypergradient(init, estimate)
 
 
 def by_class(model: Model, y: chex.ArrayTree, data: Data) -> np.ndarray:

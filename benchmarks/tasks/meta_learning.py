@@ -93,8 +93,8 @@ def draw_tasks(keys: chex.PRNGKey, images: chex.Array, shots: int) -> bx.Batch:
 
 
 def over_tasks(
-    hypergradient: bx.Hypergradient, tasks: int, shots: int = 1, one_by_one: bool = False
-) -> bx.Hypergradient:
+    hypergradient: bx.problem.Hypergradient, tasks: int, shots: int = 1, one_by_one: bool = False
+) -> bx.problem.Hypergradient:
     """The mean of a hypergradient over tasks that are drawn anew at each outer step, from the images in the batch.
 
     Its info has means of the losses and of the norm, sums of the calls, and whether any task broke down. Each task
@@ -115,35 +115,35 @@ def over_tasks(
             calls=jax.tree.map(jnp.sum, info.inner.calls),
         )
         grad = jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), grads)
-        return grad, state, bx.HypergradientInfo(jnp.mean(info.outer_loss), inner)
+        return grad, state, bx.hypergradients.HypergradientInfo(jnp.mean(info.outer_loss), inner)
 
-    return bx.Hypergradient(lambda x, y, images=None: hypergradient.init(x, y), estimate)
+    return bx.problem.Hypergradient(lambda x, y, images=None: hypergradient.init(x, y), estimate)
 
 
-def maml(steps: int, learning_rate: float) -> bx.InnerSolver:
+def maml(steps: int, learning_rate: float) -> bx.problem.InnerSolver:
     """Differentiates through all inner steps."""
     sgd = optax.sgd(learning_rate)
     return bx.inner.reverse(cross_entropy(), sgd, steps, initial=lambda x: x, checkpoint=bx.inner.store_all)
 
 
-def proximal(ihvp: bx.IHVP, steps: int, learning_rate: float, strength: float) -> bx.InnerSolver:
+def proximal(ihvp: bx.problem.IHVP, steps: int, learning_rate: float, strength: float) -> bx.problem.InnerSolver:
     """Solves the proximal inner problem, and differentiates its solution."""
     sgd = optax.sgd(learning_rate)
     return bx.inner.implicit(cross_entropy(strength), sgd, steps, ihvp, initial=lambda x: x, warm_start=False)
 
 
-def first_order(strength: float, **descent: Any) -> bx.InnerSolver:
+def first_order(strength: float, **descent: Any) -> bx.problem.InnerSolver:
     """Leaves the curvature of the task out: v = ∇_y f / strength, and so x_bar = strength · v = ∇_y f."""
     return proximal(bx.ihvp.identity(1 / strength), strength=strength, **descent)
 
 
-def imaml(strength: float, maxiter: int, **descent: Any) -> bx.InnerSolver:
+def imaml(strength: float, maxiter: int, **descent: Any) -> bx.problem.InnerSolver:
     """Takes v from conjugate gradients on the Gauss–Newton matrix, as the Hessian of a network is indefinite."""
     ihvp = bx.ihvp.cg(maxiter, curvature=bx.curvature.gauss_newton)
     return proximal(ihvp, strength=strength, **descent)
 
 
-def factors() -> bx.IHVP:
+def factors() -> bx.problem.IHVP:
     """Kronecker factors of one task: exact pseudo-gradients, as it has few images, and no damping but the strength.
 
     Each task has its own at each outer step, too many for eigenvalues: they are inverted by Cholesky factors, which
@@ -152,12 +152,12 @@ def factors() -> bx.IHVP:
     return bx.ihvp.kfac(0.0, fisher=bx.curvature.fisher.exact, inverse=bx.curvature.kronecker.factored)
 
 
-def imaml_kfac(strength: float, **descent: Any) -> bx.InnerSolver:
+def imaml_kfac(strength: float, **descent: Any) -> bx.problem.InnerSolver:
     """Takes v from Kronecker factors."""
     return proximal(factors(), strength=strength, **descent)
 
 
-def imaml_pcg(strength: float, maxiter: int, **descent: Any) -> bx.InnerSolver:
+def imaml_pcg(strength: float, maxiter: int, **descent: Any) -> bx.problem.InnerSolver:
     """Takes v from conjugate gradients as `imaml` does, preconditioned by Kronecker factors."""
     ihvp = bx.ihvp.cg(maxiter, curvature=bx.curvature.gauss_newton, preconditioner=factors())
     return proximal(ihvp, strength=strength, **descent)
@@ -176,7 +176,7 @@ class Row(NamedTuple):
     """
 
     name: str
-    solver: Callable[..., bx.InnerSolver]
+    solver: Callable[..., bx.problem.InnerSolver]
     settings: Mapping[str, Any]
     outer_rate: float
     decomposes: bool = False
@@ -206,7 +206,7 @@ def foreign(function: Function) -> Row:
     return Row(function.name, solver, PROXIMAL, outer_rate=3e-3)
 
 
-def tested(row: Row) -> bx.InnerSolver:
+def tested(row: Row) -> bx.problem.InnerSolver:
     """What adapts to a task of the test: the row's own solver, or for a plugin the inner steps of iMAML."""
     solver = row.solver(**row.settings)
     return proximal(bx.ihvp.identity(), **row.settings) if callable(solver) else solver
@@ -220,7 +220,7 @@ def load(name: str, shots: int, seed: int) -> Data:
     return Data(images, test, jax.jit(NETWORK.init)(network_key, images[0, :1])["params"])
 
 
-def adapted(solver: bx.InnerSolver) -> Callable[[chex.ArrayTree, bx.Batch], chex.Array]:
+def adapted(solver: bx.problem.InnerSolver) -> Callable[[chex.ArrayTree, bx.Batch], chex.Array]:
     """A function (x, task) -> logits of the query images, with the y that the solver reaches from x."""
     solve = bx.differentiable(solver)
     return lambda x, task: logits(solve(x, x, task.inner), task.outer[0])

@@ -33,7 +33,7 @@ class Shared(NamedTuple):
     evaluate: Callable[[Any, Carry], dict[str, float | None]]
     configuration: Mapping[str, Any]
     batch: Callable[[Any], Any] = lambda data: data.batch
-    around: Callable[[bx.Hypergradient], bx.Hypergradient] = lambda hypergradient: hypergradient
+    around: Callable[[bx.problem.Hypergradient], bx.problem.Hypergradient] = lambda hypergradient: hypergradient
 
     def fixed(self, **changes: Any) -> "Shared":
         """The same for anchors, whose x stays what it is at first."""
@@ -41,7 +41,7 @@ class Shared(NamedTuple):
         return self._replace(optimizer=optax.set_to_zero(), configuration=chosen, **changes)
 
     def method(
-        self, name: str, solver: Callable[..., bx.InnerSolver], inner: Any, settings: Mapping[str, Any]
+        self, name: str, solver: Callable[..., bx.problem.InnerSolver], inner: Any, settings: Mapping[str, Any]
     ) -> Method:
         """The row whose inner solver is `solver(inner, **settings)`."""
         return Method(

@@ -82,35 +82,37 @@ class Data(NamedTuple):
     y: chex.ArrayTree
 
 
-def unrolled(kind: Callable[..., bx.InnerSolver], problem: Problem, steps: int, **settings: Any) -> bx.InnerSolver:
+def unrolled(
+    kind: Callable[..., bx.problem.InnerSolver], problem: Problem, steps: int, **settings: Any
+) -> bx.problem.InnerSolver:
     """So many inner steps of this kind, with a document in each."""
-    return kind(problem.inner_loss, optax.sgd(1.0), steps, sample=bx.inner.per_step, **settings)
+    return kind(problem.inner_loss, optax.sgd(1.0), steps, sample=bx.sampling.per_step, **settings)
 
 
 reverse = functools.partial(unrolled, bx.inner.reverse)
 
 
-def truncated(problem: Problem, steps: int) -> bx.InnerSolver:
+def truncated(problem: Problem, steps: int) -> bx.problem.InnerSolver:
     """Differentiates through the last of the inner steps."""
     before = unrolled(bx.inner.no_gradient, problem, problem.steps - steps)
     return bx.inner.chain(before, reverse(problem, steps))
 
 
-def identity(problem: Problem) -> bx.InnerSolver:
+def identity(problem: Problem) -> bx.problem.InnerSolver:
     """Leaves curvature out: each step is differentiated as if it were the last one, and made at the last y."""
     ihvp = bx.ihvp.identity(problem.steps)
     return unrolled(bx.inner.implicit, problem, problem.steps, ihvp=ihvp)
 
 
-def forward_gradient(problem: Problem, directions: int, guide_steps: int = 0) -> bx.InnerSolver:
+def forward_gradient(problem: Problem, directions: int, guide_steps: int = 0) -> bx.problem.InnerSolver:
     """Pushes so many directions: random ones, or as one of them the gradient truncated to `guide_steps` steps."""
     return unrolled(
         bx.inner.forward_gradient,
         problem,
         problem.steps,
         directions=directions,
-        sampler=bx.random_directions.orthogonal,
-        guide=bx.guides.from_start(truncated(problem, guide_steps)) if guide_steps else None,
+        sampler=bx.inner.random_directions.orthogonal,
+        guide=bx.inner.guides.from_start(truncated(problem, guide_steps)) if guide_steps else None,
     )
 
 
@@ -118,7 +120,7 @@ class Row(NamedTuple):
     """A row of the table: `solver(problem, **settings(problem))` builds its inner solver."""
 
     name: str
-    solver: Callable[..., bx.InnerSolver]
+    solver: Callable[..., bx.problem.InnerSolver]
     settings: Callable[[Problem], Mapping[str, Any]]
 
 
@@ -126,7 +128,7 @@ def foreign(function: Function) -> Row:
     """The row of a function of a plugin; the rate of the inner steps is in the loss."""
 
     def solver(problem: Problem) -> Any:
-        curvature, sample = bx.curvature.hessian, bx.inner.per_step
+        curvature, sample = bx.curvature.hessian, bx.sampling.per_step
         given = InnerProblem(problem.inner_loss, optax.sgd(1.0), problem.steps, 1.0, curvature, sample=sample)
         return function.hypergradient(given)
 

@@ -76,7 +76,7 @@ class Solved(NamedTuple):
     y: chex.ArrayTree
 
 
-def reverse(outer_loss: Callable, solve: Callable) -> bx.Hypergradient:
+def reverse(outer_loss: Callable, solve: Callable) -> bx.problem.Hypergradient:
     """The derivative of x ↦ f(x, solve(x)) by reverse mode."""
 
     def init(x: chex.ArrayTree, y: chex.ArrayTree, batch: Any = None) -> Solved:
@@ -88,10 +88,10 @@ def reverse(outer_loss: Callable, solve: Callable) -> bx.Hypergradient:
             return outer_loss(x, y, batch.outer), y
 
         (value, y), grad = jax.value_and_grad(loss, has_aux=True)(x)
-        inner = bx.SolverInfo(jnp.nan, jnp.nan, ~jnp.isfinite(value), bx.Calls(1), Passes(1, 1))
-        return grad, Solved(y), bx.HypergradientInfo(value, inner)
+        inner = bx.problem.SolverInfo(jnp.nan, jnp.nan, ~jnp.isfinite(value), bx.problem.Calls(1), Passes(1, 1))
+        return grad, Solved(y), bx.hypergradients.HypergradientInfo(value, inner)
 
-    return bx.Hypergradient(init, estimate)
+    return bx.problem.Hypergradient(init, estimate)
 
 
 class Counted(NamedTuple):
@@ -102,27 +102,29 @@ class Counted(NamedTuple):
     passes: chex.Array
 
 
-def by_directions(inner: bx.SolverInfo) -> chex.Numeric:
+def by_directions(inner: bx.problem.SolverInfo) -> chex.Numeric:
     """Passes of what counts its runs and tangents itself."""
     return inner.detail.solves + inner.detail.tangents
 
 
-def by_differences(inner: bx.SolverInfo) -> chex.Numeric:
+def by_differences(inner: bx.problem.SolverInfo) -> chex.Numeric:
     """Passes of what only runs the solver."""
     return inner.detail.solves
 
 
-def by_residual(inner: bx.SolverInfo) -> chex.Numeric:
+def by_residual(inner: bx.problem.SolverInfo) -> chex.Numeric:
     """Passes of the implicit rule for the whole residual: a run, the residual, and one pull-back."""
     return 3
 
 
-def by_products(inner: bx.SolverInfo) -> chex.Numeric:
+def by_products(inner: bx.problem.SolverInfo) -> chex.Numeric:
     """Passes of the implicit rule for shooting: a run, and there and back for the gradient and for each product."""
     return 1 + 2 * (1 + inner.calls.hessian_products + inner.calls.cross_products)
 
 
-def counted(hypergrad: bx.Hypergradient, passes: Callable[[bx.SolverInfo], chex.Numeric]) -> bx.Hypergradient:
+def counted(
+    hypergrad: bx.problem.Hypergradient, passes: Callable[[bx.problem.SolverInfo], chex.Numeric]
+) -> bx.problem.Hypergradient:
     """The hypergradient, with its passes counted in the state."""
 
     def init(x: chex.ArrayTree, y: chex.ArrayTree, batch: Any = None) -> Counted:
@@ -132,7 +134,7 @@ def counted(hypergrad: bx.Hypergradient, passes: Callable[[bx.SolverInfo], chex.
         grad, own, info = hypergrad.estimate(key, state.own, x, batch)
         return grad, Counted(own.y, own, state.passes + passes(info.inner)), info
 
-    return bx.Hypergradient(init, estimate)
+    return bx.problem.Hypergradient(init, estimate)
 
 
 class Row(NamedTuple):
@@ -148,48 +150,52 @@ class Row(NamedTuple):
     """
 
     name: str
-    hypergradient: Callable[[Problem, Any], bx.Hypergradient]
-    passes: Callable[[bx.SolverInfo], chex.Numeric]
+    hypergradient: Callable[[Problem, Any], bx.problem.Hypergradient]
+    passes: Callable[[bx.problem.SolverInfo], chex.Numeric]
     directions: Callable[[int], int | None] = lambda size: size
     settings: Mapping[str, Any] = {}
     least: int = 1
 
 
-def forward(problem: Problem, directions: int) -> bx.Hypergradient:
+def forward(problem: Problem, directions: int) -> bx.problem.Hypergradient:
     """Pushes orthogonal directions through the solver; as many as x has entries give the exact gradient."""
     solver = bx.inner.forward_gradient(
-        None, directions=directions, sampler=bx.random_directions.orthogonal, solve=problem.solve
+        None, directions=directions, sampler=bx.inner.random_directions.orthogonal, solve=problem.solve
     )
     return bx.hypergradient(problem.misfit, solver)
 
 
-def differences(difference: bx.inner.Difference, problem: Problem, directions: int) -> bx.Hypergradient:
+def differences(difference: bx.inner.Difference, problem: Problem, directions: int) -> bx.problem.Hypergradient:
     """Differences of the JAX solver along orthogonal directions."""
-    orthogonal = bx.random_directions.orthogonal
+    orthogonal = bx.inner.random_directions.orthogonal
     solver = bx.inner.zeroth_order(problem.solve, directions, MU["jax"], difference=difference, sampler=orthogonal)
     return bx.hypergradient(problem.misfit, solver)
 
 
-def black_box(problem: Problem, directions: int) -> bx.Hypergradient:
+def black_box(problem: Problem, directions: int) -> bx.problem.Hypergradient:
     """Differences of the SciPy solver, which runs once for each."""
     solver = bx.inner.zeroth_order(
-        bx.black_box(problem.solve_by_scipy), directions, MU["scipy"], sampler=bx.random_directions.orthogonal, chunk=1
+        bx.inner.black_box(problem.solve_by_scipy),
+        directions,
+        MU["scipy"],
+        sampler=bx.inner.random_directions.orthogonal,
+        chunk=1,
     )
     return bx.hypergradient(problem.misfit, solver)
 
 
-def full(problem: Problem, directions: int) -> bx.Hypergradient:
+def full(problem: Problem, directions: int) -> bx.problem.Hypergradient:
     """Central differences of the outer loss itself."""
-    orthogonal = bx.random_directions.orthogonal
-    return bx.full_zeroth_order(problem.misfit, problem.solve, directions, MU["jax"], sampler=orthogonal)
+    orthogonal = bx.inner.random_directions.orthogonal
+    return bx.hypergradients.full_zeroth_order(problem.misfit, problem.solve, directions, MU["jax"], sampler=orthogonal)
 
 
-def through(checkpoint: bx.inner.Checkpoint, problem: Problem, directions: None) -> bx.Hypergradient:
+def through(checkpoint: bx.inner.Checkpoint, problem: Problem, directions: None) -> bx.problem.Hypergradient:
     """Reverse mode through all steps of the solver."""
     return reverse(problem.misfit, functools.partial(problem.solve, loop=checkpoint.loop))
 
 
-def implicit(loss: Callable, ihvp: bx.IHVP, problem: Problem, directions: None) -> bx.Hypergradient:
+def implicit(loss: Callable, ihvp: bx.problem.IHVP, problem: Problem, directions: None) -> bx.problem.Hypergradient:
     """The implicit function theorem at what the solver returns, for one of the two inner losses."""
     solver = bx.inner.implicit(functools.partial(loss, problem), ihvp=ihvp, solve=problem.solve)
     return bx.hypergradient(problem.misfit, solver)

@@ -166,16 +166,18 @@ class Row(NamedTuple):
     """A row of the table: `solver(loss, optimizer, **settings)` builds the inner solver."""
 
     name: str
-    solver: Callable[..., bx.InnerSolver]
+    solver: Callable[..., bx.problem.InnerSolver]
     settings: Mapping[str, Any]
 
 
-def implicit(ihvp: Callable[..., bx.IHVP], loss: Any, optimizer: Any, **settings: Any) -> bx.InnerSolver:
+def implicit(
+    ihvp: Callable[..., bx.problem.IHVP], loss: Any, optimizer: Any, **settings: Any
+) -> bx.problem.InnerSolver:
     """Implicit differentiation with an inverse-Hessian-vector product of these settings."""
     return bx.inner.implicit(loss, optimizer, INNER_STEPS, ihvp(**settings))
 
 
-def truncated(loss: Any, optimizer: Any, steps: int) -> bx.InnerSolver:
+def truncated(loss: Any, optimizer: Any, steps: int) -> bx.problem.InnerSolver:
     """Differentiates through the last of the inner steps."""
     first = bx.inner.no_gradient(loss, optimizer, INNER_STEPS - steps)
     return bx.inner.chain(first, bx.inner.reverse(loss, optimizer, steps))

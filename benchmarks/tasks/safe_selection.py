@@ -102,7 +102,7 @@ def likelihood(model: Decoder, y: chex.ArrayTree, batch: tuple) -> chex.Array:
 
 def train(model: Decoder, y: chex.ArrayTree, texts: tuple, setting: Setting, key: chex.PRNGKey) -> chex.ArrayTree:
     """Trains on texts that nobody selects, in the plain way."""
-    optimizer, sample = optax.adam(3 * setting.learning_rate), bx.inner.minibatch(setting.sizes["inner"])
+    optimizer, sample = optax.adam(3 * setting.learning_rate), bx.sampling.minibatch(setting.sizes["inner"])
 
     def step(carry: tuple, key: chex.PRNGKey) -> tuple[tuple, None]:
         y, state = carry

@@ -118,20 +118,20 @@ class Problem(NamedTuple):
     step_size: float
 
 
-def draw_outer(hypergradient: bx.Hypergradient, size: int) -> bx.Hypergradient:
+def draw_outer(hypergradient: bx.problem.Hypergradient, size: int) -> bx.problem.Hypergradient:
     """The hypergradient with a minibatch of the outer data in each outer step."""
-    draw = bx.inner.minibatch(size)
+    draw = bx.sampling.minibatch(size)
 
     def estimate(key: chex.PRNGKey, state: Any, x: chex.ArrayTree, batch: bx.Batch) -> tuple:
         outer_key, key = jax.random.split(key)
         return hypergradient.estimate(key, state, x, batch._replace(outer=draw(outer_key, 0, batch.outer)))
 
-    return bx.Hypergradient(hypergradient.init, estimate)
+    return bx.problem.Hypergradient(hypergradient.init, estimate)
 
 
-def implicit(ihvp: Callable[..., bx.IHVP], problem: Problem, **settings: Any) -> bx.InnerSolver:
+def implicit(ihvp: Callable[..., bx.problem.IHVP], problem: Problem, **settings: Any) -> bx.problem.InnerSolver:
     """Implicit differentiation with an inverse-Hessian-vector product of these settings, each with its own batch."""
-    draw = {name: bx.inner.minibatch(size) for name, size in problem.sizes.items()}
+    draw = {name: bx.sampling.minibatch(size) for name, size in problem.sizes.items()}
     made = ihvp(sample=draw["curvature"], **settings)
     return bx.inner.implicit(
         problem.inner_loss,
@@ -144,20 +144,20 @@ def implicit(ihvp: Callable[..., bx.IHVP], problem: Problem, **settings: Any) ->
     )
 
 
-def no_gradient(problem: Problem, steps: int) -> bx.InnerSolver:
+def no_gradient(problem: Problem, steps: int) -> bx.problem.InnerSolver:
     """Makes so many inner steps, and differentiates none of them."""
-    sample = bx.inner.minibatch(problem.sizes["inner"])
+    sample = bx.sampling.minibatch(problem.sizes["inner"])
     return bx.inner.no_gradient(problem.inner_loss, problem.optimizer, steps, sample=sample)
 
 
-def truncated(problem: Problem, steps: int) -> bx.InnerSolver:
+def truncated(problem: Problem, steps: int) -> bx.problem.InnerSolver:
     """Differentiates through the last of the inner steps."""
-    sample = bx.inner.minibatch(problem.sizes["inner"])
+    sample = bx.sampling.minibatch(problem.sizes["inner"])
     last = bx.inner.reverse(problem.inner_loss, problem.optimizer, steps, sample=sample)
     return bx.inner.chain(no_gradient(problem, problem.steps - steps), last)
 
 
-def identity(sample: Any, **settings: Any) -> bx.IHVP:
+def identity(sample: Any, **settings: Any) -> bx.problem.IHVP:
     """Needs no batch."""
     return bx.ihvp.identity(**settings)
 
@@ -173,7 +173,7 @@ class Row(NamedTuple):
     """
 
     name: str
-    solver: Callable[..., bx.InnerSolver]
+    solver: Callable[..., bx.problem.InnerSolver]
     settings: Callable[[Problem], Mapping[str, Any]]
     start: Callable[[Data], chex.Array] | None = None
 
@@ -182,7 +182,7 @@ def foreign(function: Function) -> Row:
     """The row of a function of a plugin."""
 
     def solver(problem: Problem) -> Any:
-        draw = {name: bx.inner.minibatch(size) for name, size in problem.sizes.items()}
+        draw = {name: bx.sampling.minibatch(size) for name, size in problem.sizes.items()}
         return function.hypergradient(
             InnerProblem(
                 problem.inner_loss,

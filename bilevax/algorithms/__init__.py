@@ -19,21 +19,22 @@
 `descent` makes such a method out of any hypergradient.
 """
 
-from bilevax.algorithms.amigo import AmigoState, amigo
-from bilevax.algorithms.bsa import bsa, growing_steps
-from bilevax.algorithms.descent import DescentInfo, DescentState, decay, descent
-from bilevax.algorithms.f2sa import f2sa
-from bilevax.algorithms.fsla import fsla
-from bilevax.algorithms.mrbo import mrbo
-from bilevax.algorithms.one_agent import one_agent
-from bilevax.algorithms.pzobo import pzobo
-from bilevax.algorithms.saba import saba
-from bilevax.algorithms.soba import soba
-from bilevax.algorithms.srba import srba
-from bilevax.algorithms.stocbio import stocbio
-from bilevax.algorithms.sustain import sustain
-from bilevax.algorithms.ttsa import ttsa
-from bilevax.algorithms.vrbo import VrboState, vrbo
+from bilevax.algorithms._amigo import AmigoState, amigo
+from bilevax.algorithms._bsa import bsa, growing_steps
+from bilevax.algorithms._descent import DescentInfo, DescentState, descent
+from bilevax.algorithms._f2sa import f2sa
+from bilevax.algorithms._fsla import fsla
+from bilevax.algorithms._mrbo import mrbo
+from bilevax.algorithms._one_agent import one_agent
+from bilevax.algorithms._pzobo import pzobo
+from bilevax.algorithms._saba import saba
+from bilevax.algorithms._soba import soba
+from bilevax.algorithms._srba import srba
+from bilevax.algorithms._stocbio import stocbio
+from bilevax.algorithms._sustain import sustain
+from bilevax.algorithms._ttsa import ttsa
+from bilevax.algorithms._vrbo import VrboState, vrbo
+from bilevax.single_loop.step_sizes import decay
 
 __all__ = [
     "AmigoState",
@@ -58,3 +59,7 @@ __all__ = [
     "ttsa",
     "vrbo",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,8 +1,9 @@
 """Products with second derivatives, losses with structure, and Kronecker factors of their curvature."""
 
 from bilevax.curvature import capture, fisher, kronecker
+from bilevax.curvature._describe import Report, describe
+from bilevax.curvature.capture.uses import observe
 from bilevax.curvature.damped_blocks import inverted
-from bilevax.curvature.describe import Report, describe
 from bilevax.curvature.model_loss import ModelLoss, gauss_newton
 from bilevax.curvature.output_loss import (
     OutputLoss,
@@ -13,7 +14,6 @@ from bilevax.curvature.output_loss import (
 )
 from bilevax.curvature.products import cross, damped, hessian
 from bilevax.curvature.sharing import Sharing, expand, reduce
-from bilevax.curvature.uses import observe
 
 __all__ = [
     "ModelLoss",
@@ -37,3 +37,7 @@ __all__ = [
     "softmax_cross_entropy",
     "squared_error",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

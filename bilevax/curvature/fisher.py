@@ -16,6 +16,11 @@ from bilevax.curvature.output_loss import OutputLoss
 
 __all__ = ["empirical", "exact", "sampled"]
 
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 Columns = tuple[int, Callable[[chex.Numeric], chex.Array]]
 Fisher = Callable[[chex.PRNGKey | None, OutputLoss, chex.Array, chex.Array], Columns]
 

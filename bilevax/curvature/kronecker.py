@@ -18,16 +18,21 @@ import optax
 
 from bilevax import checks
 from bilevax.curvature import capture
+from bilevax.curvature.capture.uses import Rows, Use, Visitor
 from bilevax.curvature.fisher import Fisher, sampled
 from bilevax.curvature.inverse import Cholesky, Eigen, Inverse, exact, factored
 from bilevax.curvature.model_loss import ModelLoss, structured
 from bilevax.curvature.output_loss import OutputLoss
 from bilevax.curvature.sharing import Sharing, expand
-from bilevax.curvature.uses import Rows, Use, Visitor
 from bilevax.problem import Loss, widen
 from bilevax.sampling import split
 
 __all__ = ["Cholesky", "Diagonal", "Eigen", "Inverse", "Kronecker", "exact", "factored", "factors"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 Positions = Callable[[Any], chex.Array]
 

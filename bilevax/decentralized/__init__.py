@@ -1,7 +1,7 @@
 """Decentralized bilevel optimization: agents are a leading array axis, gossip moves information between them.
 
-An engine (`single_loop`) out of local directions, an estimator, a correction for each level and an order; most methods
-are presets of it, and those with inner loops or matrices are built of the same parts.
+Most methods are presets of the engine `bx.single_loop.single_loop`: local directions, an estimator, a correction for each
+level and an order. Those with inner loops or matrices are built of the same parts.
 
 | method                        | lower level | limit, exact derivatives   | numbers to a neighbour in an iteration |
 |-------------------------------|-------------|----------------------------|----------------------------------------|
@@ -18,31 +18,24 @@ are presets of it, and those with inner loops or matrices are built of the same 
 | `lopa_local`, `lopa_tracking` | personal    | x_p but for O(step); x_p   | d_x; 2 d_x                             |
 """
 
-from bilevax.decentralized.adasdbo import adasdbo
-from bilevax.decentralized.c2dfb import c2dfb
-from bilevax.decentralized.diamond import diamond
-from bilevax.decentralized.dsoba import dsoba
-from bilevax.decentralized.dsoba_first_order import dsoba_first_order
-from bilevax.decentralized.dsvrbgd import dsvrbgd, dsvrbgd_alternating, dsvrbgd_simultaneous
-from bilevax.decentralized.engine import GAUSS_SEIDEL, JACOBI, Info, State, single_loop
-from bilevax.decentralized.gbdsbo import gbdsbo
-from bilevax.decentralized.interact import interact, interact_svr
-from bilevax.decentralized.lopa import lopa_local, lopa_tracking
-from bilevax.decentralized.ma_dsbo import ma_dsbo
-from bilevax.decentralized.mdbo import mdbo
-from bilevax.decentralized.mix_factors import mix_factors
-from bilevax.decentralized.preconditioned import preconditioned
-from bilevax.decentralized.s3ldbo import s3ldbo
-from bilevax.decentralized.s3ldbo_unbiased import s3ldbo_unbiased
-from bilevax.decentralized.sldbo import sldbo
-from bilevax.decentralized.sparkle import sparkle
-from bilevax.decentralized.vrdbo import vrdbo
+from bilevax.decentralized._adasdbo import adasdbo
+from bilevax.decentralized._c2dfb import c2dfb
+from bilevax.decentralized._diamond import diamond
+from bilevax.decentralized._dsoba import dsoba
+from bilevax.decentralized._dsoba_first_order import dsoba_first_order
+from bilevax.decentralized._dsvrbgd import dsvrbgd, dsvrbgd_alternating, dsvrbgd_simultaneous
+from bilevax.decentralized._gbdsbo import gbdsbo
+from bilevax.decentralized._interact import interact, interact_svr
+from bilevax.decentralized._lopa import lopa_local, lopa_tracking
+from bilevax.decentralized._ma_dsbo import ma_dsbo
+from bilevax.decentralized._mdbo import mdbo
+from bilevax.decentralized._s3ldbo import s3ldbo
+from bilevax.decentralized._s3ldbo_unbiased import s3ldbo_unbiased
+from bilevax.decentralized._sldbo import sldbo
+from bilevax.decentralized._sparkle import sparkle
+from bilevax.decentralized._vrdbo import vrdbo
 
 __all__ = [
-    "GAUSS_SEIDEL",
-    "JACOBI",
-    "Info",
-    "State",
     "adasdbo",
     "c2dfb",
     "diamond",
@@ -58,12 +51,13 @@ __all__ = [
     "lopa_tracking",
     "ma_dsbo",
     "mdbo",
-    "mix_factors",
-    "preconditioned",
     "s3ldbo",
     "s3ldbo_unbiased",
-    "single_loop",
     "sldbo",
     "sparkle",
     "vrdbo",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,18 +1,18 @@
 """Inverse-Hessian-vector products."""
 
-from bilevax.ihvp.cg import cg
-from bilevax.ihvp.curved import KFACState
-from bilevax.ihvp.diagonal import DiagonalState, diagonal
-from bilevax.ihvp.ekfac import ekfac
-from bilevax.ihvp.exact import exact
-from bilevax.ihvp.identity import identity
-from bilevax.ihvp.kfac import kfac
-from bilevax.ihvp.linear import linear
-from bilevax.ihvp.neumann import neumann
-from bilevax.ihvp.nystrom import nystrom
-from bilevax.ihvp.random_neumann import random_neumann
-from bilevax.ihvp.rescaled import rescaled
-from bilevax.ihvp.sgd import sgd
+from bilevax.ihvp._cg import cg
+from bilevax.ihvp._curved import KFACState
+from bilevax.ihvp._diagonal import DiagonalState, diagonal
+from bilevax.ihvp._ekfac import ekfac
+from bilevax.ihvp._exact import exact
+from bilevax.ihvp._identity import identity
+from bilevax.ihvp._kfac import kfac
+from bilevax.ihvp._lineax import lineax
+from bilevax.ihvp._neumann import neumann
+from bilevax.ihvp._nystrom import nystrom
+from bilevax.ihvp._random_neumann import random_neumann
+from bilevax.ihvp._rescaled import rescaled
+from bilevax.ihvp._sgd import sgd
 
 __all__ = [
     "DiagonalState",
@@ -23,10 +23,14 @@ __all__ = [
     "exact",
     "identity",
     "kfac",
-    "linear",
+    "lineax",
     "neumann",
     "nystrom",
     "random_neumann",
     "rescaled",
     "sgd",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,14 +1,15 @@
 """Inner solvers, and what they are put together from."""
 
-from bilevax.inner.chain import ChainState, chain
-from bilevax.inner.directional import DirectionalInfo, DirectionalState
-from bilevax.inner.forward_gradient import forward_gradient
-from bilevax.inner.implicit import ImplicitState, implicit
-from bilevax.inner.no_gradient import no_gradient
-from bilevax.inner.reverse import Checkpoint, every_step, reverse, store_all, store_products, two_level
-from bilevax.inner.unroll_with_tail import unroll_with_tail
-from bilevax.inner.zeroth_order import Difference, central, one_sided, zeroth_order
-from bilevax.sampling import full, minibatch, per_step
+from bilevax.inner import guides, random_directions
+from bilevax.inner._black_box import black_box
+from bilevax.inner._chain import ChainState, chain
+from bilevax.inner._directional import DirectionalInfo, DirectionalState
+from bilevax.inner._forward_gradient import forward_gradient
+from bilevax.inner._implicit import ImplicitState, implicit
+from bilevax.inner._no_gradient import no_gradient
+from bilevax.inner._reverse import Checkpoint, every_step, reverse, store_all, store_products, two_level
+from bilevax.inner._unroll_with_tail import unroll_with_tail
+from bilevax.inner._zeroth_order import Difference, central, one_sided, zeroth_order
 
 __all__ = [
     "ChainState",
@@ -17,16 +18,16 @@ __all__ = [
     "DirectionalInfo",
     "DirectionalState",
     "ImplicitState",
+    "black_box",
     "central",
     "chain",
     "every_step",
     "forward_gradient",
-    "full",
+    "guides",
     "implicit",
-    "minibatch",
     "no_gradient",
     "one_sided",
-    "per_step",
+    "random_directions",
     "reverse",
     "store_all",
     "store_products",
@@ -34,3 +35,7 @@ __all__ = [
     "unroll_with_tail",
     "zeroth_order",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -29,11 +29,16 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from bilevax import checks
-from bilevax.inner.descent import full_cotangent
+from bilevax.inner._optimizer_steps import full_cotangent
 from bilevax.problem import Calls, InnerSolver, Iterate, arrays
 from bilevax.sampling import fold
 
 __all__ = ["Guide", "Solution", "at_solution", "blocks", "fixed", "from_start", "running_mean", "several"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 _KEY = 2**31 - 2  # beyond every step that is folded into the same key
 
@@ -49,7 +54,8 @@ class Solution(NamedTuple):
 
     Example:
         >>> import bilevax as bx
-        >>> bx.guides.Solution(bx.Iterate(0.0), bx.Iterate(1.0), bx.Iterate(2.0), None).end.y
+        >>> begin, end, cotangent = (bx.problem.Iterate(y) for y in (0.0, 1.0, 2.0))
+        >>> bx.inner.guides.Solution(begin, end, cotangent, None).end.y
         1.0
     """
 
@@ -75,7 +81,7 @@ class Guide(NamedTuple):
 
     Example:
         >>> import bilevax as bx
-        >>> bx.guides.blocks(4).number
+        >>> bx.inner.guides.blocks(4).number
         4
     """
 
@@ -91,7 +97,7 @@ def _single(tree: chex.ArrayTree) -> chex.ArrayTree:
 
 def _check(name: str, solver: InnerSolver) -> None:
     checks.instance("solver", solver, InnerSolver, "Pass, say, bx.inner.implicit(inner_loss, ihvp=bx.ihvp.kfac()).")
-    if solver.first_only:
+    if solver.pushes_tangents:
         raise ValueError(
             f"solver of guides.{name} must not push random directions itself; got one that does, whose guess would "
             f"depend on the directions it guides. Take inner.implicit, or a truncated inner.reverse."
@@ -118,7 +124,7 @@ def at_solution(solver: InnerSolver) -> Guide:
     Example:
         >>> import bilevax as bx, jax, optax
         >>> loss = lambda x, y, batch: 0.5 * ((y - x) ** 2).sum()
-        >>> guide = bx.guides.at_solution(bx.inner.implicit(loss, ihvp=bx.ihvp.identity()))
+        >>> guide = bx.inner.guides.at_solution(bx.inner.implicit(loss, ihvp=bx.ihvp.identity()))
         >>> solver = bx.inner.forward_gradient(loss, optax.sgd(0.5), 4, directions=2, guide=guide)
         >>> hypergrad = bx.hypergradient(lambda x, y, batch: (y * batch).sum(), solver)
         >>> x, batch = jax.numpy.zeros(3), bx.Batch(jax.numpy.array([1.0, 2.0, 3.0]), None)
@@ -159,7 +165,7 @@ def from_start(solver: InnerSolver) -> Guide:
         >>> import bilevax as bx, jax, optax
         >>> loss, sgd = lambda x, y, batch: 0.5 * ((y - x) ** 2).sum(), optax.sgd(0.5)
         >>> truncated = bx.inner.chain(bx.inner.no_gradient(loss, sgd, 3), bx.inner.reverse(loss, sgd, 1))
-        >>> guide = bx.guides.from_start(truncated)
+        >>> guide = bx.inner.guides.from_start(truncated)
         >>> solver = bx.inner.forward_gradient(loss, sgd, 4, directions=2, guide=guide)
         >>> hypergrad = bx.hypergradient(lambda x, y, batch: (y * batch).sum(), solver)
         >>> x, batch = jax.numpy.zeros(3), bx.Batch(jax.numpy.array([1.0, 2.0, 3.0]), None)
@@ -197,7 +203,7 @@ def blocks(number: int) -> Guide:
 
     Example:
         >>> import bilevax as bx, jax.numpy as jnp
-        >>> bx.guides.blocks(2).propose(None, (), jnp.zeros(5), None)[0].tolist()
+        >>> bx.inner.guides.blocks(2).propose(None, (), jnp.zeros(5), None)[0].tolist()
         [[1.0, 1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0, 1.0]]
     """
     number = checks.count("number", number, minimum=1)
@@ -233,7 +239,7 @@ def running_mean(rate: chex.Numeric) -> Guide:
 
     Example:
         >>> import bilevax as bx
-        >>> guide = bx.guides.running_mean(0.25)
+        >>> guide = bx.inner.guides.running_mean(0.25)
         >>> float(guide.update(guide.init(0.0, 0.0), 8.0))
         2.0
     """
@@ -269,7 +275,7 @@ def fixed(directions: chex.ArrayTree) -> Guide:
 
     Example:
         >>> import bilevax as bx, jax.numpy as jnp
-        >>> bx.guides.fixed(jnp.eye(3)[:2]).number
+        >>> bx.inner.guides.fixed(jnp.eye(3)[:2]).number
         2
     """
     checks.floating("directions", directions)
@@ -308,13 +314,15 @@ def several(*guides: Guide) -> Guide:
 
     Example:
         >>> import bilevax as bx
-        >>> bx.guides.several(bx.guides.blocks(4), bx.guides.running_mean(0.1)).number
+        >>> bx.inner.guides.several(bx.inner.guides.blocks(4), bx.inner.guides.running_mean(0.1)).number
         5
     """
     if not guides:
-        raise ValueError("guides must be one Guide or more; got none. Pass, say, bx.guides.blocks(4).")
+        raise ValueError("guides must be one Guide or more; got none. Pass, say, bx.inner.guides.blocks(4).")
     for guide in guides:
-        checks.instance("guides", guide, Guide, "Pass, say, bx.guides.blocks(4), bx.guides.running_mean(0.1).")
+        checks.instance(
+            "guides", guide, Guide, "Pass, say, bx.inner.guides.blocks(4), bx.inner.guides.running_mean(0.1)."
+        )
 
     def init(x: chex.ArrayTree, y: chex.ArrayTree, batch: Any = None) -> tuple:
         return tuple(guide.init(x, y, batch) for guide in guides)

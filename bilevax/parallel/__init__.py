@@ -12,3 +12,7 @@ __all__ = [
     "shard_directions",
     "split",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -24,12 +24,17 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from bilevax import checks
-from bilevax.decentralized import gossip as gossips
-from bilevax.decentralized import topology as graphs
-from bilevax.decentralized.engine import Algorithm
-from bilevax.decentralized.levels import Levels, levels
+from bilevax.agents import _gossip as gossips
+from bilevax.agents import topology as graphs
+from bilevax.problem import Algorithm
+from bilevax.single_loop._levels import Levels, levels
 
 __all__ = ["join", "place", "pmap_agents", "shard_agents", "split"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 _ONE_MESH = 'Pass jax.sharding.Mesh(jax.devices(), ("agents",)).'
 

@@ -12,9 +12,9 @@ from bilevax.testing import (
     problems,
     solver,
 )
+from bilevax.testing._contract import Contract, ContractError, contract
 from bilevax.testing.algorithm import AlgorithmSubject, check_algorithm
 from bilevax.testing.compiled import Dot, executed_dots, products
-from bilevax.testing.contract import Contract, ContractError, contract
 from bilevax.testing.correction import CorrectionSubject, check_correction
 from bilevax.testing.estimator import EstimatorSubject, check_estimator
 from bilevax.testing.gossip import GossipSubject, check_gossip
@@ -57,3 +57,7 @@ __all__ = [
     "solver",
     "solver_subject",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

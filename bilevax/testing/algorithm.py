@@ -16,15 +16,14 @@ import numpy as np
 import optax
 
 from bilevax import checks
-from bilevax.decentralized.engine import Algorithm
-from bilevax.decentralized.gossip import Gossip
-from bilevax.decentralized.levels import Levels
-from bilevax.problem import BilevelProblem
+from bilevax.agents._gossip import Gossip
+from bilevax.problem import Algorithm, BilevelProblem
 from bilevax.sampling import Sample, minibatch
+from bilevax.single_loop._levels import Levels
+from bilevax.testing._contract import Contract, contract, hold_all, name_of
 from bilevax.testing.compiled import READABLE, executed_dots, products
-from bilevax.testing.contract import Contract, contract, hold_all, name_of
 from bilevax.testing.placement import LAZY_RING, N, equal, of_four_agents, on_one_device, on_two_parts
-from bilevax.testing.problems.countable import CROSS, ENTRIES_OF_Y, INNER, OUTER, countable
+from bilevax.testing.problems._countable import CROSS, ENTRIES_OF_Y, INNER, OUTER, countable
 from bilevax.testing.trees import same_form, truth
 
 Make = Callable[[BilevelProblem, Gossip, Levels, Sample], Algorithm]
@@ -214,7 +213,7 @@ def vmap_over_keys_equals_a_loop(subject: AlgorithmSubject) -> None:
     equal(together, stacked([step(key, states[0], batch) for key in keys()[:3]]))
 
 
-@contract("Set info.breakdown to ~isfinite of what each agent has: bilevax.decentralized.engine.moved does.")
+@contract("Set info.breakdown to ~isfinite of what each agent has: bilevax.single_loop.engine.moved does.")
 def nan_is_reported_by_the_agent_that_has_it(subject: AlgorithmSubject) -> None:
     """Agent 2 gets a y that is no number."""
     start, _, _ = subject.history

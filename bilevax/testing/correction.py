@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevax import checks
-from bilevax.decentralized.correction_type import Correction, Move
-from bilevax.decentralized.gossip import Gossip
-from bilevax.testing.contract import Contract, contract, hold_all, name_of
+from bilevax.agents._gossip import Gossip
+from bilevax.single_loop.correction.correction_type import Correction, Move
+from bilevax.testing._contract import Contract, contract, hold_all, name_of
 from bilevax.testing.placement import (
     DIRECTED,
     LAZY_RING,
@@ -45,7 +45,7 @@ class CorrectionSubject:
     Example:
         >>> import bilevax as bx
         >>> from bilevax import testing
-        >>> subject = testing.CorrectionSubject(bx.correction.tracking())
+        >>> subject = testing.CorrectionSubject(bx.single_loop.correction.tracking())
         >>> subject.path["w"].shape  # the start and twenty updates
         (21, 4, 3)
     """
@@ -56,7 +56,7 @@ class CorrectionSubject:
 
     def __post_init__(self) -> None:
         """Raises ValueError unless it is a Correction on graphs of four agents."""
-        fix = "Pass the value that a constructor returns, such as bx.correction.tracking()."
+        fix = "Pass the value that a constructor returns, such as bx.single_loop.correction.tracking()."
         checks.instance("correction", self.correction, Correction, fix)
         of_four_agents(self.topology)
 
@@ -247,7 +247,7 @@ def check_correction(
     Args:
       correction: a `Correction`.
       unbiased: whether it ends where the mean of the agents' directions vanishes, although they differ; False for one
-        that leaves a bias, such as `bx.correction.none()`.
+        that leaves a bias, such as `bx.single_loop.correction.none()`.
       topologies: graphs of four agents, one after the other: by default a lazy ring and a directed graph, over which
         gossip is push-sum. One that needs a symmetric W gets `[bx.topology.lazy(bx.topology.ring(4))]`.
       contracts: those to be checked, of `bilevax.testing.correction.CONTRACTS`.
@@ -266,7 +266,7 @@ def check_correction(
         >>> import bilevax as bx
         >>> from bilevax import testing
         >>> form = testing.correction.state_keeps_its_form
-        >>> testing.check_correction(bx.correction.tracking(), contracts=[form])
+        >>> testing.check_correction(bx.single_loop.correction.tracking(), contracts=[form])
     """
     if not topologies:
         raise ValueError("topologies must hold at least one graph; got none. Leave them out for two that are given.")

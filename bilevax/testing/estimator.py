@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevax import checks
-from bilevax.decentralized.estimator import Estimator, Oracle
-from bilevax.decentralized.gossip import gossip
-from bilevax.decentralized.levels import Levels
+from bilevax.agents._gossip import gossip
 from bilevax.problem import Batch
-from bilevax.testing.contract import Contract, contract, hold_all, name_of
+from bilevax.single_loop._levels import Levels
+from bilevax.single_loop.estimator import Estimator, Oracle
+from bilevax.testing._contract import Contract, contract, hold_all, name_of
 from bilevax.testing.placement import LAZY_RING, N, equal
 from bilevax.testing.trees import same_form, truth
 
@@ -100,7 +100,7 @@ class EstimatorSubject:
     Example:
         >>> import bilevax as bx
         >>> from bilevax import testing
-        >>> subject = testing.EstimatorSubject(bx.estimator.full())
+        >>> subject = testing.EstimatorSubject(bx.single_loop.estimator.full())
         >>> subject.ordinary[1].shape  # evaluations of four agents at 200 points
         (200, 4)
     """
@@ -109,7 +109,7 @@ class EstimatorSubject:
 
     def __post_init__(self) -> None:
         """Raises ValueError unless it is an Estimator."""
-        fix = "Pass the value that a constructor returns, such as bx.estimator.full()."
+        fix = "Pass the value that a constructor returns, such as bx.single_loop.estimator.full()."
         checks.instance("estimator", self.estimator, Estimator, fix)
 
     @functools.cached_property
@@ -162,7 +162,7 @@ def state_keeps_its_form(subject: EstimatorSubject) -> None:
 
 @contract(
     "At first there is nothing to remember: the mean of u_0 over samples is the direction itself. Scale samples as "
-    "means, and give the memory weight 0 at k = 0 (bilevax.decentralized.estimator.oracle.from_one)."
+    "means, and give the memory weight 0 at k = 0 (bilevax.single_loop.estimator.oracle.from_one)."
 )
 def first_estimate_is_unbiased(subject: EstimatorSubject) -> None:
     """Over two thousand keys, within five standard deviations of the mean."""
@@ -282,7 +282,7 @@ def check_estimator(estimator: Estimator, contracts: Sequence[Contract] = CONTRA
     """Checks what every estimator keeps: its form, its draws, its count of evaluations, and that it settles.
 
     Args:
-      estimator: an `Estimator` for agents with six examples each, such as `bx.estimator.stochastic(minibatch(2))`. One
+      estimator: an `Estimator` for agents with six examples each, such as `estimator.stochastic(minibatch(2))`. One
         that works on blocks of agents gets blocks of two.
       contracts: those to be checked, of `bilevax.testing.estimator.CONTRACTS`.
 
@@ -298,6 +298,6 @@ def check_estimator(estimator: Estimator, contracts: Sequence[Contract] = CONTRA
     Example:
         >>> import bilevax as bx
         >>> from bilevax import testing
-        >>> testing.check_estimator(bx.estimator.full(), contracts=[testing.estimator.state_keeps_its_form])
+        >>> testing.check_estimator(bx.single_loop.estimator.full(), contracts=[testing.estimator.state_keeps_its_form])
     """
     hold_all(contracts, name_of(estimator), EstimatorSubject(estimator))

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevax import checks
-from bilevax.decentralized.gossip import Gossip, message_bytes
-from bilevax.decentralized.topology import Topology
-from bilevax.testing.contract import Contract, contract, hold_all, name_of
+from bilevax.agents._gossip import Gossip, message_bytes
+from bilevax.agents.topology import Topology
+from bilevax.testing._contract import Contract, contract, hold_all, name_of
 from bilevax.testing.placement import directed, in_turn
 from bilevax.testing.trees import same_form, truth
 

@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevax.hypergradient import HypergradientInfo
+from bilevax.hypergradients._hypergradient import HypergradientInfo
+from bilevax.hypergradients._two_phase import TwoPhaseInfo
 from bilevax.problem import Calls, IHVPInfo, SolverInfo
 from bilevax.testing import ground, points
+from bilevax.testing._contract import Contract, contract, hold_all, name_of
 from bilevax.testing.compiled import READABLE
-from bilevax.testing.contract import Contract, contract, hold_all, name_of
 from bilevax.testing.hypergradient_subject import NEAR, RATE, HypergradientSubject, Make, keys
 from bilevax.testing.trees import close, differ, finite, same_form, scalars, short, truth
-from bilevax.two_phase import TwoPhaseInfo
 
 
 def parts(info: Any) -> tuple[HypergradientInfo, ...]:
@@ -301,7 +301,7 @@ def check_hypergradient(make: Make, contracts: Sequence[Contract] = CONTRACTS, *
         ...     return bx.penalty(*problem, optimizer, steps=4, multiplier=10.0, sample=sample)
         >>> testing.check_hypergradient(mine, steps=4)  # doctest: +IGNORE_EXCEPTION_DETAIL
         Traceback (most recent call last):
-        bilevax.testing.contract.ContractError: mine breaks the contract `exact_at_the_solution`.
+        bilevax.testing._contract.ContractError: mine breaks the contract `exact_at_the_solution`.
     """
     subject = HypergradientSubject(make, **declared)
     hold_all(contracts, name_of(make), subject, lambda: subject.at(ground.PROBLEM))

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from bilevax import checks
-from bilevax.hypergradient import HypergradientInfo
+from bilevax.hypergradients._hypergradient import HypergradientInfo
 from bilevax.problem import Batch, BilevelProblem, Calls, Hypergradient, InnerSolver
 from bilevax.sampling import Sample, full
 from bilevax.testing import ground

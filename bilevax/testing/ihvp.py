@@ -14,8 +14,8 @@ from bilevax import checks
 from bilevax.problem import IHVP, Batch, IHVPInfo, Loss, inner_gradient
 from bilevax.sampling import Sample, full
 from bilevax.testing import ground, points
+from bilevax.testing._contract import Contract, contract, hold_all, name_of
 from bilevax.testing.compiled import READABLE
-from bilevax.testing.contract import Contract, contract, hold_all, name_of
 from bilevax.testing.structure import as_model
 from bilevax.testing.trees import close, differ, finite, same_form, scalars, truth
 
@@ -88,7 +88,7 @@ class IHVPSubject:
         if isinstance(self.ihvp, IHVP):
             return self.ihvp
         made = self.ihvp(self.number if number is None else number, sample)
-        checks.instance("ihvp(number, sample)", made, IHVP, "Return IHVP(init, prepare, linear).")
+        checks.instance("ihvp(number, sample)", made, IHVP, "Return IHVP(init, prepare, spd).")
         return made
 
     def apply(self, ihvp: IHVP, loss: Loss, key: Any, state: Any, point: tuple, *b_and_v0: Any) -> tuple:
@@ -174,7 +174,7 @@ def same_form_of_v(subject: IHVPSubject, point: points.Point) -> None:
     """The forms of a cold and a warm solve at a point, by tracing alone."""
     x, y = point
     ihvp, loss, data = subject.make(), points.PROBLEM.inner_loss, points.make_batch().inner
-    truth(isinstance(ihvp.linear, bool), f"linear is {ihvp.linear!r}; it is True or False")
+    truth(isinstance(ihvp.spd, bool), f"spd is {ihvp.spd!r}; it is True or False")
     state = ihvp.init(x, y, data, as_model(loss, x, y) if subject.structured else loss)
 
     def solve(state: Any, x: Any, y: Any, b: Any) -> tuple:
@@ -261,7 +261,8 @@ def inverts_twice_the_identity(subject: IHVPSubject) -> None:
 
 
 @contract(
-    "Begin at v0 where it is better than zero (bilevax.ihvp.start), or declare cold=True.", applies=lambda s: not s.cold
+    "Begin at v0 where it is better than zero (bilevax.ihvp._start), or declare cold=True.",
+    applies=lambda s: not s.cold,
 )
 def v0_is_used(subject: IHVPSubject) -> None:
     """From its own v, a solver needs fewer iterations, or gets further."""
@@ -286,8 +287,8 @@ def nan_is_reported(subject: IHVPSubject) -> None:
 
 
 @contract(
-    "Say linear=True only where apply is linear, symmetric and positive definite in b, on ONE draw for all products.",
-    applies=lambda subject: subject.make().linear,
+    "Say spd=True only where apply is linear, symmetric and positive definite in b, on ONE draw for all products.",
+    applies=lambda subject: subject.make().spd,
 )
 def linear_means_symmetric_and_positive_definite(subject: IHVPSubject) -> None:
     """Also on a stream of draws, as the matrix of the eleven unit vectors."""
@@ -394,7 +395,7 @@ def check_ihvp(ihvp: IHVP | MakeIHVP, contracts: Sequence[Contract] = CONTRACTS,
         >>> from bilevax import testing
         >>> testing.check_ihvp(bx.ihvp.identity(1.0), cold=True)  # doctest: +IGNORE_EXCEPTION_DETAIL
         Traceback (most recent call last):
-        bilevax.testing.contract.ContractError: an IHVP breaks the contract `inverts_twice_the_identity`.
+        bilevax.testing._contract.ContractError: an IHVP breaks the contract `inverts_twice_the_identity`.
     """
     subject = IHVPSubject(ihvp, **declared)
     hold_all(contracts, name_of(ihvp), subject, subject.make)

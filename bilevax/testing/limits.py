@@ -7,9 +7,9 @@ import jax
 import numpy as np
 
 from bilevax import checks
-from bilevax.decentralized.engine import Algorithm
-from bilevax.testing.contract import contract, name_of
-from bilevax.testing.problems.quadratic import Quadratic
+from bilevax.problem import Algorithm
+from bilevax.testing._contract import contract, name_of
+from bilevax.testing.problems._quadratic import Quadratic
 from bilevax.testing.trees import truth
 
 KEY = jax.random.key(0)
@@ -98,7 +98,7 @@ def last(algorithm: Algorithm, problem: Quadratic, iterations: int) -> Any:
         (4, 1)
     """
     checks.instance("algorithm", algorithm, Algorithm, "Make it with problem.problem over the agents of problem.")
-    checks.instance("problem", problem, Quadratic, "Pass, say, bilevax.testing.problems.quadratic(0).")
+    checks.instance("problem", problem, Quadratic, "Pass, say, bilevax.testing.problems._quadratic(0).")
     _takes_the_agents(algorithm, problem)
     run = jax.jit(partial(_run, algorithm, iterations))
     return jax.tree.map(np.asarray, run(*problem.start, problem.batch))

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 
 from bilevax import checks, parallel
-from bilevax.decentralized import topology as graphs
-from bilevax.decentralized.gossip import Gossip, gossip, push_sum
+from bilevax.agents import topology as graphs
+from bilevax.agents._gossip import Gossip, gossip, push_sum
 from bilevax.parallel.agents import gossip_along
 from bilevax.testing.trees import close
 

@@ -9,12 +9,12 @@ import numpy as np
 import optax
 
 from bilevax import checks
-from bilevax.hypergradient import differentiable, hypergradient
+from bilevax.hypergradients._hypergradient import differentiable, hypergradient
 from bilevax.problem import BilevelProblem, Hypergradient, InnerSolver, Iterate, Loss, SolverInfo
 from bilevax.sampling import Sample, full
 from bilevax.testing import ground, points
 from bilevax.testing import hypergradient as hypergradient_contracts
-from bilevax.testing.contract import Contract, contract, hold_all, name_of
+from bilevax.testing._contract import Contract, contract, hold_all, name_of
 from bilevax.testing.hypergradient_subject import RATE, HypergradientSubject
 from bilevax.testing.trees import close, differ, same_form, scalars, truth
 
@@ -148,7 +148,7 @@ def check_solver(make: MakeSolver, contracts: Sequence[Contract] = CONTRACTS, **
         ...     return bx.inner.reverse(loss, optimizer, steps=3, sample=sample)
         >>> testing.check_solver(mine, steps=4)  # doctest: +IGNORE_EXCEPTION_DETAIL
         Traceback (most recent call last):
-        bilevax.testing.contract.ContractError: mine breaks the contract `y_is_that_of_a_loop_by_hand`.
+        bilevax.testing._contract.ContractError: mine breaks the contract `y_is_that_of_a_loop_by_hand`.
     """
     subject = solver_subject(make, **declared)
     hold_all(contracts, name_of(make), subject, lambda: subject.at(ground.PROBLEM))

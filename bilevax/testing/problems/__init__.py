@@ -1,8 +1,8 @@
 """Bilevel problems whose solutions are known in closed form, and small ones that a method meets in its contracts."""
 
-from bilevax.testing.problems.countable import countable
+from bilevax.testing.problems._countable import countable
+from bilevax.testing.problems._quadratic import Quadratic, four_agents, neumann, quadratic
 from bilevax.testing.problems.known import Known, logistic, network, ridge, twice_identity
-from bilevax.testing.problems.quadratic import Quadratic, four_agents, neumann, quadratic
 
 __all__ = [
     "Known",
@@ -16,3 +16,7 @@ __all__ = [
     "ridge",
     "twice_identity",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,382 @@
+"""Gossip: the only thing that moves information between agents."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bilevax import checks
+from bilevax.agents import topology as graphs
+from bilevax.problem import widen
+
+Topologies = graphs.Topology | Sequence[graphs.Topology]
+
+
+class Gossip(NamedTuple):
+    """How agents average with their neighbours, on pytrees with leaves [n, ...] (n/devices of them on each device).
+
+    Attributes:
+      init: `init(tree) -> state`: () for a fixed matrix; a counter, reference copies or push-sum weights otherwise.
+      mix: `mix(key, state, tree) -> (tree, state)`: one round, (W s)_i = Σ_j w_ij s_j.
+      laplacian: `laplacian(key, state, tree) -> (tree, state)`: one round, Σ_j w_ij (s_i − s_j) = ((I − W) s)_i, summed
+        edge by edge, so that its rounding errors vanish with the differences.
+      mean: `mean(tree) -> tree`: the average over all agents; leaves [...].
+      agents: `agents() -> int32 [local]`: the global ids of the agents held here; all n of them on one device.
+      bytes: `bytes(state, tree) -> float [local]`: what each agent sends to its neighbours in the next round.
+      weights: `weights(state) -> float [local]`, or 1.0: the push-sum weights ω, whose mean with s is kept.
+      n: the number of agents.
+      topology: the graph, or the sequence of graphs, that all this was made of.
+
+    Example:
+        >>> import bilevax as bx, jax.numpy as jnp
+        >>> gossip = bx.gossip(bx.topology.ring(4))
+        >>> s, _ = gossip.mix(None, gossip.init(jnp.zeros(4)), jnp.array([3.0, 0.0, 0.0, 0.0]))
+        >>> [round(float(value), 6) for value in s]
+        [1.0, 1.0, 0.0, 1.0]
+    """
+
+    init: Callable
+    mix: Callable
+    laplacian: Callable
+    mean: Callable
+    agents: Callable
+    bytes: Callable
+    weights: Callable
+    n: int
+    topology: Any
+
+
+class Form(NamedTuple):
+    """One matrix as two functions of one leaf [n, ...]: `mix` is W s, `laplacian` is (I − W) s by edge differences."""
+
+    mix: Callable
+    laplacian: Callable
+
+
+def gossip(topology: Topologies) -> Gossip:
+    """Averaging with the doubly stochastic matrix of a graph, or with a sequence of them in turn.
+
+        s_i ← Σ_j w_ij s_j
+
+    The program follows the structure of the graph: shifts of the agents' axis where few hops describe it (ring, torus,
+    grid, hypercube, exponential, ...), one sum over edges where it is large and irregular, and a product with W
+    otherwise. All three agree to rounding.
+
+    Args:
+      topology: a `Topology`, or a sequence of them that is taken in turn, one for each round.
+
+    Returns:
+      `Gossip`; its state is () for one graph and the number of past rounds for a sequence.
+
+    Raises:
+      ValueError: if a matrix is not doubly stochastic, if the graph (of a sequence: the union) is not connected, or if
+        it is directed and column-stochastic only, which `push_sum` takes.
+
+    Cost: one round; each agent sends its leaves to each neighbour. O(n · hops) work by shifts, O(edges) by edges, O(n²)
+    by the matrix.
+
+    Example:
+        >>> import bilevax as bx
+        >>> bx.gossip(bx.topology.ring(4096)).n
+        4096
+    """
+    sequence = _checked(topology)
+    if any(one.directed for one in sequence):
+        raise ValueError(
+            "topology must be doubly stochastic for gossip; got a directed graph whose columns alone sum to 1. Take "
+            "bx.agents.push_sum(topology), which corrects for the rows."
+        )
+    return _on_one_device(topology)
+
+
+def push_sum(topology: Topologies) -> Gossip:
+    """Averaging over a directed graph with a column-stochastic matrix C, each agent knowing its own out-degree alone.
+
+        z = ω s,   z⁺ = C z,   ω⁺ = C ω,   s⁺ = z⁺ / ω⁺          from ω = 1
+
+    What is kept is Σ_i ω_i s_i, and Σ_i ω_i = n. A correction divides its directions by ω, so that
+    gradient tracking over push-sum is Push-DIGing and plain descent is stochastic gradient push.
+
+    Args:
+      topology: a `Topology` (directed or not), or a sequence of them that is taken in turn.
+
+    Returns:
+      `Gossip` whose state holds the weights ω [n].
+
+    Raises:
+      ValueError: if a matrix is not column-stochastic or the graph is not strongly connected; from `laplacian`, which
+        exact diffusion and EXTRA need and a directed graph does not have.
+
+    Cost: one round; each agent sends its leaves and one number to each out-neighbour.
+
+    Reference: Nedić, Olshevsky and Shi, "Achieving geometric convergence for distributed optimization over time-varying
+    graphs", arXiv 1607.03218 (Push-DIGing).
+
+    Example:
+        >>> import bilevax as bx, networkx as nx
+        >>> graph = bx.topology.from_graph(nx.DiGraph([(0, 1), (1, 2), (2, 0), (0, 2)]))
+        >>> graph.directed, bx.agents.push_sum(graph).n
+        (True, 3)
+    """
+    _checked(topology)
+    return with_push_sum(_on_one_device(topology))
+
+
+def _checked(topology: Topologies) -> tuple[graphs.Topology, ...]:
+    graphs.check(topology)
+    return (topology,) if isinstance(topology, graphs.Topology) else tuple(topology)
+
+
+def _on_one_device(topology: Topologies) -> Gossip:
+    def mean(tree: chex.ArrayTree) -> chex.ArrayTree:
+        return jax.tree.map(lambda leaf: jnp.mean(leaf, 0), tree)
+
+    return assemble(topology, by_structure, lambda n: jnp.arange(n, dtype=jnp.int32), mean)
+
+
+def assemble(topology: Topologies, form: Callable, agents: Callable, mean: Callable) -> Gossip:
+    """A gossip out of the parts that depend on the placement of the agents.
+
+    Args:
+      topology: a `Topology` or a sequence of them.
+      form: `form(topology) -> Form` on the leaves held here.
+      agents: `agents(n) -> int32 [local]`.
+      mean: `mean(tree) -> tree` over all agents.
+
+    Returns:
+      `Gossip`.
+    """
+    sequence = (topology,) if isinstance(topology, graphs.Topology) else tuple(topology)
+    forms = [form(one) for one in sequence]
+    n, period = sequence[0].n, len(sequence)
+    out_degrees = np.stack([_out_degrees(one) for one in sequence])
+
+    def init(tree: chex.ArrayTree) -> Any:
+        return () if period == 1 else jnp.zeros((), jnp.int32)
+
+    def round_of(functions: list[Callable]) -> Callable:
+        branches = [partial(jax.tree.map, function) for function in functions]
+
+        def apply(key: chex.PRNGKey | None, state: Any, tree: chex.ArrayTree) -> tuple[chex.ArrayTree, Any]:
+            local = len(agents(n))
+            checks.agents_axis("tree", tree, local, f"Pass leaves of all agents; bx.replicate(tree, {n}) copies one.")
+            checks.floating("tree", tree)
+            if period == 1:
+                return branches[0](tree), state
+            return jax.lax.switch(state % period, branches, tree), state + 1
+
+        return apply
+
+    def sent(state: Any, tree: chex.ArrayTree) -> chex.Array:
+        degrees = jnp.asarray(out_degrees, jnp.float32)[0 if period == 1 else state % period]
+        return degrees[agents(n)] * message_bytes(tree)
+
+    return Gossip(
+        init,
+        round_of([one.mix for one in forms]),
+        round_of([one.laplacian for one in forms]),
+        mean,
+        lambda: agents(n),
+        sent,
+        lambda state: 1.0,
+        n,
+        topology,
+    )
+
+
+def with_push_sum(plain: Gossip) -> Gossip:
+    """Push-sum over the matrices of `plain`, which are column-stochastic."""
+
+    def init(tree: chex.ArrayTree) -> Any:
+        return plain.init(tree), jnp.ones(plain.agents().shape)
+
+    def mix(key: chex.PRNGKey | None, state: Any, tree: chex.ArrayTree) -> tuple[chex.ArrayTree, Any]:
+        (z, omega), inner = plain.mix(key, state[0], (per_agent(jnp.multiply, state[1], tree), state[1]))
+        return per_agent(lambda w, leaf: leaf / w, omega, z), (inner, omega)
+
+    def laplacian(key: chex.PRNGKey | None, state: Any, tree: chex.ArrayTree) -> Any:
+        raise ValueError(
+            "correction must be none or gradient tracking over push-sum; got one that needs a symmetric W (exact "
+            "diffusion or EXTRA). Take bx.single_loop.correction.tracking()."
+        )
+
+    return plain._replace(
+        init=init,
+        mix=mix,
+        laplacian=laplacian,
+        bytes=lambda state, tree: plain.bytes(state[0], (tree, state[1])),
+        weights=lambda state: state[1],
+    )
+
+
+def per_agent(function: Callable, weights: chex.Array, tree: chex.ArrayTree) -> chex.ArrayTree:
+    """Applies `function(weight, leaf)` with the weights [n] broadcast against each leaf [n, ...], dtypes kept."""
+
+    def apply(leaf: chex.Array) -> chex.Array:
+        return function(_column(weights, leaf), leaf).astype(leaf.dtype)
+
+    return jax.tree.map(apply, tree)
+
+
+def message_bytes(tree: chex.ArrayTree) -> float:
+    """Bytes of one agent's part of a pytree with leaves [n, ...]."""
+    return float(sum(leaf.size // leaf.shape[0] * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)))
+
+
+def _out_degrees(topology: graphs.Topology) -> np.ndarray:
+    return np.bincount(graphs.edges(topology)[:, 1], minlength=topology.n)
+
+
+def by_structure(topology: graphs.Topology) -> Form:
+    """The cheapest of `shifts`, `dense` and `sparse` for this graph."""
+    n, stored = topology.n, topology.matrix.nnz
+    number = np.unique(_hops(topology)).size
+    if number == 1 or (2 * number <= n and number * n <= 4 * stored):
+        return shifts(topology)
+    return by_rows(topology, ALL_ROWS)
+
+
+class Rows(NamedTuple):
+    """The rows of W held here: those of part `index()` out of `parts`; `gather(leaf)` brings the rows of all agents."""
+
+    parts: int
+    index: Callable
+    gather: Callable
+
+
+ALL_ROWS = Rows(1, lambda: 0, lambda leaf: leaf)
+
+
+def by_rows(topology: graphs.Topology, held: Rows) -> Form:
+    """The cheaper of `dense` and `sparse` for this graph."""
+    n = topology.n
+    return (dense if n <= 256 or 4 * topology.matrix.nnz > n**2 else sparse)(topology, held)
+
+
+def dense(topology: graphs.Topology, held: Rows = ALL_ROWS) -> Form:
+    """A product with W; the Laplacian agent by agent, in O(n) memory."""
+    matrix = topology.matrix.toarray().reshape(held.parts, -1, topology.n)
+
+    def mix(wide: chex.Array, leaf: chex.Array) -> chex.Array:
+        w = jnp.asarray(matrix, wide.dtype)[held.index()]
+        return jnp.tensordot(w, widen(held.gather(leaf)), 1, precision=jax.lax.Precision.HIGHEST)
+
+    def laplacian(wide: chex.Array, leaf: chex.Array) -> chex.Array:
+        w, every = jnp.asarray(matrix, wide.dtype)[held.index()], widen(held.gather(leaf))
+        return jax.lax.map(lambda row: jnp.tensordot(row[0], row[1][None] - every, 1), (w, wide))
+
+    return Form(_wide(mix), _wide(laplacian))
+
+
+def shifts(topology: graphs.Topology) -> Form:
+    """W s = Σ_h w_h ⊙ s_{(i+h) mod n}: one shift of the agents' axis for each hop h of the graph."""
+    return shifted(hop_weights(topology), lambda leaf, hop: jnp.roll(leaf, -hop, 0))
+
+
+def shifted(hops: dict[int, np.ndarray], shift: Callable, agents: Callable | None = None) -> Form:
+    """The form by shifts, given `shift(leaf, hop)` that brings row i + hop to row i.
+
+    Args:
+      hops: `hop_weights(topology)`.
+      shift: how the rows of the agents' axis move.
+      agents: `agents() -> ids` of the rows held here; None means all.
+
+    Returns:
+      `Form`.
+    """
+
+    def weight(hop: int, leaf: chex.Array) -> chex.Array:
+        weights = hops[hop]
+        if (weights == weights[0]).all():
+            return jnp.asarray(weights[0], leaf.dtype)
+        column = jnp.asarray(weights, leaf.dtype)
+        return _column(column if agents is None else column[agents()], leaf)
+
+    def mix(wide: chex.Array, leaf: chex.Array) -> chex.Array:
+        return sum(weight(hop, wide) * (widen(shift(leaf, hop)) if hop else wide) for hop in hops)
+
+    def laplacian(wide: chex.Array, leaf: chex.Array) -> chex.Array:
+        differences = (weight(hop, wide) * (wide - widen(shift(leaf, hop))) for hop in hops if hop)
+        return sum(differences, start=jnp.zeros_like(wide))
+
+    return Form(_wide(mix), _wide(laplacian))
+
+
+def sparse(topology: graphs.Topology, held: Rows = ALL_ROWS) -> Form:
+    """One sum over the edges whose receivers are held here; the parts are padded with weights 0 to one length."""
+    matrix, local = topology.matrix, topology.n // held.parts
+    starts = matrix.indptr[::local, None]
+    slots = starts[:-1] + np.arange(np.diff(starts, axis=0).max())
+    inside = slots < starts[1:]
+    slots = np.minimum(slots, matrix.nnz - 1)
+    receivers = np.where(inside, matrix.tocoo().row[slots] % local, local - 1)
+    senders, weights = matrix.indices[slots], np.where(inside, matrix.data[slots], 0.0)
+
+    def edges(leaf: chex.Array) -> tuple:
+        part = held.index()
+        to, sent = jnp.asarray(receivers)[part], widen(held.gather(leaf))[jnp.asarray(senders)[part]]
+        return to, _column(jnp.asarray(weights, sent.dtype)[part], sent), sent
+
+    def add(to: chex.Array, terms: chex.Array) -> chex.Array:
+        return jax.ops.segment_sum(terms, to, local, indices_are_sorted=True)
+
+    def mix(wide: chex.Array, leaf: chex.Array) -> chex.Array:
+        to, weight, sent = edges(leaf)
+        return add(to, weight * sent)
+
+    def laplacian(wide: chex.Array, leaf: chex.Array) -> chex.Array:
+        to, weight, sent = edges(leaf)
+        return add(to, weight * (wide[to] - sent))
+
+    return Form(_wide(mix), _wide(laplacian))
+
+
+def _hops(topology: graphs.Topology) -> np.ndarray:
+    coordinates = topology.matrix.tocoo()
+    return (coordinates.col.astype(np.int64) - coordinates.row) % topology.n
+
+
+def hop_weights(topology: graphs.Topology) -> dict[int, np.ndarray]:
+    """The weights w_{i, (i+h) mod n} of each agent i [n] by hop h, for the hops that occur in the graph."""
+    hops, rows, weights = _hops(topology), topology.matrix.tocoo().row, topology.matrix.tocoo().data
+    table = {int(hop): np.zeros(topology.n) for hop in np.unique(hops)}
+    for hop, column in table.items():
+        column[rows[hops == hop]] = weights[hops == hop]
+    return table
+
+
+def _column(weights: chex.Array, leaf: chex.Array) -> chex.Array:
+    return weights.reshape(weights.shape + (1,) * (leaf.ndim - 1))
+
+
+def _wide(function: Callable) -> Callable:
+    """Computes in at least float32, so that half-precision leaves keep their mean; they travel as they are."""
+    return lambda leaf: function(widen(leaf), leaf).astype(leaf.dtype)
+
+
+def replicate(tree: chex.ArrayTree, n: int) -> chex.ArrayTree:
+    """Gives each of n agents its own copy of a pytree: the common start of all agents.
+
+    Args:
+      tree: a pytree of arrays or numbers, leaves [...].
+      n: number of agents, >= 1.
+
+    Returns:
+      The pytree with leaves [n, ...].
+
+    Raises:
+      ValueError: if n < 1.
+
+    Cost: n times the memory of the tree.
+
+    Example:
+        >>> import bilevax as bx, jax.numpy as jnp
+        >>> bx.replicate({"w": jnp.zeros(3)}, 4)["w"].shape
+        (4, 3)
+    """
+    n = checks.count("n", n, minimum=1)
+    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (n, *jnp.shape(leaf))), tree)

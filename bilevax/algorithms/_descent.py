@@ -1,0 +1,161 @@
+"""A whole method out of a hypergradient: one estimate and one outer step in each iteration."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax.numpy as jnp
+import optax
+
+from bilevax import checks
+from bilevax.hypergradients._hypergradient import HypergradientInfo
+from bilevax.problem import Algorithm, Batch, BilevelProblem, Calls, Hypergradient, InnerSolver, Iterate, arrays, norm
+from bilevax.sampling import Sample, check_key, fold, full, split
+from bilevax.single_loop._levels import Levels, levels
+from bilevax.single_loop.step_sizes import check_schedule, check_step_size, outer_step
+
+
+class DescentState(NamedTuple):
+    """The state of a method that descends along a hypergradient.
+
+    Attributes:
+      k: iterations so far; scalar.
+      x: outer variable.
+      estimator: the memory of the hypergradient, with y in it.
+      optimizer: the state of the outer optimizer; () for a number or a schedule.
+
+    Example:
+        >>> import bilevax as bx
+        >>> bx.algorithms.DescentState._fields
+        ('k', 'x', 'estimator', 'optimizer')
+    """
+
+    k: chex.Array
+    x: chex.ArrayTree
+    estimator: Any
+    optimizer: Any
+
+    @property
+    def y(self) -> chex.ArrayTree:
+        """The inner variable."""
+        return self.estimator.y
+
+
+class DescentInfo(NamedTuple):
+    """What one iteration reports; scalars.
+
+    Attributes:
+      moves: `Levels` of ‖s⁺ − s‖; () for the v of a hypergradient.
+      breakdown: True where the estimate cannot be trusted, or x or y is not finite.
+      calls: `Calls` of the iteration.
+      outer_loss: f at the x before the step and at its y, on the outer batch of the iteration; NaN in `vrbo`.
+      inner_loss: g there, on a batch of the estimator; NaN where it has none.
+
+    Example:
+        >>> import bilevax as bx
+        >>> bx.algorithms.DescentInfo._fields
+        ('moves', 'breakdown', 'calls', 'outer_loss', 'inner_loss')
+    """
+
+    moves: Levels
+    breakdown: chex.Array
+    calls: Calls
+    outer_loss: chex.Array
+    inner_loss: chex.Array
+
+
+def descent(
+    estimator: Hypergradient | Callable[[chex.Array], Hypergradient],
+    step_size: Any,
+    *,
+    outer_sample: Sample = full,
+    inner_data: Sample = full,
+) -> Algorithm:
+    """Descends along a hypergradient: the bridge from an estimator to a method that one `lax.scan` drives.
+
+        d ≈ ∇F(x) from the estimator of iteration k,      x ← x − a d
+
+    Args:
+      estimator: a `Hypergradient`, or a function k -> `Hypergradient` for step sizes or penalties that change with the
+        iteration; k is traced, and the state must look the same for all k.
+      step_size: a number, a schedule k -> number, or an optax transformation.
+      outer_sample: `sample(key, k, data) -> batch` for the data of f; all by default. The estimator draws its batches
+        of g itself.
+      inner_data: `sample(key, k, data)`, what the estimator takes for the data of g in iteration k.
+
+    Returns:
+      `Algorithm(init, step)` with `DescentState` and `DescentInfo`.
+
+    Raises:
+      ValueError: if an argument is of another kind; as the estimator; if its info is no `HypergradientInfo`.
+
+    Cost: that of the estimator.
+
+    Example:
+        >>> import bilevax as bx
+        >>> problem = bx.BilevelProblem(lambda x, y, batch: y**2, lambda x, y, batch: (y - x) ** 2)
+        >>> solver = bx.inner.implicit(problem.inner_loss, ihvp=bx.ihvp.exact())
+        >>> method = bx.algorithms.descent(bx.hypergradient(problem.outer_loss, solver), 0.25)
+        >>> state, info = method.step(None, method.init(1.0, 1.0), bx.Batch(None, None))
+        >>> float(state.x), float(state.y)
+        (0.5, 1.0)
+    """
+    check_step_size("step_size", step_size)
+    for name, sample in (("outer_sample", outer_sample), ("inner_data", inner_data)):
+        checks.function(name, sample, "key", "k", "data")
+    if not isinstance(estimator, Hypergradient):
+        checks.function("estimator", estimator, "k")
+
+    def at_iteration(k: chex.Array) -> Hypergradient:
+        made = estimator if isinstance(estimator, Hypergradient) else estimator(k)
+        checks.instance("estimator(k)", made, Hypergradient, "Return bx.hypergradient(outer_loss, solver) from it.")
+        return made
+
+    def init(x: chex.ArrayTree, y: chex.ArrayTree, batch: Batch | None = None) -> DescentState:
+        x, k = arrays(x), jnp.zeros((), jnp.int32)
+        optimizer = step_size.init(x) if isinstance(step_size, optax.GradientTransformation) else ()
+        return DescentState(k, x, at_iteration(k).init(x, y, batch), optimizer)
+
+    def step(key: chex.PRNGKey | None, state: DescentState, batch: Batch) -> tuple[DescentState, DescentInfo]:
+        checks.instance("state", state, DescentState, "Pass step(key, state, batch) the state of init or of a step.")
+        checks.instance("batch", batch, Batch, "Pass bx.Batch(outer=..., inner=...).")
+        check_key(key)
+        estimate_key, outer_key, inner_key = split(fold(key, state.k), 3)
+        outer = outer_sample(outer_key, state.k, batch.outer)
+        data = Batch(outer, inner_data(inner_key, state.k, batch.inner))
+        grad, memory, info = at_iteration(state.k).estimate(estimate_key, state.estimator, state.x, data)
+        checks.instance("info of the estimator", info, HypergradientInfo, "Take one that is made of one solver.")
+        x, optimizer = outer_step(step_size, state.k, grad, state.optimizer, state.x)
+        moves = Levels(norm(optax.tree.sub(x, state.x)), norm(optax.tree.sub(memory.y, state.y)), ())
+        breakdown = info.inner.breakdown | ~jnp.isfinite(moves.x + moves.y)
+        info = DescentInfo(moves, breakdown, info.inner.calls, info.outer_loss, info.inner.inner_loss)
+        return DescentState(state.k + 1, x, memory, optimizer), info
+
+    return Algorithm(init, step)
+
+
+def check_levels(problem: Any, step_sizes: Any, sample: Any) -> Levels:
+    """Reads the step sizes of x and y, which may be optax transformations, and of v, which may not."""
+    checks.instance("problem", problem, BilevelProblem, "Pass bx.BilevelProblem(outer_loss, inner_loss).")
+    checks.function("sample", sample, "key", "t", "data")
+    sizes = levels("step_sizes", step_sizes)
+    check_step_size("step_sizes.x", sizes.x)
+    check_step_size("step_sizes.y", sizes.y)
+    check_schedule("step_sizes.v", sizes.v)
+    return sizes
+
+
+def counting(solver: InnerSolver, inner_gradients: chex.Numeric) -> InnerSolver:
+    """The solver with so many evaluations of ∇_y g more in its report."""
+
+    def backward(residual: Any, state: Any, z_bar: Iterate) -> tuple:
+        bars, state, info = solver.backward(residual, state, z_bar)
+        calls = info.calls._replace(inner_gradients=info.calls.inner_gradients + inner_gradients)
+        return bars, state, info._replace(calls=calls)
+
+    return solver._replace(backward=backward)
+
+
+def stepped(tree: chex.ArrayTree, scale: chex.Numeric, direction: chex.ArrayTree) -> chex.ArrayTree:
+    """`tree` + scale · direction, in the dtypes of `tree`."""
+    return optax.tree.cast_like(optax.tree.add_scale(tree, scale, direction), tree)

@@ -1,0 +1,75 @@
+"""F2SA: bilevel descent from first derivatives alone."""
+
+from typing import Any
+
+import chex
+
+from bilevax import checks
+from bilevax.algorithms._descent import check_levels, descent
+from bilevax.hypergradients._penalty import penalty
+from bilevax.problem import Algorithm, BilevelProblem, Hypergradient
+from bilevax.sampling import Sample
+from bilevax.single_loop._levels import at
+from bilevax.single_loop.step_sizes import inner_optimizer
+
+
+def f2sa(problem: BilevelProblem, step_sizes: Any, sample: Sample, multiplier: Any, steps: int = 10) -> Algorithm:
+    """The fully first-order method: two warm inner problems, with and without the outer loss, whose gap is the penalty.
+
+        y ← y − a_y ∇_y g(x, y; ξ_t)       y_λ ← y_λ − a_y (∇_y g(x, y_λ; ξ_t) + ∇_y f(x, y_λ; ζ) / λ)   `steps` times
+        x ← x − a_x (∇_x f(x, y_λ; ζ) + λ (∇_x g(x, y_λ; ξ) − ∇_x g(x, y; ξ)))
+
+    It needs no product with a second derivative. For a constant λ the limit is off by O(1/λ); with λ growing it
+    converges, but the noise and the errors of y and y_λ are multiplied by λ: let the step sizes fall meanwhile. Where
+    second derivatives fit, `amigo` needs fewer steps.
+
+    Args:
+      problem: f and g.
+      step_sizes: `Levels(x, y, v)` of numbers, schedules k -> number, or optax transformations (that of y starts fresh
+        in each iteration); there is no v, and its step size does not count.
+      sample: `sample(key, t, data) -> batch`, such as `bx.sampling.minibatch(64)`; f and g are drawn apart.
+      multiplier: λ > 0, or a schedule k -> λ_k.
+      steps: steps on y and y_λ in each iteration, >= 0.
+
+    Returns:
+      `Algorithm(init, step)` with `DescentState` (whose estimator holds y_λ) and `DescentInfo`, on x and y without an
+      agents' axis.
+
+    Raises:
+      ValueError: if `steps` < 0, a number `multiplier` is not positive, or a step size is negative or of another kind;
+        when it draws, if there is no key.
+
+    Cost: 2 `steps` + 2 gradients of g and `steps` + 1 of f, on a sample each.
+
+    Reference: Kwon et al., "A fully first-order method for stochastic bilevel optimization", arXiv 2301.10945,
+    algorithm 1. Deviation: the problem of y_λ is divided by λ, so that one step size serves both; both read the same
+    samples of g, and one sample of f serves all steps of an iteration.
+
+    Example:
+        >>> import bilevax as bx, jax
+        >>> problem = bx.BilevelProblem(lambda x, y, batch: y**2, lambda x, y, batch: (y - x) ** 2)
+        >>> method = bx.algorithms.f2sa(problem, (0.25, 0.5, 0.0), bx.sampling.full, multiplier=99.0, steps=9)
+        >>> state, info = method.step(jax.random.key(0), method.init(1.0, 2.0), bx.Batch(None, None))
+        >>> round(float(state.x), 3), float(state.y)
+        (0.505, 1.0)
+    """
+    sizes = check_levels(problem, step_sizes, sample)
+    steps = checks.count("steps", steps)
+    if callable(multiplier):
+        checks.function("multiplier", multiplier, "k")
+    else:
+        checks.scalar("multiplier", multiplier)
+        checks.positive("multiplier", multiplier)
+
+    def at_iteration(k: chex.Array) -> Hypergradient:
+        return penalty(
+            problem.outer_loss,
+            problem.inner_loss,
+            inner_optimizer(sizes.y, k),
+            steps,
+            at(k, multiplier),
+            sample=sample,
+            cross_sample=sample,
+        )
+
+    return descent(at_iteration, sizes.x, outer_sample=sample)

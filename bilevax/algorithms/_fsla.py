@@ -1,0 +1,49 @@
+"""FSLA: plain steps on y and v in turn, recursive momentum on x."""
+
+from typing import Any
+
+from bilevax.algorithms._one_agent import one_agent
+from bilevax.problem import Algorithm, BilevelProblem
+from bilevax.sampling import Sample
+from bilevax.single_loop._levels import Levels
+from bilevax.single_loop.correction._none import none
+from bilevax.single_loop.engine import GAUSS_SEIDEL, single_loop
+from bilevax.single_loop.estimator import storm
+
+
+def fsla(problem: BilevelProblem, step_sizes: Any, sample: Sample, a: Any = 0.1) -> Algorithm:
+    """The fully single-loop algorithm: y, then v, then x, which alone has a momentum.
+
+        y ← y − a_y ∇_y g(x, y; ξ)
+        v ← v − a_v (∇²_yy g(x, y; ξ) v − ∇_y f(x, y; ξ))
+        u ← (1 − a) (u − d_x(previous point; ξ)) + d_x(x, y, v; ξ),      x ← x − a_x u
+
+    The noise of y and v enters d_x unreduced: `sustain`, with momentum on all three, costs the same here.
+
+    Args:
+      problem: f and g.
+      step_sizes: `Levels(x, y, v)` of numbers, schedules k -> number, or optax transformations.
+      sample: `sample(key, k, data) -> batch`, such as `bx.sampling.minibatch(64)`.
+      a: momentum of x in [0, 1], a number or a schedule; 1 for none.
+
+    Returns:
+      `Algorithm(init, step)` on x and y without an agents' axis.
+
+    Raises:
+      ValueError: if a concrete `a` is not in [0, 1]; as `bx.single_loop.single_loop`; if there is no key.
+
+    Cost: two ∇f, four ∇_y g, two Hessian and two cross products on one sample: the estimator evaluates y and v at the
+    previous point too, and drops it.
+
+    Reference: Li, Gu and Huang, "A fully single loop algorithm for bilevel optimization without Hessian inverse", AAAI
+    2022, arXiv 2112.04660. Deviation: one sample serves y, v and x of an iteration; v is not projected on a ball.
+
+    Example:
+        >>> import bilevax as bx, jax, jax.numpy as jnp
+        >>> loss = lambda x, y, c: ((y - x * c) ** 2).mean()
+        >>> problem = bx.BilevelProblem(loss, loss)
+        >>> method, data = bx.algorithms.fsla(problem, (0.1, 0.5, 0.5), bx.sampling.minibatch(2)), jnp.arange(8.0)
+        >>> state, info = method.step(jax.random.key(0), method.init(1.0, 2.0), bx.Batch(data, data))
+    """
+    estimator = storm(Levels(x=a, y=1.0, v=1.0), sample)
+    return one_agent(lambda gossip: single_loop(problem, gossip, step_sizes, estimator, none(), GAUSS_SEIDEL))

@@ -1,0 +1,135 @@
+"""What a curvature makes of each leaf of a model, as a table."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from bilevax.curvature import capture
+from bilevax.curvature.capture.blocks import named
+from bilevax.curvature.model_loss import structured
+from bilevax.problem import Loss
+
+
+class Row(NamedTuple):
+    """One block of a report.
+
+    Attributes:
+      leaves: names of the leaves that share the block.
+      rule: what kind of block.
+      sizes: of the leaf, and of the factors.
+      bytes: of the factors; their eigenvectors are as large.
+      what: the primitives that use it; for a leaf that no rule covers, why.
+
+    Example:
+        >>> import bilevax as bx
+        >>> bx.curvature.describe.__name__
+        'describe'
+    """
+
+    leaves: tuple[str, ...]
+    rule: str
+    sizes: str
+    bytes: int
+    what: str
+
+
+class Report(NamedTuple):
+    """The blocks of a model; print it for a table.
+
+    Attributes:
+      rows: one for each block, in the order of the leaves of y.
+      examples: N.
+      notes: what a reader should know besides.
+
+    Example:
+        >>> import bilevax as bx
+        >>> bx.curvature.Report((), 0, ()).bytes
+        0
+    """
+
+    rows: tuple[Row, ...]
+    examples: int
+    notes: tuple[str, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Of all factors together."""
+        return sum(row.bytes for row in self.rows)
+
+    def __str__(self) -> str:
+        """The table: leaf, rule, sizes, bytes, primitives."""
+        cells = [("leaf", "rule", "sizes", "bytes", "used by")]
+        cells += [(" + ".join(r.leaves), r.rule, r.sizes, f"{r.bytes:,}", r.what) for r in self.rows]
+        cells.append(("total", "", f"N = {self.examples}", f"{self.bytes:,}", ""))
+        widths = [max(len(row[k]) for row in cells) for k in range(5)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
+        return "\n".join(line.rstrip() for line in [*lines, *self.notes])
+
+
+def _listed(leaves: Mapping[str, str]) -> dict[str, capture.Treatment]:
+    return {name: capture.Treatment("unsupported") for name in leaves}
+
+
+def _row(block: capture.Block, names: list[str], shapes: list[tuple], width: int) -> Row:
+    leaves = tuple(names[k] for k in (block.leaf, block.bias) if k is not None)
+    shape = shapes[block.leaf]
+    if block.matrix is not None:
+        a = f"A [{block.rows}]" if block.rule == "embedding" else f"A [{block.rows}, {block.rows}]"
+        sizes = f"{list(shape)}: {a}, B [{block.outputs}, {block.outputs}]"
+        numbers = (block.rows if block.rule == "embedding" else block.rows**2) + block.outputs**2
+        sizes += f", T = {block.positions}" if block.positions > 1 else ""
+        sizes += f", {block.uses} uses" if block.uses > 1 else ""
+    else:
+        sizes = f"{list(shape)}"
+        estimated = block.treatment is None or block.treatment.probes
+        numbers = math.prod(shape) // math.prod(block.stack) if estimated else 0
+    count = math.prod(block.stack)
+    sizes = f"{count} layers of " * bool(block.stack) + sizes
+    return Row(leaves, block.rule, sizes, numbers * count * width, block.what)
+
+
+def describe(inner_loss: Loss, x: Any, y: Any, batch: Any, unsupported: capture.Unsupported | None = None) -> Report:
+    """Lists which block of curvature each leaf of y gets, without computing anything: print it.
+
+    Args:
+      inner_loss: g, a `ModelLoss`.
+      x: outer variable.
+      y: inner variable.
+      batch: what g takes as its batch.
+      unsupported: what to do with leaves that no rule covers; by default they are listed as "unsupported".
+
+    Returns:
+      A `Report`, whose `str` is the table leaf, rule, sizes, bytes of the factors, primitives.
+
+    Raises:
+      TypeError: if `inner_loss` is a bare function.
+
+    Cost: tracing the model.
+
+    Example:
+        >>> import bilevax as bx, jax.numpy as jnp
+        >>> loss = bx.curvature.ModelLoss(lambda y, a: a @ y["w"], bx.curvature.squared_error, lambda x, batch: batch)
+        >>> batch = (jnp.ones((5, 3)), jnp.ones((5, 2)))
+        >>> report = bx.curvature.describe(loss, 0.0, {"w": jnp.ones((3, 2)), "unused": jnp.ones(1)}, batch)
+        >>> [(row.leaves, row.rule, row.sizes) for row in report.rows]
+        [(('unused',), 'unsupported', '[1]'), (('w',), 'dense', '[3, 2]: A [3, 3], B [2, 2]')]
+    """
+    loss = structured(inner_loss, "describe")
+    inputs, _ = loss.inputs_and_targets(x, batch)
+    captured = capture.trace(loss.model, y, inputs, _listed if unsupported is None else unsupported)
+    names = [name for name, _ in named(y)]
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(y)]
+    dtype = jnp.promote_types(jnp.result_type(*jax.tree.leaves(y)), jnp.float32)
+    rows = tuple(_row(block, names, shapes, dtype.itemsize) for block in captured.blocks)
+    rates, _ = loss.penalty(x, y)
+    by_leaf = jax.tree.leaves(rates)
+    mixed = [
+        " + ".join(row.leaves)
+        for row, block in zip(rows, captured.blocks, strict=True)
+        if len({float(rate) for k in (block.leaf, block.bias) if k is not None for rate in jnp.ravel(by_leaf[k])}) > 1
+    ]
+    notes = [f"l2 varies inside {', '.join(mixed)}: its mean is added to the eigenvalues."] if mixed else []
+    return Report(rows, captured.examples, tuple(notes))

@@ -1,0 +1,387 @@
+"""What an equation of a model does with a parameter: dense layer, convolution, embedding, or scale and shift."""
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+
+from bilevax.curvature.capture.batch_axis import LOST, SHARED, Axis, opened, result_axes
+from bilevax.curvature.capture.view import Strided, contiguous
+
+# What follows the examples element by element, or puts arrays side by side.
+ELEMENTWISE = ("add", "sub", "mul", "div", "max", "min", "pow", "select_n", "concatenate", "clamp")
+
+MARK = "bilevax_observe"  # the name of a call that does nothing else
+
+
+class View(NamedTuple):
+    """An array that is a function of one leaf alone.
+
+    Attributes:
+      leaf: which leaf.
+      stack: how many leading axes of the leaf were taken off by scans.
+      array: the leaf, without these axes.
+      base: leaf -> array; None for the leaf itself.
+      strided: how the elements of `base(leaf)` are arranged.
+    """
+
+    leaf: int
+    stack: int
+    array: chex.Array
+    base: Callable[[chex.Array], chex.Array] | None
+    strided: Strided
+
+    def of(self, leaf: chex.Array, strided: Strided) -> chex.Array:
+        """What stands here for another value of the leaf, in an arrangement of its own."""
+        return strided.of(leaf if self.base is None else self.base(leaf))
+
+    @property
+    def plain(self) -> bool:
+        """Whether each element of the leaf stands here once."""
+        return self.base is None and all(s or n == 1 for n, s in zip(*self.strided, strict=True))
+
+
+class Output(NamedTuple):
+    """What a Kronecker use returned, seen through views: features have strides below `size`, rows above."""
+
+    path: tuple
+    size: int
+    strided: Strided
+
+
+class Value(NamedTuple):
+    """An array on the way, the axis of its examples, and where it comes from."""
+
+    array: chex.Array
+    axis: Axis = SHARED
+    view: View | None = None
+    output: Output | None = None
+
+
+class Use(NamedTuple):
+    """One use of a leaf.
+
+    Attributes:
+      rule: what kind of use; "unsupported" where no rule fits.
+      path: where it is.
+      leaf: of which leaf.
+      stack: how many leading axes scans took off the leaf.
+      what: the primitive, or what is wrong.
+      matrix: arrangement of the leaf as a matrix [inputs, outputs].
+      inputs: length of the rows of activations.
+      outputs: length of the rows of outputs.
+      positions: rows for each example.
+      joins: the path of the use to whose output this one is added as a bias.
+      bias: the leaf that an explicit tap names as its bias.
+    """
+
+    rule: str
+    path: tuple
+    leaf: int
+    stack: int
+    what: str
+    matrix: Strided | None = None
+    inputs: int = 0
+    outputs: int = 0
+    positions: int = 0
+    joins: tuple | None = None
+    bias: int | None = None
+
+
+class Rows(NamedTuple):
+    """How rows of features lie in the arrays around a Kronecker use: functions to [N, positions, features]."""
+
+    inputs: Callable[[chex.Array], chex.Array]
+    outputs: Callable[[chex.Array], chex.Array]
+
+
+class Visitor(NamedTuple):
+    """Who is called at each use.
+
+    Attributes:
+      slots: what the visitor keeps for each leaf, leading axes like those that scans take off the leaf.
+      kronecker: `kronecker(slot, use, rows, outputs, inputs) -> outputs`.
+      elementwise: `elementwise(slot, use, leaf) -> a leaf for each example [N, ...] or None`.
+      unsupported: `unsupported(use)`.
+    """
+
+    slots: Mapping[int, Any]
+    kronecker: Callable
+    elementwise: Callable
+    unsupported: Callable
+
+
+def bind(eqn: Any, arrays: Sequence[Any]) -> list[Any]:
+    """The results of one equation, by JAX's own evaluator of programs: how a primitive is bound differs by version."""
+    given = {var: a for var, a in zip(eqn.invars, arrays, strict=True) if not isinstance(var, core.Literal)}
+    alone = _empty().replace(invars=list(given), outvars=list(eqn.outvars), eqns=[eqn], effects=eqn.effects)
+    return core.jaxpr_as_fun(core.ClosedJaxpr(alone, []))(*given.values())
+
+
+@functools.cache
+def _empty() -> Any:
+    return opened(jax.make_jaxpr(lambda: ())())[0]
+
+
+def plain(eqn: Any, values: Sequence[Value], n: int) -> list[Value]:
+    """The results of an equation that uses no leaf, or whose use is not told apart."""
+    arrays = bind(eqn, [value.array for value in values])
+    axes = result_axes(eqn, [value.axis for value in values], n)
+    return [Value(array, axis) for array, axis in zip(arrays, axes, strict=True)]
+
+
+def unsupported(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: tuple, what: str) -> list[Value]:
+    """Tells the visitor that no rule fits the leaves in this equation."""
+    forget(values, visitor, path, what)
+    return plain(eqn, values, n)
+
+
+def forget(values: Sequence[Value], visitor: Visitor, path: tuple, what: str) -> None:
+    """Tells the visitor of leaves whose further way cannot be followed."""
+    for value in values:
+        if value.view is not None:
+            visitor.unsupported(Use("unsupported", path, value.view.leaf, value.view.stack, what))
+
+
+def _rows(array: chex.Array, axis: int, features: Sequence[int], n: int) -> chex.Array:
+    """Rows [N, positions, features] of an array whose examples lie along `axis`."""
+    others = [a for a in range(array.ndim) if a != axis and a not in features]
+    size = math.prod(array.shape[a] for a in features)
+    return jnp.transpose(array, [axis, *others, *features]).reshape(n, -1, size)
+
+
+def _roles(shape: Sequence[int], features: Sequence[int], size: int) -> Strided:
+    """An output whose features have the strides of a row of `size`, and whose rows have larger ones."""
+    rows = [a for a in range(len(shape)) if a not in features]
+    strides = dict(zip(features, contiguous([shape[a] for a in features]), strict=True))
+    strides |= {a: s * size for a, s in zip(rows, contiguous([shape[a] for a in rows]), strict=True)}
+    return Strided(tuple(shape), tuple(strides[a] for a in range(len(shape))))
+
+
+def _kronecker(eqn: Any, values: list[Value], visitor: Visitor, n: int, use: Use, rows: Rows, data: Any) -> chex.Array:
+    """The result of a use, after the visitor has seen it."""
+    (result,) = plain(eqn, values, n)
+    positions = jax.eval_shape(rows.outputs, result.array).shape[1]
+    return visitor.kronecker(visitor.slots.get(use.leaf), use._replace(positions=positions), rows, result.array, data)
+
+
+def _dense(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: tuple) -> list[Value]:
+    """Data · weight, whichever axes are contracted and whichever operand comes first."""
+    side = 0 if values[0].view is not None else 1
+    view, data = values[side].view, values[1 - side]
+    contracted, batched = eqn.params["dimension_numbers"]
+    wrong = functools.partial(unsupported, eqn, values, visitor, n, path)
+    if view is None or batched[0]:
+        return wrong("dot_general with batch axes")
+    if not view.plain:
+        return wrong("dot_general of a function of it")
+    if data.axis is SHARED or data.axis == LOST or data.axis in contracted[1 - side]:
+        return wrong("dot_general with data whose examples axis is lost")
+    free = [[a for a in range(v.array.ndim) if a not in contracted[k]] for k, v in enumerate(values)]
+    matrix = view.strided.transpose([*contracted[side], *free[side]])
+    inputs = math.prod(view.strided.shape[a] for a in contracted[side])
+    outputs = math.prod(view.strided.shape[a] for a in free[side])
+    first = len(free[0])
+    places = (range(first), range(first, first + len(free[1])))  # where the free axes of each operand went
+    axis = places[1 - side][free[1 - side].index(data.axis)]
+    rows = Rows(
+        functools.partial(_rows, axis=data.axis, features=contracted[1 - side], n=n),
+        functools.partial(_rows, axis=axis, features=places[side], n=n),
+    )
+    use = Use("dense", path, view.leaf, view.stack, "dot_general", matrix, inputs, outputs)
+    array = _kronecker(eqn, values, visitor, n, use, rows, data.array)
+    return [Value(array, axis, None, Output(path, outputs, _roles(array.shape, places[side], outputs)))]
+
+
+def _conv(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: tuple) -> list[Value]:
+    """A convolution: a dense layer on patches, whose features are ordered (channels, *kernel)."""
+    data, view = values[0], values[1].view
+    numbers, options = eqn.params["dimension_numbers"], eqn.params
+    wrong = functools.partial(unsupported, eqn, values, visitor, n, path)
+    if view is None or not view.plain:
+        return wrong("conv_general_dilated of a function of it")
+    if options["feature_group_count"] != 1 or options["batch_group_count"] != 1:
+        return wrong("conv_general_dilated in groups")
+    if data.axis != numbers.lhs_spec[0]:
+        return wrong("conv_general_dilated with data whose examples axis is lost")
+    outward, inward, *spatial = numbers.rhs_spec
+    matrix = view.strided.transpose([inward, *spatial, outward])
+    inputs, outputs = math.prod(matrix.shape[:-1]), matrix.shape[-1]
+    names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation")
+
+    def patches(array: chex.Array) -> chex.Array:
+        windows = jax.lax.conv_general_dilated_patches(
+            jnp.transpose(array, numbers.lhs_spec),
+            matrix.shape[1:-1],
+            **{name: options[name] for name in names},
+            precision=jax.lax.Precision.HIGHEST,
+        )
+        return _rows(windows, 0, (1,), n)
+
+    axis, feature, *_ = numbers.out_spec
+    rows = Rows(patches, functools.partial(_rows, axis=axis, features=(feature,), n=n))
+    use = Use("conv", path, view.leaf, view.stack, "conv_general_dilated", matrix, inputs, outputs)
+    array = _kronecker(eqn, values, visitor, n, use, rows, data.array)
+    return [Value(array, axis, None, Output(path, outputs, _roles(array.shape, (feature,), outputs)))]
+
+
+def _embedding(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: tuple) -> list[Value]:
+    """Rows of a table by index: a dense layer on one-hot rows, which are never formed."""
+    view, index = values[0].view, values[1]
+    numbers, shape = eqn.params["dimension_numbers"], values[0].array.shape
+    wrong = functools.partial(unsupported, eqn, values, visitor, n, path)
+    clips = eqn.params["mode"] == jax.lax.GatherScatterMode.CLIP
+    bounded = clips or eqn.params["mode"] == jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS
+    starts = ((0,), (0, 1)) if bounded else ((0,),)  # a whole row can start at 0 alone
+    by_row = numbers.collapsed_slice_dims in ((0,), ()) and numbers.start_index_map in starts
+    by_row = by_row and len(shape) == 2 and tuple(eqn.params["slice_sizes"]) == (1, shape[1])
+    if view is None or view.base is not None or view.strided != Strided.whole(shape) or not by_row:
+        return wrong("gather of anything but rows of a table")
+    axis = 0 if index.axis is SHARED else index.axis
+    if axis == LOST:
+        return wrong("gather with indices whose examples axis is lost")
+    place = [a for a in range(eqn.outvars[0].aval.ndim) if a not in numbers.offset_dims][axis]
+
+    def ids(array: chex.Array) -> chex.Array:
+        found = _rows(array, axis, (array.ndim - 1,), n)
+        return jnp.clip(found, 0, shape[0] - 1) if clips else found
+
+    rows = Rows(
+        ids,
+        functools.partial(_rows, axis=place, features=numbers.offset_dims, n=n),
+    )
+    use = Use("embedding", path, view.leaf, view.stack, "gather", view.strided, *shape)
+    return [Value(_kronecker(eqn, values, visitor, n, use, rows, index.array), place)]
+
+
+def elementwise(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: tuple) -> list[Value]:
+    """A leaf that meets the examples element by element: the visitor may give each example a leaf of its own."""
+    axes = {value.axis for value in values if value.axis is not SHARED}
+    axis = axes.pop() if len(axes) == 1 else LOST
+    name, shape, values = eqn.primitive.name, eqn.outvars[0].aval.shape, list(values)
+    for k, value in enumerate(values):
+        view = value.view
+        if view is None:
+            continue
+        strided = view.strided
+        if name != "concatenate":
+            strided = strided.broadcast(shape, range(len(strided.shape)))
+        if axis == LOST or strided.shape[axis] != shape[axis] or (shape[axis] > 1 and strided.strides[axis]):
+            what = "examples axis is lost" if axis == LOST else "other values for other examples"
+            visitor.unsupported(Use("unsupported", path, view.leaf, view.stack, f"{name}: {what}"))
+            continue
+        joins = _joined(view, strided, values[1 - k].output) if name == "add" else None
+        use = Use("elementwise", path, view.leaf, view.stack, name, joins=joins)
+        leaves = visitor.elementwise(visitor.slots.get(view.leaf), use, view.array)
+        if leaves is not None:
+            own = jax.vmap(lambda leaf, view=view, strided=strided: view.of(leaf, strided.drop(axis)))(leaves)
+            own = jnp.repeat(jnp.moveaxis(own, 0, axis), shape[axis] // n, axis)
+            values[k] = value._replace(array=own.astype(value.array.dtype))
+    return plain(eqn, values, n)
+
+
+def _joined(view: View, strided: Strided, output: Output | None) -> tuple | None:
+    """The path of the output that a view is the bias of: constant over its rows, one number for each feature."""
+    if output is None or view.base is not None or math.prod(view.array.shape) != output.size:
+        return None
+    if output.strided.shape != strided.shape:
+        return None
+    for size, stride, role in zip(*strided, output.strided.strides, strict=True):
+        if size > 1 and stride != (role if role < output.size else 0):
+            return None
+    return output.path
+
+
+RULES = {"dot_general": _dense, "conv_general_dilated": _conv, "gather": _embedding}
+
+
+# Explicit taps
+
+
+def observe(outputs: chex.Array, inputs: chex.Array, weight: chex.Array, bias: chex.Array | None = None) -> chex.Array:
+    """Says inside a model that outputs = inputs · weight + bias, up to shapes; the identity on outputs.
+
+    Curvatures then take weight and bias for a dense layer, and do not look at what else happens to them: the way out
+    for layers that the automatic capture cannot see. The model stays an ordinary function, for every transformation.
+
+    Args:
+      outputs: [N, ..., *outputs], the trailing axes together as long as a row of the weight.
+      inputs: [N, ..., d_in], what is multiplied with the weight, on the same positions.
+      weight: a leaf of y, or a view of one, that is [d_in, d_out] up to its shape.
+      bias: a leaf of y with d_out elements, or None.
+
+    Returns:
+      `outputs`.
+
+    Raises:
+      ValueError: if the sizes do not fit each other.
+
+    Cost: none.
+
+    Example:
+        >>> import bilevax as bx, jax.numpy as jnp
+        >>> y, inputs = jnp.ones((3, 2)), jnp.ones((5, 3))
+        >>> bx.curvature.observe(inputs @ y, inputs, y).shape
+        (5, 2)
+    """
+    size = jnp.size(weight) // jnp.shape(inputs)[-1]
+    fits = jnp.size(weight) == jnp.shape(inputs)[-1] * size and _width(jnp.shape(outputs), size) is not None
+    if not fits or (bias is not None and jnp.size(bias) != size):
+        raise ValueError(
+            f"outputs, inputs, weight and bias must be those of a dense layer, inputs [N, ..., d_in] and weight [d_in, "
+            f"d_out]; got {jnp.shape(outputs)}, {jnp.shape(inputs)}, {jnp.shape(weight)} and a bias of "
+            f"{None if bias is None else jnp.shape(bias)}. Pass what the layer multiplies, its features last."
+        )
+    return jax.jit(_mark)(outputs, inputs, weight, *(() if bias is None else (bias,)))
+
+
+def _mark(outputs: chex.Array, *layer: chex.Array) -> chex.Array:
+    return outputs * jnp.ones((), outputs.dtype)
+
+
+_mark.__name__ = MARK
+
+
+def _width(shape: Sequence[int], size: int) -> int | None:
+    """How many trailing axes have `size` elements together."""
+    return next((k for k in range(1, len(shape) + 1) if math.prod(shape[-k:]) == size), None)
+
+
+def tap(values: Sequence[Value], visitor: Visitor, n: int, path: tuple) -> list[Value]:
+    """The rule of `observe`."""
+    outputs, inputs, weight, *rest = values
+    view, biases = weight.view, [value.view.leaf for value in rest if value.view is not None]
+    if view is None or not view.plain or len(biases) < len(rest):
+        raise ValueError(
+            "weight (and bias) of observe must be leaves of y, or reshapes of them; got another function. Pass the "
+            "leaves themselves."
+        )
+    width, shape = inputs.array.shape[-1], view.strided.shape
+    size = math.prod(shape) // width
+    splits = any(math.prod(shape[:k]) == width for k in range(len(shape) + 1))
+    if not splits or outputs.axis in (LOST, SHARED) or inputs.axis in (LOST, SHARED):
+        raise ValueError(
+            "outputs and inputs of observe must hold the examples along an axis, and its weight be [d_in, d_out] up to "
+            "its shape; got others. Transpose the weight, or observe a layer that sees the examples."
+        )
+    count = _width(outputs.array.shape, size)
+    features = range(outputs.array.ndim - count, outputs.array.ndim)
+    rows = Rows(
+        functools.partial(_rows, axis=inputs.axis, features=(inputs.array.ndim - 1,), n=n),
+        functools.partial(_rows, axis=outputs.axis, features=features, n=n),
+    )
+    positions = jax.eval_shape(rows.outputs, outputs.array).shape[1]
+    if (found := jax.eval_shape(rows.inputs, inputs.array).shape[1]) != positions:
+        raise ValueError(
+            f"inputs of observe must have the positions of its outputs, {positions} for each example; got {found}. "
+            f"Pass the activations that made these outputs."
+        )
+    bias = biases[0] if biases else None
+    use = Use("observed", path, view.leaf, view.stack, "observe", view.strided, width, size, positions, bias=bias)
+    array = visitor.kronecker(visitor.slots.get(use.leaf), use, rows, outputs.array, inputs.array)
+    return [Value(array, outputs.axis)]

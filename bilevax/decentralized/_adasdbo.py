@@ -1,0 +1,104 @@
+"""AdaSDBO: step sizes from the accumulated lengths of the directions, which the agents average too."""
+
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from bilevax import checks
+from bilevax.agents._gossip import per_agent
+from bilevax.problem import Algorithm, Batch, BilevelProblem, Calls, arrays, norm
+from bilevax.sampling import Sample, fold, full
+from bilevax.single_loop._levels import Levels, levels
+from bilevax.single_loop.correction.correction_type import share
+from bilevax.single_loop.estimator.estimator_type import draw
+from bilevax.single_loop.local_directions import second_order
+from bilevax.single_loop.method import Info, State, check_start, check_step, moved, read_gossips
+
+
+def adasdbo(
+    problem: BilevelProblem,
+    gossip: Any,
+    step_sizes: Any,
+    sample: Sample = full,
+    accumulated: chex.Numeric = 1.0,
+) -> Algorithm:
+    """Adaptive single-loop decentralized bilevel optimization: steps that need no constant of the problem.
+
+        m^s_i ← m^s_i + ‖d^s_i‖²          for s = x, y, v, from m_0
+        q^y = √m^y,      q^v = √max(m^y, m^v),      q^x = √m^x · q^v
+        s_i ← Σ_j w_ij (s_j − a_s d^s_j / q^s_j),      m^s_i ← Σ_j w_ij m^s_j
+
+    m^s travels with s: it is averaged with the gossip of its own level. As long as the agents' own directions do not
+    vanish their m grow, and the steps shrink as 1/√k (of x as 1/k): it approaches x* without a correction, but slowly.
+    Do not use it where the agents differ much and steps can be tuned: gradient tracking converges linearly there.
+
+    Args:
+      problem: f_i and g_i.
+      gossip: a `Gossip`, or `Levels` of them.
+      step_sizes: `Levels(x, y, v)` of numbers >= 0.
+      sample: `sample(key, k, data) -> batch` for the data of one agent; all data by default.
+      accumulated: m_0 > 0.
+
+    Returns:
+      `Algorithm(init, step)`; `state.estimators` is `Levels` of m [n].
+
+    Raises:
+      ValueError: if a step size is no number, or `accumulated` is not positive; as `bx.single_loop.single_loop`.
+
+    Cost: for each agent and iteration one ∇f, one ∇_y g, one Hessian and one cross product; d_x + 2 d_y + 3 numbers to
+    each neighbour in one round.
+
+    Reference: Zhai, Yan and Zhang, "Problem-parameter-free decentralized bilevel optimization", arXiv 2510.24288.
+    Reconstructed: that all variables move at once with hierarchical steps from accumulated norms, which are averaged,
+    is the paper's; the form of q is that of tuning-free methods on one machine, not verified.
+
+    Example:
+        >>> import bilevax as bx, jax.numpy as jnp
+        >>> problem = bx.BilevelProblem(lambda x, y, c: (y - c) ** 2, lambda x, y, c: (y - x) ** 2)
+        >>> gossip, batch = bx.gossip(bx.topology.ring(4)), bx.Batch(jnp.arange(4.0), jnp.zeros(4))
+        >>> method = bx.decentralized.adasdbo(problem, gossip, 1.0)
+        >>> state, info = method.step(None, method.init(jnp.zeros(4), jnp.zeros(4)), batch)
+        >>> float(info.bytes[0]) / state.x.dtype.itemsize, info.rounds
+        (12.0, 1)
+    """
+    checks.instance("problem", problem, BilevelProblem, "Pass bx.BilevelProblem(outer_loss, inner_loss).")
+    gossips, sizes, rule = read_gossips(gossip), levels("step_sizes", step_sizes), second_order()
+    for name, size in sizes._asdict().items():
+        checks.scalar(f"step_sizes.{name}", size)
+        checks.nonnegative(f"step_sizes.{name}", size)
+    checks.function("sample", sample, "key", "k", "data")
+    checks.scalar("accumulated", accumulated)
+    checks.positive("accumulated", accumulated)
+
+    def init(x: chex.ArrayTree, y: chex.ArrayTree, batch: Batch | None = None) -> State:
+        check_start(gossips.x, x, y, batch)
+        point = Levels(arrays(x), arrays(y), optax.tree.zeros_like(arrays(y)))
+        m = jnp.full(gossips.x.agents().shape, accumulated, jnp.result_type(norm(x), norm(y)))
+        mixing = Levels(*(one.init((s, m)) for one, s in zip(gossips, point, strict=True)))
+        return State(jnp.zeros((), jnp.int32), *point, (), Levels(m, m, m), mixing)
+
+    def step(key: chex.PRNGKey | None, state: State, batch: Batch) -> tuple[State, Info]:
+        check_step(gossips.x, key, state, State, batch)
+        agents = gossips.x.agents()
+        key, start = fold(key, state.k), Levels(state.x, state.y, state.v)
+        data = draw(fold(key, 0), sample, state.k, batch, agents)
+        d = jax.vmap(lambda *parts: rule.evaluate(problem, *parts))(*start, data)
+        m = Levels(*(m + jax.vmap(norm)(part) ** 2 for m, part in zip(state.estimators, d, strict=True)))
+        q = Levels(jnp.sqrt(m.x * jnp.maximum(m.y, m.v)), jnp.sqrt(m.y), jnp.sqrt(jnp.maximum(m.y, m.v)))
+        results, sent = [], jnp.zeros(m.x.shape)
+        for number, one in enumerate(gossips):
+            scale, old = sizes[number] / q[number], state.corrections[number]
+            step = per_agent(jnp.multiply, scale, share(one, old, d[number]))
+            message = optax.tree.sub(start[number], step), m[number]
+            sent += one.bytes(old, message)
+            (s, averaged), old = one.mix(fold(key, 1 + number), old, message)
+            results.append((s, averaged, old))
+        end, mixed, mixing = (Levels(*parts) for parts in zip(*results, strict=True))
+        ones = jnp.ones_like(agents)
+        calls = Calls(ones, ones, ones, ones)
+        return State(state.k + 1, *end, (), mixed, mixing), Info(*moved(start, end), calls, sent, 1)
+
+    return Algorithm(init, step)

@@ -1,0 +1,69 @@
+"""S3LDBO: SLDBO whose agents skip their derivatives in most iterations."""
+
+from typing import Any
+
+import chex
+
+from bilevax.decentralized._sldbo import tracked
+from bilevax.problem import Algorithm, BilevelProblem
+from bilevax.single_loop._levels import Levels
+from bilevax.single_loop.coins import Coins
+from bilevax.single_loop.correction.correction_type import Correction
+from bilevax.single_loop.engine import single_loop
+from bilevax.single_loop.estimator import lazy_snapshot
+
+
+def s3ldbo(
+    problem: BilevelProblem,
+    gossip: Any,
+    step_sizes: Any,
+    coins: Coins,
+    radius: chex.Numeric | None = None,
+    correction: Correction | Levels | None = None,
+) -> Algorithm:
+    """SLDBO with snapshot gradient tracking: communication in every iteration, derivatives when a coin says so.
+
+        s_i ← Σ_j w_ij (s_j − a_s t^s_j)            v_i ← its projection on the ball of this radius
+        D'_i = d_i(new point) if the coin chooses agent i, else D_i
+        t^s_i ← Σ_j w_ij t^s_j + D'_i − D_i,        D ← D'
+
+    It converges to the same (x*, y*, v*) as `sldbo`, for any coins that choose every agent again and again, in about as
+    many iterations; with p = 1 it IS `sldbo`. Always mean t = mean D.
+
+    Args:
+      problem: f_i and g_i.
+      gossip: a `Gossip`, or `Levels` of them.
+      step_sizes: `Levels(x, y, v)` of numbers, schedules or optax transformations; smaller p asks for smaller ones.
+      coins: who refreshes: `bx.coins.subset(p)` really skips on one device; `bx.coins.independent(p)`,
+        `bx.coins.common(p)`, or a function `(key, k, gossip) -> choice`; see `bx.coins`.
+      radius: of the ball of v; None for no projection.
+      correction: the form of gradient tracking, or `Levels` of corrections; None for the semi-ATC one,
+        `bx.single_loop.correction.tracking()`. With `bx.single_loop.correction.local()` for y and v, every agent has a lower level of its own.
+
+    Returns:
+      `Algorithm(init, step)`; `init` needs the batch, where everybody evaluates once.
+
+    Raises:
+      ValueError: as `bx.single_loop.single_loop`; from `init` without a batch.
+
+    Cost: for each agent and iteration p times one ∇f, one ∇_y g, one Hessian and one cross product; 2 (d_x + 2 d_y)
+    numbers to each neighbour in one round. Info does not count the first evaluation of everybody, at `init`.
+
+    Reference: Yin, Dong, Ma, Wang and Yang, arXiv 2605.31311; the tracking along snapshots follows
+    Song, Shi, Pu and Yan, "Optimal gradient tracking for decentralized optimization", arXiv 2110.05282.
+    Reconstructed: that agents skip gradient, Jacobian and Hessian evaluations at random, with exact local derivatives,
+    is the paper's; that the moves use the snapshot directions alone is the reading taken here (`s3ldbo_unbiased` is the
+    other one).
+
+    Example:
+        >>> import bilevax as bx, jax, jax.numpy as jnp
+        >>> problem = bx.BilevelProblem(lambda x, y, c: (y - c) ** 2, lambda x, y, c: (y - x) ** 2)
+        >>> gossip, batch = bx.gossip(bx.topology.ring(4)), bx.Batch(jnp.arange(4.0), jnp.zeros(4))
+        >>> method = bx.decentralized.s3ldbo(problem, gossip, (0.1, 0.2, 0.2), bx.coins.subset(0.25))
+        >>> state = method.init(jnp.zeros(4), jnp.zeros(4), batch)
+        >>> state, info = method.step(jax.random.key(0), state, batch)
+        >>> int(info.calls.hessian_products.sum())
+        1
+    """
+    corrections = tracked("correction", correction)
+    return single_loop(problem, gossip, step_sizes, lazy_snapshot(coins), corrections, radius=radius)

@@ -1,0 +1,214 @@
+"""Hypergradients: an outer loss and an inner solver put together, with a memory or as one pure function."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from bilevax import checks
+from bilevax.inner._optimizer_steps import full_cotangent
+from bilevax.problem import Batch, Hypergradient, InnerSolver, Iterate, Loss, SolverInfo, arrays, norm
+
+
+class HypergradientState(NamedTuple):
+    """What an estimator keeps between outer steps.
+
+    Attributes:
+      y: the warm inner variable.
+      solver: the state of the inner solver (the warm v, Kronecker factors, ...).
+      x_shapes: structure and shapes of the x it was made for; holds no numbers.
+
+    Example:
+        >>> import bilevax as bx, optax
+        >>> solver = bx.inner.reverse(lambda x, y, batch: (y - x) ** 2, optax.sgd(0.1), steps=1)
+        >>> float(bx.hypergradient(lambda x, y, batch: y**2, solver).init(1.0, 2.0).y)
+        2.0
+    """
+
+    y: chex.ArrayTree
+    solver: Any
+    x_shapes: checks.Shapes
+
+
+class HypergradientInfo(NamedTuple):
+    """What an estimate reports: f(x, y_T), and the info of the inner solver with all calls added up.
+
+    Example:
+        >>> import bilevax as bx
+        >>> calls = bx.problem.Calls()
+        >>> inner = bx.problem.SolverInfo(inner_loss=0.1, gradient_norm=1e-6, breakdown=False, calls=calls, detail=())
+        >>> bx.hypergradients.HypergradientInfo(outer_loss=0.3, inner=inner).inner.gradient_norm
+        1e-06
+    """
+
+    outer_loss: chex.Array
+    inner: SolverInfo
+
+
+def hypergradient(outer_loss: Loss, solver: InnerSolver) -> Hypergradient:
+    """An estimator of ∇F(x), F(x) = f(x, y(x)), that keeps y (and v) warm from one outer step to the next.
+
+        z_0 = start(x, y)     z_T = solver.forward(z_0)     (x_bar, z0_bar) = solver.backward(∇_y f)
+        ∇F(x) ≈ ∇_x f + x_bar + [∂z_0/∂x]ᵀ z0_bar
+
+    The optimizer state of the inner solver starts fresh at each outer step.
+
+    Args:
+      outer_loss: f, a function (x, y, batch) -> scalar.
+      solver: an inner solver, which holds the inner loss.
+
+    Returns:
+      `Hypergradient(init, estimate)`: `init(x, y, batch=None) -> state`, whose batch (a `Batch`, or the inner data
+      alone) only a solver that keeps factors of the model asks for, and
+      `estimate(key, state, x, Batch(outer, inner)) -> (grad, state, HypergradientInfo)`. The key may be None where
+      nothing is drawn at random. Both are pure functions to jit, vmap and scan; without jit, each call traces anew.
+
+    Raises:
+      ValueError: if a loss is not scalar, x or y is empty or not floating-point, x does not fit the state, or the batch
+        is no `Batch`.
+
+    Cost: one gradient of f and the cost of the solver.
+
+    Reference: Pedregosa, arXiv 1602.02355, algorithm 1 (implicit); Franceschi et al., arXiv 1806.04910 (unrolled).
+
+    Example:
+        >>> import bilevax as bx, jax, optax
+        >>> solver = bx.inner.implicit(lambda x, y, batch: 0.5 * (y - x) ** 2, optax.sgd(1.0), steps=1)
+        >>> hypergrad = bx.hypergradient(lambda x, y, batch: 0.5 * (y - batch) ** 2, solver)
+        >>> state = hypergrad.init(3.0, 0.0)
+        >>> grad, state, info = hypergrad.estimate(jax.random.key(0), state, 3.0, bx.Batch(outer=1.0, inner=None))
+        >>> float(grad), float(state.y), float(info.outer_loss)
+        (2.0, 3.0, 2.0)
+    """
+    outer = checks.scalar_loss("outer_loss", outer_loss)
+    checks.instance("solver", solver, InnerSolver, "Pass, say, bx.inner.reverse(inner_loss, optax.sgd(0.1), steps=10).")
+
+    def init(x: chex.ArrayTree, y: chex.ArrayTree, batch: Any = None) -> HypergradientState:
+        solver_state = solver.init(x, y, batch.inner if isinstance(batch, Batch) else batch)
+        return HypergradientState(arrays(y), solver_state, checks.Shapes.of(x))
+
+    def estimate(key: chex.PRNGKey | None, state: HypergradientState, x: chex.ArrayTree, batch: Batch) -> tuple:
+        check_call(HypergradientState, state, x, batch)
+        z, pull_start = jax.vjp(solver.start, x, state.y)
+        z_T, residual, solver_state = solver.forward(key, state.solver, x, z, batch.inner)
+        value, (direct, y_bar) = jax.value_and_grad(outer, argnums=(0, 1))(x, z_T.y, batch.outer)
+        (x_bar, z0_bar), solver_state, info = solver.backward(residual, solver_state, Iterate(y_bar))
+        start_bar, _ = pull_start(full_cotangent(z0_bar, z))
+        grad = jax.tree.map(lambda *parts: sum(parts), direct, x_bar, start_bar)
+        info = info._replace(
+            breakdown=info.breakdown | ~jnp.isfinite(value + norm(grad)),
+            calls=info.calls._replace(outer_gradients=info.calls.outer_gradients + 1),
+        )
+        return grad, HypergradientState(z_T.y, solver_state, state.x_shapes), HypergradientInfo(value, info)
+
+    return Hypergradient(init, estimate)
+
+
+def check_call(kind: type, state: Any, x: chex.ArrayTree, batch: Batch) -> None:
+    """Raises ValueError unless the arguments of `estimate` are a state of this kind, the x it was made for, a Batch."""
+    fix = "Pass the state of init(x, y) or of the last estimate: estimate(key, state, x, batch)."
+    checks.instance("state", state, kind, fix)
+    if checks.Shapes.of(x) != state.x_shapes:
+        raise ValueError(
+            f"x must look like the x that the state was made for; got {checks.Shapes.of(x)}, expected "
+            f"{state.x_shapes}. Call init(x, y) again, or pass the x that belongs to this state."
+        )
+    checks.floating("x", x)
+    checks.instance("batch", batch, Batch, "Pass bx.Batch(outer=..., inner=...).")
+
+
+def differentiable(solver: InnerSolver) -> Callable:
+    """The inner solver as one pure function that `jax.grad` differentiates by the solver's own rule.
+
+        solve(x, y0, batch, key=None) -> y_T
+
+    The derivative with respect to x comes from `solver.backward`, that with respect to y0 too (zero for an implicit
+    solver, refused for one that pushes tangents from x alone). Nothing else is differentiated: what the loss or the
+    optimizer closes over must not depend on the variable of `jax.grad`; move it into x. There is no info:
+    `hypergradient` of the same solver tells how far to trust it. vmap it over tasks and use it anywhere inside a loss;
+    jit the whole, or it is traced at each call.
+
+    Args:
+      solver: an inner solver.
+
+    Returns:
+      `solve`. v starts cold at each call; give data, keys and whatever else is not differentiated in `batch`.
+
+    Raises:
+      ValueError: if a derivative with respect to `batch`, or to something that the solver closes over, is asked (it is
+        refused, not returned as zero), or with respect to y0 of a solver without one; if x or y0 is empty or not
+        floating-point.
+      TypeError: from JAX for forward mode (jvp), and for second derivatives of an implicit solver.
+
+    Cost: that of the solver; without a derivative, of its forward pass.
+
+    Reference: Blondel et al., "Efficient and modular implicit differentiation", arXiv 2105.15183, section 2.
+
+    Example:
+        >>> import bilevax as bx, jax, jax.numpy as jnp, optax
+        >>> solve = bx.differentiable(bx.inner.reverse(lambda x, y, batch: batch * (y - x) ** 2, optax.sgd(0.25), 1))
+        >>> meta_loss = lambda x, task: solve(x, x, task) ** 2
+        >>> jax.vmap(jax.grad(meta_loss), (None, 0))(1.0, jnp.array([1.0, 2.0])).tolist()
+        [2.0, 2.0]
+    """
+    checks.instance("solver", solver, InnerSolver, "Pass, say, bx.inner.reverse(inner_loss, optax.sgd(0.1), steps=10).")
+
+    def run(x: chex.ArrayTree, y0: chex.ArrayTree, batch: Any, key: chex.PRNGKey | None) -> tuple:
+        state = solver.init(x, y0, batch)
+        z, pull_start = jax.vjp(solver.start, x, y0)
+        z_T, residual, state = solver.forward(key, state, x, z, batch)
+        return z_T.y, (pull_start, z, residual, state)
+
+    @jax.custom_vjp
+    def solve(x: chex.ArrayTree, y0: chex.ArrayTree, batch: Any, key: chex.PRNGKey | None) -> chex.ArrayTree:
+        return run(x, y0, batch, key)[0]
+
+    def forward(x: Any, y0: Any, batch: Any, key: Any) -> tuple:
+        for path, leaf in jax.tree_util.tree_leaves_with_path(batch, is_leaf=_is_primal):
+            if leaf.perturbed:
+                raise ValueError(
+                    f"batch of a differentiable solve must not be differentiated; got a derivative with respect to "
+                    f"batch{jax.tree_util.keystr(path)}. Move that array into x, or wrap it in jax.lax.stop_gradient."
+                )
+        if solver.pushes_tangents and any(leaf.perturbed for leaf in jax.tree.leaves(y0, is_leaf=_is_primal)):
+            raise ValueError(
+                "y0 must not be differentiated where the solver pushes tangents from x alone, such as "
+                "inner.forward_gradient; got a derivative with respect to y0. Pass initial=lambda x: ... to the "
+                "solver, or wrap y0 in jax.lax.stop_gradient."
+            )
+        return run(*jax.tree.map(lambda leaf: leaf.value, (x, y0, batch, key), is_leaf=_is_primal))
+
+    def backward(residual: tuple, y_bar: chex.ArrayTree) -> tuple:
+        pull_start, z, solver_residual, state = residual
+        y_bar = jax.tree.map(_instantiate, y_bar, is_leaf=_is_symbolic_zero)
+        (x_bar, z0_bar), _, _ = solver.backward(solver_residual, state, Iterate(y_bar))
+        start_x_bar, y0_bar = pull_start(full_cotangent(z0_bar, z))
+        return optax.tree.add(x_bar, start_x_bar), y0_bar, None, None
+
+    solve.defvjp(forward, backward, symbolic_zeros=True)
+
+    def pure(x: chex.ArrayTree, y0: chex.ArrayTree, batch: Any, key: chex.PRNGKey | None = None) -> chex.ArrayTree:
+        try:
+            return solve(x, y0, batch, key)
+        except jax.errors.UnexpectedTracerError as error:
+            raise ValueError(
+                "solver must not close over a value that is differentiated; got one in its loss, optimizer, initial or "
+                "solve. Move it into x: loss(x, y, batch), optimizer=lambda x: optax.sgd(x)."
+            ) from error
+
+    return pure
+
+
+def _is_primal(leaf: Any) -> bool:
+    return isinstance(leaf, jax.custom_derivatives.CustomVJPPrimal)
+
+
+def _is_symbolic_zero(leaf: Any) -> bool:
+    return isinstance(leaf, jax.custom_derivatives.SymbolicZero)
+
+
+def _instantiate(leaf: Any) -> Any:
+    return jnp.zeros(leaf.shape, leaf.dtype) if _is_symbolic_zero(leaf) else leaf

@@ -1,0 +1,158 @@
+"""The value-function penalty: a hypergradient of first derivatives alone."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from bilevax import checks
+from bilevax.hypergradients._hypergradient import HypergradientInfo, check_call
+from bilevax.inner._optimizer_steps import Optimizer, check_point, optimizer_steps
+from bilevax.problem import Batch, Calls, Hypergradient, Iterate, Loss, SolverInfo, arrays, norm
+from bilevax.sampling import Sample, fold, full, split
+
+
+class PenaltyState(NamedTuple):
+    """What `penalty` keeps between outer steps.
+
+    Attributes:
+      y: the warm minimizer of g.
+      penalized: the warm minimizer y_λ of g + f / λ.
+      step: number of estimates so far.
+      x_shapes: structure and shapes of the x it was made for; holds no numbers.
+
+    Example:
+        >>> import bilevax as bx
+        >>> bx.hypergradients.PenaltyState(y=1.0, penalized=1.5, step=0, x_shapes=None).penalized
+        1.5
+    """
+
+    y: chex.ArrayTree
+    penalized: chex.ArrayTree
+    step: chex.Array
+    x_shapes: checks.Shapes
+
+
+class PenaltyDetail(NamedTuple):
+    """What `penalty` reports beside y; scalars.
+
+    Attributes:
+      multiplier: λ of this step.
+      gap: g(x, y_λ) − g(x, y), of order 1 / λ²; negative where g is not solved.
+      gradient_norm: ‖∇_y g + ∇_y f / λ‖ at y_λ.
+
+    Example:
+        >>> import bilevax as bx
+        >>> bx.hypergradients.PenaltyDetail(multiplier=10.0, gap=0.01, gradient_norm=1e-6).gap
+        0.01
+    """
+
+    multiplier: chex.Array
+    gap: chex.Array
+    gradient_norm: chex.Array
+
+
+def penalty(
+    outer_loss: Loss,
+    inner_loss: Loss,
+    optimizer: Optimizer,
+    steps: int,
+    multiplier: chex.Numeric | Callable[[chex.Array], chex.Numeric],
+    *,
+    sample: Sample = full,
+    outer_sample: Sample = full,
+    cross_sample: Sample = full,
+) -> Hypergradient:
+    """An estimator of ∇F(x) from first derivatives alone, with an error of order 1 / λ.
+
+        y ≈ argmin_y g(x, y)          y_λ ≈ argmin_y g(x, y) + f(x, y) / λ
+        ∇F(x) ≈ ∇_x f(x, y_λ) + λ (∇_x g(x, y_λ) − ∇_x g(x, y))
+
+    It needs no Hessian product: for losses that can be differentiated once only, or models whose second derivatives do
+    not fit. The two inner problems run side by side with the same optimizer, both warm and on the same batches of g. λ
+    must exceed about 2 L_f / μ_g for the second one to be convex, and the difference of gradients loses digits as λ
+    grows: errors in y and y_λ are multiplied by λ.
+
+    Args:
+      outer_loss: f, a function (x, y, batch) -> scalar.
+      inner_loss: g, a function (x, y, batch) -> scalar.
+      optimizer: any optax transformation, or a function x ↦ transformation.
+      steps: inner steps of each of the two problems for each estimate, >= 0.
+      multiplier: λ > 0, or an optax schedule of the outer step (F2SA lets it grow).
+      sample: how inner step t draws its batch of g.
+      outer_sample: how inner step t draws its batch of f.
+      cross_sample: how the batch of the two ∇_x g and of the report is drawn.
+
+    Returns:
+      A `Hypergradient` with state `PenaltyState(y, penalized, step, x_shapes)`. In its `HypergradientInfo`, outer_loss
+      is f(x, y_λ); `inner.inner_loss` and `inner.gradient_norm` are those of g at y; `inner.detail` is a
+      `PenaltyDetail`.
+
+    Raises:
+      ValueError: if steps is negative, the multiplier is not positive, a loss is not scalar, or the arguments of
+        `estimate` do not fit.
+
+    Cost: 2 · steps + 2 gradients of g and steps + 1 of f; memory of one step, two copies of y.
+
+    Reference: Kwon et al., "A fully first-order method for stochastic bilevel optimization" (F2SA), arXiv 2301.10945,
+    and Kwon et al., arXiv 2309.01753; Liu et al., "BOME! Bilevel optimization made easy", arXiv 2209.08709. Deviation:
+    the second problem is divided by λ, so that one step size serves both.
+
+    Example:
+        >>> import bilevax as bx, jax, optax
+        >>> inner_loss, outer_loss = lambda x, y, batch: 0.5 * (y - x) ** 2, lambda x, y, batch: 0.5 * y**2
+        >>> hypergrad = bx.penalty(outer_loss, inner_loss, optax.sgd(0.5), steps=100, multiplier=99.0)
+        >>> grad, _, _ = hypergrad.estimate(None, hypergrad.init(1.0, 0.0), 1.0, bx.Batch(None, None))
+        >>> round(float(grad), 4)  # λ / (λ + 1)
+        0.99
+    """
+    outer = checks.scalar_loss("outer_loss", outer_loss)
+    inner = checks.scalar_loss("inner_loss", inner_loss)
+    steps = checks.count("steps", steps)
+    if callable(multiplier):
+        checks.function("multiplier", multiplier, "step")
+    else:
+        checks.positive("multiplier", multiplier)
+    for name, sampler in (("outer_sample", outer_sample), ("cross_sample", cross_sample)):
+        checks.function(name, sampler, "key", "t", "data")
+    plain = optimizer_steps(inner_loss, optimizer, None, sample)
+
+    def both(key: chex.PRNGKey | None, t: chex.Numeric, data: Batch) -> Batch:
+        outer_key = fold(key, 1)
+        return Batch(outer_sample(outer_key, t, data.outer), sample(key, t, data.inner))
+
+    def init(x: chex.ArrayTree, y: chex.ArrayTree, batch: Any = None) -> PenaltyState:
+        check_point(x, y)
+        return PenaltyState(arrays(y), arrays(y), jnp.zeros((), jnp.int32), checks.Shapes.of(x))
+
+    def estimate(key: chex.PRNGKey | None, state: PenaltyState, x: chex.ArrayTree, batch: Batch) -> tuple:
+        check_call(PenaltyState, state, x, batch)
+        step_key, cross_key = split(key, 2)
+        weight = multiplier(state.step) if callable(multiplier) else multiplier
+        penalized = optimizer_steps(
+            lambda x, y, batch: inner(x, y, batch.inner) + outer(x, y, batch.outer) / weight, optimizer, None, both
+        )
+
+        def step(pair: tuple[Iterate, Iterate], _: None) -> tuple[tuple[Iterate, Iterate], None]:
+            z, z_penalized = pair
+            return (plain.step(step_key, batch.inner, x, z), penalized.step(step_key, batch, x, z_penalized)), None
+
+        begin = plain.start(x, state.y), penalized.start(x, state.penalized)
+        (z, z_penalized), _ = jax.lax.scan(step, begin, length=steps)
+        y, y_penalized = z.y, z_penalized.y
+        data = cross_sample(cross_key, jnp.maximum(z.t - 1, 0), batch.inner)
+        outer_value, (direct, outer_y) = jax.value_and_grad(outer, argnums=(0, 1))(x, y_penalized, batch.outer)
+        above, (above_x, above_y) = jax.value_and_grad(inner, argnums=(0, 1))(x, y_penalized, data)
+        value, (below_x, below_y) = jax.value_and_grad(inner, argnums=(0, 1))(x, y, data)
+        grad = jax.tree.map(lambda d, a, b: (d + weight * (a - b)).astype(jnp.result_type(d)), direct, above_x, below_x)
+        stationarity = norm(optax.tree.add_scale(above_y, 1 / weight, outer_y))
+        detail = PenaltyDetail(jnp.asarray(weight, float), above - value, stationarity)
+        size = norm(below_y)
+        breakdown = ~jnp.isfinite(outer_value + above + value + size + norm(grad))
+        info = SolverInfo(value, size, breakdown, Calls(steps + 1, 2 * steps + 2), detail)
+        return grad, PenaltyState(y, y_penalized, state.step + 1, state.x_shapes), HypergradientInfo(outer_value, info)
+
+    return Hypergradient(init, estimate)

@@ -1,0 +1,214 @@
+"""What `kfac` and `ekfac` share: when factors and decompositions are refreshed, and how they are applied."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from bilevax import checks
+from bilevax.curvature import capture, kronecker
+from bilevax.curvature.damped_blocks import Parts, decompose, solve, weight_decay
+from bilevax.curvature.inverse import Damping, Inverse
+from bilevax.curvature.model_loss import structured
+from bilevax.curvature.sharing import Sharing
+from bilevax.problem import IHVP, IHVPInfo, Loss, norm
+from bilevax.sampling import Sample, split
+
+Schedule = int | Callable[[chex.Array], chex.Numeric]
+
+
+class KFACState(NamedTuple):
+    """What `kfac` and `ekfac` keep between outer steps, if anything.
+
+    Attributes:
+      step: how many times it was prepared.
+      factors: name -> moving averages of the sums that factors are made of.
+      parts: their decompositions.
+
+    Example:
+        >>> import bilevax as bx
+        >>> bx.ihvp.KFACState._fields
+        ('step', 'factors', 'parts')
+    """
+
+    step: chex.Array
+    factors: dict[str, Any]
+    parts: Parts
+
+
+class Refresh(NamedTuple):
+    """How factors and decompositions age.
+
+    Attributes:
+      ema: decay of the moving averages.
+      factors: step -> whether factors are measured.
+      inverse: step -> whether they are decomposed.
+      stateful: whether anything is kept at all.
+      averages: whether factors outlive the step in which they are measured.
+    """
+
+    ema: chex.Numeric
+    factors: Callable[[chex.Array], chex.Numeric]
+    inverse: Callable[[chex.Array], chex.Numeric]
+    stateful: bool
+    averages: bool
+
+    @classmethod
+    def of(cls, ema: chex.Numeric, factors_every: Schedule, inverse_every: Schedule) -> "Refresh":
+        """Checks the options of a user."""
+        traced = isinstance(ema, jax.core.Tracer)
+        checks.scalar("ema", ema)
+        if not traced and not 0 <= ema < 1:
+            raise ValueError(f"ema must be in [0, 1); got {ema!r}. Pass 0.0 for fresh factors, or, say, 0.95.")
+        due = _schedule("factors_every", factors_every), _schedule("inverse_every", inverse_every)
+        averages = traced or ema != 0 or factors_every != 1
+        return cls(ema, *due, averages or inverse_every != 1, averages)
+
+
+def _schedule(name: str, every: Schedule) -> Callable[[chex.Array], chex.Numeric]:
+    if callable(every):
+        checks.function(name, every, "step")
+
+        def due(step: chex.Array) -> chex.Array:
+            answer = every(step)
+            if answer is None or jnp.shape(answer) or jnp.asarray(answer).dtype != jnp.bool_:
+                raise ValueError(
+                    f"{name} must return one bool for a step; got {answer!r:.80}. Return, say, step % 10 == 0."
+                )
+            return jnp.asarray(answer)
+
+        return due
+    period = checks.count(name, every, minimum=1)
+    return lambda step: step % period == 0
+
+
+class Passes(NamedTuple):
+    """What distinguishes one Kronecker-factored curvature from another.
+
+    Attributes:
+      measure: `measure(key, setting) -> (factors, backward passes)`.
+      inverse: decomposes the factors, and solves.
+      correct: `correct(key, setting, blocks) -> (blocks, backward passes)` for fresh factors; None for none.
+    """
+
+    measure: Callable
+    inverse: Inverse
+    correct: Callable | None = None
+
+
+class Options(NamedTuple):
+    """How factors are measured and damped; as in `kfac`."""
+
+    damping: Damping
+    sharing: Any
+    positions: Any
+    unsupported: capture.Unsupported
+    sample: Sample
+
+    def check(self, inverse: Inverse) -> None:
+        """Refuses what cannot be."""
+        if not callable(self.damping):
+            checks.nonnegative("damping", self.damping)
+            checks.scalar("damping", self.damping)
+        elif inverse.eigenvalues is None:
+            raise ValueError(
+                "damping must be a number with kronecker.factored, which knows no eigenvalues; got a function. Pass a "
+                "number, or inverse=bx.curvature.kronecker.exact."
+            )
+        if not isinstance(self.sharing, Sharing):
+            checks.function("sharing", self.sharing, "name")
+        if self.positions is not None:
+            checks.function("positions", self.positions, "batch")
+        checks.function("unsupported", self.unsupported, "leaves")
+        checks.function("sample", self.sample, "key", "t", "data")
+
+
+def curved(passes: Passes, options: Options, refresh: Refresh) -> IHVP:
+    """The IHVP of a Kronecker-factored curvature."""
+    options.check(passes.inverse)
+    inverse, damping = passes.inverse, options.damping
+
+    def measured(key: Any, inner_loss: Loss, point: tuple) -> tuple:
+        loss = structured(inner_loss, "Kronecker-factored curvature")
+        x, y = jax.lax.stop_gradient(point[:2])
+        batch_key, key = split(key, 2)
+        batch = options.sample(batch_key, 0, point[2])
+        here = kronecker.setting(loss, x, y, batch, options.sharing, options.positions, options.unsupported)
+        return key, here, weight_decay(here, loss, x, y)
+
+    def corrected(key: Any, here: kronecker.Setting, parts: Parts) -> tuple[Parts, int]:
+        if passes.correct is None:
+            return parts, 0
+        bases = {block.name: parts.blocks[block.name] for block in here.captured.blocks if block.matrix is not None}
+        blocks, count = passes.correct(key, here, bases)
+        return parts._replace(blocks={**parts.blocks, **blocks}), count
+
+    def fresh(key: Any, here: kronecker.Setting, decay: dict) -> tuple:
+        found, count = passes.measure(key, here)
+        parts, more = corrected(key, here, decompose(here, found, decay, damping, inverse))
+        return found, parts, count + more
+
+    def aged(key: Any, here: kronecker.Setting, decay: dict, state: KFACState) -> tuple:
+        """What is kept is refreshed where it is due; the first step refreshes everything."""
+        first = state.step == 0
+        due, invert = first | refresh.factors(state.step), first | refresh.inverse(state.step)
+        measure = due if refresh.averages else invert  # factors that would be forgotten are not measured
+        counts = []
+
+        def average(old: dict) -> dict:
+            found, count = passes.measure(key, here)
+            counts.append(count)
+            rate = jnp.where(first, 0, refresh.ema)
+            return jax.tree.map(lambda a, b: (rate * a + (1 - rate) * b).astype(a.dtype), old, found)
+
+        def decomposed(old: Parts) -> Parts:
+            return decompose(here, found, decay, damping, inverse)
+
+        def correct(parts: Parts) -> Parts:
+            parts, count = corrected(key, here, parts)
+            counts.append(count)
+            return parts
+
+        found = jax.lax.cond(measure, average, lambda old: old, state.factors)
+        parts = jax.lax.cond(invert, decomposed, lambda old: old, state.parts)
+        parts = jax.lax.cond(due | invert, correct, lambda old: old, parts)
+        spent = jnp.where(measure, counts[0], 0) + jnp.where(due | invert, counts[1], 0)
+        return found, parts, spent
+
+    def init(x: Any, y: Any, batch: Any = None, inner_loss: Loss | None = None) -> Any:
+        if not refresh.stateful:
+            return ()
+        if batch is None or inner_loss is None:
+            raise ValueError(
+                "batch must be given where kfac or ekfac keeps factors (ema, factors_every, inverse_every), for its "
+                "shapes; got None. Call hypergrad.init(x, y, batch) with the inner data, or ihvp.init(x, y, batch, "
+                "inner_loss)."
+            )
+
+        def shapes(key: Any, point: tuple) -> tuple:
+            found, parts, _ = fresh(*measured(key, inner_loss, point))
+            return found, parts
+
+        found, parts = optax.tree.zeros_like(jax.eval_shape(shapes, jax.random.key(0), (x, y, batch)))
+        return KFACState(jnp.zeros((), jnp.int32), found, parts)
+
+    def prepare(key: Any, state: Any, inner_loss: Loss, point: tuple) -> tuple:
+        key, here, decay = measured(key, inner_loss, point)
+        if refresh.stateful:
+            checks.instance("state", state, KFACState, "Pass that of ihvp.init(x, y, batch, inner_loss).")
+            found, parts, spent = aged(key, here, decay, state)
+            state = KFACState(state.step + 1, found, parts)
+        else:
+            _, parts, spent = fresh(key, here, decay)
+
+        def apply(b: chex.ArrayTree, v0: chex.ArrayTree | None = None) -> tuple[chex.ArrayTree, IHVPInfo]:
+            v, smallest = solve(here, parts, decay, damping, inverse, b)
+            breakdown = ~jnp.isfinite(norm(v)) | (smallest <= 0)
+            return v, IHVPInfo(0, 0, 0, jnp.nan, smallest, breakdown, spent)
+
+        return apply, state
+
+    return IHVP(init, prepare, spd=True)

@@ -1,0 +1,67 @@
+"""The dense inverse: small problems, and the oracle of every test."""
+
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+
+from bilevax import checks
+from bilevax.ihvp._start import stateless
+from bilevax.problem import IHVP, IHVPInfo, Loss, norm, widen
+from bilevax.sampling import Sample, full
+
+
+def exact(damping: chex.Numeric = 0.0, sample: Sample = full) -> IHVP:
+    """Forms the dense Hessian, decomposes it once per solve, and divides by its eigenvalues.
+
+        H = Q diag(λ) Qᵀ          v = Q (Qᵀ b / (λ + damping))
+
+    An indefinite H is inverted all the same and reported as `breakdown`: at such a point y is not a minimum.
+
+    Args:
+      damping: a number >= 0 added to every eigenvalue.
+      sample: how the batch of H is drawn from the inner data; it is asked with t = 0.
+
+    Returns:
+      An `IHVP` without state; linear. `info.curvature` is the smallest eigenvalue of H + damping I.
+
+    Raises:
+      ValueError: if damping is negative.
+
+    Cost: M Hessian products, M² memory and about 10 M³ operations for M = dim y, once per solve; use it up to a few
+    thousand unknowns.
+
+    Example:
+        >>> import bilevax as bx, jax.numpy as jnp
+        >>> loss = lambda x, y, batch: jnp.sum(jnp.array([1.0, 4.0]) * y**2)
+        >>> apply, _ = bx.ihvp.exact().prepare(None, (), loss, (0.0, jnp.ones(2), None))
+        >>> apply(jnp.array([2.0, 8.0]))[0].round(4).tolist()
+        [1.0, 1.0]
+    """
+    checks.nonnegative("damping", damping)
+    checks.function("sample", sample, "key", "t", "data")
+
+    def prepare(key: Any, state: tuple, inner_loss: Loss, point: tuple) -> tuple:
+        x, y, data = point
+        loss = checks.scalar_loss("inner_loss", inner_loss)
+        batch = sample(key, 0, data)
+        flat, unravel = ravel_pytree(y)
+        hessian = jax.hessian(lambda wide: loss(x, unravel(wide.astype(flat.dtype)), batch))(widen(flat))
+        eigenvalues, vectors = jnp.linalg.eigh(hessian + damping * jnp.eye(flat.size, dtype=hessian.dtype))
+
+        def apply(b: chex.ArrayTree, v0: chex.ArrayTree | None = None) -> tuple[chex.ArrayTree, IHVPInfo]:
+            wide = ravel_pytree(b)[0].astype(hessian.dtype)
+            size = norm(wide)
+            scale = jnp.where(size > 0, size, 1)
+            unit = wide / scale
+            v = vectors @ ((vectors.T @ unit) / eigenvalues)
+            residual = jnp.linalg.norm(unit - hessian @ v - damping * v)
+            breakdown = ~((eigenvalues[0] > 0) & jnp.isfinite(residual))
+            info = IHVPInfo(1, 0, flat.size, residual, eigenvalues[0], breakdown)
+            return unravel((scale * v).astype(flat.dtype)), info
+
+        return apply, state
+
+    return IHVP(stateless, prepare, spd=True)

@@ -1,0 +1,50 @@
+"""The scaled identity in place of the inverse Hessian."""
+
+from typing import Any
+
+import chex
+import jax.numpy as jnp
+import optax
+
+from bilevax import checks
+from bilevax.ihvp._start import stateless
+from bilevax.problem import IHVP, IHVPInfo, Loss, norm
+
+
+def identity(scale: chex.Numeric = 1.0) -> IHVP:
+    """Replaces the inverse Hessian by a multiple of the identity.
+
+        v = scale · b
+
+    With scale = the inner step size this is one unrolled step (DARTS, T1–T2); with scale = 0 the indirect part of the
+    hypergradient is dropped. The residual is not measured, since that would cost the product that is saved here.
+
+    Args:
+      scale: a number >= 0, in units of an inner step size.
+
+    Returns:
+      An `IHVP` without state; linear.
+
+    Raises:
+      ValueError: if scale is negative.
+
+    Cost: nothing.
+
+    Reference: Luketina et al., arXiv 1511.06727 (T1–T2); Liu et al., DARTS, arXiv 1806.09055.
+
+    Example:
+        >>> import bilevax as bx
+        >>> apply, _ = bx.ihvp.identity(0.1).prepare(None, (), lambda x, y, batch: y**2, (0.0, 1.0, None))
+        >>> f"{apply(20.0)[0]:.1f}"
+        '2.0'
+    """
+    checks.nonnegative("scale", scale)
+
+    def prepare(key: Any, state: tuple, inner_loss: Loss, point: tuple) -> tuple:
+        def apply(b: chex.ArrayTree, v0: chex.ArrayTree | None = None) -> tuple[chex.ArrayTree, IHVPInfo]:
+            v = optax.tree.cast_like(optax.tree.scale(scale, b), b)
+            return v, IHVPInfo(0, 0, 0, jnp.nan, jnp.nan, ~jnp.isfinite(norm(v)))
+
+        return apply, state
+
+    return IHVP(stateless, prepare, spd=True)

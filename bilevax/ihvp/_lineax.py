@@ -1,0 +1,100 @@
+"""Any solver of lineax as an inverse-Hessian-vector product."""
+
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from bilevax import checks
+from bilevax.curvature.products import Curvature, damped, hessian
+from bilevax.ihvp._start import start, stateless
+from bilevax.problem import IHVP, IHVPInfo, Loss, norm
+from bilevax.sampling import Sample, full
+
+
+def lineax(
+    solver: Any,
+    damping: chex.Numeric = 0.0,
+    curvature: Curvature = hessian,
+    sample: Sample = full,
+    tags: Any = None,
+) -> IHVP:
+    """Solves (H + damping I) v = b by a solver of lineax: GMRES, BiCGStab, LSMR, Cholesky, ...
+
+    For a curvature that conjugate gradients cannot take, and to compare solvers. b is scaled to norm one first;
+    iterative solvers get the warm start v0 as their `y0`, and a v0 that solves the system is returned as it is. The
+    operator is declared symmetric and positive semidefinite, as a Hessian at a minimum is; many solvers of lineax rely
+    on that. For another curvature say what it is: `tags=lineax.symmetric_tag` where it is indefinite, `tags=()` where
+    it is not symmetric.
+
+    Args:
+      solver: a solver object, say `lineax.GMRES(rtol=1e-6, atol=1e-6)`. `pip install "bilevax[lineax]"` brings lineax.
+      damping: a number >= 0 added to the curvature.
+      curvature: a function (inner_loss, x, y, batch) -> product.
+      sample: how the batch of H is drawn from the inner data; it is asked with t = 0.
+      tags: what lineax may assume of the operator; by default that it is symmetric and positive semidefinite.
+
+    Returns:
+      An `IHVP` without state; not declared linear. `info.residual` is measured by one more product, and `curvature` is
+      vᵀHv / vᵀv at the solution. `info.products` is NaN: lineax counts iterations, not products. `info.breakdown` is
+      True where lineax reports anything but success, or v is no better than zero.
+
+    Raises:
+      ValueError: if solver is not one of lineax, or damping is negative.
+      ModuleNotFoundError: if lineax is not installed.
+
+    Cost: that of the solver, and one product for the residual, one for a warm start.
+
+    Reference: Rader, Lyons, Kidger, "Lineax: unified linear solves and linear least-squares in JAX and Equinox",
+    arXiv 2311.17283.
+
+    Example:
+        >>> import bilevax as bx, jax.numpy as jnp, lineax
+        >>> loss = lambda x, y, batch: jnp.sum(jnp.array([1.0, 4.0]) * y**2)
+        >>> ihvp = bx.ihvp.lineax(lineax.GMRES(rtol=1e-6, atol=1e-6))
+        >>> apply, _ = ihvp.prepare(None, (), loss, (0.0, jnp.ones(2), None))
+        >>> apply(jnp.array([2.0, 8.0]))[0].round(4).tolist()
+        [1.0, 1.0]
+    """
+    try:
+        import lineax
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError('ihvp.lineax needs lineax. Run: pip install "bilevax[lineax]"') from error
+
+    checks.instance("solver", solver, lineax.AbstractLinearSolver, "Pass, say, lineax.GMRES(rtol=1e-6, atol=1e-6).")
+    checks.nonnegative("damping", damping)
+    checks.function("curvature", curvature, "inner_loss", "x", "y", "batch")
+    checks.function("sample", sample, "key", "t", "data")
+    tags = (lineax.symmetric_tag, lineax.positive_semidefinite_tag) if tags is None else tags
+
+    def prepare(key: Any, state: tuple, inner_loss: Loss, point: tuple) -> tuple:
+        x, y, data = point
+        product = damped(curvature(inner_loss, x, y, sample(key, 0, data)), damping)
+
+        def apply(b: chex.ArrayTree, v0: chex.ArrayTree | None = None) -> tuple[chex.ArrayTree, IHVPInfo]:
+            begin = start(product, b, v0)
+            leaves, structure = jax.tree.flatten(begin.unit)  # GMRES takes no pytree with empty containers
+
+            def flat_product(leaves: list) -> list:
+                return jax.tree.leaves(product(jax.tree.unflatten(structure, leaves)))
+
+            operator = lineax.FunctionLinearOperator(flat_product, jax.eval_shape(lambda: leaves), tags)
+            options = {} if v0 is None else {"y0": jax.tree.leaves(begin.v)}
+            solution = lineax.linear_solve(operator, leaves, solver, options=options, throw=False)
+            left = norm(begin.r)
+            solved = left <= jnp.finfo(left.dtype).eps  # BiCGStab divides zero by zero there
+            v = optax.tree.where(solved, begin.v, jax.tree.unflatten(structure, solution.value))
+            hv = product(v)
+            residual = norm(optax.tree.sub(begin.unit, hv))
+            rayleigh = optax.tree.vdot(v, hv) / optax.tree.vdot(v, v)
+            failed = ~solved & (solution.result != lineax.RESULTS.successful)
+            breakdown = failed | ~(residual <= 1 + 16 * jnp.finfo(left.dtype).eps)
+            iterations = solution.stats.get("num_steps", 1)
+            info = IHVPInfo(iterations, jnp.nan, 0, residual, rayleigh, breakdown)
+            return optax.tree.cast_like(optax.tree.scale(begin.scale, v), b), info
+
+        return apply, state
+
+    return IHVP(stateless, prepare)

@@ -1,0 +1,93 @@
+"""Two inner solvers one after the other."""
+
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import optax
+
+from bilevax import checks
+from bilevax.problem import InnerSolver, Iterate
+
+
+class ChainState(NamedTuple):
+    """The states of the two links.
+
+    Example:
+        >>> import bilevax as bx
+        >>> bx.inner.ChainState(first=(), last=()).first
+        ()
+    """
+
+    first: Any
+    last: Any
+
+
+def chain(first: InnerSolver, last: InnerSolver) -> InnerSolver:
+    """Solves with `first`, goes on with `last`, and sends the cotangent of `last` back through `first`.
+
+        z_m = first(x, z_0)     z_T = last(x, z_m)
+        (x_bar₂, m_bar) = last.backward(z_bar)     (x_bar₁, z0_bar) = first.backward(m_bar)     x_bar = x_bar₁ + x_bar₂
+
+    The key is the same and the step count runs on, so that `chain(reverse(a), reverse(b))` is `reverse(a + b)`. Give
+    both links the same loss, optimizer and sampler. Useful chains:
+
+        truncated unroll         chain(no_gradient(T − K), reverse(K))
+        unroll + implicit tail   chain(implicit(T − K, ihvp), reverse(K))
+        forward, then reverse    chain(forward_gradient(T − K), reverse(K))
+
+    The tail needs a damping of about 1 / (step size · K), and an optimizer without momentum.
+
+    Args:
+      first: the solver that starts; its `initial` counts.
+      last: the solver that ends; a chain may be a link as well. Its `initial` is not used.
+
+    Returns:
+      An `InnerSolver` with state `ChainState(first, last)`. Its info is that of the returned y, with the calls of both
+      links added up and the breakdowns joined; `info.detail` holds both infos.
+
+    Raises:
+      ValueError: if `last` pushes tangents from x alone (forward gradients), or the optimizer state of one link does
+        not fit the other.
+
+    Cost: the sum of both.
+
+    Reference: Shaban et al., arXiv 1810.10667, for the truncated unroll.
+
+    Example:
+        >>> import bilevax as bx, jax, optax
+        >>> reverse = lambda steps: bx.inner.reverse(lambda x, y, batch: 0.5 * (y - x) ** 2, optax.sgd(0.5), steps)
+        >>> solve = bx.differentiable(bx.inner.chain(reverse(1), reverse(2)))
+        >>> float(jax.grad(solve)(1.0, 0.0, None)), float(jax.grad(bx.differentiable(reverse(3)))(1.0, 0.0, None))
+        (0.875, 0.875)
+    """
+    for name, link in (("first", first), ("last", last)):
+        checks.instance(name, link, InnerSolver, "Pass two inner solvers; nest chains to join more.")
+    if last.pushes_tangents:
+        raise ValueError(
+            "last must send a derivative back to the link before it; got a solver that pushes tangents from x alone, "
+            "such as inner.forward_gradient. Make it the first link."
+        )
+
+    def init(x: chex.ArrayTree, y: chex.ArrayTree, batch: Any = None) -> ChainState:
+        state = ChainState(first.init(x, y, batch), last.init(x, y, batch))
+        got, expected = jax.eval_shape(first.start, x, y).opt_state, jax.eval_shape(last.start, x, y).opt_state
+        checks.same_shapes(
+            "optimizer state between the links of a chain", got, expected, "Give both links the same optimizer."
+        )
+        return state
+
+    def forward(key: chex.PRNGKey | None, state: ChainState, x: chex.ArrayTree, z: Iterate, batch: Any) -> tuple:
+        z, first_residual, first_state = first.forward(key, state.first, x, z, batch)
+        z, last_residual, last_state = last.forward(key, state.last, x, z, batch)
+        return z, (first_residual, last_residual), ChainState(first_state, last_state)
+
+    def backward(residual: tuple, state: ChainState, z_bar: Iterate) -> tuple:
+        (last_x_bar, z_bar), last_state, last_info = last.backward(residual[1], state.last, z_bar)
+        (first_x_bar, z_bar), first_state, first_info = first.backward(residual[0], state.first, z_bar)
+        calls = jax.tree.map(lambda a, b: a + b, first_info.calls, last_info.calls)
+        breakdown = first_info.breakdown | last_info.breakdown
+        info = last_info._replace(breakdown=breakdown, calls=calls, detail=(first_info, last_info))
+        return (optax.tree.add(first_x_bar, last_x_bar), z_bar), ChainState(first_state, last_state), info
+
+    return InnerSolver(init, first.start, forward, backward, first.pushes_tangents)

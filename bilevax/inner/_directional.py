@@ -1,0 +1,392 @@
+"""The estimate that forward gradients and finite differences share: u from its products with random directions."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+from jax.flatten_util import ravel_pytree
+
+from bilevax import checks
+from bilevax.inner import random_directions
+from bilevax.inner._optimizer_steps import check_point
+from bilevax.inner.guides import Guide, Solution
+from bilevax.inner.random_directions import Row, Sampler
+from bilevax.problem import Calls, InnerSolver, Iterate, SolverInfo, arrays, norm, widen
+from bilevax.sampling import check_key, fold
+
+_KEY = 2**31 - 1  # beyond every step that is folded into the same key
+
+
+class DirectionalInfo(NamedTuple):
+    """How far an estimate from random directions can be trusted, measured by these directions themselves; scalars.
+
+    Attributes:
+      variance: the predicted E‖ĝ − g‖², the noise of the sampler times the mean square of the directional derivatives
+        that neither guide nor control variate explains.
+      relative_error: √variance / ‖u‖, with u the indirect gradient (in a chain the part that comes through this link);
+        above 1 the noise is longer than the gradient. Without guide and control variate it is √noise, known beforehand.
+      cosine: that of the angle between u and the span of the guesses; NaN without a guide.
+      step_scale: 1 / (1 + relative_error²): times the step size that suits the exact gradient, it is one that suits
+        this one. (The noise shrinks with the gradient, so that convergence stays linear.)
+      solves: runs of the inner solver.
+      tangents: directions that were pushed through it.
+      refused: guesses that were zero or not finite, in whose place an arbitrary direction was pushed, or nothing taken
+        away. The estimate is unbiased all the same.
+
+    Example:
+        >>> import bilevax as bx
+        >>> info = bx.inner.DirectionalInfo(4.0, 2.0, cosine=0.9, step_scale=0.2, solves=1, tangents=8, refused=0)
+        >>> info.step_scale
+        0.2
+    """
+
+    variance: chex.Numeric
+    relative_error: chex.Numeric
+    cosine: chex.Numeric
+    step_scale: chex.Numeric
+    solves: chex.Numeric
+    tangents: chex.Numeric
+    refused: chex.Numeric
+
+
+class DirectionalState(NamedTuple):
+    """What an estimate from random directions keeps: the states of its guides, () without one.
+
+    Example:
+        >>> import bilevax as bx
+        >>> bx.inner.DirectionalState(guide=(), control_variate=()).guide
+        ()
+    """
+
+    guide: Any
+    control_variate: Any
+
+
+class Push(NamedTuple):
+    """A solve of the inner problem, and its derivatives along directions of x.
+
+    Attributes:
+      solve: `solve() -> z_T`.
+      along: `along(v) -> (z_T, ż_T)`, the tangents of the floating-point parts of z_T.
+    """
+
+    solve: Callable
+    along: Callable
+
+
+class Guesses(NamedTuple):
+    """What a guide answered: vectors [k, *x] in at least float32, its state, its cost, and how many are of no use."""
+
+    vectors: chex.ArrayTree | None
+    state: Any
+    calls: Calls
+    refused: chex.Array
+
+
+class Plan(NamedTuple):
+    """Which directions are pushed, and how.
+
+    Attributes:
+      directions: b, guesses included.
+      sampler: draws the others.
+      guide: proposes k of the b directions, or None.
+      control_variate: proposes what is taken away, or None.
+      chunk: how many are pushed at once; None for all.
+      axis: name of the device axis that shares the random ones, or None.
+    """
+
+    directions: int
+    sampler: Sampler
+    guide: Guide | None
+    control_variate: Guide | None
+    chunk: int | None
+    axis: str | None
+
+    @property
+    def guesses(self) -> int:
+        """Those that the guide proposes."""
+        return self.guide.number if self.guide else 0
+
+    @property
+    def random(self) -> int:
+        """Those that are drawn."""
+        return self.directions - self.guesses
+
+    @property
+    def devices(self) -> int:
+        """Those that share the random ones."""
+        try:
+            return jax.lax.axis_size(self.axis) if self.axis else 1
+        except NameError as error:
+            raise ValueError(
+                f"axis must be the name of a device axis around the estimate; got {self.axis!r}, which is unbound. Use "
+                f"bx.parallel.shard_directions, or drop axis= on one device."
+            ) from error
+
+
+def plan(
+    directions: int,
+    sampler: Sampler,
+    guide: Guide | None,
+    control_variate: Guide | None,
+    chunk: int | None,
+    axis: str | None,
+) -> Plan:
+    """Checks what a user asks for."""
+    directions = checks.count("directions", directions, minimum=1)
+    for name, given in (("guide", guide), ("control_variate", control_variate)):
+        if given is not None:
+            checks.instance(name, given, Guide, "Pass, say, bx.inner.guides.blocks(4).")
+    if guide is not None and guide.number >= directions:
+        raise ValueError(
+            f"directions must be more than the {guide.number} guesses of the guide, or the estimate is biased; got "
+            f"{directions}. Pass directions={guide.number + 1} or more."
+        )
+    if control_variate is not None and control_variate.number != 1:
+        raise ValueError(
+            f"control_variate must propose one guess; got one with {control_variate.number}. Pass it as guide."
+        )
+    if chunk is not None:
+        chunk = checks.count("chunk", chunk, minimum=1)
+    return Plan(directions, sampler, guide, control_variate, chunk, axis)
+
+
+def no_loss(x: chex.ArrayTree, y: chex.ArrayTree, batch: Any) -> chex.Array:
+    """Stands for an inner loss that is not known: NaN in every report."""
+    return jnp.nan * optax.tree.sum(y)
+
+
+def floating(z: Iterate) -> Iterate:
+    """The floating-point leaves of each part, those that have a tangent, as lists."""
+    parts = ([leaf for leaf in jax.tree.leaves(part) if jnp.issubdtype(leaf.dtype, jnp.inexact)] for part in z)
+    return Iterate(*parts)
+
+
+def directional(
+    start: Callable,
+    prepare: Callable,
+    report: Callable,
+    plan: Plan,
+    solves: Callable[[Plan], int],
+    calls: Callable,
+    reports: bool,
+) -> InnerSolver:
+    """An inner solver that estimates x_bar from directional derivatives.
+
+    Args:
+      start: `start(x, y) -> z`.
+      prepare: `prepare(key, x, z, batch, z_T=None) -> Push`; z_T where the solve is already known.
+      report: `report(key, batch, x, z_T) -> (g, ‖∇_y g‖)`.
+      plan: of the directions.
+      solves: `solves(plan)`, runs of the inner solver.
+      calls: `calls(solves, tangents) -> Calls` of these.
+      reports: whether `report` evaluates a gradient.
+
+    Returns:
+      An `InnerSolver`.
+    """
+
+    def init(x: chex.ArrayTree, y: chex.ArrayTree, batch: Any = None) -> DirectionalState:
+        check_point(x, y)
+        if plan.guesses > (size := optax.tree.size(x)):
+            raise ValueError(
+                f"guide must propose at most as many guesses as x has entries, {size}; got {plan.guesses}. Without it, "
+                f"directions={size} with sampler=random_directions.coordinate is exact."
+            )
+        random_directions.check(plan.sampler, x, plan.random)
+        guides = (plan.guide, plan.control_variate)
+        return DirectionalState(*(guide.init(x, y, batch) if guide else () for guide in guides))
+
+    def forward(key: chex.PRNGKey, state: DirectionalState, x: chex.ArrayTree, z: Iterate, batch: Any) -> tuple:
+        check_key(key)
+        if key is None:
+            raise ValueError("key must be a jax.random.key for random directions; got None. Pass jax.random.key(0).")
+        x = arrays(x)
+        push, (row, indices) = prepare(key, x, z, batch), _rows(key, x, plan)
+        if plan.chunk is None:
+            z_T, tangents = jax.vmap(lambda i: push.along(row(i)), out_axes=(None, 0))(indices)
+        else:  # pushed in the backward pass, where they shrink to numbers
+            z_T, tangents = push.solve(), None
+        return z_T, (key, x, z, z_T, tangents, batch), state
+
+    def backward(residual: tuple, state: DirectionalState, z_bar: Iterate) -> tuple:
+        key, x, z, z_T, tangents, batch = residual
+        solution, (row, indices) = Solution(z, z_T, z_bar, batch), _rows(key, x, plan)
+        push, zeros = prepare(key, x, z, batch, z_T), optax.tree.zeros_like(widen(x))
+
+        def derivatives(row: Row, indices: chex.Array) -> chex.Array:
+            return _over(lambda i: _product(z_bar, push.along(row(i))[1]), indices, plan.chunk)
+
+        shift, guesses = (
+            _ask(guide, key, kept, x, solution) if guide else Guesses(None, (), Calls(), jnp.zeros((), int))
+            for guide, kept in ((plan.control_variate, state.control_variate), (plan.guide, state.guide))
+        )
+        basis = None if guesses.vectors is None else _orthonormal(guesses.vectors)
+        known = zeros if shift.vectors is None else _outside(basis, _entry(shift.vectors, 0))
+        explained = jnp.asarray(jnp.nan)
+        if basis is not None:
+            length = optax.tree.size(x) ** 0.5  # that of a random direction, for the sake of finite differences
+            columns = optax.tree.cast_like(optax.tree.scale(length, basis), x)
+            exact = derivatives(lambda j: _entry(columns, j), jnp.arange(plan.guesses)) / length
+            known, explained = optax.tree.add(known, _combine(exact, basis)), jnp.sum(exact**2)
+
+        along = derivatives(row, indices) if tangents is None else jax.vmap(lambda one: _product(z_bar, one))(tangents)
+        estimate, variance, square = _estimate(known, along, basis, row, indices, plan)
+        x_bar = optax.tree.cast_like(estimate, x)
+        square = jnp.maximum(square, jnp.nan_to_num(explained))
+        relative = jnp.where(variance > 0, variance / square, variance)
+        cosine = jnp.where(guesses.refused < plan.guesses, jnp.sqrt(explained / square), jnp.nan)
+        runs, refused = solves(plan), guesses.refused + shift.refused
+        detail = DirectionalInfo(
+            *(variance, jnp.sqrt(relative), cosine, 1 / (1 + relative), runs, plan.directions, refused)
+        )
+        value, gradient_norm = report(key, batch, x, z_T)
+        breakdown = ~jnp.isfinite(norm(floating(z_T)) + norm(x_bar))
+        each = _add(Calls(inner_gradients=int(reports)), _add(shift.calls, guesses.calls))
+        total = _add(calls(runs, plan.directions), optax.tree.scale(plan.devices, each))
+        states = (
+            guide.update(asked.state, x_bar) if guide else ()
+            for guide, asked in ((plan.guide, guesses), (plan.control_variate, shift))
+        )
+        info = SolverInfo(value, gradient_norm, breakdown, total, detail)
+        return (x_bar, Iterate(optax.tree.zeros_like(z.y))), DirectionalState(*states), info
+
+    return InnerSolver(init, start, forward, backward, pushes_tangents=True)
+
+
+def _rows(key: chex.PRNGKey, x: chex.ArrayTree, plan: Plan) -> tuple[Row, chex.Array]:
+    """Draws the random directions, and counts those of this device."""
+    if plan.random % plan.devices:
+        raise ValueError(
+            f"directions must be a multiple of the {plan.devices} devices that share them, besides the guesses of the "
+            f"guide; got {plan.random} random ones. Pass directions={plan.guesses + plan.devices}, say."
+        )
+    local = plan.random // plan.devices
+    indices = jnp.arange(local)
+    if plan.axis:
+        device = jax.lax.axis_index(plan.axis)
+        if jax.typeof(device) != jax.typeof(jnp.zeros((), device.dtype)):
+            raise ValueError(
+                f"axis={plan.axis!r} must be one of jax.shard_map(..., check_vma=False): with its checks, derivatives "
+                f"at values that all devices share would be summed over them. Use bx.parallel.shard_directions."
+            )
+        indices += device * local
+    return plan.sampler.draw(fold(key, _KEY), x, plan.random), indices
+
+
+def _over(function: Callable, indices: chex.Array, chunk: int | None) -> Any:
+    """The function of each index, in chunks; one after the other (no vmap) where a chunk is one."""
+    if chunk is None:
+        return jax.vmap(function)(indices)
+    return jax.lax.map(function, indices, batch_size=None if chunk == 1 else chunk)
+
+
+def _product(z_bar: Iterate, z_dot: Iterate) -> chex.Array:
+    """⟨z_bar, ż⟩; a part of z_bar that is None is zero."""
+    pairs = (
+        pair
+        for bar, dots in zip(z_bar, z_dot, strict=True)
+        if bar is not None
+        for pair in zip(floating(Iterate(bar)).y, dots, strict=True)
+    )
+    return sum(jnp.vdot(widen(bar), widen(dot), precision=jax.lax.Precision.HIGHEST) for bar, dot in pairs)
+
+
+def _combine(weights: chex.Array, vectors: chex.ArrayTree) -> chex.ArrayTree:
+    """Σ weights_i vectors_i for leaves [i, ...]."""
+    highest = jax.lax.Precision.HIGHEST
+    return jax.tree.map(
+        lambda leaf: jnp.tensordot(weights.astype(leaf.dtype), leaf, 1, precision=highest), widen(vectors)
+    )
+
+
+def _sum(weights: chex.Array, row: Row, indices: chex.Array, chunk: int | None) -> chex.ArrayTree:
+    """Σ weights_i row(i), drawn once more; with chunks one at a time."""
+    if chunk is None:
+        return _combine(weights, jax.vmap(row)(indices))
+
+    def add(total: chex.ArrayTree, entry: tuple) -> tuple:
+        weight, i = entry
+        return jax.tree.map(lambda sum, leaf: sum + weight.astype(leaf.dtype) * leaf, total, widen(row(i))), None
+
+    zeros = optax.tree.zeros_like(jax.eval_shape(lambda: widen(row(0))))
+    return jax.lax.scan(add, zeros, (weights, indices))[0]
+
+
+def _entry(stacked: chex.ArrayTree, i: chex.Numeric) -> chex.ArrayTree:
+    return jax.tree.map(lambda leaf: leaf[i], stacked)
+
+
+def _add(one: Calls, other: Calls) -> Calls:
+    return jax.tree.map(lambda a, b: a + b, one, other)
+
+
+def _ask(guide: Guide, key: chex.PRNGKey, state: Any, x: chex.ArrayTree, solution: Solution) -> Guesses:
+    """What a guide proposes; guesses that are not finite become zero."""
+    vectors, state, calls = guide.propose(key, state, x, solution)
+    expected = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((guide.number, *leaf.shape), leaf.dtype), x)
+    fix = "Return from propose(key, state, x, solution) leaves [number, *x], the state, and bx.problem.Calls()."
+    checks.same_shapes("guesses of a guide", vectors, expected, fix)
+    lengths = jax.vmap(norm)(vectors)
+
+    def clean(leaf: chex.Array) -> chex.Array:
+        return jnp.where(jnp.isfinite(lengths).reshape(-1, *[1] * (leaf.ndim - 1)), leaf, 0)
+
+    refused = jnp.sum(~(jnp.isfinite(lengths) & (lengths > 0)))
+    return Guesses(jax.tree.map(clean, widen(vectors)), state, calls, refused)
+
+
+def _orthonormal(guesses: chex.ArrayTree) -> chex.ArrayTree:
+    """An orthonormal basis [k, ...] that spans the guesses [k, ...].
+
+    Guesses that are zero or depend on others are made up for by further vectors, which do no harm.
+    """
+    lengths = jax.vmap(norm)(guesses)
+    unit = jax.vmap(optax.tree.scale)(1 / jnp.where(lengths > 0, lengths, 1), guesses)
+    unravel = ravel_pytree(_entry(unit, 0))[1]
+    return jax.vmap(unravel)(jnp.linalg.qr(jax.vmap(lambda one: ravel_pytree(one)[0])(unit).T)[0].T)
+
+
+def _inside(basis: chex.ArrayTree, tree: chex.ArrayTree) -> chex.Array:
+    return jax.vmap(lambda one: optax.tree.vdot(one, tree))(basis)
+
+
+def _outside(basis: chex.ArrayTree | None, tree: chex.ArrayTree) -> chex.ArrayTree:
+    """The projection of a tree to the orthogonal complement of the basis."""
+    return tree if basis is None else optax.tree.sub(tree, _combine(_inside(basis, tree), basis))
+
+
+def _estimate(
+    known: chex.ArrayTree, along: chex.Array, basis: chex.ArrayTree | None, row: Row, indices: chex.Array, plan: Plan
+) -> tuple[chex.ArrayTree, chex.Array, chex.Array]:
+    """Estimates of u, of its own variance and of ‖u‖², from what is known and what the rows say beyond it."""
+    unknown = along - _over(lambda i: optax.tree.vdot(widen(row(i)), known), indices, plan.chunk)
+    rest, unexplained = _mean((_sum(unknown, row, indices, plan.chunk), jnp.sum(unknown**2)), plan)
+    rest = _outside(basis, rest)
+    share = jnp.ones(()) if basis is None else _share_outside(basis, unknown, row, indices, plan)
+    variance = plan.sampler.noise(optax.tree.size(known), plan.random) * share * unexplained
+    # u = known + (u − known), whose second part has the length √unexplained: that bounds their product
+    length = optax.tree.norm(known)
+    most = length * jnp.sqrt(unexplained)
+    square = length**2 + 2 * jnp.clip(optax.tree.vdot(known, rest), -most, most) + unexplained
+    return optax.tree.add(known, rest), variance, square
+
+
+def _share_outside(basis: chex.ArrayTree, unknown: chex.Array, row: Row, indices: chex.Array, plan: Plan) -> chex.Array:
+    """The part of the noise that the projection leaves, 1 − k/N on average over the guesses."""
+
+    def squares(i: chex.Numeric) -> tuple[chex.Array, chex.Array]:
+        v = widen(row(i))
+        return jnp.sum(_inside(basis, v) ** 2), optax.tree.norm(v, squared=True) - 1
+
+    inside, all_but_one = (unknown**2 @ part for part in _over(squares, indices, plan.chunk))
+    inside, all_but_one = _mean((inside, all_but_one), plan)
+    return 1 - jnp.where(all_but_one > 0, inside / all_but_one, 0)
+
+
+def _mean(sums: Any, plan: Plan) -> Any:
+    """Sums over the rows of this device, made means over all."""
+    return optax.tree.scale(1 / plan.random, jax.lax.psum(sums, plan.axis) if plan.axis else sums)

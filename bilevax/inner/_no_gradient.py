@@ -1,0 +1,71 @@
+"""Steps of the inner optimizer that no derivative passes through."""
+
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from bilevax import checks
+from bilevax.inner._optimizer_steps import Initial, Optimizer, check_point, optimizer_steps
+from bilevax.problem import Calls, InnerSolver, Iterate, Loss, SolverInfo
+from bilevax.sampling import Sample, full, split
+
+
+def no_gradient(
+    inner_loss: Loss,
+    optimizer: Optimizer,
+    steps: int,
+    initial: Initial | None = None,
+    sample: Sample = full,
+) -> InnerSolver:
+    """Runs `steps` steps of the inner optimizer, and drops the derivative.
+
+        z_t = Φ(z_{t−1}, x),  t = 1..T          x_bar = 0,   z0_bar = 0
+
+    As the first link of a `chain` it makes a truncated unroll; alone it leaves ∇_x f, the direct part.
+
+    Args:
+      inner_loss: g, a function (x, y, batch) -> scalar.
+      optimizer: any optax transformation, or a function x ↦ transformation.
+      steps: T >= 0.
+      initial: y_0 as a function of x; by default y_0 is the warm y.
+      sample: how step t draws its batch from the data.
+
+    Returns:
+      An `InnerSolver` without state.
+
+    Raises:
+      ValueError: if steps is negative, the optimizer is none, or its updates do not look like y.
+
+    Cost: T gradients, memory of one step. The report adds one gradient.
+
+    Reference: Shaban et al., "Truncated back-propagation for bilevel optimization", arXiv 1810.10667.
+
+    Example:
+        >>> import bilevax as bx, jax, optax
+        >>> loss = lambda x, y, batch: 0.5 * (y - x) ** 2
+        >>> first, last = bx.inner.no_gradient(loss, optax.sgd(0.5), 9), bx.inner.reverse(loss, optax.sgd(0.5), 1)
+        >>> float(jax.grad(bx.differentiable(bx.inner.chain(first, last)))(1.0, 0.0, None))
+        0.5
+    """
+    steps = checks.count("steps", steps)
+    start, step, report = optimizer_steps(inner_loss, optimizer, initial, sample)
+
+    def init(x: chex.ArrayTree, y: chex.ArrayTree, batch: Any = None) -> tuple:
+        check_point(x, y)
+        return ()
+
+    def forward(key: chex.PRNGKey | None, state: tuple, x: chex.ArrayTree, z: Iterate, batch: Any) -> tuple:
+        step_key, *_ = split(key, 3)
+        z_T, _ = jax.lax.scan(lambda z, _: (step(step_key, batch, x, z), None), z, length=steps)
+        return z_T, (step_key, x, z_T, batch), state
+
+    def backward(residual: tuple, state: tuple, z_bar: Iterate) -> tuple:
+        step_key, x, z_T, batch = residual
+        value, norm = report(step_key, batch, x, z_T)
+        info = SolverInfo(value, norm, ~jnp.isfinite(value + norm), Calls(inner_gradients=steps + 1), ())
+        return (optax.tree.zeros_like(x), Iterate(optax.tree.zeros_like(z_T.y))), state, info
+
+    return InnerSolver(init, start, forward, backward)

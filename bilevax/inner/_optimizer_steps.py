@@ -1,0 +1,104 @@
+"""The start, the step and the report that all first-order inner solvers share."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from bilevax import checks
+from bilevax.problem import Iterate, Loss, arrays, norm
+from bilevax.sampling import Sample, fold
+
+Optimizer: TypeAlias = optax.GradientTransformation | Callable[[Any], optax.GradientTransformation]
+Initial = Callable[[Any], Any]
+
+
+class OptimizerSteps(NamedTuple):
+    """Pure functions of one inner optimization.
+
+    Attributes:
+      start: `start(x, y) -> z`.
+      step: `step(key, data, x, z) -> z`, one optimizer step on the batch drawn at z.t.
+      report: `report(key, data, x, z) -> (g, ‖∇_y g‖)` at z.y, on the batch of the last step.
+    """
+
+    start: Callable
+    step: Callable
+    report: Callable
+
+
+def optimizer_steps(inner_loss: Loss, optimizer: Optimizer, initial: Initial | None, sample: Sample) -> OptimizerSteps:
+    """Builds the functions from a loss, an optimizer (or a function x ↦ optimizer), a first point and a sampler."""
+    loss = checks.scalar_loss("inner_loss", inner_loss)
+    checks.function("sample", sample, "key", "t", "data")
+    if initial is not None:
+        checks.function("initial", initial, "x")
+
+    def make(x: chex.ArrayTree) -> optax.GradientTransformation:
+        made = optimizer if isinstance(optimizer, optax.GradientTransformation) else optimizer(x)
+        checks.instance("optimizer(x)", made, optax.GradientTransformation, "Return from it, say, optax.sgd(x).")
+        return made
+
+    # optax.sgd, not called, would take x for its learning rate.
+    uncalled = inspect.isfunction(optimizer) and (optimizer.__module__ or "").startswith("optax.")
+    if uncalled or not (isinstance(optimizer, optax.GradientTransformation) or callable(optimizer)):
+        raise ValueError(
+            f"optimizer must be an optax.GradientTransformation, or a function of x that returns one; got "
+            f"{optimizer!r}. Pass, say, optax.sgd(0.1), or lambda x: optax.sgd(x)."
+        )
+
+    def draw(key: chex.PRNGKey | None, data: Any, t: chex.Array) -> Any:
+        return sample(fold(key, t), t, data)
+
+    def start(x: chex.ArrayTree, y: chex.ArrayTree) -> Iterate:
+        y0 = arrays(y if initial is None else initial(x))
+        if initial is not None:
+            checks.same_shapes("y under initial", y0, y, "Return from initial(x) a pytree like y.")
+            checks.floating("y under initial", y0)
+        return Iterate(y0, make(x).init(y0), jnp.zeros((), jnp.int32))
+
+    def step(key: chex.PRNGKey | None, data: Any, x: chex.ArrayTree, z: Iterate) -> Iterate:
+        batch = draw(key, data, z.t)
+        value, gradient = jax.value_and_grad(loss, argnums=1)(x, z.y, batch)
+        update = optax.with_extra_args_support(make(x)).update
+        updates, opt_state = update(
+            gradient, z.opt_state, z.y, value=value, grad=gradient, value_fn=lambda y: loss(x, y, batch)
+        )
+        fix = "Give the inner solver an optimizer whose updates look like y and whose state keeps its shapes."
+        checks.same_shapes("y under the inner optimizer", updates, z.y, fix)
+        checks.same_shapes("state of the inner optimizer", opt_state, z.opt_state, fix)
+        return Iterate(optax.apply_updates(z.y, updates), opt_state, z.t + 1)
+
+    def report(key: chex.PRNGKey | None, data: Any, x: chex.ArrayTree, z: Iterate) -> tuple[chex.Array, chex.Array]:
+        value, gradient = jax.value_and_grad(loss, argnums=1)(x, z.y, draw(key, data, jnp.maximum(z.t - 1, 0)))
+        return value, norm(gradient)
+
+    return OptimizerSteps(start, step, report)
+
+
+def zero_cotangent(tree: Any) -> Any:
+    """Zeros of the cotangent type of every leaf: float0 for counts and keys."""
+
+    def zero(leaf: Any) -> Any:
+        if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+            return jnp.zeros_like(leaf)
+        return np.zeros(jnp.shape(leaf), jax.dtypes.float0)
+
+    return jax.tree.map(zero, tree)
+
+
+def full_cotangent(z_bar: Iterate, z: Iterate) -> Iterate:
+    """Writes out the parts of a cotangent that stand for zero."""
+    parts = (zero_cotangent(part) if bar is None else bar for bar, part in zip(z_bar, z, strict=True))
+    return Iterate(*parts)
+
+
+def check_point(x: chex.ArrayTree, y: chex.ArrayTree) -> None:
+    """Raises ValueError unless x and y are nonempty pytrees of floating-point arrays."""
+    checks.floating("x", x)
+    checks.floating("y", y)

@@ -1,0 +1,157 @@
+"""Reverse-mode differentiation through the steps of the inner optimizer."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from bilevax import checks
+from bilevax.inner._optimizer_steps import Initial, Optimizer, check_point, full_cotangent, optimizer_steps
+from bilevax.problem import Calls, InnerSolver, Iterate, Loss, SolverInfo
+from bilevax.sampling import Sample, full, split
+
+
+class Checkpoint(NamedTuple):
+    """How a loop of steps is stored for its reverse pass.
+
+    Attributes:
+      loop: `loop(step, x, z, steps) -> z_T` for `step(x, z) -> z`.
+      evaluations: `evaluations(steps) -> number` of inner gradients in the forward and the reverse pass together.
+
+    Example:
+        >>> import bilevax as bx
+        >>> names = [bx.inner.every_step, bx.inner.two_level, bx.inner.store_all, bx.inner.store_products(every=3)]
+        >>> [checkpoint.evaluations(30) for checkpoint in names]
+        [60, 90, 30, 50]
+    """
+
+    loop: Callable
+    evaluations: Callable[[int], int]
+
+
+def _loop(step: Callable, x: chex.ArrayTree, z: Iterate, steps: int) -> Iterate:
+    return jax.lax.scan(lambda z, _: (step(x, z), None), z, length=steps)[0]
+
+
+def _every_step(step: Callable, x: chex.ArrayTree, z: Iterate, steps: int) -> Iterate:
+    return _loop(jax.checkpoint(step, prevent_cse=False), x, z, steps)
+
+
+def _two_level(step: Callable, x: chex.ArrayTree, z: Iterate, steps: int) -> Iterate:
+    size = max(1, math.isqrt(steps))
+    block = jax.checkpoint(lambda x, z: _every_step(step, x, z, size), prevent_cse=False)
+    z = _loop(block, x, z, steps // size)
+    return jax.checkpoint(lambda x, z: _every_step(step, x, z, steps % size))(x, z)
+
+
+store_all = Checkpoint(_loop, lambda steps: steps)
+every_step = Checkpoint(_every_step, lambda steps: 2 * steps)
+two_level = Checkpoint(_two_level, lambda steps: 3 * steps)
+
+
+def store_products(every: int = 1) -> Checkpoint:
+    """Keeps each z_t, and the results of all matrix products in one step of `every`.
+
+    Between `every_step` and `store_all`: where the products are kept, what the reverse pass computes again is cheap.
+    With every = 1 it is often as fast as `store_all`, which moves more memory; a larger one is nearer to `every_step`.
+
+    Args:
+      every: a whole number >= 1.
+
+    Returns:
+      A `Checkpoint` for `reverse`.
+
+    Raises:
+      ValueError: if every < 1.
+
+    Cost: 2 T − ⌊T / every⌋ inner gradients for T steps; T copies of z and ⌊T / every⌋ times the products of a step.
+
+    Example:
+        >>> import bilevax as bx, jax, optax
+        >>> checkpoint = bx.inner.store_products(every=2)
+        >>> loss = lambda x, y, batch: 0.5 * (y - x) ** 2
+        >>> solve = bx.differentiable(bx.inner.reverse(loss, optax.sgd(0.5), steps=2, checkpoint=checkpoint))
+        >>> float(jax.grad(solve)(1.0, 0.0, None))
+        0.75
+    """
+    every = checks.count("every", every, minimum=1)
+
+    def loop(step: Callable, x: chex.ArrayTree, z: Iterate, steps: int) -> Iterate:
+        keep = jax.checkpoint(step, prevent_cse=False, policy=jax.checkpoint_policies.dots_saveable)
+        z = _loop(lambda x, z: keep(x, _every_step(step, x, z, every - 1)), x, z, steps // every)
+        return _every_step(step, x, z, steps % every)
+
+    return Checkpoint(loop, lambda steps: 2 * steps - steps // every)
+
+
+def reverse(
+    inner_loss: Loss,
+    optimizer: Optimizer,
+    steps: int,
+    initial: Initial | None = None,
+    sample: Sample = full,
+    checkpoint: Checkpoint = every_step,
+) -> InnerSolver:
+    """Unrolls `steps` steps of the inner optimizer and differentiates through all of them.
+
+        z_t = Φ(z_{t−1}, x),  t = 1..T          (x_bar, z0_bar) = [∂z_T/∂(x, z_0)]ᵀ z_bar
+
+    This is the exact derivative of the program that runs, solved or not: momentum, moments and schedules included. (An
+    optimizer with a line search, such as optax.lbfgs, loops an unknown number of times: JAX cannot reverse that.) For
+    the last K of T steps only, write `chain(no_gradient(..., steps=T - K), reverse(..., steps=K))`.
+
+    Args:
+      inner_loss: g, a function (x, y, batch) -> scalar.
+      optimizer: any optax transformation, or a function x ↦ transformation (learned step sizes and schedules).
+      steps: T >= 0.
+      initial: y_0 as a function of x (MAML: `lambda x: x`); by default y_0 is the warm y.
+      sample: how step t draws its batch from the data: `full`, `minibatch(size)`, `per_step`, or your own.
+      checkpoint: what the reverse pass stores. `every_step` keeps each z_t and computes the step again; `two_level`
+        keeps about 2√T of them and computes each step twice again; `store_all` keeps every intermediate array;
+        `store_products(every)` keeps matrix products, the dear part, of one step in `every`.
+
+    Returns:
+      An `InnerSolver` without state.
+
+    Raises:
+      ValueError: if steps is negative, the optimizer is none, or its updates do not look like y.
+
+    Cost: `checkpoint.evaluations(T)` gradients and T pull-backs (a Hessian and a cross product at once); T copies of z
+    with `every_step`. The report adds one gradient.
+
+    Reference: Maclaurin, Duvenaud, Adams, arXiv 1502.03492; Franceschi et al., arXiv 1703.01785, algorithm 1.
+
+    Example:
+        >>> import bilevax as bx, jax, optax
+        >>> solve = bx.differentiable(bx.inner.reverse(lambda x, y, batch: 0.5 * (y - x) ** 2, optax.sgd(0.5), steps=2))
+        >>> float(jax.grad(solve)(1.0, 0.0, None))  # 1 − (1 − 0.5)²
+        0.75
+    """
+    steps = checks.count("steps", steps)
+    checks.instance("checkpoint", checkpoint, Checkpoint, "Pass, say, bx.inner.every_step or two_level.")
+    start, step, report = optimizer_steps(inner_loss, optimizer, initial, sample)
+    calls = Calls(0, checkpoint.evaluations(steps) + 1, steps, steps)
+
+    def init(x: chex.ArrayTree, y: chex.ArrayTree, batch: Any = None) -> tuple:
+        check_point(x, y)
+        return ()
+
+    def forward(key: chex.PRNGKey | None, state: tuple, x: chex.ArrayTree, z: Iterate, batch: Any) -> tuple:
+        step_key, *_ = split(key, 3)
+
+        def unroll(x: chex.ArrayTree, z: Iterate) -> Iterate:
+            return checkpoint.loop(lambda x, z: step(step_key, batch, x, z), x, z, steps)
+
+        z_T, pull_back = jax.vjp(unroll, x, z)
+        return z_T, (pull_back, step_key, x, z_T, batch), state
+
+    def backward(residual: tuple, state: tuple, z_bar: Iterate) -> tuple:
+        pull_back, step_key, x, z_T, batch = residual
+        x_bar, z0_bar = pull_back(full_cotangent(z_bar, z_T))
+        value, norm = report(step_key, batch, x, z_T)
+        return (x_bar, z0_bar), state, SolverInfo(value, norm, ~jnp.isfinite(value + norm), calls, ())
+
+    return InnerSolver(init, start, forward, backward)

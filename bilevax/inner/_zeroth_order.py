@@ -1,0 +1,157 @@
+"""Hypergradients through a black box: finite differences of the inner solution along random directions."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from bilevax import checks
+from bilevax.inner._directional import Plan, Push, directional, floating, no_loss, plan
+from bilevax.inner._optimizer_steps import Initial, optimizer_steps
+from bilevax.inner.guides import Guide
+from bilevax.inner.random_directions import Sampler, rademacher
+from bilevax.problem import Calls, InnerSolver, Iterate, Loss
+from bilevax.sampling import full
+
+
+class Difference(NamedTuple):
+    """A finite difference.
+
+    Attributes:
+      change: `change(function, x, value, step)`, an approximation of its derivative along `step`; `value` is
+        `function(x)`.
+      evaluations: of `function`, besides `value`.
+
+    Example:
+        >>> import bilevax as bx
+        >>> bx.inner.central.change(lambda x: x**2, 3.0, 9.0, 0.5), bx.inner.one_sided.evaluations
+        (3.0, 1)
+    """
+
+    change: Callable
+    evaluations: int
+
+
+def _one_sided(function: Callable, x: chex.ArrayTree, value: chex.ArrayTree, step: chex.ArrayTree) -> chex.ArrayTree:
+    return optax.tree.sub(function(optax.tree.add(x, step)), value)
+
+
+def _central(function: Callable, x: chex.ArrayTree, value: chex.ArrayTree, step: chex.ArrayTree) -> chex.ArrayTree:
+    ahead, behind = function(optax.tree.add(x, step)), function(optax.tree.sub(x, step))
+    return optax.tree.scale(0.5, optax.tree.sub(ahead, behind))
+
+
+one_sided = Difference(_one_sided, 1)
+central = Difference(_central, 2)
+
+
+def zeroth_order(
+    solve: Callable,
+    directions: int = 8,
+    mu: chex.Numeric = 1e-3,
+    *,
+    difference: Difference = one_sided,
+    sampler: Sampler = rademacher,
+    guide: Guide | None = None,
+    control_variate: Guide | None = None,
+    inner_loss: Loss | None = None,
+    initial: Initial | None = None,
+    chunk: int | None = None,
+    axis: str | None = None,
+) -> InnerSolver:
+    """Differentiates a black-box solver S by finite differences of its solution along random directions.
+
+        y_T = S(x)      ẏ_i = (S(x + μ v_i) − y_T) / μ      or      (S(x + μ v_i) − S(x − μ v_i)) / 2μ
+        x_bar = (1/b) Σ ⟨y_bar, ẏ_i⟩ v_i,   z0_bar = 0
+
+    The outer loss is differentiated exactly: only the solver is a black box. (`full_zeroth_order` differences both.)
+    The error is O(μ) one-sided and O(μ²) central, besides rounding and the solver's own tolerance divided by μ, and
+    the noise of the sampler as in `forward_gradient`. For x of order 1 a μ about 1e-4 suits float64, and 1e-3
+    (one-sided) or 1e-2 (central) float32; let `solve` take logarithms or multiples of what has another scale. Where
+    x + μ v is rounded to x, the estimate is NaN.
+
+    All evaluations of one estimate see the same y0 and the same batch. Where the solver is random, let it take its key
+    from the batch: with fresh randomness in each evaluation the difference would be noise divided by μ.
+
+    Use it where the solver cannot be differentiated in any mode. Where JAX can push a tangent through it,
+    `forward_gradient(solve=...)` costs about as much for one direction and is exact along it.
+
+    Args:
+      solve: S, a function (x, y0, batch) -> y_T: a JAX function, or a Python function in `bx.inner.black_box`. (A
+        `jax.pure_callback` of your own needs its vmap_method, or chunk=1.)
+      directions: b >= 1, guesses of the guide included.
+      mu: μ > 0, the length of the difference.
+      difference: `one_sided` or `central`.
+      sampler: of the random directions; see `random_directions`.
+      guide: proposes some of the directions; see `guides`.
+      control_variate: proposes what is subtracted before the estimate and added after it.
+      inner_loss: g, for the report alone; without it the report is NaN.
+      initial: y_0 as a function of x; by default y_0 is the warm y, the same for all evaluations.
+      chunk: how many evaluations run at once, under `jax.vmap`; by default all, with 1 one after the other.
+      axis: name of the device axis whose devices share the random directions; see `parallel.shard_directions`.
+
+    Returns:
+      An `InnerSolver` with state `DirectionalState(guide, control_variate)` and `info.detail` a `DirectionalInfo`.
+
+    Raises:
+      ValueError: if directions < 1, or not more than the guesses; if mu is not positive; if `solve` returns a pytree
+        that does not look like y0; from `init`, if the sampler cannot draw so many, or draws something else.
+
+    Cost: b + 1 solves one-sided, 2 b + 1 central; memory for b copies of y.
+
+    Reference: Shen et al., arXiv 2406.14095, section 3.2; Feng, Wang, arXiv 2205.14737, for orthogonal directions.
+
+    Example:
+        >>> import bilevax as bx, jax, numpy as np
+        >>> cube_root = bx.inner.black_box(lambda x, y0, batch: np.cbrt(x))
+        >>> solver = bx.inner.zeroth_order(cube_root, 1, 0.05, difference=bx.inner.central)
+        >>> hypergrad = bx.hypergradient(lambda x, y, batch: 3 * y, solver)
+        >>> x, batch = jax.numpy.array(8.0), bx.Batch(None, None)
+        >>> grad, state, info = hypergrad.estimate(jax.random.key(0), hypergrad.init(x, x), x, batch)
+        >>> round(float(grad), 3), float(state.y), info.inner.detail.solves
+        (0.25, 2.0, 3)
+    """
+    checks.function("solve", solve, "x", "y0", "batch")
+    checks.instance("difference", difference, Difference, "Pass bx.inner.one_sided or bx.inner.central.")
+    checks.scalar("mu", mu)
+    checks.positive("mu", mu)
+    start, _, report_on = optimizer_steps(
+        no_loss if inner_loss is None else inner_loss, optax.identity(), initial, full
+    )
+
+    def prepare(key: chex.PRNGKey, x: chex.ArrayTree, z: Iterate, batch: Any, z_T: Iterate | None = None) -> Push:
+        def at(x: chex.ArrayTree) -> chex.ArrayTree:
+            y0 = z.y if initial is None else start(x, z.y).y
+            y = solve(x, y0, batch)
+            checks.same_shapes("y under solve", y, y0, "Return from solve(x, y0, batch) a pytree like y0.")
+            return optax.tree.cast_like(y, y0)
+
+        base = z._replace(y=at(x)) if z_T is None else z_T
+
+        def along(v: chex.ArrayTree) -> tuple[Iterate, Iterate]:
+            step = optax.tree.cast_like(optax.tree.scale(mu, v), x)
+            change = floating(Iterate(optax.tree.scale(1 / mu, difference.change(at, x, base.y, step))))
+            lost = optax.tree.max(jax.tree.map(_lost, x, step, v))
+            return base, optax.tree.where(lost, optax.tree.full_like(change, jnp.nan), change)
+
+        return Push(lambda: base, along)
+
+    def solves(plan: Plan) -> int:
+        return plan.devices + difference.evaluations * (plan.random + plan.devices * plan.guesses)
+
+    def report(key: chex.PRNGKey, batch: Any, x: chex.ArrayTree, z: Iterate) -> tuple:
+        return report_on(None, batch, x, z)
+
+    def calls(solves: int, tangents: int) -> Calls:
+        return Calls()
+
+    chosen = plan(directions, sampler, guide, control_variate, chunk, axis)
+    return directional(start, prepare, report, chosen, solves, calls, reports=inner_loss is not None)
+
+
+def _lost(x: chex.Array, step: chex.Array, v: chex.Array) -> chex.Array:
+    """Whether rounding swallows the step in an entry that should move by about μ."""
+    return jnp.any((jnp.abs(x + step - x) < 0.5 * jnp.abs(step)) & (jnp.abs(v) > 0.5))

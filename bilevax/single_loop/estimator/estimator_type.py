@@ -1,0 +1,128 @@
+"""What an estimator is, what it may ask for, and the small steps that estimators share."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from bilevax import checks
+from bilevax.agents._gossip import Gossip
+from bilevax.problem import Batch
+from bilevax.sampling import Sample, fold, split
+from bilevax.single_loop._levels import Levels, at, levels
+
+
+class Oracle(NamedTuple):
+    """What an estimator may ask for.
+
+    Attributes:
+      evaluate: `evaluate(point, batch) -> Levels`: d_x, d_y and d_v of m stacked agents at a point with leaves [m,
+        ...], on a `Batch` with leaves [m, ...]; None at the levels that are not moved now.
+      gossip: the gossip of x, for the ids of the agents.
+      group: the levels that are moved now, such as ("x", "y", "v").
+      previous: the point where these levels were estimated last, for estimators that ask for it: with levels that move
+        in turn, its x, y and v come from different iterations.
+
+    Example:
+        >>> import bilevax as bx
+        >>> bx.single_loop.estimator.Oracle._fields
+        ('evaluate', 'gossip', 'group', 'previous')
+    """
+
+    evaluate: Callable
+    gossip: Gossip
+    group: tuple[str, ...]
+    previous: Any = None
+
+
+class Estimator(NamedTuple):
+    """An estimator of the directions, as a pair of pure functions on stacked agents.
+
+    Attributes:
+      init: `init(oracle, point, batch) -> state`.
+      update: `update(key, state, oracle, point, batch, k) -> (directions, state, evaluations [n])`, at iteration k,
+        with the number of times that each agent evaluated its directions.
+
+    Example:
+        >>> import bilevax as bx
+        >>> bx.single_loop.estimator.full()._fields
+        ('init', 'update', 'remembers')
+    """
+
+    init: Callable
+    update: Callable
+    remembers: bool = False
+
+
+def where(chosen: chex.Array, new: chex.ArrayTree, old: chex.ArrayTree) -> chex.ArrayTree:
+    """The new leaves [n, ...] of the chosen agents, the old ones of the others."""
+    return jax.tree.map(lambda new, old: jnp.where(chosen.reshape(-1, *[1] * (new.ndim - 1)), new, old), new, old)
+
+
+def needed(key: chex.PRNGKey | None) -> chex.PRNGKey:
+    """Returns the key; raises ValueError if there is none."""
+    if key is None:
+        raise ValueError("key must be a jax.random.key for a random choice; got None. Pass key=jax.random.key(0).")
+    return key
+
+
+def draw(key: Any, sample: Sample, k: chex.Numeric, batch: Batch, agents: chex.Array) -> Batch:
+    """A sample of each agent's outer and inner data, drawn with keys that fold in the id of the agent.
+
+    Args:
+      key: of this iteration, or None where `sample` draws nothing.
+      sample: `sample(key, k, data) -> batch` for the data of one agent.
+      k: the iteration.
+      batch: `Batch` with leaves [n, ...].
+      agents: their global ids [n], `gossip.agents()`.
+
+    Returns:
+      `Batch` of samples, leaves [n, ...].
+
+    Raises:
+      ValueError: from `sample`, say if there is no key.
+
+    Cost: two draws for each agent.
+
+    Example:
+        >>> import bilevax as bx, jax.numpy as jnp
+        >>> data, agents = bx.Batch(jnp.ones((4, 2)), None), jnp.arange(4)
+        >>> bx.single_loop.estimator.draw(None, bx.sampling.full, 0, data, agents).outer.shape
+        (4, 2)
+    """
+
+    def one(agent: chex.Array, data: Batch) -> Batch:
+        outer, inner = split(fold(key, agent), 2)
+        return Batch(sample(outer, k, data.outer), sample(inner, k, data.inner))
+
+    return jax.vmap(one)(agents, batch)
+
+
+def everybody(oracle: Oracle) -> chex.Array:
+    """One evaluation for each agent held here."""
+    return jnp.ones_like(oracle.gossip.agents())
+
+
+def zeros_like(oracle: Oracle, point: Levels) -> Levels:
+    """Zero directions at the levels that are moved now, None at the others."""
+    return Levels(*(optax.tree.zeros_like(s) if name in oracle.group else None for name, s in point._asdict().items()))
+
+
+def rates_of(name: str, value: Any, zero: bool = False) -> Levels:
+    """Reads a rate in (0, 1] (with `zero`: in [0, 1]) for each level: a number or a schedule."""
+    rates = levels(name, value)
+    for rate in rates:
+        if callable(rate):
+            checks.function(name, rate, "k")
+        else:
+            checks.scalar(name, rate)
+            checks.fraction(name, rate, zero=zero)
+    return rates
+
+
+def from_one(rates: Levels, k: chex.Numeric) -> Levels:
+    """The rates at iteration k; 1 at the first, where there is nothing to remember."""
+    return Levels(*(jnp.where(k == 0, 1.0, at(k, rate)) for rate in rates))

@@ -1,0 +1,120 @@
+"""The reader of step sizes: a number, a schedule k -> number or an optax transformation, for each level or for one."""
+
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import optax
+
+from bilevax import checks
+from bilevax.single_loop._levels import Levels, at, levels
+from bilevax.single_loop._preconditioned import Preconditioned, Setting, preconditioned_move
+from bilevax.single_loop.correction.correction_type import Move
+
+
+def decay(start: chex.Numeric, power: chex.Numeric) -> Callable[[chex.Array], chex.Array]:
+    """A step size that falls as a power of the iteration.
+
+        a_k = start / (k + 1)^power
+
+    Args:
+      start: a_0 >= 0.
+      power: >= 0.
+
+    Returns:
+      A schedule k -> a_k.
+
+    Raises:
+      ValueError: if `start` or `power` is negative.
+
+    Cost: none.
+
+    Example:
+        >>> import bilevax as bx
+        >>> float(bx.algorithms.decay(0.5, 1.0)(3))  # at the fourth iteration
+        0.125
+    """
+    for name, value in (("start", start), ("power", power)):
+        checks.scalar(name, value)
+        checks.nonnegative(name, value)
+    return lambda k: start / (k + 1.0) ** power
+
+
+def read_steps(step_sizes: Any) -> Levels:
+    """Reads a step size, a schedule or a transformation for each level."""
+    steps = levels("step_sizes", step_sizes)
+    for name, step in steps._asdict().items():
+        if isinstance(step, optax.GradientTransformation):
+            continue
+        if isinstance(step, Preconditioned):
+            if name == "x":
+                raise ValueError(
+                    "step_sizes.x must be a number, a schedule or an optax transformation; got preconditioned(...), "
+                    "which has the curvature of y. Precondition y and v."
+                )
+        elif callable(step):
+            checks.function(f"step_sizes.{name}", step, "k")
+        elif isinstance(step, tuple | list | dict | str) or hasattr(step, "gradient_transformation") or step is None:
+            raise ValueError(
+                f"step_sizes must hold a number, a schedule or an optax transformation for each level; got "
+                f"{step!r:.80} for {name}. Pass, say, bx.Levels(x=0.01, y=0.1, v=0.1); of optax.MultiSteps its "
+                f"gradient_transformation()."
+            )
+        else:
+            checks.scalar(f"step_sizes.{name}", step)
+            checks.nonnegative(f"step_sizes.{name}", step)
+    return steps
+
+
+def check_step_size(name: str, step: Any) -> None:
+    """Raises ValueError unless it is a number >= 0, a schedule, or an optax transformation."""
+    if not isinstance(step, optax.GradientTransformation):
+        check_schedule(name, step)
+
+
+def check_schedule(name: str, step: Any) -> None:
+    """Raises ValueError unless it is a number >= 0 or a schedule."""
+    if isinstance(step, optax.GradientTransformation):
+        raise ValueError(
+            f"{name} must be a number or a schedule k -> number; got an optax transformation. Pass, say, {name}=0.1."
+        )
+    if callable(step):
+        checks.function(name, step, "k")
+        return
+    checks.scalar(name, step)
+    checks.nonnegative(name, step)
+
+
+def check_series(step: Any) -> None:
+    """Raises ValueError unless the step size of v, which scales a series, is a number > 0 or a schedule."""
+    if not callable(step):
+        checks.positive("step_sizes.v", step)
+
+
+def move(step: Any, k: chex.Numeric, setting: Setting) -> Move:
+    """How a level moves along a corrected direction, for the step size of that level at iteration k."""
+    if isinstance(step, Preconditioned):
+        return preconditioned_move(step, at(k, step.step_size), setting)
+    if isinstance(step, optax.GradientTransformation):
+        return Move(jax.vmap(step.init), jax.vmap(step.update), linear=False)
+
+    def apply(t: chex.ArrayTree, state: tuple, s: chex.ArrayTree) -> tuple[chex.ArrayTree, tuple]:
+        a = at(k, step)
+        return jax.tree.map(lambda leaf: (-a * leaf).astype(leaf.dtype), t), state
+
+    return Move(lambda s: (), apply, linear=True)
+
+
+def inner_optimizer(step_size: Any, k: chex.Array) -> optax.GradientTransformation:
+    """Gradient descent with the step size of iteration k, unless it is an optimizer already."""
+    return step_size if isinstance(step_size, optax.GradientTransformation) else optax.sgd(at(k, step_size))
+
+
+def outer_step(step_size: Any, k: chex.Array, grad: chex.ArrayTree, state: Any, x: chex.ArrayTree) -> tuple:
+    """The next x, and the next state of its optimizer."""
+    if isinstance(step_size, optax.GradientTransformation):
+        update, state = step_size.update(grad, state, x)
+    else:
+        update = optax.tree.scale(-at(k, step_size), grad)
+    return optax.apply_updates(x, update), state
