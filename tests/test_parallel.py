@@ -165,7 +165,7 @@ def test_rows_held_here(form):
     w, s = topology.matrix.toarray(), np.random.default_rng(0).normal(size=(12, 2))
     for part in range(4):
         rows = slice(3 * part, 3 * part + 3)
-        held = form(topology, gossips.Rows(4, lambda part=part: part, lambda leaf: jnp.asarray(s)))
+        held = form(topology, gossips.HeldRows(4, lambda part=part: part, lambda leaf: jnp.asarray(s)))
         np.testing.assert_allclose(held.mix(jnp.asarray(s[rows])), w[rows] @ s, rtol=0, atol=1e-15)
         np.testing.assert_allclose(held.laplacian(jnp.asarray(s[rows])), (s - w @ s)[rows], rtol=0, atol=1e-14)
 

@@ -240,7 +240,7 @@ def by_structure(topology: graphs.Topology) -> Form:
     return by_rows(topology, ALL_ROWS)
 
 
-class Rows(NamedTuple):
+class HeldRows(NamedTuple):
     """The rows of W held here: those of part `index()` out of `parts`; `gather(leaf)` brings the rows of all agents."""
 
     parts: int
@@ -248,16 +248,16 @@ class Rows(NamedTuple):
     gather: Callable
 
 
-ALL_ROWS = Rows(1, lambda: 0, lambda leaf: leaf)
+ALL_ROWS = HeldRows(1, lambda: 0, lambda leaf: leaf)
 
 
-def by_rows(topology: graphs.Topology, held: Rows) -> Form:
+def by_rows(topology: graphs.Topology, held: HeldRows) -> Form:
     """The cheaper of `dense` and `sparse` for this graph."""
     n = topology.n
     return (dense if n <= 256 or 4 * topology.matrix.nnz > n**2 else sparse)(topology, held)
 
 
-def dense(topology: graphs.Topology, held: Rows = ALL_ROWS) -> Form:
+def dense(topology: graphs.Topology, held: HeldRows = ALL_ROWS) -> Form:
     """A product with W; the Laplacian agent by agent, in O(n) memory."""
     matrix = topology.matrix.toarray().reshape(held.parts, -1, topology.n)
 
@@ -306,7 +306,7 @@ def shifted(hops: dict[int, np.ndarray], shift: Callable, agents: Callable | Non
     return Form(_wide(mix), _wide(laplacian))
 
 
-def sparse(topology: graphs.Topology, held: Rows = ALL_ROWS) -> Form:
+def sparse(topology: graphs.Topology, held: HeldRows = ALL_ROWS) -> Form:
     """One sum over the edges whose receivers are held here; the parts are padded with weights 0 to one length."""
     matrix, local = topology.matrix, topology.n // held.parts
     starts = matrix.indptr[::local, None]

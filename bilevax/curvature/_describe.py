@@ -13,7 +13,7 @@ from bilevax.curvature.model_loss import structured
 from bilevax.problem import Loss
 
 
-class Row(NamedTuple):
+class ReportRow(NamedTuple):
     """One block of a report.
 
     Attributes:
@@ -50,7 +50,7 @@ class Report(NamedTuple):
         0
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[ReportRow, ...]
     examples: int
     notes: tuple[str, ...]
 
@@ -73,7 +73,7 @@ def _listed(leaves: Mapping[str, str]) -> dict[str, capture.Treatment]:
     return {name: capture.Treatment("unsupported") for name in leaves}
 
 
-def _row(block: capture.Block, names: list[str], shapes: list[tuple], width: int) -> Row:
+def _row(block: capture.Block, names: list[str], shapes: list[tuple], width: int) -> ReportRow:
     leaves = tuple(names[k] for k in (block.leaf, block.bias) if k is not None)
     shape = shapes[block.leaf]
     if block.matrix is not None:
@@ -88,7 +88,7 @@ def _row(block: capture.Block, names: list[str], shapes: list[tuple], width: int
         numbers = math.prod(shape) // math.prod(block.stack) if estimated else 0
     count = math.prod(block.stack)
     sizes = f"{count} layers of " * bool(block.stack) + sizes
-    return Row(leaves, block.rule, sizes, numbers * count * width, block.what)
+    return ReportRow(leaves, block.rule, sizes, numbers * count * width, block.what)
 
 
 def describe(inner_loss: Loss, x: Any, y: Any, batch: Any, unsupported: capture.Unsupported | None = None) -> Report:

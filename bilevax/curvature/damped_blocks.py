@@ -11,7 +11,7 @@ import optax
 from bilevax import checks
 from bilevax.curvature import capture
 from bilevax.curvature.inverse import Damping, Inverse, exact, trace_mean
-from bilevax.curvature.kronecker import Diagonal, Kronecker, Setting, setting
+from bilevax.curvature.kronecker import Diagonal, Kronecker, TracedLoss, trace_loss
 from bilevax.curvature.model_loss import structured
 from bilevax.curvature.sharing import expand
 from bilevax.problem import Loss, widen
@@ -29,7 +29,7 @@ class Parts(NamedTuple):
     scale: chex.Array
 
 
-def weight_decay(here: Setting, inner_loss: Loss, x: Any, y: Any) -> dict[str, chex.Array]:
+def weight_decay(here: TracedLoss, inner_loss: Loss, x: Any, y: Any) -> dict[str, chex.Array]:
     """The weight decay of every block: the mean over its elements."""
     rates = jax.tree.leaves(structured(inner_loss, "Kronecker factors").penalty(x, y)[0])
     decay = {}
@@ -59,7 +59,9 @@ def _delta(block: capture.Block, decay: chex.Array, damping: Damping, eigenvalue
     return decay + extra.reshape(extra.shape + (1,) * (eigenvalues.ndim - depth))
 
 
-def decompose(here: Setting, found: dict[str, Any], decay: dict[str, Any], damping: Damping, inverse: Inverse) -> Parts:
+def decompose(
+    here: TracedLoss, found: dict[str, Any], decay: dict[str, Any], damping: Damping, inverse: Inverse
+) -> Parts:
     """Decomposes the factors of every block."""
     named = {block.name: block for block in here.captured.blocks}
     blocks: dict[str, Any] = {}
@@ -77,7 +79,7 @@ def decompose(here: Setting, found: dict[str, Any], decay: dict[str, Any], dampi
 
 
 def solve(
-    here: Setting, parts: Parts, decay: dict[str, Any], damping: Damping, inverse: Inverse, b: chex.ArrayTree
+    here: TracedLoss, parts: Parts, decay: dict[str, Any], damping: Damping, inverse: Inverse, b: chex.ArrayTree
 ) -> tuple[chex.ArrayTree, chex.Array]:
     """The inverse applied to b, and the smallest eigenvalue that it divided by."""
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(b)]
@@ -147,7 +149,7 @@ def inverted(
     """
     if not callable(damping):
         checks.nonnegative("damping", damping)
-    here = setting(inner_loss, x, y, batch, expand, None, unsupported)
+    here = trace_loss(inner_loss, x, y, batch, expand, None, unsupported)
     wanted = {block.name for block in here.captured.blocks if block.treatment is None or block.treatment.probes}
     if wanted != set(found):
         raise ValueError(

@@ -18,7 +18,7 @@ import optax
 
 from bilevax import checks
 from bilevax.curvature import capture
-from bilevax.curvature.capture.uses import Rows, Use, Visitor
+from bilevax.curvature.capture.uses import RowReaders, Use, Visitor
 from bilevax.curvature.fisher import Fisher, sampled
 from bilevax.curvature.inverse import Cholesky, Eigen, Inverse, exact, factored
 from bilevax.curvature.model_loss import ModelLoss, structured
@@ -82,7 +82,7 @@ class Diagonal(NamedTuple):
     diagonal: chex.Array
 
 
-class Setting(NamedTuple):
+class TracedLoss(NamedTuple):
     """What all passes over one batch share.
 
     Attributes:
@@ -106,9 +106,9 @@ class Setting(NamedTuple):
     sharing: Callable[[str], Sharing]
 
 
-def setting(
+def trace_loss(
     inner_loss: Loss, x: Any, y: Any, batch: Any, sharing: Any, positions: Positions | None, unsupported: Any
-) -> Setting:
+) -> TracedLoss:
     """Traces the model of a `ModelLoss` on this batch, and evaluates its weights and masks."""
     loss = structured(inner_loss, "Kronecker factors")
     if not isinstance(sharing, Sharing):
@@ -131,7 +131,7 @@ def setting(
     def scale(outputs: chex.Array) -> chex.Array:
         return loss.scale(jax.eval_shape(loss.loss.value, outputs, targets), x, batch)
 
-    return Setting(captured, leaves, loss.loss, targets, scale, q, mask, choose)
+    return TracedLoss(captured, leaves, loss.loss, targets, scale, q, mask, choose)
 
 
 def _mask(loss: ModelLoss, batch: Any, positions: Positions | None, captured: capture.Capture) -> chex.Array | None:
@@ -174,7 +174,7 @@ class Residual(NamedTuple):
     q: chex.Array
     basis: Any
 
-    def activations(self, rows: Rows, block: capture.Block) -> tuple[chex.Array, chex.Array]:
+    def activations(self, rows: RowReaders, block: capture.Block) -> tuple[chex.Array, chex.Array]:
         """Rows ā [N, T, rows] (ids [N, T] of an embedding), and the mask of their positions [N, T]."""
         a, dtype = rows.inputs(self.inputs), self.q.dtype
         mask = jnp.ones(a.shape[:2], dtype)
@@ -186,7 +186,7 @@ class Residual(NamedTuple):
         return jnp.concatenate([a.astype(dtype), *ones], axis=-1), mask
 
 
-def _sums(rows: Rows, block: capture.Block, sharing: Sharing, residual: Residual, u: chex.Array) -> Kronecker:
+def _sums(rows: RowReaders, block: capture.Block, sharing: Sharing, residual: Residual, u: chex.Array) -> Kronecker:
     (a, mask), q = residual.activations(rows, block), residual.q
     u = rows.outputs(u).astype(q.dtype)
     if block.rule == "embedding":
@@ -198,7 +198,7 @@ def _sums(rows: Rows, block: capture.Block, sharing: Sharing, residual: Residual
     return Kronecker(jnp.einsum("nti,nt,ntj->ij", a, mass, a), jnp.sum(mass), jnp.einsum("nti,ntj->ij", u, u))
 
 
-def _squares(rows: Rows, block: capture.Block, sharing: Sharing, residual: Residual, u: chex.Array) -> chex.Array:
+def _squares(rows: RowReaders, block: capture.Block, sharing: Sharing, residual: Residual, u: chex.Array) -> chex.Array:
     """Σ_n (Q_Aᵀ Σ_t ā_nt u_ntᵀ Q_B)², element by element."""
     (a, _), q, basis = residual.activations(rows, block), residual.q, residual.basis
     u = rows.outputs(u).astype(q.dtype) @ basis.qb
@@ -219,11 +219,11 @@ def _table_squares(ids: chex.Array, u: chex.Array, size: int) -> chex.Array:
     return jnp.zeros((size, u.shape[-1]), u.dtype).at[ids.reshape(-1)].add(sums.reshape(-1, u.shape[-1]) ** 2)
 
 
-def _passes(here: Setting, statistic: Callable, bases: dict[int, Any], dummies: dict[int, Any]) -> tuple:
+def _passes(here: TracedLoss, statistic: Callable, bases: dict[int, Any], dummies: dict[int, Any]) -> tuple:
     """The outputs, and the pull-back from a cotangent of them to what every block makes of it."""
     blocks = {block.leaf: block for block in here.captured.blocks}
 
-    def kronecker(slot: Any, use: Use, rows: Rows, outputs: chex.Array, inputs: chex.Array) -> chex.Array:
+    def kronecker(slot: Any, use: Use, rows: RowReaders, outputs: chex.Array, inputs: chex.Array) -> chex.Array:
         if slot is None or blocks[use.leaf].rule != use.rule:
             return outputs
         block = blocks[use.leaf]
@@ -246,7 +246,7 @@ def _passes(here: Setting, statistic: Callable, bases: dict[int, Any], dummies: 
     return jax.vjp(outputs, dummies, probed)
 
 
-def _dummies(here: Setting, kronecker: Callable[[capture.Block], Any]) -> dict[int, Any]:
+def _dummies(here: TracedLoss, kronecker: Callable[[capture.Block], Any]) -> dict[int, Any]:
     """Zeros for all that the blocks report: `kronecker(block)` for a matrix, a leaf for each example for a diagonal."""
     dummies = {}
     for block in here.captured.blocks:
@@ -268,7 +268,7 @@ def _total(columns: int, term: Callable[[chex.Numeric], Any]) -> Any:
     return jax.lax.fori_loop(1, columns, add, first)
 
 
-def measure(key: chex.PRNGKey | None, here: Setting, fisher: Fisher) -> tuple[dict[str, Any], int]:
+def measure(key: chex.PRNGKey | None, here: TracedLoss, fisher: Fisher) -> tuple[dict[str, Any], int]:
     """The factors of every block by name, and the number of backward passes."""
     label_key, sign_key = split(key, 2)
     blocks = {block.leaf: block for block in here.captured.blocks}
@@ -330,7 +330,7 @@ def _probe(key: Any, k: chex.Numeric, blocks: dict, pull: Callable, cotangent: c
 
 
 def curvatures(
-    key: chex.PRNGKey | None, here: Setting, fisher: Fisher, bases: dict[str, Eigen]
+    key: chex.PRNGKey | None, here: TracedLoss, fisher: Fisher, bases: dict[str, Eigen]
 ) -> tuple[dict[str, Eigen], int]:
     """EKFAC: the diagonal of the curvature in the eigenbases of the factors, and the number of backward passes."""
     label_key, _ = split(key, 2)
@@ -399,4 +399,4 @@ def factors(
     x, y = jax.lax.stop_gradient((x, y))
     chosen = sampled() if fisher is None else fisher
     checks.function("fisher", chosen, "key", "loss", "outputs", "targets")
-    return measure(key, setting(inner_loss, x, y, batch, sharing, positions, unsupported), chosen)[0]
+    return measure(key, trace_loss(inner_loss, x, y, batch, sharing, positions, unsupported), chosen)[0]

@@ -89,9 +89,9 @@ class Passes(NamedTuple):
     """What distinguishes one Kronecker-factored curvature from another.
 
     Attributes:
-      measure: `measure(key, setting) -> (factors, backward passes)`.
+      measure: `measure(key, traced_loss) -> (factors, backward passes)`.
       inverse: decomposes the factors, and solves.
-      correct: `correct(key, setting, blocks) -> (blocks, backward passes)` for fresh factors; None for none.
+      correct: `correct(key, traced_loss, blocks) -> (blocks, backward passes)` for fresh factors; None for none.
     """
 
     measure: Callable
@@ -136,22 +136,22 @@ def curved(passes: Passes, options: Options, refresh: Refresh) -> IHVP:
         x, y = jax.lax.stop_gradient(point[:2])
         batch_key, key = split(key, 2)
         batch = options.sample(batch_key, 0, point[2])
-        here = kronecker.setting(loss, x, y, batch, options.sharing, options.positions, options.unsupported)
+        here = kronecker.trace_loss(loss, x, y, batch, options.sharing, options.positions, options.unsupported)
         return key, here, weight_decay(here, loss, x, y)
 
-    def corrected(key: Any, here: kronecker.Setting, parts: Parts) -> tuple[Parts, int]:
+    def corrected(key: Any, here: kronecker.TracedLoss, parts: Parts) -> tuple[Parts, int]:
         if passes.correct is None:
             return parts, 0
         bases = {block.name: parts.blocks[block.name] for block in here.captured.blocks if block.matrix is not None}
         blocks, count = passes.correct(key, here, bases)
         return parts._replace(blocks={**parts.blocks, **blocks}), count
 
-    def fresh(key: Any, here: kronecker.Setting, decay: dict) -> tuple:
+    def fresh(key: Any, here: kronecker.TracedLoss, decay: dict) -> tuple:
         found, count = passes.measure(key, here)
         parts, more = corrected(key, here, decompose(here, found, decay, damping, inverse))
         return found, parts, count + more
 
-    def aged(key: Any, here: kronecker.Setting, decay: dict, state: KFACState) -> tuple:
+    def aged(key: Any, here: kronecker.TracedLoss, decay: dict, state: KFACState) -> tuple:
         """What is kept is refreshed where it is due; the first step refreshes everything."""
         first = state.step == 0
         due, invert = first | refresh.factors(state.step), first | refresh.inverse(state.step)

@@ -304,7 +304,7 @@ def _form(axis: str, devices: int, topology: graphs.Topology) -> gossips.Form:
     if _shifts_pay(devices, topology):
         return _shifts(axis, devices, topology)
     gather = partial(jax.lax.all_gather, axis_name=axis, tiled=True)
-    return gossips.by_rows(topology, gossips.Rows(devices, lambda: jax.lax.axis_index(axis), gather))
+    return gossips.by_rows(topology, gossips.HeldRows(devices, lambda: jax.lax.axis_index(axis), gather))
 
 
 def _shifts_pay(devices: int, topology: graphs.Topology) -> bool:

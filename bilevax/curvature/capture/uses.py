@@ -93,7 +93,7 @@ class Use(NamedTuple):
     bias: int | None = None
 
 
-class Rows(NamedTuple):
+class RowReaders(NamedTuple):
     """How rows of features lie in the arrays around a Kronecker use: functions to [N, positions, features]."""
 
     inputs: Callable[[chex.Array], chex.Array]
@@ -163,7 +163,9 @@ def _roles(shape: Sequence[int], features: Sequence[int], size: int) -> Strided:
     return Strided(tuple(shape), tuple(strides[a] for a in range(len(shape))))
 
 
-def _kronecker(eqn: Any, values: list[Value], visitor: Visitor, n: int, use: Use, rows: Rows, data: Any) -> chex.Array:
+def _kronecker(
+    eqn: Any, values: list[Value], visitor: Visitor, n: int, use: Use, rows: RowReaders, data: Any
+) -> chex.Array:
     """The result of a use, after the visitor has seen it."""
     (result,) = plain(eqn, values, n)
     positions = jax.eval_shape(rows.outputs, result.array).shape[1]
@@ -189,7 +191,7 @@ def _dense(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: tuple)
     first = len(free[0])
     places = (range(first), range(first, first + len(free[1])))  # where the free axes of each operand went
     axis = places[1 - side][free[1 - side].index(data.axis)]
-    rows = Rows(
+    rows = RowReaders(
         functools.partial(_rows, axis=data.axis, features=contracted[1 - side], n=n),
         functools.partial(_rows, axis=axis, features=places[side], n=n),
     )
@@ -224,7 +226,7 @@ def _conv(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: tuple) 
         return _rows(windows, 0, (1,), n)
 
     axis, feature, *_ = numbers.out_spec
-    rows = Rows(patches, functools.partial(_rows, axis=axis, features=(feature,), n=n))
+    rows = RowReaders(patches, functools.partial(_rows, axis=axis, features=(feature,), n=n))
     use = Use("conv", path, view.leaf, view.stack, "conv_general_dilated", matrix, inputs, outputs)
     array = _kronecker(eqn, values, visitor, n, use, rows, data.array)
     return [Value(array, axis, None, Output(path, outputs, _roles(array.shape, (feature,), outputs)))]
@@ -251,7 +253,7 @@ def _embedding(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: tu
         found = _rows(array, axis, (array.ndim - 1,), n)
         return jnp.clip(found, 0, shape[0] - 1) if clips else found
 
-    rows = Rows(
+    rows = RowReaders(
         ids,
         functools.partial(_rows, axis=place, features=numbers.offset_dims, n=n),
     )
@@ -371,7 +373,7 @@ def tap(values: Sequence[Value], visitor: Visitor, n: int, path: tuple) -> list[
         )
     count = _width(outputs.array.shape, size)
     features = range(outputs.array.ndim - count, outputs.array.ndim)
-    rows = Rows(
+    rows = RowReaders(
         functools.partial(_rows, axis=inputs.axis, features=(inputs.array.ndim - 1,), n=n),
         functools.partial(_rows, axis=outputs.axis, features=features, n=n),
     )
