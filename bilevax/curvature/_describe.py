@@ -37,7 +37,7 @@ class ReportRow(NamedTuple):
 
 
 class Report(NamedTuple):
-    """The blocks of a model; print it for a table.
+    """The blocks of a model; `print` and a notebook show it as a table.
 
     Attributes:
       rows: one for each block, in the order of the leaves of y.
@@ -59,7 +59,7 @@ class Report(NamedTuple):
         """Of all factors together."""
         return sum(row.bytes for row in self.rows)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         """The table: leaf, rule, sizes, bytes, primitives."""
         cells = [("leaf", "rule", "sizes", "bytes", "used by")]
         cells += [(" + ".join(r.leaves), r.rule, r.sizes, f"{r.bytes:,}", r.what) for r in self.rows]

@@ -3,8 +3,9 @@
 from bilevax.hypergradients._full_zeroth_order import full_zeroth_order
 from bilevax.hypergradients._hypergradient import HypergradientInfo, HypergradientState, differentiable, hypergradient
 from bilevax.hypergradients._penalty import PenaltyDetail, PenaltyState, penalty
+from bilevax.hypergradients._report import HypergradientReport
 from bilevax.hypergradients._two_phase import TwoPhaseInfo, TwoPhaseState, two_phase
-from bilevax.hypergradients.check import HypergradientReport, check_hypergradient
+from bilevax.hypergradients.check import check_hypergradient
 
 __all__ = [
     "HypergradientInfo",

@@ -19,7 +19,7 @@ from bilevax.problem import Batch, Loss
 DENSE = 1000  # up to so many inner unknowns the Hessian is formed
 
 
-class Problem(NamedTuple):
+class FlatProblem(NamedTuple):
     """The problem in float64 numbers, with y a flat vector; jitted functions of (x, y)."""
 
     inner: Callable  # g and ∇_y g
@@ -30,7 +30,7 @@ class Problem(NamedTuple):
     solve: Callable  # (x, y, b) -> H⁻¹ b by conjugate gradients
 
 
-def flat_problem(outer_loss: Loss, inner_loss: Loss, unravel: Callable, batch: Batch) -> Problem:
+def flat_problem(outer_loss: Loss, inner_loss: Loss, unravel: Callable, batch: Batch) -> FlatProblem:
     """Jits the functions of a problem whose y is `unravel` of a vector; the batch stays an argument of the programs."""
 
     def inner(x: Any, y: chex.Array, data: Any) -> chex.Array:
@@ -53,7 +53,7 @@ def flat_problem(outer_loss: Loss, inner_loss: Loss, unravel: Callable, batch: B
         compiled = jax.jit(function)
         return lambda *arguments: compiled(*arguments, data)
 
-    return Problem(
+    return FlatProblem(
         inner=bind(jax.value_and_grad(inner, argnums=1), batch.inner),
         product=bind(product, batch.inner),
         hessian=bind(jax.hessian(inner, argnums=1), batch.inner),
@@ -91,7 +91,7 @@ def _eigen_inverse(hessian: np.ndarray) -> tuple[np.ndarray, Callable]:
     return eigenvalues, inverse
 
 
-def point_at(problem: Problem, x: Any, y: np.ndarray) -> Point:
+def point_at(problem: FlatProblem, x: Any, y: np.ndarray) -> Point:
     """Evaluates everything at one (x, y)."""
     _, (direct, b) = problem.outer(x, y)
     if y.size <= DENSE and np.isfinite(y).all():
@@ -114,7 +114,7 @@ def point_at(problem: Problem, x: Any, y: np.ndarray) -> Point:
     )
 
 
-def _extreme_curvatures(problem: Problem, x: Any, y: np.ndarray) -> tuple[float, float]:
+def _extreme_curvatures(problem: FlatProblem, x: Any, y: np.ndarray) -> tuple[float, float]:
     """The smallest and the largest eigenvalue of the Hessian by Lanczos; NaN where that does not converge."""
     if not np.isfinite(y).all():
         return math.nan, math.nan
@@ -131,7 +131,7 @@ def _extreme_curvatures(problem: Problem, x: Any, y: np.ndarray) -> tuple[float,
     return extreme("SA"), extreme("LA")
 
 
-def newton(problem: Problem, x: Any, y: np.ndarray) -> np.ndarray:
+def newton(problem: FlatProblem, x: Any, y: np.ndarray) -> np.ndarray:
     """Newton steps as long as they shrink ‖∇_y g‖."""
     gradient = np.asarray(problem.inner(x, y)[1])
     for _ in range(20):
@@ -149,7 +149,7 @@ def newton(problem: Problem, x: Any, y: np.ndarray) -> np.ndarray:
     return y
 
 
-def inner_solution(problem: Problem, x: Any, y: np.ndarray) -> np.ndarray:
+def inner_solution(problem: FlatProblem, x: Any, y: np.ndarray) -> np.ndarray:
     """A minimum of g by a trust-region method, polished by Newton steps."""
     curvature: dict[str, Any] = (
         {"method": "trust-exact", "hess": lambda y: np.asarray(problem.hessian(x, y))}
@@ -166,7 +166,7 @@ def inner_solution(problem: Problem, x: Any, y: np.ndarray) -> np.ndarray:
     return newton(problem, x, found.x)
 
 
-def finite_difference_error(problem: Problem, x: Any, y: np.ndarray, reference: np.ndarray, tol: float) -> float:
+def finite_difference_error(problem: FlatProblem, x: Any, y: np.ndarray, reference: np.ndarray, tol: float) -> float:
     """How far the slope of F along a direction is from that of the reference, relative to ‖reference‖.
 
     Each coordinate moves in proportion to itself, and the inner problem is solved anew on both sides. The best of four
@@ -194,7 +194,13 @@ def finite_difference_error(problem: Problem, x: Any, y: np.ndarray, reference: 
 
 
 def fitted_damping(point: Point, grad: np.ndarray) -> tuple[float, float]:
-    """The damping whose implicit hypergradient at this point is nearest to grad, and the distance that is left."""
+    """The damping whose implicit hypergradient at this point is nearest to grad, and the distance that is left.
+
+    NaN at an infinite distance where none can be told: some damping always matches one or two numbers, the inverse of a
+    large Hessian cannot be damped, and one without positive curvature gives no scale.
+    """
+    if grad.size < 3 or point.b.size > DENSE or not point.largest > 0:
+        return math.nan, math.inf
 
     def distance(log: float) -> float:
         return float(np.linalg.norm(grad - point.hypergradient(point.largest * math.exp(log))))
