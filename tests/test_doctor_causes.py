@@ -119,6 +119,11 @@ def test_the_last_row_always_applies():
         ({"noise": 0.15}, "another system was solved"),
         ({"penalties": [PENALTY], "inner_error": 0.25}, "the inner problem is not solved"),
         ({"solves": [SOLVE._replace(residual=math.nan, breakdown=True)]}, "the linear solver broke down"),
+        ({"solves": [SOLVE._replace(residual=0.004)]}, "another system was solved"),
+        (
+            ROWS["the linear system is not solved: too few iterations"] | {"smallest_curvature": math.nan},
+            "the linear sys",
+        ),
         ({"cosine": -1.0, "reference": np.ones(2)}, "another system was solved"),  # of few numbers it says nothing
     ],
 )

@@ -53,10 +53,10 @@ class Findings(NamedTuple):
         return float(self.solves[0].residual)
 
     @property
-    def cg_iterations(self) -> int:
-        """After so many iterations of conjugate gradients their error is below `tol`, whatever the spectrum."""
+    def cg_iterations(self) -> float:
+        """Conjugate gradients reach `tol` within so many, whatever the spectrum; NaN where its ends are not known."""
         root = math.sqrt(self.figures.condition)
-        return math.ceil(root / 2 * math.log(2 * root / self.tol))
+        return float(np.ceil(root / 2 * math.log(2 * root / self.tol)))
 
     @property
     def parallel(self) -> bool:
@@ -65,7 +65,7 @@ class Findings(NamedTuple):
 
 
 class Cause(NamedTuple):
-    """One row of the table: of functions of the findings."""
+    """One row of the table: functions of the findings."""
 
     applies: Callable[[Findings], bool]
     verdict: Callable[[Findings], str]
@@ -208,8 +208,8 @@ CAUSES = (  # the loss and the problem first, then success, then the larger part
         verdict=lambda found: "the linear system is not solved: too few iterations",
         remedy=lambda found: (
             f"The residual is {found.residual:.2g} after {float(found.solves[0].iterations):.0f}. A condition number "
-            f"of {found.figures.condition:.2g} takes cg at most {found.cg_iterations} iterations; give it more, or a "
-            f"preconditioner."
+            f"of {found.figures.condition:.2g} takes cg at most {found.cg_iterations:.0f} iterations; give it more, or "
+            f"a preconditioner."
         ),
     ),
     Cause(
