@@ -182,8 +182,10 @@ steps = bx.Levels(x=0.03, y=0.15, v=0.15)
 
 methods = {
     "SLDBO": bx.decentralized.sldbo(problem, gossip, steps),
-    "S3LDBO, p = 0.2": bx.decentralized.s3ldbo(problem, gossip, steps, bx.coins.independent(0.2)),
-    "DSVRBGD": bx.decentralized.dsvrbgd(problem, gossip, steps, bx.sampling.minibatch(8), momentum=0.05, rate=0.3),
+    "S3LDBO, p = 0.2": bx.decentralized.s3ldbo(problem, gossip, steps, coins=bx.coins.independent(0.2)),
+    "DSVRBGD": bx.decentralized.dsvrbgd(
+        problem, gossip, steps, sample=bx.sampling.minibatch(8), momentum=0.05, rate=0.3
+    ),
     "D-SOBA": bx.decentralized.dsoba(problem, gossip, steps),
 }
 
@@ -240,7 +242,7 @@ assert results["S3LDBO, p = 0.2"][0][-1] < 1e-10
 TARGET = 1e-6
 print(f"{'':10}{'iterations':>12}{'evaluations':>13}    to a distance of {TARGET:g}")
 for p in (1.0, 0.5, 0.2, 0.1, 0.05):
-    error, evaluations, _ = run(bx.decentralized.s3ldbo(problem, gossip, steps, bx.coins.independent(p)))
+    error, evaluations, _ = run(bx.decentralized.s3ldbo(problem, gossip, steps, coins=bx.coins.independent(p)))
     reached = np.flatnonzero(error < TARGET)
     if reached.size:
         k = reached[0] + 1
@@ -298,7 +300,7 @@ cleaning, gossip = bx.BilevelProblem(outer_loss, inner_loss), bx.gossip(bx.topol
 steps = bx.Levels(x=300.0, y=0.6, v=0.6)
 methods = {
     "SLDBO": bx.decentralized.sldbo(cleaning, gossip, steps),
-    "S3LDBO, p = 0.1": bx.decentralized.s3ldbo(cleaning, gossip, steps, bx.coins.independent(0.1)),
+    "S3LDBO, p = 0.1": bx.decentralized.s3ldbo(cleaning, gossip, steps, coins=bx.coins.independent(0.1)),
 }
 
 

@@ -72,7 +72,7 @@ def solve(ihvp, b, loss=valley):
     return apply(b)
 
 
-series = np.array([solve(bx.ihvp.neumann(k, step_size=1.0), b)[0] for k in (0, 1, 2, 5, 10, 20, 50, 100)])
+series = np.array([solve(bx.ihvp.neumann(terms=k, step_size=1.0), b)[0] for k in (0, 1, 2, 5, 10, 20, 50, 100)])
 conjugate = np.array([np.zeros(2), *(solve(bx.ihvp.cg(maxiter=k), b)[0] for k in (1, 2))])
 v = solve(bx.ihvp.exact(), b)[0]
 
@@ -91,8 +91,8 @@ conditions = np.geomspace(1, 1e5, 13)
 draws = jax.random.normal(jax.random.key(0), (20, 100))
 solvers = {
     "identity": bx.ihvp.identity(),
-    "10 Neumann products": bx.ihvp.neumann(10, step_size=1.0),
-    "100 Neumann products": bx.ihvp.neumann(100, step_size=1.0),
+    "10 Neumann products": bx.ihvp.neumann(terms=10, step_size=1.0),
+    "100 Neumann products": bx.ihvp.neumann(terms=100, step_size=1.0),
     "10 CG products": bx.ihvp.cg(maxiter=10),
     "30 CG products": bx.ihvp.cg(maxiter=30, tol=0.0),
 }
@@ -289,7 +289,7 @@ kfac = bx.ihvp.kfac(damping=1e-3)
 counts = (3, 10, 30)
 families = {
     "identity": [bx.ihvp.identity(0.2)],
-    "Neumann": [bx.ihvp.neumann(k, step_size=0.2) for k in counts[1:]],
+    "Neumann": [bx.ihvp.neumann(terms=k, step_size=0.2) for k in counts[1:]],
     "CG": [bx.ihvp.cg(maxiter=k, tol=0.0) for k in counts],
     "KFAC": [kfac],
     "EKFAC": [bx.ihvp.ekfac(damping=1e-3)],
@@ -342,7 +342,7 @@ sample = bx.sampling.minibatch(200)
 
 def implicit(ihvp):
     samples = {"sample": sample, "cross_sample": sample}
-    return bx.inner.implicit(g, optax.sgd(RATE), INNER, ihvp, warm_start=False, **samples)
+    return bx.inner.implicit(g, optax.sgd(RATE), INNER, ihvp=ihvp, warm_start=False, **samples)
 
 
 gauss_newton = bx.curvature.gauss_newton

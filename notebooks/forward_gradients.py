@@ -234,7 +234,7 @@ figure, axes = plt.subplots(figsize=(8, 3.8), layout="constrained")
 for (name, sampler), color in zip(samplers.items(), (RED, BLUE, GREEN), strict=True):
     found = []
     for b in numbers:
-        solver = bx.inner.forward_gradient(g, optimizer, T, b, sampler=sampler)
+        solver = bx.inner.forward_gradient(g, optimizer, T, directions=b, sampler=sampler)
         mean, error = squared_error(repeated(solver, x, batch, 200)[0], exact)
         found.append((mean, 2 * error))
         assert abs(mean - sampler.noise(N, b)) < 5 * error + 1e-5
@@ -274,13 +274,13 @@ guesses = {
     "KFAC, implicit": bx.inner.guides.at_solution(bx.inner.implicit(g, ihvp=bx.ihvp.kfac(damping=1e-2))),
     "the last 10 steps": bx.inner.guides.from_start(truncated),
 }
-plain = squared_error(repeated(bx.inner.forward_gradient(g, optimizer, T, b), x, batch, 40)[0], exact)[0]
+plain = squared_error(repeated(bx.inner.forward_gradient(g, optimizer, T, directions=b), x, batch, 40)[0], exact)[0]
 print(f"squared error of {b} plain directions: {plain:.1f} (formula {(N - 1) / b:.1f}), the gradient being 1")
 gains = {}
 for name, guess in guesses.items():
-    grads, info = repeated(bx.inner.forward_gradient(g, optimizer, T, b, guide=guess), x, batch, 40)
+    grads, info = repeated(bx.inner.forward_gradient(g, optimizer, T, directions=b, guide=guess), x, batch, 40)
     cosine, predicted = info.inner.detail.cosine.mean(), (info.inner.detail.relative_error**2).mean()
-    variate, _ = repeated(bx.inner.forward_gradient(g, optimizer, T, b, control_variate=guess), x, batch, 40)
+    variate, _ = repeated(bx.inner.forward_gradient(g, optimizer, T, directions=b, control_variate=guess), x, batch, 40)
     gains[name] = plain / np.array([predicted, squared_error(grads, exact)[0], squared_error(variate, exact)[0]])
     print(
         f"{name:18} cosine {cosine:.3f}; as a guide {gains[name][1]:.1f} times less "
@@ -324,7 +324,7 @@ def difference_errors(difference, dtype, sizes, N=16, T=30):
         coordinates = bx.inner.random_directions.coordinate
 
         def one(mu):
-            solver = bx.inner.zeroth_order(unrolled(T), N, mu, difference=difference, sampler=coordinates)
+            solver = bx.inner.zeroth_order(unrolled(T), directions=N, mu=mu, difference=difference, sampler=coordinates)
             return estimate(solver, x, y, batch, jax.random.key(0))[0]
 
         exact = jit(lambda x: estimate(bx.inner.reverse(g, optimizer, T), x, y, batch, None)[0])(x)
@@ -370,9 +370,9 @@ start = {"initial": lambda x: softmax}  # each outer step trains anew, so that F
 kfac = bx.ihvp.kfac(damping=1e-2)
 guide = bx.inner.guides.at_solution(bx.inner.implicit(g, ihvp=kfac))
 exact = bx.hypergradient(f, bx.inner.reverse(g, optimizer, T, **start))
-implicit = bx.hypergradient(f, bx.inner.implicit(g, optimizer, T, kfac, **start))
-plain = bx.hypergradient(f, bx.inner.forward_gradient(g, optimizer, T, b, **start))
-guided = bx.hypergradient(f, bx.inner.forward_gradient(g, optimizer, T, b, guide=guide, **start))
+implicit = bx.hypergradient(f, bx.inner.implicit(g, optimizer, T, ihvp=kfac, **start))
+plain = bx.hypergradient(f, bx.inner.forward_gradient(g, optimizer, T, directions=b, **start))
+guided = bx.hypergradient(f, bx.inner.forward_gradient(g, optimizer, T, directions=b, guide=guide, **start))
 
 
 def descent(hypergrad, batch):

@@ -122,7 +122,7 @@ descent = optax.sgd(ETA)
 solved = {
     "exact": bx.inner.implicit(g, solve=closed_form, ihvp=bx.ihvp.exact()),
     "3 CG iterations": bx.inner.implicit(g, solve=closed_form, ihvp=bx.ihvp.cg(maxiter=3)),
-    "10 Neumann terms": bx.inner.implicit(g, solve=closed_form, ihvp=bx.ihvp.neumann(steps=9, step_size=ETA)),
+    "10 Neumann terms": bx.inner.implicit(g, solve=closed_form, ihvp=bx.ihvp.neumann(terms=9, step_size=ETA)),
     "identity (one step)": bx.inner.implicit(g, solve=closed_form, ihvp=bx.ihvp.identity(ETA)),
 }
 cut_short = {
@@ -465,7 +465,7 @@ def network_solver(damping):
 
 cases = {
     "softmax regression": (outer_loss, solver, softmax),
-    "one small inner step": (outer_loss, bx.inner.implicit(inner_loss, small, 1, bx.ihvp.cg(maxiter=5)), softmax),
+    "one small inner step": (outer_loss, bx.inner.implicit(inner_loss, small, 1, ihvp=bx.ihvp.cg(maxiter=5)), softmax),
     "network": (network_outer, network_solver(damping=0.0), network),
     "network, damping": (network_outer, network_solver(damping=0.1), network),
 }

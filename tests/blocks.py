@@ -37,7 +37,7 @@ def _compiled(model, fisher=curvature.fisher.exact, **choices):
 
 def kfac(model, x, y, b, batch, l2=0.25, **choices):
     """(v, info) of (curvature + l2 + 0.5) v = b."""
-    ihvp = bx.ihvp.kfac(0.5, **{"fisher": curvature.fisher.exact} | choices)
+    ihvp = bx.ihvp.kfac(damping=0.5, **{"fisher": curvature.fisher.exact} | choices)
     inner_loss = make(model, l2=l2)
 
     @jax.jit

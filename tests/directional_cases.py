@@ -80,7 +80,7 @@ def linear_loss(x, y, u):
 def probe(directions, u, key=KEY, **options):
     """An estimate of u by `directions` directions."""
     solver, zeros = (
-        bx.inner.forward_gradient(tracking_loss, optax.sgd(1.0), 1, directions, **options),
+        bx.inner.forward_gradient(tracking_loss, optax.sgd(1.0), 1, directions=directions, **options),
         jnp.zeros(len(u)),
     )
     return estimate(solver, linear_loss, zeros, zeros, bx.Batch(u, None), key)

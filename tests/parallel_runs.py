@@ -22,7 +22,11 @@ from bilevax.testing.problems._quadratic import PROBLEM
 
 STEPS = (0.05, 0.1, 0.1)
 ITERATIONS = 8
-RING, RANDOM, ONE_PEER = graphs.ring(16), graphs.erdos_renyi(16, 0.3, seed=1), graphs.one_peer_exponential(16)
+RING, RANDOM, ONE_PEER = (
+    graphs.ring(16),
+    graphs.erdos_renyi(16, probability=0.3, seed=1),
+    graphs.one_peer_exponential(16),
+)
 ONE_WAY = graphs.from_matrix(
     np.array(
         [
@@ -48,13 +52,13 @@ def preset(name, *arguments, problem=PROBLEM, **options):
 
 def mixed(gossip):
     """A correction for each level: x compressed, y by exact diffusion, v over a directed graph."""
-    compressed = bx.agents.compression.choco(gossip.x, bx.agents.compression.top_k(0.5), step=0.5)
+    compressed = bx.agents.compression.choco(gossip.x, bx.agents.compression.top_k(0.5), gossip_step=0.5)
     corrections = bx.Levels(
         bx.single_loop.correction.tracking(),
         bx.single_loop.correction.exact_diffusion(),
         bx.single_loop.correction.tracking(),
     )
-    return bx.decentralized.sparkle(PROBLEM, gossip._replace(x=compressed), STEPS, corrections)
+    return bx.decentralized.sparkle(PROBLEM, gossip._replace(x=compressed), STEPS, correction=corrections)
 
 
 def curved(gossip):
@@ -63,7 +67,7 @@ def curved(gossip):
     return bx.decentralized.sldbo(PROBLEM, gossip, bx.Levels(STEPS[0], newton, newton))
 
 
-def noisy(key, k, data):
+def noisy(key, t, data):
     """A minibatch of a quadratic: its coefficients with noise of their own."""
     return jax.tree.map(lambda leaf: leaf + 0.01 * jax.random.normal(key, leaf.shape), data)
 
@@ -72,7 +76,7 @@ PARTS = {  # of about as many seconds
     "neighbours": {
         "sldbo": (RING, preset("sldbo", radius=5.0)),
         "subset, torus": (
-            graphs.torus(16, 4, graphs.self_weight(0.3)),
+            graphs.torus(16, rows=4, weights=graphs.self_weight(0.3)),
             preset("s3ldbo", bx.coins.subset(0.5, block=2)),
         ),
         "global ids": (RING, preset("s3ldbo", lambda key, k, gossip: jnp.array([2, 5, 9]) + k % 3)),
@@ -87,7 +91,7 @@ PARTS = {  # of about as many seconds
     "loops": {
         "compressed inner loops": (RING, preset("c2dfb", 2, 10.0, bx.agents.compression.top_k(0.5), 0.4, noisy)),
         "inner loops": (RING, preset("ma_dsbo", 2, 2, noisy, 0.5)),
-        "accumulated": (RING, lambda gossip: bx.decentralized.adasdbo(PROBLEM, gossip, 0.5, noisy)),
+        "accumulated": (RING, lambda gossip: bx.decentralized.adasdbo(PROBLEM, gossip, 0.5, sample=noisy)),
     },
     "matrices": {
         "matrices": (RING, preset("gbdsbo")),

@@ -35,7 +35,13 @@ def makers():
         return lambda axis: bx.hypergradient(
             outer_loss,
             bx.inner.forward_gradient(
-                inner_loss, optax.adam(0.1), 6, directions, sample=bx.sampling.minibatch(5), axis=axis, **options
+                inner_loss,
+                optax.adam(0.1),
+                6,
+                directions=directions,
+                sample=bx.sampling.minibatch(5),
+                axis=axis,
+                **options,
             ),
         )
 
@@ -46,7 +52,9 @@ def makers():
         "orthogonal": forward(4, sampler=sampler.orthogonal),
         "hadamard, chunk": forward(8, sampler=sampler.hadamard, chunk=1),
         "guide, control variate": forward(5, guide=guide, control_variate=bx.inner.guides.running_mean(0.1)),
-        "zeroth order": lambda axis: bx.hypergradient(outer_loss, bx.inner.zeroth_order(solve, 8, axis=axis)),
+        "zeroth order": lambda axis: bx.hypergradient(
+            outer_loss, bx.inner.zeroth_order(solve, directions=8, axis=axis)
+        ),
     }
 
 
@@ -84,7 +92,7 @@ def main():
         if name == "rademacher":
             mapped = bx.parallel.pmap_directions(make, jax.devices()).estimate(KEY, state, X, BATCH)
             found[name].append(off(mapped, expected))
-    few = lambda axis: bx.hypergradient(outer_loss, bx.inner.zeroth_order(solve, 6, axis=axis))  # noqa: E731
+    few = lambda axis: bx.hypergradient(outer_loss, bx.inner.zeroth_order(solve, directions=6, axis=axis))  # noqa: E731
     messages = {"checked": refused(makers()["rademacher"]), "few": refused(few, check_vma=False)}
     print(json.dumps({"devices": len(jax.devices()), "off": found, "messages": messages}))
 

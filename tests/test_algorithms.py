@@ -42,12 +42,12 @@ def engine(estimator, correction=GT, step_sizes=None):
 
 
 def choco(problem, gossip, steps, sample):
-    compressed = bx.agents.compression.choco(gossip, bx.agents.compression.top_k(0.5), 0.5)
+    compressed = bx.agents.compression.choco(gossip, bx.agents.compression.top_k(0.5), gossip_step=0.5)
     return bx.single_loop.single_loop(problem, compressed, steps, bx.single_loop.estimator.full(), GT)
 
 
 def adasdbo(problem, gossip, steps, sample):
-    return bx.decentralized.adasdbo(problem, gossip, 0.1, sample)
+    return bx.decentralized.adasdbo(problem, gossip, 0.1, sample=sample)
 
 
 def newton(ihvp):
@@ -63,18 +63,18 @@ BRANCHES = False  # not counted: both branches of a cond would be
 D = bx.decentralized
 METHODS = {  # (problem, gossip, step_sizes, sample) -> method; declared calls of an iteration; graphs; counted
     "sldbo": (preset(D.sldbo, radius=5.0), PLAIN, RING),
-    "s3ldbo_independent": (preset(D.s3ldbo, bx.coins.independent(0.5)), None, RING),
-    "s3ldbo_common": (preset(D.s3ldbo, bx.coins.common(0.5)), None, RING),
-    "s3ldbo_subset": (preset(D.s3ldbo, bx.coins.subset(0.5, block=2)), (0.5, 0.5, 0.5, 0.5), RING),
-    "s3ldbo_unbiased": (preset(D.s3ldbo_unbiased, 0.5), None, RING),
-    "dsvrbgd_simultaneous": (sampled(D.dsvrbgd_simultaneous, **MOMENTUM), (2, 2, 2, 2), RING),
-    "dsvrbgd_alternating": (sampled(D.dsvrbgd_alternating, **MOMENTUM), (2, 4, 2, 2), RING),
-    "sparkle_ed": (preset(D.sparkle, ED, theta=0.5), (1, 2, 1, 1)),
-    "sparkle_extra": (preset(D.sparkle, EXTRA), (1, 2, 1, 1)),
-    "sparkle_mixed": (preset(D.sparkle, bx.Levels(GT, ED, EXTRA)), (1, 2, 1, 1)),
-    "dsoba": (sampled(D.dsoba, theta=0.5), PLAIN, RING),
-    "spider": (engine(bx.single_loop.estimator.spider(3, SMALL)), (1.6, 1.6, 1.6, 1.6), RING, BRANCHES),
-    "page": (engine(bx.single_loop.estimator.page(0.5, SMALL)), None, RING),
+    "s3ldbo_independent": (preset(D.s3ldbo, coins=bx.coins.independent(0.5)), None, RING),
+    "s3ldbo_common": (preset(D.s3ldbo, coins=bx.coins.common(0.5)), None, RING),
+    "s3ldbo_subset": (preset(D.s3ldbo, coins=bx.coins.subset(0.5, block=2)), (0.5, 0.5, 0.5, 0.5), RING),
+    "s3ldbo_unbiased": (preset(D.s3ldbo_unbiased, probability=0.5), None, RING),
+    "dsvrbgd": (sampled(D.dsvrbgd, **MOMENTUM), (2, 2, 2, 2), RING),
+    "dsvrbgd_alternating": (sampled(D.dsvrbgd, alternating=True, **MOMENTUM), (2, 4, 2, 2), RING),
+    "sparkle_ed": (preset(D.sparkle, correction=ED, momentum=0.5), (1, 2, 1, 1)),
+    "sparkle_extra": (preset(D.sparkle, correction=EXTRA), (1, 2, 1, 1)),
+    "sparkle_mixed": (preset(D.sparkle, correction=bx.Levels(GT, ED, EXTRA)), (1, 2, 1, 1)),
+    "dsoba": (sampled(D.dsoba, momentum=0.5), PLAIN, RING),
+    "spider": (engine(bx.single_loop.estimator.spider(every=3, sample=SMALL)), (1.6, 1.6, 1.6, 1.6), RING, BRANCHES),
+    "page": (engine(bx.single_loop.estimator.page(probability=0.5, sample=SMALL)), None, RING),
     "saga": (engine(bx.single_loop.estimator.saga(2)), PLAIN, RING, MERGED),
     "atc": (engine(bx.single_loop.estimator.full(), bx.single_loop.correction.tracking_atc()), PLAIN, RING),
     "non_atc": (engine(bx.single_loop.estimator.full(), bx.single_loop.correction.tracking_non_atc()), PLAIN, RING),
@@ -82,25 +82,30 @@ METHODS = {  # (problem, gossip, step_sizes, sample) -> method; declared calls o
     "one_peer": (engine(bx.single_loop.estimator.full()), PLAIN, bx.topology.one_peer_exponential(4)),
     "push_sum": (engine(bx.single_loop.estimator.full()), PLAIN, DIRECTED),
     "choco": (choco, PLAIN, RING),
-    "dsoba_first_order": (sampled(D.dsoba_first_order, theta=0.5), (1, 3, 0, 0), RING),
-    "ma_dsbo": (sampled(D.ma_dsbo, inner_steps=2, product_steps=3, theta=0.5), (1, 3, 3, 1), RING),
+    "dsoba_first_order": (sampled(D.dsoba_first_order, momentum=0.5), (1, 3, 0, 0), RING),
+    "ma_dsbo": (sampled(D.ma_dsbo, steps=2, v_steps=3, momentum=0.5), (1, 3, 3, 1), RING),
     "ma_dsbo_tracked": (
-        sampled(D.ma_dsbo, inner_steps=2, product_steps=3, track=True, restart=True),
+        sampled(D.ma_dsbo, steps=2, v_steps=3, track=True, restart=True),
         (1, 3, 3, 1),
         RING,
     ),
     "mdbo": (sampled(D.mdbo, **MOMENTUM, **SERIES), (1, 1, 3, 1), RING),
     "vrdbo": (sampled(D.vrdbo, **MOMENTUM, **SERIES), (2, 2, 6, 2), RING),
     "gbdsbo": (sampled(D.gbdsbo), lambda d: (1, 1, d, d), RING, MERGED),  # d entries of y
-    "gbdsbo_factors": (sampled(D.gbdsbo, factors=2, inverse_step=0.1), lambda d: (1, 2, 2 * d, d), RING, MERGED),
+    "gbdsbo_factors": (sampled(D.gbdsbo, terms=2, inverse_step=0.1), lambda d: (1, 2, 2 * d, d), RING, MERGED),
     "adasdbo": (adasdbo, PLAIN, RING),
     "c2dfb": (sampled(D.c2dfb, **COMPRESSED), (3, 6, 0, 0), RING),
-    "interact": (preset(D.interact, 3, 0.1), (1, 1, 3, 1), RING),
+    "interact": (preset(D.interact, terms=3, inverse_step=0.1), (1, 1, 3, 1), RING),
     "interact_svr": (  # once, then twice, twice
-        *(preset(D.interact_svr, 3, 0.1, 3, SMALL), (1.6, 1.6, 4.8, 1.6), RING, BRANCHES),
+        *(
+            preset(D.interact_svr, terms=3, inverse_step=0.1, every=3, sample=SMALL),
+            (1.6, 1.6, 4.8, 1.6),
+            RING,
+            BRANCHES,
+        ),
     ),
-    "diamond": (sampled(D.diamond, a=0.5, **SERIES), (2, 2, 6, 2), RING),
-    "lopa_local": (sampled(D.lopa_local, theta=0.5), PLAIN, RING),
+    "diamond": (sampled(D.diamond, momentum=0.5, **SERIES), (2, 2, 6, 2), RING),
+    "lopa_local": (sampled(D.lopa_local, momentum=0.5), PLAIN, RING),
     "lopa_tracking": (sampled(D.lopa_tracking), PLAIN, RING),
     "preconditioned": (newton(bx.ihvp.identity()), PLAIN, RING),
     "preconditioned_with_a_state": (newton(bx.ihvp.diagonal(eps=0.1)), PLAIN, RING),
@@ -185,5 +190,5 @@ def test_the_branch_of_a_common_coin_is_one_evaluation():
 def test_no_method_of_the_package_is_left_out():
     """Presets that stand in `METHODS` under other names are named here."""
     presets = {name for name in D.__all__ if inspect.isfunction(getattr(D, name))}
-    others = {"dsvrbgd", "mix_factors", "s3ldbo", "single_loop", "sparkle"}
+    others = {"s3ldbo", "sparkle"}
     assert presets - METHODS.keys() == others

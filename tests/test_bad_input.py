@@ -176,9 +176,9 @@ COUNTS = {
     "reverse": ("steps", 0, lambda steps: bx.inner.reverse(inner_loss, SGD, steps)),
     "implicit": ("steps", 0, lambda steps: bx.inner.implicit(inner_loss, SGD, steps)),
     "no_gradient": ("steps", 0, lambda steps: bx.inner.no_gradient(inner_loss, SGD, steps)),
-    "neumann": ("steps", 0, lambda steps: bx.ihvp.neumann(steps, 0.1)),
+    "neumann": ("steps", 0, lambda steps: bx.ihvp.neumann(terms=steps, step_size=0.1)),
     "cg": ("maxiter", 1, bx.ihvp.cg),
-    "sgd": ("steps", 1, lambda steps: bx.ihvp.sgd(steps, 0.1, bx.sampling.full)),
+    "sgd": ("steps", 1, lambda steps: bx.ihvp.sgd(steps=steps, step_size=0.1, sample=bx.sampling.full)),
     "nystrom": ("rank", 1, bx.ihvp.nystrom),
     "minibatch": ("size", 1, bx.sampling.minibatch),
     "store_products": ("every", 1, bx.inner.store_products),
@@ -198,12 +198,12 @@ def test_counts(name, minimum, make):
 NUMBERS = {
     "identity": ("scale", bx.ihvp.identity),
     "exact": ("damping", bx.ihvp.exact),
-    "neumann": ("damping", lambda number: bx.ihvp.neumann(1, 0.1, number)),
+    "neumann": ("damping", lambda number: bx.ihvp.neumann(terms=1, step_size=0.1, damping=number)),
     "cg": ("damping", lambda number: bx.ihvp.cg(damping=number)),
     "cg_tol": ("tol", lambda number: bx.ihvp.cg(tol=number)),
-    "sgd": ("damping", lambda number: bx.ihvp.sgd(1, 0.1, bx.sampling.full, number)),
-    "nystrom": ("damping", lambda number: bx.ihvp.nystrom(1, number)),
-    "linear": ("damping", lambda number: bx.ihvp.lineax(lineax.GMRES(1e-3, 1e-3), number)),
+    "sgd": ("damping", lambda number: bx.ihvp.sgd(steps=1, step_size=0.1, sample=bx.sampling.full, damping=number)),
+    "nystrom": ("damping", lambda number: bx.ihvp.nystrom(rank=1, damping=number)),
+    "linear": ("damping", lambda number: bx.ihvp.lineax(lineax.GMRES(1e-3, 1e-3), damping=number)),
     "damped": ("damping", lambda number: bx.curvature.damped(lambda v: v, number)),
 }
 over_numbers = pytest.mark.parametrize(("name", "make"), NUMBERS.values(), ids=NUMBERS)
@@ -219,8 +219,8 @@ def test_nonnegative_numbers(name, make):
 @pytest.mark.parametrize("bad", [0.0, -1.0, NAN])
 def test_positive_numbers(bad):
     says = ["step_size must be a finite number > 0", f"got {bad}", "Pass a small positive step_size"]
-    check(lambda: bx.ihvp.neumann(1, bad), says)
-    check(lambda: bx.ihvp.sgd(1, bad, bx.sampling.full), says)
+    check(lambda: bx.ihvp.neumann(terms=1, step_size=bad), says)
+    check(lambda: bx.ihvp.sgd(steps=1, step_size=bad, sample=bx.sampling.full), says)
 
 
 @over_numbers
@@ -391,9 +391,13 @@ def test_solve_that_returns_no_y(wrong, says, run):
     sample_of_an_ihvp=Case(
         lambda: bx.ihvp.exact(sample=bx.sampling.minibatch), ["sample must be a function (key, t, data)", "minibatch"]
     ),
-    tail_no_function=Case(lambda: bx.ihvp.nystrom(3, tail=0.0), ["tail must be a function (eigenvalues)", "got 0.0"]),
+    tail_no_function=Case(
+        lambda: bx.ihvp.nystrom(rank=3, tail=0.0), ["tail must be a function (eigenvalues)", "got 0.0"]
+    ),
     tail_no_number=Case(
-        lambda: bx.ihvp.nystrom(3, 1.0, tail=lambda e: e).prepare(KEY, (), inner_loss, (POINT, POINT, None)),
+        lambda: bx.ihvp.nystrom(rank=3, damping=1.0, tail=lambda e: e).prepare(
+            KEY, (), inner_loss, (POINT, POINT, None)
+        ),
         ["tail must return one number; got shape (3,)", "tail=jnp.min"],
     ),
     solver_not_of_lineax=Case(
@@ -401,7 +405,7 @@ def test_solve_that_returns_no_y(wrong, says, run):
         ["solver must be an AbstractLinearSolver", "got IHVP", "Pass, say, lineax.GMRES(rtol=1e-6, atol=1e-6)."],
     ),
     sgd_as_preconditioner=Case(
-        lambda: bx.ihvp.cg(preconditioner=bx.ihvp.sgd(3, 0.1, bx.sampling.full)),
+        lambda: bx.ihvp.cg(preconditioner=bx.ihvp.sgd(steps=3, step_size=0.1, sample=bx.sampling.full)),
         ["preconditioner must be an IHVP whose apply is linear", "Pass ihvp.identity"],
     ),
     solver_none=Case(
@@ -542,12 +546,14 @@ def test_second_derivative_of_reverse(twice):
 
 
 IMPLICIT = {
-    "cg": bx.inner.implicit(half_square, optax.sgd(0.5), 2, bx.ihvp.cg()),
-    "exact": bx.inner.implicit(half_square, optax.sgd(0.5), 2, bx.ihvp.exact()),
-    "neumann": bx.inner.implicit(half_square, optax.sgd(0.5), 2, bx.ihvp.neumann(2, 0.5)),
-    "identity": bx.inner.implicit(half_square, optax.sgd(0.5), 2, bx.ihvp.identity()),
-    "sgd": bx.inner.implicit(half_square, optax.sgd(0.5), 2, bx.ihvp.sgd(2, 0.5, bx.sampling.full)),
-    "linear": bx.inner.implicit(half_square, optax.sgd(0.5), 2, bx.ihvp.lineax(lineax.GMRES(1e-3, 1e-3))),
+    "cg": bx.inner.implicit(half_square, optax.sgd(0.5), 2, ihvp=bx.ihvp.cg()),
+    "exact": bx.inner.implicit(half_square, optax.sgd(0.5), 2, ihvp=bx.ihvp.exact()),
+    "neumann": bx.inner.implicit(half_square, optax.sgd(0.5), 2, ihvp=bx.ihvp.neumann(terms=2, step_size=0.5)),
+    "identity": bx.inner.implicit(half_square, optax.sgd(0.5), 2, ihvp=bx.ihvp.identity()),
+    "sgd": bx.inner.implicit(
+        half_square, optax.sgd(0.5), 2, ihvp=bx.ihvp.sgd(steps=2, step_size=0.5, sample=bx.sampling.full)
+    ),
+    "linear": bx.inner.implicit(half_square, optax.sgd(0.5), 2, ihvp=bx.ihvp.lineax(lineax.GMRES(1e-3, 1e-3))),
     "no_steps": bx.inner.implicit(half_square),
     "solve": bx.inner.implicit(half_square, solve=lambda x, y, batch: y),
     "chain": bx.inner.chain(

@@ -37,7 +37,7 @@ def rounds(gossip, x, number):
 
 @pytest.mark.parametrize("compressor", COMPRESSORS.values(), ids=COMPRESSORS)
 def test_mean_is_kept_and_consensus_approached(compressor):
-    end, distance = jax.jit(lambda x: rounds(compression.choco(RING, compressor, 0.1), x, 200))(X)
+    end, distance = jax.jit(lambda x: rounds(compression.choco(RING, compressor, gossip_step=0.1), x, 200))(X)
     np.testing.assert_allclose(end.mean(0), X.mean(0), rtol=0, atol=1e-13)
     assert 1e-6 < distance < 0.8  # not there yet, so that the mean is no trivial one
 
@@ -48,7 +48,7 @@ def test_mean_is_kept_and_consensus_approached(compressor):
 )
 def test_step_scales_with_the_compression(fraction, number, good, bad):
     def run(step):
-        return rounds(compression.choco(RING, compression.top_k(fraction), step), X, number)
+        return rounds(compression.choco(RING, compression.top_k(fraction), gossip_step=step), X, number)
 
     end, distance = jax.jit(jax.vmap(run))(jnp.array(good + bad))
     assert (distance[: len(good)] <= 1e-12).all()
@@ -58,7 +58,7 @@ def test_step_scales_with_the_compression(fraction, number, good, bad):
 
 def test_everything_sent_at_step_one_is_plain_gossip():
     tree = {"w": X.reshape(8, 5, 10), "b": X[:, 0]}
-    full = compression.choco(RING, compression.top_k(1.0), 1.0)
+    full = compression.choco(RING, compression.top_k(1.0), gossip_step=1.0)
     state, plain = full.init(tree), tree
     compressed = tree
     one, reference = (
@@ -160,7 +160,7 @@ def test_methods_reach_their_limit_by_compressed_messages(compressor, step, form
     )
     mean_a, mean_c, mean_e, mean_r = (leaf.mean(0) for leaf in (a, c, e, r))
     x_star = -(mean_c / mean_a - mean_e) / mean_a / (mean_r + 1 / mean_a**2)
-    compressed = compression.choco(gossip(topology.lazy(topology.ring(8))), compressor, step)
+    compressed = compression.choco(gossip(topology.lazy(topology.ring(8))), compressor, gossip_step=step)
     method = sldbo(problem, compressed, (0.02, 0.05, 0.05), correction=form())
     batch = bx.Batch(outer=(a, c, e, r), inner=(a, c, e, r))
 
@@ -180,7 +180,7 @@ def test_methods_reach_their_limit_by_compressed_messages(compressor, step, form
 
 def test_half_precision_leaves_mix():
     x = X.astype(jnp.bfloat16)
-    compressed = compression.choco(RING, compression.top_k(0.5), 0.3)
+    compressed = compression.choco(RING, compression.top_k(0.5), gossip_step=0.3)
     mixed, state = jax.jit(lambda x: compressed.mix(None, compressed.init(x), x))(x)
     assert mixed.dtype == state.copies.dtype == jnp.bfloat16
     np.testing.assert_allclose(mixed.astype(float).mean(0), x.astype(float).mean(0), rtol=0, atol=0.02)
@@ -200,7 +200,7 @@ def test_bytes_by_hand():
         *(7 + 4, 7 + 4, 7 + 8),  # 50 bits and the scale
     ]
     assert compression.top_k(0.07).bytes(100, "float32") == 7 * 8  # 0.07 · 100 > 7 in floating point
-    star = compression.choco(gossip(topology.star(4)), compression.top_k(0.1), 0.1)
+    star = compression.choco(gossip(topology.star(4)), compression.top_k(0.1), gossip_step=0.1)
     tree = {"w": jnp.zeros((4, 5, 10), jnp.float32), "b": jnp.zeros((4, 3), jnp.float64)}
     message = 5 * 8 + 1 * 12
     np.testing.assert_array_equal(star.bytes(star.init(tree), tree), [3 * message, message, message, message])
@@ -215,7 +215,7 @@ def test_a_draw_depends_on_the_id_of_the_agent_alone(name):
     tree = {"a": X, "b": X}
 
     def copies(gossip, tree):
-        compressed = compression.choco(gossip, COMPRESSORS[name], 0.1)
+        compressed = compression.choco(gossip, COMPRESSORS[name], gossip_step=0.1)
         mix = jax.jit(lambda tree: compressed.mix(KEY, compressed.init(tree), tree)[1].copies)
         return jax.tree.map(np.asarray, mix(tree))
 
@@ -238,15 +238,21 @@ MISTAKES = {
     "array fraction": (lambda: compression.top_k(np.full(2, 0.5)), r"fraction must be one plain number.*\(2,\)"),
     "no bits": (lambda: compression.qsgd(0), "bits must be an int >= 1"),
     "many bits": (lambda: compression.qsgd_unbiased(17), "bits must be an int from 1 to 16"),
-    "step": (lambda: compression.choco(RING, compression.sign(), 0.0), "step must be a finite number > 0"),
-    "gossip": (lambda: compression.choco(topology.ring(8), compression.sign(), 0.1), "gossip must be a Gossip"),
-    "compressor": (lambda: compression.choco(RING, compression.sign, 0.1), "compressor must be a Compressor"),
+    "step": (lambda: compression.choco(RING, compression.sign(), gossip_step=0.0), "step must be a finite number > 0"),
+    "gossip": (
+        lambda: compression.choco(topology.ring(8), compression.sign(), gossip_step=0.1),
+        "gossip must be a Gossip",
+    ),
+    "compressor": (
+        lambda: compression.choco(RING, compression.sign, gossip_step=0.1),
+        "compressor must be a Compressor",
+    ),
     "sequence": (
-        lambda: compression.choco(gossip(topology.one_peer_exponential(8)), compression.sign(), 0.1),
+        lambda: compression.choco(gossip(topology.one_peer_exponential(8)), compression.sign(), gossip_step=0.1),
         "gossip must mix over one fixed graph",
     ),
     "push-sum": (
-        lambda: compression.choco(push_sum(topology.ring(8)), compression.sign(), 0.1).init(X),
+        lambda: compression.choco(push_sum(topology.ring(8)), compression.sign(), gossip_step=0.1).init(X),
         "gossip must be doubly stochastic to be compressed; got push-sum",
     ),
 }
@@ -260,6 +266,6 @@ def test_bad_input(wrong, says):
 
 @pytest.mark.parametrize("name", ["random_k", "random_k_unbiased", "qsgd", "qsgd_unbiased"])
 def test_a_draw_needs_a_key(name):
-    compressed = compression.choco(RING, COMPRESSORS[name], 0.1)
+    compressed = compression.choco(RING, COMPRESSORS[name], gossip_step=0.1)
     with pytest.raises(ValueError, match=r"key must be a jax.random.key for (random_k|qsgd)"):
         compressed.mix(None, compressed.init(X), X)

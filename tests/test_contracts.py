@@ -30,8 +30,8 @@ def gmres(tol):
 
 
 def preconditioned_cg(number, sample):
-    preconditioner = bx.ihvp.neumann(1, 0.2, sample=sample)
-    return bx.ihvp.cg(3, damping=number, preconditioner=preconditioner, sample=sample)
+    preconditioner = bx.ihvp.neumann(terms=1, step_size=0.2, sample=sample)
+    return bx.ihvp.cg(maxiter=3, damping=number, preconditioner=preconditioner, sample=sample)
 
 
 def factored(make):
@@ -39,7 +39,7 @@ def factored(make):
 
 
 def rescaled(number, sample):
-    return bx.ihvp.rescaled(bx.ihvp.identity(), number, bx.curvature.hessian, sample)
+    return bx.ihvp.rescaled(bx.ihvp.identity(), damping=number, curvature=bx.curvature.hessian, sample=sample)
 
 
 STRUCTURED = {"cold": True, "structured": True, "counted": False}  # their passes are those of the model, not of g
@@ -48,17 +48,21 @@ EXACT = {"counted": False, "half": False}  # lineax counts iterations; half prec
 IHVPS = {  # number, sample -> method; the number that inverts H = 2 I; what it declares
     "identity": (lambda number, sample: bx.ihvp.identity(number), 0.5, {"cold": True, "samples": False}),
     "exact": (bx.ihvp.exact, 0.0, {"cold": True}),
-    "neumann": (lambda number, sample: bx.ihvp.neumann(3, number, sample=sample), 0.5, {}),
-    "cg": (lambda number, sample: bx.ihvp.cg(3, damping=number, sample=sample), 0.0, {}),
+    "neumann": (lambda number, sample: bx.ihvp.neumann(terms=3, step_size=number, sample=sample), 0.5, {}),
+    "cg": (lambda number, sample: bx.ihvp.cg(maxiter=3, damping=number, sample=sample), 0.0, {}),
     "cg_preconditioned": (preconditioned_cg, 0.0, {}),
     "kfac": (factored(bx.ihvp.kfac), 0.0, STRUCTURED),
     "ekfac": (factored(bx.ihvp.ekfac), 0.0, STRUCTURED),
-    "diagonal": (lambda number, sample: bx.ihvp.diagonal(number, sample=sample), 0.5, UNBIASED),
-    "random_neumann": (lambda number, sample: bx.ihvp.random_neumann(3, number, sample), 0.5, UNBIASED),
+    "diagonal": (lambda number, sample: bx.ihvp.diagonal(scale=number, sample=sample), 0.5, UNBIASED),
+    "random_neumann": (
+        lambda number, sample: bx.ihvp.random_neumann(terms=3, step_size=number, sample=sample),
+        0.5,
+        UNBIASED,
+    ),
     "rescaled": (rescaled, 0.0, {"cold": True}),
-    "nystrom": (lambda number, sample: bx.ihvp.nystrom(3, number, sample=sample), 0.0, {"cold": True}),
-    "sgd": (lambda number, sample: bx.ihvp.sgd(3, number, sample), 0.5, {}),
-    "linear": (lambda number, sample: bx.ihvp.lineax(gmres(1e-12), number, sample=sample), 0.0, EXACT),
+    "nystrom": (lambda number, sample: bx.ihvp.nystrom(rank=3, damping=number, sample=sample), 0.0, {"cold": True}),
+    "sgd": (lambda number, sample: bx.ihvp.sgd(steps=3, step_size=number, sample=sample), 0.5, {}),
+    "linear": (lambda number, sample: bx.ihvp.lineax(gmres(1e-12), damping=number, sample=sample), 0.0, EXACT),
 }
 NOT_LINEAR = ("cg", "cg_preconditioned", "random_neumann", "rescaled", "sgd", "linear")
 
@@ -82,7 +86,7 @@ def implicit(name, steps=STEPS, **options):
     if "structured" in declared:
         make = modelled(make)
     return lambda loss, optimizer, sample: bx.inner.implicit(
-        loss, optimizer, steps, make(number, sample), sample=sample, cross_sample=sample, **options
+        loss, optimizer, steps, ihvp=make(number, sample), sample=sample, cross_sample=sample, **options
     )
 
 
@@ -92,7 +96,7 @@ def solved(loss, optimizer, sample):
     def solve(x, y, batch):
         return optax.tree.add_scale(y, -0.5, jax.grad(loss, 1)(x, y, batch))
 
-    return bx.inner.implicit(loss, ihvp=bx.ihvp.exact(0.0, sample), solve=solve, cross_sample=sample)
+    return bx.inner.implicit(loss, ihvp=bx.ihvp.exact(damping=0.0, sample=sample), solve=solve, cross_sample=sample)
 
 
 def reverse(steps=STEPS, **options):
@@ -120,19 +124,21 @@ MOST = 10  # entries of x
 
 def forward_gradient(steps=STEPS):
     return lambda loss, optimizer, sample: bx.inner.forward_gradient(
-        loss, optimizer, steps, MOST, sampler=COORDINATES, sample=sample
+        loss, optimizer, steps, directions=MOST, sampler=COORDINATES, sample=sample
     )
 
 
 def guided(loss, optimizer, sample):
     guide = bx.inner.guides.at_solution(implicit("cg", steps=0)(loss, optimizer, sample))
-    return bx.inner.forward_gradient(loss, optimizer, STEPS, MOST + 1, sampler=COORDINATES, sample=sample, guide=guide)
+    return bx.inner.forward_gradient(
+        loss, optimizer, STEPS, directions=MOST + 1, sampler=COORDINATES, sample=sample, guide=guide
+    )
 
 
 def shifted(loss, optimizer, sample):
     shift = bx.inner.guides.from_start(chain(no_gradient(STEPS - 1), reverse(1))(loss, optimizer, sample))
     return bx.inner.forward_gradient(
-        loss, optimizer, STEPS, MOST, sampler=COORDINATES, sample=sample, control_variate=shift
+        loss, optimizer, STEPS, directions=MOST, sampler=COORDINATES, sample=sample, control_variate=shift
     )
 
 
@@ -148,7 +154,9 @@ def zeroth_order(loss, optimizer, sample):
         return loss(x, y, sample(KEY, STEPS - 1, batch))
 
     solve, central = unrolled(loss, optimizer, sample), bx.inner.central
-    return bx.inner.zeroth_order(solve, MOST, 1.0, difference=central, sampler=COORDINATES, inner_loss=last)
+    return bx.inner.zeroth_order(
+        solve, directions=MOST, mu=1.0, difference=central, sampler=COORDINATES, inner_loss=last
+    )
 
 
 def pushed(steps, detail=lambda info: info.inner.detail):
@@ -210,7 +218,7 @@ def penalty(problem, optimizer, sample):
 
 def full_zeroth_order(problem, optimizer, sample):
     solve = unrolled(problem.inner_loss, optimizer, sample)
-    return bx.hypergradients.full_zeroth_order(problem.outer_loss, solve, MOST, 1.0, sampler=COORDINATES)
+    return bx.hypergradients.full_zeroth_order(problem.outer_loss, solve, directions=MOST, mu=1.0, sampler=COORDINATES)
 
 
 PHASES = TAKES | {"cold": True, "counted": False}  # of two states one is read; the counts are those of the parts
@@ -366,7 +374,7 @@ def test_linear_solver_of_lineax_in_half_precision():
 
 @pytest.mark.skipif(not READABLE, reason="reads HLO text as it is printed since jax 0.10")
 def test_cg_counts_the_products_of_its_preconditioner():
-    exact = IHVPSubject(bx.ihvp.cg(3, preconditioner=bx.ihvp.exact(1.0)))
+    exact = IHVPSubject(bx.ihvp.cg(maxiter=3, preconditioner=bx.ihvp.exact(damping=1.0)))
     ihvp.declared_calls_are_compiled_calls.hold("cg", exact)
 
 

@@ -146,7 +146,7 @@ def test_conjugate_gradients_take_it_where_the_hessian_is_indefinite():
     b = jax.tree.map(np.sin, Y)
 
     def solve(choice):
-        prepare = bx.ihvp.cg(100, 1e-12, curvature=choice).prepare
+        prepare = bx.ihvp.cg(maxiter=100, tol=1e-12, curvature=choice).prepare
         return jax.jit(lambda b: prepare(None, (), inner_loss, (None, Y, batch))[0](b))(b)
 
     v, info = solve(curvature.gauss_newton)
@@ -158,7 +158,7 @@ def test_conjugate_gradients_take_it_where_the_hessian_is_indefinite():
 
 def test_negative_weights_are_reported_by_the_solver():
     inner_loss = make(weights=lambda x, batch: jnp.full(N, -1.0))
-    ihvp = bx.ihvp.cg(10, curvature=curvature.gauss_newton)
+    ihvp = bx.ihvp.cg(maxiter=10, curvature=curvature.gauss_newton)
     point = (None, Y, (INPUTS, PROBABILITIES))
     assert jax.jit(lambda b: ihvp.prepare(None, (), inner_loss, point)[0](b)[1].breakdown)(Y)
 

@@ -107,7 +107,7 @@ def test_treatments_of_ones_own_must_be_treatments(answer):
 def test_damping_below_zero():
     with pytest.raises(ValueError, match=r"damping must be a finite number >= 0; got -1.0"):
         bx.curvature.inverted(factors(), make_loss(), 0.0, Y, (INPUTS, LABELS), damping=-1.0)
-    solve = jax.jit(lambda b: prepared(bx.ihvp.kfac(lambda eigenvalues: -1.0))[0](b))
+    solve = jax.jit(lambda b: prepared(bx.ihvp.kfac(damping=lambda eigenvalues: -1.0))[0](b))
     assert solve(Y)[1].breakdown
 
 

@@ -42,7 +42,7 @@ def snapshots():
         hand[k, agents] = True
 
     def path(masks):
-        method = decentralized.s3ldbo(PROBLEM, TOY_RING, TOY_STEPS, lambda key, k, gossip: masks[k])
+        method = decentralized.s3ldbo(PROBLEM, TOY_RING, TOY_STEPS, coins=lambda key, k, gossip: masks[k])
         return roll(method, four_agents().batch, 60)[1:]
 
     return numbers(jax.jit(jax.vmap(path))(jnp.stack([hand, 0 * hand == 1, 0 * hand == 0])))
@@ -126,7 +126,7 @@ def sldbo(form=correction.tracking, gossip=LAZY_RING):
 
 
 def s3ldbo(make_coins):
-    return lambda p: decentralized.s3ldbo(PROBLEM, LAZY_RING, STEPS, make_coins(p))
+    return lambda p: decentralized.s3ldbo(PROBLEM, LAZY_RING, STEPS, coins=make_coins(p))
 
 
 SHARES = np.stack([np.full(8, 0.5), np.full(8, 0.1), np.linspace(0.1, 1, 8)])
@@ -139,7 +139,7 @@ EXACT = {  # a method as a function of p, and the values of p that it is run wit
     "s3ldbo_common": (s3ldbo(coins.common), [0.5, 0.2]),
     "s3ldbo_subset": (s3ldbo(lambda p: coins.subset(0.25)), [0.25]),
     "s3ldbo_subset_of_blocks": (s3ldbo(lambda p: coins.subset(0.25, block=4)), [0.25]),
-    "s3ldbo_unbiased": (lambda p: decentralized.s3ldbo_unbiased(PROBLEM, LAZY_RING, STEPS, p), [0.5, 1.0]),
+    "s3ldbo_unbiased": (lambda p: decentralized.s3ldbo_unbiased(PROBLEM, LAZY_RING, STEPS, probability=p), [0.5, 1.0]),
 }
 
 
@@ -215,7 +215,7 @@ def some_ids(key, k, gossip):
 
 @pytest.mark.parametrize("choose", [coins.independent(0.4), some_ids], ids=["mask", "ids"])
 def test_snapshot_tracking_under_changing_matrices(choose):
-    method = decentralized.s3ldbo(PROBLEM, bx.gossip(networks.topology(*CHANGING)), STEPS, choose)
+    method = decentralized.s3ldbo(PROBLEM, bx.gossip(networks.topology(*CHANGING)), STEPS, coins=choose)
     _, path, info = numbers(run(method, INDEFINITE.batch, 40))
     evaluated = follows_snapshot(path, info, networks.semi, [CHANGING[k % 3] for k in range(40)])
     if choose is some_ids:
@@ -273,7 +273,7 @@ def counts(name, p, calls):
 @pytest.mark.parametrize("kind", [coins.independent, coins.common, coins.subset])
 def test_sure_coins_give_the_bits_of_sldbo(kind):
     """Of a subset that is everybody, in another order, the rounding may differ."""
-    path, info = toy_run(decentralized.s3ldbo(PROBLEM, TOY_RING, TOY_STEPS, kind(1.0)))
+    path, info = toy_run(decentralized.s3ldbo(PROBLEM, TOY_RING, TOY_STEPS, coins=kind(1.0)))
     close(path, toy_run()[0], 1e-15 if kind is coins.subset else 0.0)
     assert np.all(info.calls.hessian_products[1:] == 1)
 

@@ -37,7 +37,7 @@ def single_precision():
 def digits():
     with jax.enable_x64(False):
         whole = load("digits", seed=1, train=240, validation=80, corruption=0.3)
-        return divide(whole, bx.partition.dirichlet_balanced(4, 0.3, seed=0, minimum=5))
+        return divide(whole, bx.partition.dirichlet_balanced(4, alpha=0.3, seed=0, minimum=5))
 
 
 @pytest.fixture

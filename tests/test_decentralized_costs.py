@@ -26,7 +26,7 @@ def variance_reduced(preset):
 
 
 def sparkle(*forms):
-    return make(decentralized.sparkle, bx.Levels(*(form() for form in forms)))
+    return make(decentralized.sparkle, correction=bx.Levels(*(form() for form in forms)))
 
 
 def neumann(preset, *choices, terms=3):
@@ -36,11 +36,11 @@ def neumann(preset, *choices, terms=3):
 FIFTH = bx.agents.compression.top_k(0.2)
 COSTS = {  # bytes to each neighbour for d_x = 784 and d_y = 7840; F, G, H and J per agent; rounds
     "sldbo": (make(decentralized.sldbo), 131_712, (1, 1, 1, 1), 1),
-    "sldbo_atc": (make(decentralized.sldbo, None, ATC()), 131_712, (1, 1, 1, 1), 2),
-    "s3ldbo": (make(decentralized.s3ldbo, coins.independent(0.5)), 131_712, None, 1),
-    "s3ldbo_unbiased": (make(decentralized.s3ldbo_unbiased, 0.5), 131_712, None, 1),
-    "dsvrbgd_simultaneous": (variance_reduced(decentralized.dsvrbgd_simultaneous), 131_712, (2, 2, 2, 2), 1),
-    "dsvrbgd_alternating": (variance_reduced(decentralized.dsvrbgd_alternating), 131_712, (2, 4, 2, 2), 3),
+    "sldbo_atc": (make(decentralized.sldbo, radius=None, correction=ATC()), 131_712, (1, 1, 1, 1), 2),
+    "s3ldbo": (make(decentralized.s3ldbo, coins=coins.independent(0.5)), 131_712, None, 1),
+    "s3ldbo_unbiased": (make(decentralized.s3ldbo_unbiased, probability=0.5), 131_712, None, 1),
+    "dsvrbgd": (variance_reduced(), 131_712, (2, 2, 2, 2), 1),
+    "dsvrbgd_alternating": (variance_reduced(alternating=True), 131_712, (2, 4, 2, 2), 3),
     "sparkle_gt": (sparkle(GT, GT, GT), 131_712, (1, 2, 1, 1), 3),
     "sparkle_ed": (sparkle(ED, ED, ED), 65_856, (1, 2, 1, 1), 3),
     "sparkle_extra": (sparkle(EXTRA, EXTRA, EXTRA), 65_856, (1, 2, 1, 1), 3),
@@ -48,23 +48,38 @@ COSTS = {  # bytes to each neighbour for d_x = 784 and d_y = 7840; F, G, H and J
     "dsoba": (make(decentralized.dsoba), 65_856, (1, 1, 1, 1), 1),
     "dsoba_first_order": (make(decentralized.dsoba_first_order), 65_856, (1, 3, 0, 0), 1),
     "adasdbo": (make(decentralized.adasdbo), 65_868, (1, 1, 1, 1), 1),  # three numbers more
-    "ma_dsbo": (make(decentralized.ma_dsbo, 10, 10), 943_936, (1, 11, 10, 1), 21),
-    "ma_dsbo_tracked": (make(decentralized.ma_dsbo, 10, 10, track=True), 1_260_672, (1, 11, 10, 1), 21),
+    "ma_dsbo": (make(decentralized.ma_dsbo, steps=10, v_steps=10), 943_936, (1, 11, 10, 1), 21),
+    "ma_dsbo_tracked": (make(decentralized.ma_dsbo, steps=10, v_steps=10, track=True), 1_260_672, (1, 11, 10, 1), 21),
     "mdbo": (neumann(decentralized.mdbo, bx.sampling.full, 0.1, 1.0), 68_992, (1, 1, 3, 1), 1),
     "vrdbo": (neumann(decentralized.vrdbo, bx.sampling.full, 0.1, 1.0), 68_992, (2, 2, 6, 2), 1),
     "interact": (neumann(decentralized.interact), 6_272, (1, 1, 3, 1), 1),
-    "interact_svr": (make(decentralized.interact_svr, 3, 0.1, 2, bx.sampling.full), 6_272, (2, 2, 6, 2), 1),
+    "interact_svr": (
+        make(decentralized.interact_svr, terms=3, inverse_step=0.1, every=2, sample=bx.sampling.full),
+        6_272,
+        (2, 2, 6, 2),
+        1,
+    ),
     "diamond": (neumann(decentralized.diamond, bx.sampling.full, 0.1), 6_272, (2, 2, 6, 2), 1),
     "lopa_local": (make(decentralized.lopa_local), 3_136, (1, 1, 1, 1), 1),
     "lopa_tracking": (make(decentralized.lopa_tracking), 6_272, (1, 1, 1, 1), 1),
     # 2 · 784 numbers and 40 messages of 1568 values; half of the compressed bytes are indices
-    "c2dfb": (make(decentralized.c2dfb, 10, 10.0, FIFTH, 0.2), 508_032, (11, 22, 0, 0), 11),
+    "c2dfb": (
+        make(decentralized.c2dfb, steps=10, multiplier=10.0, compressor=FIFTH, gossip_step=0.2),
+        508_032,
+        (11, 22, 0, 0),
+        11,
+    ),
 }
 
 
 MATRICES = {  # those that send some, for d_x = 3 and d_y = 5
     "gbdsbo": (make(decentralized.gbdsbo), 4 * (6 + 15 + 15 + 25), (1, 1, 5, 5), 1),
-    "gbdsbo_factors": (make(decentralized.gbdsbo, bx.sampling.full, 4, 0.1), 4 * (6 + 15 + 15 + 100), (1, 4, 20, 5), 1),
+    "gbdsbo_factors": (
+        make(decentralized.gbdsbo, sample=bx.sampling.full, terms=4, inverse_step=0.1),
+        4 * (6 + 15 + 15 + 100),
+        (1, 4, 20, 5),
+        1,
+    ),
 }
 
 
@@ -120,7 +135,7 @@ def test_skipping_really_skips():
         return jax.jit(lambda key, state, batch: method.step(key, state, batch)[0]).lower(KEY, state, q.batch).compile()
 
     everybody = compiled(decentralized.sldbo(PROBLEM, gossip, STEPS))
-    some = compiled(decentralized.s3ldbo(PROBLEM, gossip, STEPS, coins.subset(0.25)))
+    some = compiled(decentralized.s3ldbo(PROBLEM, gossip, STEPS, coins=coins.subset(0.25)))
     assert some.cost_analysis()["flops"] < 0.35 * everybody.cost_analysis()["flops"]
-    assert " conditional(" in compiled(decentralized.s3ldbo(PROBLEM, gossip, STEPS, coins.common(0.25))).as_text()
+    assert " conditional(" in compiled(decentralized.s3ldbo(PROBLEM, gossip, STEPS, coins=coins.common(0.25))).as_text()
     assert " conditional(" not in everybody.as_text()

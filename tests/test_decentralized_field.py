@@ -35,15 +35,15 @@ def end(method, q=DEFINITE, iterations=2500):
 
 POINTS = {"x*": DEFINITE.x_star, "x_l": DEFINITE.x_l, "x_p": DEFINITE.x_p}
 LIMITS = {
-    "mdbo": ("x_l", lambda: make(decentralized.mdbo, full, 0.5, 0.5, *EXACT)),
-    "vrdbo": ("x_l", lambda: make(decentralized.vrdbo, full, 0.5, 0.5, *EXACT)),
+    "mdbo": ("x_l", lambda: make(decentralized.mdbo, sample=full, momentum=0.5, rate=0.5, *EXACT)),
+    "vrdbo": ("x_l", lambda: make(decentralized.vrdbo, sample=full, momentum=0.5, rate=0.5, *EXACT)),
     "interact": ("x_p", lambda: make(decentralized.interact, *EXACT)),
     "interact_svr": ("x_p", lambda: make(decentralized.interact_svr, *EXACT, 3, full)),
-    "diamond": ("x_p", lambda: make(decentralized.diamond, full, 0.3, *EXACT)),
+    "diamond": ("x_p", lambda: make(decentralized.diamond, sample=full, momentum=0.3, *EXACT)),
     "lopa_tracking": ("x_p", lambda: make(decentralized.lopa_tracking)),
-    "lopa_tracking_averaged": ("x_p", lambda: make(decentralized.lopa_tracking, theta=0.2)),
+    "lopa_tracking_averaged": ("x_p", lambda: make(decentralized.lopa_tracking, momentum=0.2)),
     "gbdsbo": ("x*", lambda: make(decentralized.gbdsbo)),
-    "ma_dsbo_tracked": ("x*", lambda: make(decentralized.ma_dsbo, 2, 2, theta=0.5, track=True)),
+    "ma_dsbo_tracked": ("x*", lambda: make(decentralized.ma_dsbo, steps=2, v_steps=2, momentum=0.5, track=True)),
 }
 
 
@@ -63,7 +63,18 @@ def test_limit_tells_which_problem_is_solved(name):
 @pytest.mark.parametrize("name", ["mdbo", "lopa_tracking"])
 def test_limits_of_the_toy_are_fractions_known_by_hand(name):
     if name == "mdbo":
-        x, method = -117 / 191, make(decentralized.mdbo, full, 0.5, 1.0, 200, 0.25, gossip=LAZY_SQUARE)
+        x, method = (
+            -117 / 191,
+            make(
+                decentralized.mdbo,
+                sample=full,
+                momentum=0.5,
+                rate=1.0,
+                terms=200,
+                inverse_step=0.25,
+                gossip=LAZY_SQUARE,
+            ),
+        )
     else:
         x, method = -137 / 293, make(decentralized.lopa_tracking, gossip=LAZY_SQUARE)
     assert off(end(method, four_agents()).x, x) < 1e-10
@@ -75,10 +86,16 @@ def test_limits_of_the_toy_are_fractions_known_by_hand(name):
 MEAN = Quadratic(*(leaf.mean(0, keepdims=True) for leaf in DEFINITE))
 ALIKE = Quadratic(*(np.repeat(leaf, 8, axis=0) for leaf in MEAN))
 SERIES = {
-    "mdbo": (DEFINITE, lambda terms: make(decentralized.mdbo, full, 0.5, 1.0, terms, 0.1)),
-    "alike": (ALIKE, lambda terms: make(decentralized.mdbo, full, 0.5, 1.0, terms, 0.1)),
-    "interact": (DEFINITE, lambda terms: make(decentralized.interact, terms, 0.1)),
-    "gbdsbo": (DEFINITE, lambda terms: make(decentralized.gbdsbo, full, terms, 0.1)),
+    "mdbo": (
+        DEFINITE,
+        lambda terms: make(decentralized.mdbo, sample=full, momentum=0.5, rate=1.0, terms=terms, inverse_step=0.1),
+    ),
+    "alike": (
+        ALIKE,
+        lambda terms: make(decentralized.mdbo, sample=full, momentum=0.5, rate=1.0, terms=terms, inverse_step=0.1),
+    ),
+    "interact": (DEFINITE, lambda terms: make(decentralized.interact, terms=terms, inverse_step=0.1)),
+    "gbdsbo": (DEFINITE, lambda terms: make(decentralized.gbdsbo, sample=full, terms=terms, inverse_step=0.1)),
 }
 
 
@@ -90,7 +107,7 @@ def test_a_truncated_series_moves_the_limit_as_linear_algebra_says(name):
     limit = Quadratic.personal if name == "interact" else Quadratic.local_inverse
     bias = []
     for terms in (5, 20, 200) if name == "alike" else (2, 10):
-        expected = limit(inverted, neumann(terms, 0.1))
+        expected = limit(inverted, neumann(terms=terms, step_size=0.1))
         x = end(method(terms), q).x
         bias.append(off(x, limit(inverted)))
         assert off(x, expected) < 1e-10
@@ -112,7 +129,7 @@ def test_lopa_local_is_off_by_as_much_as_its_step():
     scales = 2.0 ** -np.arange(6)
 
     def last(scale):
-        method = make(decentralized.lopa_local, full, 0.5, steps=(scale * 0.05, 0.1, 0.1))
+        method = make(decentralized.lopa_local, sample=full, momentum=0.5, steps=(scale * 0.05, 0.1, 0.1))
         return roll(method, DEFINITE.batch, 10_000)[0].x
 
     x = numbers(jax.jit(jax.vmap(last))(jnp.asarray(scales)))
@@ -127,10 +144,10 @@ def test_lopa_local_is_off_by_as_much_as_its_step():
 
 def test_differences_of_gradients_are_products_of_a_quadratic():
     def path(delta):
-        return roll(make(decentralized.dsoba_first_order, theta=0.5, delta=delta), DEFINITE.batch, 200)[1]
+        return roll(make(decentralized.dsoba_first_order, momentum=0.5, mu=delta), DEFINITE.batch, 200)[1]
 
     got = numbers(jax.jit(jax.vmap(path))(jnp.array([1e-3, 0.5, 10.0])))
-    expected = numbers(jax.jit(lambda: roll(make(decentralized.dsoba, theta=0.5), DEFINITE.batch, 200)[1])())
+    expected = numbers(jax.jit(lambda: roll(make(decentralized.dsoba, momentum=0.5), DEFINITE.batch, 200)[1])())
     for row in range(3):
         close(at(got, row), expected, 1e-9)
 
@@ -155,12 +172,14 @@ def test_indefinite_agents_do_no_harm_where_the_mean_is_what_counts():
     methods = {
         "gbdsbo": (make(decentralized.gbdsbo, steps=STEPS), INDEFINITE.x_star),
         "gbdsbo_factors": (
-            make(decentralized.gbdsbo, full, 3, 0.25, steps=STEPS),
-            Quadratic.local_inverse(Quadratic(*(leaf.mean(0, keepdims=True) for leaf in INDEFINITE)), neumann(3, 0.25)),
+            make(decentralized.gbdsbo, sample=full, terms=3, inverse_step=0.25, steps=STEPS),
+            Quadratic.local_inverse(
+                Quadratic(*(leaf.mean(0, keepdims=True) for leaf in INDEFINITE)), neumann(terms=3, step_size=0.25)
+            ),
         ),
-        "ma_dsbo": (make(decentralized.ma_dsbo, 2, 2, track=True, steps=STEPS), INDEFINITE.x_star),
+        "ma_dsbo": (make(decentralized.ma_dsbo, steps=2, v_steps=2, track=True, steps=STEPS), INDEFINITE.x_star),
         "c2dfb": (
-            make(decentralized.c2dfb, 3, 100.0, whole, 0.5, steps=STEPS),
+            make(decentralized.c2dfb, steps=3, multiplier=100.0, compressor=whole, gossip_step=0.5, steps=STEPS),
             INDEFINITE.penalized(100.0),
         ),
     }
@@ -171,8 +190,8 @@ def test_indefinite_agents_do_no_harm_where_the_mean_is_what_counts():
 def test_indefinite_agents_break_methods_that_invert_their_own_hessian():
     """A Neumann series of such a Hessian grows with its terms, and a lower level of one's own has no minimum."""
     for method in (
-        make(decentralized.mdbo, full, 0.5, 1.0, 20, 0.1, steps=STEPS),
-        make(decentralized.interact, 20, 0.1, steps=STEPS),
+        make(decentralized.mdbo, sample=full, momentum=0.5, rate=1.0, terms=20, inverse_step=0.1, steps=STEPS),
+        make(decentralized.interact, terms=20, inverse_step=0.1, steps=STEPS),
     ):
         assert not np.all(np.isfinite(end(method, INDEFINITE).x))
     assert off(end(make(decentralized.lopa_tracking, steps=STEPS), INDEFINITE).x, 0.0) > 1e6
@@ -192,9 +211,11 @@ def test_limits_over_a_directed_graph(name):
     presets = {
         "gbdsbo": lambda: make(decentralized.gbdsbo, gossip=gossip, steps=(0.02, 0.05, 0.05)),
         "ma_dsbo_tracked": lambda: make(
-            decentralized.ma_dsbo, 2, 2, track=True, gossip=gossip, steps=(0.02, 0.05, 0.05)
+            decentralized.ma_dsbo, steps=2, v_steps=2, track=True, gossip=gossip, steps=(0.02, 0.05, 0.05)
         ),
-        "mdbo": lambda: make(decentralized.mdbo, full, 0.5, 1.0, *EXACT, gossip=gossip, steps=(0.02, 0.05, 0.05)),
+        "mdbo": lambda: make(
+            decentralized.mdbo, sample=full, momentum=0.5, rate=1.0, *EXACT, gossip=gossip, steps=(0.02, 0.05, 0.05)
+        ),
     }
     assert off(end(presets[name]()).x, POINTS[LIMITS[name][0]]) < 1e-10
 
@@ -231,15 +252,25 @@ def two_levels(q, moves, steps, iterations, inverse, a=1.0, rate=1.0):
 def test_mdbo_and_interact_follow_their_recursions():
     for method, moves, weights in (
         (
-            make(decentralized.mdbo, full, 0.3 / 0.6**2, 0.6, 4, 0.1, steps=STEPS),
+            make(
+                decentralized.mdbo, sample=full, momentum=0.3 / 0.6**2, rate=0.6, terms=4, inverse_step=0.1, steps=STEPS
+            ),
             [networks.non_atc(), networks.non_atc()],
             (0.3, 0.6),
         ),
-        (make(decentralized.interact, 4, 0.1, steps=STEPS), [networks.non_atc(), networks.local()], (1.0, 1.0)),
-        (make(decentralized.interact, 4, 0.1, GT(), steps=STEPS), [networks.semi(), networks.local()], (1.0, 1.0)),
+        (
+            make(decentralized.interact, terms=4, inverse_step=0.1, steps=STEPS),
+            [networks.non_atc(), networks.local()],
+            (1.0, 1.0),
+        ),
+        (
+            make(decentralized.interact, terms=4, inverse_step=0.1, correction=GT(), steps=STEPS),
+            [networks.semi(), networks.local()],
+            (1.0, 1.0),
+        ),
     ):
         _, path, _ = networks.run(method, INDEFINITE.batch, 40)
-        close(path[:2], two_levels(INDEFINITE, moves, STEPS, 40, neumann(4, 0.1), *weights), 1e-12)
+        close(path[:2], two_levels(INDEFINITE, moves, STEPS, 40, neumann(terms=4, step_size=0.1), *weights), 1e-12)
 
 
 def test_gbdsbo_follows_its_recursion():
@@ -252,10 +283,12 @@ def test_gbdsbo_follows_its_recursion():
         own = networks.direction_x(q, x, y, 0 * y), outer_y, networks.direction_y(q, x, y), q.B, q.A
         t = [m + new - old for m, new, old in zip(mixed, own, last, strict=True)]
         mixed, last = [np.tensordot(W, one, 1) for one in t], own
-        v = np.stack([neumann(2, 0.1)(A) @ b for A, b in zip(t[4], t[1], strict=True)])
+        v = np.stack([neumann(terms=2, step_size=0.1)(A) @ b for A, b in zip(t[4], t[1], strict=True)])
         d = t[0] + np.einsum("nji,nj->ni", t[3], v)
         expected.append((W @ (x - STEPS[0] * d), W @ (y - STEPS[1] * t[2])))
-    _, path, _ = networks.run(make(decentralized.gbdsbo, full, 2, 0.1, steps=STEPS), q.batch, 20)
+    _, path, _ = networks.run(
+        make(decentralized.gbdsbo, sample=full, terms=2, inverse_step=0.1, steps=STEPS), q.batch, 20
+    )
     close(path[:2], stacked(expected), 1e-12)
 
 
@@ -272,7 +305,7 @@ def test_local_correction_sends_nothing():
 # Noise
 
 
-def noisy(key, k, data):
+def noisy(key, t, data):
     """Gradients with noise of their own: both directions of one draw are wrong by the same amount."""
     errors = {name: 0.1 * jax.random.normal(key, data[name].shape) for name in data.keys() & {"c", "e", "r"}}
     return data | {name: data[name] + error for name, error in errors.items()}

@@ -210,9 +210,9 @@ def test_the_partition_of_a_data_set_loses_nothing():
     features, labels = np.random.default_rng(0).random((4000, 22)), np.tile([1.0, 1.0, -1.0, -1.0], 1000)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(penalties.download, "libsvm", lambda name, width: (csr_matrix(features), labels))
-        found = penalties.real("ijcnn1", 0, 400, bx.partition.dirichlet_balanced(4, 0.5, 0))
+        found = penalties.real("ijcnn1", 0, 400, bx.partition.dirichlet_balanced(4, alpha=0.5, seed=0))
         with pytest.raises(DataError, match="ijcnn1 has 4000 rows; --rows 4000 leaves none to test on"):
-            penalties.real("ijcnn1", 0, 4000, bx.partition.iid(4, 0))
+            penalties.real("ijcnn1", 0, 4000, bx.partition.iid(4, seed=0))
     assert [len(rows.labels) for rows in found[:3]] == [400, 200, 3400]
     for part, rows_ in zip(found.batch, (found.validation, found.train), strict=True):
         kept = part[2] > 0

@@ -30,7 +30,9 @@ def steps(step_sizes):
 
 
 def corrected(*forms, gossip=TOY_RING):
-    return lambda: decentralized.sparkle(PROBLEM, gossip, TOY_STEPS, bx.Levels(*(form() for form in forms))).init(X, Y)
+    return lambda: decentralized.sparkle(
+        PROBLEM, gossip, TOY_STEPS, correction=bx.Levels(*(form() for form in forms))
+    ).init(X, Y)
 
 
 def keyless(preset, *choices):
@@ -64,7 +66,7 @@ BAD = {
     "p_not_a_number": (r"\bp\b.*nan", lambda: coins.independent(float("nan"))),
     "p_of_other_agents": (r"\bp\b.*\(3,\)", lambda: coins.independent(jnp.full(3, 0.5))(KEY, 0, TOY_RING)),
     "p_common_to_nobody": (r"coins\.independent", lambda: coins.common(jnp.full(4, 0.5))),
-    "p_unbiased": (r"\bp\b", lambda: decentralized.s3ldbo_unbiased(PROBLEM, TOY_RING, TOY_STEPS, 0.0)),
+    "p_unbiased": (r"\bp\b", lambda: decentralized.s3ldbo_unbiased(PROBLEM, TOY_RING, TOY_STEPS, probability=0.0)),
     "blocks": ("block.*block=2", lambda: coins.subset(0.5, block=6)(KEY, 0, TOY_RING)),
     "blocks_of_nobody": ("coins.independent", lambda: coins.subset(0.5, block=3)(KEY, 0, TOY_RING)),
     "two_step_sizes": ("step_sizes.*tuple of 2", steps((0.1, 0.2))),
@@ -84,7 +86,7 @@ BAD = {
     ),
     "transformation_of_exact_diffusion": (
         "tracking",
-        lambda: decentralized.sparkle(PROBLEM, LAZY_SQUARE, optax.adam(0.1), ED()).init(X, Y),
+        lambda: decentralized.sparkle(PROBLEM, LAZY_SQUARE, optax.adam(0.1), correction=ED()).init(X, Y),
     ),
     "graphs_of_different_sizes": (
         r"\[4, 8, 4\]",
@@ -94,22 +96,22 @@ BAD = {
     "directed_graph": ("push_sum", lambda: bx.gossip(networks.topology(DIRECTED)._replace(directed=True))),
     "no_batch_at_init": (
         r"batch.*init\(x, y, batch\)",
-        lambda: decentralized.s3ldbo(PROBLEM, TOY_RING, TOY_STEPS, coins.independent(0.5)).init(X, Y),
+        lambda: decentralized.s3ldbo(PROBLEM, TOY_RING, TOY_STEPS, coins=coins.independent(0.5)).init(X, Y),
     ),
-    "no_key_for_a_mask": (r"key.*jax\.random\.key", keyless(decentralized.s3ldbo, coins.independent(0.5))),
-    "no_key_for_one_coin": (r"key.*jax\.random\.key", keyless(decentralized.s3ldbo, coins.common(0.5))),
-    "no_key_for_a_subset": (r"key.*jax\.random\.key", keyless(decentralized.s3ldbo, coins.subset(0.5))),
-    "no_key_for_a_minibatch": (r"key.*jax\.random\.key", keyless(decentralized.dsoba, bx.sampling.minibatch(1))),
-    "coins_no_function": ("coins.*0.5", lambda: decentralized.s3ldbo(PROBLEM, TOY_RING, TOY_STEPS, 0.5)),
+    "no_key_for_a_mask": (r"key.*jax\.random\.key", keyless(decentralized.s3ldbo, coins=coins.independent(0.5))),
+    "no_key_for_one_coin": (r"key.*jax\.random\.key", keyless(decentralized.s3ldbo, coins=coins.common(0.5))),
+    "no_key_for_a_subset": (r"key.*jax\.random\.key", keyless(decentralized.s3ldbo, coins=coins.subset(0.5))),
+    "no_key_for_a_minibatch": (r"key.*jax\.random\.key", keyless(decentralized.dsoba, sample=bx.sampling.minibatch(1))),
+    "coins_no_function": ("coins.*0.5", lambda: decentralized.s3ldbo(PROBLEM, TOY_RING, TOY_STEPS, coins=0.5)),
     "coins_of_another_length": (
         r"bool \[4\].*bool \[3\]",
-        keyless(decentralized.s3ldbo, lambda key, k, gossip: jnp.ones(3, bool)),
+        keyless(decentralized.s3ldbo, coins=lambda key, k, gossip: jnp.ones(3, bool)),
     ),
     "coins_that_are_probabilities": (
         "coins.*float",
-        keyless(decentralized.s3ldbo, lambda key, k, gossip: jnp.full(4, 0.5)),
+        keyless(decentralized.s3ldbo, coins=lambda key, k, gossip: jnp.full(4, 0.5)),
     ),
-    "momentum": ("momentum.*-0.1", make(decentralized.dsvrbgd_simultaneous, bx.sampling.full, -0.1, 0.5)),
+    "momentum": ("momentum.*-0.1", make(decentralized.dsvrbgd, sample=bx.sampling.full, momentum=-0.1, rate=0.5)),
     "one_step_size_per_agent": (
         r"step_sizes\.x must be one number; got shape \(4,\).*vmap",
         steps((jnp.ones(4), 0.1, 0.1)),
@@ -129,11 +131,11 @@ BAD = {
     ),
     "correction_in_place_of_radius": (
         "radius must be one number; got Correction",
-        lambda: decentralized.sldbo(PROBLEM, TOY_RING, TOY_STEPS, GT()),
+        lambda: decentralized.sldbo(PROBLEM, TOY_RING, TOY_STEPS, radius=GT()),
     ),
     "one_id": (
         r"coins must return.*int32 \[\]",
-        keyless(decentralized.s3ldbo, lambda key, k, gossip: k % 4),
+        keyless(decentralized.s3ldbo, coins=lambda key, k, gossip: k % 4),
     ),
     "swapped_arguments": ("state must be a State; got None", lambda: TOY_SLDBO.step(TOY_SLDBO.init(X, Y), None, BATCH)),
     "number_as_key": ("key must be one jax.random.key", lambda: TOY_SLDBO.step(0, TOY_SLDBO.init(X, Y), BATCH)),
@@ -147,8 +149,8 @@ BAD = {
     ),
     "gossip_of_other_agents": (r"tree must have leaves \[4, ...\]", lambda: TOY_RING.mix(None, (), jnp.ones(5))),
     "gossip_of_integers": ("tree must hold floating-point", lambda: TOY_RING.mix(None, (), jnp.arange(4))),
-    "rate": ("rate.*1.5", make(decentralized.dsvrbgd_alternating, bx.sampling.full, 0.1, 1.5)),
-    "theta": ("theta.*0.0", make(decentralized.dsoba, bx.sampling.full, 0.0)),
+    "rate": ("rate.*1.5", make(decentralized.dsvrbgd, sample=bx.sampling.full, momentum=0.1, rate=1.5)),
+    "theta": ("theta.*0.0", make(decentralized.dsoba, sample=bx.sampling.full, momentum=0.0)),
     "order": (
         "order",
         lambda: single_loop(PROBLEM, TOY_RING, 0.1, estimator.full(), GT(), order=(("y",), ("x",))),
@@ -272,9 +274,9 @@ def test_every_method_checks_what_all_methods_are_given(name):
 def test_compressed_inner_loops_need_one_fixed_graph():
     changing = bx.gossip(bx.topology.one_peer_exponential(4))
     with pytest.raises(ValueError, match="gossip must mix over one fixed graph"):
-        decentralized.c2dfb(PROBLEM, changing, TOY_STEPS, 2, 10.0, WHOLE, 0.5)
+        decentralized.c2dfb(PROBLEM, changing, TOY_STEPS, steps=2, multiplier=10.0, compressor=WHOLE, gossip_step=0.5)
     apart = bx.Levels(changing, TOY_RING, TOY_RING)  # of x it may change
-    decentralized.c2dfb(PROBLEM, apart, TOY_STEPS, 2, 10.0, WHOLE, 0.5)
+    decentralized.c2dfb(PROBLEM, apart, TOY_STEPS, steps=2, multiplier=10.0, compressor=WHOLE, gossip_step=0.5)
 
 
 def test_gbdsbo_has_one_graph_for_everything():

@@ -34,7 +34,7 @@ def final(make, values, batch=DEFINITE.batch, iterations=1000):
 
 
 def ma_dsbo(inner_steps, product_steps, steps=TOY_STEPS, **options):
-    return decentralized.ma_dsbo(PROBLEM, LAZY_RING, steps, inner_steps, product_steps, **options)
+    return decentralized.ma_dsbo(PROBLEM, LAZY_RING, steps, steps=inner_steps, v_steps=product_steps, **options)
 
 
 def ma_dsbo_recursion(q, steps, inner_steps, product_steps, theta, track, restart, iterations):
@@ -93,7 +93,15 @@ def test_ma_dsbo_without_tracking_is_off_by_about_its_step():
 
 def c2dfb(multiplier, fraction=1.0, gossip_step=0.5, inner_steps=10, steps=TOY_STEPS):
     compressor = bx.agents.compression.top_k(fraction)
-    return decentralized.c2dfb(PROBLEM, LAZY_RING, steps, inner_steps, multiplier, compressor, gossip_step)
+    return decentralized.c2dfb(
+        PROBLEM,
+        LAZY_RING,
+        steps,
+        steps=inner_steps,
+        multiplier=multiplier,
+        compressor=compressor,
+        gossip_step=gossip_step,
+    )
 
 
 def penalized_paths(method, q, iterations):
@@ -227,11 +235,20 @@ def noisy(key, k, data, size=0.1):
 SAMPLED = {
     "ma_dsbo": lambda sample: ma_dsbo(2, 2, STEPS, sample=sample, theta=0.1, track=True),
     "c2dfb": lambda sample: decentralized.c2dfb(
-        PROBLEM, LAZY_RING, STEPS, 3, 10.0, bx.agents.compression.top_k(0.4), 0.4, sample
+        PROBLEM,
+        LAZY_RING,
+        STEPS,
+        steps=3,
+        multiplier=10.0,
+        compressor=bx.agents.compression.top_k(0.4),
+        gossip_step=0.4,
+        sample=sample,
     ),
-    "adasdbo": lambda sample: decentralized.adasdbo(PROBLEM, LAZY_RING, 1.0, sample),
-    "diamond": lambda sample: decentralized.diamond(PROBLEM, LAZY_RING, STEPS, sample, 0.1, 5, 0.2),
-    "gbdsbo": lambda sample: decentralized.gbdsbo(PROBLEM, LAZY_RING, STEPS, sample, 2, 0.2),
+    "adasdbo": lambda sample: decentralized.adasdbo(PROBLEM, LAZY_RING, 1.0, sample=sample),
+    "diamond": lambda sample: decentralized.diamond(
+        PROBLEM, LAZY_RING, STEPS, sample=sample, momentum=0.1, terms=5, inverse_step=0.2
+    ),
+    "gbdsbo": lambda sample: decentralized.gbdsbo(PROBLEM, LAZY_RING, STEPS, sample=sample, terms=2, inverse_step=0.2),
 }
 
 
@@ -262,7 +279,16 @@ def test_both_inner_problems_of_c2dfb_see_the_same_samples():
         lambda x, y, rows: 0.0 * jnp.sum(y), lambda x, y, rows: jnp.mean((rows @ y - rows @ x) ** 2)
     )
     compressor, sample = bx.agents.compression.top_k(0.4), bx.sampling.minibatch(5)
-    method = decentralized.c2dfb(problem, LAZY_RING, (0.1, 0.02, 0.02), 3, 10.0, compressor, 0.4, sample)
+    method = decentralized.c2dfb(
+        problem,
+        LAZY_RING,
+        (0.1, 0.02, 0.02),
+        steps=3,
+        multiplier=10.0,
+        compressor=compressor,
+        gossip_step=0.4,
+        sample=sample,
+    )
     start = method.init(jnp.ones((8, 3)), jnp.zeros((8, 3)))
 
     def step(state, key):
@@ -277,6 +303,6 @@ def test_both_inner_problems_of_c2dfb_see_the_same_samples():
 
 def test_a_restart_forgets_the_tracker_and_not_the_round_of_a_sequence():
     gossip = bx.gossip(bx.topology.one_peer_exponential(8))
-    method = decentralized.ma_dsbo(PROBLEM, gossip, STEPS, 1, 1, restart=True)
+    method = decentralized.ma_dsbo(PROBLEM, gossip, STEPS, steps=1, v_steps=1, restart=True)
     state, _, _ = run(method, DEFINITE.batch, 7)
     assert int(state.corrections.v.gossip) == 7

@@ -42,7 +42,7 @@ def small(monkeypatch):
 
 @pytest.fixture(scope="module")
 def tasks():
-    return heads.deal(photos(0), bx.partition.dirichlet_balanced(AGENTS, 0.3, 0), TASKS, SHOTS, seed=0)
+    return heads.deal(photos(0), bx.partition.dirichlet_balanced(AGENTS, alpha=0.3, seed=0), TASKS, SHOTS, seed=0)
 
 
 def network(tasks):
@@ -51,7 +51,7 @@ def network(tasks):
 
 def test_agents_draw_tasks_from_images_of_their_own_without_repeating_any_in_a_task(tasks):
     labels = np.repeat(np.arange(CLASSES), NUMBER)
-    (parts,) = bx.partition.dirichlet_balanced(AGENTS, 0.3, 0)(labels)
+    (parts,) = bx.partition.dirichlet_balanced(AGENTS, alpha=0.3, seed=0)(labels)
     assert tasks.ids.shape == (AGENTS, TASKS, WAYS, SHOTS + QUERIES)
     for rows, ids in zip(parts, tasks.ids, strict=True):
         assert set(ids.ravel()) <= set(rows)
@@ -157,7 +157,7 @@ def test_a_minibatch_has_as_many_images_of_each_task_with_their_labels(tasks):
 
 def test_a_partition_that_leaves_an_agent_without_tasks_is_refused():
     with pytest.raises(DataError, match=r"leaves agent 0 with 2 classes of 7 images or more, for tasks of 5 classes"):
-        heads.deal(photos(0), bx.partition.classes_per_agent(6, 2, 0), TASKS, SHOTS, seed=0)
+        heads.deal(photos(0), bx.partition.classes_per_agent(6, classes=2, seed=0), TASKS, SHOTS, seed=0)
 
 
 @pytest.mark.compiles(120)  # a whole run of a command

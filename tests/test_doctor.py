@@ -31,7 +31,7 @@ EXACT = X + C.T @ np.linalg.solve(H, SOLUTION - B)
 
 
 def implicit(steps=2000, ihvp=None, loss=inner_loss):
-    return bx.inner.implicit(loss, optax.sgd(STEP), steps, ihvp)
+    return bx.inner.implicit(loss, optax.sgd(STEP), steps, ihvp=ihvp)
 
 
 def check(solver, outer_loss=outer_loss, inner_loss=inner_loss, x=X, y=Y, batch=BATCH, **options):
@@ -69,15 +69,15 @@ def test_the_parts_of_the_error():
 WRONG = {
     "the inner problem is not solved": (lambda: implicit(steps=5), ["more inner steps", "2 / 10 = 0.2"]),
     "the linear system is not solved: too few iterations": (
-        lambda: implicit(ihvp=bx.ihvp.cg(2)),
+        lambda: implicit(ihvp=bx.ihvp.cg(maxiter=2)),
         ["condition number of 1e+02 takes cg at most 39 iterations"],
     ),
     "another system was solved: the damping is too large": (
-        lambda: implicit(ihvp=bx.ihvp.cg(20, damping=0.5)),
+        lambda: implicit(ihvp=bx.ihvp.cg(maxiter=20, damping=0.5)),
         ["damping of about 0.5", "smallest curvature is 0.1"],
     ),
     "another system was solved: the curvature is not the Hessian": (
-        lambda: implicit(ihvp=bx.ihvp.cg(20, curvature=lambda *point: lambda v: jnp.arange(1, 7) * v)),
+        lambda: implicit(ihvp=bx.ihvp.cg(maxiter=20, curvature=lambda *point: lambda v: jnp.arange(1, 7) * v)),
         ["curvature=bx.curvature.hessian"],
     ),
     "the inverse Hessian is replaced by a crude approximation": (
@@ -91,11 +91,11 @@ WRONG = {
         ["condition number of 1e+02", "chain(implicit(...), reverse(...))"],
     ),
     "the linear solver broke down": (
-        lambda: implicit(ihvp=bx.ihvp.neumann(5, 1.0)),
+        lambda: implicit(ihvp=bx.ihvp.neumann(terms=5, step_size=1.0)),
         ["A step size of ihvp must be below 2 / 10 = 0.2"],
     ),
     "the estimate is not finite, though y is": (
-        lambda: implicit(ihvp=bx.ihvp.neumann(3000, 1.0)),
+        lambda: implicit(ihvp=bx.ihvp.neumann(terms=3000, step_size=1.0)),
         ["A step size of ihvp must be below 2 / 10 = 0.2"],
     ),
     "the estimate is a multiple of the hypergradient": (
@@ -124,12 +124,12 @@ def test_each_cause_has_its_verdict_and_its_remedy(verdict):
 
 
 def test_fitted_damping_is_the_one_that_was_used():
-    assert 0.3 < check(implicit(ihvp=bx.ihvp.exact(0.5))).damping < 0.8
+    assert 0.3 < check(implicit(ihvp=bx.ihvp.exact(damping=0.5))).damping < 0.8
 
 
 def test_the_remedies_help():
     """The number of iterations, and the step size, that the remedies name are enough."""
-    assert check(implicit(ihvp=bx.ihvp.cg(39))).ok
+    assert check(implicit(ihvp=bx.ihvp.cg(maxiter=39))).ok
     assert check(bx.inner.implicit(inner_loss, optax.sgd(0.19), 300)).ok
 
 
@@ -138,7 +138,9 @@ def test_the_remedies_help():
     [(0, "too few iterations"), (1, "the inverse Hessian is replaced by a crude approximation")],
 )
 def test_the_active_phase_is_diagnosed(switch_at, verdict):
-    crude, cut = (bx.hypergradient(outer_loss, implicit(ihvp=ihvp)) for ihvp in (bx.ihvp.identity(0.1), bx.ihvp.cg(2)))
+    crude, cut = (
+        bx.hypergradient(outer_loss, implicit(ihvp=ihvp)) for ihvp in (bx.ihvp.identity(0.1), bx.ihvp.cg(maxiter=2))
+    )
     assert check(bx.two_phase(switch_at, crude, cut)).verdict.endswith(verdict)
 
 
@@ -225,7 +227,7 @@ def test_noise_of_random_batches():
         loss,
         optax.sgd(0.1),
         500,
-        bx.ihvp.cg(20, sample=bx.sampling.minibatch(8)),
+        ihvp=bx.ihvp.cg(maxiter=20, sample=bx.sampling.minibatch(8)),
         cross_sample=bx.sampling.minibatch(8),
     )
     batch = bx.Batch(B, rows)
@@ -307,7 +309,7 @@ def test_pytrees_keys_and_a_warm_state():
     def outer(x, y, batch):
         return outer_loss(x["x"], y["y"], batch["b"])
 
-    hypergrad = bx.hypergradient(outer, bx.inner.implicit(inner, optax.sgd(STEP), 100, bx.ihvp.cg(3)))
+    hypergrad = bx.hypergradient(outer, bx.inner.implicit(inner, optax.sgd(STEP), 100, ihvp=bx.ihvp.cg(maxiter=3)))
     state = hypergrad.init({"x": X}, {"y": Y})
     cold = bx.check_hypergradient(outer, inner, {"x": X}, {"y": Y}, batch, hypergrad)
     estimate = jax.jit(hypergrad.estimate)
@@ -325,7 +327,7 @@ def test_large_inner_problems_are_solved_without_a_dense_hessian(monkeypatch):
     assert report.ok, str(report)
     np.testing.assert_allclose(report.reference, EXACT, rtol=1e-8)
     np.testing.assert_allclose([report.smallest_curvature, report.largest_curvature], [0.1, 10.0], rtol=1e-3)
-    assert check(implicit(ihvp=bx.ihvp.cg(2))).verdict == "the linear system is not solved: too few iterations"
+    assert check(implicit(ihvp=bx.ihvp.cg(maxiter=2))).verdict == "the linear system is not solved: too few iterations"
 
 
 def test_the_page_that_print_shows():

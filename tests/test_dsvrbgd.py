@@ -30,13 +30,13 @@ def noisy(q, iterations, noise):
     return Quadratic(*(draw(name, leaf) for name, leaf in zip(q._fields, q, strict=True)))
 
 
-DSVRBGD = {"simultaneous": decentralized.dsvrbgd, "alternating": decentralized.dsvrbgd_alternating}
 RATE = 0.6
 
 
 def dsvrbgd(kind, a, rate=RATE, sample=bx.sampling.per_step):
     """With the momentum a = α η² itself."""
-    return DSVRBGD[kind](PROBLEM, LAZY_RING, STEPS, sample=sample, momentum=a / rate**2, rate=rate)
+    options = {"momentum": a / rate**2, "rate": rate, "alternating": kind == "alternating"}
+    return decentralized.dsvrbgd(PROBLEM, LAZY_RING, STEPS, sample=sample, **options)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -98,15 +98,18 @@ def over_examples(loss):
     return lambda x, y, batch: jnp.mean(jax.vmap(loss, (None, None, 0))(x, y, batch))
 
 
-def one_in_turn(key, k, data):
-    return jax.tree.map(lambda leaf: leaf[k % 4][None], data)
+def one_in_turn(key, t, data):
+    return jax.tree.map(lambda leaf: leaf[t % 4][None], data)
 
 
 @pytest.mark.parametrize("kind", ["spider", "page"])
 def test_recursive_estimates_restart_from_the_exact_directions(kind):
     """u = d(s) when an iteration counts one evaluation, u + d(s; ξ) − d(previous s; ξ) when it counts two."""
     problem = bx.BilevelProblem(over_examples(outer_loss), over_examples(inner_loss))
-    restarts = {"spider": estimator.spider(3, one_in_turn), "page": estimator.page(0.3, one_in_turn)}
+    restarts = {
+        "spider": estimator.spider(every=3, sample=one_in_turn),
+        "page": estimator.page(probability=0.3, sample=one_in_turn),
+    }
     data = noisy(DEFINITE, 4, noise="ABcQeRrS")
     method = single_loop(problem, LAZY_RING, STEPS, restarts[kind], correction.none())
     start = tuple(jnp.zeros((8, d)) for d in (2, 3))
@@ -136,7 +139,7 @@ def test_dsoba_keeps_a_bias_that_is_about_linear_in_the_step():
     batches = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[DEFINITE.batch] * 3, alike.batch)
 
     def final(scale, batch):
-        method = decentralized.dsoba(PROBLEM, LAZY_RING, tuple(2 * scale * a for a in STEPS), theta=0.5)
+        method = decentralized.dsoba(PROBLEM, LAZY_RING, tuple(2 * scale * a for a in STEPS), momentum=0.5)
         return roll(method, batch, 6000)[1]
 
     path = numbers(jax.jit(jax.vmap(final))(jnp.array([1.0, 0.5, 0.25, 1.0]), batches))

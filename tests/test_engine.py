@@ -83,7 +83,7 @@ def test_parameters_of_a_network_descend():
         return fit(x, params, data) + jnp.exp(x) * sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(params))
 
     method = decentralized.s3ldbo(
-        bx.BilevelProblem(fit, ridge), TOY_RING, (0.05, 0.1, 0.02), coins.subset(0.5), radius=5.0
+        bx.BilevelProblem(fit, ridge), TOY_RING, (0.05, 0.1, 0.02), coins=coins.subset(0.5), radius=5.0
     )
     batch = bx.Batch(data, data)
 
@@ -103,7 +103,7 @@ def test_parameters_of_a_network_descend():
 
 def test_ids_that_are_not_held_here_are_left_out():
     def calls_and_path(choice):
-        method = decentralized.s3ldbo(PROBLEM, TOY_RING, TOY_STEPS, lambda key, k, gossip: choice)
+        method = decentralized.s3ldbo(PROBLEM, TOY_RING, TOY_STEPS, coins=lambda key, k, gossip: choice)
         _, path, info = run(method, BATCH, 5)
         return numbers(path), info.calls.cross_products
 

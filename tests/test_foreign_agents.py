@@ -303,15 +303,15 @@ def test_a_foreign_method_passes():
 
 def nobody(problem, gossip, steps, sample):
     return bx.decentralized.s3ldbo(
-        problem, gossip, steps, lambda key, k, gossip: jnp.zeros(gossip.agents().shape, bool)
+        problem, gossip, steps, coins=lambda key, k, gossip: jnp.zeros(gossip.agents().shape, bool)
     )
 
 
 def other_bits(problem, gossip, steps, sample):
     """Under `jax.vmap`, keys of this kind draw what the first of them draws."""
 
-    def draw(key, k, data):
-        return sample(jax.random.wrap_key_data(jnp.tile(jax.random.key_data(key), 2), impl="rbg"), k, data)
+    def draw(key, t, data):
+        return sample(jax.random.wrap_key_data(jnp.tile(jax.random.key_data(key), 2), impl="rbg"), t, data)
 
     return plain_descent(problem, gossip, steps, draw)
 
@@ -353,7 +353,9 @@ def test_a_method_that_solves_another_problem_is_told_which():
     """Each agent inverts its own Hessian: it says x*, and ends at x_l."""
     q = testing.problems.quadratic(0)
     ring = bx.gossip(bx.topology.lazy(bx.topology.ring(8)))
-    method = bx.decentralized.mdbo(q.problem, ring, (0.05, 0.1, 0.1), bx.sampling.full, 0.5, 0.5, 50, 0.28)
+    method = bx.decentralized.mdbo(
+        q.problem, ring, (0.05, 0.1, 0.1), sample=bx.sampling.full, momentum=0.5, rate=0.5, terms=50, inverse_step=0.28
+    )
     with pytest.raises(testing.ContractError, match=r"`limit_is_the_declared_one`[\s\S]*e-1\d from x_l"):
         testing.check_limit(method, q, q.x_star)
     testing.check_limit(method, q, q.x_l)
@@ -404,7 +406,7 @@ def test_a_method_with_branches_passes_if_it_says_so():
 
     def branches(problem, gossip, steps, sample):
         return bx.single_loop.single_loop(
-            problem, gossip, steps, bx.single_loop.estimator.spider(3, sample), heavy_tracking()
+            problem, gossip, steps, bx.single_loop.estimator.spider(every=3, sample=sample), heavy_tracking()
         )
 
     compiled = [testing.algorithm.calls_are_those_of_the_compiled_program]

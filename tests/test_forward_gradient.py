@@ -51,11 +51,11 @@ OPTIMIZERS = {
 
 
 def quadratic(directions=1, optimizer=QUADRATIC_SGD, steps=2, **options):
-    return forward_gradient(QUADRATIC.inner_loss, optimizer, steps, directions, **options)
+    return forward_gradient(QUADRATIC.inner_loss, optimizer, steps, directions=directions, **options)
 
 
 def cleaning(directions=N, optimizer=MOMENTUM, steps=6, sampler=orthogonal, **options):
-    return forward_gradient(cleaning_loss, optimizer, steps, directions, sampler=sampler, **options)
+    return forward_gradient(cleaning_loss, optimizer, steps, directions=directions, sampler=sampler, **options)
 
 
 # A quadratic whose numbers are known.

@@ -23,8 +23,8 @@ GRAPHS = {
     "grid": bx.topology.grid(12),
     "hypercube": bx.topology.hypercube(8),
     "exponential": bx.topology.exponential(10),
-    "erdos_renyi": bx.topology.erdos_renyi(12, 0.4, seed=0),
-    "random_regular": bx.topology.random_regular(10, 3, seed=0),
+    "erdos_renyi": bx.topology.erdos_renyi(12, probability=0.4, seed=0),
+    "random_regular": bx.topology.random_regular(10, degree=3, seed=0),
     "user": bx.topology.from_matrix(np.array([[0.5, 0.2, 0.3], [0.3, 0.5, 0.2], [0.2, 0.3, 0.5]])),
     "lazy": bx.topology.lazy(bx.topology.torus(9)),
 }
@@ -90,12 +90,12 @@ def program(topology):
 
 
 def test_the_form_follows_the_structure():
-    assert "dot_general" in str(program(bx.topology.erdos_renyi(12, 0.4, seed=0)))
+    assert "dot_general" in str(program(bx.topology.erdos_renyi(12, probability=0.4, seed=0)))
     for graph in (bx.topology.ring(4096), bx.topology.torus(1024), bx.topology.exponential(64)):
         shifts = program(graph)
         assert "dot_general" not in str(shifts)
         assert "scatter" not in str(shifts)
-    irregular = bx.topology.random_regular(600, 3, seed=0)
+    irregular = bx.topology.random_regular(600, degree=3, seed=0)
     sparse = program(irregular)
     assert "scatter-add" in str(sparse)
     assert max(np.size(constant) for constant in sparse.consts) <= irregular.matrix.nnz

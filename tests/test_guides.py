@@ -47,7 +47,7 @@ def truncated(loss, optimizer, steps, last, sample=bx.sampling.full, initial=Non
 
 
 def quadratic(directions, **options):
-    return forward_gradient(QUADRATIC.inner_loss, QUADRATIC_SGD, 2, directions, **options)
+    return forward_gradient(QUADRATIC.inner_loss, QUADRATIC_SGD, 2, directions=directions, **options)
 
 
 # A quadratic whose numbers are known.
@@ -234,7 +234,7 @@ def test_blocks_explain_most_of_a_smooth_schedule(number, share):
         return optax.sgd(lambda count: jnp.exp(x[count]))
 
     options = {"sampler": bx.inner.random_directions.hadamard, "guide": blocks(number)}
-    grad, _, info = estimate(forward_gradient(loss, by_schedule, 64, 32 + number, **options), loss, rates, y)
+    grad, _, info = estimate(forward_gradient(loss, by_schedule, 64, directions=32 + number, **options), loss, rates, y)
     u = np.asarray(estimate(reverse(loss, by_schedule, 64), loss, rates, y)[0])
     means = u.reshape(number, -1).mean(axis=1)
     explained = 64 / number * (means @ means) / (u @ u)
@@ -271,7 +271,7 @@ def test_running_mean_moves_by_its_rate(role):
 def test_running_mean_as_control_variate_removes_the_noise():
     """DIANA's shift: at a standing u with the rate b / (b + N) the noise decays to nothing."""
     N, b = 5, 2
-    solver = forward_gradient(tracking_loss, optax.sgd(1.0), 1, b, control_variate=running_mean(b / (b + N)))
+    solver = forward_gradient(tracking_loss, optax.sgd(1.0), 1, directions=b, control_variate=running_mean(b / (b + N)))
     hypergrad, x = bx.hypergradient(linear_loss, solver), jnp.zeros(N)
 
     def step(state, key):
@@ -299,7 +299,7 @@ def test_a_guess_from_the_start_with_minibatches():
 GUIDES = {
     "several": several(
         truncated(cleaning_loss, MOMENTUM, 6, 2),
-        at_solution(implicit(cleaning_loss, ihvp=bx.ihvp.neumann(3, 0.3))),
+        at_solution(implicit(cleaning_loss, ihvp=bx.ihvp.neumann(terms=3, step_size=0.3))),
         running_mean(0.2),
     ),
     "implicit": at_solution(implicit(cleaning_loss, ihvp=bx.ihvp.cg(maxiter=3, damping=0.1))),
@@ -334,7 +334,7 @@ def test_calls_of_the_guides_are_counted(role, solves):
     def info_of(solver):
         return quadratic_estimate(solver)[2].inner
 
-    own = implicit(QUADRATIC.inner_loss, ihvp=bx.ihvp.neumann(3, 0.2))
+    own = implicit(QUADRATIC.inner_loss, ihvp=bx.ihvp.neumann(terms=3, step_size=0.2))
     none, alone = info_of(quadratic(3)).calls, info_of(own).calls
     info = info_of(quadratic(3, **{role: at_solution(own)}))
     again = bx.problem.Calls(inner_gradients=2 * (solves - 1), outer_gradients=-1)
@@ -352,11 +352,11 @@ def test_states_keep_their_shapes():
     sgd = optax.sgd(0.5)
     guide = several(
         truncated(tracking_loss, sgd, 3, 1),
-        at_solution(implicit(tracking_loss, ihvp=bx.ihvp.neumann(2, 0.3))),
+        at_solution(implicit(tracking_loss, ihvp=bx.ihvp.neumann(terms=2, step_size=0.3))),
         running_mean(0.2),
     )
     second = bx.hypergradient(outer_loss, forward_gradient(tracking_loss, sgd, 3, directions=5, guide=guide))
-    first = bx.hypergradient(outer_loss, implicit(tracking_loss, sgd, 3, bx.ihvp.identity(0.3)))
+    first = bx.hypergradient(outer_loss, implicit(tracking_loss, sgd, 3, ihvp=bx.ihvp.identity(0.3)))
     hypergrad, batch = bx.two_phase(3, first, second), bx.Batch(jnp.asarray(U), None)
 
     def step(carry, key):

@@ -57,11 +57,11 @@ class TestWorkedQuadratic:
 
     @pytest.mark.parametrize("ihvp", [bx.ihvp.exact(), bx.ihvp.cg(tol=1e-14)])
     def test_implicit(self, ihvp):
-        self.check(bx.inner.implicit(self.inner_loss, optax.sgd(0.25), 2, ihvp), [1, -1], [7, 3])
+        self.check(bx.inner.implicit(self.inner_loss, optax.sgd(0.25), 2, ihvp=ihvp), [1, -1], [7, 3])
 
     def test_one_step(self):
         self.check(
-            bx.inner.implicit(self.inner_loss, optax.sgd(0.25), 2, bx.ihvp.identity(0.25)), [1 / 4, -1 / 2], [7, 3]
+            bx.inner.implicit(self.inner_loss, optax.sgd(0.25), 2, ihvp=bx.ihvp.identity(0.25)), [1 / 4, -1 / 2], [7, 3]
         )
 
     def test_no_gradient_leaves_the_direct_part(self):
@@ -114,7 +114,7 @@ def test_ridge_hyperparameter():
     y = np.linalg.solve(gram, train[0].T @ train[1])
     residual = valid[0].T @ (valid[0] @ y - valid[1]) / 20
     expected = -lam * residual @ np.linalg.solve(gram, y)
-    for ihvp in [bx.ihvp.exact(), bx.ihvp.cg(tol=1e-14), bx.ihvp.neumann(2000, 0.02)]:
+    for ihvp in [bx.ihvp.exact(), bx.ihvp.cg(tol=1e-14), bx.ihvp.neumann(terms=2000, step_size=0.02)]:
         solver = bx.inner.implicit(inner_loss, ihvp=ihvp)  # steps=0: y comes from outside
         np.testing.assert_allclose(gradient(outer_loss, solver, x, y, bx.Batch(valid, train)), expected, rtol=1e-10)
 
@@ -184,7 +184,7 @@ def test_unroll_with_an_exact_tail_is_the_exact_hypergradient_of_a_quadratic(tai
 
     def tailed(ihvp):
         return bx.inner.chain(
-            bx.inner.implicit(inner_loss, optax.sgd(eta), 7, ihvp),
+            bx.inner.implicit(inner_loss, optax.sgd(eta), 7, ihvp=ihvp),
             bx.inner.reverse(inner_loss, optax.sgd(eta), tail_steps),
         )
 
@@ -204,7 +204,8 @@ def test_y_and_v_stay_warm_and_lead_to_the_exact_hypergradient():
     outer_loss, inner_loss, batch = softmax_problem()
     x, y = jnp.zeros(20), {"w": jnp.zeros((5, 3)), "b": jnp.zeros(3)}
     hypergrad = bx.hypergradient(
-        outer_loss, bx.inner.implicit(inner_loss, optax.sgd(0.5, momentum=0.5), 20, bx.ihvp.cg(maxiter=2, tol=1e-12))
+        outer_loss,
+        bx.inner.implicit(inner_loss, optax.sgd(0.5, momentum=0.5), 20, ihvp=bx.ihvp.cg(maxiter=2, tol=1e-12)),
     )
 
     def step(state, _):
@@ -212,7 +213,7 @@ def test_y_and_v_stay_warm_and_lead_to_the_exact_hypergradient():
         return state, (grad, info.inner.gradient_norm)
 
     _, (grads, norms) = jax.jit(lambda state: jax.lax.scan(step, state, length=100))(hypergrad.init(x, y))
-    solver = bx.inner.implicit(inner_loss, optax.sgd(0.5, momentum=0.5), 2000, bx.ihvp.exact())
+    solver = bx.inner.implicit(inner_loss, optax.sgd(0.5, momentum=0.5), 2000, ihvp=bx.ihvp.exact())
     exact = gradient(outer_loss, solver, x, y, batch)
     assert norms[-1] < 1e-10
     np.testing.assert_allclose(grads[-1], exact, atol=1e-8)
@@ -230,8 +231,8 @@ class TestDifferentiable:
     @pytest.mark.parametrize(
         "make",
         [
-            lambda loss: bx.inner.implicit(loss, optax.sgd(0.2), 10, bx.ihvp.exact()),
-            lambda loss: bx.inner.implicit(loss, optax.adam(0.2), 10, bx.ihvp.cg(maxiter=3)),
+            lambda loss: bx.inner.implicit(loss, optax.sgd(0.2), 10, ihvp=bx.ihvp.exact()),
+            lambda loss: bx.inner.implicit(loss, optax.adam(0.2), 10, ihvp=bx.ihvp.cg(maxiter=3)),
             lambda loss: bx.inner.reverse(loss, optax.adam(0.2), 5),
             lambda loss: bx.inner.reverse(loss, optax.sgd(0.2), 5, initial=lambda x: x),
             lambda loss: bx.inner.reverse(loss, lambda x: optax.sgd(x[0], momentum=0.5), 5),
@@ -283,7 +284,7 @@ class TestDifferentiable:
         support, query = jnp.array([[1.0, 2.0], [0.5, 0.1], [2.0, 2.0]]), jnp.array([1.0, -1.0, 0.5])
         for solver in [
             bx.inner.reverse(self.inner, optax.sgd(0.2), 3),
-            bx.inner.implicit(self.inner, optax.sgd(0.2), 3, bx.ihvp.cg(maxiter=2)),
+            bx.inner.implicit(self.inner, optax.sgd(0.2), 3, ihvp=bx.ihvp.cg(maxiter=2)),
         ]:
             solve = bx.differentiable(solver)
 

@@ -112,7 +112,7 @@ def test_methods_are_compared_at_the_y_of_the_exact_answer(found):
     end, batch = found[-1], numbered(tiny().batch)
     with jax.enable_x64(False):
         batch = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32 if leaf.dtype == float else jnp.int32), batch)
-        row = hypergradients_methods.cg(100)
+        row = hypergradients_methods.cg(maxiter=100)
         args = hypergradients.arguments(end, 0, batch)
         result = hypergradients.compared(jax.jit(hypergradients.estimates(row, TINY))(*args), end)
     assert result["cosine"] > 1 - 1e-4

@@ -60,14 +60,18 @@ def traced_solve(ihvp, b, h, v0):
     [
         bx.ihvp.exact,
         lambda damping: bx.ihvp.cg(maxiter=30, tol=1e-14, damping=damping),
-        lambda damping: bx.ihvp.cg(30, 1e-14, damping, preconditioner=bx.ihvp.exact(0.1)),
-        lambda damping: bx.ihvp.cg(30, 1e-14, damping, preconditioner=bx.ihvp.neumann(2, 0.02)),
-        lambda damping: bx.ihvp.cg(30, 1e-14, damping, preconditioner=bx.ihvp.nystrom(4, 0.1)),
-        lambda damping: bx.ihvp.neumann(3000, 0.03, damping),
-        lambda damping: bx.ihvp.sgd(3000, 0.03, bx.sampling.full, damping),
-        lambda damping: bx.ihvp.lineax(lineax.GMRES(1e-13, 1e-13), damping),
-        lambda damping: bx.ihvp.lineax(lineax.BiCGStab(1e-13, 1e-13), damping),
-        lambda damping: bx.ihvp.lineax(lineax.Cholesky(), damping),
+        lambda damping: bx.ihvp.cg(maxiter=30, tol=1e-14, damping=damping, preconditioner=bx.ihvp.exact(damping=0.1)),
+        lambda damping: bx.ihvp.cg(
+            maxiter=30, tol=1e-14, damping=damping, preconditioner=bx.ihvp.neumann(terms=2, step_size=0.02)
+        ),
+        lambda damping: bx.ihvp.cg(
+            maxiter=30, tol=1e-14, damping=damping, preconditioner=bx.ihvp.nystrom(rank=4, damping=0.1)
+        ),
+        lambda damping: bx.ihvp.neumann(terms=3000, step_size=0.03, damping=damping),
+        lambda damping: bx.ihvp.sgd(steps=3000, step_size=0.03, sample=bx.sampling.full, damping=damping),
+        lambda damping: bx.ihvp.lineax(lineax.GMRES(1e-13, 1e-13), damping=damping),
+        lambda damping: bx.ihvp.lineax(lineax.BiCGStab(1e-13, 1e-13), damping=damping),
+        lambda damping: bx.ihvp.lineax(lineax.Cholesky(), damping=damping),
     ],
     ids=["exact", "cg", "cg+exact", "cg+neumann", "cg+nystrom", "neumann", "sgd", "gmres", "bicgstab", "cholesky"],
 )
@@ -94,7 +98,7 @@ def test_neumann_is_its_truncated_series(steps):
     eta, damping = 0.03, 0.1
     contraction = np.eye(9) - eta * (H + damping * np.eye(9))
     series = eta * sum(np.linalg.matrix_power(contraction, k) for k in range(steps + 1))
-    v, info = solve(bx.ihvp.neumann(steps, eta, damping))
+    v, info = solve(bx.ihvp.neumann(terms=steps, step_size=eta, damping=damping))
     np.testing.assert_allclose(v, series @ B, rtol=1e-12)
     assert info.products == steps
     assert not info.breakdown
@@ -102,7 +106,7 @@ def test_neumann_is_its_truncated_series(steps):
     residual = np.linalg.norm(B - (H + damping * np.eye(9)) @ before_last_term) / np.linalg.norm(B)
     np.testing.assert_allclose(info.residual, residual, rtol=1e-12)
     v0 = 0.9 * np.linalg.solve(H, B) + 0.01
-    warm, info = solve(bx.ihvp.neumann(steps, eta, damping), v0=v0)
+    warm, info = solve(bx.ihvp.neumann(terms=steps, step_size=eta, damping=damping), v0=v0)
     np.testing.assert_allclose(warm, v0 + series @ (B - (H + damping * np.eye(9)) @ v0), rtol=1e-11)
     assert info.products == steps + 1
 
@@ -118,7 +122,7 @@ def test_a_random_term_of_the_series_is_right_in_the_mean_and_over_batches():
 
     def draw(key):
         sample = lambda key, t, data: data[jax.random.randint(key, (), 0, 2)]  # noqa: E731
-        ihvp = bx.ihvp.random_neumann(terms, eta, sample, damping)
+        ihvp = bx.ihvp.random_neumann(terms=terms, step_size=eta, sample=sample, damping=damping)
         apply, _ = ihvp.prepare(key, (), loss, (*POINT[:2], rows))
         v, info = apply(split_like_y(B))
         return joined(v), info.products, info.breakdown
@@ -129,17 +133,17 @@ def test_a_random_term_of_the_series_is_right_in_the_mean_and_over_batches():
     np.testing.assert_allclose(v.mean(0), series @ B, atol=5 * float(v.std(0).max()) / 4_000**0.5)
     assert set(products.tolist()) == {0, 1, 2, 3}
     assert not breakdown.any()
-    _, info = solve(bx.ihvp.random_neumann(40, 0.1))  # 0.1 > 2 / 50
+    _, info = solve(bx.ihvp.random_neumann(terms=40, step_size=0.1))  # 0.1 > 2 / 50
     assert info.breakdown == (info.products > 0)
     with pytest.raises(ValueError, match="key must be"):
-        bx.ihvp.random_neumann(2, eta).prepare(None, (), loss, POINT)
+        bx.ihvp.random_neumann(terms=2, step_size=eta).prepare(None, (), loss, POINT)
     with pytest.raises(ValueError, match="terms must be"):
-        bx.ihvp.random_neumann(0, eta)
+        bx.ihvp.random_neumann(terms=0, step_size=eta)
 
 
 def test_neumann_reports_divergence_even_in_one_direction():
     h = np.diag(np.array([1.0] * 8 + [25.0]))
-    _, info = solve(bx.ihvp.neumann(10, 0.1), b=np.ones(9), h=h)  # 0.1 > 2 / 25
+    _, info = solve(bx.ihvp.neumann(terms=10, step_size=0.1), b=np.ones(9), h=h)  # 0.1 > 2 / 25
     assert info.breakdown
 
 
@@ -164,10 +168,10 @@ def test_cg_does_not_depend_on_the_scale_of_its_preconditioner(preconditioner, s
     "ihvp",
     [
         bx.ihvp.exact(),
-        bx.ihvp.neumann(40, 0.3),
+        bx.ihvp.neumann(terms=40, step_size=0.3),
         bx.ihvp.identity(2.0),
-        bx.ihvp.sgd(40, 0.3, bx.sampling.full),
-        bx.ihvp.nystrom(4),
+        bx.ihvp.sgd(steps=40, step_size=0.3, sample=bx.sampling.full),
+        bx.ihvp.nystrom(rank=4),
         bx.ihvp.lineax(lineax.GMRES(1e-5, 1e-5)),
     ],
     ids=["exact", "neumann", "identity", "sgd", "nystrom", "linear"],
@@ -183,14 +187,14 @@ def test_reports_do_not_depend_on_the_size_of_b_in_float32(ihvp):
 
 
 def test_neumann_reports_divergence():
-    _, info = solve(bx.ihvp.neumann(20, 0.1))  # 0.1 > 2 / 50
+    _, info = solve(bx.ihvp.neumann(terms=20, step_size=0.1))  # 0.1 > 2 / 50
     assert info.breakdown
     assert info.residual > 1
 
 
 @pytest.mark.parametrize("iterations", [1, 3, 6])
 def test_cg_iterates_minimize_over_the_krylov_space(iterations):
-    v, info = solve(bx.ihvp.cg(iterations, tol=0.0))
+    v, info = solve(bx.ihvp.cg(maxiter=iterations, tol=0.0))
     basis = np.linalg.qr(np.stack([np.linalg.matrix_power(H, k) @ B for k in range(iterations)], 1))[0]
     np.testing.assert_allclose(v, basis @ np.linalg.solve(basis.T @ H @ basis, basis.T @ B), rtol=1e-8)
     assert info.iterations == iterations
@@ -256,8 +260,8 @@ def test_exact_inverts_an_indefinite_hessian_and_says_so():
 
 @pytest.mark.parametrize("scale", [1e-300, 1e-30, 1e30, 1e300])
 def test_cg_does_not_depend_on_the_size_of_b(scale):
-    for preconditioner in [None, bx.ihvp.exact(0.1)]:
-        v, info = solve(bx.ihvp.cg(30, 1e-12, preconditioner=preconditioner), b=scale * B)
+    for preconditioner in [None, bx.ihvp.exact(damping=0.1)]:
+        v, info = solve(bx.ihvp.cg(maxiter=30, tol=1e-12, preconditioner=preconditioner), b=scale * B)
         np.testing.assert_allclose(v / scale, np.linalg.solve(H, B), rtol=1e-9)
         assert not info.breakdown
 
@@ -282,7 +286,9 @@ def test_cg_of_zero_is_zero_and_of_nan_is_nan():
 
 
 @pytest.mark.parametrize("v0", [np.full(9, np.nan), np.full(9, 1e200)], ids=["nan", "huge"])
-@pytest.mark.parametrize("ihvp", [bx.ihvp.cg(maxiter=3), bx.ihvp.neumann(3, 0.03)], ids=["cg", "neumann"])
+@pytest.mark.parametrize(
+    "ihvp", [bx.ihvp.cg(maxiter=3), bx.ihvp.neumann(terms=3, step_size=0.03)], ids=["cg", "neumann"]
+)
 def test_a_useless_warm_start_is_replaced_by_a_cold_one(ihvp, v0):
     v, info = solve(ihvp, v0=v0)
     cold, cold_info = solve(ihvp)
@@ -376,7 +382,7 @@ def test_sgd_takes_one_batch_for_each_step():
     expected = np.zeros(9)
     for rows in batches:
         expected = expected - eta * (rows.T @ rows / 6 @ expected + damping * expected - B)
-    ihvp = bx.ihvp.sgd(steps, eta, bx.sampling.per_step, damping)
+    ihvp = bx.ihvp.sgd(steps=steps, step_size=eta, sample=bx.sampling.per_step, damping=damping)
     v, info = jax.jit(lambda b: ihvp.prepare(None, (), rows_loss, (0.0, POINT[1], batches))[0](b))(split_like_y(B))
     np.testing.assert_allclose(joined(v), expected, rtol=1e-12)
     assert info.products == info.iterations == steps
@@ -388,23 +394,25 @@ def test_sgd_with_minibatches_is_right_in_the_mean():
     steps, eta, keys = 5, 0.1, 4000
 
     def solve(key):
-        apply, _ = bx.ihvp.sgd(steps, eta, bx.sampling.minibatch(4)).prepare(key, (), rows_loss, (0.0, POINT[1], ROWS))
+        apply, _ = bx.ihvp.sgd(steps=steps, step_size=eta, sample=bx.sampling.minibatch(4)).prepare(
+            key, (), rows_loss, (0.0, POINT[1], ROWS)
+        )
         return joined(apply(split_like_y(B))[0])
 
     draws = np.asarray(jax.jit(jax.vmap(solve))(jax.random.split(jax.random.key(0), keys)))
-    series, _ = compiled_solve(bx.ihvp.neumann(steps - 1, eta), B, ROWS.T @ ROWS / len(ROWS), None)
+    series, _ = compiled_solve(bx.ihvp.neumann(terms=steps - 1, step_size=eta), B, ROWS.T @ ROWS / len(ROWS), None)
     standard_error = draws.std(axis=0) / keys**0.5
     assert (np.abs(draws.mean(axis=0) - series) < 4.5 * standard_error).all()
 
 
 @pytest.mark.parametrize("eta", [0.03, 0.05])
 def test_sgd_reports_divergence(eta):
-    assert bool(solve(bx.ihvp.sgd(20, eta, bx.sampling.full))[1].breakdown) == (eta > 2 / 50)
+    assert bool(solve(bx.ihvp.sgd(steps=20, step_size=eta, sample=bx.sampling.full))[1].breakdown) == (eta > 2 / 50)
 
 
 def test_sgd_reports_negative_curvature():
     h = H - 5 * np.eye(9)
-    assert solve(bx.ihvp.sgd(300, 0.03, bx.sampling.full), h=h)[1].breakdown
+    assert solve(bx.ihvp.sgd(steps=300, step_size=0.03, sample=bx.sampling.full), h=h)[1].breakdown
 
 
 # Nyström.
@@ -420,7 +428,7 @@ def test_nystrom_is_exact_where_the_sketch_holds_the_range():
     h, damping = low_rank(9, 3), 0.1
     expected = np.linalg.solve(h + damping * np.eye(9), B)
     for rank in (3, 5, 9, 20):
-        v, info = solve(bx.ihvp.nystrom(rank, damping, tail=lambda eigenvalues: 0.0), h=h)
+        v, info = solve(bx.ihvp.nystrom(rank=rank, damping=damping, tail=lambda eigenvalues: 0.0), h=h)
         np.testing.assert_allclose(v, expected, rtol=1e-8)
         assert not info.breakdown
         assert info.setup_products == min(rank, 9)
@@ -429,7 +437,7 @@ def test_nystrom_is_exact_where_the_sketch_holds_the_range():
 
 def test_nystrom_assumes_its_smallest_eigenvalue_outside():
     """With one direction ω: U = Hω / |Hω|, Λ = |Hω|² / ωᵀHω."""
-    ihvp = bx.ihvp.nystrom(1, 0.5)
+    ihvp = bx.ihvp.nystrom(rank=1, damping=0.5)
     matrix = np.stack([solve(ihvp, b)[0] for b in np.eye(9)])
     eigenvalues = np.linalg.eigvalsh(matrix)
     np.testing.assert_allclose(eigenvalues, eigenvalues[0], rtol=1e-10)
@@ -443,23 +451,23 @@ def test_nystrom_preconditions_a_decaying_spectrum():
     b = np.asarray(np.random.default_rng(6).normal(size=n))
 
     def residual(preconditioner):
-        ihvp = bx.ihvp.cg(30, 1e-14, preconditioner=preconditioner)
+        ihvp = bx.ihvp.cg(maxiter=30, tol=1e-14, preconditioner=preconditioner)
         loss = lambda x, y, batch: 0.5 * y @ h @ y  # noqa: E731
         key, point = jax.random.key(0), (0.0, jnp.zeros(n), None)
         v, info = jax.jit(lambda b: ihvp.prepare(key, (), loss, point)[0](b))(b)
         assert not info.breakdown
         return np.linalg.norm(b - h @ v) / np.linalg.norm(b)
 
-    assert residual(bx.ihvp.nystrom(60, 1e-2)) < 1e-3 * residual(None)
+    assert residual(bx.ihvp.nystrom(rank=60, damping=1e-2)) < 1e-3 * residual(None)
 
 
 def test_nystrom_reports_negative_curvature_and_needs_a_key():
-    v, info = solve(bx.ihvp.nystrom(9, 0.1), h=H - 5 * np.eye(9))
+    v, info = solve(bx.ihvp.nystrom(rank=9, damping=0.1), h=H - 5 * np.eye(9))
     assert info.breakdown
     assert info.curvature < 0
     assert np.isfinite(v).all()
     with pytest.raises(ValueError, match=r"key must be a jax.random.key for ihvp.nystrom.* got None"):
-        bx.ihvp.nystrom(3).prepare(None, (), quadratic(H), POINT)
+        bx.ihvp.nystrom(rank=3).prepare(None, (), quadratic(H), POINT)
 
 
 @pytest.mark.usefixtures("uncached")
@@ -468,7 +476,7 @@ def test_nystrom_stores_no_hessian():
 
     def run(y, b):
         loss = lambda x, y, batch: jnp.sum(jnp.cosh(y)) + jnp.sum(y) ** 2  # noqa: E731
-        apply, _ = bx.ihvp.nystrom(4, 0.1).prepare(jax.random.key(0), (), loss, (0.0, y, None))
+        apply, _ = bx.ihvp.nystrom(rank=4, damping=0.1).prepare(jax.random.key(0), (), loss, (0.0, y, None))
         return apply(b)
 
     compiled = jax.jit(run).lower(jnp.ones(n), jnp.ones(n)).compile()

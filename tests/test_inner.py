@@ -241,8 +241,8 @@ def test_every_solver_reports_the_gradient_norm_at_the_returned_y():
 
 
 def test_implicit_without_warm_start_keeps_no_v():
-    solver = bx.inner.implicit(inner_loss, optax.sgd(0.1), 5, bx.ihvp.cg(maxiter=1), warm_start=False)
+    solver = bx.inner.implicit(inner_loss, optax.sgd(0.1), 5, ihvp=bx.ihvp.cg(maxiter=1), warm_start=False)
     _, state, _ = estimate(solver)
     assert state.solver.v is None
-    _, state, _ = estimate(bx.inner.implicit(inner_loss, optax.sgd(0.1), 5, bx.ihvp.cg(maxiter=1)))
+    _, state, _ = estimate(bx.inner.implicit(inner_loss, optax.sgd(0.1), 5, ihvp=bx.ihvp.cg(maxiter=1)))
     assert optax.tree.norm(state.solver.v) > 0

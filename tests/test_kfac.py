@@ -50,7 +50,7 @@ def test_weighted_ridge_regression(dtype):
     y, batch, x = jnp.full((1, 1), 0.5, dtype), (jnp.array([[1], [2]], dtype), jnp.ones((2, 1), dtype)), [1, 0.5]
     found = factors(inner_loss, y, batch, jnp.array(x, dtype))["y"]
     np.testing.assert_allclose((found.A[0, 0], found.B[0, 0]), (2.0, 0.75), rtol=tolerance)
-    solver = bx.inner.implicit(inner_loss, ihvp=bx.ihvp.kfac(0.0, fisher=fisher.exact))
+    solver = bx.inner.implicit(inner_loss, ihvp=bx.ihvp.kfac(damping=0.0, fisher=fisher.exact))
     hypergrad = bx.hypergradient(lambda x, y, batch: 0.5 * jnp.sum(y**2), solver)
     x = jnp.array(x, dtype)
     grad, state, info = jax.jit(hypergrad.estimate)(KEY, hypergrad.init(x, y), x, bx.Batch(None, batch))
@@ -62,7 +62,7 @@ def test_weighted_ridge_regression(dtype):
 
 def test_proximal_term():
     inner_loss = make(lambda y, inputs: inputs @ y, curvature.squared_error, l2=0.5, center=lambda x: x)
-    solver = bx.inner.implicit(inner_loss, ihvp=bx.ihvp.kfac(0.0, fisher=fisher.exact))
+    solver = bx.inner.implicit(inner_loss, ihvp=bx.ihvp.kfac(damping=0.0, fisher=fisher.exact))
     hypergrad = bx.hypergradient(lambda x, y, batch: 0.5 * jnp.sum((y - 1) ** 2), solver)
     x, y, batch = jnp.zeros((1, 1)), jnp.full((1, 1), 0.5), (jnp.array([[1.0], [2.0]]), jnp.ones((2, 1)))
     grad, state, _ = jax.jit(hypergrad.estimate)(KEY, hypergrad.init(x, y), x, bx.Batch(None, batch))
@@ -83,9 +83,9 @@ def test_softmax_with_both_kinds_of_damping(dtype):
     found = factors(inner_loss, y, batch)["kernel"]
     np.testing.assert_allclose(found.A, [[2.5, 1.5], [1.5, 1.0]], rtol=tolerance)
     np.testing.assert_allclose(found.B, np.array([[1, -1], [-1, 1]]) / 4, rtol=tolerance)
-    v = solve(bx.ihvp.kfac(0.25, fisher=fisher.exact), inner_loss, y, batch, b)
+    v = solve(bx.ihvp.kfac(damping=0.25, fisher=fisher.exact), inner_loss, y, batch, b)
     np.testing.assert_allclose(rows(v), [[2 / 3, -2 / 3], [2.0, 2.0]], rtol=tolerance)
-    factored = bx.ihvp.kfac(0.25, fisher=fisher.exact, inverse=kronecker.factored)
+    factored = bx.ihvp.kfac(damping=0.25, fisher=fisher.exact, inverse=kronecker.factored)
     v = solve(factored, inner_loss, y, batch, b)
     expected = [[-0.25425539, -0.94290545], [1.61560198, 1.43546270]]
     np.testing.assert_allclose(rows(v), expected, rtol=0, atol=tolerance)
@@ -95,7 +95,7 @@ def test_softmax_with_both_kinds_of_damping(dtype):
 @pytest.mark.compiles(250)  # operation by operation
 def test_softmax_at_zero_is_the_hessian_and_jit_changes_nothing():
     inner_loss, y, batch, b = softmax_at_zero()
-    ihvp = bx.ihvp.kfac(0.25, fisher=fisher.exact)
+    ihvp = bx.ihvp.kfac(damping=0.25, fisher=fisher.exact)
     flat, unravel = ravel_pytree(y)
     hessian = jax.jit(jax.hessian(lambda flat: inner_loss(None, unravel(flat), batch)))(flat)
     expected = np.linalg.solve(hessian + 0.25 * np.eye(4), ravel_pytree(b)[0])
@@ -127,7 +127,9 @@ def test_eigenvalue_corrected_factors_of_orthogonal_inputs():
     found = factors(inner_loss, y, batch, x)["y"]
     np.testing.assert_allclose(found.A, np.diag([0.25, 3.0]), atol=1e-12)
     np.testing.assert_allclose(found.B, np.array([[1, -1], [-1, 1]]) / 2, rtol=1e-12)
-    v = solve(bx.ihvp.ekfac(0.25, fisher=fisher.exact), inner_loss, y, batch, jnp.array([[1.0, -1.0], [3.0, 1.0]]), x)
+    v = solve(
+        bx.ihvp.ekfac(damping=0.25, fisher=fisher.exact), inner_loss, y, batch, jnp.array([[1.0, -1.0], [3.0, 1.0]]), x
+    )
     # E = [[0, 1/4], [0, 3]] in the basis (1, 1), (1, −1) of the classes.
     np.testing.assert_allclose(v, [[2.0, -2.0], [8 + 1 / 3.25, 8 - 1 / 3.25]], rtol=1e-10)
 
@@ -159,7 +161,10 @@ def test_embedding_is_a_dense_layer_of_one_hot_inputs():
     np.testing.assert_allclose(found.A, [1 / 2, 1 / 3, 1 / 6], rtol=1e-12)
     np.testing.assert_allclose(found.B, [[3.0]], rtol=1e-12)
     np.testing.assert_allclose(reference.A, np.diag(found.A), rtol=1e-12)
-    for ihvp in (bx.ihvp.kfac(DAMPING, fisher=fisher.exact), bx.ihvp.ekfac(DAMPING, fisher=fisher.exact)):
+    for ihvp in (
+        bx.ihvp.kfac(damping=DAMPING, fisher=fisher.exact),
+        bx.ihvp.ekfac(damping=DAMPING, fisher=fisher.exact),
+    ):
         got, expected = (inverse(ihvp, inner_loss, table, batch) for inner_loss in (gathered, dense))
         np.testing.assert_allclose(got, expected, rtol=1e-10)
 
@@ -254,7 +259,10 @@ def test_a_convolution_is_a_dense_layer_of_patches():
     np.testing.assert_allclose(got.B, expected.B, atol=1e-12)
     b = jax.tree.map(jnp.sin, y)
     flat_b = {"kernel": b["kernel"].transpose(2, 0, 1, 3).reshape(-1, 3), "bias": b["bias"]}
-    for ihvp in (bx.ihvp.kfac(DAMPING, fisher=fisher.exact), bx.ihvp.ekfac(DAMPING, fisher=fisher.exact)):
+    for ihvp in (
+        bx.ihvp.kfac(damping=DAMPING, fisher=fisher.exact),
+        bx.ihvp.ekfac(damping=DAMPING, fisher=fisher.exact),
+    ):
         v = solve(ihvp, losses[0], y, data[0], b)
         reference = solve(ihvp, losses[1], flat, data[1], flat_b)
         np.testing.assert_allclose(v["kernel"].transpose(2, 0, 1, 3).reshape(-1, 3), reference["kernel"], rtol=1e-9)
@@ -263,7 +271,7 @@ def test_a_convolution_is_a_dense_layer_of_patches():
 
 def test_weights_are_repeated_examples():
     x, repeated = jnp.array([1.0, 0.0, 3.0, 0.0, 1.0]), jnp.array([0, 2, 2, 2, 4])
-    again, ihvp = (INPUTS[repeated], LABELS[repeated]), bx.ihvp.ekfac(DAMPING, fisher=fisher.exact)
+    again, ihvp = (INPUTS[repeated], LABELS[repeated]), bx.ihvp.ekfac(damping=DAMPING, fisher=fisher.exact)
     got, expected = factors(LOSS, Y, (INPUTS, LABELS), x), factors(make(), Y, again)
     for name in expected:
         np.testing.assert_allclose(got[name].A, expected[name].A, atol=1e-12)

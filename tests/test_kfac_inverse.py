@@ -38,8 +38,8 @@ import bilevax as bx
 from bilevax import curvature
 from bilevax.curvature import fisher, kronecker
 
-KFAC = bx.ihvp.kfac(DAMPING, fisher=fisher.exact)
-EKFAC = bx.ihvp.ekfac(DAMPING, fisher=fisher.exact)
+KFAC = bx.ihvp.kfac(damping=DAMPING, fisher=fisher.exact)
+EKFAC = bx.ihvp.ekfac(damping=DAMPING, fisher=fisher.exact)
 BATCH = (INPUTS, LABELS)
 B = jax.tree.map(np.sin, Y)
 FLAT, UNRAVEL = ravel_pytree(Y)
@@ -60,9 +60,9 @@ def found():
 
 def test_both_inverses_are_dense_solves(found):
     inner_loss = make(weights=weighted, l2=0.1)
-    exact = inverse(bx.ihvp.kfac(0.2, fisher=fisher.exact), inner_loss, Y, BATCH, WEIGHTS)
+    exact = inverse(bx.ihvp.kfac(damping=0.2, fisher=fisher.exact), inner_loss, Y, BATCH, WEIGHTS)
     factored = inverse(
-        bx.ihvp.kfac(0.2, fisher=fisher.exact, inverse=kronecker.factored), inner_loss, Y, BATCH, WEIGHTS
+        bx.ihvp.kfac(damping=0.2, fisher=fisher.exact, inverse=kronecker.factored), inner_loss, Y, BATCH, WEIGHTS
     )
     blocks = np.zeros_like(exact)
     for name in Y:
@@ -81,7 +81,7 @@ def test_both_inverses_are_dense_solves(found):
 def test_decay_of_each_layer_is_folded_exactly(found):
     rates = {"hidden": 0.3, "out": 0.05}
     inner_loss = make(weights=weighted, l2=lambda x: {name: dict.fromkeys(Y[name], rates[name]) for name in Y})
-    got = inverse(bx.ihvp.kfac(0.0, fisher=fisher.exact), inner_loss, Y, BATCH, WEIGHTS)
+    got = inverse(bx.ihvp.kfac(damping=0.0, fisher=fisher.exact), inner_loss, Y, BATCH, WEIGHTS)
     for name, rate in rates.items():
         matrix = kron(found[f"{name}/kernel"])
         np.testing.assert_allclose(block(got, Y, name), np.linalg.inv(matrix + rate * np.eye(len(matrix))), atol=1e-10)
@@ -89,7 +89,7 @@ def test_decay_of_each_layer_is_folded_exactly(found):
 
 def test_damping_as_a_function_of_the_eigenvalues(found):
     """A tenth of the mean eigenvalue of each layer, which is tr A tr B over the number of entries."""
-    ihvp = bx.ihvp.kfac(lambda eigenvalues: 0.1 * jnp.mean(eigenvalues), fisher=fisher.exact)
+    ihvp = bx.ihvp.kfac(damping=lambda eigenvalues: 0.1 * jnp.mean(eigenvalues), fisher=fisher.exact)
     got = inverse(ihvp, make(weights=weighted, l2=0.2), Y, BATCH, WEIGHTS)
     for name in Y:
         matrix = kron(found[f"{name}/kernel"])
@@ -197,7 +197,7 @@ def test_invariances():
 
     @jax.jit
     def matrix(x, damping):
-        apply = applied(bx.ihvp.kfac(damping, fisher=fisher.exact), inner_loss, x, Y, BATCH)
+        apply = applied(bx.ihvp.kfac(damping=damping, fisher=fisher.exact), inner_loss, x, Y, BATCH)
         several = jax.vmap(lambda b: ravel_pytree(apply(UNRAVEL(b)))[0])
         return several(jnp.eye(FLAT.size)), several(jnp.stack([FLAT, 2 * FLAT + 1.0]))
 
@@ -218,7 +218,7 @@ def test_fewer_examples_than_inputs_in_float32():
     inputs = normal(7, 2, 50).astype(jnp.float32)
     y = {"kernel": jnp.zeros((50, 2), jnp.float32), "bias": jnp.zeros(2, jnp.float32)}
     batch, b = (inputs, jnp.array([0, 1])), jax.tree.map(jnp.ones_like, y)
-    v = solve(bx.ihvp.kfac(0.0, fisher=fisher.exact), make(affine, l2=1e-3), y, batch, b)
+    v = solve(bx.ihvp.kfac(damping=0.0, fisher=fisher.exact), make(affine, l2=1e-3), y, batch, b)
     assert {leaf.dtype for leaf in jax.tree.leaves(v)} == {jnp.dtype(jnp.float32)}
     np.testing.assert_allclose(rows(v), np.full((51, 2), 1e3), rtol=1e-2)  # B annihilates (1, 1)
 
@@ -230,8 +230,10 @@ def test_conjugate_gradients_with_factors():
     """As many steps as unknowns solve the system, and one step is the rescaled inverse."""
     inner_loss, b = make(weights=weighted), np.asarray(ravel_pytree(B)[0])
     G = gauss_newton(inner_loss, Y, BATCH, WEIGHTS) + DAMPING * np.eye(b.size)
-    cg = lambda maxiter: bx.ihvp.cg(maxiter, 1e-13, DAMPING, curvature.gauss_newton, KFAC)  # noqa: E731
-    solvers = KFAC, cg(1), bx.ihvp.rescaled(KFAC, DAMPING), cg(b.size)
+    cg = lambda maxiter: bx.ihvp.cg(
+        maxiter=maxiter, tol=1e-13, damping=DAMPING, curvature=curvature.gauss_newton, preconditioner=KFAC
+    )
+    solvers = KFAC, cg(1), bx.ihvp.rescaled(KFAC, damping=DAMPING), cg(b.size)
 
     @jax.jit
     def run(x, y, batch, b):
@@ -262,8 +264,11 @@ def test_factors_save_iterations(loss):
     @jax.jit
     @jax.vmap
     def run(y, batch, b):
-        preconditioners = (None, bx.ihvp.kfac(damping, fisher=fisher.exact))
-        solvers = [bx.ihvp.cg(400, 0.1, damping, curvature.gauss_newton, choice) for choice in preconditioners]
+        preconditioners = (None, bx.ihvp.kfac(damping=damping, fisher=fisher.exact))
+        solvers = [
+            bx.ihvp.cg(maxiter=400, tol=0.1, damping=damping, curvature=curvature.gauss_newton, preconditioner=choice)
+            for choice in preconditioners
+        ]
         return [ihvp.prepare(KEY, (), inner_loss, (None, y, batch))[0](b)[1] for ihvp in solvers]
 
     plain, preconditioned = run(y, batch, b)

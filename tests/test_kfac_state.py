@@ -28,7 +28,7 @@ class Factors(NamedTuple):
 
 
 def kfac(**choices):
-    return bx.ihvp.kfac(DAMPING, **{"fisher": fisher.exact, **choices})
+    return bx.ihvp.kfac(damping=DAMPING, **{"fisher": fisher.exact, **choices})
 
 
 def at(tree, step):
@@ -89,15 +89,15 @@ def test_moving_averages_of_factors():
 def test_averages_of_corrected_eigenvalues_stay_where_nothing_changes():
     still = [jax.tree.map(lambda leaf: np.stack([leaf[0]] * STEPS), tree) for tree in (POINTS, BATCHES)]
     for choices in ({"ema": 0.9}, {"factors_every": 2, "inverse_every": 3}):
-        ihvp = bx.ihvp.ekfac(DAMPING, fisher=fisher.exact, **choices)
+        ihvp = bx.ihvp.ekfac(damping=DAMPING, fisher=fisher.exact, **choices)
         got = sequence(ihvp, *still)
-        expected = sequence(bx.ihvp.ekfac(DAMPING, fisher=fisher.exact), *still)
+        expected = sequence(bx.ihvp.ekfac(damping=DAMPING, fisher=fisher.exact), *still)
         np.testing.assert_allclose(got, expected, rtol=1e-10)
 
 
 def test_corrected_eigenvalues_on_a_schedule():
-    expected = sequence(bx.ihvp.ekfac(DAMPING, fisher=fisher.exact))
-    got = sequence(bx.ihvp.ekfac(DAMPING, fisher=fisher.exact, factors_every=3, inverse_every=3))
+    expected = sequence(bx.ihvp.ekfac(damping=DAMPING, fisher=fisher.exact))
+    got = sequence(bx.ihvp.ekfac(damping=DAMPING, fisher=fisher.exact, factors_every=3, inverse_every=3))
     np.testing.assert_allclose(got, expected[np.array([0, 0, 0, 3, 3, 3, 6])], rtol=1e-9)
 
 
@@ -112,8 +112,8 @@ def outer_loss(x, y, batch):
 
 
 def hypergrad():
-    ihvp = bx.ihvp.kfac(DAMPING, ema=0.5, factors_every=2, inverse_every=2)
-    return bx.hypergradient(outer_loss, bx.inner.implicit(WEIGHTED, optax.sgd(0.3), 2, ihvp))
+    ihvp = bx.ihvp.kfac(damping=DAMPING, ema=0.5, factors_every=2, inverse_every=2)
+    return bx.hypergradient(outer_loss, bx.inner.implicit(WEIGHTED, optax.sgd(0.3), 2, ihvp=ihvp))
 
 
 def outer_loop(key, x, y, batch, steps=4):
@@ -193,7 +193,7 @@ def test_choices_of_the_inverse_that_do_not_fit():
     with pytest.raises(ValueError, match="inverse must be an Inverse"):
         bx.ihvp.kfac(inverse=3)
     with pytest.raises(ValueError, match=r"damping must be a number with kronecker.factored"):
-        bx.ihvp.kfac(jnp.mean, inverse=curvature.kronecker.factored)
+        bx.ihvp.kfac(damping=jnp.mean, inverse=curvature.kronecker.factored)
     for choices, says in (
         ({"damping": lambda eigenvalues: eigenvalues}, "damping must return one number"),
         ({"positions": lambda batch: jnp.ones((N, 2))}, r"positions must return ones and zeros \[N, T\]"),

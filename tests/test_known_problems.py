@@ -38,7 +38,7 @@ def test_methods_reach_the_answers(name):
     known = PROBLEMS[name]()
     outer_loss, inner_loss = known.problem
     rate = optax.sgd(0.2)
-    solver = bx.inner.implicit(inner_loss, rate, steps=2000, ihvp=bx.ihvp.cg(30, tol=1e-10))
+    solver = bx.inner.implicit(inner_loss, rate, steps=2000, ihvp=bx.ihvp.cg(maxiter=30, tol=1e-10))
     hypergrad = bx.hypergradient(outer_loss, solver)
     x, y, batch = jax.tree.map(jnp.asarray, (known.x, known.y, known.batch))
     grad, state, info = jax.jit(hypergrad.estimate)(None, hypergrad.init(x, y), x, batch)

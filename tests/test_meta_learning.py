@@ -106,7 +106,7 @@ def test_the_meta_gradient_of_imaml_is_known_for_ridge_regression(ihvp, expected
     squared = functools.partial(meta_learning.loss, lambda y, inputs: inputs @ y, bx.curvature.squared_error)
     support = (jnp.array([[1.0], [2.0]]), jnp.ones((2, 1)))
     query = (jnp.ones((1, 1)), jnp.ones((1, 1)))
-    solver = bx.inner.implicit(squared(0.5), optax.sgd(1 / 3), 1, ihvp, initial=lambda x: x)
+    solver = bx.inner.implicit(squared(0.5), optax.sgd(1 / 3), 1, ihvp=ihvp, initial=lambda x: x)
     hypergrad = bx.hypergradient(squared(), solver)
     x = jnp.zeros((1, 1))
     grad, state, info = jax.jit(hypergrad.estimate)(None, hypergrad.init(x, x), x, bx.Batch(query, support))

@@ -54,7 +54,7 @@ def test_one_round_on_a_complete_graph_is_the_curvature_of_all_data(setting):
 
     @jax.jit
     def pooled_solve(b, point):
-        return bx.ihvp.kfac(1e-2, fisher=EXACT).prepare(None, (), pooled_loss, point)[0](b)[0]
+        return bx.ihvp.kfac(damping=1e-2, fisher=EXACT).prepare(None, (), pooled_loss, point)[0](b)[0]
 
     expected = pooled_solve(y, point)
     for agent in range(AGENTS):

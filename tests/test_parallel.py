@@ -161,7 +161,7 @@ def test_calls_and_bad_input():
 @pytest.mark.parametrize("form", [gossips.dense, gossips.sparse])
 def test_rows_held_here(form):
     """What each of four devices computes from the gathered rows, without the devices."""
-    topology = graphs.erdos_renyi(12, 0.4, seed=2)
+    topology = graphs.erdos_renyi(12, probability=0.4, seed=2)
     w, s = topology.matrix.toarray(), np.random.default_rng(0).normal(size=(12, 2))
     for part in range(4):
         rows = slice(3 * part, 3 * part + 3)

@@ -64,12 +64,12 @@ def test_every_row_is_held_once_in_every_set(split):
 def test_nothing_is_lost_or_doubled(labels, n, skew, seed):
     classes = len(set(labels))
     for split in (
-        partition.iid(n, seed),
-        partition.dirichlet(n, skew, seed),
-        partition.dirichlet_balanced(n, skew, seed, minimum=1),
-        partition.classes_per_agent(n, -(-classes // n), seed),
+        partition.iid(n, seed=seed),
+        partition.dirichlet(n, alpha=skew, seed=seed),
+        partition.dirichlet_balanced(n, alpha=skew, seed=seed, minimum=1),
+        partition.classes_per_agent(n, classes=-(-classes // n), seed=seed),
         partition.shards(n, shards_per_agent=3),
-        partition.quantity_skew(n, skew, seed),
+        partition.quantity_skew(n, beta=skew, seed=seed),
     ):
         parts = attempt(split, labels)
         if parts is None:
@@ -92,10 +92,10 @@ def test_a_call_repeats_itself(split):
 
 SEEDED = {
     "iid": partition.iid,
-    "dirichlet": lambda n, seed: partition.dirichlet(n, 1.0, seed),
-    "dirichlet_balanced": lambda n, seed: partition.dirichlet_balanced(n, 1.0, seed),
-    "classes_per_agent": lambda n, seed: partition.classes_per_agent(n, 2, seed),
-    "quantity_skew": lambda n, seed: partition.quantity_skew(n, 1.0, seed),
+    "dirichlet": lambda n, seed: partition.dirichlet(n, alpha=1.0, seed=seed),
+    "dirichlet_balanced": lambda n, seed: partition.dirichlet_balanced(n, alpha=1.0, seed=seed),
+    "classes_per_agent": lambda n, seed: partition.classes_per_agent(n, classes=2, seed=seed),
+    "quantity_skew": lambda n, seed: partition.quantity_skew(n, beta=1.0, seed=seed),
 }
 
 
@@ -153,12 +153,14 @@ def test_balanced_dirichlet_keeps_its_minimum_in_every_set():
 def test_classes_per_agent_counts():
     for n, classes, holders in ((8, 2, {1, 2}), (10, 3, {3}), (4, 3, {1, 2})):
         for labels, parts in zip(
-            (LABELS, VALIDATION), partition.classes_per_agent(n, classes, seed=0)(LABELS, VALIDATION), strict=True
+            (LABELS, VALIDATION),
+            partition.classes_per_agent(n, classes=classes, seed=0)(LABELS, VALIDATION),
+            strict=True,
         ):
             held = counts(labels, parts) > 0
             assert (held.sum(axis=1) == classes).all()
             assert set(held.sum(axis=0).tolist()) == holders
-    train, validation = partition.classes_per_agent(8, 2, seed=0)(LABELS, VALIDATION)
+    train, validation = partition.classes_per_agent(8, classes=2, seed=0)(LABELS, VALIDATION)
     np.testing.assert_array_equal(counts(LABELS, train) > 0, counts(VALIDATION, validation) > 0)
 
 
@@ -221,26 +223,29 @@ def test_minibatches_and_blocks_are_unbiased(weigh):
 
 
 MISTAKES = {
-    "no agents": (lambda: partition.iid(0, 0), "n must be an int >= 1"),
-    "seed": (lambda: partition.iid(2, -1), "seed must be an int >= 0"),
-    "alpha": (lambda: partition.dirichlet(2, 0.0, 0), "alpha must be a finite number > 0"),
-    "minimum": (lambda: partition.dirichlet_balanced(2, 1.0, 0, minimum=0), "minimum must be an int >= 1"),
-    "beta": (lambda: partition.quantity_skew(2, -1.0, 0), "beta must be a finite number > 0"),
-    "no shards": (lambda: partition.shards(2, 0), "shards_per_agent must be an int >= 1"),
-    "one-hot": (lambda: partition.iid(2, 0)(np.eye(3)), "labels must be one or more arrays"),
+    "no agents": (lambda: partition.iid(0, seed=0), "n must be an int >= 1"),
+    "seed": (lambda: partition.iid(2, seed=-1), "seed must be an int >= 0"),
+    "alpha": (lambda: partition.dirichlet(2, alpha=0.0, seed=0), "alpha must be a finite number > 0"),
+    "minimum": (lambda: partition.dirichlet_balanced(2, alpha=1.0, seed=0, minimum=0), "minimum must be an int >= 1"),
+    "beta": (lambda: partition.quantity_skew(2, beta=-1.0, seed=0), "beta must be a finite number > 0"),
+    "no shards": (lambda: partition.shards(2, shards_per_agent=0), "shards_per_agent must be an int >= 1"),
+    "one-hot": (lambda: partition.iid(2, seed=0)(np.eye(3)), "labels must be one or more arrays"),
     "no labels": (lambda: partition.shards(2)(), "labels must be one or more arrays"),
     "classes left": (
-        lambda: partition.classes_per_agent(2, 1, 0)([0, 1, 2]),
+        lambda: partition.classes_per_agent(2, classes=1, seed=0)([0, 1, 2]),
         "let 2 agents hold all 3 classes.*Pass 2",
     ),
-    "few classes": (lambda: partition.classes_per_agent(4, 3, 0)([0, 1, 1]), "let 4 agents hold all 2 classes"),
-    "few rows": (lambda: partition.iid(3, 0)([0, 1]), r"agent \d of 3 gets no data of data set 0.*fewer agents"),
+    "few classes": (
+        lambda: partition.classes_per_agent(4, classes=3, seed=0)([0, 1, 1]),
+        "let 4 agents hold all 2 classes",
+    ),
+    "few rows": (lambda: partition.iid(3, seed=0)([0, 1]), r"agent \d of 3 gets no data of data set 0.*fewer agents"),
     "nothing drawn": (
-        lambda: partition.dirichlet(8, 1e-3, 0)(LABELS),
+        lambda: partition.dirichlet(8, alpha=1e-3, seed=0)(LABELS),
         r"agent \d of 8 gets no data.*larger alpha.*minimum=.*fewer agents.*another seed",
     ),
     "small set": (
-        lambda: partition.dirichlet_balanced(8, 1.0, 0)(LABELS, LABELS[:40]),
+        lambda: partition.dirichlet_balanced(8, alpha=1.0, seed=0)(LABELS, LABELS[:40]),
         "rows of data set 1; expected 10 rows",
     ),
     "empty part": (lambda: partition.stack(LABELS, [np.arange(1000), np.arange(0)]), "agent 1 of 2 gets no data"),
@@ -251,7 +256,7 @@ MISTAKES = {
     "lost": (lambda: partition.stack({"x": LABELS}, [np.arange(999)]), r"got shape \(1000,\) at data\['x'\]"),
     "scalar": (lambda: partition.stack([LABELS, 0.1], [np.arange(1000)]), r"got shape \(\) at data\[1\]"),
     "not unpacked": (
-        lambda: partition.stack(LABELS, partition.iid(8, 0)(LABELS)),
+        lambda: partition.stack(LABELS, partition.iid(8, seed=0)(LABELS)),
         r"ONE data set; got a list of lists. Unpack .* \(rows,\) = partition\(labels\), or rows_train, rows_val",
     ),
     "two sets": (

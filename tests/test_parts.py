@@ -31,10 +31,10 @@ SMALL = bx.sampling.minibatch(2)
 ESTIMATORS = {
     "full": estimators.full(),
     "stochastic": estimators.stochastic(SMALL),
-    "momentum": estimators.momentum(0.2, SMALL),
-    "storm": estimators.storm(0.2, SMALL),
-    "spider": estimators.spider(3, SMALL),
-    "page": estimators.page(0.3, SMALL),
+    "momentum": estimators.momentum(0.2, sample=SMALL),
+    "storm": estimators.storm(0.2, sample=SMALL),
+    "spider": estimators.spider(every=3, sample=SMALL),
+    "page": estimators.page(probability=0.3, sample=SMALL),
     "saga": estimators.saga(3),
     "snapshot_of_independent_agents": estimators.lazy_snapshot(coins.independent(0.4)),
     "snapshot_in_common": estimators.lazy_snapshot(coins.common(0.4)),
@@ -43,13 +43,13 @@ ESTIMATORS = {
 RING = bx.gossip(bx.topology.ring(8))
 GOSSIPS = {
     "shifts": (RING,),
-    "dense": (bx.gossip(bx.topology.erdos_renyi(12, 0.4, seed=0)),),
-    "edges": (bx.gossip(bx.topology.random_regular(600, 3, seed=0)),),
+    "dense": (bx.gossip(bx.topology.erdos_renyi(12, probability=0.4, seed=0)),),
+    "edges": (bx.gossip(bx.topology.random_regular(600, degree=3, seed=0)),),
     "in_turn": (bx.gossip(ONE_PEER),),
     "push_sum": (bx.agents.push_sum(DIRECTED),),
-    "top_k": (compression.choco(RING, compression.top_k(0.5), 0.3), True),
-    "random_k": (compression.choco(RING, compression.random_k(0.5), 0.3), True),
-    "sign": (compression.choco(RING, compression.sign(), 0.3), True),
+    "top_k": (compression.choco(RING, compression.top_k(0.5), gossip_step=0.3), True),
+    "random_k": (compression.choco(RING, compression.random_k(0.5), gossip_step=0.3), True),
+    "sign": (compression.choco(RING, compression.sign(), gossip_step=0.3), True),
 }
 
 

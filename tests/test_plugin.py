@@ -180,7 +180,7 @@ def test_algorithms_of_one_machine_get_the_batches_of_the_job_if_they_ask_for_a_
 
     def sampling(problem, step_sizes, sample):
         seen["sample"] = sample
-        return bx.algorithms.soba(problem, step_sizes, sample)
+        return bx.algorithms.soba(problem, step_sizes, sample=sample)
 
     for make in (sampling, bx.algorithms.soba, lambda problem, steps: bx.algorithms.soba(problem, steps)):
         row = single_machine.foreign(function(make, kind="ALGORITHMS"))

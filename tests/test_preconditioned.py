@@ -57,12 +57,26 @@ def test_other_coordinates_of_y_do_not_matter():
 
 
 OTHERS = {
-    "ma_dsbo": lambda: decentralized.ma_dsbo(PROBLEM, LAZY_RING, STEPS, 2, 2, track=True),
+    "ma_dsbo": lambda: decentralized.ma_dsbo(PROBLEM, LAZY_RING, STEPS, steps=2, v_steps=2, track=True),
     "gbdsbo": lambda: decentralized.gbdsbo(PROBLEM, LAZY_RING, bx.Levels(0.05, NEWTON, 0.0)),
     "diamond": lambda: decentralized.diamond(
-        PROBLEM, LAZY_RING, bx.Levels(0.05, NEWTON, 0.0), bx.sampling.full, 0.3, 50, 0.28
+        PROBLEM,
+        LAZY_RING,
+        bx.Levels(0.05, NEWTON, 0.0),
+        sample=bx.sampling.full,
+        momentum=0.3,
+        terms=50,
+        inverse_step=0.28,
     ),
-    "c2dfb": lambda: decentralized.c2dfb(PROBLEM, LAZY_RING, STEPS, 5, 10.0, bx.agents.compression.top_k(1.0), 0.5),
+    "c2dfb": lambda: decentralized.c2dfb(
+        PROBLEM,
+        LAZY_RING,
+        STEPS,
+        steps=5,
+        multiplier=10.0,
+        compressor=bx.agents.compression.top_k(1.0),
+        gossip_step=0.5,
+    ),
 }
 
 
@@ -96,7 +110,7 @@ def one_step(make, fisher, key):
     problem = bx.BilevelProblem(lambda x, y, batch: jnp.sum(y**2) + x**2, loss)
     inputs = jnp.asarray(np.random.default_rng(0).normal(size=(6, 3)))
     data = bx.replicate((inputs, jnp.arange(6) % 3), 4)
-    method = make(problem, preconditioned(1.0, bx.ihvp.kfac(0.01, fisher=fisher)))
+    method = make(problem, preconditioned(1.0, bx.ihvp.kfac(damping=0.01, fisher=fisher)))
     start = method.init(*bx.replicate((jnp.ones(()), jnp.zeros((3, 3))), 4), bx.Batch(data, data))
     return numbers(jax.jit(method.step)(key, start, bx.Batch(data, data))[0].y)
 
@@ -133,7 +147,7 @@ BAD = {
     "all": (r"step_sizes\.x must be a number", started(NEWTON)),
     "exact_diffusion": (r"exact_diffusion must be numbers.*tracking", started(STEPS, correction.exact_diffusion)),
     "extra": (r"extra must be numbers.*tracking", started(STEPS, correction.extra)),
-    "not_linear": (r"ihvp must be linear.*bx\.ihvp\.kfac", lambda: preconditioned(0.5, bx.ihvp.cg(5))),
+    "not_linear": (r"ihvp must be linear.*bx\.ihvp\.kfac", lambda: preconditioned(0.5, bx.ihvp.cg(maxiter=5))),
     "no_ihvp": (r"ihvp must be an? IHVP", lambda: preconditioned(0.5, jnp.eye(3))),
     "negative": (r"step_size.*-0\.5", lambda: preconditioned(-0.5, bx.ihvp.identity())),
     "vector": (r"step_size must be one number", lambda: preconditioned(jnp.ones(3), bx.ihvp.identity())),

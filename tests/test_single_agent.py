@@ -27,10 +27,10 @@ def over_examples(loss):
 PROBLEM = bx.BilevelProblem(over_examples(outer_loss), over_examples(inner_loss))
 METHODS = {
     "soba": bx.algorithms.soba(PROBLEM, STEPS),
-    "soba_minibatch": bx.algorithms.soba(PROBLEM, STEPS, MINIBATCH),
+    "soba_minibatch": bx.algorithms.soba(PROBLEM, STEPS, sample=MINIBATCH),
     "saba": bx.algorithms.saba(PROBLEM, STEPS, blocks=4),
-    "sustain": bx.algorithms.sustain(PROBLEM, STEPS, bx.sampling.full),
-    "sustain_minibatch": bx.algorithms.sustain(PROBLEM, STEPS, MINIBATCH, a=0.05),
+    "sustain": bx.algorithms.sustain(PROBLEM, STEPS, sample=bx.sampling.full),
+    "sustain_minibatch": bx.algorithms.sustain(PROBLEM, STEPS, sample=MINIBATCH, momentum=0.05),
 }
 
 
@@ -106,12 +106,12 @@ def keyed(key, name, method=None):
 
 
 BAD = {
-    "blocks_no_divisor": (r"blocks.*5.*12", keyed(networks.KEY, "saba", bx.algorithms.saba(PROBLEM, STEPS, 5))),
-    "no_blocks": ("blocks", lambda: bx.algorithms.saba(PROBLEM, STEPS, 0)),
+    "blocks_no_divisor": (r"blocks.*5.*12", keyed(networks.KEY, "saba", bx.algorithms.saba(PROBLEM, STEPS, blocks=5))),
+    "no_blocks": ("blocks", lambda: bx.algorithms.saba(PROBLEM, STEPS, blocks=0)),
     "no_key_for_blocks": ("key", keyed(None, "saba")),
     "no_key_for_a_minibatch": ("key", keyed(None, "soba_minibatch")),
     "two_step_sizes": ("step_sizes", lambda: bx.algorithms.soba(PROBLEM, (0.1, 0.1))),
-    "momentum": (r"\ba\b.*1\.5", lambda: bx.algorithms.sustain(PROBLEM, STEPS, MINIBATCH, a=1.5)),
+    "momentum": (r"\ba\b.*1\.5", lambda: bx.algorithms.sustain(PROBLEM, STEPS, sample=MINIBATCH, momentum=1.5)),
     "integer_x": ("int", lambda: METHODS["soba"].init(jnp.zeros(2, int), START[1])),
 }
 

@@ -35,21 +35,21 @@ PROBLEM = bx.BilevelProblem(over_examples(outer_loss), over_examples(inner_loss)
 
 
 def exact_descent(problem, sample):
-    solver = bx.inner.implicit(problem.inner_loss, optax.sgd(0.3), 40, bx.ihvp.exact())
+    solver = bx.inner.implicit(problem.inner_loss, optax.sgd(0.3), 40, ihvp=bx.ihvp.exact())
     return A.descent(bx.hypergradient(problem.outer_loss, solver), optax.sgd(0.1, momentum=0.5))
 
 
 MAKE = {  # (problem, sample) -> method
-    "srba": lambda problem, sample: A.srba(problem, STEPS, sample, period=3),
-    "fsla": lambda problem, sample: A.fsla(problem, STEPS, sample),
-    "mrbo": lambda problem, sample: A.mrbo(problem, STEPS, sample, terms=3),
-    "vrbo": lambda problem, sample: A.vrbo(problem, STEPS, sample, period=3, steps=2, terms=3),
-    "stocbio": lambda problem, sample: A.stocbio(problem, STEPS, sample, steps=3, terms=3),
-    "amigo": lambda problem, sample: A.amigo(problem, (optax.adam(0.1), *STEPS[1:]), sample, steps=3, v_steps=2),
-    "bsa": lambda problem, sample: A.bsa(problem, STEPS, sample, terms=3),
-    "ttsa": lambda problem, sample: A.ttsa(problem, STEPS, sample, terms=3),
-    "f2sa": lambda problem, sample: A.f2sa(problem, STEPS, sample, lambda k: 10.0 + k, steps=3),
-    "pzobo": lambda problem, sample: A.pzobo(problem, STEPS, sample, steps=3, directions=2),
+    "srba": lambda problem, sample: A.srba(problem, STEPS, sample=sample, every=3),
+    "fsla": lambda problem, sample: A.fsla(problem, STEPS, sample=sample),
+    "mrbo": lambda problem, sample: A.mrbo(problem, STEPS, sample=sample, terms=3),
+    "vrbo": lambda problem, sample: A.vrbo(problem, STEPS, sample=sample, every=3, steps=2, terms=3),
+    "stocbio": lambda problem, sample: A.stocbio(problem, STEPS, sample=sample, steps=3, terms=3),
+    "amigo": lambda problem, sample: A.amigo(problem, (optax.adam(0.1), *STEPS[1:]), sample=sample, steps=3, v_steps=2),
+    "bsa": lambda problem, sample: A.bsa(problem, STEPS, sample=sample, terms=3),
+    "ttsa": lambda problem, sample: A.ttsa(problem, STEPS, sample=sample, terms=3),
+    "f2sa": lambda problem, sample: A.f2sa(problem, STEPS, sample=sample, multiplier=lambda k: 10.0 + k, steps=3),
+    "pzobo": lambda problem, sample: A.pzobo(problem, STEPS, sample=sample, steps=3, directions=2),
     "descent": exact_descent,
 }
 
@@ -73,10 +73,10 @@ def limit(method, iterations=300):
 EXACT_LIMITS = {
     "srba": MAKE["srba"](PROBLEM, SMALL),
     "fsla": MAKE["fsla"](PROBLEM, FULL),
-    "mrbo": A.mrbo(PROBLEM, STEPS, FULL, terms=MANY),
-    "vrbo": A.vrbo(PROBLEM, STEPS, SMALL, period=3, steps=2, terms=MANY),
-    "stocbio": A.stocbio(PROBLEM, STEPS, FULL, steps=2, terms=MANY),
-    "amigo": A.amigo(PROBLEM, STEPS, FULL, steps=2),
+    "mrbo": A.mrbo(PROBLEM, STEPS, sample=FULL, terms=MANY),
+    "vrbo": A.vrbo(PROBLEM, STEPS, sample=SMALL, every=3, steps=2, terms=MANY),
+    "stocbio": A.stocbio(PROBLEM, STEPS, sample=FULL, steps=2, terms=MANY),
+    "amigo": A.amigo(PROBLEM, STEPS, sample=FULL, steps=2),
     "descent": exact_descent(PROBLEM, FULL),
 }
 
@@ -108,15 +108,15 @@ def test_the_limits_of_truncated_series():
     assert np.linalg.norm(expected - EXACT[0]) > 0.03
     np.testing.assert_allclose(root(np.linalg.inv(MEAN.A)), EXACT[0], rtol=1e-12)
     steps = (0.1, 0.3, c)
-    x, _ = limit(A.stocbio(PROBLEM, steps, FULL, steps=9, terms=terms), 200)
+    x, _ = limit(A.stocbio(PROBLEM, steps, sample=FULL, steps=9, terms=terms), 200)
     np.testing.assert_allclose(x[-1], expected, rtol=0, atol=1e-8)
-    x, _ = limit(A.bsa(PROBLEM, steps, FULL, steps=2, terms=terms), 1500)
+    x, _ = limit(A.bsa(PROBLEM, steps, sample=FULL, steps=2, terms=terms), 1500)
     np.testing.assert_allclose(x[750:].mean(0), expected, rtol=0, atol=0.03)
 
 
 def test_the_bias_of_a_constant_multiplier_is_of_order_one_over_it():
     def end(multiplier):
-        method = A.f2sa(PROBLEM, (0.1, 0.25, 0.0), FULL, multiplier, steps=10)
+        method = A.f2sa(PROBLEM, (0.1, 0.25, 0.0), sample=FULL, multiplier=multiplier, steps=10)
         return run(method, 200)[0][-1]
 
     ends = np.asarray(jax.jit(jax.vmap(end))(jnp.array([50.0, 100.0, 200.0])))
@@ -128,14 +128,14 @@ def test_the_bias_of_a_constant_multiplier_is_of_order_one_over_it():
 def test_more_directions_are_less_noise():
     spread = []
     for directions in (1, 16):
-        x, _ = limit(A.pzobo(PROBLEM, (0.02, 0.3, 0.0), FULL, steps=12, directions=directions), 600)
+        x, _ = limit(A.pzobo(PROBLEM, (0.02, 0.3, 0.0), sample=FULL, steps=12, directions=directions), 600)
         np.testing.assert_allclose(x[200:].mean(0), EXACT[0], rtol=0, atol=0.1)
         spread.append(x[200:].std(0).mean())
     assert spread[1] < 0.5 * spread[0]
 
 
 def test_amigo_averages_over_minibatches():
-    x, _ = limit(A.amigo(PROBLEM, (0.02, 0.05, 0.05), SMALL, steps=2), 600)
+    x, _ = limit(A.amigo(PROBLEM, (0.02, 0.05, 0.05), sample=SMALL, steps=2), 600)
     np.testing.assert_allclose(x[300:].mean(0), EXACT[0], rtol=0, atol=0.05)
 
 
@@ -258,8 +258,8 @@ def test_declared_calls_are_those_that_the_compiled_program_runs(name):
 def test_step_sizes_that_fall():
     np.testing.assert_allclose(A.decay(0.3, 0.5)(jnp.arange(9))[jnp.array([0, 8])], [0.3, 0.1])
     problem = bx.BilevelProblem(lambda x, y, batch: y**2, lambda x, y, batch: 0.5 * (y - x) ** 2)
-    by_number = A.ttsa(problem, (0.1, 0.5, 1.0), FULL, terms=1)
-    by_schedule = A.bsa(problem, (A.decay(0.1, 0.6), A.decay(0.5, 0.4), 1.0), FULL, steps=1, terms=1)
+    by_number = A.ttsa(problem, (0.1, 0.5, 1.0), sample=FULL, terms=1)
+    by_schedule = A.bsa(problem, (A.decay(0.1, 0.6), A.decay(0.5, 0.4), 1.0), sample=FULL, steps=1, terms=1)
     for method in (by_number, by_schedule):
         state, step = method.init(1.0, 0.0), jax.jit(method.step)
         for _ in range(2):
@@ -272,65 +272,71 @@ def test_step_sizes_that_fall():
 
 
 BAD = {
-    "period": (r"period.*0", lambda: A.srba(PROBLEM, STEPS, SMALL, 0)),
-    "period_vrbo": ("period", lambda: A.vrbo(PROBLEM, STEPS, SMALL, 0)),
-    "steps_vrbo": ("steps", lambda: A.vrbo(PROBLEM, STEPS, SMALL, 2, steps=0)),
-    "momentum": (r"\ba\b.*1\.5", lambda: A.fsla(PROBLEM, STEPS, SMALL, a=1.5)),
-    "terms_mrbo": ("terms", lambda: A.mrbo(PROBLEM, STEPS, SMALL, terms=-1)),
-    "steps_amigo": ("steps", lambda: A.amigo(PROBLEM, STEPS, SMALL, steps=0)),
-    "v_steps_amigo": ("v_steps", lambda: A.amigo(PROBLEM, STEPS, SMALL, v_steps=0)),
-    "optimizer_of_v": (r"step_sizes\.v", lambda: A.amigo(PROBLEM, (0.1, 0.1, optax.adam(0.1)), SMALL)),
-    "negative_step": (r"step_sizes\.x.*-1", lambda: A.stocbio(PROBLEM, (-1.0, 0.1, 0.1), SMALL)),
-    "two_step_sizes": ("step_sizes", lambda: A.bsa(PROBLEM, (0.1, 0.1), SMALL)),
-    "steps_bsa": ("steps", lambda: A.bsa(PROBLEM, STEPS, SMALL, steps=-1)),
-    "multiplier": ("multiplier", lambda: A.f2sa(PROBLEM, STEPS, SMALL, -1.0)),
-    "directions": ("directions", lambda: A.pzobo(PROBLEM, STEPS, SMALL, directions=0)),
-    "mu": ("mu", lambda: A.pzobo(PROBLEM, STEPS, SMALL, mu=0.0)),
+    "period": (r"period.*0", lambda: A.srba(PROBLEM, STEPS, sample=SMALL, every=0)),
+    "period_vrbo": ("period", lambda: A.vrbo(PROBLEM, STEPS, sample=SMALL, every=0)),
+    "steps_vrbo": ("steps", lambda: A.vrbo(PROBLEM, STEPS, sample=SMALL, every=2, steps=0)),
+    "momentum": (r"\ba\b.*1\.5", lambda: A.fsla(PROBLEM, STEPS, sample=SMALL, momentum=1.5)),
+    "terms_mrbo": ("terms", lambda: A.mrbo(PROBLEM, STEPS, sample=SMALL, terms=-1)),
+    "steps_amigo": ("steps", lambda: A.amigo(PROBLEM, STEPS, sample=SMALL, steps=0)),
+    "v_steps_amigo": ("v_steps", lambda: A.amigo(PROBLEM, STEPS, sample=SMALL, v_steps=0)),
+    "optimizer_of_v": (r"step_sizes\.v", lambda: A.amigo(PROBLEM, (0.1, 0.1, optax.adam(0.1)), sample=SMALL)),
+    "negative_step": (r"step_sizes\.x.*-1", lambda: A.stocbio(PROBLEM, (-1.0, 0.1, 0.1), sample=SMALL)),
+    "two_step_sizes": ("step_sizes", lambda: A.bsa(PROBLEM, (0.1, 0.1), sample=SMALL)),
+    "steps_bsa": ("steps", lambda: A.bsa(PROBLEM, STEPS, sample=SMALL, steps=-1)),
+    "multiplier": ("multiplier", lambda: A.f2sa(PROBLEM, STEPS, sample=SMALL, multiplier=-1.0)),
+    "directions": ("directions", lambda: A.pzobo(PROBLEM, STEPS, sample=SMALL, directions=0)),
+    "mu": ("mu", lambda: A.pzobo(PROBLEM, STEPS, sample=SMALL, mu=0.0)),
     "power": ("power", lambda: A.decay(0.1, -1.0)),
-    "series_mrbo": (r"step_sizes\.v.*> 0; got 0", lambda: A.mrbo(PROBLEM, (0.1, 0.1, 0), SMALL)),
+    "series_mrbo": (r"step_sizes\.v.*> 0; got 0", lambda: A.mrbo(PROBLEM, (0.1, 0.1, 0), sample=SMALL)),
     "schedule_of_a_series_mrbo": (
         r"step_sizes\.v must be one number",
-        lambda: A.mrbo(PROBLEM, (0.1, 0.1, lambda k: 0.1), SMALL),
+        lambda: A.mrbo(PROBLEM, (0.1, 0.1, lambda k: 0.1), sample=SMALL),
     ),
-    "no_series_mrbo": (r"step_sizes\.v.*None", lambda: A.mrbo(PROBLEM, (0.1, 0.1, None), SMALL)),
-    "series_vrbo": (r"step_sizes\.v.*> 0; got 0", lambda: A.vrbo(PROBLEM, (0.1, 0.1, 0), SMALL, 2)),
+    "no_series_mrbo": (r"step_sizes\.v.*None", lambda: A.mrbo(PROBLEM, (0.1, 0.1, None), sample=SMALL)),
+    "series_vrbo": (r"step_sizes\.v.*> 0; got 0", lambda: A.vrbo(PROBLEM, (0.1, 0.1, 0), sample=SMALL, every=2)),
     "schedule_of_a_series_vrbo": (
         r"step_sizes\.v must be one number",
-        lambda: A.vrbo(PROBLEM, (0.1, 0.1, lambda k: 0.1), SMALL, 2),
+        lambda: A.vrbo(PROBLEM, (0.1, 0.1, lambda k: 0.1), sample=SMALL, every=2),
     ),
-    "no_series_vrbo": (r"step_sizes\.v.*None", lambda: A.vrbo(PROBLEM, (0.1, 0.1, None), SMALL, 2)),
-    "series_stocbio": (r"step_sizes\.v.*> 0; got 0", lambda: A.stocbio(PROBLEM, (0.1, 0.1, 0), SMALL)),
-    "series_bsa": (r"step_sizes\.v.*> 0; got 0", lambda: A.bsa(PROBLEM, (0.1, 0.1, 0), SMALL)),
-    "series_ttsa": (r"step_sizes\.v.*> 0; got 0", lambda: A.ttsa(PROBLEM, (0.1, 0.1, 0), SMALL)),
-    "terms_stocbio": (r"^terms.*0", lambda: A.stocbio(PROBLEM, STEPS, SMALL, terms=0)),
-    "terms_bsa": (r"^terms.*0", lambda: A.bsa(PROBLEM, STEPS, SMALL, terms=0)),
-    "terms_ttsa": (r"^terms.*0", lambda: A.ttsa(PROBLEM, STEPS, SMALL, terms=0)),
-    "steps_stocbio": (r"^steps.*-1", lambda: A.stocbio(PROBLEM, STEPS, SMALL, steps=-1)),
-    "steps_f2sa": (r"^steps.*-1", lambda: A.f2sa(PROBLEM, STEPS, SMALL, 10.0, steps=-1)),
-    "two_multipliers": (r"multiplier must be one number.*\(2,\)", lambda: A.f2sa(PROBLEM, STEPS, SMALL, jnp.ones(2))),
+    "no_series_vrbo": (r"step_sizes\.v.*None", lambda: A.vrbo(PROBLEM, (0.1, 0.1, None), sample=SMALL, every=2)),
+    "series_stocbio": (r"step_sizes\.v.*> 0; got 0", lambda: A.stocbio(PROBLEM, (0.1, 0.1, 0), sample=SMALL)),
+    "series_bsa": (r"step_sizes\.v.*> 0; got 0", lambda: A.bsa(PROBLEM, (0.1, 0.1, 0), sample=SMALL)),
+    "series_ttsa": (r"step_sizes\.v.*> 0; got 0", lambda: A.ttsa(PROBLEM, (0.1, 0.1, 0), sample=SMALL)),
+    "terms_stocbio": (r"^terms.*0", lambda: A.stocbio(PROBLEM, STEPS, sample=SMALL, terms=0)),
+    "terms_bsa": (r"^terms.*0", lambda: A.bsa(PROBLEM, STEPS, sample=SMALL, terms=0)),
+    "terms_ttsa": (r"^terms.*0", lambda: A.ttsa(PROBLEM, STEPS, sample=SMALL, terms=0)),
+    "steps_stocbio": (r"^steps.*-1", lambda: A.stocbio(PROBLEM, STEPS, sample=SMALL, steps=-1)),
+    "steps_f2sa": (r"^steps.*-1", lambda: A.f2sa(PROBLEM, STEPS, sample=SMALL, multiplier=10.0, steps=-1)),
+    "two_multipliers": (
+        r"multiplier must be one number.*\(2,\)",
+        lambda: A.f2sa(PROBLEM, STEPS, sample=SMALL, multiplier=jnp.ones(2)),
+    ),
     "multiplier_of_two": (
         r"multiplier must be a function \(k\)",
-        lambda: A.f2sa(PROBLEM, STEPS, SMALL, lambda k, n: 1.0),
+        lambda: A.f2sa(PROBLEM, STEPS, sample=SMALL, multiplier=lambda k, n: 1.0),
     ),
-    "steps_of_random_neumann": ("step_size must be one number", lambda: bx.ihvp.random_neumann(2, jnp.ones(3))),
+    "steps_of_random_neumann": (
+        "step_size must be one number",
+        lambda: bx.ihvp.random_neumann(terms=2, step_size=jnp.ones(3)),
+    ),
     "dampings_of_random_neumann": (
         "damping must be one number",
-        lambda: bx.ihvp.random_neumann(2, 0.1, damping=jnp.ones(3)),
+        lambda: bx.ihvp.random_neumann(terms=2, step_size=0.1, damping=jnp.ones(3)),
     ),
     "optimizer_of_y_amigo": (
         r"step_sizes\.y must be a number or a schedule",
-        lambda: A.amigo(PROBLEM, (0.1, optax.sgd(0.1), 0.1), SMALL),
+        lambda: A.amigo(PROBLEM, (0.1, optax.sgd(0.1), 0.1), sample=SMALL),
     ),
     "optimizer_of_y_vrbo": (
         r"step_sizes\.y must be a number or a schedule",
-        lambda: A.vrbo(PROBLEM, (0.1, optax.sgd(0.1), 0.1), SMALL, 2),
+        lambda: A.vrbo(PROBLEM, (0.1, optax.sgd(0.1), 0.1), sample=SMALL, every=2),
     ),
-    "sample_f2sa": (r"^sample must be a function.*64", lambda: A.f2sa(PROBLEM, STEPS, 64, 10.0)),
+    "sample_f2sa": (r"^sample must be a function.*64", lambda: A.f2sa(PROBLEM, STEPS, sample=64, multiplier=10.0)),
     **{
         f"sample_{name}": (r"^sample must be a function.*64", functools.partial(getattr(A, name), PROBLEM, STEPS, 64))
         for name in ("bsa", "ttsa", "stocbio", "pzobo", "amigo", "mrbo", "fsla")
     },
-    "problem": ("problem", lambda: A.stocbio(outer_loss, STEPS, SMALL)),
+    "problem": ("problem", lambda: A.stocbio(outer_loss, STEPS, sample=SMALL)),
     "estimator": ("estimator", lambda: A.descent(3.0, 0.1)),
     "estimator_of_k": ("estimator", lambda: A.descent(lambda k: 3.0, 0.1).init(*START)),
     "state": ("state", lambda: MAKE["amigo"](PROBLEM, FULL).step(KEY, START, DATA.batch)),

@@ -21,7 +21,7 @@ LAZY_RING = bx.gossip(topology(W))
 
 def sparkle(forms, theta=1.0, gossip=LAZY_RING, steps=STEPS, **choices):
     corrections = bx.Levels(*(getattr(correction, form)() for form in forms))
-    return decentralized.sparkle(PROBLEM, gossip, steps, corrections, theta=theta, **choices)
+    return decentralized.sparkle(PROBLEM, gossip, steps, correction=corrections, momentum=theta, **choices)
 
 
 FORMS = [

@@ -247,16 +247,16 @@ def test_weights():
 
 
 def test_random_graphs():
-    first, again, other = (tp.erdos_renyi(20, 0.2, seed=seed) for seed in (1, 1, 2))
+    first, again, other = (tp.erdos_renyi(20, probability=0.2, seed=seed) for seed in (1, 1, 2))
     np.testing.assert_array_equal(first.matrix.toarray(), again.matrix.toarray())
     assert (first.matrix != other.matrix).nnz
     assert_doubly_stochastic(first)
-    assert tp.erdos_renyi(1, 0.1, seed=0).n == 1
-    np.testing.assert_allclose(tp.erdos_renyi(5, 1.0, seed=0).matrix.toarray(), 0.2)
-    regular = tp.random_regular(20, 4, seed=3)
+    assert tp.erdos_renyi(1, probability=0.1, seed=0).n == 1
+    np.testing.assert_allclose(tp.erdos_renyi(5, probability=1.0, seed=0).matrix.toarray(), 0.2)
+    regular = tp.random_regular(20, degree=4, seed=3)
     assert_doubly_stochastic(regular)
     assert np.bincount(tp.edges(regular)[:, 0]).tolist() == [4] * 20
-    np.testing.assert_array_equal(regular.matrix.toarray(), tp.random_regular(20, 4, seed=3).matrix.toarray())
+    np.testing.assert_array_equal(regular.matrix.toarray(), tp.random_regular(20, degree=4, seed=3).matrix.toarray())
     np.testing.assert_allclose(regular.matrix.data, 0.2)
 
 
@@ -274,7 +274,7 @@ def connected_graphs(draw):
 @given(connected_graphs(), st.randoms(use_true_random=False))
 def test_any_connected_graph(graph, source):
     for weights in (tp.metropolis, tp.uniform, tp.self_weight(0.3)):
-        topology = tp.from_graph(graph, weights)
+        topology = tp.from_graph(graph, weights=weights)
         assert_doubly_stochastic(topology)
         assert tp.is_symmetric(topology)
         assert 0 < tp.spectral_gap(topology) <= 1 + 1e-12
@@ -319,7 +319,7 @@ def test_directed_graphs():
     with pytest.raises(ValueError, match=r"adjacency must be square; got shape \(2, 3\)"):
         tp.out_weights(sparse.csr_array(np.ones((2, 3))))
     with pytest.raises(ValueError, match=r"adjacency must be symmetric .* weights=bx\.topology\.out_weights"):
-        tp.from_graph(graph, tp.metropolis)
+        tp.from_graph(graph, weights=tp.metropolis)
 
 
 def test_from_matrix():
@@ -400,15 +400,18 @@ REFUSED = [
     (lambda: tp.ring(4, weights=tp.self_weight(1.0)), r"value must be a number in \(0, 1\); got 1\.0"),
     (lambda: tp.torus(12, rows=5), r"rows must divide n=12; got 5\. Pass one of \[1, 2, 3, 4, 6, 12\]"),
     (lambda: tp.hypercube(6), r"power of two for a hypercube; got 6\. Pass n=4 or n=8"),
-    (lambda: tp.erdos_renyi(5, 0.0, seed=0), r"probability must be a number in \(0, 1\]; got 0\.0"),
+    (lambda: tp.erdos_renyi(5, probability=0.0, seed=0), r"probability must be a number in \(0, 1\]; got 0\.0"),
     (
-        lambda: tp.erdos_renyi(50, 0.01, seed=4),
+        lambda: tp.erdos_renyi(50, probability=0.01, seed=4),
         r"n=50 agents connected; got 0\.01, and 100 graphs drawn from seed=4 were not\. Pass probability=0\.16 or more",
     ),
-    (lambda: tp.erdos_renyi(5, 0.5, seed=0.5), "seed must be a static Python int"),
-    (lambda: tp.random_regular(5, 3, seed=0), r"degree must be below n=5, and n · degree even; got 3"),
-    (lambda: tp.random_regular(4, 4, seed=0), r"degree must be below n=4.*; got 4"),
-    (lambda: tp.random_regular(6, 1, seed=0), r"n=6 agents connected; got 1, and 100 graphs .* Pass degree=3 or more"),
+    (lambda: tp.erdos_renyi(5, probability=0.5, seed=0.5), "seed must be a static Python int"),
+    (lambda: tp.random_regular(5, degree=3, seed=0), r"degree must be below n=5, and n · degree even; got 3"),
+    (lambda: tp.random_regular(4, degree=4, seed=0), r"degree must be below n=4.*; got 4"),
+    (
+        lambda: tp.random_regular(6, degree=1, seed=0),
+        r"n=6 agents connected; got 1, and 100 graphs .* Pass degree=3 or more",
+    ),
     (lambda: tp.check(np.eye(3)), r"topology must be a Topology, or .*; got ndarray\. Pass .*from_matrix\(W\)"),
     (lambda: tp.check(()), "topology must be a Topology, or .*; got an empty sequence"),
     (lambda: tp.check((tp.ring(3), tp.ring(4))), r"one number of agents in all rounds; got \[3, 4\]"),
@@ -448,4 +451,4 @@ def test_matchings_in_turn():
 def test_networkx_is_asked_for(monkeypatch):
     monkeypatch.setitem(sys.modules, "networkx", None)
     with pytest.raises(ModuleNotFoundError, match="pip install networkx"):
-        tp.erdos_renyi(5, 0.5, seed=0)
+        tp.erdos_renyi(5, probability=0.5, seed=0)

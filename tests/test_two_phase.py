@@ -19,7 +19,7 @@ def outer_loss(x, y, batch):
     return jnp.sum((y - 1) ** 2)
 
 
-CHEAP = bx.hypergradient(outer_loss, bx.inner.implicit(inner_loss, optax.sgd(0.1), 2, bx.ihvp.identity(0.3)))
+CHEAP = bx.hypergradient(outer_loss, bx.inner.implicit(inner_loss, optax.sgd(0.1), 2, ihvp=bx.ihvp.identity(0.3)))
 GOOD = bx.hypergradient(outer_loss, bx.inner.reverse(inner_loss, optax.adam(0.1), 5))
 START = (jnp.array(0.3), jnp.zeros(3))
 

@@ -46,7 +46,9 @@ def error(grad):
 
 @pytest.mark.parametrize("unrolled", [1, 3, 20])
 def test_with_the_true_inverse_it_is_exact_however_short(unrolled):
-    solver = bx.inner.unroll_with_tail(quadratic, STEP_SIZE, 20, unrolled, lambda damping: bx.ihvp.exact())
+    solver = bx.inner.unroll_with_tail(
+        quadratic, STEP_SIZE, 20, unrolled=unrolled, ihvp=lambda damping: bx.ihvp.exact()
+    )
     grad, state, info = estimate(solver)
     np.testing.assert_allclose(grad, TRUTH, rtol=0, atol=1e-10)
     power = jnp.linalg.matrix_power(jnp.eye(SIZE) - STEP_SIZE * H, 20)
@@ -58,7 +60,7 @@ def test_with_the_true_inverse_it_is_exact_however_short(unrolled):
 def test_a_poor_inverse_is_wrong_by_what_the_unroll_leaves_of_it():
     lengths, inverse, errors = (1, 3, 10, 30, 100), jnp.diag(1 / jnp.diag(H)), []
     for unrolled in lengths:
-        solver = bx.inner.unroll_with_tail(quadratic, STEP_SIZE, 100, unrolled, inverse_of_diagonal)
+        solver = bx.inner.unroll_with_tail(quadratic, STEP_SIZE, 100, unrolled=unrolled, ihvp=inverse_of_diagonal)
         grad, _, _ = estimate(solver)
         left = jnp.linalg.matrix_power(jnp.eye(SIZE) - STEP_SIZE * H, unrolled) @ SLOPE
         np.testing.assert_allclose(grad - TRUTH, B.T @ (inverse @ left - jnp.linalg.solve(H, left)), atol=1e-10)
@@ -81,15 +83,15 @@ def test_it_is_the_chain_that_it_stands_for():
     inputs = jnp.sin(jnp.arange(15.0)).reshape(5, 3)
     batch, x, y = (inputs, jnp.sign(inputs[:, :2])), jnp.linspace(-1.0, 1.0, 5), jnp.zeros((3, 2))
     outer_loss = lambda x, y, batch: jnp.sum(jnp.cos(y))  # noqa: E731
-    sgd, ihvp = optax.sgd(0.2), lambda damping: bx.ihvp.kfac(damping, fisher=curvature.fisher.exact)
+    sgd, ihvp = optax.sgd(0.2), lambda damping: bx.ihvp.kfac(damping=damping, fisher=curvature.fisher.exact)
     by_hand = bx.inner.chain(
-        bx.inner.implicit(inner_loss, sgd, 6, ihvp(1 / (0.2 * 4))), bx.inner.reverse(inner_loss, sgd, 4)
+        bx.inner.implicit(inner_loss, sgd, 6, ihvp=ihvp(1 / (0.2 * 4))), bx.inner.reverse(inner_loss, sgd, 4)
     )
-    solvers = bx.inner.unroll_with_tail(inner_loss, 0.2, 10, 4, ihvp), by_hand
+    solvers = bx.inner.unroll_with_tail(inner_loss, 0.2, 10, unrolled=4, ihvp=ihvp), by_hand
     got, expected = (estimate(solver, outer_loss, x, y, batch) for solver in solvers)
     np.testing.assert_allclose(got[0], expected[0], rtol=1e-12)
     np.testing.assert_allclose(got[1].y, expected[1].y, rtol=1e-12)
-    default, _, info = estimate(bx.inner.unroll_with_tail(inner_loss, 0.2, 10, 4), outer_loss, x, y, batch)
+    default, _, info = estimate(bx.inner.unroll_with_tail(inner_loss, 0.2, 10, unrolled=4), outer_loss, x, y, batch)
     assert not info.inner.breakdown
     assert default @ expected[0] > 0.9 * jnp.linalg.norm(default) * jnp.linalg.norm(expected[0])
 
@@ -97,9 +99,9 @@ def test_it_is_the_chain_that_it_stands_for():
 @pytest.mark.parametrize("optimizer", [optax.sgd(0.1, momentum=0.9), optax.adam(0.1)], ids=["momentum", "adam"])
 def test_a_tail_behind_momentum_or_adam_is_refused(optimizer):
     with pytest.raises(ValueError, match="step_size must be"):
-        bx.inner.unroll_with_tail(quadratic, optimizer, 20, 10)
+        bx.inner.unroll_with_tail(quadratic, optimizer, 20, unrolled=10)
     solver = bx.inner.chain(
-        bx.inner.implicit(quadratic, optimizer, 10, bx.ihvp.exact()), bx.inner.reverse(quadratic, optimizer, 10)
+        bx.inner.implicit(quadratic, optimizer, 10, ihvp=bx.ihvp.exact()), bx.inner.reverse(quadratic, optimizer, 10)
     )
     with pytest.raises(ValueError, match=r"must keep no momentum(.|\n)*Use optax.sgd without momentum"):
         estimate(solver)

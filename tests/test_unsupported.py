@@ -197,14 +197,14 @@ def test_each_leaf_stands_in_one_line_with_its_rule_or_the_reason():
 
 def test_treatments_stand_in_the_table():
     for treatment, rule in ((capture.zero, "zero"), (capture.identity, "identity"), (capture.diagonal, "estimated")):
-        table = str(curvature.describe(make(model), X[:2], Y, TEXT, treatment))
+        table = str(curvature.describe(make(model), X[:2], Y, TEXT, unsupported=treatment))
         assert rule in line(table, "odd")
         assert rule not in line(table, "head/kernel")
 
 
 def test_bytes_are_those_of_the_factors():
     """Also of the estimated diagonals; stacked layers are counted as often as they are there."""
-    report = curvature.describe(make(model), X[:2], Y, TEXT, capture.diagonal)
+    report = curvature.describe(make(model), X[:2], Y, TEXT, unsupported=capture.diagonal)
     inner_loss, x = make(model), X[:2].astype(jnp.float32)
 
     def measure(y):

@@ -49,12 +49,12 @@ def test_numbers_of_the_quadratic():
 
     def one(V):
         half = [
-            quadratic_estimate(zeroth_order(two_steps, 1, mu, difference=difference, sampler=rows(V)))
+            quadratic_estimate(zeroth_order(two_steps, directions=1, mu=mu, difference=difference, sampler=rows(V)))
             for difference in (one_sided, central)
         ]
         full = [
             bx.hypergradients.full_zeroth_order(
-                QUADRATIC.outer_loss, two_steps, 1, mu, difference=difference, sampler=rows(V)
+                QUADRATIC.outer_loss, two_steps, directions=1, mu=mu, difference=difference, sampler=rows(V)
             )
             for difference in (one_sided, central)
         ]
@@ -75,11 +75,15 @@ def exact():
 
 
 def half_form(mu, difference, **options):
-    return bx.hypergradient(validation_loss, zeroth_order(five_steps, N, mu, difference=difference, **options))
+    return bx.hypergradient(
+        validation_loss, zeroth_order(five_steps, directions=N, mu=mu, difference=difference, **options)
+    )
 
 
 def full_form(mu, difference, **options):
-    return bx.hypergradients.full_zeroth_order(validation_loss, five_steps, N, mu, difference=difference, **options)
+    return bx.hypergradients.full_zeroth_order(
+        validation_loss, five_steps, directions=N, mu=mu, difference=difference, **options
+    )
 
 
 @BOTH
@@ -100,7 +104,7 @@ def test_order_of_the_error(form, difference, exact):
 
 def test_mean_over_many_keys(exact):
     """Unbiased up to the order of the difference; the direct part is exact, and the noise is the declared one."""
-    solver = zeroth_order(five_steps, 4, 1e-4, difference=central, sampler=hadamard)
+    solver = zeroth_order(five_steps, directions=4, mu=1e-4, difference=central, sampler=hadamard)
     grads, _, info = jax.vmap(lambda key: cleaning_estimate(solver, key=key))(jax.random.split(KEY, 1000))
     assert_mean(flat(grads, axes=1), exact)
     squared_errors = np.sum((flat(grads, axes=1) - exact) ** 2, axis=1)
@@ -129,7 +133,7 @@ def counted(function):
 def test_solves_are_counted(difference, chunk):
     """b + 1 and 2 b + 1: as many as the black box really answers."""
     function, calls = counted(lambda x, y, batch: x / np.array([1.0, 2.0]))
-    solver = zeroth_order(bx.inner.black_box(function), 3, 0.1, difference=difference, chunk=chunk)
+    solver = zeroth_order(bx.inner.black_box(function), directions=3, mu=0.1, difference=difference, chunk=chunk)
     grad, state, info = quadratic_estimate(solver)
     jax.block_until_ready(grad)
     np.testing.assert_allclose(state.y, [16, 4], rtol=1e-14)
@@ -156,7 +160,9 @@ def test_an_equation_solved_by_scipy():
 
     batch, y = bx.Batch(jnp.array([1.0, 0.2, 0.3]), jnp.array(2.0)), jnp.zeros(3)
     expected = jax.jit(jax.grad(lambda x: outer_loss(x, closed_form(x, y, batch.inner), batch.outer)))(x)
-    solver = zeroth_order(bx.inner.black_box(integrate), 2, 1e-4, difference=central, sampler=orthogonal, chunk=1)
+    solver = zeroth_order(
+        bx.inner.black_box(integrate), directions=2, mu=1e-4, difference=central, sampler=orthogonal, chunk=1
+    )
     grad, state, info = estimate(solver, outer_loss, x, y, batch)
     np.testing.assert_allclose(state.y, closed_form(x, y, batch.inner), rtol=1e-8)
     np.testing.assert_allclose(grad, expected, rtol=1e-5)
@@ -165,7 +171,9 @@ def test_an_equation_solved_by_scipy():
     cost = bx.inner.black_box(
         lambda x, y, batch: np.sum((y - batch) ** 2) + 0.1 * x @ x, returns=lambda x, y, batch: 0.0
     )
-    hypergrad = bx.hypergradients.full_zeroth_order(cost, bx.inner.black_box(integrate), 2, 1e-4, sampler=orthogonal)
+    hypergrad = bx.hypergradients.full_zeroth_order(
+        cost, bx.inner.black_box(integrate), directions=2, mu=1e-4, sampler=orthogonal
+    )
     grad, state, info = estimated(hypergrad, x, y, batch)
     np.testing.assert_allclose(grad, expected, rtol=1e-5)
     assert info.outer_loss == pytest.approx(float(outer_loss(x, state.y, batch.outer)), rel=1e-12)
@@ -182,7 +190,7 @@ def test_common_random_numbers():
         return x * np.array([1.0, 2.0]) + np.random.default_rng(batch["key"]).normal(size=2)
 
     for solve in (noisy, bx.inner.black_box(by_numpy)):
-        solver = zeroth_order(solve, 2, 1e-3, sampler=orthogonal)
+        solver = zeroth_order(solve, directions=2, mu=1e-3, sampler=orthogonal)
         batch = bx.Batch(None, {"key": jax.random.key(8)})
         grad, state, _ = estimate(solver, QUADRATIC.outer_loss, QUADRATIC.x, QUADRATIC.y, batch)
         np.testing.assert_allclose(grad, QUADRATIC.h * (state.y - QUADRATIC.a), rtol=1e-8)
@@ -191,11 +199,11 @@ def test_common_random_numbers():
 
 def test_a_first_y_that_depends_on_x():
     for initial, jacobian in ((lambda x: x, (1, 5 / 8)), (lambda x: jnp.zeros(2), (7 / 16, 3 / 8))):
-        solver = zeroth_order(two_steps, 2, 0.1, sampler=orthogonal, initial=initial)
+        solver = zeroth_order(two_steps, directions=2, mu=0.1, sampler=orthogonal, initial=initial)
         grad, state, _ = quadratic_estimate(solver)
         np.testing.assert_allclose(grad, np.array(jacobian) * (state.y - QUADRATIC.a), atol=1e-9)
         full = bx.hypergradients.full_zeroth_order(
-            QUADRATIC.outer_loss, two_steps, 2, 0.1, sampler=orthogonal, initial=initial
+            QUADRATIC.outer_loss, two_steps, directions=2, mu=0.1, sampler=orthogonal, initial=initial
         )
         other, full_state, _ = estimated(full, QUADRATIC.x, QUADRATIC.y)
         np.testing.assert_allclose(other, grad, atol=1e-9)
@@ -206,17 +214,19 @@ def test_guides_and_control_variates():
     """As for exact tangents: a guess in the right direction leaves nothing to chance."""
     u = jnp.asarray(QUADRATIC_GRADIENT)[None]
     for options in ({"guide": bx.inner.guides.fixed(5 * u)}, {"control_variate": bx.inner.guides.fixed(u)}):
-        grad, _, info = quadratic_estimate(zeroth_order(two_steps, 2, 0.1, **options))
+        grad, _, info = quadratic_estimate(zeroth_order(two_steps, directions=2, mu=0.1, **options))
         np.testing.assert_allclose(grad, QUADRATIC_GRADIENT, atol=1e-9)
         assert info.inner.detail.relative_error < 1e-9
-    grad, state, info = quadratic_estimate(zeroth_order(two_steps, 2, 0.1, guide=bx.inner.guides.running_mean(0.5)))
+    grad, state, info = quadratic_estimate(
+        zeroth_order(two_steps, directions=2, mu=0.1, guide=bx.inner.guides.running_mean(0.5))
+    )
     np.testing.assert_allclose(state.solver.guide, grad / 2, rtol=1e-12)
     assert info.inner.detail.solves == 3
     assert np.isnan(info.inner.detail.cosine)  # of a mean that is still zero
 
 
 def test_a_loss_that_is_only_reported():
-    _, state, info = quadratic_estimate(zeroth_order(two_steps, 2, 0.1, inner_loss=QUADRATIC.inner_loss))
+    _, state, info = quadratic_estimate(zeroth_order(two_steps, directions=2, mu=0.1, inner_loss=QUADRATIC.inner_loss))
     np.testing.assert_allclose(state.y, [7, 3], rtol=1e-14)
     assert info.inner.inner_loss == pytest.approx(float(QUADRATIC.inner_loss(QUADRATIC.x, state.y, None)), rel=1e-12)
     assert info.inner.gradient_norm == pytest.approx(np.hypot(9, 2), rel=1e-12)
@@ -224,12 +234,14 @@ def test_a_loss_that_is_only_reported():
 
 
 def test_the_differentiable_solve_and_the_second_phase():
-    solver = zeroth_order(bx.inner.black_box(lambda x, y, batch: x / np.array([1.0, 2.0])), 2, 0.1, sampler=coordinate)
+    solver = zeroth_order(
+        bx.inner.black_box(lambda x, y, batch: x / np.array([1.0, 2.0])), directions=2, mu=0.1, sampler=coordinate
+    )
     solve = bx.differentiable(solver)
     grad = jax.jit(jax.grad(lambda x: QUADRATIC.outer_loss(x, solve(x, QUADRATIC.y, None, KEY), None)))(QUADRATIC.x)
     np.testing.assert_allclose(grad, [10, -1 / 2], atol=1e-9)
     second = bx.hypergradient(QUADRATIC.outer_loss, solver)
-    implicit = bx.inner.implicit(QUADRATIC.inner_loss, QUADRATIC_SGD, 2, bx.ihvp.exact())
+    implicit = bx.inner.implicit(QUADRATIC.inner_loss, QUADRATIC_SGD, 2, ihvp=bx.ihvp.exact())
     hypergrad = bx.two_phase(1, bx.hypergradient(QUADRATIC.outer_loss, implicit), second)
 
     def step(state, key):
@@ -253,11 +265,11 @@ def test_numbers_that_are_not_finite_are_a_breakdown(where):
         broken = where == "everywhere" or not np.allclose(x, QUADRATIC.x)
         return np.where(broken, np.nan, x)
 
-    grad, state, info = quadratic_estimate(zeroth_order(bx.inner.black_box(fails), 2, 0.1))
+    grad, state, info = quadratic_estimate(zeroth_order(bx.inner.black_box(fails), directions=2, mu=0.1))
     assert info.inner.breakdown
     assert np.isnan(grad).any()
     assert np.isnan(state.y).all() == (where == "everywhere")
-    full = bx.hypergradients.full_zeroth_order(QUADRATIC.outer_loss, bx.inner.black_box(fails), 2, 0.1)
+    full = bx.hypergradients.full_zeroth_order(QUADRATIC.outer_loss, bx.inner.black_box(fails), directions=2, mu=0.1)
     assert estimated(full, QUADRATIC.x, QUADRATIC.y)[2].inner.breakdown
 
 
@@ -273,12 +285,12 @@ STRUCTURES = {
 def test_a_black_box_of_another_structure(name):
     function, says = STRUCTURES[name]
     with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match="result of the black box must keep") as caught:
-        jax.block_until_ready(quadratic_estimate(zeroth_order(bx.inner.black_box(function), 2)))
+        jax.block_until_ready(quadratic_estimate(zeroth_order(bx.inner.black_box(function), directions=2)))
     assert says in str(caught.value)
     if name != "nothing":
         as_jax = lambda x, y, batch: jax.tree.map(jnp.asarray, function(x, y, batch))  # noqa: E731
         with pytest.raises(ValueError, match="y under solve must keep its structure and shapes") as caught:
-            quadratic_estimate(zeroth_order(as_jax, 2))
+            quadratic_estimate(zeroth_order(as_jax, directions=2))
         assert says in str(caught.value)
 
 
@@ -287,32 +299,38 @@ def test_what_a_black_box_raises_is_not_swallowed():
         raise FloatingPointError("the mesh is too coarse")
 
     with pytest.raises(jax.errors.JaxRuntimeError, match="the mesh is too coarse"):
-        jax.block_until_ready(quadratic_estimate(zeroth_order(bx.inner.black_box(fails), 2)))
+        jax.block_until_ready(quadratic_estimate(zeroth_order(bx.inner.black_box(fails), directions=2)))
 
 
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: zeroth_order(two_steps, 2, 0.0), ["mu must be a finite number > 0", "got 0.0"]),
-        (lambda: zeroth_order(two_steps, 2, -1e-3), ["mu must be a finite number > 0", "got -0.001"]),
-        (lambda: zeroth_order(two_steps, 2, jnp.nan), ["mu must be a finite number > 0", "got nan"]),
-        (lambda: zeroth_order(two_steps, 2, jnp.ones(2)), ["mu must be one number", "shape (2,)"]),
-        (lambda: zeroth_order(two_steps, 0), ["directions must be", "got 0"]),
-        (lambda: zeroth_order(two_steps, 2, chunk=0), ["chunk must be", "got 0"]),
-        (lambda: zeroth_order(two_steps, 2, difference="central"), ["difference must be a Difference", "'central'"]),
+        (lambda: zeroth_order(two_steps, directions=2, mu=0.0), ["mu must be a finite number > 0", "got 0.0"]),
+        (lambda: zeroth_order(two_steps, directions=2, mu=-1e-3), ["mu must be a finite number > 0", "got -0.001"]),
+        (lambda: zeroth_order(two_steps, directions=2, mu=jnp.nan), ["mu must be a finite number > 0", "got nan"]),
+        (lambda: zeroth_order(two_steps, directions=2, mu=jnp.ones(2)), ["mu must be one number", "shape (2,)"]),
+        (lambda: zeroth_order(two_steps, directions=0), ["directions must be", "got 0"]),
+        (lambda: zeroth_order(two_steps, directions=2, chunk=0), ["chunk must be", "got 0"]),
+        (
+            lambda: zeroth_order(two_steps, directions=2, difference="central"),
+            ["difference must be a Difference", "'central'"],
+        ),
         (lambda: zeroth_order(lambda x: x), ["solve must be a function (x, y0, batch)"]),
         (lambda: zeroth_order(None), ["solve must be a function (x, y0, batch)", "got None"]),
-        (lambda: quadratic_estimate(zeroth_order(two_steps, 3, sampler=coordinate)), ["directions", "got 3"]),
+        (
+            lambda: quadratic_estimate(zeroth_order(two_steps, directions=3, sampler=coordinate)),
+            ["directions", "got 3"],
+        ),
         (lambda: quadratic_estimate(zeroth_order(two_steps), key=None), ["key must be", "got None"]),
         (lambda: quadratic_estimate(zeroth_order(two_steps), x=jnp.arange(2)), ["x must hold floating-point", "int64"]),
         (lambda: bx.inner.black_box(lambda x: x), ["function must be a function (x, y, batch)"]),
         (lambda: bx.inner.black_box(two_steps, returns=0.0), ["returns must be a function (x, y, batch)", "got 0.0"]),
         (
-            lambda: bx.hypergradients.full_zeroth_order(QUADRATIC.outer_loss, two_steps, 2, 0.0),
+            lambda: bx.hypergradients.full_zeroth_order(QUADRATIC.outer_loss, two_steps, directions=2, mu=0.0),
             ["mu must be", "got 0.0"],
         ),
         (
-            lambda: bx.hypergradients.full_zeroth_order(QUADRATIC.outer_loss, two_steps, 0),
+            lambda: bx.hypergradients.full_zeroth_order(QUADRATIC.outer_loss, two_steps, directions=0),
             ["directions must be", "got 0"],
         ),
         (

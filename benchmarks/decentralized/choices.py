@@ -28,18 +28,20 @@ TOPOLOGIES = (
     Choice("torus", lambda n, seed: bx.topology.torus(n)),
     Choice("grid", lambda n, seed: bx.topology.grid(n)),
     Choice("hypercube", lambda n, seed: bx.topology.hypercube(n)),
-    Choice("erdos-renyi:0.4", lambda n, seed, probability: bx.topology.erdos_renyi(n, probability, seed)),
-    Choice("regular:3", lambda n, seed, degree: bx.topology.random_regular(n, int(degree), seed)),
+    Choice(
+        "erdos-renyi:0.4", lambda n, seed, probability: bx.topology.erdos_renyi(n, probability=probability, seed=seed)
+    ),
+    Choice("regular:3", lambda n, seed, degree: bx.topology.random_regular(n, degree=int(degree), seed=seed)),
     Choice("exponential", lambda n, seed: bx.topology.exponential(n)),
     Choice("one-peer-exponential", lambda n, seed: bx.topology.one_peer_exponential(n)),
 )
 PARTITIONS = (
-    Choice("dirichlet:0.1", lambda n, seed, alpha: bx.partition.dirichlet_balanced(n, alpha, seed)),
-    Choice("dirichlet-plain:0.1", lambda n, seed, alpha: bx.partition.dirichlet(n, alpha, seed)),
-    Choice("classes:2", lambda n, seed, classes: bx.partition.classes_per_agent(n, int(classes), seed)),
-    Choice("shards:1", lambda n, seed, number: bx.partition.shards(n, int(number))),
-    Choice("quantity:2", lambda n, seed, beta: bx.partition.quantity_skew(n, beta, seed)),
-    Choice("iid", lambda n, seed: bx.partition.iid(n, seed)),
+    Choice("dirichlet:0.1", lambda n, seed, alpha: bx.partition.dirichlet_balanced(n, alpha=alpha, seed=seed)),
+    Choice("dirichlet-plain:0.1", lambda n, seed, alpha: bx.partition.dirichlet(n, alpha=alpha, seed=seed)),
+    Choice("classes:2", lambda n, seed, classes: bx.partition.classes_per_agent(n, classes=int(classes), seed=seed)),
+    Choice("shards:1", lambda n, seed, number: bx.partition.shards(n, shards_per_agent=int(number))),
+    Choice("quantity:2", lambda n, seed, beta: bx.partition.quantity_skew(n, beta=beta, seed=seed)),
+    Choice("iid", lambda n, seed: bx.partition.iid(n, seed=seed)),
 )
 COINS: Mapping[str, tuple[Callable, str]] = {
     "independent": (lambda p, block: bx.coins.independent(p), "each agent refreshes with probability p"),

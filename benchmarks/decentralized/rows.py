@@ -66,7 +66,7 @@ def compressed(make: Callable, fraction: float) -> Callable:
 
     def wrapped(network: Network, gossip: Any, steps: bx.Levels) -> bx.problem.Algorithm:
         def one(gossip: bx.agents.Gossip) -> bx.agents.Gossip:
-            return compression.choco(gossip, compression.top_k(fraction), COMPRESSION[fraction])
+            return compression.choco(gossip, compression.top_k(fraction), gossip_step=COMPRESSION[fraction])
 
         return make(network, each(one, gossip), steps)
 
@@ -94,18 +94,18 @@ def rows(coins: Callable, size: int) -> tuple[Row, ...]:
     """
     methods, correction = bx.decentralized, bx.single_loop.correction
     reduced = {"momentum": MOMENTUM, "rate": RATE}
-    simultaneous = drawn(methods.dsvrbgd_simultaneous, size, **reduced)
+    simultaneous = drawn(methods.dsvrbgd, size, **reduced)
     exact_diffusion, tracking = correction.exact_diffusion(), correction.tracking()
     mixed = bx.Levels(tracking, exact_diffusion, exact_diffusion)
     sparkle = functools.partial(preset, methods.sparkle)
     in_turn = functools.partial(Row, calls=counted(inner=2))  # y moves in between
     dual = functools.partial(in_turn, symmetric=True, fixed=True)
     sampled = functools.partial(Row, batch_size=size)
-    inner_loops = {"inner_steps": INNER_STEPS, "product_steps": INNER_STEPS}
+    inner_loops = {"steps": INNER_STEPS, "v_steps": INNER_STEPS}
     ma_dsbo = functools.partial(preset, methods.ma_dsbo, **inner_loops)
     c2dfb = preset(
         methods.c2dfb,
-        inner_steps=INNER_STEPS,
+        steps=INNER_STEPS,
         compressor=bx.agents.compression.top_k(SENT),
         multiplier=PENALTY,
         gossip_step=0.4,
@@ -117,13 +117,13 @@ def rows(coins: Callable, size: int) -> tuple[Row, ...]:
         *(Row(f"s3ldbo-{p:g}", preset(methods.s3ldbo, coins=coins(p)), at_start=1) for p in REFRESH),
         *(Row(f"s3ldbo-subset-{p:g}", preset(methods.s3ldbo, coins=bx.coins.subset(p)), at_start=1) for p in ADAPTIVE),
         *(Row(f"s3ldbo-adaptive-{p:g}", preset(s3ldbo_adaptive, p=p), at_start=1) for p in ADAPTIVE),
-        Row("s3ldbo-unbiased-0.2", preset(methods.s3ldbo_unbiased, p=0.2), at_start=1),
+        Row("s3ldbo-unbiased-0.2", preset(methods.s3ldbo_unbiased, probability=0.2), at_start=1),
         sampled("dsvrbgd", simultaneous, twice),
-        sampled("dsvrbgd-alternating", drawn(methods.dsvrbgd_alternating, size, **reduced), counted(2, 4, 2, 2)),
-        dual("sparkle-ed", sparkle(corrections=exact_diffusion), graphs=lazy("xyv")),
-        dual("sparkle-extra", sparkle(corrections=correction.extra()), graphs=lazy("xyv")),
-        in_turn("sparkle-gt", sparkle(corrections=tracking)),
-        dual("sparkle-mixed", sparkle(corrections=mixed), graphs=lazy("yv")),
+        sampled("dsvrbgd-alternating", drawn(methods.dsvrbgd, size, alternating=True, **reduced), counted(2, 4, 2, 2)),
+        dual("sparkle-ed", sparkle(correction=exact_diffusion), graphs=lazy("xyv")),
+        dual("sparkle-extra", sparkle(correction=correction.extra()), graphs=lazy("xyv")),
+        in_turn("sparkle-gt", sparkle(correction=tracking)),
+        dual("sparkle-mixed", sparkle(correction=mixed), graphs=lazy("yv")),
         Row("d-soba", preset(methods.dsoba)),
         sampled("d-soba-sampled", drawn(methods.dsoba, size)),
         Row("d-soba-first-order", preset(methods.dsoba_first_order), counted(inner=3, hessian=0, cross=0)),
@@ -155,7 +155,7 @@ def personal_rows(coins: Callable, size: int) -> tuple[Row, ...]:
 
     s3ldbo = functools.partial(preset, methods.s3ldbo, correction=own(correction.tracking()))
     adaptive = functools.partial(preset, s3ldbo_adaptive, correction=own(correction.tracking()))
-    sparkle = preset(methods.sparkle, corrections=own(correction.exact_diffusion()))
+    sparkle = preset(methods.sparkle, correction=own(correction.exact_diffusion()))
     sampled, twice = functools.partial(Row, batch_size=size), counted(2, 2, 2 * TERMS, 2)
     svr = series(drawn, methods.interact_svr, size, every=EVERY)
     return (

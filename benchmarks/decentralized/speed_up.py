@@ -88,7 +88,7 @@ def methods(gossip: bx.agents.Gossip) -> dict[str, bx.problem.Algorithm]:
     make = bx.decentralized
     return {
         "d-soba": make.dsoba(PROBLEM, gossip, STEPS, sample=sample),
-        "dsvrbgd": make.dsvrbgd_simultaneous(PROBLEM, gossip, STEPS, sample=sample, momentum=MOMENTUM, rate=RATE),
+        "dsvrbgd": make.dsvrbgd(PROBLEM, gossip, STEPS, sample=sample, momentum=MOMENTUM, rate=RATE),
     }
 
 

@@ -73,7 +73,7 @@ class InnerProblem(NamedTuple):
             self.loss,
             self.optimizer,
             self.steps,
-            ihvp,
+            ihvp=ihvp,
             initial=self.initial,
             sample=self.sample,
             cross_sample=self.cross_sample,

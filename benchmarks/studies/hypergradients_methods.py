@@ -57,7 +57,7 @@ def implicit(name: str, ihvp: Make, family: str | None = None) -> Row:
             inner.loss,
             inner.optimizer,
             inner.steps,
-            ihvp(inner),
+            ihvp=ihvp(inner),
             sample=inner.sample,
             cross_sample=inner.sample,
             warm_start=False,
@@ -69,7 +69,9 @@ def implicit(name: str, ihvp: Make, family: str | None = None) -> Row:
 def neumann(steps: int) -> Row:
     """A truncated Neumann series."""
     return implicit(
-        f"neumann-{steps}", lambda inner: bx.ihvp.neumann(steps, inner.step_size, sample=inner.sample), "neumann"
+        f"neumann-{steps}",
+        lambda inner: bx.ihvp.neumann(terms=steps, step_size=inner.step_size, sample=inner.sample),
+        "neumann",
     )
 
 
@@ -81,7 +83,7 @@ def cg(maxiter: int, curvature: Callable = bx.curvature.hessian, preconditioner:
 
     def ihvp(inner: Inner) -> bx.problem.IHVP:
         first = None if preconditioner is None else preconditioner(inner)
-        return bx.ihvp.cg(maxiter, 0.0, curvature=curvature, preconditioner=first, sample=inner.sample)
+        return bx.ihvp.cg(maxiter=maxiter, tol=0.0, curvature=curvature, preconditioner=first, sample=inner.sample)
 
     return implicit(f"{family}-{maxiter}", ihvp, family)
 
@@ -90,19 +92,19 @@ def nystrom(rank: int) -> Row:
     """A randomized low-rank inverse of the Gauss–Newton matrix."""
 
     def ihvp(inner: Inner) -> bx.problem.IHVP:
-        return bx.ihvp.nystrom(rank, DAMPING, curvature=bx.curvature.gauss_newton, sample=inner.sample)
+        return bx.ihvp.nystrom(rank=rank, damping=DAMPING, curvature=bx.curvature.gauss_newton, sample=inner.sample)
 
     return implicit(f"nystrom-{rank}", ihvp, "nystrom")
 
 
 def kfac(**settings: Any) -> Make:
     """The inverse of Kronecker factors."""
-    return lambda inner: bx.ihvp.kfac(DAMPING, sample=inner.sample, **settings)
+    return lambda inner: bx.ihvp.kfac(damping=DAMPING, sample=inner.sample, **settings)
 
 
 def ekfac(**settings: Any) -> Make:
     """The same with corrected eigenvalues."""
-    return lambda inner: bx.ihvp.ekfac(DAMPING, sample=inner.sample, **settings)
+    return lambda inner: bx.ihvp.ekfac(damping=DAMPING, sample=inner.sample, **settings)
 
 
 def reverse(steps: int) -> Row:
@@ -120,10 +122,12 @@ def tail(steps: int) -> Row:
 
     def solver(inner: Inner) -> bx.problem.InnerSolver:
         def kfac(damping: float) -> bx.problem.IHVP:
-            return bx.ihvp.kfac(damping, sample=inner.sample)
+            return bx.ihvp.kfac(damping=damping, sample=inner.sample)
 
         samples = {"sample": inner.sample, "cross_sample": inner.sample}
-        return bx.inner.unroll_with_tail(inner.loss, inner.step_size, inner.steps, inner.steps, kfac, **samples)
+        return bx.inner.unroll_with_tail(
+            inner.loss, inner.step_size, inner.steps, unrolled=inner.steps, ihvp=kfac, **samples
+        )
 
     return Row(f"tail-{steps}", "tail", solver, steps)
 
@@ -136,7 +140,7 @@ END_TO_END = (  # by default
 BUDGETS = (3, 5, 10)  # iterations of conjugate gradients
 ROWS = (
     implicit("identity", lambda inner: bx.ihvp.identity(inner.step_size)),
-    implicit("diagonal", lambda inner: bx.ihvp.diagonal(inner.step_size, sample=inner.sample)),
+    implicit("diagonal", lambda inner: bx.ihvp.diagonal(scale=inner.step_size, sample=inner.sample)),
     *map(neumann, (1, 5, 10)),
     *map(cg, BUDGETS),
     *(cg(maxiter, GAUSS_NEWTON) for maxiter in BUDGETS),
@@ -148,7 +152,7 @@ ROWS = (
     implicit("kfac-ema", kfac(ema=0.9)),
     implicit("kfac-exact", kfac(fisher=bx.curvature.fisher.exact)),
     implicit("kfac-factored", kfac(inverse=bx.curvature.kronecker.factored)),
-    implicit("kfac-rescaled", lambda inner: bx.ihvp.rescaled(kfac()(inner), DAMPING, sample=inner.sample)),
+    implicit("kfac-rescaled", lambda inner: bx.ihvp.rescaled(kfac()(inner), damping=DAMPING, sample=inner.sample)),
     implicit("ekfac", ekfac()),
     implicit("ekfac-exact", ekfac(fisher=bx.curvature.fisher.exact)),
     *(cg(maxiter, GAUSS_NEWTON, kfac()) for maxiter in BUDGETS),

@@ -113,8 +113,8 @@ def bilevax_implicit(
     problem: Problem, optimizer: Optimizer, steps: int, iterations: int, warm: bool
 ) -> bx.problem.Hypergradient:
     """inner.implicit with ihvp.cg."""
-    ihvp = bx.ihvp.cg(iterations, tol=0.0)
-    solver = bx.inner.implicit(problem.inner_loss, optimizer, steps, ihvp, warm_start=warm)
+    ihvp = bx.ihvp.cg(maxiter=iterations, tol=0.0)
+    solver = bx.inner.implicit(problem.inner_loss, optimizer, steps, ihvp=ihvp, warm_start=warm)
     return bx.hypergradient(problem.outer_loss, solver)
 
 

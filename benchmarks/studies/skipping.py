@@ -206,7 +206,7 @@ class Config:
         for p in FRACTIONS:
             coin = bx.coins.subset(p)
             evaluated = coin(jax.random.key(0), 0, gossip).size
-            methods[f"S3LDBO p = {p:g}"] = bx.decentralized.s3ldbo(problem, gossip, STEPS, coin), evaluated
+            methods[f"S3LDBO p = {p:g}"] = bx.decentralized.s3ldbo(problem, gossip, STEPS, coins=coin), evaluated
         made = {name: compiled(method, start, batch, iterations=4) for name, (method, _) in methods.items()}
         spent = self._spent({name: program for name, (program, _) in made.items()}, 4)
         return [

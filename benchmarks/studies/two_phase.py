@@ -49,7 +49,7 @@ def fresh(x: chex.Array) -> chex.ArrayTree:
 
 def implicit(inner: Inner, ihvp: bx.problem.IHVP) -> bx.problem.InnerSolver:
     """All inner steps, and the implicit rule at their end."""
-    return bx.inner.implicit(inner.loss, inner.optimizer, inner.steps, ihvp, initial=fresh)
+    return bx.inner.implicit(inner.loss, inner.optimizer, inner.steps, ihvp=ihvp, initial=fresh)
 
 
 def reverse(inner: Inner) -> bx.problem.InnerSolver:
@@ -59,22 +59,24 @@ def reverse(inner: Inner) -> bx.problem.InnerSolver:
 
 def cg(inner: Inner, maxiter: int) -> bx.problem.InnerSolver:
     """Implicit, by conjugate gradients."""
-    return implicit(inner, bx.ihvp.cg(maxiter))
+    return implicit(inner, bx.ihvp.cg(maxiter=maxiter))
 
 
 def kfac(inner: Inner, damping: float) -> bx.problem.InnerSolver:
     """Implicit, by Kronecker factors."""
-    return implicit(inner, bx.ihvp.kfac(damping))
+    return implicit(inner, bx.ihvp.kfac(damping=damping))
 
 
 def forward_gradient(inner: Inner, directions: int, **settings: Any) -> bx.problem.InnerSolver:
     """Pushes random directions through all inner steps."""
-    return bx.inner.forward_gradient(inner.loss, inner.optimizer, inner.steps, directions, initial=fresh, **settings)
+    return bx.inner.forward_gradient(
+        inner.loss, inner.optimizer, inner.steps, directions=directions, initial=fresh, **settings
+    )
 
 
 def guided(inner: Inner, directions: int, damping: float) -> bx.problem.InnerSolver:
     """The same, one direction of which is the implicit hypergradient by Kronecker factors."""
-    guess = bx.inner.implicit(inner.loss, ihvp=bx.ihvp.kfac(damping))
+    guess = bx.inner.implicit(inner.loss, ihvp=bx.ihvp.kfac(damping=damping))
     return forward_gradient(inner, directions, guide=bx.inner.guides.at_solution(guess))
 
 

@@ -58,14 +58,16 @@ def tail(inner: Inner) -> bx.problem.InnerSolver:
     """The last steps, and Kronecker factors for those before; its steps are plain ones of about the same length."""
 
     def kfac(damping: float) -> bx.problem.IHVP:
-        return bx.ihvp.kfac(damping)
+        return bx.ihvp.kfac(damping=damping)
 
-    return bx.inner.unroll_with_tail(inner.loss, inner.learning_rate / (1 - MOMENTUM), inner.steps, LAST, kfac)
+    return bx.inner.unroll_with_tail(
+        inner.loss, inner.learning_rate / (1 - MOMENTUM), inner.steps, unrolled=LAST, ihvp=kfac
+    )
 
 
 def kfac_guess(inner: Inner) -> Any:
     """The implicit hypergradient by Kronecker factors, at y_T."""
-    return bx.inner.guides.at_solution(bx.inner.implicit(inner.loss, ihvp=bx.ihvp.kfac(DAMPING)))
+    return bx.inner.guides.at_solution(bx.inner.implicit(inner.loss, ihvp=bx.ihvp.kfac(damping=DAMPING)))
 
 
 def truncated_guess(inner: Inner) -> Any:
@@ -80,7 +82,9 @@ def forward(
 
     def solver(inner: Inner) -> bx.problem.InnerSolver:
         guide = None if guess is None else guess(inner)
-        return bx.inner.forward_gradient(inner.loss, inner.optimizer, inner.steps, directions, guide=guide, **settings)
+        return bx.inner.forward_gradient(
+            inner.loss, inner.optimizer, inner.steps, directions=directions, guide=guide, **settings
+        )
 
     return Row(f"{name}-{directions}", family, solver, least)
 
@@ -96,7 +100,7 @@ def zeroth_order(inner: Inner, directions: int) -> bx.problem.InnerSolver:
 
         return jax.lax.scan(step, (y0, inner.optimizer.init(y0)), length=inner.steps)[0][0]
 
-    return bx.inner.zeroth_order(solve, directions, mu=1e-2, inner_loss=inner.loss)
+    return bx.inner.zeroth_order(solve, directions=directions, mu=1e-2, inner_loss=inner.loss)
 
 
 def foreign(function: Function) -> Row:
@@ -113,12 +117,15 @@ ROWS = (
     last(LAST),
     Row(f"tail-{LAST}", "tail", tail, least=LAST + 1, plain=True),
     inverse("identity", lambda inner: bx.ihvp.identity(inner.learning_rate / (1 - MOMENTUM))),
-    inverse("neumann-20", lambda inner: bx.ihvp.neumann(20, 0.3, curvature=inner.curvature)),
-    inverse("cg-20", lambda inner: bx.ihvp.cg(20, curvature=inner.curvature)),
-    inverse("sgd-20", lambda inner: bx.ihvp.sgd(20, 0.3, bx.sampling.minibatch(64), curvature=inner.curvature)),
-    inverse("nystrom-20", lambda inner: bx.ihvp.nystrom(20, DAMPING, curvature=inner.curvature)),
-    inverse("kfac", lambda inner: bx.ihvp.kfac(DAMPING)),
-    inverse("ekfac", lambda inner: bx.ihvp.ekfac(DAMPING)),
+    inverse("neumann-20", lambda inner: bx.ihvp.neumann(terms=20, step_size=0.3, curvature=inner.curvature)),
+    inverse("cg-20", lambda inner: bx.ihvp.cg(maxiter=20, curvature=inner.curvature)),
+    inverse(
+        "sgd-20",
+        lambda inner: bx.ihvp.sgd(steps=20, step_size=0.3, sample=bx.sampling.minibatch(64), curvature=inner.curvature),
+    ),
+    inverse("nystrom-20", lambda inner: bx.ihvp.nystrom(rank=20, damping=DAMPING, curvature=inner.curvature)),
+    inverse("kfac", lambda inner: bx.ihvp.kfac(damping=DAMPING)),
+    inverse("ekfac", lambda inner: bx.ihvp.ekfac(damping=DAMPING)),
     *(forward("forward", directions) for directions in (1, 4, 16)),
     forward("hadamard", EXAMPLES, sampler=bx.inner.random_directions.hadamard, chunk=16),
     forward("guided-kfac", 16, "guided", kfac_guess),

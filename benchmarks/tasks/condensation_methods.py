@@ -37,7 +37,7 @@ def no_gradient(training: Training) -> bx.problem.InnerSolver:
 
 def implicit(training: Training, ihvp: Callable[..., bx.problem.IHVP], **settings: Any) -> bx.problem.InnerSolver:
     """Takes y_T for a minimum. A new network has nothing in common with the last one: v starts from zero."""
-    return bx.inner.implicit(training.loss, training.optimizer, training.steps, ihvp(**settings), warm_start=False)
+    return bx.inner.implicit(training.loss, training.optimizer, training.steps, ihvp=ihvp(**settings), warm_start=False)
 
 
 def reverse(training: Training) -> bx.problem.InnerSolver:
@@ -57,7 +57,12 @@ def truncated(training: Training, tail: int) -> bx.problem.InnerSolver:
 def forward(training: Training, **choices: Any) -> bx.problem.InnerSolver:
     """Forward gradients: unbiased, in a memory that does not grow with T."""
     return bx.inner.forward_gradient(
-        training.loss, training.optimizer, training.steps, training.directions, chunk=training.chunk, **choices
+        training.loss,
+        training.optimizer,
+        training.steps,
+        directions=training.directions,
+        chunk=training.chunk,
+        **choices,
     )
 
 

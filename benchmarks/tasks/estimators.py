@@ -76,7 +76,7 @@ class Estimator(NamedTuple):
 def implicit(inner: Inner, ihvp: bx.problem.IHVP) -> bx.problem.InnerSolver:
     """Implicit differentiation with this inverse-Hessian-vector product."""
     return bx.inner.implicit(
-        inner.loss, inner.optimizer, inner.steps, ihvp, sample=inner.sample, cross_sample=inner.cross_sample
+        inner.loss, inner.optimizer, inner.steps, ihvp=ihvp, sample=inner.sample, cross_sample=inner.cross_sample
     )
 
 
@@ -109,7 +109,7 @@ def preconditioned(inner: Inner, maxiter: int, **settings: Any) -> bx.problem.In
     """Conjugate gradients on the Gauss–Newton matrix, with Kronecker factors of these settings as preconditioner."""
     kfac = bx.ihvp.kfac(**settings, sample=inner.sample)
     curvature = bx.curvature.gauss_newton
-    return implicit(inner, bx.ihvp.cg(maxiter, curvature=curvature, preconditioner=kfac, sample=inner.sample))
+    return implicit(inner, bx.ihvp.cg(maxiter=maxiter, curvature=curvature, preconditioner=kfac, sample=inner.sample))
 
 
 # Decompositions dominate the cost of Kronecker factors on a CPU.

@@ -162,13 +162,13 @@ def truncated(training: Training, part: int) -> bx.problem.InnerSolver:
 def implicit(training: Training) -> bx.problem.InnerSolver:
     """Takes y_T for a minimum, which does not depend on how it was reached."""
     identity = bx.ihvp.identity()
-    return bx.inner.implicit(training.loss, training.optimizer, training.steps, identity, sample=SAMPLE)
+    return bx.inner.implicit(training.loss, training.optimizer, training.steps, ihvp=identity, sample=SAMPLE)
 
 
 def forward(training: Training, directions: int, **choices: Any) -> bx.problem.InnerSolver:
     """Forward gradients, by default along random signs."""
     return bx.inner.forward_gradient(
-        training.loss, training.optimizer, training.steps, directions, sample=SAMPLE, **choices
+        training.loss, training.optimizer, training.steps, directions=directions, sample=SAMPLE, **choices
     )
 
 

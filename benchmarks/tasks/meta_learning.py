@@ -129,7 +129,7 @@ def maml(steps: int, learning_rate: float) -> bx.problem.InnerSolver:
 def proximal(ihvp: bx.problem.IHVP, steps: int, learning_rate: float, strength: float) -> bx.problem.InnerSolver:
     """Solves the proximal inner problem, and differentiates its solution."""
     sgd = optax.sgd(learning_rate)
-    return bx.inner.implicit(cross_entropy(strength), sgd, steps, ihvp, initial=lambda x: x, warm_start=False)
+    return bx.inner.implicit(cross_entropy(strength), sgd, steps, ihvp=ihvp, initial=lambda x: x, warm_start=False)
 
 
 def first_order(strength: float, **descent: Any) -> bx.problem.InnerSolver:
@@ -139,7 +139,7 @@ def first_order(strength: float, **descent: Any) -> bx.problem.InnerSolver:
 
 def imaml(strength: float, maxiter: int, **descent: Any) -> bx.problem.InnerSolver:
     """Takes v from conjugate gradients on the Gauss–Newton matrix, as the Hessian of a network is indefinite."""
-    ihvp = bx.ihvp.cg(maxiter, curvature=bx.curvature.gauss_newton)
+    ihvp = bx.ihvp.cg(maxiter=maxiter, curvature=bx.curvature.gauss_newton)
     return proximal(ihvp, strength=strength, **descent)
 
 
@@ -149,7 +149,7 @@ def factors() -> bx.problem.IHVP:
     Each task has its own at each outer step, too many for eigenvalues: they are inverted by Cholesky factors, which
     split the strength between the two of them and so damp more than it does.
     """
-    return bx.ihvp.kfac(0.0, fisher=bx.curvature.fisher.exact, inverse=bx.curvature.kronecker.factored)
+    return bx.ihvp.kfac(damping=0.0, fisher=bx.curvature.fisher.exact, inverse=bx.curvature.kronecker.factored)
 
 
 def imaml_kfac(strength: float, **descent: Any) -> bx.problem.InnerSolver:
@@ -159,7 +159,7 @@ def imaml_kfac(strength: float, **descent: Any) -> bx.problem.InnerSolver:
 
 def imaml_pcg(strength: float, maxiter: int, **descent: Any) -> bx.problem.InnerSolver:
     """Takes v from conjugate gradients as `imaml` does, preconditioned by Kronecker factors."""
-    ihvp = bx.ihvp.cg(maxiter, curvature=bx.curvature.gauss_newton, preconditioner=factors())
+    ihvp = bx.ihvp.cg(maxiter=maxiter, curvature=bx.curvature.gauss_newton, preconditioner=factors())
     return proximal(ihvp, strength=strength, **descent)
 
 

@@ -168,7 +168,9 @@ def forward(problem: Problem, directions: int) -> bx.problem.Hypergradient:
 def differences(difference: bx.inner.Difference, problem: Problem, directions: int) -> bx.problem.Hypergradient:
     """Differences of the JAX solver along orthogonal directions."""
     orthogonal = bx.inner.random_directions.orthogonal
-    solver = bx.inner.zeroth_order(problem.solve, directions, MU["jax"], difference=difference, sampler=orthogonal)
+    solver = bx.inner.zeroth_order(
+        problem.solve, directions=directions, mu=MU["jax"], difference=difference, sampler=orthogonal
+    )
     return bx.hypergradient(problem.misfit, solver)
 
 
@@ -176,8 +178,8 @@ def black_box(problem: Problem, directions: int) -> bx.problem.Hypergradient:
     """Differences of the SciPy solver, which runs once for each."""
     solver = bx.inner.zeroth_order(
         bx.inner.black_box(problem.solve_by_scipy),
-        directions,
-        MU["scipy"],
+        directions=directions,
+        mu=MU["scipy"],
         sampler=bx.inner.random_directions.orthogonal,
         chunk=1,
     )
@@ -187,7 +189,9 @@ def black_box(problem: Problem, directions: int) -> bx.problem.Hypergradient:
 def full(problem: Problem, directions: int) -> bx.problem.Hypergradient:
     """Central differences of the outer loss itself."""
     orthogonal = bx.inner.random_directions.orthogonal
-    return bx.hypergradients.full_zeroth_order(problem.misfit, problem.solve, directions, MU["jax"], sampler=orthogonal)
+    return bx.hypergradients.full_zeroth_order(
+        problem.misfit, problem.solve, directions=directions, mu=MU["jax"], sampler=orthogonal
+    )
 
 
 def through(checkpoint: bx.inner.Checkpoint, problem: Problem, directions: None) -> bx.problem.Hypergradient:

@@ -174,7 +174,7 @@ def implicit(
     ihvp: Callable[..., bx.problem.IHVP], loss: Any, optimizer: Any, **settings: Any
 ) -> bx.problem.InnerSolver:
     """Implicit differentiation with an inverse-Hessian-vector product of these settings."""
-    return bx.inner.implicit(loss, optimizer, INNER_STEPS, ihvp(**settings))
+    return bx.inner.implicit(loss, optimizer, INNER_STEPS, ihvp=ihvp(**settings))
 
 
 def truncated(loss: Any, optimizer: Any, steps: int) -> bx.problem.InnerSolver:

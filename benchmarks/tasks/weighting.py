@@ -137,7 +137,7 @@ def implicit(ihvp: Callable[..., bx.problem.IHVP], problem: Problem, **settings:
         problem.inner_loss,
         problem.optimizer,
         problem.steps,
-        made,
+        ihvp=made,
         sample=draw["inner"],
         cross_sample=draw["cross"],
         warm_start=False,

@@ -9,7 +9,7 @@ from bilevax.agents._gossip import Gossip
 
 
 def mix_factors(
-    key: chex.PRNGKey | None, gossip: Gossip, state: Any, factors: chex.ArrayTree, rounds: int = 1
+    key: chex.PRNGKey | None, gossip: Gossip, state: Any, factors: chex.ArrayTree, *, rounds: int = 1
 ) -> tuple[chex.ArrayTree, Any]:
     """Averages the Kronecker factors of agents by gossip, before anything is inverted.
 

@@ -271,7 +271,7 @@ class ChocoState(NamedTuple):
     gossip: Any
 
 
-def choco(gossip: Gossip, compressor: Compressor, step: chex.Numeric) -> Gossip:
+def choco(gossip: Gossip, compressor: Compressor, *, gossip_step: chex.Numeric) -> Gossip:
     """Mixes by compressed messages (CHOCO-Gossip).
 
         x̂_i⁺ = x̂_i + Q(x_i − x̂_i),    x_i⁺ = x_i − step · Σ_j w_ij (x̂_i⁺ − x̂_j⁺)
@@ -285,7 +285,7 @@ def choco(gossip: Gossip, compressor: Compressor, step: chex.Numeric) -> Gossip:
     Args:
       gossip: what mixes without compression: `bx.gossip` of one doubly stochastic topology.
       compressor: `top_k(...)`, `random_k(...)`, `qsgd(...)`, `sign()` or one of your own.
-      step: a number > 0, usually below 1; 1 without compression is the plain gossip.
+      gossip_step: a number > 0, usually below 1; 1 without compression is the plain gossip.
 
     Returns:
       A `Gossip` with a `ChocoState`; `laplacian` is x − mix(x), i.e. the step is in it, and `bytes` counts the
@@ -302,11 +302,11 @@ def choco(gossip: Gossip, compressor: Compressor, step: chex.Numeric) -> Gossip:
 
     Example:
         >>> import bilevax as bx
-        >>> compressed = choco(bx.gossip(bx.topology.ring(8)), top_k(0.1), step=0.1)
+        >>> compressed = choco(bx.gossip(bx.topology.ring(8)), top_k(0.1), gossip_step=0.1)
     """
     checks.instance("gossip", gossip, Gossip, "Pass, say, bx.gossip(bx.topology.ring(8)).")
     checks.instance("compressor", compressor, Compressor, "Pass, say, top_k(0.1).")
-    checks.positive("step", step)
+    checks.positive("gossip_step", gossip_step)
     _check_fixed(gossip)
 
     def init(tree: chex.ArrayTree) -> ChocoState:
@@ -318,7 +318,9 @@ def choco(gossip: Gossip, compressor: Compressor, step: chex.Numeric) -> Gossip:
         changes = _compressed(compressor, key, gossip.agents(), jax.tree.map(jnp.subtract, tree, state.copies))
         copies = jax.tree.map(jnp.add, state.copies, changes)
         differences, inner = gossip.laplacian(key, state.gossip, copies)
-        return jax.tree.map(lambda leaf: (step * leaf).astype(leaf.dtype), differences), ChocoState(copies, inner)
+        return jax.tree.map(lambda leaf: (gossip_step * leaf).astype(leaf.dtype), differences), ChocoState(
+            copies, inner
+        )
 
     def mix(key: Any, state: ChocoState, tree: chex.ArrayTree) -> tuple[chex.ArrayTree, ChocoState]:
         differences, state = laplacian(key, state, tree)

@@ -39,7 +39,7 @@ class AmigoState(NamedTuple):
 
 
 def amigo(
-    problem: BilevelProblem, step_sizes: Any, sample: Sample, steps: int = 10, v_steps: int | None = None
+    problem: BilevelProblem, step_sizes: Any, *, sample: Sample, steps: int = 10, v_steps: int | None = None
 ) -> Algorithm:
     """Amortized implicit gradient optimization: stochastic steps on y and v from where the last iteration left them.
 
@@ -76,7 +76,7 @@ def amigo(
     Example:
         >>> import bilevax as bx, jax
         >>> problem = bx.BilevelProblem(lambda x, y, batch: y**2, lambda x, y, batch: (y - x) ** 2)
-        >>> method = bx.algorithms.amigo(problem, (0.1, 0.5, 0.5), bx.sampling.full, steps=1)
+        >>> method = bx.algorithms.amigo(problem, (0.1, 0.5, 0.5), sample=bx.sampling.full, steps=1)
         >>> state, info = method.step(jax.random.key(0), method.init(1.0, 2.0), bx.Batch(None, None))
         >>> round(float(state.x), 6), float(state.y), float(state.v)
         (0.8, 1.0, 1.0)

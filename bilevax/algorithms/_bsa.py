@@ -47,6 +47,7 @@ def growing_steps(k: chex.Array) -> chex.Array:
 def bsa(
     problem: BilevelProblem,
     step_sizes: Any,
+    *,
     sample: Sample,
     steps: int | Callable[[chex.Array], chex.Array] = growing_steps,
     terms: int = 10,
@@ -82,7 +83,7 @@ def bsa(
     Example:
         >>> import bilevax as bx, jax
         >>> problem = bx.BilevelProblem(lambda x, y, batch: y**2, lambda x, y, batch: (y - x) ** 2)
-        >>> method = bx.algorithms.bsa(problem, (0.25, 0.5, 0.5), bx.sampling.full, terms=1)
+        >>> method = bx.algorithms.bsa(problem, (0.25, 0.5, 0.5), sample=bx.sampling.full, terms=1)
         >>> state, info = method.step(jax.random.key(0), method.init(1.0, 2.0), bx.Batch(None, None))
         >>> float(state.x), float(state.y)
         (0.5, 1.0)
@@ -98,8 +99,8 @@ def bsa(
 
     def at_iteration(k: chex.Array) -> Hypergradient:
         optimizer, number = inner_optimizer(sizes.y, k), steps(k) if callable(steps) else steps
-        series = ihvp.random_neumann(terms, at(k, sizes.v), sample)
-        last = implicit(problem.inner_loss, optimizer, 0, series, cross_sample=sample, warm_start=False)
+        series = ihvp.random_neumann(terms=terms, step_size=at(k, sizes.v), sample=sample)
+        last = implicit(problem.inner_loss, optimizer, 0, ihvp=series, cross_sample=sample, warm_start=False)
         run = optimizer_steps(problem.inner_loss, optimizer, None, sample)
 
         def forward(key: chex.PRNGKey | None, state: Any, x: chex.ArrayTree, z: Iterate, batch: Any) -> tuple:

@@ -79,9 +79,9 @@ def descent(
       estimator: a `Hypergradient`, or a function k -> `Hypergradient` for step sizes or penalties that change with the
         iteration; k is traced, and the state must look the same for all k.
       step_size: a number, a schedule k -> number, or an optax transformation.
-      outer_sample: `sample(key, k, data) -> batch` for the data of f; all by default. The estimator draws its batches
+      outer_sample: `sample(key, t, data) -> batch` for the data of f; all by default. The estimator draws its batches
         of g itself.
-      inner_data: `sample(key, k, data)`, what the estimator takes for the data of g in iteration k.
+      inner_data: `sample(key, t, data)`, what the estimator takes for the data of g in iteration k.
 
     Returns:
       `Algorithm(init, step)` with `DescentState` and `DescentInfo`.
@@ -102,7 +102,7 @@ def descent(
     """
     check_step_size("step_size", step_size)
     for name, sample in (("outer_sample", outer_sample), ("inner_data", inner_data)):
-        checks.function(name, sample, "key", "k", "data")
+        checks.function(name, sample, "key", "t", "data")
     if not isinstance(estimator, Hypergradient):
         checks.function("estimator", estimator, "k")
 

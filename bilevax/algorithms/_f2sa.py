@@ -13,7 +13,7 @@ from bilevax.single_loop._levels import at
 from bilevax.single_loop.step_sizes import inner_optimizer
 
 
-def f2sa(problem: BilevelProblem, step_sizes: Any, sample: Sample, multiplier: Any, steps: int = 10) -> Algorithm:
+def f2sa(problem: BilevelProblem, step_sizes: Any, *, sample: Sample, multiplier: Any, steps: int = 10) -> Algorithm:
     """The fully first-order method: two warm inner problems, with and without the outer loss, whose gap is the penalty.
 
         y ← y − a_y ∇_y g(x, y; ξ_t)       y_λ ← y_λ − a_y (∇_y g(x, y_λ; ξ_t) + ∇_y f(x, y_λ; ζ) / λ)   `steps` times
@@ -48,7 +48,7 @@ def f2sa(problem: BilevelProblem, step_sizes: Any, sample: Sample, multiplier: A
     Example:
         >>> import bilevax as bx, jax
         >>> problem = bx.BilevelProblem(lambda x, y, batch: y**2, lambda x, y, batch: (y - x) ** 2)
-        >>> method = bx.algorithms.f2sa(problem, (0.25, 0.5, 0.0), bx.sampling.full, multiplier=99.0, steps=9)
+        >>> method = bx.algorithms.f2sa(problem, (0.25, 0.5, 0.0), sample=bx.sampling.full, multiplier=99.0, steps=9)
         >>> state, info = method.step(jax.random.key(0), method.init(1.0, 2.0), bx.Batch(None, None))
         >>> round(float(state.x), 3), float(state.y)
         (0.505, 1.0)

@@ -11,7 +11,7 @@ from bilevax.single_loop.engine import GAUSS_SEIDEL, single_loop
 from bilevax.single_loop.estimator import storm
 
 
-def fsla(problem: BilevelProblem, step_sizes: Any, sample: Sample, a: Any = 0.1) -> Algorithm:
+def fsla(problem: BilevelProblem, step_sizes: Any, *, sample: Sample, momentum: Any = 0.1) -> Algorithm:
     """The fully single-loop algorithm: y, then v, then x, which alone has a momentum.
 
         y ← y − a_y ∇_y g(x, y; ξ)
@@ -23,14 +23,14 @@ def fsla(problem: BilevelProblem, step_sizes: Any, sample: Sample, a: Any = 0.1)
     Args:
       problem: f and g.
       step_sizes: `Levels(x, y, v)` of numbers, schedules k -> number, or optax transformations.
-      sample: `sample(key, k, data) -> batch`, such as `bx.sampling.minibatch(64)`.
-      a: momentum of x in [0, 1], a number or a schedule; 1 for none.
+      sample: `sample(key, t, data) -> batch`, such as `bx.sampling.minibatch(64)`.
+      momentum: momentum of x in [0, 1], a number or a schedule; 1 for none.
 
     Returns:
       `Algorithm(init, step)` on x and y without an agents' axis.
 
     Raises:
-      ValueError: if a concrete `a` is not in [0, 1]; as `bx.single_loop.single_loop`; if there is no key.
+      ValueError: if a concrete `momentum` is not in [0, 1]; as `bx.single_loop.single_loop`; if there is no key.
 
     Cost: two ∇f, four ∇_y g, two Hessian and two cross products on one sample: the estimator evaluates y and v at the
     previous point too, and drops it.
@@ -42,8 +42,9 @@ def fsla(problem: BilevelProblem, step_sizes: Any, sample: Sample, a: Any = 0.1)
         >>> import bilevax as bx, jax, jax.numpy as jnp
         >>> loss = lambda x, y, c: ((y - x * c) ** 2).mean()
         >>> problem = bx.BilevelProblem(loss, loss)
-        >>> method, data = bx.algorithms.fsla(problem, (0.1, 0.5, 0.5), bx.sampling.minibatch(2)), jnp.arange(8.0)
+        >>> method = bx.algorithms.fsla(problem, (0.1, 0.5, 0.5), sample=bx.sampling.minibatch(2))
+        >>> data = jnp.arange(8.0)
         >>> state, info = method.step(jax.random.key(0), method.init(1.0, 2.0), bx.Batch(data, data))
     """
-    estimator = storm(Levels(x=a, y=1.0, v=1.0), sample)
-    return one_agent(lambda gossip: single_loop(problem, gossip, step_sizes, estimator, none(), GAUSS_SEIDEL))
+    estimator = storm(Levels(x=momentum, y=1.0, v=1.0), sample=sample)
+    return one_agent(lambda gossip: single_loop(problem, gossip, step_sizes, estimator, none(), order=GAUSS_SEIDEL))

@@ -13,7 +13,9 @@ from bilevax.single_loop.estimator import storm
 from bilevax.single_loop.local_directions import own_neumann
 
 
-def mrbo(problem: BilevelProblem, step_sizes: Any, sample: Sample, a: Any = 0.1, terms: int = 10) -> Algorithm:
+def mrbo(
+    problem: BilevelProblem, step_sizes: Any, *, sample: Sample, momentum: Any = 0.1, terms: int = 10
+) -> Algorithm:
     """Single-loop bilevel descent on x and y along STORM estimates; there is no v, but a series in each evaluation.
 
         d_y = ∇_y g          d_x = ∇_x f − ∇²_xy g · a_v Σ_{j=0}^{terms} (I − a_v ∇²_yy g)ʲ ∇_y f          on ξ
@@ -27,15 +29,15 @@ def mrbo(problem: BilevelProblem, step_sizes: Any, sample: Sample, a: Any = 0.1,
       problem: f and g.
       step_sizes: `Levels(x, y, v)`: of x and y numbers, schedules k -> number, or optax transformations; that of v, a
         number in (0, 2 / L), is that of the series.
-      sample: `sample(key, k, data) -> batch`, such as `bx.sampling.minibatch(64)`.
-      a: momentum in [0, 1]: a number, a schedule, or `Levels` of them.
+      sample: `sample(key, t, data) -> batch`, such as `bx.sampling.minibatch(64)`.
+      momentum: momentum in [0, 1]: a number, a schedule, or `Levels` of them.
       terms: Hessian products of the series, >= 0.
 
     Returns:
       `Algorithm(init, step)` on x and y without an agents' axis; v of its `State` is ().
 
     Raises:
-      ValueError: if a concrete `a` is not in [0, 1], `terms` < 0, the step size of v is not a positive number; as
+      ValueError: if a concrete `momentum` is not in [0, 1], `terms` < 0, the step size of v is no positive number; as
         `bx.single_loop.single_loop`; if there is no key.
 
     Cost: two ∇f, two ∇_y g, 2 `terms` Hessian products and two cross products, on one sample.
@@ -47,11 +49,12 @@ def mrbo(problem: BilevelProblem, step_sizes: Any, sample: Sample, a: Any = 0.1,
         >>> import bilevax as bx, jax, jax.numpy as jnp
         >>> loss = lambda x, y, c: ((y - x * c) ** 2).mean()
         >>> problem = bx.BilevelProblem(loss, loss)
-        >>> method, data = bx.algorithms.mrbo(problem, (0.1, 0.5, 0.1), bx.sampling.minibatch(2)), jnp.arange(8.0)
+        >>> method = bx.algorithms.mrbo(problem, (0.1, 0.5, 0.1), sample=bx.sampling.minibatch(2))
+        >>> data = jnp.arange(8.0)
         >>> state, info = method.step(jax.random.key(0), method.init(1.0, 2.0), bx.Batch(data, data))
     """
     sizes = levels("step_sizes", step_sizes)
     checks.scalar("step_sizes.v", sizes.v)
     checks.positive("step_sizes.v", sizes.v)
-    rule, estimator = own_neumann(terms, sizes.v), storm(a, sample)
+    rule, estimator = own_neumann(terms=terms, inverse_step=sizes.v), storm(momentum, sample=sample)
     return one_agent(lambda gossip: single_loop(problem, gossip, sizes, estimator, none(), local_directions=rule))

@@ -25,6 +25,7 @@ class _Draw(NamedTuple):
 def pzobo(
     problem: BilevelProblem,
     step_sizes: Any,
+    *,
     sample: Sample,
     steps: int = 10,
     directions: int = 1,
@@ -66,7 +67,7 @@ def pzobo(
     Example:
         >>> import bilevax as bx, jax
         >>> problem = bx.BilevelProblem(lambda x, y, batch: y**2, lambda x, y, batch: (y - x) ** 2)
-        >>> method = bx.algorithms.pzobo(problem, (0.05, 0.5, 0.0), bx.sampling.full, steps=1, directions=100)
+        >>> method = bx.algorithms.pzobo(problem, (0.05, 0.5, 0.0), sample=bx.sampling.full, steps=1, directions=100)
         >>> state, info = method.step(jax.random.key(0), method.init(1.0, 2.0), bx.Batch(None, None))
         >>> float(state.x) < 1, float(state.y), info.calls.inner_gradients
         (True, 1.0, 101)
@@ -84,7 +85,7 @@ def pzobo(
 
             return jax.lax.scan(step, run.start(x, y0), length=steps)[0].y
 
-        solver = zeroth_order(solve, directions, mu, sampler=random_directions.gaussian)
+        solver = zeroth_order(solve, directions=directions, mu=mu, sampler=random_directions.gaussian)
         return hypergradient(problem.outer_loss, counting(solver, (directions + 1) * steps))
 
     at_iteration(jnp.zeros((), jnp.int32))

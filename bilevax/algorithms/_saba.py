@@ -9,7 +9,7 @@ from bilevax.single_loop.engine import single_loop
 from bilevax.single_loop.estimator import saga
 
 
-def saba(problem: BilevelProblem, step_sizes: Any, blocks: int) -> Algorithm:
+def saba(problem: BilevelProblem, step_sizes: Any, *, blocks: int) -> Algorithm:
     """SOBA with SAGA estimates of the directions over fixed blocks of the data.
 
         u = d(x, y, v; b) − T_b + mean_b' T_b',      T_b ← d(x, y, v; b),      s ← s − a_s u_s  for s = x, y, v

@@ -10,7 +10,7 @@ from bilevax.single_loop.engine import single_loop
 from bilevax.single_loop.estimator import stochastic
 
 
-def soba(problem: BilevelProblem, step_sizes: Any, sample: Sample = full) -> Algorithm:
+def soba(problem: BilevelProblem, step_sizes: Any, *, sample: Sample = full) -> Algorithm:
     """Stochastic single-loop bilevel descent on one machine.
 
         x ← x − a_x d_x(x, y, v; ξ),      y ← y − a_y d_y(x, y, v; ξ),      v ← v − a_v d_v(x, y, v; ξ)
@@ -20,7 +20,7 @@ def soba(problem: BilevelProblem, step_sizes: Any, sample: Sample = full) -> Alg
     Args:
       problem: f and g.
       step_sizes: `Levels(x, y, v)` of numbers, schedules k -> number, or optax transformations.
-      sample: `sample(key, k, data) -> batch`, such as `bx.sampling.minibatch(64)`; outer and inner data are drawn
+      sample: `sample(key, t, data) -> batch`, such as `bx.sampling.minibatch(64)`; outer and inner data are drawn
         apart. All data by default.
 
     Returns:

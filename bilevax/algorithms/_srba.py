@@ -11,7 +11,7 @@ from bilevax.single_loop.engine import single_loop
 from bilevax.single_loop.estimator import spider
 
 
-def srba(problem: BilevelProblem, step_sizes: Any, sample: Sample, period: int) -> Algorithm:
+def srba(problem: BilevelProblem, step_sizes: Any, *, sample: Sample, every: int) -> Algorithm:
     """Single-loop bilevel descent along SARAH estimates of the directions.
 
         u_s = d_s(x, y, v)                                              if k mod period = 0, on all data
@@ -25,16 +25,16 @@ def srba(problem: BilevelProblem, step_sizes: Any, sample: Sample, period: int) 
     Args:
       problem: f and g, means over their examples.
       step_sizes: `Levels(x, y, v)` of numbers, schedules k -> number, or optax transformations.
-      sample: `sample(key, k, data) -> batch`, such as `bx.sampling.minibatch(64)`.
-      period: q >= 1, iterations from one exact evaluation to the next.
+      sample: `sample(key, t, data) -> batch`, such as `bx.sampling.minibatch(64)`.
+      every: q >= 1, iterations from one exact evaluation to the next.
 
     Returns:
       `Algorithm(init, step)` on x and y without an agents' axis.
 
     Raises:
-      ValueError: if `period` < 1; as `bx.single_loop.single_loop`; if there is no key.
+      ValueError: if `every` < 1; as `bx.single_loop.single_loop`; if there is no key.
 
-    Cost: two ∇f, two ∇_y g and two pull-backs of v on one sample; in every `period`-th iteration one of each on all
+    Cost: two ∇f, two ∇_y g and two pull-backs of v on one sample; in every `every`-th iteration one of each on all
     data.
 
     Reference: Dagréou, Moreau, Vaiter and Ablin, "A lower bound and a near-optimal algorithm for bilevel empirical risk
@@ -44,8 +44,11 @@ def srba(problem: BilevelProblem, step_sizes: Any, sample: Sample, period: int) 
         >>> import bilevax as bx, jax, jax.numpy as jnp
         >>> loss = lambda x, y, c: ((y - x * c) ** 2).mean()
         >>> problem = bx.BilevelProblem(loss, loss)
-        >>> method, data = bx.algorithms.srba(problem, (0.1, 0.5, 0.5), bx.sampling.minibatch(2), 4), jnp.arange(8.0)
+        >>> method = bx.algorithms.srba(problem, (0.1, 0.5, 0.5), sample=bx.sampling.minibatch(2), every=4)
+        >>> data = jnp.arange(8.0)
         >>> state, info = method.step(jax.random.key(0), method.init(1.0, 2.0), bx.Batch(data, data))
     """
-    period = checks.count("period", period, minimum=1)
-    return one_agent(lambda gossip: single_loop(problem, gossip, step_sizes, spider(period, sample), none()))
+    every = checks.count("every", every, minimum=1)
+    return one_agent(
+        lambda gossip: single_loop(problem, gossip, step_sizes, spider(every=every, sample=sample), none())
+    )

@@ -14,7 +14,7 @@ from bilevax.single_loop._levels import at
 from bilevax.single_loop.step_sizes import check_series, inner_optimizer
 
 
-def stocbio(problem: BilevelProblem, step_sizes: Any, sample: Sample, steps: int = 10, terms: int = 10) -> Algorithm:
+def stocbio(problem: BilevelProblem, step_sizes: Any, *, sample: Sample, steps: int = 10, terms: int = 10) -> Algorithm:
     """Bilevel descent with warm stochastic steps on y and a Neumann series from zero in each iteration.
 
         y ← y − a_y ∇_y g(x, y; ξ_t)                                                          `steps` times
@@ -47,7 +47,7 @@ def stocbio(problem: BilevelProblem, step_sizes: Any, sample: Sample, steps: int
     Example:
         >>> import bilevax as bx, jax
         >>> problem = bx.BilevelProblem(lambda x, y, batch: y**2, lambda x, y, batch: (y - x) ** 2)
-        >>> method = bx.algorithms.stocbio(problem, (0.25, 0.5, 0.5), bx.sampling.full, steps=1, terms=1)
+        >>> method = bx.algorithms.stocbio(problem, (0.25, 0.5, 0.5), sample=bx.sampling.full, steps=1, terms=1)
         >>> state, info = method.step(jax.random.key(0), method.init(1.0, 2.0), bx.Batch(None, None))
         >>> float(state.x), float(state.y)
         (0.5, 1.0)
@@ -61,7 +61,7 @@ def stocbio(problem: BilevelProblem, step_sizes: Any, sample: Sample, steps: int
             problem.inner_loss,
             inner_optimizer(sizes.y, k),
             steps,
-            ihvp.sgd(terms, at(k, sizes.v), sample),
+            ihvp=ihvp.sgd(steps=terms, step_size=at(k, sizes.v), sample=sample),
             sample=sample,
             cross_sample=sample,
             warm_start=False,

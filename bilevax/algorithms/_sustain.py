@@ -10,7 +10,7 @@ from bilevax.single_loop.engine import single_loop
 from bilevax.single_loop.estimator import storm
 
 
-def sustain(problem: BilevelProblem, step_sizes: Any, sample: Sample, a: Any = 0.1) -> Algorithm:
+def sustain(problem: BilevelProblem, step_sizes: Any, *, sample: Sample, momentum: Any = 0.1) -> Algorithm:
     """Single-loop bilevel descent along STORM estimates of the directions.
 
         u_s ← (1 − a_s) (u_s − d_s(previous point; ξ)) + d_s(point; ξ),      s ← s − step_s u_s  for s = x, y, v
@@ -18,14 +18,14 @@ def sustain(problem: BilevelProblem, step_sizes: Any, sample: Sample, a: Any = 0
     Args:
       problem: f and g.
       step_sizes: `Levels(x, y, v)` of numbers, schedules k -> number, or optax transformations.
-      sample: `sample(key, k, data) -> batch`, such as `bx.sampling.minibatch(64)`.
-      a: momentum in [0, 1]: a number, a schedule, or `Levels` of them.
+      sample: `sample(key, t, data) -> batch`, such as `bx.sampling.minibatch(64)`.
+      momentum: momentum in [0, 1]: a number, a schedule, or `Levels` of them.
 
     Returns:
       `Algorithm(init, step)` on x and y without an agents' axis.
 
     Raises:
-      ValueError: if a concrete `a` is not in [0, 1]; as `bx.single_loop.single_loop`; if there is no key.
+      ValueError: if a concrete `momentum` is not in [0, 1]; as `bx.single_loop.single_loop`; if there is no key.
 
     Cost: two ∇f, two ∇_y g and two pull-backs of v, on one sample.
 
@@ -37,7 +37,8 @@ def sustain(problem: BilevelProblem, step_sizes: Any, sample: Sample, a: Any = 0
         >>> import bilevax as bx, jax, jax.numpy as jnp
         >>> loss = lambda x, y, c: ((y - x * c) ** 2).mean()
         >>> problem = bx.BilevelProblem(loss, loss)
-        >>> method, data = bx.algorithms.sustain(problem, (0.1, 0.5, 0.5), bx.sampling.minibatch(2)), jnp.arange(8.0)
+        >>> method = bx.algorithms.sustain(problem, (0.1, 0.5, 0.5), sample=bx.sampling.minibatch(2))
+        >>> data = jnp.arange(8.0)
         >>> state, info = method.step(jax.random.key(0), method.init(1.0, 2.0), bx.Batch(data, data))
     """
-    return one_agent(lambda gossip: single_loop(problem, gossip, step_sizes, storm(a, sample), none()))
+    return one_agent(lambda gossip: single_loop(problem, gossip, step_sizes, storm(momentum, sample=sample), none()))

@@ -8,7 +8,7 @@ from bilevax.problem import Algorithm, BilevelProblem
 from bilevax.sampling import Sample
 
 
-def ttsa(problem: BilevelProblem, step_sizes: Any, sample: Sample, terms: int = 10) -> Algorithm:
+def ttsa(problem: BilevelProblem, step_sizes: Any, *, sample: Sample, terms: int = 10) -> Algorithm:
     """Two-timescale stochastic approximation: `bsa` with one step on y, whose step sizes fall slower than those of x.
 
         y ← y − a_y ∇_y g(x, y; ξ)
@@ -40,11 +40,11 @@ def ttsa(problem: BilevelProblem, step_sizes: Any, sample: Sample, terms: int = 
     Example:
         >>> import bilevax as bx, jax
         >>> problem = bx.BilevelProblem(lambda x, y, batch: y**2, lambda x, y, batch: (y - x) ** 2)
-        >>> method = bx.algorithms.ttsa(problem, (0.25, 0.5, 0.5), bx.sampling.full, terms=1)
+        >>> method = bx.algorithms.ttsa(problem, (0.25, 0.5, 0.5), sample=bx.sampling.full, terms=1)
         >>> state, info = method.step(jax.random.key(0), method.init(1.0, 2.0), bx.Batch(None, None))
         >>> float(state.x), float(state.y)
         (0.5, 1.0)
     """
     sizes = check_levels(problem, step_sizes, sample)
     sizes = sizes._replace(x=falling(sizes.x, 3 / 5), y=falling(sizes.y, 2 / 5))
-    return bsa(problem, sizes, sample, steps=1, terms=terms)
+    return bsa(problem, sizes, sample=sample, steps=1, terms=terms)

@@ -40,7 +40,7 @@ class VrboState(NamedTuple):
 
 
 def vrbo(
-    problem: BilevelProblem, step_sizes: Any, sample: Sample, period: int, steps: int = 10, terms: int = 10
+    problem: BilevelProblem, step_sizes: Any, *, sample: Sample, every: int, steps: int = 10, terms: int = 10
 ) -> Algorithm:
     """SPIDER at both levels: one step on x, then `steps` on y, and the estimates follow every move.
 
@@ -58,7 +58,7 @@ def vrbo(
       step_sizes: `Levels(x, y, v)`: of x and y numbers or schedules k -> number, of x also an optax transformation;
         that of v, a number in (0, 2 / L), is that of the series.
       sample: `sample(key, t, data) -> batch`, such as `bx.sampling.minibatch(64)`.
-      period: q >= 1, iterations from one exact evaluation to the next.
+      every: q >= 1, iterations from one exact evaluation to the next.
       steps: steps on y in each iteration, >= 1.
       terms: Hessian products of each series, >= 0.
 
@@ -67,11 +67,11 @@ def vrbo(
       axis.
 
     Raises:
-      ValueError: if `period` < 1, `steps` < 1 or `terms` < 0, a step size is negative or of another kind, or that of v
+      ValueError: if `every` < 1, `steps` < 1 or `terms` < 0, a step size is negative or of another kind, or that of v
         is not a positive number; if there is no key.
 
     Cost: 2 (`steps` + 1) evaluations, each one ∇f, one ∇_y g, `terms` Hessian products and one cross product on a
-    sample; in every `period`-th iteration one on all data besides.
+    sample; in every `every`-th iteration one on all data besides.
 
     Reference: Yang, Ji and Liang, "Provably faster algorithms for bilevel optimization", arXiv 2106.04692, algorithm 2.
     Deviation: one sample for all factors of a series, where the paper draws each; the exact evaluation is on all data.
@@ -80,7 +80,8 @@ def vrbo(
         >>> import bilevax as bx, jax, jax.numpy as jnp
         >>> loss = lambda x, y, c: ((y - x * c) ** 2).mean()
         >>> problem = bx.BilevelProblem(loss, loss)
-        >>> method, data = bx.algorithms.vrbo(problem, (0.1, 0.5, 0.1), bx.sampling.minibatch(2), 4), jnp.arange(8.0)
+        >>> method = bx.algorithms.vrbo(problem, (0.1, 0.5, 0.1), sample=bx.sampling.minibatch(2), every=4)
+        >>> data = jnp.arange(8.0)
         >>> state, info = method.step(jax.random.key(0), method.init(1.0, 2.0), bx.Batch(data, data))
     """
     checks.instance("problem", problem, BilevelProblem, "Pass bx.BilevelProblem(outer_loss, inner_loss).")
@@ -89,9 +90,9 @@ def vrbo(
     check_schedule("step_sizes.y", sizes.y)
     checks.scalar("step_sizes.v", sizes.v)
     checks.positive("step_sizes.v", sizes.v)
-    rule = own_neumann(terms, sizes.v)
+    rule = own_neumann(terms=terms, inverse_step=sizes.v)
     checks.function("sample", sample, "key", "t", "data")
-    period = checks.count("period", period, minimum=1)
+    every = checks.count("every", every, minimum=1)
     steps = checks.count("steps", steps, minimum=1)
     unit = rule.calls(("x", "y"), ())
 
@@ -120,7 +121,7 @@ def vrbo(
             u = follow(t, u, before, (x, y))
             return (u, (x, y), (x, stepped(y, -at(k, sizes.y), u.y))), None
 
-        refresh = k % period == 0
+        refresh = k % every == 0
         u = jax.lax.cond(refresh, lambda: rule.evaluate(problem, state.x, state.y, (), batch), lambda: state.u)
         x, optimizer = outer_step(sizes.x, k, u.x, state.optimizer, state.x)
         carry = u, (state.x, state.y), (x, state.y)

@@ -91,7 +91,7 @@ def _row(block: capture.Block, names: list[str], shapes: list[tuple], width: int
     return ReportRow(leaves, block.rule, sizes, numbers * count * width, block.what)
 
 
-def describe(inner_loss: Loss, x: Any, y: Any, batch: Any, unsupported: capture.Unsupported | None = None) -> Report:
+def describe(inner_loss: Loss, x: Any, y: Any, batch: Any, *, unsupported: capture.Unsupported | None = None) -> Report:
     """Lists which block of curvature each leaf of y gets, without computing anything: print it.
 
     Args:
@@ -119,7 +119,7 @@ def describe(inner_loss: Loss, x: Any, y: Any, batch: Any, unsupported: capture.
     """
     loss = structured(inner_loss, "describe")
     inputs, _ = loss.inputs_and_targets(x, batch)
-    captured = capture.trace(loss.model, y, inputs, _listed if unsupported is None else unsupported)
+    captured = capture.trace(loss.model, y, inputs, unsupported=_listed if unsupported is None else unsupported)
     names = [name for name, _ in named(y)]
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(y)]
     dtype = jnp.promote_types(jnp.result_type(*jax.tree.leaves(y)), jnp.float32)

@@ -112,6 +112,7 @@ def inverted(
     x: chex.ArrayTree,
     y: chex.ArrayTree,
     batch: Any,
+    *,
     damping: Damping = 1e-3,
     inverse: Inverse = exact,
     unsupported: capture.Unsupported = capture.error,

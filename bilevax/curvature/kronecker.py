@@ -117,7 +117,7 @@ def trace_loss(
         checks.function("positions", positions, "batch")
     checks.function("unsupported", unsupported, "leaves")
     inputs, targets = loss.inputs_and_targets(x, batch)
-    captured = capture.trace(loss.model, y, inputs, unsupported)
+    captured = capture.trace(loss.model, y, inputs, unsupported=unsupported)
     leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(y)]
     dtype = jnp.promote_types(jnp.result_type(*leaves), jnp.float32)
     q = loss.example_scale(captured.examples, dtype, x, batch).astype(dtype)

@@ -1,7 +1,7 @@
 """Decentralized bilevel optimization: agents are a leading array axis, gossip moves information between them.
 
-Most methods are presets of the engine `bx.single_loop.single_loop`: local directions, an estimator, a correction for each
-level and an order. Those with inner loops or matrices are built of the same parts.
+Most methods are presets of the engine `bx.single_loop.single_loop`: local directions, an estimator, a correction for
+each level and an order. Those with inner loops or matrices are built of the same parts.
 
 | method                        | lower level | limit, exact derivatives   | numbers to a neighbour in an iteration |
 |-------------------------------|-------------|----------------------------|----------------------------------------|
@@ -23,7 +23,7 @@ from bilevax.decentralized._c2dfb import c2dfb
 from bilevax.decentralized._diamond import diamond
 from bilevax.decentralized._dsoba import dsoba
 from bilevax.decentralized._dsoba_first_order import dsoba_first_order
-from bilevax.decentralized._dsvrbgd import dsvrbgd, dsvrbgd_alternating, dsvrbgd_simultaneous
+from bilevax.decentralized._dsvrbgd import dsvrbgd
 from bilevax.decentralized._gbdsbo import gbdsbo
 from bilevax.decentralized._interact import interact, interact_svr
 from bilevax.decentralized._lopa import lopa_local, lopa_tracking
@@ -42,8 +42,6 @@ __all__ = [
     "dsoba",
     "dsoba_first_order",
     "dsvrbgd",
-    "dsvrbgd_alternating",
-    "dsvrbgd_simultaneous",
     "gbdsbo",
     "interact",
     "interact_svr",

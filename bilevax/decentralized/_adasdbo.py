@@ -22,6 +22,7 @@ def adasdbo(
     problem: BilevelProblem,
     gossip: Any,
     step_sizes: Any,
+    *,
     sample: Sample = full,
     accumulated: chex.Numeric = 1.0,
 ) -> Algorithm:
@@ -39,7 +40,7 @@ def adasdbo(
       problem: f_i and g_i.
       gossip: a `Gossip`, or `Levels` of them.
       step_sizes: `Levels(x, y, v)` of numbers >= 0.
-      sample: `sample(key, k, data) -> batch` for the data of one agent; all data by default.
+      sample: `sample(key, t, data) -> batch` for the data of one agent; all data by default.
       accumulated: m_0 > 0.
 
     Returns:
@@ -69,7 +70,7 @@ def adasdbo(
     for name, size in sizes._asdict().items():
         checks.scalar(f"step_sizes.{name}", size)
         checks.nonnegative(f"step_sizes.{name}", size)
-    checks.function("sample", sample, "key", "k", "data")
+    checks.function("sample", sample, "key", "t", "data")
     checks.scalar("accumulated", accumulated)
     checks.positive("accumulated", accumulated)
 

@@ -45,7 +45,8 @@ def c2dfb(
     problem: BilevelProblem,
     gossip: Any,
     step_sizes: Any,
-    inner_steps: int,
+    *,
+    steps: int,
     multiplier: chex.Numeric,
     compressor: Compressor,
     gossip_step: chex.Numeric,
@@ -70,11 +71,11 @@ def c2dfb(
       gossip: a `Gossip`, or `Levels` of them, without compression; `v` is that of y_λ.
       step_sizes: `Levels(x, y, v)` of numbers, schedules or optax transformations; `v` is that of y_λ, whose problem is
         divided by λ, so that the step of y fits.
-      inner_steps: K >= 1.
+      steps: K >= 1.
       multiplier: λ > 0.
       compressor: Q, such as `bx.agents.compression.top_k(0.2)`.
       gossip_step: γ > 0, the smaller the stronger the compression; see `bx.agents.compression.choco`.
-      sample: `sample(key, k, data) -> batch` for the data of one agent, drawn anew in each inner step.
+      sample: `sample(key, t, data) -> batch` for the data of one agent, drawn anew in each inner step.
 
     Returns:
       `Algorithm(init, step)` with `C2DFBState`; `info.moves.v` is that of y_λ.
@@ -95,21 +96,23 @@ def c2dfb(
         >>> import bilevax as bx, jax.numpy as jnp
         >>> problem = bx.BilevelProblem(lambda x, y, c: (y - c) ** 2, lambda x, y, c: (y - x) ** 2)
         >>> gossip, batch = bx.gossip(bx.topology.ring(4)), bx.Batch(jnp.arange(4.0), jnp.zeros(4))
-        >>> whole = bx.agents.compression.top_k(1.0)
-        >>> method = bx.decentralized.c2dfb(problem, gossip, (0.1, 0.2, 0.2), 3, 100.0, whole, 0.4)
+        >>> options = {"multiplier": 100.0, "compressor": bx.agents.compression.top_k(1.0), "gossip_step": 0.4}
+        >>> method = bx.decentralized.c2dfb(problem, gossip, (0.1, 0.2, 0.2), steps=3, **options)
         >>> state, info = method.step(None, method.init(jnp.zeros(4), jnp.zeros(4)), batch)
         >>> int(info.calls.inner_gradients[0]), int(info.calls.hessian_products[0]), info.rounds
         (8, 0, 4)
     """
     checks.instance("problem", problem, BilevelProblem, "Pass bx.BilevelProblem(outer_loss, inner_loss).")
-    plain, steps = read_gossips(gossip), read_steps(step_sizes)
-    inner_steps = checks.count("inner_steps", inner_steps, minimum=1)
+    plain, sizes = read_gossips(gossip), read_steps(step_sizes)
+    steps = checks.count("steps", steps, minimum=1)
     checks.scalar("multiplier", multiplier)
     checks.positive("multiplier", multiplier)
     checks.scalar("gossip_step", gossip_step)
     checks.positive("gossip_step", gossip_step)
-    checks.function("sample", sample, "key", "k", "data")
-    gossips = plain._replace(**{name: choco(getattr(plain, name), compressor, gossip_step) for name in ("y", "v")})
+    checks.function("sample", sample, "key", "t", "data")
+    gossips = plain._replace(
+        **{name: choco(getattr(plain, name), compressor, gossip_step=gossip_step) for name in ("y", "v")}
+    )
     outer_loss = checks.scalar_loss("outer_loss", problem.outer_loss)
     inner_loss = checks.scalar_loss("inner_loss", problem.inner_loss)
     correction = tracking_non_atc()
@@ -131,7 +134,7 @@ def c2dfb(
         memories = Levels(
             *(
                 correction.init(one, s, move(step, 0, setting(point, batch)))
-                for one, s, step in zip(gossips, point, steps, strict=True)
+                for one, s, step in zip(gossips, point, sizes, strict=True)
             )
         )
         return C2DFBState(jnp.zeros((), jnp.int32), *point, memories)
@@ -140,7 +143,7 @@ def c2dfb(
         check_step(plain.x, key, state, C2DFBState, batch)
         agents = plain.x.agents()
         key, start = fold(key, state.k), Levels(state.x, state.y, state.penalized)
-        how = [move(one, state.k, setting(start, batch, fold(key, 3))) for one in steps]
+        how = [move(one, state.k, setting(start, batch, fold(key, 3))) for one in sizes]
 
         def inner(carry: tuple, t: chex.Array) -> tuple[tuple, chex.Array]:
             (y, of_y), (z, of_z) = carry
@@ -153,14 +156,14 @@ def c2dfb(
             return ((y, of_y), (z, of_z)), sent + more
 
         begin = (start.y, state.corrections.y), (start.v, state.corrections.v)
-        ((y, of_y), (z, of_z)), sent = jax.lax.scan(inner, begin, jnp.arange(inner_steps))
+        ((y, of_y), (z, of_z)), sent = jax.lax.scan(inner, begin, jnp.arange(steps))
         data = draw(fold(key, 0), sample, state.k, batch, agents)
         d = jax.vmap(outer_direction)(start.x, y, z, data)
         x, of_x, more = correction.update(fold(key, 2), state.corrections.x, plain.x, start.x, d, how[0])
         end, ones = Levels(x, y, z), jnp.ones_like(agents)
         zeros = 0 * ones
-        calls = Calls((inner_steps + 1) * ones, (2 * inner_steps + 2) * ones, zeros, zeros)
-        info = Info(*moved(start, end), calls, sent.sum(0) + more, inner_steps + 1)
+        calls = Calls((steps + 1) * ones, (2 * steps + 2) * ones, zeros, zeros)
+        info = Info(*moved(start, end), calls, sent.sum(0) + more, steps + 1)
         return C2DFBState(state.k + 1, *end, Levels(of_x, of_y, of_z)), info
 
     return Algorithm(init, step)

@@ -15,8 +15,9 @@ def diamond(
     problem: BilevelProblem,
     gossip: Any,
     step_sizes: Any,
+    *,
     sample: Sample,
-    a: Any,
+    momentum: Any,
     terms: int,
     inverse_step: chex.Numeric,
     correction: Correction | None = None,
@@ -33,8 +34,8 @@ def diamond(
       problem: f_i and g_i, each strongly convex in y.
       gossip: a `Gossip`, or `Levels` of them; that of y does not count.
       step_sizes: `Levels(x, y, v)` of numbers, schedules or optax transformations; that of v does not count.
-      sample: `sample(key, k, data) -> batch` for the data of one agent; one draw serves both points and all products.
-      a: momentum in [0, 1]: a number, a schedule, or `Levels` of them.
+      sample: `sample(key, t, data) -> batch` for the data of one agent; one draw serves both points and all products.
+      momentum: momentum in [0, 1]: a number, a schedule, or `Levels` of them.
       terms: J >= 0.
       inverse_step: c > 0, usually 1 / L for L-smooth g_i.
       correction: of x; None for `bx.single_loop.correction.tracking_non_atc()`.
@@ -43,7 +44,7 @@ def diamond(
       `Algorithm(init, step)`; y is personal, `state.v` is ().
 
     Raises:
-      ValueError: if a concrete `a` is not in [0, 1]; as `interact`; when it draws, if there is no key.
+      ValueError: if a concrete `momentum` is not in [0, 1]; as `interact`; when it draws, if there is no key.
 
     Cost: for each agent and iteration two ∇f, two ∇_y g, 2 J Hessian products and two cross products on a sample;
     2 d_x numbers to each neighbour in one round.
@@ -56,9 +57,10 @@ def diamond(
         >>> import bilevax as bx, jax.numpy as jnp
         >>> problem = bx.BilevelProblem(lambda x, y, c: (y - c) ** 2, lambda x, y, c: (y - x) ** 2)
         >>> gossip, batch = bx.gossip(bx.topology.ring(4)), bx.Batch(jnp.arange(4.0), jnp.zeros(4))
-        >>> method = bx.decentralized.diamond(problem, gossip, (0.1, 0.2, 0), bx.sampling.full, 0.1, 3, 0.25)
+        >>> options = {"sample": bx.sampling.full, "momentum": 0.1, "terms": 3, "inverse_step": 0.25}
+        >>> method = bx.decentralized.diamond(problem, gossip, (0.1, 0.2, 0), **options)
         >>> state, info = method.step(None, method.init(jnp.zeros(4), jnp.zeros(4)), batch)
         >>> int(info.calls.hessian_products[0]), float(info.bytes[0]) / state.x.dtype.itemsize
         (6, 4.0)
     """
-    return personal(problem, gossip, step_sizes, storm(a, sample), terms, inverse_step, correction)
+    return personal(problem, gossip, step_sizes, storm(momentum, sample=sample), terms, inverse_step, correction)

@@ -10,7 +10,9 @@ from bilevax.single_loop.estimator import Estimator, momentum
 from bilevax.single_loop.estimator.estimator_type import rates_of
 
 
-def dsoba(problem: BilevelProblem, gossip: Any, step_sizes: Any, sample: Sample = full, theta: Any = 1.0) -> Algorithm:
+def dsoba(
+    problem: BilevelProblem, gossip: Any, step_sizes: Any, *, sample: Sample = full, momentum: Any = 1.0
+) -> Algorithm:
     """Decentralized single-loop bilevel descent, second-order form.
 
         h ← (1 − θ) h + θ d^x,      x_i ← Σ_j w_ij (x_j − a_x h_j)
@@ -23,14 +25,14 @@ def dsoba(problem: BilevelProblem, gossip: Any, step_sizes: Any, sample: Sample 
       problem: f_i and g_i.
       gossip: a `Gossip`, or `Levels` of them.
       step_sizes: `Levels(x, y, v)` of numbers, schedules or optax transformations.
-      sample: `sample(key, k, data) -> batch` for the data of one agent; all data by default.
-      theta: θ in (0, 1], weight of the new outer direction in its moving average: a number or a schedule.
+      sample: `sample(key, t, data) -> batch` for the data of one agent; all data by default.
+      momentum: θ in (0, 1], weight of the new outer direction in its moving average: a number or a schedule.
 
     Returns:
       `Algorithm(init, step)`.
 
     Raises:
-      ValueError: if a concrete `theta` is not in (0, 1]; as `bx.single_loop.single_loop`.
+      ValueError: if a concrete `momentum` is not in (0, 1]; as `bx.single_loop.single_loop`.
 
     Cost: for each agent and iteration one ∇f, one ∇_y g, one Hessian and one cross product; d_x + 2 d_y numbers to each
     neighbour in one round.
@@ -48,9 +50,9 @@ def dsoba(problem: BilevelProblem, gossip: Any, step_sizes: Any, sample: Sample 
         >>> float(info.bytes[0]) / state.x.dtype.itemsize
         6.0
     """
-    return single_loop(problem, gossip, step_sizes, averaged_outer(theta, sample), none())
+    return single_loop(problem, gossip, step_sizes, averaged_outer(momentum, sample), none())
 
 
-def averaged_outer(theta: Any, sample: Sample) -> Estimator:
+def averaged_outer(weight: Any, sample: Sample) -> Estimator:
     """Plain directions of y and v, and a moving average of that of x, with weight θ in (0, 1] of the new one."""
-    return momentum(rates_of("theta", theta)._replace(y=1.0, v=1.0), sample)
+    return momentum(rates_of("momentum", weight)._replace(y=1.0, v=1.0), sample=sample)

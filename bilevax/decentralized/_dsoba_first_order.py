@@ -16,9 +16,10 @@ def dsoba_first_order(
     problem: BilevelProblem,
     gossip: Any,
     step_sizes: Any,
+    *,
     sample: Sample = full,
-    theta: Any = 1.0,
-    delta: chex.Numeric = 1e-3,
+    momentum: Any = 1.0,
+    mu: chex.Numeric = 1e-3,
 ) -> Algorithm:
     """Decentralized single-loop bilevel descent, first-order form: `dsoba` without second derivatives.
 
@@ -31,15 +32,15 @@ def dsoba_first_order(
       problem: f_i and g_i.
       gossip: a `Gossip`, or `Levels` of them.
       step_sizes: `Levels(x, y, v)` of numbers, schedules or optax transformations.
-      sample: `sample(key, k, data) -> batch` for the data of one agent; all data by default.
-      theta: θ in (0, 1], weight of the new outer direction in its moving average: a number or a schedule.
-      delta: δ > 0; 1e-3 suits float32 and v of order one.
+      sample: `sample(key, t, data) -> batch` for the data of one agent; all data by default.
+      momentum: θ in (0, 1], weight of the new outer direction in its moving average: a number or a schedule.
+      mu: δ > 0; 1e-3 suits float32 and v of order one.
 
     Returns:
       `Algorithm(init, step)`.
 
     Raises:
-      ValueError: if a concrete `delta` is not positive; as `dsoba`.
+      ValueError: if a concrete `mu` is not positive; as `dsoba`.
 
     Cost: for each agent and iteration one ∇f and three ∇g, no second derivative; d_x + 2 d_y numbers to each neighbour
     in one round.
@@ -55,5 +56,5 @@ def dsoba_first_order(
         >>> int(info.calls.inner_gradients[0]), int(info.calls.hessian_products[0])
         (3, 0)
     """
-    rule = first_order(delta)
-    return single_loop(problem, gossip, step_sizes, averaged_outer(theta, sample), none(), local_directions=rule)
+    rule = first_order(mu)
+    return single_loop(problem, gossip, step_sizes, averaged_outer(momentum, sample), none(), local_directions=rule)

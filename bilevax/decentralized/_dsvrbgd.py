@@ -10,14 +10,21 @@ from bilevax.problem import Algorithm, BilevelProblem
 from bilevax.sampling import Sample
 from bilevax.single_loop._levels import Levels, at, levels
 from bilevax.single_loop.correction._tracking import tracking_non_atc
-from bilevax.single_loop.engine import GAUSS_SEIDEL, JACOBI, Order, single_loop
+from bilevax.single_loop.engine import GAUSS_SEIDEL, JACOBI, single_loop
 from bilevax.single_loop.estimator import storm
 
 
-def dsvrbgd_simultaneous(
-    problem: BilevelProblem, gossip: Any, step_sizes: Any, sample: Sample, momentum: Any, rate: chex.Numeric
+def dsvrbgd(
+    problem: BilevelProblem,
+    gossip: Any,
+    step_sizes: Any,
+    *,
+    sample: Sample,
+    momentum: Any,
+    rate: chex.Numeric,
+    alternating: bool = False,
 ) -> Algorithm:
-    """Decentralized stochastic variance-reduced bilevel gradient descent, all levels at once.
+    """Decentralized stochastic variance-reduced bilevel gradient descent, all levels at once or in turn.
 
     For s = x, y, v, with one sample ξ of each agent at both points, u_0 = p_0 = d(s_0; ξ_0) and a = min(1, α η²):
 
@@ -25,15 +32,25 @@ def dsvrbgd_simultaneous(
         p^s_i ← Σ_j w_ij p^s_j + u^s_i(new) − u^s_i(old)
         s_i ← s_i + η (Σ_j w_ij s_j − β_s p^s_i − s_i)
 
-    Without noise it converges to (x*, y*, v*), whatever a is; with minibatches the noise of u shrinks with the moves.
+    and, `alternating`, with the same updates level by level:
+
+        u^y, p^y at (x, y)             y ← y⁺
+        u^v, p^v at (x, y⁺, v)         v ← v⁺
+        u^x, p^x at (x, y⁺, v⁺)        x ← x⁺
+
+    The previous point of each u is the one where it was estimated last: in turn, the variables of one point come from
+    different iterations. Without noise it converges to (x*, y*, v*), whatever a is; with minibatches the noise of u
+    shrinks with the moves.
 
     Args:
       problem: f_i and g_i.
       gossip: a `Gossip`, or `Levels` of them.
       step_sizes: β, `Levels(x, y, v)` of numbers, schedules or optax transformations.
-      sample: `sample(key, k, data) -> batch` for the data of one agent, such as `bx.sampling.minibatch(32)`.
+      sample: `sample(key, t, data) -> batch` for the data of one agent, such as `bx.sampling.minibatch(32)`; one draw
+        serves the three levels.
       momentum: α >= 0, a number, a schedule or `Levels`; α η² >= 1 is plain sampling with tracking, at twice its cost.
       rate: η in (0, 1]; momentum 0.4 and rate 0.5, that is a = 0.1, are a start.
+      alternating: levels in turn (DSVRBGD-A) instead of all at once (DSVRBGD-S).
 
     Returns:
       `Algorithm(init, step)`.
@@ -43,7 +60,7 @@ def dsvrbgd_simultaneous(
         when it draws, if there is no key.
 
     Cost: for each agent and iteration two ∇f, two ∇_y g, two Hessian and two cross products on a sample;
-    2 (d_x + 2 d_y) numbers to each neighbour in one round.
+    2 (d_x + 2 d_y) numbers to each neighbour in one round. In turn: four ∇_y g, since y moves in between, three rounds.
 
     Reference: Zhang, Thai, Wu and Gao, "On the communication complexity of decentralized bilevel optimization", arXiv
     2311.11342. Reconstructed: the two orders, the variance-reduced gradient and the vectors sent are the paper's; that
@@ -52,67 +69,18 @@ def dsvrbgd_simultaneous(
     Example:
         >>> import bilevax as bx, jax, jax.numpy as jnp
         >>> problem = bx.BilevelProblem(lambda x, y, c: ((y - c) ** 2).mean(), lambda x, y, c: (y - x) ** 2)
-        >>> method = bx.decentralized.dsvrbgd_simultaneous(
-        ...     problem, bx.gossip(bx.topology.ring(4)), (0.1, 0.2, 0.2), bx.sampling.minibatch(2), 0.4, 0.5
-        ... )
-        >>> batch = bx.Batch(jnp.ones((4, 8)), jnp.zeros((4, 8)))
-        >>> state, info = method.step(jax.random.key(0), method.init(jnp.zeros(4), jnp.zeros(4)), batch)
-        >>> int(info.calls.cross_products[0])
-        2
-    """
-    return _dsvrbgd(problem, gossip, step_sizes, sample, momentum, rate, JACOBI)
-
-
-def dsvrbgd_alternating(
-    problem: BilevelProblem, gossip: Any, step_sizes: Any, sample: Sample, momentum: Any, rate: chex.Numeric
-) -> Algorithm:
-    """Decentralized stochastic variance-reduced bilevel gradient descent, levels in turn.
-
-        u^y, p^y at (x, y)             y ← y⁺
-        u^v, p^v at (x, y⁺, v)         v ← v⁺
-        u^x, p^x at (x, y⁺, v⁺)        x ← x⁺
-
-    with the updates of `dsvrbgd_simultaneous`. The previous point of each u is the one where it was estimated last, so
-    that the variables of one point come from different iterations.
-
-    Args:
-      problem: f_i and g_i.
-      gossip: a `Gossip`, or `Levels` of them.
-      step_sizes: β, `Levels(x, y, v)` of numbers, schedules or optax transformations.
-      sample: `sample(key, k, data) -> batch` for the data of one agent; one draw serves the three levels.
-      momentum: α >= 0, a number, a schedule or `Levels`; α η² >= 1 is plain sampling with tracking, at twice its cost.
-      rate: η in (0, 1]; momentum 0.4 and rate 0.5, that is a = 0.1, are a start.
-
-    Returns:
-      `Algorithm(init, step)`.
-
-    Raises:
-      ValueError: as `dsvrbgd_simultaneous`.
-
-    Cost: for each agent and iteration two ∇f, four ∇_y g (y moves in between), two Hessian and two cross products on a
-    sample; 2 (d_x + 2 d_y) numbers to each neighbour in three rounds.
-
-    Reference: arXiv 2311.11342, see `dsvrbgd_simultaneous`.
-
-    Example:
-        >>> import bilevax as bx, jax, jax.numpy as jnp
-        >>> problem = bx.BilevelProblem(lambda x, y, c: ((y - c) ** 2).mean(), lambda x, y, c: (y - x) ** 2)
-        >>> method = bx.decentralized.dsvrbgd_alternating(
-        ...     problem, bx.gossip(bx.topology.ring(4)), (0.1, 0.2, 0.2), bx.sampling.minibatch(2), 0.4, 0.5
+        >>> gossip, options = bx.gossip(bx.topology.ring(4)), {"momentum": 0.4, "rate": 0.5, "alternating": True}
+        >>> method = bx.decentralized.dsvrbgd(
+        ...     problem, gossip, (0.1, 0.2, 0.2), sample=bx.sampling.minibatch(2), **options
         ... )
         >>> batch = bx.Batch(jnp.ones((4, 8)), jnp.zeros((4, 8)))
         >>> state, info = method.step(jax.random.key(0), method.init(jnp.zeros(4), jnp.zeros(4)), batch)
         >>> int(info.calls.inner_gradients[0]), info.rounds
         (4, 3)
     """
-    return _dsvrbgd(problem, gossip, step_sizes, sample, momentum, rate, GAUSS_SEIDEL)
-
-
-def _dsvrbgd(
-    problem: BilevelProblem, gossip: Any, steps: Any, sample: Sample, momentum: Any, rate: chex.Numeric, order: Order
-) -> Algorithm:
-    estimator = storm(averaging_weights(momentum, rate), sample)
-    return single_loop(problem, gossip, steps, estimator, tracking_non_atc(damping=rate), order)
+    estimator = storm(averaging_weights(momentum, rate), sample=sample)
+    order = GAUSS_SEIDEL if alternating else JACOBI
+    return single_loop(problem, gossip, step_sizes, estimator, tracking_non_atc(rate=rate), order=order)
 
 
 def averaging_weights(momentum: Any, rate: chex.Numeric) -> Levels:
@@ -125,6 +93,3 @@ def averaging_weights(momentum: Any, rate: chex.Numeric) -> Levels:
     checks.scalar("rate", rate)
     checks.fraction("rate", rate)
     return Levels(*(lambda k, factor=factor: jnp.minimum(1.0, at(k, factor) * rate**2) for factor in factors))
-
-
-dsvrbgd = dsvrbgd_simultaneous

@@ -47,8 +47,9 @@ def gbdsbo(
     problem: BilevelProblem,
     gossip: Gossip,
     step_sizes: Any,
+    *,
     sample: Sample = full,
-    factors: int | None = None,
+    terms: int | None = None,
     inverse_step: chex.Numeric | None = None,
 ) -> Algorithm:
     """Gossip-based decentralized stochastic bilevel optimization: gradients, Jacobians and Hessians are all averaged.
@@ -66,8 +67,8 @@ def gbdsbo(
       problem: f_i and g_i.
       gossip: a `Gossip`, for everything.
       step_sizes: `Levels(x, y, v)` of numbers, schedules or optax transformations; that of v does not count.
-      sample: `sample(key, k, data) -> batch` for the data of one agent, drawn anew for each Hessian factor.
-      factors: b >= 1 independent Hessians of a Neumann series of b + 1 terms (j = 0..b); None for one Hessian that
+      sample: `sample(key, t, data) -> batch` for the data of one agent, drawn anew for each Hessian factor.
+      terms: b >= 1 independent Hessians of a Neumann series of b + 1 terms (j = 0..b); None for one Hessian that
         is inverted.
       inverse_step: c > 0, usually 1 / L, with factors.
 
@@ -76,7 +77,7 @@ def gbdsbo(
       the gossip.
 
     Raises:
-      ValueError: if `factors` < 1, or `inverse_step` is missing or not positive with factors, or given without; as
+      ValueError: if `terms` < 1, or `inverse_step` is missing or not positive with factors, or given without; as
         `bx.single_loop.single_loop`; when it draws, if there is no key.
 
     Cost: for each agent and iteration one ∇f, max(1, b) ∇_y g, d_y max(1, b) Hessian and d_y cross products, and
@@ -100,11 +101,11 @@ def gbdsbo(
     checks.instance("problem", problem, BilevelProblem, "Pass bx.BilevelProblem(outer_loss, inner_loss).")
     checks.instance("gossip", gossip, Gossip, "Pass bx.gossip(bx.topology.ring(8)).")
     steps = read_steps(step_sizes)
-    checks.function("sample", sample, "key", "k", "data")
-    number = 1 if factors is None else checks.count("factors", factors, minimum=1)
-    if (factors is None) != (inverse_step is None):
+    checks.function("sample", sample, "key", "t", "data")
+    number = 1 if terms is None else checks.count("terms", terms, minimum=1)
+    if (terms is None) != (inverse_step is None):
         raise ValueError(
-            f"inverse_step and factors go together; got factors={factors!r} and inverse_step={inverse_step!r}. Pass "
+            f"inverse_step and factors go together; got factors={terms!r} and inverse_step={inverse_step!r}. Pass "
             f"both for a Neumann series, or none of them to invert the Hessian."
         )
     if inverse_step is not None:
@@ -128,7 +129,7 @@ def gbdsbo(
         )
 
     def inverse(hessians: chex.Array, b: chex.Array) -> chex.Array:
-        if factors is None:
+        if terms is None:
             return jnp.linalg.solve(widen(hessians[0]), widen(b))
         term, v = b, b
         for hessian in hessians:

@@ -20,6 +20,7 @@ def interact(
     problem: BilevelProblem,
     gossip: Any,
     step_sizes: Any,
+    *,
     terms: int,
     inverse_step: chex.Numeric,
     correction: Correction | None = None,
@@ -70,6 +71,7 @@ def interact_svr(
     problem: BilevelProblem,
     gossip: Any,
     step_sizes: Any,
+    *,
     terms: int,
     inverse_step: chex.Numeric,
     every: int,
@@ -91,7 +93,7 @@ def interact_svr(
       terms: J >= 0.
       inverse_step: c > 0, usually 1 / L for L-smooth g_i.
       every: q >= 1; the paper takes the square root of the number of examples, for q and for the sample.
-      sample: `sample(key, k, data) -> batch` for the data of one agent.
+      sample: `sample(key, t, data) -> batch` for the data of one agent.
       correction: of x; None for `bx.single_loop.correction.tracking_non_atc()`.
 
     Returns:
@@ -108,12 +110,13 @@ def interact_svr(
         >>> import bilevax as bx, jax.numpy as jnp
         >>> problem = bx.BilevelProblem(lambda x, y, c: (y - c) ** 2, lambda x, y, c: (y - x) ** 2)
         >>> gossip, batch = bx.gossip(bx.topology.ring(4)), bx.Batch(jnp.arange(4.0), jnp.zeros(4))
-        >>> method = bx.decentralized.interact_svr(problem, gossip, (0.1, 0.2, 0), 3, 0.25, 5, bx.sampling.full)
+        >>> options = {"terms": 3, "inverse_step": 0.25, "every": 5, "sample": bx.sampling.full}
+        >>> method = bx.decentralized.interact_svr(problem, gossip, (0.1, 0.2, 0), **options)
         >>> state, info = method.step(None, method.init(jnp.zeros(4), jnp.zeros(4)), batch)
         >>> int(info.calls.hessian_products[0])
         3
     """
-    return personal(problem, gossip, step_sizes, spider(every, sample), terms, inverse_step, correction)
+    return personal(problem, gossip, step_sizes, spider(every=every, sample=sample), terms, inverse_step, correction)
 
 
 def personal(
@@ -129,5 +132,5 @@ def personal(
     correction = tracking_non_atc() if correction is None else correction
     checks.instance("correction", correction, Correction, "Pass, say, bx.single_loop.correction.tracking(), called.")
     corrections = Levels(correction, local(), local())
-    rule = own_neumann(terms, inverse_step)
+    rule = own_neumann(terms=terms, inverse_step=inverse_step)
     return single_loop(problem, gossip, step_sizes, estimator, corrections, local_directions=rule)

@@ -13,7 +13,7 @@ from bilevax.single_loop.engine import single_loop
 
 
 def lopa_local(
-    problem: BilevelProblem, gossip: Any, step_sizes: Any, sample: Sample = full, theta: Any = 1.0
+    problem: BilevelProblem, gossip: Any, step_sizes: Any, *, sample: Sample = full, momentum: Any = 1.0
 ) -> Algorithm:
     """LoPA-LG: one step on each agent's own y and v, and decentralized descent of x along local gradients.
 
@@ -28,14 +28,14 @@ def lopa_local(
       problem: f_i and g_i, each strongly convex in y.
       gossip: a `Gossip`, or `Levels` of them; those of y and v do not count.
       step_sizes: `Levels(x, y, v)` of numbers, schedules or optax transformations.
-      sample: `sample(key, k, data) -> batch` for the data of one agent; all data by default.
-      theta: θ in (0, 1], weight of the new outer direction in its moving average: a number or a schedule.
+      sample: `sample(key, t, data) -> batch` for the data of one agent; all data by default.
+      momentum: θ in (0, 1], weight of the new outer direction in its moving average: a number or a schedule.
 
     Returns:
       `Algorithm(init, step)`; y and v are personal.
 
     Raises:
-      ValueError: if a concrete `theta` is not in (0, 1]; as `bx.single_loop.single_loop`.
+      ValueError: if a concrete `momentum` is not in (0, 1]; as `bx.single_loop.single_loop`.
 
     Cost: for each agent and iteration one ∇f, one ∇_y g, one Hessian and one cross product; d_x numbers to each
     neighbour in one round.
@@ -53,11 +53,11 @@ def lopa_local(
         >>> float(info.bytes[0]) / state.x.dtype.itemsize
         2.0
     """
-    return _lopa(problem, gossip, step_sizes, sample, theta, none())
+    return _lopa(problem, gossip, step_sizes, sample, momentum, none())
 
 
 def lopa_tracking(
-    problem: BilevelProblem, gossip: Any, step_sizes: Any, sample: Sample = full, theta: Any = 1.0
+    problem: BilevelProblem, gossip: Any, step_sizes: Any, *, sample: Sample = full, momentum: Any = 1.0
 ) -> Algorithm:
     """LoPA-GT: as `lopa_local`, with gradient tracking of x, and so without its bias.
 
@@ -70,8 +70,8 @@ def lopa_tracking(
       problem: f_i and g_i, each strongly convex in y.
       gossip: a `Gossip`, or `Levels` of them; those of y and v do not count.
       step_sizes: `Levels(x, y, v)` of numbers, schedules or optax transformations.
-      sample: `sample(key, k, data) -> batch` for the data of one agent; all data by default.
-      theta: θ in (0, 1], weight of the new outer direction in its moving average: a number or a schedule.
+      sample: `sample(key, t, data) -> batch` for the data of one agent; all data by default.
+      momentum: θ in (0, 1], weight of the new outer direction in its moving average: a number or a schedule.
 
     Returns:
       `Algorithm(init, step)`; y and v are personal. With all data it converges to x_p.
@@ -92,11 +92,11 @@ def lopa_tracking(
         >>> float(info.bytes[0]) / state.x.dtype.itemsize
         4.0
     """
-    return _lopa(problem, gossip, step_sizes, sample, theta, tracking())
+    return _lopa(problem, gossip, step_sizes, sample, momentum, tracking())
 
 
 def _lopa(
-    problem: BilevelProblem, gossip: Any, step_sizes: Any, sample: Sample, theta: Any, correction: Correction
+    problem: BilevelProblem, gossip: Any, step_sizes: Any, sample: Sample, momentum: Any, correction: Correction
 ) -> Algorithm:
-    averaged = averaged_outer(theta, sample)
+    averaged = averaged_outer(momentum, sample)
     return single_loop(problem, gossip, step_sizes, averaged, Levels(correction, local(), local()))

@@ -23,10 +23,11 @@ def ma_dsbo(
     problem: BilevelProblem,
     gossip: Any,
     step_sizes: Any,
-    inner_steps: int,
-    product_steps: int,
+    *,
+    steps: int,
+    v_steps: int,
     sample: Sample = full,
-    theta: Any = 1.0,
+    momentum: Any = 1.0,
     track: bool = False,
     restart: bool = False,
 ) -> Algorithm:
@@ -46,10 +47,10 @@ def ma_dsbo(
       problem: f_i and g_i.
       gossip: a `Gossip`, or `Levels` of them.
       step_sizes: `Levels(x, y, v)` of numbers, schedules or optax transformations.
-      inner_steps: T >= 1.
-      product_steps: N >= 1.
-      sample: `sample(key, k, data) -> batch` for the data of one agent: T draws for y, one for v and x together.
-      theta: θ in (0, 1], weight of the new outer direction in its moving average: a number or a schedule.
+      steps: T >= 1.
+      v_steps: N >= 1.
+      sample: `sample(key, t, data) -> batch` for the data of one agent: T draws for y, one for v and x together.
+      momentum: θ in (0, 1], weight of the new outer direction in its moving average: a number or a schedule.
       track: gradient tracking of x and y too (MA-DSBO-GT), which takes their bias away.
       restart: start t anew in each iteration, as published: the limit then keeps a bias that vanishes with N alone.
 
@@ -57,7 +58,7 @@ def ma_dsbo(
       `Algorithm(init, step)`.
 
     Raises:
-      ValueError: if T or N < 1, or a concrete `theta` is not in (0, 1]; as `bx.single_loop.single_loop`.
+      ValueError: if T or N < 1, or a concrete `momentum` is not in (0, 1]; as `bx.single_loop.single_loop`.
 
     Cost: for each agent and iteration one ∇f, T + 1 ∇_y g, N Hessian products and one cross product;
     d_x + (T + 2 N) d_y numbers to each neighbour, 2 d_x + 2 (T + N) d_y with `track`, in T + N + 1 rounds.
@@ -71,23 +72,23 @@ def ma_dsbo(
         >>> import bilevax as bx, jax.numpy as jnp
         >>> problem = bx.BilevelProblem(lambda x, y, c: (y - c) ** 2, lambda x, y, c: (y - x) ** 2)
         >>> gossip, batch = bx.gossip(bx.topology.ring(4)), bx.Batch(jnp.arange(4.0), jnp.zeros(4))
-        >>> method = bx.decentralized.ma_dsbo(problem, gossip, (0.1, 0.2, 0.2), inner_steps=2, product_steps=3)
+        >>> method = bx.decentralized.ma_dsbo(problem, gossip, (0.1, 0.2, 0.2), steps=2, v_steps=3)
         >>> state, info = method.step(None, method.init(jnp.zeros(4), jnp.zeros(4)), batch)
         >>> float(info.bytes[0]) / state.x.dtype.itemsize, info.rounds
         (18.0, 6)
     """
     checks.instance("problem", problem, BilevelProblem, "Pass bx.BilevelProblem(outer_loss, inner_loss).")
-    gossips, steps = read_gossips(gossip), read_steps(step_sizes)
-    counts = Levels(1, checks.count("inner_steps", inner_steps, 1), checks.count("product_steps", product_steps, 1))
-    checks.function("sample", sample, "key", "k", "data")
-    rates = rates_of("theta", theta)
+    gossips, sizes = read_gossips(gossip), read_steps(step_sizes)
+    counts = Levels(1, checks.count("steps", steps, 1), checks.count("v_steps", v_steps, 1))
+    checks.function("sample", sample, "key", "t", "data")
+    rates = rates_of("momentum", momentum)
     outer_loss = checks.scalar_loss("outer_loss", problem.outer_loss)
     inner_loss = checks.scalar_loss("inner_loss", problem.inner_loss)
     plain = tracking_non_atc() if track else none()
     corrections = Levels(plain, plain, tracking_non_atc())
 
     def memory(name: str, point: Levels, batch: Any) -> Any:
-        how = move(getattr(steps, name), 0, Setting(problem, point, batch))
+        how = move(getattr(sizes, name), 0, Setting(problem, point, batch))
         return getattr(corrections, name).init(getattr(gossips, name), getattr(point, name), how)
 
     def init(x: chex.ArrayTree, y: chex.ArrayTree, batch: Batch | None = None) -> State:
@@ -106,18 +107,18 @@ def ma_dsbo(
             """`counts` moves of one level, each along `direction(key, s)`."""
             place = Levels._fields.index(name)
             level_key = fold(key, 1 + place)
-            how = move(getattr(steps, name), state.k, Setting(problem, point, batch, fold(key, 4 + place), agents))
+            how = move(getattr(sizes, name), state.k, Setting(problem, point, batch, fold(key, 4 + place), agents))
 
             def once(carry: tuple, t: chex.Array) -> tuple[tuple, chex.Array]:
                 s, old = carry
                 now = fold(level_key, t)
-                s, old, size = getattr(corrections, name).update(
+                s, old, sent_now = getattr(corrections, name).update(
                     fold(now, 0), old, getattr(gossips, name), s, direction(fold(now, 1), s), how
                 )
-                return (s, old), size
+                return (s, old), sent_now
 
-            carry, sizes = jax.lax.scan(once, (getattr(point, name), old), jnp.arange(getattr(counts, name)))
-            sent.append(sizes.sum(0))
+            carry, messages = jax.lax.scan(once, (getattr(point, name), old), jnp.arange(getattr(counts, name)))
+            sent.append(messages.sum(0))
             return carry
 
         def inner_direction(now: Any, y: chex.ArrayTree) -> chex.ArrayTree:

@@ -17,6 +17,7 @@ def mdbo(
     problem: BilevelProblem,
     gossip: Any,
     step_sizes: Any,
+    *,
     sample: Sample,
     momentum: Any,
     rate: chex.Numeric,
@@ -40,7 +41,7 @@ def mdbo(
       problem: f_i and g_i.
       gossip: a `Gossip`, or `Levels` of them.
       step_sizes: β, `Levels(x, y, v)` of numbers, schedules or optax transformations; that of v does not count.
-      sample: `sample(key, k, data) -> batch` for the data of one agent; one draw serves all J products.
+      sample: `sample(key, t, data) -> batch` for the data of one agent; one draw serves all J products.
       momentum: α >= 0, a number, a schedule or `Levels`.
       rate: η in (0, 1].
       terms: J >= 0, Hessian products of the Neumann series.
@@ -64,7 +65,8 @@ def mdbo(
         >>> import bilevax as bx, jax.numpy as jnp
         >>> problem = bx.BilevelProblem(lambda x, y, c: (y - c) ** 2, lambda x, y, c: (y - x) ** 2)
         >>> gossip, batch = bx.gossip(bx.topology.ring(4)), bx.Batch(jnp.arange(4.0), jnp.zeros(4))
-        >>> method = bx.decentralized.mdbo(problem, gossip, (0.1, 0.2, 0), bx.sampling.full, 0.4, 0.5, 3, 0.25)
+        >>> options = {"momentum": 0.4, "rate": 0.5, "terms": 3, "inverse_step": 0.25}
+        >>> method = bx.decentralized.mdbo(problem, gossip, (0.1, 0.2, 0), sample=bx.sampling.full, **options)
         >>> state, info = method.step(None, method.init(jnp.zeros(4), jnp.zeros(4)), batch)
         >>> int(info.calls.hessian_products[0]), float(info.bytes[0]) / state.x.dtype.itemsize
         (3, 8.0)
@@ -73,7 +75,7 @@ def mdbo(
         problem,
         gossip,
         step_sizes,
-        moving_average(averaging_weights(momentum, rate), sample),
-        tracking_non_atc(damping=rate),
-        local_directions=own_neumann(terms, inverse_step),
+        moving_average(averaging_weights(momentum, rate), sample=sample),
+        tracking_non_atc(rate=rate),
+        local_directions=own_neumann(terms=terms, inverse_step=inverse_step),
     )

@@ -17,6 +17,7 @@ def s3ldbo(
     problem: BilevelProblem,
     gossip: Any,
     step_sizes: Any,
+    *,
     coins: Coins,
     radius: chex.Numeric | None = None,
     correction: Correction | Levels | None = None,
@@ -38,7 +39,8 @@ def s3ldbo(
         `bx.coins.common(p)`, or a function `(key, k, gossip) -> choice`; see `bx.coins`.
       radius: of the ball of v; None for no projection.
       correction: the form of gradient tracking, or `Levels` of corrections; None for the semi-ATC one,
-        `bx.single_loop.correction.tracking()`. With `bx.single_loop.correction.local()` for y and v, every agent has a lower level of its own.
+        `bx.single_loop.correction.tracking()`. With `local()` for y and v, every agent has a
+        lower level of its own.
 
     Returns:
       `Algorithm(init, step)`; `init` needs the batch, where everybody evaluates once.
@@ -59,7 +61,7 @@ def s3ldbo(
         >>> import bilevax as bx, jax, jax.numpy as jnp
         >>> problem = bx.BilevelProblem(lambda x, y, c: (y - c) ** 2, lambda x, y, c: (y - x) ** 2)
         >>> gossip, batch = bx.gossip(bx.topology.ring(4)), bx.Batch(jnp.arange(4.0), jnp.zeros(4))
-        >>> method = bx.decentralized.s3ldbo(problem, gossip, (0.1, 0.2, 0.2), bx.coins.subset(0.25))
+        >>> method = bx.decentralized.s3ldbo(problem, gossip, (0.1, 0.2, 0.2), coins=bx.coins.subset(0.25))
         >>> state = method.init(jnp.zeros(4), jnp.zeros(4), batch)
         >>> state, info = method.step(jax.random.key(0), state, batch)
         >>> int(info.calls.hessian_products.sum())

@@ -17,7 +17,12 @@ from bilevax.single_loop.estimator import Estimator, Oracle, lazy_snapshot
 
 
 def s3ldbo_unbiased(
-    problem: BilevelProblem, gossip: Any, step_sizes: Any, p: chex.Numeric, radius: chex.Numeric | None = None
+    problem: BilevelProblem,
+    gossip: Any,
+    step_sizes: Any,
+    *,
+    probability: chex.Numeric,
+    radius: chex.Numeric | None = None,
 ) -> Algorithm:
     """Snapshot tracking whose moves are unbiased over the coins c_i ~ Bernoulli(p_i).
 
@@ -31,14 +36,15 @@ def s3ldbo_unbiased(
       problem: f_i and g_i.
       gossip: a `Gossip`, or `Levels` of them.
       step_sizes: `Levels(x, y, v)` of numbers, schedules or optax transformations.
-      p: probability in (0, 1] that an agent refreshes, or one for each agent [n].
+      probability: probability in (0, 1] that an agent refreshes, or one for each agent [n].
       radius: of the ball of v; None for no projection.
 
     Returns:
       `Algorithm(init, step)`; `init` needs the batch, where everybody evaluates once.
 
     Raises:
-      ValueError: if a concrete `p` is not in (0, 1]; as `bx.single_loop.single_loop`; from `init` without a batch.
+      ValueError: if a concrete `probability` is not in (0, 1]; as `bx.single_loop.single_loop`; from `init` without a
+        batch.
 
     Cost: as `s3ldbo` with independent coins.
 
@@ -49,10 +55,10 @@ def s3ldbo_unbiased(
         >>> import bilevax as bx, jax, jax.numpy as jnp
         >>> problem = bx.BilevelProblem(lambda x, y, c: (y - c) ** 2, lambda x, y, c: (y - x) ** 2)
         >>> gossip, batch = bx.gossip(bx.topology.ring(4)), bx.Batch(jnp.arange(4.0), jnp.zeros(4))
-        >>> method = bx.decentralized.s3ldbo_unbiased(problem, gossip, (0.1, 0.2, 0.2), p=0.5)
+        >>> method = bx.decentralized.s3ldbo_unbiased(problem, gossip, (0.1, 0.2, 0.2), probability=0.5)
         >>> state, info = method.step(jax.random.key(0), method.init(jnp.zeros(4), jnp.zeros(4), batch), batch)
     """
-    return single_loop(problem, gossip, step_sizes, _boosted(p), _boosted_tracking(), radius=radius)
+    return single_loop(problem, gossip, step_sizes, _boosted(probability), _boosted_tracking(), radius=radius)
 
 
 def _boosted(p: chex.Numeric) -> Estimator:

@@ -17,6 +17,7 @@ def sldbo(
     problem: BilevelProblem,
     gossip: Any,
     step_sizes: Any,
+    *,
     radius: chex.Numeric | None = None,
     correction: Correction | Levels | None = None,
 ) -> Algorithm:
@@ -37,7 +38,8 @@ def sldbo(
       radius: ρ of the ball of v, at least sup ‖v*‖ (for example a bound of ‖∇_y f‖ over the strong convexity of g): a
         smaller one changes the limit. None for no projection.
       correction: the form of gradient tracking, or `Levels` of corrections; None for the semi-ATC one,
-        `bx.single_loop.correction.tracking()`. With `bx.single_loop.correction.local()` for y and v, every agent has a lower level of its own.
+        `bx.single_loop.correction.tracking()`. With `local()` for y and v, every agent has a
+        lower level of its own.
 
     Returns:
       `Algorithm(init, step)`; deterministic, the key may be None.

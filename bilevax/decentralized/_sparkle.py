@@ -12,9 +12,10 @@ def sparkle(
     problem: BilevelProblem,
     gossip: Any,
     step_sizes: Any,
-    corrections: Any,
+    *,
+    correction: Any,
     sample: Sample = full,
-    theta: Any = 1.0,
+    momentum: Any = 1.0,
     order: Order = GAUSS_SEIDEL,
 ) -> Algorithm:
     """Single-loop primal-dual bilevel method with its own correction and its own graph at each level.
@@ -31,16 +32,16 @@ def sparkle(
       problem: f_i and g_i.
       gossip: a `Gossip`, or `Levels` of them: one graph for each level.
       step_sizes: `Levels(x, y, v)` of numbers or schedules (optax transformations where the level is tracked).
-      corrections: one of `bx.single_loop.correction`, or `Levels` of them.
-      sample: `sample(key, k, data) -> batch` for the data of one agent; all data by default.
-      theta: θ in (0, 1], weight of the new outer direction in its moving average: a number or a schedule.
+      correction: one of `bx.single_loop.correction`, or `Levels` of them.
+      sample: `sample(key, t, data) -> batch` for the data of one agent; all data by default.
+      momentum: θ in (0, 1], weight of the new outer direction in its moving average: a number or a schedule.
       order: `GAUSS_SEIDEL`, or `JACOBI` for all levels at once.
 
     Returns:
       `Algorithm(init, step)`.
 
     Raises:
-      ValueError: if a concrete `theta` is not in (0, 1]; as `bx.single_loop.single_loop`; from `init`, if a graph
+      ValueError: if a concrete `momentum` is not in (0, 1]; as `bx.single_loop.single_loop`; from `init`, if a graph
         does not suit its correction (λ_min(W) <= −1/3 with ED or EXTRA: take `bx.topology.lazy`).
 
     Cost: for each agent and iteration one ∇f, two ∇_y g (one in Jacobi order), one Hessian and one cross product;
@@ -55,11 +56,11 @@ def sparkle(
         >>> problem = bx.BilevelProblem(lambda x, y, c: (y - c) ** 2, lambda x, y, c: (y - x) ** 2)
         >>> gossip = bx.gossip(bx.topology.lazy(bx.topology.ring(4)))
         >>> corrections = bx.single_loop.correction.exact_diffusion()
-        >>> method = bx.decentralized.sparkle(problem, gossip, (0.1, 0.2, 0.2), corrections)
+        >>> method = bx.decentralized.sparkle(problem, gossip, (0.1, 0.2, 0.2), correction=corrections)
         >>> state = method.init(jnp.zeros(4), jnp.zeros(4))
         >>> state, info = method.step(None, state, bx.Batch(jnp.arange(4.0), jnp.zeros(4)))
         >>> float(info.bytes[0]) / state.x.dtype.itemsize, info.rounds
         (6.0, 3)
     """
-    averaged = averaged_outer(theta, sample)
-    return single_loop(problem, gossip, step_sizes, averaged, corrections, order)
+    averaged = averaged_outer(momentum, sample)
+    return single_loop(problem, gossip, step_sizes, averaged, correction, order=order)

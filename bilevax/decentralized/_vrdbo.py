@@ -17,6 +17,7 @@ def vrdbo(
     problem: BilevelProblem,
     gossip: Any,
     step_sizes: Any,
+    *,
     sample: Sample,
     momentum: Any,
     rate: chex.Numeric,
@@ -35,7 +36,7 @@ def vrdbo(
       problem: f_i and g_i.
       gossip: a `Gossip`, or `Levels` of them.
       step_sizes: β, `Levels(x, y, v)` of numbers, schedules or optax transformations; that of v does not count.
-      sample: `sample(key, k, data) -> batch` for the data of one agent; one draw serves both points and all products.
+      sample: `sample(key, t, data) -> batch` for the data of one agent; one draw serves both points and all products.
       momentum: α >= 0, a number, a schedule or `Levels`.
       rate: η in (0, 1].
       terms: J >= 0, Hessian products of the Neumann series.
@@ -55,7 +56,8 @@ def vrdbo(
         >>> import bilevax as bx, jax.numpy as jnp
         >>> problem = bx.BilevelProblem(lambda x, y, c: (y - c) ** 2, lambda x, y, c: (y - x) ** 2)
         >>> gossip, batch = bx.gossip(bx.topology.ring(4)), bx.Batch(jnp.arange(4.0), jnp.zeros(4))
-        >>> method = bx.decentralized.vrdbo(problem, gossip, (0.1, 0.2, 0), bx.sampling.full, 0.4, 0.5, 3, 0.25)
+        >>> options = {"momentum": 0.4, "rate": 0.5, "terms": 3, "inverse_step": 0.25}
+        >>> method = bx.decentralized.vrdbo(problem, gossip, (0.1, 0.2, 0), sample=bx.sampling.full, **options)
         >>> state, info = method.step(None, method.init(jnp.zeros(4), jnp.zeros(4)), batch)
         >>> int(info.calls.hessian_products[0]), float(info.bytes[0]) / state.x.dtype.itemsize
         (6, 8.0)
@@ -64,7 +66,7 @@ def vrdbo(
         problem,
         gossip,
         step_sizes,
-        storm(averaging_weights(momentum, rate), sample),
-        tracking_non_atc(damping=rate),
-        local_directions=own_neumann(terms, inverse_step),
+        storm(averaging_weights(momentum, rate), sample=sample),
+        tracking_non_atc(rate=rate),
+        local_directions=own_neumann(terms=terms, inverse_step=inverse_step),
     )

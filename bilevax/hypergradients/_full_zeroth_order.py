@@ -17,9 +17,9 @@ from bilevax.problem import Batch, Hypergradient, Loss, arrays
 def full_zeroth_order(
     outer_loss: Loss,
     solve: Callable,
+    *,
     directions: int = 8,
     mu: chex.Numeric = 1e-3,
-    *,
     difference: Difference = central,
     sampler: Sampler = rademacher,
     initial: Initial | None = None,
@@ -74,8 +74,8 @@ def full_zeroth_order(
     value = jnp.zeros(())
     solver = zeroth_order(
         solve_and_evaluate,
-        directions,
-        mu,
+        directions=directions,
+        mu=mu,
         difference=difference,
         sampler=sampler,
         initial=(lambda x: (initial(x), value)) if initial else None,

@@ -83,6 +83,7 @@ def _conjugate_gradients(
 
 
 def cg(
+    *,
     maxiter: int = 20,
     tol: chex.Numeric = 1e-6,
     damping: chex.Numeric = 0.0,

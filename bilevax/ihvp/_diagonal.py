@@ -30,7 +30,7 @@ class DiagonalState(NamedTuple):
 
 
 def diagonal(
-    scale: chex.Numeric = 1.0, decay: chex.Numeric = 0.999, eps: chex.Numeric = 1e-8, sample: Sample = full
+    *, scale: chex.Numeric = 1.0, decay: chex.Numeric = 0.999, eps: chex.Numeric = 1e-8, sample: Sample = full
 ) -> IHVP:
     """Takes the second moments of the inner gradient for a squared curvature, as Adam does.
 

@@ -15,8 +15,8 @@ from bilevax.sampling import Sample, full
 
 
 def ekfac(
-    damping: Damping = 1e-3,
     *,
+    damping: Damping = 1e-3,
     fisher: Fisher | None = None,
     sharing: Sharing | Callable[[str], Sharing] = expand,
     positions: kronecker.Positions | None = None,

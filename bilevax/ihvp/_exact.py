@@ -13,7 +13,7 @@ from bilevax.problem import IHVP, IHVPInfo, Loss, norm, widen
 from bilevax.sampling import Sample, full
 
 
-def exact(damping: chex.Numeric = 0.0, sample: Sample = full) -> IHVP:
+def exact(*, damping: chex.Numeric = 0.0, sample: Sample = full) -> IHVP:
     """Forms the dense Hessian, decomposes it once per solve, and divides by its eigenvalues.
 
         H = Q diag(λ) Qᵀ          v = Q (Qᵀ b / (λ + damping))

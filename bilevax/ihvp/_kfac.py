@@ -15,8 +15,8 @@ from bilevax.sampling import Sample, full
 
 
 def kfac(
-    damping: Damping = 1e-3,
     *,
+    damping: Damping = 1e-3,
     fisher: Fisher | None = None,
     inverse: Inverse = exact,
     sharing: Sharing | Callable[[str], Sharing] = expand,

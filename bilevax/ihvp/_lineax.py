@@ -16,6 +16,7 @@ from bilevax.sampling import Sample, full
 
 def lineax(
     solver: Any,
+    *,
     damping: chex.Numeric = 0.0,
     curvature: Curvature = hessian,
     sample: Sample = full,

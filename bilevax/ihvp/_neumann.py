@@ -23,13 +23,14 @@ class _Carry(NamedTuple):
 
 
 def neumann(
-    steps: int,
+    *,
+    terms: int,
     step_size: chex.Numeric,
     damping: chex.Numeric = 0.0,
     curvature: Curvature = hessian,
     sample: Sample = full,
 ) -> IHVP:
-    """Sums `steps` + 1 terms of the Neumann series, i.e. takes that many gradient steps on ½vᵀHv − bᵀv.
+    """Sums `terms` + 1 terms of the Neumann series, i.e. takes that many gradient steps on ½vᵀHv − bᵀv.
 
         v = step_size · Σ_{k=0}^{steps} (I − step_size · (H + damping I))ᵏ b
 
@@ -39,7 +40,7 @@ def neumann(
     `info.breakdown` tells when the residual grew in any step instead.
 
     Args:
-      steps: number of Hessian products, >= 0; 0 leaves v = step_size · b.
+      terms: number of Hessian products, >= 0; 0 leaves v = step_size · b.
       step_size: a number > 0, in units of one over an eigenvalue of H.
       damping: a number >= 0 added to the curvature.
       curvature: a function (inner_loss, x, y, batch) -> product.
@@ -52,18 +53,19 @@ def neumann(
     Raises:
       ValueError: if steps or damping is negative, or step_size is not positive.
 
-    Cost: `steps` products, and one more for a warm start.
+    Cost: `terms` products, and one more for a warm start.
 
     Reference: Lorraine, Vicol, Duvenaud, "Optimizing millions of hyperparameters by implicit differentiation",
     arXiv 1911.02590, algorithm 3.
 
     Example:
         >>> import bilevax as bx
-        >>> apply, _ = bx.ihvp.neumann(2, 0.5).prepare(None, (), lambda x, y, batch: 0.5 * y**2, (0.0, 1.0, None))
+        >>> loss, ihvp = lambda x, y, batch: 0.5 * y**2, bx.ihvp.neumann(terms=2, step_size=0.5)
+        >>> apply, _ = ihvp.prepare(None, (), loss, (0.0, 1.0, None))
         >>> float(apply(8.0)[0])  # 8 · (1/2 + 1/4 + 1/8)
         7.0
     """
-    steps = checks.count("steps", steps)
+    terms = checks.count("terms", terms)
     checks.positive("step_size", step_size)
     checks.nonnegative("damping", damping)
     checks.function("curvature", curvature, "inner_loss", "x", "y", "batch")
@@ -86,10 +88,10 @@ def neumann(
             begin = start(product, b, v0)
             size = norm(begin.r)
             carry = _Carry(begin.v, begin.r, size, jnp.full_like(size, jnp.nan), ~jnp.isfinite(size))
-            carry, _ = jax.lax.scan(term, carry, length=steps)
+            carry, _ = jax.lax.scan(term, carry, length=terms)
             v = optax.tree.scale(begin.scale, optax.tree.add_scale(carry.v, step_size, carry.r))
             breakdown = carry.grew | (carry.curvature < 0)
-            info = IHVPInfo(steps, steps + begin.products, 0, carry.norm, carry.curvature, breakdown)
+            info = IHVPInfo(terms, terms + begin.products, 0, carry.norm, carry.curvature, breakdown)
             return optax.tree.cast_like(v, b), info
 
         return apply, state

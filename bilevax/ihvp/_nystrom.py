@@ -33,6 +33,7 @@ def _sketch(product: Product, key: chex.PRNGKey, example: chex.Array, rank: int)
 
 
 def nystrom(
+    *,
     rank: int,
     damping: chex.Numeric = 0.0,
     tail: Callable[[chex.Array], chex.Numeric] = jnp.min,

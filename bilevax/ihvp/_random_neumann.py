@@ -22,6 +22,7 @@ class _Carry(NamedTuple):
 
 
 def random_neumann(
+    *,
     terms: int,
     step_size: chex.Numeric,
     sample: Sample = full,

@@ -14,7 +14,7 @@ from bilevax.sampling import Sample, full, split
 
 
 def rescaled(
-    ihvp: IHVP, damping: chex.Numeric = 1e-3, curvature: Curvature = gauss_newton, sample: Sample = full
+    ihvp: IHVP, *, damping: chex.Numeric = 1e-3, curvature: Curvature = gauss_newton, sample: Sample = full
 ) -> IHVP:
     """Multiplies the v of another IHVP by the number that minimises the error along it, at the price of one product.
 

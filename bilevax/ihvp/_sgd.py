@@ -21,6 +21,7 @@ class _Carry(NamedTuple):
 
 
 def sgd(
+    *,
     steps: int,
     step_size: chex.Numeric,
     sample: Sample,

@@ -15,7 +15,7 @@ def _like_y(x: chex.ArrayTree, y: chex.ArrayTree, batch: Any) -> chex.ArrayTree:
     return y
 
 
-def black_box(function: Callable, returns: Callable = _like_y) -> Callable:
+def black_box(function: Callable, *, returns: Callable = _like_y) -> Callable:
     """A Python function (NumPy, SciPy, a simulator) as a JAX function that has values and no derivatives.
 
     It runs on the host, on NumPy arrays, whenever the compiled program reaches it (`jax.pure_callback`): it must give

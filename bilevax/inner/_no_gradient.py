@@ -17,6 +17,7 @@ def no_gradient(
     inner_loss: Loss,
     optimizer: Optimizer,
     steps: int,
+    *,
     initial: Initial | None = None,
     sample: Sample = full,
 ) -> InnerSolver:

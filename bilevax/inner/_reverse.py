@@ -91,6 +91,7 @@ def reverse(
     inner_loss: Loss,
     optimizer: Optimizer,
     steps: int,
+    *,
     initial: Initial | None = None,
     sample: Sample = full,
     checkpoint: Checkpoint = every_step,

@@ -21,9 +21,9 @@ def unroll_with_tail(
     inner_loss: Loss,
     step_size: chex.Numeric,
     steps: int,
-    unrolled: int,
-    ihvp: Callable[[chex.Numeric], IHVP] = kfac,
     *,
+    unrolled: int,
+    ihvp: Callable[..., IHVP] = kfac,
     initial: Initial | None = None,
     sample: Sample = full,
     cross_sample: Sample = full,
@@ -44,13 +44,13 @@ def unroll_with_tail(
       step_size: of all inner steps, a number > 0.
       steps: inner steps altogether, T.
       unrolled: K, those at the end that are differentiated exactly; 1 <= K <= T.
-      ihvp: damping -> IHVP of the tail; `kfac` by default.
+      ihvp: `ihvp(damping=...)`, the IHVP of the tail; `kfac` by default.
       initial: y_0 as a function of x; by default y_0 is the warm y.
       sample: how inner step t draws its batch from the data.
       cross_sample: how the batch of the tail's cross term is drawn.
 
     Returns:
-      An `InnerSolver`: `chain(implicit(steps - unrolled, ihvp(1 / (step_size K))), reverse(unrolled))`.
+      An `InnerSolver`: `chain(implicit(steps - unrolled, ihvp(damping=1 / (step_size K))), reverse(unrolled))`.
 
     Raises:
       ValueError: if step_size is no positive number (an optimizer, say), or unrolled is not in 1 ... steps.
@@ -85,7 +85,7 @@ def unroll_with_tail(
         inner_loss,
         optimizer,
         steps - unrolled,
-        ihvp(1 / (step_size * unrolled)),
+        ihvp=ihvp(damping=1 / (step_size * unrolled)),
         initial=initial,
         sample=sample,
         cross_sample=cross_sample,

@@ -50,9 +50,9 @@ central = Difference(_central, 2)
 
 def zeroth_order(
     solve: Callable,
+    *,
     directions: int = 8,
     mu: chex.Numeric = 1e-3,
-    *,
     difference: Difference = one_sided,
     sampler: Sampler = rademacher,
     guide: Guide | None = None,
@@ -107,7 +107,7 @@ def zeroth_order(
     Example:
         >>> import bilevax as bx, jax, numpy as np
         >>> cube_root = bx.inner.black_box(lambda x, y0, batch: np.cbrt(x))
-        >>> solver = bx.inner.zeroth_order(cube_root, 1, 0.05, difference=bx.inner.central)
+        >>> solver = bx.inner.zeroth_order(cube_root, directions=1, mu=0.05, difference=bx.inner.central)
         >>> hypergrad = bx.hypergradient(lambda x, y, batch: 3 * y, solver)
         >>> x, batch = jax.numpy.array(8.0), bx.Batch(None, None)
         >>> grad, state, info = hypergrad.estimate(jax.random.key(0), hypergrad.init(x, x), x, batch)

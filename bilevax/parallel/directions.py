@@ -46,7 +46,8 @@ def shard_directions(make_hypergradient: Callable[[str], Hypergradient], mesh: M
     Example:
         >>> import bilevax as bx, jax, jax.numpy as jnp, optax
         >>> loss, f = lambda x, y, batch: 0.5 * jnp.sum((y - x) ** 2), lambda x, y, batch: jnp.sum(y)
-        >>> make = lambda axis: bx.hypergradient(f, bx.inner.forward_gradient(loss, optax.sgd(1.0), 1, 4, axis=axis))
+        >>> solver = lambda axis: bx.inner.forward_gradient(loss, optax.sgd(1.0), 1, directions=4, axis=axis)
+        >>> make = lambda axis: bx.hypergradient(f, solver(axis))
         >>> hypergrad = bx.parallel.shard_directions(make, jax.sharding.Mesh(jax.devices()[:1], ("directions",)))
         >>> x, batch = jnp.zeros(1), bx.Batch(None, None)
         >>> jax.jit(hypergrad.estimate)(jax.random.key(0), hypergrad.init(x, x), x, batch)[0].tolist()
@@ -86,7 +87,8 @@ def pmap_directions(make_hypergradient: Callable[[str], Hypergradient], devices:
     Example:
         >>> import bilevax as bx, jax, jax.numpy as jnp, optax
         >>> loss, f = lambda x, y, batch: 0.5 * jnp.sum((y - x) ** 2), lambda x, y, batch: jnp.sum(y)
-        >>> make = lambda axis: bx.hypergradient(f, bx.inner.forward_gradient(loss, optax.sgd(1.0), 1, 4, axis=axis))
+        >>> solver = lambda axis: bx.inner.forward_gradient(loss, optax.sgd(1.0), 1, directions=4, axis=axis)
+        >>> make = lambda axis: bx.hypergradient(f, solver(axis))
         >>> hypergrad = bx.parallel.pmap_directions(make, jax.devices()[:1])
         >>> x, batch = jnp.zeros(1), bx.Batch(None, None)
         >>> hypergrad.estimate(jax.random.key(0), hypergrad.init(x, x), x, batch)[0].tolist()

@@ -31,20 +31,21 @@ def __dir__() -> list[str]:
 Coins = Callable[[chex.PRNGKey, chex.Numeric, Gossip], chex.Array]
 
 
-def independent(p: chex.Numeric) -> Coins:
+def independent(probability: chex.Numeric) -> Coins:
     """Each agent throws its own coin, which shows heads with probability p (or p_i).
 
     On one device every agent is evaluated and the chosen ones are kept: the declared calls are those of the chosen.
     With one agent on each device the others are skipped for good.
 
     Args:
-      p: probability in (0, 1], or one for each agent [n].
+      probability: p in (0, 1], or one for each agent [n].
 
     Returns:
       `(key, k, gossip) -> bool [n]`.
 
     Raises:
-      ValueError: if a concrete `p` is not in (0, 1]; when it draws, if there is no key, or if p has another length.
+      ValueError: if a concrete `probability` is not in (0, 1]; when it draws, if there is no key, or if
+        there is another number of them.
 
     Cost: one draw for each agent.
 
@@ -53,32 +54,32 @@ def independent(p: chex.Numeric) -> Coins:
         >>> bx.coins.independent(1.0)(jax.random.key(0), 0, bx.gossip(bx.topology.ring(4))).tolist()
         [True, True, True, True]
     """
-    checks.fraction("p", p)
+    checks.fraction("probability", probability)
 
     def choose(key: chex.PRNGKey, k: chex.Numeric, gossip: Gossip) -> chex.Array:
         agents = gossip.agents()
         keys = jax.vmap(lambda agent: jax.random.fold_in(needed(key), agent))(agents)
-        if jnp.shape(p) not in ((), (gossip.n,)):
+        if jnp.shape(probability) not in ((), (gossip.n,)):
             raise ValueError(
-                f"p must be one probability, or one for each of {gossip.n} agents; got shape {jnp.shape(p)}. Pass "
-                f"p [{gossip.n}]."
+                f"probability must be one number, or one for each of {gossip.n} agents; got shape "
+                f"{jnp.shape(probability)}. Pass probability [{gossip.n}]."
             )
-        return jax.vmap(jax.random.bernoulli)(keys, jnp.broadcast_to(jnp.asarray(p, float), gossip.n)[agents])
+        return jax.vmap(jax.random.bernoulli)(keys, jnp.broadcast_to(jnp.asarray(probability, float), gossip.n)[agents])
 
     return choose
 
 
-def common(p: chex.Numeric) -> Coins:
+def common(probability: chex.Numeric) -> Coins:
     """One coin for all agents: all of them evaluate with probability p, and otherwise none does.
 
     Args:
-      p: probability in (0, 1].
+      probability: p in (0, 1].
 
     Returns:
       `(key, k, gossip) -> bool`, the same on every device.
 
     Raises:
-      ValueError: if a concrete `p` is not in (0, 1]; when it draws, if there is no key.
+      ValueError: if a concrete `probability` is not in (0, 1]; when it draws, if there is no key.
 
     Cost: one draw. The program skips the evaluation (`lax.cond`), but not under a `vmap` that batches the key.
 
@@ -87,20 +88,23 @@ def common(p: chex.Numeric) -> Coins:
         >>> bool(bx.coins.common(1.0)(jax.random.key(0), 0, bx.gossip(bx.topology.ring(4))))
         True
     """
-    checks.fraction("p", p)
-    if jnp.ndim(p):
-        raise ValueError(f"p must be one probability for all agents; got shape {jnp.shape(p)}. Take coins.independent.")
-    return lambda key, k, gossip: jax.random.bernoulli(needed(key), p)
+    checks.fraction("probability", probability)
+    if jnp.ndim(probability):
+        raise ValueError(
+            f"probability must be one number for all agents; got shape {jnp.shape(probability)}. Take "
+            f"coins.independent."
+        )
+    return lambda key, k, gossip: jax.random.bernoulli(needed(key), probability)
 
 
-def subset(p: float, block: int | None = None) -> Coins:
+def subset(probability: float, *, block: int | None = None) -> Coins:
     """A uniformly drawn subset of ⌈p · block⌉ agents in each block of consecutive agents: skipping really skips.
 
     The number of agents that evaluate is the same in every iteration, so that a program gathers them, evaluates those
     alone, and scatters the results. What counts as p is thus ⌈p · block⌉ / block.
 
     Args:
-      p: fraction in (0, 1].
+      probability: p in (0, 1].
       block: agents per block, a divisor of the number of agents on a device; None for one block of all agents, on one
         device.
 
@@ -108,8 +112,8 @@ def subset(p: float, block: int | None = None) -> Coins:
       `(key, k, gossip) -> int [m]`, ids of the chosen agents held here.
 
     Raises:
-      ValueError: if `p` is not in (0, 1] or `block` < 1; when it draws, if there is no key, or if the blocks do not fit
-        the agents or span two devices.
+      ValueError: if `probability` is not in (0, 1] or `block` < 1; when it draws, if there is no key, or if the blocks
+        do not fit the agents or span two devices.
 
     Cost: one permutation of each block; with thousands of agents take blocks.
 
@@ -118,9 +122,12 @@ def subset(p: float, block: int | None = None) -> Coins:
         >>> bx.coins.subset(0.25)(jax.random.key(0), 0, bx.gossip(bx.topology.ring(16))).shape
         (4,)
     """
-    if isinstance(p, jax.core.Tracer) or jnp.ndim(p):
-        raise ValueError(f"p must be a plain number: it fixes the shape of the program; got {p!r}. Pass, say, p=0.25.")
-    checks.fraction("p", p)
+    if isinstance(probability, jax.core.Tracer) or jnp.ndim(probability):
+        raise ValueError(
+            f"probability must be a plain number: it fixes the shape of the program; got {probability!r}. Pass, say, "
+            f"probability=0.25."
+        )
+    checks.fraction("probability", probability)
     if block is not None:
         block = checks.count("block", block, minimum=1)
 
@@ -129,14 +136,18 @@ def subset(p: float, block: int | None = None) -> Coins:
         size = gossip.n if block is None else block
         if agents.size % size:
             fits = gcd(size, agents.size)
-            fix = f"block={fits}" if fits > 1 else "bx.coins.independent(p), which skips where a device holds one agent"
+            fix = (
+                f"block={fits}"
+                if fits > 1
+                else "bx.coins.independent(probability), which skips where a device holds one agent"
+            )
             raise ValueError(
                 f"block must divide the number of agents on a device; got blocks of {size} and {agents.size} agents "
                 f"on each device. Take {fix}, or fewer devices."
             )
         first = agents[::size]
         keys = jax.vmap(lambda agent: jax.random.fold_in(needed(key), agent // size))(first)
-        drawn = jax.vmap(lambda key: jax.random.permutation(key, size)[: ceil(p * size - 1e-9)])(keys)
+        drawn = jax.vmap(lambda key: jax.random.permutation(key, size)[: ceil(probability * size - 1e-9)])(keys)
         return (first[:, None] + drawn.astype(agents.dtype)).reshape(-1)
 
     return choose

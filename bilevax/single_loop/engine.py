@@ -39,7 +39,8 @@ def single_loop(
     gossip: Any,
     step_sizes: Any,
     estimator: Estimator,
-    corrections: Any,
+    correction: Any,
+    *,
     order: Order = JACOBI,
     radius: chex.Numeric | None = None,
     local_directions: LocalDirections | None = None,
@@ -56,7 +57,7 @@ def single_loop(
         transformations, applied to each agent's corrected direction apart; of y and v also
         `bx.single_loop.preconditioned`. One value holds for all levels.
       estimator: see `bx.single_loop.estimator`.
-      corrections: see `bx.single_loop.correction`; one, or `Levels` of them.
+      correction: see `bx.single_loop.correction`; one, or `Levels` of them.
       order: groups of level names, such as `JACOBI` or `GAUSS_SEIDEL`; each level once.
       radius: of the ball that v is projected on, agent by agent, > 0; None for no projection.
       local_directions: see `bx.single_loop.local_directions`; None for `second_order()`. Without a level v, what the
@@ -87,7 +88,7 @@ def single_loop(
         "local_directions", rule, LocalDirections, "Pass, say, bx.single_loop.local_directions.second_order()."
     )
     gossips = read_gossips(gossip)
-    corrections = of_kind("corrections", corrections, Correction, "Pass, say, bx.single_loop.correction.tracking().")
+    correction = of_kind("correction", correction, Correction, "Pass, say, bx.single_loop.correction.tracking().")
     steps = read_steps(step_sizes)
     _check_order(order)
     order = tuple(group for group in (tuple(name for name in group if name in rule.levels) for group in order) if group)
@@ -102,7 +103,7 @@ def single_loop(
         x, y = arrays(x), arrays(y)
         point = Levels(x, y, optax.tree.zeros_like(y) if "v" in rule.levels else ())
         memories = {
-            name: getattr(corrections, name).init(
+            name: getattr(correction, name).init(
                 getattr(gossips, name),
                 getattr(point, name),
                 move(getattr(steps, name), 0, Setting(problem, point, batch)),
@@ -127,7 +128,7 @@ def single_loop(
             here = point
             for name in oracle.group:
                 level_key = fold(key, 1 + Levels._fields.index(name))
-                s, new, size = getattr(corrections, name).update(
+                s, new, size = getattr(correction, name).update(
                     level_key,
                     getattr(memories, name),
                     getattr(gossips, name),
@@ -141,7 +142,7 @@ def single_loop(
                 point, memories = point._replace(**{name: s}), memories._replace(**{name: new})
                 sent.append(size)
                 previous = previous._replace(**{name: getattr(start, name)}) if estimator.remembers else ()
-        rounds = sum(max(getattr(corrections, name).rounds for name in group) for group in order)
+        rounds = sum(max(getattr(correction, name).rounds for name in group) for group in order)
         calls = jax.tree.map(lambda *parts: sum(parts), *spent)
         info = Info(*moved(start, point), calls, sum(sent), rounds)
         return State(state.k + 1, *point, previous, tuple(estimators), memories), info

@@ -81,7 +81,7 @@ def second_order() -> LocalDirections:
     return LocalDirections(directions, calls)
 
 
-def first_order(delta: chex.Numeric) -> LocalDirections:
+def first_order(mu: chex.Numeric) -> LocalDirections:
     """The three directions from first derivatives alone.
 
         d_y = ∇_y g(x, y)
@@ -91,13 +91,13 @@ def first_order(delta: chex.Numeric) -> LocalDirections:
     Its error is of order δ² ‖v‖³, and none for a quadratic g; rounding adds about 10⁻⁷ ‖∇g‖ / δ in float32.
 
     Args:
-      delta: δ > 0.
+      mu: δ > 0.
 
     Returns:
       `LocalDirections`.
 
     Raises:
-      ValueError: if a concrete `delta` is not positive.
+      ValueError: if a concrete `mu` is not positive.
 
     Cost: one ∇f and three ∇g (one at y, two at y ± δ v), no second derivative; with levels that move in turn, the two
     of x are not those of v.
@@ -111,16 +111,16 @@ def first_order(delta: chex.Numeric) -> LocalDirections:
         >>> float(d.x), float(d.y), float(d.v)
         (6.0, 0.0, 0.0)
     """
-    checks.scalar("delta", delta)
-    checks.positive("delta", delta)
+    checks.scalar("mu", mu)
+    checks.positive("mu", mu)
 
     def evaluate(problem: BilevelProblem, x: Any, y: Any, v: Any, batch: Batch) -> Directions:
         outer_loss = checks.scalar_loss("outer_loss", problem.outer_loss)
         inner_loss = checks.scalar_loss("inner_loss", problem.inner_loss)
         outer_x, outer_y = jax.grad(outer_loss, argnums=(0, 1))(x, y, batch.outer)
         gradient = jax.grad(inner_loss, argnums=(0, 1))
-        above, below = (gradient(x, optax.tree.add_scale(y, step, v), batch.inner) for step in (delta, -delta))
-        cross, hessian = optax.tree.scale(1 / (2 * delta), optax.tree.sub(above, below))
+        above, below = (gradient(x, optax.tree.add_scale(y, step, v), batch.inner) for step in (mu, -mu))
+        cross, hessian = optax.tree.scale(1 / (2 * mu), optax.tree.sub(above, below))
         d = Directions(optax.tree.sub(outer_x, cross), gradient(x, y, batch.inner)[1], optax.tree.sub(hessian, outer_y))
         return Directions(*(optax.tree.cast_like(part, like) for part, like in zip(d, (x, y, y), strict=True)))
 
@@ -130,7 +130,7 @@ def first_order(delta: chex.Numeric) -> LocalDirections:
     return LocalDirections(evaluate, calls)
 
 
-def own_neumann(terms: int, inverse_step: chex.Numeric) -> LocalDirections:
+def own_neumann(*, terms: int, inverse_step: chex.Numeric) -> LocalDirections:
     """The hypergradient of each agent with the inverse of its OWN Hessian, by a Neumann series; there is no v.
 
         d_y = ∇_y g          d_x = ∇_x f − ∇²_xy g · c Σ_{j=0}^{J} (I − c ∇²_yy g)ʲ ∇_y f
@@ -171,7 +171,7 @@ def own_neumann(terms: int, inverse_step: chex.Numeric) -> LocalDirections:
         def product(v: Any) -> Any:
             return inner.pull_back(optax.tree.cast_like(v, y))[1]
 
-        series = ihvp.neumann(terms, inverse_step, curvature=lambda *point: product)
+        series = ihvp.neumann(terms=terms, step_size=inverse_step, curvature=lambda *point: product)
         apply, _ = series.prepare(None, (), problem.inner_loss, (x, y, batch.inner))
         cross, _ = inner.pull_back(apply(outer_y)[0])
         return Directions(optax.tree.sub(outer_x, cross), inner.gradient, None)

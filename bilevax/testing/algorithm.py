@@ -49,7 +49,7 @@ class AlgorithmSubject:
     Example:
         >>> import bilevax as bx
         >>> from bilevax import testing
-        >>> make = lambda problem, gossip, steps, sample: bx.decentralized.dsoba(problem, gossip, steps, sample)
+        >>> make = lambda problem, gossip, steps, sample: bx.decentralized.dsoba(problem, gossip, steps, sample=sample)
         >>> testing.AlgorithmSubject(make, calls=(1, 1, 1, 1)).gossip.n
         4
     """
@@ -329,7 +329,7 @@ def check_algorithm(
     Example:
         >>> import bilevax as bx
         >>> from bilevax import testing
-        >>> make = lambda problem, gossip, steps, sample: bx.decentralized.dsoba(problem, gossip, steps, sample)
+        >>> make = lambda problem, gossip, steps, sample: bx.decentralized.dsoba(problem, gossip, steps, sample=sample)
         >>> testing.check_algorithm(make, contracts=[testing.algorithm.state_keeps_its_form])
     """
     subject = AlgorithmSubject(make, calls, topology, counted)

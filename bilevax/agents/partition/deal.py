@@ -13,7 +13,7 @@ Shares = Callable[
 ]  # rows of each class [K] -> shares [K, n], rows sum to 1
 
 
-def iid(n: int, seed: int) -> Partition:
+def iid(n: int, *, seed: int) -> Partition:
     """Shuffles the rows and gives every agent as many, up to one.
 
     Args:
@@ -38,7 +38,7 @@ def iid(n: int, seed: int) -> Partition:
     return lambda *labels: _drawn(_unlabelled(labels), n, seed, lambda rng, counts: np.full((1, n), 1 / n))
 
 
-def dirichlet(n: int, alpha: float, seed: int) -> Partition:
+def dirichlet(n: int, *, alpha: float, seed: int) -> Partition:
     """Divides each class in proportions drawn from Dir(α) over the agents: the plain variant, of very unequal sizes.
 
     α = 0.1 is severe (an agent holds few classes), 0.5 moderate, 5 and more mild. No draw is repeated or changed: an
@@ -73,7 +73,7 @@ def dirichlet(n: int, alpha: float, seed: int) -> Partition:
     )
 
 
-def dirichlet_balanced(n: int, alpha: float, seed: int, minimum: int = 10) -> Partition:
+def dirichlet_balanced(n: int, *, alpha: float, seed: int, minimum: int = 10) -> Partition:
     """Divides each class by Dir(α) proportions as NIID-Bench does, so that no agent stays far below the others.
 
     Class after class, agents that already hold N/n rows or more get nothing, and the others' shares are scaled up; the
@@ -119,7 +119,7 @@ def dirichlet_balanced(n: int, alpha: float, seed: int, minimum: int = 10) -> Pa
     return lambda *labels: _drawn(labels, n, seed, shares, draws=1000, minimum=minimum)
 
 
-def classes_per_agent(n: int, classes: int, seed: int) -> Partition:
+def classes_per_agent(n: int, *, classes: int, seed: int) -> Partition:
     """Gives every agent `classes` classes, each divided equally among the agents that hold it.
 
     Agent after agent takes classes among those that the fewest hold so far, ties broken at random: every class finds a
@@ -164,7 +164,7 @@ def classes_per_agent(n: int, classes: int, seed: int) -> Partition:
     return lambda *labels: _drawn(labels, n, seed, shares)
 
 
-def shards(n: int, shards_per_agent: int = 1) -> Partition:
+def shards(n: int, *, shards_per_agent: int = 1) -> Partition:
     """Sorts the rows by label, cuts them into n · shards_per_agent equal pieces, and deals these in turn.
 
     Agent i gets the pieces i, i + n, i + 2n, …: with one piece each, neighbours in the order hold neighbouring classes.
@@ -205,7 +205,7 @@ def shards(n: int, shards_per_agent: int = 1) -> Partition:
     return partition
 
 
-def quantity_skew(n: int, beta: float, seed: int) -> Partition:
+def quantity_skew(n: int, *, beta: float, seed: int) -> Partition:
     """Shuffles the rows and gives the agents shares of the whole drawn from Dir(β): unequal sizes, equal distributions.
 
     Args:

@@ -10,7 +10,7 @@ from bilevax.agents.topology.graph import Topology, from_matrix
 from bilevax.agents.topology.weights import Weights, metropolis, undirected
 
 
-def ring(n: int, weights: Weights = metropolis) -> Topology:
+def ring(n: int, *, weights: Weights = metropolis) -> Topology:
     """A cycle, w = 1/3: the standard hard case. σ = 1/3 + 2/3 cos(2π/n), a gap of 13/n²; λ_min = −1/3 for even n.
 
     Args:
@@ -34,7 +34,7 @@ def ring(n: int, weights: Weights = metropolis) -> Topology:
     return undirected(n, agents, np.roll(agents, -1), weights)
 
 
-def path(n: int, weights: Weights = metropolis) -> Topology:
+def path(n: int, *, weights: Weights = metropolis) -> Topology:
     """A line of agents, the slowest of all: σ = 1/3 + 2/3 cos(π/n), a quarter of the ring's gap.
 
     Args:
@@ -58,7 +58,7 @@ def path(n: int, weights: Weights = metropolis) -> Topology:
     return undirected(n, agents[:-1], agents[1:], weights)
 
 
-def star(n: int, weights: Weights = metropolis) -> Topology:
+def star(n: int, *, weights: Weights = metropolis) -> Topology:
     """Agent 0 in touch with all others, w = 1/n: a server and its clients. σ = 1 − 1/n, λ_min = 0.
 
     Args:
@@ -105,7 +105,7 @@ def complete(n: int) -> Topology:
     return from_matrix(np.full((n, n), 1 / n))
 
 
-def torus(n: int, rows: int | None = None, weights: Weights = metropolis) -> Topology:
+def torus(n: int, *, rows: int | None = None, weights: Weights = metropolis) -> Topology:
     """A two-dimensional lattice that wraps around, w = 1/5. σ = (3 + 2 cos(2π/longer side))/5, a gap of about 8/n.
 
     A side of 2 has one edge, not two; a side of 1 leaves a ring. λ_min = −3/5 for even sides above 2 (see `lazy`).
@@ -132,7 +132,7 @@ def torus(n: int, rows: int | None = None, weights: Weights = metropolis) -> Top
     return undirected(n, _joined(cells, cells), _joined(np.roll(cells, -1, 0), np.roll(cells, -1, 1)), weights)
 
 
-def grid(n: int, rows: int | None = None, weights: Weights = metropolis) -> Topology:
+def grid(n: int, *, rows: int | None = None, weights: Weights = metropolis) -> Topology:
     """A two-dimensional lattice with borders: agents in touch with those next to them. A gap of order 1/n.
 
     Args:
@@ -157,7 +157,7 @@ def grid(n: int, rows: int | None = None, weights: Weights = metropolis) -> Topo
     return undirected(n, _joined(cells[:-1], cells[:, :-1]), _joined(cells[1:], cells[:, 1:]), weights)
 
 
-def hypercube(n: int, weights: Weights = metropolis) -> Topology:
+def hypercube(n: int, *, weights: Weights = metropolis) -> Topology:
     """Agents whose binary numbers differ in one bit. σ = (m − 1)/(m + 1) for n = 2ᵐ; λ_min = −σ.
 
     Args:

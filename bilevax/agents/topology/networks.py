@@ -13,7 +13,7 @@ from bilevax.agents.topology.weights import Weights, links, metropolis, out_weig
 TRIES = 100  # random graphs drawn until one is connected
 
 
-def erdos_renyi(n: int, probability: float, seed: int, weights: Weights = metropolis) -> Topology:
+def erdos_renyi(n: int, *, probability: float, seed: int, weights: Weights = metropolis) -> Topology:
     """A random graph with each edge drawn by itself, drawn anew until it is connected.
 
     Args:
@@ -43,10 +43,10 @@ def erdos_renyi(n: int, probability: float, seed: int, weights: Weights = metrop
     wanted = f"probability must make a graph of n={n} agents connected; got {probability!r}"
     fix = f"Pass probability={likely:.2f} or more."
     draw = _networkx().fast_gnp_random_graph
-    return from_graph(_connected(lambda source: draw(n, probability, seed=source), seed, wanted, fix), weights)
+    return from_graph(_connected(lambda source: draw(n, probability, seed=source), seed, wanted, fix), weights=weights)
 
 
-def random_regular(n: int, degree: int, seed: int, weights: Weights = metropolis) -> Topology:
+def random_regular(n: int, *, degree: int, seed: int, weights: Weights = metropolis) -> Topology:
     """A random graph with `degree` neighbours for each agent: an expander, whose gap does not shrink with n.
 
     Args:
@@ -74,10 +74,10 @@ def random_regular(n: int, degree: int, seed: int, weights: Weights = metropolis
         raise ValueError(f"degree must be below n={n}, and n · degree even; got {degree}. Pass another degree or n.")
     wanted, fix = f"degree must make a graph of n={n} agents connected; got {degree}", "Pass degree=3 or more."
     draw = _networkx().random_regular_graph
-    return from_graph(_connected(lambda source: draw(degree, n, seed=source), seed, wanted, fix), weights)
+    return from_graph(_connected(lambda source: draw(degree, n, seed=source), seed, wanted, fix), weights=weights)
 
 
-def from_graph(graph: Any, weights: Weights | None = None) -> Topology:
+def from_graph(graph: Any, *, weights: Weights | None = None) -> Topology:
     """Any graph of networkx; agent i is its i-th node. Its own self loops and edge weights are left out.
 
     Args:

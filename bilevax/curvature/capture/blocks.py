@@ -243,7 +243,7 @@ def named(y: Any) -> list[tuple[str, Any]]:
     return [(name, leaf) for name, (_, leaf) in zip(names, leaves, strict=True)]
 
 
-def trace(model: Model, y: Any, inputs: Any, unsupported: Unsupported = error) -> Capture:
+def trace(model: Model, y: Any, inputs: Any, *, unsupported: Unsupported = error) -> Capture:
     """Traces a model and finds the block of each leaf of y.
 
     Args:

@@ -11,7 +11,7 @@ from bilevax.agents._gossip import Gossip
 from bilevax.single_loop.correction.correction_type import Correction, CorrectionState, Move, damped, share
 
 
-def none(damping: chex.Numeric = 1.0) -> Correction:
+def none(rate: chex.Numeric = 1.0) -> Correction:
     """No correction: decentralized descent, adapt then combine.
 
         s⁺ = s + η (W (s − a d) − s)
@@ -19,13 +19,13 @@ def none(damping: chex.Numeric = 1.0) -> Correction:
     With a constant step and different local losses its limit is biased by O(a).
 
     Args:
-      damping: η in (0, 1]; 1 switches it off.
+      rate: η in (0, 1]; 1 switches it off.
 
     Returns:
       `Correction` with the memory ().
 
     Raises:
-      ValueError: if a concrete `damping` is not in (0, 1].
+      ValueError: if a concrete `rate` is not in (0, 1].
 
     Cost: one vector in one round.
 
@@ -34,8 +34,8 @@ def none(damping: chex.Numeric = 1.0) -> Correction:
         >>> bx.single_loop.correction.none().rounds
         1
     """
-    checks.scalar("damping", damping)
-    checks.fraction("damping", damping)
+    checks.scalar("rate", rate)
+    checks.fraction("rate", rate)
 
     def init(gossip: Gossip, s: chex.ArrayTree, move: Move) -> CorrectionState:
         return CorrectionState(gossip.init(s), move.init(s), ())
@@ -44,7 +44,7 @@ def none(damping: chex.Numeric = 1.0) -> Correction:
         step, moved = move.apply(share(gossip, state.gossip, d), state.move, s)
         message = optax.apply_updates(s, step)
         new, mixing = gossip.mix(key, state.gossip, message)
-        return damped(damping, s, new), CorrectionState(mixing, moved, ()), gossip.bytes(state.gossip, message)
+        return damped(rate, s, new), CorrectionState(mixing, moved, ()), gossip.bytes(state.gossip, message)
 
     return Correction(init, update, rounds=1)
 

@@ -18,7 +18,7 @@ class Tracker(NamedTuple):
     last: chex.ArrayTree
 
 
-def tracking(damping: chex.Numeric = 1.0) -> Correction:
+def tracking(rate: chex.Numeric = 1.0) -> Correction:
     """Gradient tracking, semi-ATC: the default. It has the widest range of steps, and takes any W, fixed or not.
 
         t = m + d − d_last,      (s⁺, m) = W (s − a t, t)      s⁺ ← s + η (s⁺ − s)
@@ -26,13 +26,13 @@ def tracking(damping: chex.Numeric = 1.0) -> Correction:
     m = 0 and d_last = 0 at first, so that t_0 = d_0. At every step mean t = mean d.
 
     Args:
-      damping: η in (0, 1]; 1 switches it off.
+      rate: η in (0, 1]; 1 switches it off.
 
     Returns:
       `Correction` with the memory `Tracker(mixed, last)`.
 
     Raises:
-      ValueError: if a concrete `damping` is not in (0, 1].
+      ValueError: if a concrete `rate` is not in (0, 1].
 
     Cost: two vectors in one round.
 
@@ -41,25 +41,25 @@ def tracking(damping: chex.Numeric = 1.0) -> Correction:
 
     Example:
         >>> import bilevax as bx
-        >>> bx.single_loop.correction.tracking(damping=0.5).rounds
+        >>> bx.single_loop.correction.tracking(rate=0.5).rounds
         1
     """
-    return _tracking(damping, adapt_first=True)
+    return _tracking(rate, adapt_first=True)
 
 
-def tracking_non_atc(damping: chex.Numeric = 1.0) -> Correction:
+def tracking_non_atc(rate: chex.Numeric = 1.0) -> Correction:
     """Gradient tracking, non-ATC: mixes first, then moves along the agent's own tracker.
 
         t = m + d − d_last,      (s⁺, m) = (W s − a t, W t)      s⁺ ← s + η (s⁺ − s)
 
     Args:
-      damping: η in (0, 1]; 1 switches it off.
+      rate: η in (0, 1]; 1 switches it off.
 
     Returns:
       `Correction` with the memory `Tracker(mixed, last)`.
 
     Raises:
-      ValueError: if a concrete `damping` is not in (0, 1].
+      ValueError: if a concrete `rate` is not in (0, 1].
 
     Cost: two vectors in one round.
 
@@ -70,7 +70,7 @@ def tracking_non_atc(damping: chex.Numeric = 1.0) -> Correction:
         >>> bx.single_loop.correction.tracking_non_atc().rounds
         1
     """
-    return _tracking(damping, adapt_first=False)
+    return _tracking(rate, adapt_first=False)
 
 
 def _tracking(damping: chex.Numeric, adapt_first: bool) -> Correction:
@@ -94,7 +94,7 @@ def _tracking(damping: chex.Numeric, adapt_first: bool) -> Correction:
     return Correction(init, update, rounds=1)
 
 
-def tracking_atc(damping: chex.Numeric = 1.0) -> Correction:
+def tracking_atc(rate: chex.Numeric = 1.0) -> Correction:
     """Gradient tracking, ATC: adapts, then combines, for the tracker too.
 
         t⁺ = W (t + d − d_last),      s⁺ = W (s − a t⁺)      s⁺ ← s + η (s⁺ − s)
@@ -102,13 +102,13 @@ def tracking_atc(damping: chex.Numeric = 1.0) -> Correction:
     t = 0 and d_last = 0 at first, so that t_0 = W d_0, as in the primal-dual form of the method.
 
     Args:
-      damping: η in (0, 1]; 1 switches it off.
+      rate: η in (0, 1]; 1 switches it off.
 
     Returns:
       `Correction` with the memory `Tracker(mixed, last)`.
 
     Raises:
-      ValueError: if a concrete `damping` is not in (0, 1].
+      ValueError: if a concrete `rate` is not in (0, 1].
 
     Cost: two vectors in two rounds.
 
@@ -120,8 +120,8 @@ def tracking_atc(damping: chex.Numeric = 1.0) -> Correction:
         >>> bx.single_loop.correction.tracking_atc().rounds
         2
     """
-    checks.scalar("damping", damping)
-    checks.fraction("damping", damping)
+    checks.scalar("rate", rate)
+    checks.fraction("rate", rate)
 
     def init(gossip: Gossip, s: chex.ArrayTree, move: Move) -> CorrectionState:
         zeros = optax.tree.zeros_like(s)
@@ -134,6 +134,6 @@ def tracking_atc(damping: chex.Numeric = 1.0) -> Correction:
         t, of_t = gossip.mix(fold(key, 0), of_t, optax.tree.add(state.memory.mixed, change))
         step, moved = move.apply(t, state.move, s)
         new, of_s = gossip.mix(fold(key, 1), of_s, optax.apply_updates(s, step))
-        return damped(damping, s, new), CorrectionState((of_t, of_s), moved, Tracker(t, d)), sent
+        return damped(rate, s, new), CorrectionState((of_t, of_s), moved, Tracker(t, d)), sent
 
     return Correction(init, update, rounds=2)

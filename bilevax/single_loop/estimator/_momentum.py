@@ -12,20 +12,20 @@ from bilevax.single_loop.estimator.estimator_type import Estimator, Oracle, from
 from bilevax.single_loop.estimator.sampled import stochastic
 
 
-def momentum(a: Any, sample: Sample = all_data) -> Estimator:
+def momentum(momentum: Any, *, sample: Sample = all_data) -> Estimator:
     """A moving average of the directions, each taken where it was visited.
 
         u_k = (1 − a) u_{k−1} + a d(s_k; ξ_k),      u_0 = d(s_0; ξ_0)
 
     Args:
-      a: weight of the new direction in [0, 1]: a number, a schedule k -> number, or `Levels` of them.
-      sample: `sample(key, k, data) -> batch` for the data of one agent.
+      momentum: weight of the new direction in [0, 1]: a number, a schedule k -> number, or `Levels` of them.
+      sample: `sample(key, t, data) -> batch` for the data of one agent.
 
     Returns:
       `Estimator` whose state is u.
 
     Raises:
-      ValueError: if a concrete `a` is not in [0, 1].
+      ValueError: if a concrete `momentum` is not in [0, 1].
 
     Cost: one evaluation of the directions for each agent and iteration; one more copy of each direction.
 
@@ -33,12 +33,12 @@ def momentum(a: Any, sample: Sample = all_data) -> Estimator:
         >>> import bilevax as bx
         >>> estimator = bx.single_loop.estimator.momentum(bx.Levels(x=0.1, y=1.0, v=1.0))
     """
-    rates = rates_of("a", a, zero=True)
+    rates = rates_of("momentum", momentum, zero=True)
     plain = stochastic(sample)
 
     def update(key: Any, state: Any, oracle: Oracle, point: Levels, batch: Batch, k: chex.Numeric) -> tuple:
         d, _, evaluations = plain.update(key, (), oracle, point, batch, k)
-        u = each(lambda a, u, d: u + a * (d - u), from_one(rates, k), state, d)
+        u = each(lambda momentum, u, d: u + momentum * (d - u), from_one(rates, k), state, d)
         return u, u, evaluations
 
     return Estimator(lambda oracle, point, batch: zeros_like(oracle, point), update)

@@ -15,7 +15,7 @@ from bilevax.single_loop.estimator.estimator_type import Estimator, Oracle, need
 from bilevax.single_loop.estimator.sampled import full
 
 
-def spider(every: int, sample: Sample) -> Estimator:
+def spider(*, every: int, sample: Sample) -> Estimator:
     """SPIDER: differences of directions on samples, summed onto the exact directions of every q-th iteration.
 
         u_k = d(s_k)                                            if k mod q = 0
@@ -23,7 +23,7 @@ def spider(every: int, sample: Sample) -> Estimator:
 
     Args:
       every: q, the period of the exact directions, >= 1.
-      sample: `sample(key, k, data) -> batch` for the data of one agent.
+      sample: `sample(key, t, data) -> batch` for the data of one agent.
 
     Returns:
       `Estimator` whose state is u; the method keeps the previous point.
@@ -38,13 +38,13 @@ def spider(every: int, sample: Sample) -> Estimator:
 
     Example:
         >>> import bilevax as bx
-        >>> estimator = bx.single_loop.estimator.spider(50, bx.sampling.minibatch(32))
+        >>> estimator = bx.single_loop.estimator.spider(every=50, sample=bx.sampling.minibatch(32))
     """
     every = checks.count("every", every, minimum=1)
     return _restarted(lambda key, k: k % every == 0, sample)
 
 
-def page(probability: chex.Numeric, sample: Sample) -> Estimator:
+def page(*, probability: chex.Numeric, sample: Sample) -> Estimator:
     """PAGE: as SPIDER, with the exact directions at random iterations, by one coin for all agents.
 
         u_k = d(s_k)                                            with probability q, and at k = 0
@@ -52,7 +52,7 @@ def page(probability: chex.Numeric, sample: Sample) -> Estimator:
 
     Args:
       probability: q in (0, 1].
-      sample: `sample(key, k, data) -> batch` for the data of one agent.
+      sample: `sample(key, t, data) -> batch` for the data of one agent.
 
     Returns:
       `Estimator` whose state is u; the method keeps the previous point.
@@ -67,14 +67,14 @@ def page(probability: chex.Numeric, sample: Sample) -> Estimator:
 
     Example:
         >>> import bilevax as bx
-        >>> estimator = bx.single_loop.estimator.page(0.1, bx.sampling.minibatch(32))
+        >>> estimator = bx.single_loop.estimator.page(probability=0.1, sample=bx.sampling.minibatch(32))
     """
     checks.fraction("probability", probability)
     return _restarted(lambda key, k: (k == 0) | jax.random.bernoulli(needed(key), probability), sample)
 
 
 def _restarted(restart: Callable, sample: Sample) -> Estimator:
-    exact, recursive = full(), storm(0.0, sample)
+    exact, recursive = full(), storm(0.0, sample=sample)
 
     def update(key: Any, state: Levels, oracle: Oracle, point: Levels, batch: Batch, k: chex.Numeric) -> tuple:
         coin_key, sample_key = split(key, 2)

@@ -20,7 +20,7 @@ from bilevax.single_loop.estimator.estimator_type import (
 )
 
 
-def storm(a: Any, sample: Sample = all_data) -> Estimator:
+def storm(momentum: Any, *, sample: Sample = all_data) -> Estimator:
     """Recursive momentum (STORM): the past estimate is carried to the present point by one sample at both points.
 
         u_k = (1 − a) (u_{k−1} − d(s_{k−1}; ξ_k)) + d(s_k; ξ_k),      u_0 = d(s_0; ξ_0)
@@ -29,15 +29,15 @@ def storm(a: Any, sample: Sample = all_data) -> Estimator:
     belong to one iteration.
 
     Args:
-      a: momentum in [0, 1] (1: plain sampling; 0: SARAH without restart): a number, a schedule k -> number, or
+      momentum: momentum in [0, 1] (1: plain sampling; 0: SARAH without restart): a number, a schedule k -> number, or
         `Levels`.
-      sample: `sample(key, k, data) -> batch` for the data of one agent.
+      sample: `sample(key, t, data) -> batch` for the data of one agent.
 
     Returns:
       `Estimator` whose state is u; the method keeps the previous point.
 
     Raises:
-      ValueError: if a concrete `a` is not in [0, 1].
+      ValueError: if a concrete `momentum` is not in [0, 1].
 
     Cost: two evaluations of the directions for each agent and iteration, on one sample.
 
@@ -45,15 +45,15 @@ def storm(a: Any, sample: Sample = all_data) -> Estimator:
 
     Example:
         >>> import bilevax as bx
-        >>> estimator = bx.single_loop.estimator.storm(0.1, bx.sampling.minibatch(32))
+        >>> estimator = bx.single_loop.estimator.storm(0.1, sample=bx.sampling.minibatch(32))
     """
-    rates = rates_of("a", a, zero=True)
-    checks.function("sample", sample, "key", "k", "data")
+    rates = rates_of("momentum", momentum, zero=True)
+    checks.function("sample", sample, "key", "t", "data")
 
     def update(key: Any, state: Levels, oracle: Oracle, point: Levels, batch: Batch, k: chex.Numeric) -> tuple:
         drawn = draw(key, sample, k, batch, oracle.gossip.agents())
         then, now = oracle.evaluate(oracle.previous, drawn), oracle.evaluate(point, drawn)
-        u = each(lambda a, u, then, now: (1 - a) * (u - then) + now, from_one(rates, k), state, then, now)
+        u = each(lambda momentum, u, then, now: (1 - momentum) * (u - then) + now, from_one(rates, k), state, then, now)
         return u, u, 2 * everybody(oracle)
 
     return Estimator(lambda oracle, point, batch: zeros_like(oracle, point), update, remembers=True)

@@ -74,7 +74,7 @@ def draw(key: Any, sample: Sample, k: chex.Numeric, batch: Batch, agents: chex.A
 
     Args:
       key: of this iteration, or None where `sample` draws nothing.
-      sample: `sample(key, k, data) -> batch` for the data of one agent.
+      sample: `sample(key, t, data) -> batch` for the data of one agent.
       k: the iteration.
       batch: `Batch` with leaves [n, ...].
       agents: their global ids [n], `gossip.agents()`.

@@ -42,7 +42,7 @@ def stochastic(sample: Sample) -> Estimator:
         u_k = d(s_k; ξ_k)
 
     Args:
-      sample: `sample(key, k, data) -> batch` for the data of one agent, such as `bx.sampling.minibatch(32)`. The outer
+      sample: `sample(key, t, data) -> batch` for the data of one agent, such as `bx.sampling.minibatch(32)`. The outer
         and the inner data are drawn apart.
 
     Returns:
@@ -58,7 +58,7 @@ def stochastic(sample: Sample) -> Estimator:
         >>> bx.single_loop.estimator.stochastic(bx.sampling.minibatch(32)).init(None, None, None)
         ()
     """
-    checks.function("sample", sample, "key", "k", "data")
+    checks.function("sample", sample, "key", "t", "data")
 
     def update(key: Any, state: Any, oracle: Oracle, point: Levels, batch: Batch, k: chex.Numeric) -> tuple:
         drawn = draw(key, sample, k, batch, oracle.gossip.agents())

@@ -242,7 +242,7 @@ def neumann(terms: int, step: float) -> Callable[[np.ndarray], np.ndarray]:
     Example:
         >>> from bilevax.testing import problems
         >>> import numpy as np
-        >>> problems.neumann(1, 0.25)(np.array([[2.0]])).tolist()
+        >>> problems.neumann(terms=1, step_size=0.25)(np.array([[2.0]])).tolist()
         [[0.375]]
     """
     return partial(_series, terms, step)
