@@ -10,19 +10,20 @@ import operator
 from collections.abc import Callable, Hashable
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bilevax.typing import Array, PyTree, Scalar
 
-def nonnegative(name: str, value: chex.Numeric) -> None:
+
+def nonnegative(name: str, value: Scalar) -> None:
     """Raises ValueError unless `value` (when concrete) is finite and >= 0 everywhere."""
     if not isinstance(value, jax.core.Tracer) and not (_finite(value) and (np.asarray(value) >= 0).all()):
         raise ValueError(f"{name} must be a finite number >= 0; got {value!r:.80}. Pass {name}=0.0 to switch it off.")
 
 
-def positive(name: str, value: chex.Numeric) -> None:
+def positive(name: str, value: Scalar) -> None:
     """Raises ValueError unless `value` (when concrete) is finite and > 0 everywhere."""
     if not isinstance(value, jax.core.Tracer) and not (_finite(value) and (np.asarray(value) > 0).all()):
         raise ValueError(f"{name} must be a finite number > 0; got {value!r:.80}. Pass a small positive {name}.")
@@ -36,7 +37,7 @@ def scalar(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be one number; got {what}. Pass, say, {name}=0.1; to try several, use jax.vmap.")
 
 
-def fraction(name: str, value: chex.Numeric, zero: bool = False) -> None:
+def fraction(name: str, value: Scalar, zero: bool = False) -> None:
     """Raises ValueError unless `value` (when concrete) is in (0, 1] everywhere, or in [0, 1] with `zero`."""
     if isinstance(value, jax.core.Tracer):
         return
@@ -46,7 +47,7 @@ def fraction(name: str, value: chex.Numeric, zero: bool = False) -> None:
         raise ValueError(f"{name} must be in {interval}; got {value!r}. Pass, say, {name}=0.1.")
 
 
-def agents_axis(name: str, tree: chex.ArrayTree, n: int, fix: str) -> None:
+def agents_axis(name: str, tree: PyTree, n: int, fix: str) -> None:
     """Raises ValueError unless every leaf has the agents' axis of length n first."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if jnp.ndim(leaf) == 0 or jnp.shape(leaf)[0] != n:
@@ -79,7 +80,7 @@ def count(name: str, value: Any, minimum: int = 0) -> int:
     return number
 
 
-def whole(name: str, value: chex.Numeric) -> None:
+def whole(name: str, value: Scalar) -> None:
     """Raises ValueError unless `value` is an integer scalar, and (when concrete) >= 0."""
     scalar = jnp.ndim(value) == 0 and jnp.issubdtype(jnp.result_type(value), jnp.integer)
     if not scalar or not (isinstance(value, jax.core.Tracer) or value >= 0):
@@ -125,7 +126,7 @@ def article(noun: str) -> str:
     return f"an {noun}" if noun[0].lower() in "aeio" else f"a {noun}"
 
 
-def floating(name: str, tree: chex.ArrayTree) -> None:
+def floating(name: str, tree: PyTree) -> None:
     """Raises ValueError unless `tree` has leaves and every leaf is a real floating-point array or number."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     if not leaves:
@@ -142,7 +143,7 @@ def floating(name: str, tree: chex.ArrayTree) -> None:
             )
 
 
-def same_shapes(name: str, got: chex.ArrayTree, expected: chex.ArrayTree, fix: str) -> None:
+def same_shapes(name: str, got: PyTree, expected: PyTree, fix: str) -> None:
     """Raises ValueError unless the two pytrees have one structure and one shape at every leaf."""
     if (what := Shapes.of(got)) != (want := Shapes.of(expected)):
         raise ValueError(f"{name} must keep its structure and shapes; got {what}, expected {want}. {fix}")
@@ -152,7 +153,7 @@ def scalar_loss(name: str, loss: Callable) -> Callable:
     """Returns `loss` with a check that it returns one floating-point number."""
     function(name, loss, "x", "y", "batch")
 
-    def checked(x: chex.ArrayTree, y: chex.ArrayTree, batch: Any) -> chex.Array:
+    def checked(x: PyTree, y: PyTree, batch: Any) -> Array:
         value = loss(x, y, batch)
         if not hasattr(value, "dtype") and not isinstance(value, float):
             raise ValueError(
@@ -181,7 +182,7 @@ class Shapes:
     shapes: tuple[tuple[int, ...], ...]
 
     @classmethod
-    def of(cls, tree: chex.ArrayTree) -> "Shapes":
+    def of(cls, tree: PyTree) -> "Shapes":
         """Reads them off a pytree of arrays and numbers."""
         leaves, structure = jax.tree.flatten(tree)
         return cls(structure, tuple(jnp.shape(leaf) for leaf in leaves))

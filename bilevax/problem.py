@@ -9,14 +9,15 @@ a valid x, y or v. Losses have ONE signature, `loss(x, y, batch) -> scalar`, and
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
 
 from bilevax import checks
+from bilevax.printing import by_text
+from bilevax.typing import Array, Key, PyTree, Scalar
 
 __all__ = [
     "IHVP",
@@ -44,7 +45,10 @@ def __dir__() -> list[str]:
     return __all__
 
 
-Loss = Callable[[Any, Any, Any], Any]
+class Loss(Protocol):
+    """`loss(x, y, batch) -> scalar`, a function of yours; batch is any pytree."""
+
+    def __call__(self, x: PyTree, y: PyTree, batch: PyTree, /) -> Any: ...
 
 
 class BilevelProblem(NamedTuple):
@@ -87,10 +91,10 @@ class Calls(NamedTuple):
         20
     """
 
-    outer_gradients: chex.Numeric = 0
-    inner_gradients: chex.Numeric = 0
-    hessian_products: chex.Numeric = 0
-    cross_products: chex.Numeric = 0
+    outer_gradients: Scalar = 0
+    inner_gradients: Scalar = 0
+    hessian_products: Scalar = 0
+    cross_products: Scalar = 0
 
 
 class Directions(NamedTuple):
@@ -102,9 +106,9 @@ class Directions(NamedTuple):
         2.0
     """
 
-    x: chex.ArrayTree
-    y: chex.ArrayTree
-    v: chex.ArrayTree
+    x: PyTree
+    y: PyTree
+    v: PyTree
 
 
 class InnerGradient(NamedTuple):
@@ -119,12 +123,12 @@ class InnerGradient(NamedTuple):
         (12.0, 12.0, [4.0, 6.0])
     """
 
-    loss: chex.Array
-    gradient: chex.ArrayTree
-    pull_back: Callable[[chex.ArrayTree], tuple[chex.ArrayTree, chex.ArrayTree]]
+    loss: Array
+    gradient: PyTree
+    pull_back: Callable[[PyTree], tuple[PyTree, PyTree]]
 
 
-def inner_gradient(inner_loss: Loss, x: chex.ArrayTree, y: chex.ArrayTree, batch: Any) -> InnerGradient:
+def inner_gradient(inner_loss: Loss, x: PyTree, y: PyTree, batch: Any) -> InnerGradient:
     """Evaluates g and ∇_y g, and linearizes (x, y) ↦ ∇_y g(x, y) once, in reverse mode.
 
     Args:
@@ -148,7 +152,7 @@ def inner_gradient(inner_loss: Loss, x: chex.ArrayTree, y: chex.ArrayTree, batch
     """
     loss = checks.scalar_loss("inner_loss", inner_loss)
 
-    def gradient_and_value(x: chex.ArrayTree, y: chex.ArrayTree) -> tuple[chex.ArrayTree, chex.Array]:
+    def gradient_and_value(x: PyTree, y: PyTree) -> tuple[PyTree, Array]:
         value, gradient = jax.value_and_grad(loss, argnums=1)(x, y, batch)
         return gradient, value
 
@@ -156,9 +160,7 @@ def inner_gradient(inner_loss: Loss, x: chex.ArrayTree, y: chex.ArrayTree, batch
     return InnerGradient(value, gradient, pull_back)
 
 
-def directions(
-    problem: BilevelProblem, x: chex.ArrayTree, y: chex.ArrayTree, v: chex.ArrayTree, batch: Batch
-) -> Directions:
+def directions(problem: BilevelProblem, x: PyTree, y: PyTree, v: PyTree, batch: Batch) -> Directions:
     """The directions along which x, y and v descend in every single-loop method.
 
         d_y = ∇_y g          d_v = ∇²_yy g v − ∇_y f          d_x = ∇_x f − ∇²_xy g v
@@ -197,17 +199,17 @@ def directions(
     return Directions(optax.tree.sub(outer_x, cross), inner.gradient, optax.tree.sub(hessian, outer_y))
 
 
-def arrays(tree: chex.ArrayTree) -> chex.ArrayTree:
+def arrays(tree: PyTree) -> PyTree:
     """Makes each leaf an array that insists on its dtype, so that a state looks the same after every step."""
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), tree)
 
 
-def widen(tree: chex.ArrayTree) -> chex.ArrayTree:
+def widen(tree: PyTree) -> PyTree:
     """Casts each leaf to at least float32, so that sums over half-precision leaves keep their digits."""
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.promote_types(jnp.result_type(leaf), jnp.float32)), tree)
 
 
-def norm(tree: chex.ArrayTree) -> chex.Array:
+def norm(tree: PyTree) -> Array:
     """The Euclidean norm in at least float32, without the overflow or underflow of its square."""
     wide = widen(tree)
     largest = optax.tree.max(jax.tree.map(jnp.abs, wide))
@@ -235,13 +237,34 @@ class IHVPInfo(NamedTuple):
         6
     """
 
-    iterations: chex.Numeric
-    products: chex.Numeric
-    setup_products: chex.Numeric
-    residual: chex.Numeric
-    curvature: chex.Numeric
-    breakdown: chex.Numeric
-    setup_gradients: chex.Numeric = 0
+    iterations: Scalar
+    products: Scalar
+    setup_products: Scalar
+    residual: Scalar
+    curvature: Scalar
+    breakdown: Scalar
+    setup_gradients: Scalar = 0
+
+
+Point = tuple[PyTree, PyTree, PyTree]  # x, y, batch
+
+
+class Apply(Protocol):
+    """v ≈ H⁻¹ b at one point, from v0 where the method can start there; lives inside one trace."""
+
+    def __call__(self, b: PyTree, v0: PyTree | None = None) -> tuple[PyTree, IHVPInfo]: ...
+
+
+class IHVPInit(Protocol):
+    """What is worth keeping from one solve to the next; batch is the inner data."""
+
+    def __call__(self, x: PyTree, y: PyTree, batch: PyTree = None, inner_loss: Loss | None = None) -> Any: ...
+
+
+class IHVPPrepare(Protocol):
+    """Measures the curvature at a point, once for all right-hand sides."""
+
+    def __call__(self, key: Key | None, state: Any, inner_loss: Loss, point: Point) -> tuple[Apply, Any]: ...
 
 
 class IHVP(NamedTuple):
@@ -254,6 +277,7 @@ class IHVP(NamedTuple):
         `apply(b, v0=None) -> (v, IHVPInfo)`, a plain function that lives inside this trace.
       spd: True where `apply(b)` is linear, symmetric and (for a positive definite H) positive definite in b, so that
         it is a valid preconditioner of `ihvp.cg`.
+      text: what `print` shows.
 
     Example:
         >>> import bilevax as bx
@@ -263,9 +287,13 @@ class IHVP(NamedTuple):
         2.0
     """
 
-    init: Callable
-    prepare: Callable
+    init: IHVPInit
+    prepare: IHVPPrepare
     spd: bool = False
+    text: str = ""
+
+    def __repr__(self) -> str:
+        return by_text(self)
 
 
 class Iterate(NamedTuple):
@@ -279,7 +307,7 @@ class Iterate(NamedTuple):
         1.0
     """
 
-    y: chex.ArrayTree
+    y: PyTree
     opt_state: Any = None
     t: Any = None
 
@@ -306,11 +334,37 @@ class SolverInfo(NamedTuple):
         False
     """
 
-    inner_loss: chex.Numeric
-    gradient_norm: chex.Numeric
-    breakdown: chex.Numeric
+    inner_loss: Scalar
+    gradient_norm: Scalar
+    breakdown: Scalar
     calls: Calls
     detail: Any
+
+
+class SolverInit(Protocol):
+    """The memory of a solver; batch is the inner data."""
+
+    def __call__(self, x: PyTree, y: PyTree, batch: PyTree = None) -> Any: ...
+
+
+class Start(Protocol):
+    """The first iterate: y itself, or `initial(x)`."""
+
+    def __call__(self, x: PyTree, y: PyTree) -> Iterate: ...
+
+
+class Forward(Protocol):
+    """Solves from z; the residual is what `backward` needs of it."""
+
+    def __call__(
+        self, key: Key | None, state: Any, x: PyTree, z: Iterate, batch: PyTree
+    ) -> tuple[Iterate, Any, Any]: ...
+
+
+class Backward(Protocol):
+    """Pulls a cotangent of the last iterate back to x and to the first one."""
+
+    def __call__(self, residual: Any, state: Any, z_bar: Iterate) -> tuple[tuple[PyTree, Iterate], Any, SolverInfo]: ...
 
 
 class InnerSolver(NamedTuple):
@@ -324,6 +378,7 @@ class InnerSolver(NamedTuple):
         (x, z_0) ↦ z_T.
       pushes_tangents: True where it pushes tangents from x through `start` itself and has no derivative with respect to
         z_0 to send back: it cannot be the last link of a chain.
+      text: what `print` shows.
 
     Example:
         >>> import bilevax as bx, optax
@@ -334,11 +389,27 @@ class InnerSolver(NamedTuple):
         (0.75, 0.75, 0.25)
     """
 
-    init: Callable
-    start: Callable
-    forward: Callable
-    backward: Callable
+    init: SolverInit
+    start: Start
+    forward: Forward
+    backward: Backward
     pushes_tangents: bool = False
+    text: str = ""
+
+    def __repr__(self) -> str:
+        return by_text(self)
+
+
+class Init(Protocol):
+    """The first state; the batch is read where a method keeps what depends on it, or evaluates at the start."""
+
+    def __call__(self, x: PyTree, y: PyTree, batch: Batch | None = None) -> Any: ...
+
+
+class Estimate(Protocol):
+    """One estimate of ∇F(x)."""
+
+    def __call__(self, key: Key | None, state: Any, x: PyTree, batch: Batch) -> tuple[PyTree, Any, Any]: ...
 
 
 class Hypergradient(NamedTuple):
@@ -347,15 +418,28 @@ class Hypergradient(NamedTuple):
     Attributes:
       init: `init(x, y, batch=None) -> state`; every state is a NamedTuple with a field `y`.
       estimate: `estimate(key, state, x, Batch(outer, inner)) -> (grad, state, info)`; grad is a pytree like x.
+      text: what `print` shows.
 
     Example:
         >>> import bilevax as bx
-        >>> bx.problem.Hypergradient._fields
-        ('init', 'estimate')
+        >>> def loss(x, y, batch):
+        ...     return (y - x) ** 2
+        >>> bx.hypergradient(loss, bx.inner.implicit(loss, ihvp=bx.ihvp.cg(maxiter=5)))
+        hypergradient(loss, implicit(loss, ihvp=cg(maxiter=5)))
     """
 
-    init: Callable
-    estimate: Callable
+    init: Init
+    estimate: Estimate
+    text: str = ""
+
+    def __repr__(self) -> str:
+        return by_text(self)
+
+
+class Step(Protocol):
+    """One iteration of a whole method."""
+
+    def __call__(self, key: Key | None, state: Any, batch: Batch) -> tuple[Any, Any]: ...
 
 
 class Algorithm(NamedTuple):
@@ -364,12 +448,19 @@ class Algorithm(NamedTuple):
     Attributes:
       init: `init(x, y, batch=None) -> state`, leaves [n, ...]; the batch where the method evaluates at the start.
       step: `step(key, state, batch) -> (state, info)`; the key may be None where nothing is random.
+      text: what `print` shows.
 
     Example:
         >>> import bilevax as bx
-        >>> bx.problem.Algorithm._fields
-        ('init', 'step')
+        >>> def loss(x, y, batch):
+        ...     return (y - x) ** 2
+        >>> bx.algorithms.soba(bx.BilevelProblem(loss, loss), (0.1, 0.2, 0.2))
+        soba(BilevelProblem(outer_loss=loss, inner_loss=loss), (0.1, 0.2, 0.2))
     """
 
-    init: Callable
-    step: Callable
+    init: Init
+    step: Step
+    text: str = ""
+
+    def __repr__(self) -> str:
+        return by_text(self)

@@ -1,13 +1,12 @@
 """Samplers `sample(key, t, data) -> batch`: what a loss reads at inner step t."""
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
-import chex
 import jax
 import jax.numpy as jnp
 
 from bilevax import checks
+from bilevax.typing import Key, PyTree, Scalar
 
 __all__ = [
     "Sample",
@@ -24,10 +23,13 @@ def __dir__() -> list[str]:
     return __all__
 
 
-Sample = Callable[[Any, Any, Any], Any]
+class Sample(Protocol):
+    """`sample(key, t, data) -> batch`, a function of yours or of this module: what a loss reads at step t."""
+
+    def __call__(self, key: Key | None, t: Scalar, data: PyTree, /) -> PyTree: ...
 
 
-def check_key(key: chex.PRNGKey | None) -> None:
+def check_key(key: Key | None) -> None:
     """Raises ValueError unless it is one key, or None."""
     if key is not None:
         typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
@@ -40,18 +42,18 @@ def check_key(key: chex.PRNGKey | None) -> None:
             )
 
 
-def split(key: chex.PRNGKey | None, number: int) -> list:
+def split(key: Key | None, number: int) -> list[Key | None]:
     """Splits a key; no key (None) stays none, for solvers that draw nothing."""
     check_key(key)
     return [None] * number if key is None else list(jax.random.split(key, number))
 
 
-def fold(key: chex.PRNGKey | None, number: chex.Numeric) -> chex.PRNGKey | None:
+def fold(key: Key | None, number: Scalar) -> Key | None:
     """Folds a number into a key; no key (None) stays none."""
     return None if key is None else jax.random.fold_in(key, number)
 
 
-def full(key: chex.PRNGKey | None, t: chex.Numeric, data: Any) -> Any:
+def full(key: Key | None, t: Scalar, data: Any) -> Any:
     """All of the data at every step; the default. Needs no key.
 
     Example:
@@ -62,7 +64,7 @@ def full(key: chex.PRNGKey | None, t: chex.Numeric, data: Any) -> Any:
     return data
 
 
-def per_step(key: chex.PRNGKey | None, t: chex.Numeric, data: Any) -> Any:
+def per_step(key: Key | None, t: Scalar, data: Any) -> Any:
     """Entry t of leaves stacked [T, ...]; scalars and typed keys pass through. Needs no key.
 
     A step beyond the stack reads NaN (the most negative number in integer leaves), never the last entry once more.
@@ -106,7 +108,7 @@ def minibatch(size: int) -> Sample:
     """
     size = checks.count("size", size, minimum=1)
 
-    def sample(key: chex.PRNGKey | None, t: chex.Numeric, data: Any) -> Any:
+    def sample(key: Key | None, t: Scalar, data: Any) -> Any:
         if key is None:
             raise ValueError("key must be a jax.random.key for a random sampler; got None. Pass key=jax.random.key(0).")
         lengths = {jnp.shape(leaf)[0] for leaf in jax.tree.leaves(data) if jnp.ndim(leaf)}

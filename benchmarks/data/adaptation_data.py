@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from pydoc_data.topics import topics
 from typing import NamedTuple
 
-import chex
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -18,6 +17,7 @@ import optax
 from benchmarks.data.download import SOURCES, Source, fetch
 from benchmarks.data.text import wrench
 from benchmarks.harness.errors import DataError
+from bilevax.typing import Array
 
 AGNEWS = "agnews-weak/dev_data.json"
 SOURCES[AGNEWS] = Source(
@@ -33,8 +33,8 @@ SHARES = (9 / 64, 49 / 64)  # least and most of a chunk that may be salient
 class Chunks(NamedTuple):
     """Bytes, int32 [C, length], and 1 at the salient ones, float32 [C, length]."""
 
-    words: chex.Array
-    salient: chex.Array
+    words: Array
+    salient: Array
 
 
 class Corpus(NamedTuple):
@@ -116,6 +116,6 @@ def informative(chunks: Chunks, seed: int) -> Chunks:
     return Chunks(*(jnp.asarray(part[rows]) for part in chunks))
 
 
-def likelihoods(found: chex.Array, words: chex.Array) -> chex.Array:
+def likelihoods(found: Array, words: Array) -> Array:
     """The negative log-likelihood of each byte but the first, [N, length − 1], from the logits."""
     return optax.softmax_cross_entropy_with_integer_labels(found, words[:, 1:])

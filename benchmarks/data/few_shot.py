@@ -2,7 +2,6 @@
 
 import functools
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,17 +9,18 @@ import numpy as np
 import bilevax as bx
 from benchmarks.data.download import omniglot, shrunk
 from benchmarks.data.photos import mini_imagenet
+from bilevax.typing import Array, Key
 
 WAYS, QUERIES = 5, 5  # classes of a task, and query images of each class
 POOL, POOL_PHOTOS = 7, 4  # drawings shrink from 105 × 105 to 15 × 15, photographs from 84 × 84 to 21 × 21
 
 
-def shrink(images: np.ndarray) -> chex.Array:
+def shrink(images: np.ndarray) -> Array:
     """Drawings, bool [class, drawer, side, side] with False for ink, to means over POOL × POOL pixels; 1 is ink."""
     return jnp.asarray(1 - shrunk(images, POOL))
 
 
-def draw_task(key: chex.PRNGKey, images: chex.Array, shots: int = 1) -> bx.Batch:
+def draw_task(key: Key, images: Array, shots: int = 1) -> bx.Batch:
     """Draws a task: distinct classes, and distinct images of each; drawings are turned by 0, 90, 180 or 270 degrees.
 
     Args:
@@ -41,14 +41,14 @@ def draw_task(key: chex.PRNGKey, images: chex.Array, shots: int = 1) -> bx.Batch
         drawings = turn(jax.random.randint(turn_key, (WAYS,), 0, len(turns)), drawings)
     labels = jnp.broadcast_to(jnp.arange(WAYS)[:, None], drawers.shape)
 
-    def part(of: slice) -> tuple[chex.Array, chex.Array]:
+    def part(of: slice) -> tuple[Array, Array]:
         return drawings[:, of].reshape(-1, *images.shape[2:]), labels[:, of].reshape(-1)
 
     return bx.Batch(outer=part(slice(shots, None)), inner=part(slice(shots)))
 
 
 @functools.cache
-def read(name: str) -> tuple[chex.Array, chex.Array]:
+def read(name: str) -> tuple[Array, Array]:
     """The images of the classes to learn from, and of those for the test, [classes, images, side, side(, 3)]."""
     if name == "omniglot":
         return shrink(omniglot("background")), shrink(omniglot("evaluation"))

@@ -4,13 +4,13 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-import chex
 import jax.numpy as jnp
 import numpy as np
 from sklearn.datasets import load_digits
 
 import bilevax as bx
 from benchmarks.data import download, photos
+from bilevax.typing import Array
 
 Images = tuple[np.ndarray, np.ndarray]
 
@@ -27,11 +27,11 @@ class Data(NamedTuple):
 
     seed: int
     batch: bx.Batch
-    test: tuple[chex.Array, chex.Array]
-    truth: chex.Array
+    test: tuple[Array, Array]
+    truth: Array
 
     @property
-    def clean(self) -> chex.Array:
+    def clean(self) -> Array:
         """Which training labels are true, also those that the redraw happened to hit."""
         return self.batch.inner[1] == self.truth
 
@@ -104,7 +104,7 @@ def check_full(name: str, full: bool) -> None:
         raise ValueError(f"full is about public data sets; got it with data={name}. Drop --full, or pass --data.")
 
 
-def shares(images: np.ndarray) -> chex.Array:
+def shares(images: np.ndarray) -> Array:
     """Images in [0, 1]: bytes are divided by 255."""
     return jnp.asarray(images, jnp.float32) / (255 if images.dtype == np.uint8 else 1)
 

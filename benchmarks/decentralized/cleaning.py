@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +11,7 @@ import optax
 import bilevax as bx
 from benchmarks.data.images import Data
 from benchmarks.harness.errors import DataError
+from bilevax.typing import Array
 
 
 class Divided(NamedTuple):
@@ -41,7 +41,7 @@ def divide(whole: Data, partition: Callable[..., list]) -> Divided:
     return Divided(whole, jax.tree.map(np.asarray, batch))
 
 
-def cross_entropy(y: chex.Array, images: chex.Array, labels: chex.Array) -> chex.Array:
+def cross_entropy(y: Array, images: Array, labels: Array) -> Array:
     """Of softmax regression with the weights y [pixels, 10]; one number for each image."""
     return optax.softmax_cross_entropy_with_integer_labels(images @ y, labels)
 
@@ -49,11 +49,11 @@ def cross_entropy(y: chex.Array, images: chex.Array, labels: chex.Array) -> chex
 def cleaning(l2: float) -> bx.BilevelProblem:
     """f_i and g_i of one agent; x [N], for the training images of all agents; y [pixels, 10]."""
 
-    def outer_loss(x: chex.Array, y: chex.Array, batch: tuple) -> chex.Array:
+    def outer_loss(x: Array, y: Array, batch: tuple) -> Array:
         images, labels, weights = batch
         return jnp.mean(weights * cross_entropy(y, images, labels))
 
-    def inner_loss(x: chex.Array, y: chex.Array, batch: tuple) -> chex.Array:
+    def inner_loss(x: Array, y: Array, batch: tuple) -> Array:
         images, labels, ids, weights = batch
         losses = jax.nn.sigmoid(x[ids]) * cross_entropy(y, images, labels)
         return jnp.mean(weights * losses) + l2 / 2 * jnp.sum(y**2)

@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,6 +31,7 @@ from benchmarks.harness.loop import Outcome
 from benchmarks.harness.report import Columns, Run
 from benchmarks.harness.runner import Advance, Common, Task, perform
 from benchmarks.harness.style import COLOURS
+from bilevax.typing import Array
 
 TASK = "decentralized_curvature"
 FIRST_PENALTY = 1e-3
@@ -90,7 +90,7 @@ def penalized() -> bx.BilevelProblem:
         l2=jnp.exp,
     )
 
-    def outer_loss(x: chex.Array, y: chex.Array, batch: tuple) -> chex.Array:
+    def outer_loss(x: Array, y: Array, batch: tuple) -> Array:
         images, labels, weights = batch
         return jnp.mean(weights * cross_entropy(y, images, labels))
 
@@ -100,8 +100,8 @@ def penalized() -> bx.BilevelProblem:
 class Path(NamedTuple):
     """Of a run: the lengths of the three mean directions before each iteration, and the last mean x."""
 
-    lengths: chex.Array  # [iterations, 3]
-    x: chex.Array
+    lengths: Array  # [iterations, 3]
+    x: Array
 
 
 def roll(method: bx.problem.Algorithm, problem: bx.BilevelProblem, batch: bx.Batch, key: Any, iterations: int) -> Path:
@@ -109,12 +109,12 @@ def roll(method: bx.problem.Algorithm, problem: bx.BilevelProblem, batch: bx.Bat
     images = batch.inner[0]
     start = bx.replicate((jnp.log(jnp.asarray(FIRST_PENALTY)), jnp.zeros((images.shape[-1], 10))), len(images))
 
-    def lengths(state: bx.single_loop.State) -> chex.Array:
+    def lengths(state: bx.single_loop.State) -> Array:
         x, y, v = mean((state.x, state.y, state.v))
         d = jax.vmap(lambda data: bx.problem.directions(problem, x, y, v, data))(batch)
         return jnp.stack([jnp.linalg.norm(part) for part in mean(d)])
 
-    def step(state: Any, _: None) -> tuple[Any, chex.Array]:
+    def step(state: Any, _: None) -> tuple[Any, Array]:
         return method.step(key, state, batch)[0], lengths(state)
 
     state, found = jax.lax.scan(step, method.init(*start, batch), None, iterations)

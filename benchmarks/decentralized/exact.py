@@ -4,7 +4,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -12,6 +11,7 @@ from jax.scipy.sparse.linalg import cg
 
 import bilevax as bx
 from benchmarks.decentralized.network import Network
+from bilevax.typing import Array, PyTree, Scalar
 
 SIZES = (1.0, 0.5, 0.25, 0.0625, 0.0)  # of a Newton step; the last one stays where it is
 FORCING = 1e-2  # a Newton step need not be more accurate: the residual falls by it
@@ -35,11 +35,11 @@ class Exact(NamedTuple):
       product_residual: ‖∇²_yy g v − ∇_y f‖ / ‖∇_y f‖ of the v that the gradient was made with.
     """
 
-    loss: chex.Array
-    gradient: chex.ArrayTree
-    y: chex.ArrayTree
-    residual: chex.Array
-    product_residual: chex.Array
+    loss: Array
+    gradient: PyTree
+    y: PyTree
+    residual: Array
+    product_residual: Array
 
 
 def exact(
@@ -68,13 +68,13 @@ def exact(
     """
     scale = diagonal(x) if diagonal else jax.tree.map(jnp.ones_like, y)
 
-    def slope(y: chex.ArrayTree) -> chex.ArrayTree:
+    def slope(y: PyTree) -> PyTree:
         return jax.grad(problem.inner_loss, 1)(x, y, batch.inner)
 
-    def length(y: chex.ArrayTree) -> chex.Array:
+    def length(y: PyTree) -> Array:
         return optax.tree.norm(slope(y))
 
-    def solved(y: chex.ArrayTree, b: chex.ArrayTree, tol: float) -> tuple[chex.ArrayTree, chex.ArrayTree]:
+    def solved(y: PyTree, b: PyTree, tol: float) -> tuple[PyTree, PyTree]:
         _, product = jax.linearize(slope, y)
         v, _ = cg(product, b, tol=tol, maxiter=effort.products, M=lambda v: jax.tree.map(jnp.divide, v, scale))
         return v, optax.tree.sub(product(v), b)
@@ -83,7 +83,7 @@ def exact(
         k, y, _, now = carry
         step, _ = solved(y, slope(y), FORCING)
 
-        def moved(size: chex.Numeric) -> chex.ArrayTree:
+        def moved(size: Scalar) -> PyTree:
             return jax.tree.map(lambda leaf, part: (leaf - size * part).astype(leaf.dtype), y, step)
 
         norms = jax.lax.map(lambda size: length(moved(size)), jnp.array(SIZES))

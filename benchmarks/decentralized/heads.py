@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
-import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ import bilevax as bx
 from benchmarks.data.few_shot import QUERIES, WAYS
 from benchmarks.harness.errors import DataError
 from benchmarks.networks.convolutional import patches
+from bilevax.typing import Array, Key, PyTree, Scalar
 
 LENGTH = 4.0  # of the features of every image: then ∇²_yy g is bounded for every x
 ADAPTATION = 100  # steps of the heads of new tasks
@@ -29,7 +29,7 @@ class Backbone(nn.Module):
     widths: Sequence[int] = (16, 32)
 
     @nn.compact
-    def __call__(self, images: chex.Array) -> chex.Array:
+    def __call__(self, images: Array) -> Array:
         """Features of one length for all images, whose mean is 0."""
         hidden = images[..., None] if images.ndim == 3 else 4 * (images - 0.5)
         for width in self.widths:
@@ -45,14 +45,14 @@ class Backbone(nn.Module):
 BACKBONE = Backbone()
 
 
-def features(x: chex.ArrayTree, images: chex.Array) -> chex.Array:
+def features(x: PyTree, images: Array) -> Array:
     """Of the backbone with the weights x: images [tasks, N, ...] -> [tasks, N, F]."""
     tasks, number = images.shape[:2]
-    rows = cast(chex.Array, BACKBONE.apply({"params": x}, images.reshape(-1, *images.shape[2:])))
+    rows = cast(Array, BACKBONE.apply({"params": x}, images.reshape(-1, *images.shape[2:])))
     return rows.reshape(tasks, number, -1)
 
 
-def cross_entropy(x: chex.ArrayTree, y: chex.Array, images: chex.Array, labels: chex.Array) -> chex.Array:
+def cross_entropy(x: PyTree, y: Array, images: Array, labels: Array) -> Array:
     """Mean over tasks and images; y [tasks, F, WAYS]."""
     logits = jnp.einsum("tnf,tfw->tnw", features(x, images), y)
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
@@ -61,10 +61,10 @@ def cross_entropy(x: chex.ArrayTree, y: chex.Array, images: chex.Array, labels: 
 def personal(l2: float) -> bx.BilevelProblem:
     """f_i and g_i of one agent; x are the weights of the backbone, y [tasks, F, WAYS] the heads of its own tasks."""
 
-    def outer_loss(x: chex.ArrayTree, y: chex.Array, batch: tuple) -> chex.Array:
+    def outer_loss(x: PyTree, y: Array, batch: tuple) -> Array:
         return cross_entropy(x, y, *batch)
 
-    def inner_loss(x: chex.ArrayTree, y: chex.Array, batch: tuple) -> chex.Array:
+    def inner_loss(x: PyTree, y: Array, batch: tuple) -> Array:
         return cross_entropy(x, y, *batch) + l2 / 2 * jnp.sum(y**2) / len(y)
 
     return bx.BilevelProblem(outer_loss, inner_loss)
@@ -142,7 +142,7 @@ def _tasks(images: np.ndarray, classes: np.ndarray, ids: np.ndarray, shots: int)
 def of_each_task(size: int) -> Callable:
     """Draws so many images of an agent in all, equally many of each of its tasks: the mean is unbiased."""
 
-    def sample(key: chex.PRNGKey, k: chex.Numeric, data: tuple) -> tuple:
+    def sample(key: Key, k: Scalar, data: tuple) -> tuple:
         images, labels = data
         tasks, number = labels.shape
         drawn = jax.random.randint(key, (tasks, size // tasks), 0, number)
@@ -152,7 +152,7 @@ def of_each_task(size: int) -> Callable:
 
 
 @jax.jit
-def adapted(x: chex.ArrayTree, tasks: bx.Batch, l2: chex.Numeric) -> tuple[chex.Array, chex.Array]:
+def adapted(x: PyTree, tasks: bx.Batch, l2: Scalar) -> tuple[Array, Array]:
     """Accuracy and loss on the query images of new tasks, whose heads descend from zero on the support images.
 
         y ← y − 1/L ∇_y g(x, y), ADAPTATION times, with the features of x
@@ -166,12 +166,12 @@ def adapted(x: chex.ArrayTree, tasks: bx.Batch, l2: chex.Numeric) -> tuple[chex.
       Means over tasks and query images.
     """
 
-    def logits(y: chex.Array, inputs: chex.Array) -> chex.Array:
+    def logits(y: Array, inputs: Array) -> Array:
         return jnp.einsum("tnf,tfw->tnw", inputs, y)
 
     support, query = features(x, tasks.inner[0]), features(x, tasks.outer[0])
 
-    def loss(y: chex.Array) -> chex.Array:
+    def loss(y: Array) -> Array:
         """Added up over the tasks, each of which descends by itself."""
         losses = optax.softmax_cross_entropy_with_integer_labels(logits(y, support), tasks.inner[1])
         return jnp.sum(jnp.mean(losses, axis=1)) + l2 / 2 * jnp.sum(y**2)

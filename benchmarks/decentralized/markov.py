@@ -3,12 +3,12 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import bilevax as bx
+from bilevax.typing import Array, Key, Scalar
 
 SPREAD = 0.1  # of a Dirichlet draw for each row of transitions: a few successors are likely
 
@@ -16,7 +16,7 @@ SPREAD = 0.1  # of a Dirichlet draw for each row of transitions: a few successor
 class States(NamedTuple):
     """What f_i reads: φ of all states, [S, d]."""
 
-    features: chex.Array
+    features: Array
 
 
 class Transitions(NamedTuple):
@@ -31,12 +31,12 @@ class Transitions(NamedTuple):
       every: φ of all states, [S, d].
     """
 
-    weights: chex.Array
-    rewards: chex.Array
-    features: chex.Array
-    cumulative: chex.Array
-    table: chex.Array
-    every: chex.Array
+    weights: Array
+    rewards: Array
+    features: Array
+    cumulative: Array
+    table: Array
+    every: Array
 
 
 class Chain(NamedTuple):
@@ -116,10 +116,10 @@ def draw(
 def evaluation(discount: float) -> bx.BilevelProblem:
     """f_i and g_i of one agent; x [d]; y [S], the value of each state one step on."""
 
-    def outer_loss(x: chex.Array, y: chex.Array, batch: States) -> chex.Array:
+    def outer_loss(x: Array, y: Array, batch: States) -> Array:
         return jnp.mean((batch.features @ x - y) ** 2) / 2
 
-    def inner_loss(x: chex.Array, y: chex.Array, batch: Transitions) -> chex.Array:
+    def inner_loss(x: Array, y: Array, batch: Transitions) -> Array:
         return jnp.mean(batch.weights * (y - batch.rewards - discount * batch.features @ x) ** 2) / 2
 
     return bx.BilevelProblem(outer_loss, inner_loss)
@@ -131,7 +131,7 @@ def successors(size: int) -> Callable:
     The gradient ∇_x g alone would be biased, by the variance of what is drawn; no method that draws reads it.
     """
 
-    def sample(key: chex.PRNGKey, k: chex.Numeric, data: Any) -> Any:
+    def sample(key: Key, k: Scalar, data: Any) -> Any:
         if isinstance(data, States):
             return data
         chances = jax.random.uniform(key, (len(data.table), size))

@@ -3,12 +3,12 @@
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
 import bilevax as bx
 from benchmarks.decentralized.network import Network
+from bilevax.typing import PyTree
 
 MOST_PACE = 2.0
 
@@ -50,7 +50,7 @@ class Row(NamedTuple):
     largest: int | None = None
 
 
-def size_of(tree: chex.ArrayTree) -> int:
+def size_of(tree: PyTree) -> int:
     """Numbers in a tree."""
     return sum(jnp.size(leaf) for leaf in jax.tree.leaves(tree))
 

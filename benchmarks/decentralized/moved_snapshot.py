@@ -6,12 +6,12 @@ It is compared here and not offered by the library: RESULTS.md says on how many 
 from math import ceil
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
 
 import bilevax as bx
+from bilevax.typing import Array, Scalar
 
 
 class MovedSnapshot(NamedTuple):
@@ -35,13 +35,13 @@ def moved_snapshot(p: float) -> bx.single_loop.estimator.Estimator:
     def init(oracle: bx.single_loop.estimator.Oracle, point: bx.Levels, batch: Any) -> MovedSnapshot:
         return MovedSnapshot(oracle.evaluate(point, batch), point)
 
-    def update(key: Any, state: MovedSnapshot, oracle: Any, point: bx.Levels, batch: Any, k: chex.Numeric) -> tuple:
+    def update(key: Any, state: MovedSnapshot, oracle: Any, point: bx.Levels, batch: Any, k: Scalar) -> tuple:
         lengths = [jax.vmap(optax.tree.norm)(s) for s in optax.tree.sub(point, state.point)]
         shares = sum(r / jnp.maximum(r.mean(), jnp.finfo(r.dtype).tiny) for r in lengths)
         _, farthest = jax.lax.top_k(shares, ceil(p * len(shares) - 1e-9))
         chosen = jnp.zeros(len(shares), bool).at[farthest].set(True)
 
-        def kept(new: chex.Array, old: chex.Array) -> chex.Array:
+        def kept(new: Array, old: Array) -> Array:
             return jnp.where(chosen.reshape(-1, *[1] * (new.ndim - 1)), new, old)
 
         d = jax.tree.map(kept, oracle.evaluate(point, batch), state.directions)

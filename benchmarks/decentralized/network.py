@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
 import bilevax as bx
+from bilevax.typing import Array, Key, PyTree, Scalar
 
 
 class Network(NamedTuple):
@@ -29,8 +29,8 @@ class Network(NamedTuple):
 
     problem: bx.BilevelProblem
     batch: bx.Batch
-    x: chex.ArrayTree
-    y: chex.ArrayTree
+    x: PyTree
+    y: PyTree
     sample: Callable[[int], Callable]
     sizes: bx.Batch
     curvature: float
@@ -44,11 +44,11 @@ class Network(NamedTuple):
         return len(jax.tree.leaves(self.batch)[0])
 
     @property
-    def start(self) -> tuple[chex.ArrayTree, chex.ArrayTree]:
+    def start(self) -> tuple[PyTree, PyTree]:
         """The first point, leaves [n, ...]."""
         return bx.replicate((self.x, self.y), self.n)
 
-    def point(self, x: chex.ArrayTree, y: chex.ArrayTree) -> tuple[chex.ArrayTree, chex.ArrayTree]:
+    def point(self, x: PyTree, y: PyTree) -> tuple[PyTree, PyTree]:
         """Where a method is judged: the mean x, and the mean y, or that of each agent where the lower level is its own.
 
         Args:
@@ -57,12 +57,12 @@ class Network(NamedTuple):
         """
         return mean(x), y if self.personal else mean(y)
 
-    def loss(self, loss: Callable[..., Any], x: chex.ArrayTree, y: chex.ArrayTree, batch: Any) -> chex.Array:
+    def loss(self, loss: Callable[..., Any], x: PyTree, y: PyTree, batch: Any) -> Array:
         """The mean over agents of their losses at a `point`."""
         return jnp.mean(jax.vmap(loss, (None, 0 if self.personal else None, 0))(x, y, batch))
 
 
-def mean(tree: chex.ArrayTree) -> chex.ArrayTree:
+def mean(tree: PyTree) -> PyTree:
     """Over the agents."""
     return jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), tree)
 
@@ -74,7 +74,7 @@ def by_weight(size: int) -> Callable:
     weighted mean over the draw is then unbiased.
     """
 
-    def sample(key: chex.PRNGKey, k: chex.Numeric, data: tuple) -> tuple:
+    def sample(key: Key, k: Scalar, data: tuple) -> tuple:
         *rows, weights = data
         chosen = jax.random.choice(key, len(weights), (size,), p=weights / weights.sum())
         return (*(leaf[chosen] for leaf in rows), jnp.full(size, weights.mean(), weights.dtype))

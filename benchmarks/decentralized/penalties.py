@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +13,7 @@ import bilevax as bx
 from benchmarks.data import download
 from benchmarks.data.images import IMAGES
 from benchmarks.harness.errors import DataError
+from bilevax.typing import Array
 
 CLASSES = 10
 NOISE = 1.0  # standard deviation of what is added to aᵀy before its sign is the label
@@ -94,7 +94,7 @@ def synthetic(n: int, seed: int, features: int, train: int, heterogeneity: float
     return Divided(pooled(inner), pooled(outer), pooled(test), batch)
 
 
-def penalty(x: chex.Array, parts: int = 2) -> chex.Array:
+def penalty(x: Array, parts: int = 2) -> Array:
     """What x adds to the curvature of y: 2 exp(x) / parts while that is far below LARGEST, which it approaches then.
 
     The penalty of a feature without use would grow for ever, and with it the curvature, until no step size holds.
@@ -105,11 +105,11 @@ def penalty(x: chex.Array, parts: int = 2) -> chex.Array:
 def logistic() -> bx.BilevelProblem:
     """f_i and g_i of one agent; x [d], y [d], labels -1 and 1."""
 
-    def outer_loss(x: chex.Array, y: chex.Array, batch: tuple) -> chex.Array:
+    def outer_loss(x: Array, y: Array, batch: tuple) -> Array:
         features, labels, weights = batch
         return jnp.mean(weights * jax.nn.softplus(-labels * (features @ y)))
 
-    def inner_loss(x: chex.Array, y: chex.Array, batch: tuple) -> chex.Array:
+    def inner_loss(x: Array, y: Array, batch: tuple) -> Array:
         return outer_loss(x, y, batch) + jnp.sum(penalty(x) * y**2) / 2
 
     return bx.BilevelProblem(outer_loss, inner_loss)
@@ -118,12 +118,12 @@ def logistic() -> bx.BilevelProblem:
 def softmax() -> bx.BilevelProblem:
     """The same for classes; x [p], y [p, classes], and a penalty divided by their number."""
 
-    def outer_loss(x: chex.Array, y: chex.Array, batch: tuple) -> chex.Array:
+    def outer_loss(x: Array, y: Array, batch: tuple) -> Array:
         features, labels, weights = batch
         logits = jax.nn.log_softmax(features @ y)
         return -jnp.mean(weights * jnp.take_along_axis(logits, labels[:, None], axis=1)[:, 0])
 
-    def inner_loss(x: chex.Array, y: chex.Array, batch: tuple) -> chex.Array:
+    def inner_loss(x: Array, y: Array, batch: tuple) -> Array:
         return outer_loss(x, y, batch) + jnp.sum(penalty(x, y.size)[:, None] * y**2) / 2
 
     return bx.BilevelProblem(outer_loss, inner_loss)

@@ -5,7 +5,6 @@ import operator
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +19,7 @@ from benchmarks.harness import timing
 from benchmarks.harness.clock import Spent
 from benchmarks.harness.grid import END, at_ends, choice
 from benchmarks.harness.loop import Program, Trace
+from bilevax.typing import Array, Key, PyTree, Scalar
 
 Exactly = Callable[[Any, Any, bx.Batch], Exact]
 EXACT = ("exact_loss", "exact_gradient", "exact_residual", "exact_product_residual")
@@ -36,13 +36,13 @@ class Carry(NamedTuple):
     """
 
     state: Any
-    x: chex.ArrayTree
-    y: chex.ArrayTree
-    consensus: chex.Array
-    spent: dict[str, chex.Array]
+    x: PyTree
+    y: PyTree
+    consensus: Array
+    spent: dict[str, Array]
 
 
-def spending(info: Any, share: bx.problem.Calls) -> dict[str, chex.Array]:
+def spending(info: Any, share: bx.problem.Calls) -> dict[str, Array]:
     """What one iteration costs an agent, on average."""
     calls = bx.problem.Calls(*map(jnp.mean, info.calls))
     return {
@@ -64,13 +64,13 @@ def compiled(row: Row, placed: Placed, network: Network, size: int) -> Program:
     """Compiles so many iterations, and the losses at the mean iterate after them."""
     share, problem = shares(row, network), network.problem
 
-    def begin(x: chex.ArrayTree, y: chex.ArrayTree, batch: bx.Batch) -> Carry:
+    def begin(x: PyTree, y: PyTree, batch: bx.Batch) -> Carry:
         spent = {"derivatives": jnp.full((), float(row.at_start)), "megabytes": jnp.zeros(()), "rounds": jnp.zeros(())}
         state = placed.method.init(*placed.put((x, y)), placed.put(batch))
         return Carry(state, *network.point(x, y), jnp.zeros(()), spent)
 
-    def chunk(carry: Carry, keys: chex.PRNGKey, batch: bx.Batch) -> tuple[Carry, Trace]:
-        def step(state: Any, key: chex.PRNGKey) -> tuple[Any, tuple]:
+    def chunk(carry: Carry, keys: Key, batch: bx.Batch) -> tuple[Carry, Trace]:
+        def step(state: Any, key: Key) -> tuple[Any, tuple]:
             now = share_at(row, share, state)
             state, info = placed.method.step(key, state, batch)
             calls = {name: jnp.mean(number) for name, number in info.calls._asdict().items()}
@@ -89,12 +89,12 @@ def compiled(row: Row, placed: Placed, network: Network, size: int) -> Program:
     return Program(cast(Any, begin), made, compiling, memory)
 
 
-def outer_loss(network: Network, x: chex.ArrayTree, y: chex.ArrayTree, batch: bx.Batch) -> chex.Array:
+def outer_loss(network: Network, x: PyTree, y: PyTree, batch: bx.Batch) -> Array:
     """The mean f_i at a point, whatever y is there."""
     return network.loss(network.problem.outer_loss, x, y, batch.outer)
 
 
-def consensus(every: chex.ArrayTree, x: chex.ArrayTree) -> chex.Array:
+def consensus(every: PyTree, x: PyTree) -> Array:
     """Root mean square distance of all x [n, ...] to one."""
     away = jax.tree.map(lambda leaf, one: leaf - one[None], every, x)
     return optax.tree.norm(away) / len(jax.tree.leaves(every)[0]) ** 0.5
@@ -141,10 +141,10 @@ def tuned(
     """
     first = next(iter(networks.values()))
 
-    def ends(steps: bx.Levels, key: Any, x: chex.ArrayTree, y: chex.ArrayTree, batch: bx.Batch) -> tuple:
+    def ends(steps: bx.Levels, key: Any, x: PyTree, y: PyTree, batch: bx.Batch) -> tuple:
         method = make(steps)
 
-        def step(_: chex.Numeric, state: Any) -> Any:
+        def step(_: Scalar, state: Any) -> Any:
             return method.step(key, state, batch)[0]
 
         halfway = jax.lax.fori_loop(0, iterations // 2, step, method.init(x, y, batch))

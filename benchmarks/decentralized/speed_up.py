@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,6 +24,7 @@ from benchmarks.harness.clock import timed
 from benchmarks.harness.folder import prepared
 from benchmarks.harness.loop import Outcome
 from benchmarks.harness.report import Run
+from bilevax.typing import Array, Key
 
 TASK = "decentralized_speed_up"
 SIZES = (4, 8, 16)
@@ -48,7 +48,7 @@ class Quadratic(NamedTuple):
     solution: np.ndarray
 
 
-def losses(y: chex.Array, rows: chex.Array, targets: chex.Array) -> chex.Array:
+def losses(y: Array, rows: Array, targets: Array) -> Array:
     """Half the mean squared error."""
     return jnp.mean((rows @ y - targets) ** 2) / 2
 
@@ -92,13 +92,11 @@ def methods(gossip: bx.agents.Gossip) -> dict[str, bx.problem.Algorithm]:
     }
 
 
-def errors(
-    method: bx.problem.Algorithm, iterations: int, key: chex.PRNGKey, batch: bx.Batch, solution: chex.Array
-) -> Any:
+def errors(method: bx.problem.Algorithm, iterations: int, key: Key, batch: bx.Batch, solution: Array) -> Any:
     """‖x̄ − x*‖² after each iteration, from 0, and the last x [n, features]."""
     n = len(jax.tree.leaves(batch)[0])
 
-    def step(state: Any, _: None) -> tuple[Any, chex.Array]:
+    def step(state: Any, _: None) -> tuple[Any, Array]:
         state, _ = method.step(key, state, batch)
         return state, jnp.sum((jnp.mean(state.x, axis=0) - solution) ** 2)
 

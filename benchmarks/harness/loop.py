@@ -6,7 +6,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -14,12 +13,13 @@ import optax
 import bilevax as bx
 from benchmarks.harness import timing
 from benchmarks.harness.clock import Spent, timed
+from bilevax.typing import Array, Key, PyTree
 
 
 class Carry(NamedTuple):
     """What an outer step reads and writes: x, the state of its optimizer, and that of the hypergradient."""
 
-    x: chex.ArrayTree
+    x: PyTree
     optimizer: optax.OptState
     estimator: Any
 
@@ -27,9 +27,9 @@ class Carry(NamedTuple):
 class Trace(NamedTuple):
     """What a chunk reports: the numbers of its last outer step, and counts added up over all of them."""
 
-    outer_loss: chex.Array
-    gradient_norm: chex.Array
-    counts: dict[str, chex.Array]
+    outer_loss: Array
+    gradient_norm: Array
+    counts: dict[str, Array]
 
 
 class Program(NamedTuple):
@@ -42,8 +42,8 @@ class Program(NamedTuple):
       temp_bytes: peak of its temporary memory, from the compiler's analysis; None where a backend offers none.
     """
 
-    start: Callable[[chex.ArrayTree, chex.ArrayTree], Carry]
-    chunk: Callable[[Carry, chex.PRNGKey, bx.Batch], tuple[Carry, Trace]]
+    start: Callable[[PyTree, PyTree], Carry]
+    chunk: Callable[[Carry, Key, bx.Batch], tuple[Carry, Trace]]
     compiling: Spent
     temp_bytes: int | None
 
@@ -57,7 +57,7 @@ class Outcome(NamedTuple):
       curve: lists of one length, an entry for each chunk.
     """
 
-    x: chex.ArrayTree
+    x: PyTree
     metrics: dict[str, Any]
     curve: dict[str, list[Any]]
 
@@ -78,11 +78,11 @@ def outer_steps(
     """`start` and `chunk` of a `Program`, before it is compiled."""
     inner = batch.inner if isinstance(batch, bx.Batch) else batch  # only its shapes count at the start
 
-    def start(x: chex.ArrayTree, y: chex.ArrayTree) -> Carry:
+    def start(x: PyTree, y: PyTree) -> Carry:
         return Carry(x, optimizer.init(x), hypergrad.init(x, y, inner))
 
-    def chunk(carry: Carry, keys: chex.PRNGKey, batch: bx.Batch) -> tuple[Carry, Trace]:
-        def step(carry: Carry, key: chex.PRNGKey) -> tuple[Carry, bx.hypergradients.HypergradientInfo]:
+    def chunk(carry: Carry, keys: Key, batch: bx.Batch) -> tuple[Carry, Trace]:
+        def step(carry: Carry, key: Key) -> tuple[Carry, bx.hypergradients.HypergradientInfo]:
             grad, estimator, info = hypergrad.estimate(key, carry.estimator, carry.x, batch)
             updates, state = optimizer.update(grad, carry.optimizer, carry.x)
             return Carry(optax.apply_updates(carry.x, updates), state, estimator), active(info)
@@ -98,8 +98,8 @@ def outer_steps(
 def compiled(
     hypergrad: bx.problem.Hypergradient,
     optimizer: optax.GradientTransformation,
-    x: chex.ArrayTree,
-    y: chex.ArrayTree,
+    x: PyTree,
+    y: PyTree,
     batch: bx.Batch,
     size: int,
 ) -> Program:
@@ -112,7 +112,7 @@ def compiled(
 def drive(
     program: Program,
     carry: Carry,
-    keys: chex.PRNGKey,
+    keys: Key,
     batch: bx.Batch,
     evaluate: Callable[[Carry], dict[str, float | None]],
     budget: float,

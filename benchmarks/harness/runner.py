@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import numpy as np
 import optax
@@ -23,6 +22,7 @@ from benchmarks.harness.folder import Folder, prepared
 from benchmarks.harness.loop import Carry, Trace, compiled, drive, outer_steps
 from benchmarks.harness.plugin import HYPERGRADIENTS, Function
 from benchmarks.harness.report import Columns, Run, grid_ends, table
+from bilevax.typing import PyTree
 
 QUICK_STEPS = 20
 LARGEST_CHUNK = 10
@@ -238,13 +238,13 @@ class Method(NamedTuple):
     name: str
     hypergradient: Callable[[], bx.problem.Hypergradient]
     optimizer: optax.GradientTransformation
-    start: Callable[[Any], tuple[chex.ArrayTree, chex.ArrayTree]]
+    start: Callable[[Any], tuple[PyTree, PyTree]]
     batch: Callable[[Any], Any]
     evaluate: Callable[[Any, Carry], dict[str, float | None]]
     configuration: Mapping[str, Any]
 
 
-def rehearsal(method: Method, x: chex.ArrayTree, y: chex.ArrayTree, batch: Any) -> tuple[Carry, Trace]:
+def rehearsal(method: Method, x: PyTree, y: PyTree, batch: Any) -> tuple[Carry, Trace]:
     """One outer step from the start."""
     start, chunk = outer_steps(method.hypergradient(), method.optimizer, batch)
     return chunk(start(x, y), jax.random.split(jax.random.key(0), 1), batch)

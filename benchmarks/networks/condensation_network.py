@@ -4,11 +4,11 @@ Reference: Gidaris and Komodakis, arXiv 1804.09458; Zhao, Mopuri, Bilen, arXiv 2
 images with it.
 """
 
-import chex
 import flax.linen as nn
 
 from benchmarks.networks.convolutional import classifier, convolution, pictures
 from benchmarks.networks.model import Model
+from bilevax.typing import Array
 
 LAYERS = 3
 
@@ -23,7 +23,7 @@ class NormalizedConvolutions(nn.Module):
     width: int
 
     @nn.compact
-    def __call__(self, images: chex.Array) -> chex.Array:
+    def __call__(self, images: Array) -> Array:
         """The logits, [N, 10]."""
         hidden = pictures(images)
         for _ in range(LAYERS):

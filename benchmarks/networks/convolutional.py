@@ -10,18 +10,18 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 import bilevax as bx
 from benchmarks.networks.model import Model
+from bilevax.typing import Array, Key, PyTree
 
 GROUPS = 8  # of channels, at each normalization
 
 
-def patches(images: chex.Array, kernel: chex.Array, strides: Sequence[int], padding: str, **options: Any) -> chex.Array:
+def patches(images: Array, kernel: Array, strides: Sequence[int], padding: str, **options: Any) -> Array:
     """A convolution, images [N, H, W, C] and kernel [h, w, C, D], as one matrix product; without dilation or groups.
 
     On a CPU, XLA's convolution is many times slower inside a loop, and where each task of a vmap has its own kernel.
@@ -42,7 +42,7 @@ def convolution(width: int, size: int = 3, **options: Any) -> nn.Conv:
     return nn.Conv(width, (size, size), conv_general_dilated=product, **options)
 
 
-def pictures(images: chex.Array) -> chex.Array:
+def pictures(images: Array) -> Array:
     """Rows of pixels as squares, [N, side, side, channels]: one channel where their number is a square, else three."""
     pixels = images.shape[1]
     channels = 1 if math.isqrt(pixels) ** 2 == pixels else 3
@@ -60,7 +60,7 @@ class Convolutional(nn.Module):
     widths: Sequence[int] = (16, 32, 64)
 
     @nn.compact
-    def __call__(self, images: chex.Array) -> chex.Array:
+    def __call__(self, images: Array) -> Array:
         """The logits, [N, 10]."""
         hidden = pictures(images)
         for width in self.widths:
@@ -80,7 +80,7 @@ class Block(nn.Module):
     strides: int
 
     @nn.compact
-    def __call__(self, inputs: chex.Array) -> chex.Array:
+    def __call__(self, inputs: Array) -> Array:
         """The features, [N, side, side, width]."""
         hidden = convolution(self.width, strides=self.strides, use_bias=False)(inputs)
         hidden = nn.relu(nn.GroupNorm(GROUPS)(hidden))
@@ -103,7 +103,7 @@ class Residual(nn.Module):
     blocks: int = 1
 
     @nn.compact
-    def __call__(self, images: chex.Array) -> chex.Array:
+    def __call__(self, images: Array) -> Array:
         """The logits, [N, 10]."""
         hidden = nn.relu(nn.GroupNorm(GROUPS)(convolution(self.widths[0], use_bias=False)(pictures(images))))
         for stage, width in enumerate(self.widths):
@@ -115,10 +115,10 @@ class Residual(nn.Module):
 def classifier(network: nn.Module) -> Model:
     """A network as a function of its weights."""
 
-    def init(key: chex.PRNGKey, pixels: int) -> chex.ArrayTree:
+    def init(key: Key, pixels: int) -> PyTree:
         return network.init(key, jnp.zeros((1, pixels)))["params"]
 
-    def logits(y: chex.ArrayTree, images: chex.Array) -> chex.Array:
+    def logits(y: PyTree, images: Array) -> Array:
         return network.apply({"params": y}, images)
 
     return Model(init, logits, bx.curvature.gauss_newton)

@@ -1,10 +1,10 @@
 """A small language model: the encoder's blocks, each word reading those before it only."""
 
-import chex
 import flax.linen as nn
 import jax.numpy as jnp
 
 from benchmarks.networks.encoder import Block, Embeddings, Size
+from bilevax.typing import Array
 
 SIZES = {
     "decoder-small": Size(vocabulary=512, positions=64, width=64, heads=4, hidden=128, layers=2, types=1),
@@ -18,7 +18,7 @@ class Decoder(nn.Module):
     size: Size
 
     @nn.compact
-    def __call__(self, inputs: tuple[chex.Array, chex.Array]) -> chex.Array:
+    def __call__(self, inputs: tuple[Array, Array]) -> Array:
         """Inputs: words [N, T], and real [N, T], 0 at padding."""
         words, real = inputs
         before = jnp.tril(jnp.ones((words.shape[1],) * 2, bool))[None, None]

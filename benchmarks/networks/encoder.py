@@ -5,10 +5,11 @@ Reference: Devlin et al., "BERT", arXiv 1810.04805; Vaswani et al., arXiv 1706.0
 
 from typing import NamedTuple
 
-import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from bilevax.typing import Array
 
 
 class Size(NamedTuple):
@@ -39,7 +40,7 @@ class Embeddings(nn.Module):
     size: Size
 
     @nn.compact
-    def __call__(self, words: chex.Array) -> chex.Array:
+    def __call__(self, words: Array) -> Array:
         """All words are of the first type."""
         kinds = jnp.zeros_like(words)
         places = jnp.broadcast_to(jnp.arange(words.shape[1])[None], words.shape)
@@ -57,7 +58,7 @@ class Block(nn.Module):
     size: Size
 
     @nn.compact
-    def __call__(self, hidden: chex.Array, attends: chex.Array) -> chex.Array:
+    def __call__(self, hidden: Array, attends: Array) -> Array:
         """Hidden states [N, T, width]; `attends` [N, 1, T, T] or broadcast to it: who reads whom."""
         mixed = nn.MultiHeadDotProductAttention(self.size.heads, name="attention")(hidden, mask=attends)
         hidden = _norm("attention_norm")(hidden + mixed)
@@ -83,7 +84,7 @@ class Encoder(nn.Module):
     classes: int | None = None
 
     @nn.compact
-    def __call__(self, inputs: tuple[chex.Array, chex.Array]) -> chex.Array:
+    def __call__(self, inputs: tuple[Array, Array]) -> Array:
         """Inputs: words [N, T], or hidden states [N, T, width] of the blocks below; and real [N, T], 0 at padding."""
         hidden, real = inputs
         if 0 in self.blocks:

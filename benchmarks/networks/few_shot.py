@@ -2,11 +2,11 @@
 
 import functools
 
-import chex
 import flax.linen as nn
 
 from benchmarks.data.few_shot import WAYS
 from benchmarks.networks.convolutional import patches
+from bilevax.typing import Array
 
 
 class Network(nn.Module):
@@ -23,7 +23,7 @@ class Network(nn.Module):
     layers: int = 3
 
     @nn.compact
-    def __call__(self, images: chex.Array) -> chex.Array:
+    def __call__(self, images: Array) -> Array:
         """The logits."""
         convolution = functools.partial(nn.Conv, self.width, (3, 3), strides=2, conv_general_dilated=patches)
         grey = images.ndim == 3

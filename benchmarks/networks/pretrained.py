@@ -4,11 +4,11 @@ import math
 from pathlib import Path
 from typing import Any
 
-import chex
 import jax
 from safetensors import SafetensorError, safe_open
 
 from benchmarks.harness.errors import DataError
+from bilevax.typing import Array, PyTree
 
 NEW = "classifier"  # what no checkpoint has: it is learnt from the first value
 PREFIXES = ("", "bert.")
@@ -49,7 +49,7 @@ def names(path: tuple[str, ...]) -> list[str]:
     return [f"{prefix}{stem}.{ending}" for ending in endings for prefix in PREFIXES]
 
 
-def stored_shape(path: tuple[str, ...], value: chex.Array) -> tuple[int, ...]:
+def stored_shape(path: tuple[str, ...], value: Array) -> tuple[int, ...]:
     """The shape of a leaf in a checkpoint: matrices are [outputs, inputs], and heads are not apart."""
     if path[-1] == "embedding":
         return value.shape
@@ -59,7 +59,7 @@ def stored_shape(path: tuple[str, ...], value: chex.Array) -> tuple[int, ...]:
     return value.size // inputs, inputs
 
 
-def load(path: Path, y: chex.ArrayTree) -> chex.ArrayTree:
+def load(path: Path, y: PyTree) -> PyTree:
     """The parameters y with the values of the file; the classifier keeps those it has.
 
     Args:
@@ -75,7 +75,7 @@ def load(path: Path, y: chex.ArrayTree) -> chex.ArrayTree:
     """
     problems: list[str] = []
 
-    def leaf(key_path: Any, value: chex.Array) -> chex.Array:
+    def leaf(key_path: Any, value: Array) -> Array:
         keys = tuple(key.key for key in key_path)
         if keys[0] == NEW:
             return value

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,6 +44,7 @@ from benchmarks.studies.hypergradients_points import (
     points,
 )
 from benchmarks.tasks.hyper_cleaning import numbered, outer_loss
+from bilevax.typing import Array, Key
 
 TASK = "hypergradients"
 SPLIT: dict[str, Any] = {"train": 500, "validation": 500, "corruption": 0.4}
@@ -86,7 +86,7 @@ def foreign(function: Function) -> Row:
 def estimates(row: Row, net: Model) -> Callable:
     """The estimates along a path as a function (l2, xs, path, keys, batch) -> (the last one, its calls, breakdown)."""
 
-    def program(l2: chex.Array, xs: chex.Array, path: Any, keys: chex.PRNGKey, batch: bx.Batch) -> tuple:
+    def program(l2: Array, xs: Array, path: Any, keys: Key, batch: bx.Batch) -> tuple:
         solver = row.solver(Inner(inner_loss(net, l2), STEP_SIZE, row.unrolled))
         hypergrad = finished(functools.partial(outer_loss, net), solver)
         first = UNROLLED - row.unrolled

@@ -4,7 +4,6 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -17,6 +16,7 @@ from benchmarks.studies.hypergradients_figure import draw_end_to_end
 from benchmarks.studies.hypergradients_methods import ROWS, Inner, Row
 from benchmarks.studies.hypergradients_points import feedforward, network
 from benchmarks.tasks.hyper_cleaning import COLUMNS, L2, evaluate, inner_loss, numbered, outer_loss
+from bilevax.typing import Array, PyTree
 
 TASK = "hypergradients-end-to-end"
 NET = network(feedforward, (64, 64), (64, 64), (64, 10))
@@ -41,7 +41,7 @@ def method(row: Row, inner_steps: int) -> Method:
         inner = Inner(inner_loss(NET), STEP_SIZE, inner_steps, bx.sampling.minibatch(MINIBATCH))
         return finished(functools.partial(outer_loss, NET), row.solver(inner))
 
-    def start(data: Data) -> tuple[chex.Array, chex.ArrayTree]:
+    def start(data: Data) -> tuple[Array, PyTree]:
         return jnp.zeros(data.clean.shape), NET.init(jax.random.key(data.seed), data.batch.inner[0].shape[1])
 
     return Method(

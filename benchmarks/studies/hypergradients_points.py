@@ -16,7 +16,6 @@ import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,6 +28,7 @@ from benchmarks.networks.dense import affine
 from benchmarks.networks.model import Model
 from benchmarks.tasks import hyper_cleaning
 from benchmarks.tasks.hyper_cleaning import numbered, outer_loss
+from bilevax.typing import Array, Key, PyTree, Scalar
 
 ESTIMATES = 10  # estimates that follow each other up to the point
 UNROLLED = 10  # iterates before the first of them, for those that unroll
@@ -54,21 +54,21 @@ class Point(NamedTuple):
     l2: float
     weights: str
     stage: str
-    x: chex.Array
-    path: chex.ArrayTree
+    x: Array
+    path: PyTree
     exact: np.ndarray
     smallest: float
     gradient_norm: float
 
 
-def strided(y: Any, images: chex.Array) -> chex.Array:
+def strided(y: Any, images: Array) -> Array:
     """A convolution with stride 2 and tanh; images [N, height, width, channels]."""
     layout = ("NHWC", "HWIO", "NHWC")
     outputs = jax.lax.conv_general_dilated(images, y["weights"], (2, 2), "SAME", dimension_numbers=layout)
     return jnp.tanh(outputs + y["bias"][None, None, None])
 
 
-def feedforward(y: Any, images: chex.Array) -> chex.Array:
+def feedforward(y: Any, images: Array) -> Array:
     """Hidden layers with tanh."""
     *hidden, last = y
     for layer in hidden:
@@ -76,7 +76,7 @@ def feedforward(y: Any, images: chex.Array) -> chex.Array:
     return affine(last, images)
 
 
-def convolutional(y: Any, images: chex.Array) -> chex.Array:
+def convolutional(y: Any, images: Array) -> Array:
     """Two convolutions and a dense layer."""
     *hidden, last = y
     features = images.reshape(-1, SIDE, SIDE, 1)
@@ -85,10 +85,10 @@ def convolutional(y: Any, images: chex.Array) -> chex.Array:
     return affine(last, features.reshape(len(images), -1))
 
 
-def layers(*shapes: tuple[int, ...]) -> Callable[[chex.PRNGKey, int], chex.ArrayTree]:
+def layers(*shapes: tuple[int, ...]) -> Callable[[Key, int], PyTree]:
     """The first y: normal kernels of these shapes with variance 1 / inputs, and no biases."""
 
-    def init(key: chex.PRNGKey, pixels: int) -> chex.ArrayTree:
+    def init(key: Key, pixels: int) -> PyTree:
         keys = jax.random.split(key, len(shapes))
         return [
             {"weights": jax.random.normal(key, shape) / np.prod(shape[:-1]) ** 0.5, "bias": jnp.zeros(shape[-1])}
@@ -109,7 +109,7 @@ NETS = {
 }
 
 
-def inner_loss(net: Model, l2: chex.Numeric) -> bx.curvature.ModelLoss:
+def inner_loss(net: Model, l2: Scalar) -> bx.curvature.ModelLoss:
     """The weighted training loss of hyper-cleaning with this weight decay."""
     return dataclasses.replace(hyper_cleaning.inner_loss(net), l2=l2)
 
@@ -133,7 +133,7 @@ WEIGHTS: Mapping[str, Callable[[Data], np.ndarray]] = {f.__name__: f for f in (e
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5))
-def descend(net: Model, l2: float, x: chex.Array, y: Any, batch: tuple, steps: int) -> Any:
+def descend(net: Model, l2: float, x: Array, y: Any, batch: tuple, steps: int) -> Any:
     """All iterates of gradient descent, leaves [steps + 1, ...], y the first of them."""
 
     def step(y: Any, _: None) -> tuple[Any, Any]:
@@ -144,11 +144,11 @@ def descend(net: Model, l2: float, x: chex.Array, y: Any, batch: tuple, steps: i
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _value_and_gradient(net: Model, l2: float, x: chex.Array, y: Any, batch: tuple) -> tuple:
+def _value_and_gradient(net: Model, l2: float, x: Array, y: Any, batch: tuple) -> tuple:
     return jax.value_and_grad(inner_loss(net, l2), argnums=1)(x, y, batch)
 
 
-def minimize(net: Model, l2: float, x: chex.Array, y: Any, batch: tuple) -> Any:
+def minimize(net: Model, l2: float, x: Array, y: Any, batch: tuple) -> Any:
     """The minimum of g that L-BFGS finds from y."""
     flat, unravel = ravel_pytree(y)
 
@@ -162,7 +162,7 @@ def minimize(net: Model, l2: float, x: chex.Array, y: Any, batch: tuple) -> Any:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def dense_system(net: Model, l2: float, x: chex.Array, y: Any, batch: bx.Batch) -> tuple:
+def dense_system(net: Model, l2: float, x: Array, y: Any, batch: bx.Batch) -> tuple:
     """The Hessian [M, M] and the gradient [M] of g, and the gradient [M] of f."""
     flat, unravel = ravel_pytree(y)
     loss = inner_loss(net, l2)
@@ -174,12 +174,12 @@ def dense_system(net: Model, l2: float, x: chex.Array, y: Any, batch: bx.Batch) 
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def indirect(net: Model, l2: float, x: chex.Array, y: Any, batch: tuple, v: chex.Array) -> chex.Array:
+def indirect(net: Model, l2: float, x: Array, y: Any, batch: tuple, v: Array) -> Array:
     """−∇²_xy g v [N], which is all of the hypergradient, since f does not look at x."""
     return -bx.curvature.cross(inner_loss(net, l2), x, y, batch)(ravel_pytree(y)[1](v))
 
 
-def solved(net: Model, l2: float, x: chex.Array, y: Any, batch: bx.Batch) -> tuple[np.ndarray, float, float]:
+def solved(net: Model, l2: float, x: Array, y: Any, batch: bx.Batch) -> tuple[np.ndarray, float, float]:
     """The exact hypergradient, the smallest eigenvalue of the Hessian, and ‖∇_y g‖."""
     hessian, inner, outer = (np.asarray(part) for part in dense_system(net, l2, x, y, batch))
     smallest = float(np.linalg.eigvalsh(hessian)[0])

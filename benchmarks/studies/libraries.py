@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-import chex
 import jax
 import jax.numpy as jnp
 import lineax as lx
@@ -19,6 +18,7 @@ import optax
 import optimistix as optx
 
 import bilevax as bx
+from bilevax.typing import Array
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # jaxopt says at import that it is no longer maintained
@@ -32,7 +32,7 @@ Optimizer: TypeAlias = optax.GradientTransformation
 def _unrolled(outer_loss: Callable, run: Callable) -> bx.problem.Hypergradient:
     """jax.grad through `run(x, y, inner batch) -> y`."""
 
-    def value(x: Any, y: Any, batch: bx.Batch) -> chex.Array:
+    def value(x: Any, y: Any, batch: bx.Batch) -> Array:
         return outer_loss(x, run(x, y, batch.inner), batch.outer)
 
     def estimate(key: Any, y: Any, x: Any, batch: bx.Batch) -> tuple:
@@ -83,7 +83,7 @@ def plain_implicit(
         gradient = lambda x, y: jax.grad(problem.inner_loss, argnums=1)(x, y, batch)  # noqa: E731
         _, product = jax.linearize(lambda y: gradient(x, y), y)
 
-        def iterate(_: chex.Array, carry: tuple) -> tuple:
+        def iterate(_: Array, carry: tuple) -> tuple:
             v, r, p, rr = carry
             hp = product(p)
             alpha = rr / optax.tree.vdot(p, hp)
@@ -215,7 +215,7 @@ REVERSE: dict[str, Callable[..., bx.problem.Hypergradient]] = {
 }
 
 
-def exact_implicit(problem: Problem, x: Any, y: Any, batch: bx.Batch) -> chex.Array:
+def exact_implicit(problem: Problem, x: Any, y: Any, batch: bx.Batch) -> Array:
     """The implicit hypergradient at this y with its linear system solved; for float64 arguments."""
     gradient = lambda x, y: jax.grad(problem.inner_loss, argnums=1)(x, y, batch.inner)  # noqa: E731
     direct, b = jax.grad(problem.outer_loss, argnums=(0, 1))(x, y, batch.outer)

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +25,7 @@ from benchmarks.harness.report import Run
 from benchmarks.harness.timing import compiled, interleaved, quartiles, ratios, relative_error
 from benchmarks.studies import libraries
 from benchmarks.studies.peers_table import TOLERANCE, Row, draw, show
+from bilevax.typing import Array, Key, PyTree
 
 TASK = "peers"
 BASELINE = "plain JAX"
@@ -52,18 +52,18 @@ class Problem(NamedTuple):
     name: str
     losses: bx.BilevelProblem
     batch: bx.Batch
-    x: chex.Array
-    y: chex.ArrayTree
-    trained: chex.ArrayTree
+    x: Array
+    y: PyTree
+    trained: PyTree
     step_size: float
 
 
-def linear(y: Any, images: chex.Array) -> chex.Array:
+def linear(y: Any, images: Array) -> Array:
     """Softmax regression."""
     return images @ y["weights"] + y["bias"][None]
 
 
-def perceptron(y: Any, images: chex.Array) -> chex.Array:
+def perceptron(y: Any, images: Array) -> Array:
     """A hidden layer with tanh."""
     return linear(y["last"], jnp.tanh(linear(y["first"], images)))
 
@@ -71,10 +71,10 @@ def perceptron(y: Any, images: chex.Array) -> chex.Array:
 def losses(model: Callable, l2: float) -> bx.BilevelProblem:
     """Validation cross entropy, and weighted training cross entropy with a penalty l2 / 2 · ‖y‖²."""
 
-    def cross_entropy(y: Any, batch: tuple) -> chex.Array:
+    def cross_entropy(y: Any, batch: tuple) -> Array:
         return optax.softmax_cross_entropy_with_integer_labels(model(y, batch[0]), batch[1])
 
-    def inner_loss(x: chex.Array, y: Any, batch: tuple) -> chex.Array:
+    def inner_loss(x: Array, y: Any, batch: tuple) -> Array:
         weighted = jnp.mean(jax.nn.sigmoid(x) * cross_entropy(y, batch))
         return weighted + l2 / 2 * optax.tree.norm(y, squared=True)
 
@@ -86,7 +86,7 @@ def problem(name: str, seed: int, batch: bx.Batch, hidden: int | None, l2: float
     pixels = batch.inner[0].shape[1]
     x_key, first_key, last_key = jax.random.split(jax.random.key(seed), 3)
 
-    def layer(key: chex.PRNGKey, inputs: int, outputs: int) -> dict[str, chex.Array]:
+    def layer(key: Key, inputs: int, outputs: int) -> dict[str, Array]:
         return {"weights": jax.random.normal(key, (inputs, outputs)) / inputs**0.5, "bias": jnp.zeros(outputs)}
 
     x = jax.random.normal(x_key, (len(batch.inner[1]),))

@@ -16,7 +16,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import matplotlib
@@ -35,6 +34,7 @@ from benchmarks.harness.runner import Advance, Options, Task, perform
 from benchmarks.harness.style import STYLE, curves
 from benchmarks.tasks.logistic import Rows, exact
 from benchmarks.tasks.regularization import SETTINGS
+from bilevax.typing import Array, Key, Scalar
 
 TASK = "single-machine"
 BATCH = 64
@@ -86,7 +86,7 @@ class Row(NamedTuple):
 def blocks(size: int) -> Any:
     """Draws `size` consecutive rows, the last block overlapping the one before it."""
 
-    def sample(key: chex.PRNGKey, t: chex.Numeric, data: Any) -> Any:
+    def sample(key: Key, t: Scalar, data: Any) -> Any:
         number = -(-len(data[1]) // size)
         return _block(jax.random.randint(key, (), 0, number), size, data)
 
@@ -96,14 +96,14 @@ def blocks(size: int) -> Any:
 def blocks_in_order(size: int) -> Any:
     """The same, but a first pass in the order of the file: in a recording that is not random."""
 
-    def sample(key: chex.PRNGKey, k: chex.Array, data: Any) -> Any:
+    def sample(key: Key, k: Array, data: Any) -> Any:
         number = -(-len(data[1]) // size)
         return _block(jnp.where(k < number, k, jax.random.randint(key, (), 0, number)), size, data)
 
     return sample
 
 
-def _block(i: chex.Array, size: int, data: Any) -> Any:
+def _block(i: Array, size: int, data: Any) -> Any:
     return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, i * size, size), data)
 
 
@@ -180,13 +180,13 @@ METHODS = (
 )
 
 
-def outer_loss(x: chex.Array, y: chex.Array, batch: tuple) -> chex.Array:
+def outer_loss(x: Array, y: Array, batch: tuple) -> Array:
     """f, the mean logistic loss."""
     features, labels = batch
     return jnp.mean(jax.nn.softplus(-labels * (features @ y)))
 
 
-def inner_loss(x: chex.Array, y: chex.Array, batch: tuple) -> chex.Array:
+def inner_loss(x: Array, y: Array, batch: tuple) -> Array:
     """g, the mean logistic loss with its penalties."""
     return outer_loss(x, y, batch) + jnp.exp(x) @ y**2 / 2
 
@@ -204,7 +204,7 @@ def load(name: str, seed: int) -> Data:
     return Data(inner, outer, bx.Batch(outer=arrays(outer), inner=arrays(inner)))
 
 
-def start(features: int) -> tuple[chex.Array, chex.Array]:
+def start(features: int) -> tuple[Array, Array]:
     """The published start point: y normal, and penalties exp x uniform on [0, 1]."""
     with jax.threefry_partitionable(True):
         y_key, x_key = jax.random.split(jax.random.key(START))
@@ -222,7 +222,7 @@ def method(row: Row, rows: int) -> bx.problem.Algorithm:
 def boxed(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
     """The optimizer, followed by a projection of x on the box."""
 
-    def update(grad: chex.Array, state: Any, x: chex.Array) -> tuple[chex.Array, Any]:
+    def update(grad: Array, state: Any, x: Array) -> tuple[Array, Any]:
         step, state = optimizer.update(grad, state, x)
         return optax.projections.projection_box(x + step, *BOX) - x, state
 
@@ -240,7 +240,7 @@ class Program(NamedTuple):
 def compiled(algorithm: bx.problem.Algorithm, state: Any, batch: bx.Batch, size: int) -> Program:
     """Compiles `size` iterations; the batch stays an argument."""
 
-    def chunk(state: Any, key: chex.PRNGKey, batch: bx.Batch) -> tuple[Any, bx.problem.Calls]:
+    def chunk(state: Any, key: Key, batch: bx.Batch) -> tuple[Any, bx.problem.Calls]:
         def step(state: Any, _: None) -> tuple[Any, bx.problem.Calls]:
             state, info = algorithm.step(key, state, batch)  # which folds in k
             return state, info.calls

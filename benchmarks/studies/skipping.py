@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import matplotlib
@@ -33,6 +32,7 @@ from benchmarks.harness.loop import Outcome
 from benchmarks.harness.report import Run
 from benchmarks.harness.style import COLOURS, STYLE
 from benchmarks.harness.timing import interleaved, quartiles, ratios
+from bilevax.typing import Array, Key
 
 TASK = "skipping"
 FRACTIONS = (1.0, 0.5, 0.25, 0.1)
@@ -71,7 +71,7 @@ class Timed(NamedTuple):
         return [one.seconds for one in self.spent]
 
 
-def network(hidden: int, pixels: int) -> dict[str, chex.Array]:
+def network(hidden: int, pixels: int) -> dict[str, Array]:
     """The first y: normal weights of variance 1 / inputs."""
     first, last = jax.random.split(jax.random.key(0))
     return {
@@ -83,12 +83,12 @@ def network(hidden: int, pixels: int) -> dict[str, chex.Array]:
 def penalized_network() -> bx.BilevelProblem:
     """Validation loss, and training loss with a penalty exp(x) for the weights of each pixel; x [pixels]."""
 
-    def outer_loss(x: chex.Array, y: Any, batch: tuple) -> chex.Array:
+    def outer_loss(x: Array, y: Any, batch: tuple) -> Array:
         images, labels = batch
         logits = jnp.tanh(images @ y["first"]) @ y["last"]
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-    def inner_loss(x: chex.Array, y: Any, batch: tuple) -> chex.Array:
+    def inner_loss(x: Array, y: Any, batch: tuple) -> Array:
         penalty = jnp.exp(x) @ (y["first"] ** 2).sum(axis=1) + 1e-2 * (y["last"] ** 2).sum()
         return outer_loss(x, y, batch) + penalty / 2
 
@@ -98,18 +98,18 @@ def penalized_network() -> bx.BilevelProblem:
 def least_squares() -> bx.BilevelProblem:
     """Squared errors, and squared errors with a penalty exp(x) for each feature; x and y [features]."""
 
-    def outer_loss(x: chex.Array, y: chex.Array, batch: tuple) -> chex.Array:
+    def outer_loss(x: Array, y: Array, batch: tuple) -> Array:
         rows, targets = batch
         return ((rows @ y - targets) ** 2).mean() / 2
 
-    def inner_loss(x: chex.Array, y: chex.Array, batch: tuple) -> chex.Array:
+    def inner_loss(x: Array, y: Array, batch: tuple) -> Array:
         return outer_loss(x, y, batch) + jnp.exp(x) @ y**2 / 2
 
     return bx.BilevelProblem(outer_loss, inner_loss)
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def equations(key: chex.PRNGKey, n: int) -> bx.Batch:
+def equations(key: Key, n: int) -> bx.Batch:
     """Random rows and targets of n agents."""
     keys = jax.random.split(key, 4)
     rows = [jax.random.normal(key, (n, EQUATIONS, FEATURES)) / FEATURES**0.5 for key in keys[:2]]
@@ -193,7 +193,7 @@ class Config:
         (images, labels), _ = IMAGES[self.data].read(1)
         order = np.random.default_rng(self.seed).permutation(len(labels))
 
-        def part(size: int, first: int) -> tuple[chex.Array, chex.Array]:
+        def part(size: int, first: int) -> tuple[Array, Array]:
             chosen = np.take(order, np.arange(first, first + n * size), mode="wrap")
             inputs = shares(images[chosen]).reshape(n, size, -1)
             return inputs, jnp.asarray(labels[chosen], jnp.int32).reshape(n, size)

@@ -11,7 +11,6 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import matplotlib
 import tyro
@@ -27,6 +26,7 @@ from benchmarks.networks.dense import MODELS
 from benchmarks.tasks import hyper_cleaning
 from benchmarks.tasks.estimators import Inner
 from benchmarks.tasks.hyper_cleaning import COLUMNS, Row, inner_loss
+from bilevax.typing import Array, PyTree
 
 TASK = "two-phase"
 SPLIT: dict[str, Any] = {"train": 512, "validation": 256, "corruption": 0.5}
@@ -42,7 +42,7 @@ above exact: outer loss minus that of exact on the same seed, whose standard err
 """
 
 
-def fresh(x: chex.Array) -> chex.ArrayTree:
+def fresh(x: Array) -> PyTree:
     """The first y of every outer step."""
     return MODEL.init(jax.random.key(0), 64)
 

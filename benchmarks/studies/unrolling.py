@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,6 +34,7 @@ from benchmarks.studies.unrolling_figure import draw
 from benchmarks.studies.unrolling_methods import ROWS, Row, foreign
 from benchmarks.tasks.estimators import MOMENTUM, Inner
 from benchmarks.tasks.hyper_cleaning import inner_loss, numbered, outer_loss
+from bilevax.typing import Array, Key, PyTree
 
 TASK = "unrolling"
 STEPS = (10, 32, 100, 320, 1000, 3200, 10_000)
@@ -63,8 +63,8 @@ class Problem(NamedTuple):
       batch: images with labels and numbers.
     """
 
-    x: chex.Array
-    y: chex.ArrayTree
+    x: Array
+    y: PyTree
     batch: bx.Batch
 
 
@@ -103,7 +103,7 @@ def program(net: Model, solver: Any) -> Callable:
     """One hypergradient from the start: (key, problem) -> (grad, y_T)."""
     hypergrad = finished(functools.partial(outer_loss, net), solver)
 
-    def estimate(key: chex.PRNGKey, at: Problem) -> tuple[chex.Array, chex.ArrayTree]:
+    def estimate(key: Key, at: Problem) -> tuple[Array, PyTree]:
         grad, state, _ = hypergrad.estimate(key, hypergrad.init(at.x, at.y, at.batch.inner), at.x, at.batch)
         return grad, state.y
 
@@ -119,7 +119,7 @@ def exact(net: Model, inner: Inner, plain: bool, at: Problem) -> np.ndarray:
         return np.asarray(jax.jit(program(net, solver))(jax.random.key(0), at)[0])
 
 
-def estimated(run: Callable, keys: chex.PRNGKey, at: Problem, answer: np.ndarray, budget: float) -> dict[str, Any]:
+def estimated(run: Callable, keys: Key, at: Problem, answer: np.ndarray, budget: float) -> dict[str, Any]:
     """Makes estimates until the keys or the seconds are spent, one at least; the numbers of `Estimates`."""
     grads, spent = [], []
     for key in keys:

@@ -4,13 +4,13 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import optax
 
 import bilevax as bx
 from benchmarks.harness.plugin import Function
 from benchmarks.tasks.estimators import MOMENTUM, Inner, implicit, no_gradient, truncated
+from bilevax.typing import Array, PyTree
 
 DAMPING = 1e-2
 LAST = 32  # steps that a truncated guess differentiates
@@ -92,7 +92,7 @@ def forward(
 def zeroth_order(inner: Inner, directions: int) -> bx.problem.InnerSolver:
     """Differences of whole solutions."""
 
-    def solve(x: chex.Array, y0: chex.ArrayTree, batch: Any) -> chex.ArrayTree:
+    def solve(x: Array, y0: PyTree, batch: Any) -> PyTree:
         def step(carry: tuple, _: None) -> tuple:
             y, state = carry
             updates, state = inner.optimizer.update(jax.grad(inner.loss, argnums=1)(x, y, batch), state)

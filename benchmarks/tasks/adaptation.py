@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +18,7 @@ from benchmarks.data.adaptation_data import Chunks, likelihoods
 from benchmarks.harness.plugin import finished
 from benchmarks.networks.decoder import Decoder
 from benchmarks.networks.encoder import Size
+from bilevax.typing import Array, Key, PyTree, Scalar
 
 BATCH = 32  # chunks in a step of the first training
 LOCALITY = 0.5  # weight of the divergence
@@ -56,7 +56,7 @@ class Pool(NamedTuple):
     """What an outer step draws its documents from, and the rate of its inner steps."""
 
     chunks: Chunks
-    rate: chex.Numeric
+    rate: Scalar
 
 
 class Passage(NamedTuple):
@@ -68,9 +68,9 @@ class Passage(NamedTuple):
       rate: of the inner steps.
     """
 
-    words: chex.Array
-    hidden: chex.Array
-    rate: chex.Numeric
+    words: Array
+    hidden: Array
+    rate: Scalar
 
 
 class Aim(NamedTuple):
@@ -83,16 +83,16 @@ class Aim(NamedTuple):
     """
 
     chunks: Chunks
-    others: chex.Array
-    base: chex.Array
+    others: Array
+    base: Array
 
 
-def logits(model: Decoder, y: chex.ArrayTree, words: chex.Array) -> chex.Array:
+def logits(model: Decoder, y: PyTree, words: Array) -> Array:
     """Those of each byte but the first, [N, length − 1, BYTES]."""
     return model.apply({"params": y}, _inputs(words))
 
 
-def read(model: Decoder, y: chex.ArrayTree, words: chex.Array) -> tuple[chex.Array, chex.Array]:
+def read(model: Decoder, y: PyTree, words: Array) -> tuple[Array, Array]:
     """The same, and what the last block returns there, [N, length − 1, width]."""
     last = f"block_{model.size.layers - 1}"
     found, kept = model.apply(
@@ -101,16 +101,16 @@ def read(model: Decoder, y: chex.ArrayTree, words: chex.Array) -> tuple[chex.Arr
     return found, kept["intermediates"][last]["__call__"][0]
 
 
-def _inputs(words: chex.Array) -> tuple[chex.Array, chex.Array]:
+def _inputs(words: Array) -> tuple[Array, Array]:
     return words[:, :-1], jnp.ones_like(words[:, :-1], jnp.float32)
 
 
-def train(model: Decoder, words: np.ndarray, steps: int, learning_rate: float, key: chex.PRNGKey) -> chex.ArrayTree:
+def train(model: Decoder, words: np.ndarray, steps: int, learning_rate: float, key: Key) -> PyTree:
     """Trains a new model on chunks [C, length] in the plain way."""
     optimizer, sample = optax.adamw(learning_rate), bx.sampling.minibatch(BATCH)
     first_key, key = jax.random.split(key)
 
-    def step(carry: tuple, key: chex.PRNGKey) -> tuple[tuple, None]:
+    def step(carry: tuple, key: Key) -> tuple[tuple, None]:
         y, state = carry
         batch = sample(key, 0, words)
         grad = jax.grad(lambda y: likelihoods(logits(model, y, batch), batch).mean())(y)
@@ -118,19 +118,19 @@ def train(model: Decoder, words: np.ndarray, steps: int, learning_rate: float, k
         return (optax.apply_updates(y, updates), state), None
 
     @jax.jit
-    def run(words: chex.Array) -> chex.ArrayTree:
+    def run(words: Array) -> PyTree:
         y = model.init(first_key, _inputs(words[:1]))["params"]
         return jax.lax.scan(step, (y, optimizer.init(y)), jax.random.split(key, steps))[0][0]
 
     return run(jnp.asarray(words))
 
 
-def weights(x: dict[str, chex.Array], states: chex.Array) -> chex.Array:
+def weights(x: dict[str, Array], states: Array) -> Array:
     """The weight of each byte that follows hidden states [..., width]: [...]."""
     return jax.nn.softplus(states @ x["slope"] / math.sqrt(states.shape[-1]) + x["bias"])
 
 
-def start(width: int) -> dict[str, chex.Array]:
+def start(width: int) -> dict[str, Array]:
     """Equal weights."""
     return {"bias": jnp.full((), BIAS), "slope": jnp.zeros(width)}
 
@@ -146,13 +146,13 @@ class Problem(NamedTuple):
         """Number of inner steps, each on a document of its own."""
         return self.setting.inner_steps
 
-    def inner_loss(self, x: chex.ArrayTree, y: chex.ArrayTree, passage: Passage) -> chex.Array:
+    def inner_loss(self, x: PyTree, y: PyTree, passage: Passage) -> Array:
         """The weighted mean of one document, or of several, times the rate: the inner steps have size one."""
         words = passage.words.reshape(-1, self.setting.length)
         values = likelihoods(logits(self.model, y, words), words)
         return jnp.mean(passage.rate * weights(x, passage.hidden).reshape(values.shape) * values)
 
-    def parts(self, y: chex.ArrayTree, aim: Aim) -> tuple[chex.Array, chex.Array]:
+    def parts(self, y: PyTree, aim: Aim) -> tuple[Array, Array]:
         """The negative log-likelihood of salient bytes, and the divergence."""
         found = logits(self.model, y, jnp.concatenate([aim.chunks.words, aim.others]))
         there, elsewhere = jnp.split(found, [self.steps])
@@ -161,12 +161,12 @@ class Problem(NamedTuple):
         divergence = optax.losses.kl_divergence_with_log_targets(jax.nn.log_softmax(elsewhere), aim.base)
         return value, jnp.mean(divergence)
 
-    def outer_loss(self, x: chex.ArrayTree, y: chex.ArrayTree, aim: Aim) -> chex.Array:
+    def outer_loss(self, x: PyTree, y: PyTree, aim: Aim) -> Array:
         """Both together."""
         value, divergence = self.parts(y, aim)
         return value + LOCALITY * divergence
 
-    def draw(self, key: chex.PRNGKey, base: chex.ArrayTree, pool: Pool) -> bx.Batch:
+    def draw(self, key: Key, base: PyTree, pool: Pool) -> bx.Batch:
         """Draws documents, all of them distinct."""
         number = self.steps + self.setting.others
         rows = jax.random.choice(key, len(pool.chunks.words), (number,), replace=False)
@@ -180,7 +180,7 @@ class Problem(NamedTuple):
         """Each outer step draws its documents from the pool in its batch, and starts at the base model."""
         whole = finished(self.outer_loss, solver)
 
-        def estimate(key: chex.PRNGKey, state: Any, x: chex.ArrayTree, pool: Pool) -> tuple:
+        def estimate(key: Key, state: Any, x: PyTree, pool: Pool) -> tuple:
             draw_key, key = jax.random.split(key)
             grad, last, info = whole.estimate(key, state, x, self.draw(draw_key, state.y, pool))
             return grad, last._replace(y=state.y), info
@@ -188,10 +188,10 @@ class Problem(NamedTuple):
         return bx.problem.Hypergradient(lambda x, y, pool=None: whole.init(x, y), estimate)
 
 
-def adapted(model: Decoder, base: chex.ArrayTree, step_sizes: chex.Array, words: chex.Array) -> chex.ArrayTree:
+def adapted(model: Decoder, base: PyTree, step_sizes: Array, words: Array) -> PyTree:
     """The model after a step on each document, words [T, length], with the step sizes of its bytes [T, length − 1]."""
 
-    def step(y: chex.ArrayTree, document: tuple[chex.Array, chex.Array]) -> tuple[chex.ArrayTree, None]:
+    def step(y: PyTree, document: tuple[Array, Array]) -> tuple[PyTree, None]:
         sizes, words = (part[None] for part in document)
         grad = jax.grad(lambda y: jnp.mean(sizes * likelihoods(logits(model, y, words), words)))(y)
         return jax.tree.map(jnp.subtract, y, grad), None
@@ -199,12 +199,12 @@ def adapted(model: Decoder, base: chex.ArrayTree, step_sizes: chex.Array, words:
     return jax.lax.scan(step, base, (step_sizes, words))[0]
 
 
-def judge(problem: Problem) -> Callable[[chex.ArrayTree, chex.Array, bx.Batch], tuple[float, ...]]:
+def judge(problem: Problem) -> Callable[[PyTree, Array, bx.Batch], tuple[float, ...]]:
     """A function (base, step sizes [streams, T, length − 1], streams) -> outer loss and both its parts, means."""
 
     @jax.jit
-    def values(base: chex.ArrayTree, step_sizes: chex.Array, streams: bx.Batch) -> tuple[chex.Array, ...]:
-        def one(stream: tuple[chex.Array, bx.Batch]) -> tuple[chex.Array, chex.Array]:
+    def values(base: PyTree, step_sizes: Array, streams: bx.Batch) -> tuple[Array, ...]:
+        def one(stream: tuple[Array, bx.Batch]) -> tuple[Array, Array]:
             y = adapted(problem.model, base, stream[0], stream[1].inner.words)
             return problem.parts(y, stream[1].outer)
 

@@ -18,7 +18,6 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,6 +36,7 @@ from benchmarks.tasks.condensation_figure import chosen, draw
 from benchmarks.tasks.condensation_methods import ROWS, Row, Training, foreign, no_gradient
 from benchmarks.tasks.estimators import MOMENTUM
 from benchmarks.tasks.methods import Shared, first_weights
+from bilevax.typing import Array, Key, PyTree
 
 TASK = "condensation"
 CLASSES = 10
@@ -84,7 +84,7 @@ have the same rates. The plot shows, for each T, that rate of each whose mean va
 def training(model: Model, rate: float, steps: int, directions: int, chunk: int | None = None) -> Training:
     """SGD on the learnt images x, its rate falling to 0 along a cosine; what g takes as its batch are their labels."""
 
-    def split(x: chex.Array, labels: chex.Array) -> tuple[chex.Array, chex.Array]:
+    def split(x: Array, labels: Array) -> tuple[Array, Array]:
         return x, labels
 
     loss = bx.curvature.ModelLoss(model.logits, bx.curvature.softmax_cross_entropy, split, l2=L2)
@@ -94,7 +94,7 @@ def training(model: Model, rate: float, steps: int, directions: int, chunk: int 
 def renewed(hypergrad: bx.problem.Hypergradient, model: Model, minibatch: int) -> bx.problem.Hypergradient:
     """The hypergradient from a fresh network and on some of the real images, both drawn with the key."""
 
-    def estimate(key: chex.PRNGKey, state: Any, x: chex.Array, batch: bx.Batch) -> tuple:
+    def estimate(key: Key, state: Any, x: Array, batch: bx.Batch) -> tuple:
         network_key, outer_key, key = jax.random.split(key, 3)
         state = state._replace(y=model.init(network_key, x.shape[1]))
         outer = bx.sampling.minibatch(minibatch)(outer_key, 0, batch.outer)
@@ -109,12 +109,12 @@ def within_range(optimizer: optax.GradientTransformation) -> optax.GradientTrans
     return optax.chain(optimizer, clip)
 
 
-def labels(images: int) -> chex.Array:
+def labels(images: int) -> Array:
     """Of the learnt images, so many for each class, class by class."""
     return jnp.repeat(jnp.arange(CLASSES), images)
 
 
-def uniform(images: int, data: Data) -> chex.Array:
+def uniform(images: int, data: Data) -> Array:
     """Pixels drawn from [0, 1], the start of all methods."""
     shape = (CLASSES * images, data.batch.inner[0].shape[1])
     return jax.random.uniform(jax.random.fold_in(jax.random.key(data.seed), 0), shape)
@@ -134,12 +134,12 @@ def parts(images: int, data: Data) -> list[np.ndarray]:
     return [pixels[group] for group in itertools.chain.from_iterable(groups)]
 
 
-def random(images: int, data: Data) -> chex.Array:
+def random(images: int, data: Data) -> Array:
     """Real images of each class."""
     return jnp.stack([part[0] for part in parts(images, data)])
 
 
-def means(images: int, data: Data) -> chex.Array:
+def means(images: int, data: Data) -> Array:
     """The mean of the real images of each class; of several parts of them, where there are several to learn."""
     return jnp.stack([part.mean(axis=0) for part in parts(images, data)])
 
@@ -151,10 +151,10 @@ def evaluation(model: Model, training: Training) -> Callable[[Data, Carry], dict
     """A function (data, carry) -> accuracies of fresh networks trained on the images in the carry, mean over them."""
     solve = bx.differentiable(no_gradient(training))
 
-    def right(y: chex.ArrayTree, image: tuple) -> chex.Array:
+    def right(y: PyTree, image: tuple) -> Array:
         return hits(model, y, *(part[None] for part in image))[0]
 
-    def measured(x: chex.Array, real: dict[str, tuple], key: chex.PRNGKey) -> dict[str, chex.Array]:
+    def measured(x: Array, real: dict[str, tuple], key: Key) -> dict[str, Array]:
         y = solve(x, model.init(key, x.shape[1]), labels(len(x) // CLASSES))
         found = {
             name: jax.lax.map(functools.partial(right, y), images, batch_size=AT_ONCE) for name, images in real.items()
@@ -162,7 +162,7 @@ def evaluation(model: Model, training: Training) -> Callable[[Data, Carry], dict
         return {f"{name}_accuracy": each.mean() for name, each in found.items()}
 
     @jax.jit
-    def accuracies(key: chex.PRNGKey, x: chex.Array, real: dict[str, tuple]) -> dict[str, chex.Array]:
+    def accuracies(key: Key, x: Array, real: dict[str, tuple]) -> dict[str, Array]:
         shares = jax.lax.map(functools.partial(measured, x, real), jax.random.split(key, NETWORKS))
         return jax.tree.map(jnp.mean, shares)
 
@@ -273,10 +273,10 @@ class Config:
         trainings = [training(model, INNER_RATES[self.network], T, self.directions, self.chunk) for T in lengths]
         evaluations = {inner.steps: evaluation(model, inner) for inner in trainings}
 
-        def outer_loss(x: chex.Array, y: chex.ArrayTree, batch: tuple) -> chex.Array:
+        def outer_loss(x: Array, y: PyTree, batch: tuple) -> Array:
             return mean_cross_entropy(model, y, batch)
 
-        def shared(start: Callable[[int, Data], chex.Array], inner: Training, rate: float) -> Shared:
+        def shared(start: Callable[[int, Data], Array], inner: Training, rate: float) -> Shared:
             return Shared(
                 outer_loss=outer_loss,
                 optimizer=within_range(optax.adam(optax.linear_schedule(rate, 0, outer_steps))),

@@ -12,7 +12,6 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,6 +30,7 @@ from benchmarks.networks.model import Model, accuracy, mean_cross_entropy
 from benchmarks.tasks.estimators import ESTIMATORS, MOMENTUM, Inner, foreign, no_gradient
 from benchmarks.tasks.hyper_cleaning_figure import draw
 from benchmarks.tasks.methods import Shared, first_weights
+from bilevax.typing import Array, PyTree
 
 TASK = "hyper_cleaning"
 L2 = 1e-3
@@ -80,7 +80,7 @@ def inner_loss(model: Model) -> bx.curvature.ModelLoss:
     )
 
 
-def outer_loss(model: Model, x: chex.Array, y: chex.ArrayTree, batch: tuple) -> chex.Array:
+def outer_loss(model: Model, x: Array, y: PyTree, batch: tuple) -> Array:
     """f, the validation loss."""
     return mean_cross_entropy(model, y, batch)
 
@@ -110,7 +110,7 @@ class Row(NamedTuple):
     name: str
     solver: Callable[..., bx.problem.InnerSolver]
     settings: Callable[[Inner], Mapping[str, Any]]
-    weights: Callable[[Data], chex.Array] = lambda data: jnp.zeros(data.clean.shape)
+    weights: Callable[[Data], Array] = lambda data: jnp.zeros(data.clean.shape)
     batch: Callable[[Data], bx.Batch] = lambda data: data.batch
     learns: bool = True
 

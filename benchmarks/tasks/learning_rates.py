@@ -21,7 +21,6 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import matplotlib
@@ -41,6 +40,7 @@ from benchmarks.networks.dense import MODELS
 from benchmarks.networks.model import hits, mean_cross_entropy
 from benchmarks.tasks.condensation_methods import Row
 from benchmarks.tasks.methods import Shared, first_weights
+from bilevax.typing import Array, Key, PyTree
 
 TASK = "learning-rates"
 SPLIT = {"train": 1000, "validation": 400}
@@ -78,8 +78,8 @@ class Schedule(NamedTuple):
       tried: name -> values of x, [candidates, N], of which a hand would take the best.
     """
 
-    optimizer: Callable[[chex.Array], optax.GradientTransformation]
-    rates: Callable[[chex.Array], chex.Array]
+    optimizer: Callable[[Array], optax.GradientTransformation]
+    rates: Callable[[Array], Array]
     steps: Callable[[np.ndarray], dict[str, float]]
     start: np.ndarray
     tried: Mapping[str, np.ndarray]
@@ -98,7 +98,7 @@ EACH = Schedule(
 )
 
 
-def _line(x: chex.Array, t: Any) -> chex.Array:
+def _line(x: Array, t: Any) -> Array:
     return jnp.exp(x[0] + (x[1] - x[0]) * t / STEPS)
 
 
@@ -128,7 +128,7 @@ class Training(NamedTuple):
     """
 
     loss: bx.curvature.ModelLoss
-    optimizer: Callable[[chex.Array], optax.GradientTransformation]
+    optimizer: Callable[[Array], optax.GradientTransformation]
     size: int
     steps: int = STEPS
 
@@ -207,7 +207,7 @@ def foreign(function: Function) -> Row:
 def renewed(hypergrad: bx.problem.Hypergradient) -> bx.problem.Hypergradient:
     """The hypergradient from a fresh network, drawn with the key."""
 
-    def estimate(key: chex.PRNGKey, state: Any, x: chex.Array, batch: bx.Batch) -> tuple:
+    def estimate(key: Key, state: Any, x: Array, batch: bx.Batch) -> tuple:
         network_key, key = jax.random.split(key)
         pixels = batch.inner[0].shape[1]
         return hypergrad.estimate(key, state._replace(y=MODEL.init(network_key, pixels)), x, batch)
@@ -215,16 +215,16 @@ def renewed(hypergrad: bx.problem.Hypergradient) -> bx.problem.Hypergradient:
     return bx.problem.Hypergradient(hypergrad.init, estimate)
 
 
-def outer_loss(x: chex.Array, y: chex.ArrayTree, batch: tuple) -> chex.Array:
+def outer_loss(x: Array, y: PyTree, batch: tuple) -> Array:
     """f, the validation loss."""
     return mean_cross_entropy(MODEL, y, batch)
 
 
-def measure(schedule: Schedule) -> Callable[[chex.Array, Data], dict[str, chex.Array]]:
+def measure(schedule: Schedule) -> Callable[[Array, Data], dict[str, Array]]:
     """A function (x, data) -> losses and accuracy of fresh networks trained by x, the same for each x of a seed."""
     solve = bx.differentiable(no_gradient(training(schedule)))
 
-    def one(x: chex.Array, batch: bx.Batch, test: tuple, key: chex.PRNGKey) -> dict[str, chex.Array]:
+    def one(x: Array, batch: bx.Batch, test: tuple, key: Key) -> dict[str, Array]:
         network_key, key = jax.random.split(key)
         y = solve(x, MODEL.init(network_key, test[0].shape[1]), batch.inner, key)
         losses = {
@@ -233,10 +233,10 @@ def measure(schedule: Schedule) -> Callable[[chex.Array, Data], dict[str, chex.A
         return {f"{name}_loss": loss for name, loss in losses.items()} | {"test_accuracy": hits(MODEL, y, *test).mean()}
 
     @jax.jit
-    def mean(x: chex.Array, batch: bx.Batch, test: tuple, keys: chex.PRNGKey) -> dict[str, chex.Array]:
+    def mean(x: Array, batch: bx.Batch, test: tuple, keys: Key) -> dict[str, Array]:
         return jax.tree.map(jnp.mean, jax.vmap(functools.partial(one, x, batch, test))(keys))
 
-    def measured(x: chex.Array, data: Data) -> dict[str, chex.Array]:
+    def measured(x: Array, data: Data) -> dict[str, Array]:
         keys = jax.random.split(jax.random.fold_in(jax.random.key(data.seed), 1), NETWORKS)
         return mean(x, data.batch, data.test, keys)
 
@@ -322,11 +322,11 @@ class Config:
     def _methods(self, schedule: Schedule, steps: int) -> list[Method]:
         measured = measure(schedule)
 
-        def best(tried: np.ndarray, data: Data) -> chex.Array:
+        def best(tried: np.ndarray, data: Data) -> Array:
             losses = [measured(jnp.asarray(x), data)["validation_loss"].item() for x in tried]
             return jnp.asarray(tried[np.nanargmin(losses)])
 
-        def start(x: Callable[[Data], chex.Array]) -> Callable[[Data], tuple[chex.Array, chex.ArrayTree]]:
+        def start(x: Callable[[Data], Array]) -> Callable[[Data], tuple[Array, PyTree]]:
             return lambda data: (x(data), first_weights(MODEL, data))
 
         inner, first = training(schedule), jnp.asarray(schedule.start)

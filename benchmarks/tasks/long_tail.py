@@ -15,7 +15,6 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import matplotlib
@@ -35,6 +34,7 @@ from benchmarks.networks.dense import MODELS, affine, layer, random_layers
 from benchmarks.networks.model import Model, hits, mean_cross_entropy
 from benchmarks.tasks.estimators import ESTIMATORS, MOMENTUM, PLAIN, Inner, foreign
 from benchmarks.tasks.methods import Shared
+from bilevax.typing import Array, Key, PyTree
 
 TASK = "long_tail"
 OUTER_RATE = 0.1  # the first step size of Adam, which decays to zero along a cosine over the outer steps
@@ -92,7 +92,7 @@ class Data(NamedTuple):
 
     seed: int
     batch: bx.Batch
-    test: tuple[chex.Array, chex.Array]
+    test: tuple[Array, Array]
 
     @property
     def counts(self) -> np.ndarray:
@@ -113,31 +113,31 @@ def load(name: str, setting: Setting, seed: int) -> Data:
     tests, test_labels = (images, labels) if others is None else others
     tested = rest if others is None else random.permutation(len(test_labels))[: setting.test]
 
-    def part(rows: np.ndarray, images: np.ndarray, labels: np.ndarray) -> tuple[chex.Array, chex.Array]:
+    def part(rows: np.ndarray, images: np.ndarray, labels: np.ndarray) -> tuple[Array, Array]:
         return shares(images[rows]), jnp.asarray(labels[rows], jnp.int32)
 
     batch = bx.Batch(outer=part(validation, images, labels), inner=part(train, images, labels))
     return Data(seed, batch, part(tested, tests, test_labels))
 
 
-def weight_network(key: chex.PRNGKey) -> chex.ArrayTree:
+def weight_network(key: Key) -> PyTree:
     """The first x."""
     first, last = jax.random.split(key)
     return {"first": layer(first, 1, HIDDEN["weights"]), "last": layer(last, HIDDEN["weights"], 1)}
 
 
-def learnt(x: chex.ArrayTree, losses: chex.Array) -> chex.Array:
+def learnt(x: PyTree, losses: Array) -> Array:
     """Weights of images with these losses [N], between 0 and 1."""
     hidden = jax.nn.relu(affine(x["first"], losses[:, None]))
     return jax.nn.sigmoid(affine(x["last"], hidden)[:, 0])
 
 
-def scaled(weights: chex.Array) -> chex.Array:
+def scaled(weights: Array) -> Array:
     """The same with a mean of one."""
     return weights / weights.mean()
 
 
-def inner_loss(model: Model, l2: float, weights: Callable[[Any, chex.Array], chex.Array]) -> bx.curvature.ModelLoss:
+def inner_loss(model: Model, l2: float, weights: Callable[[Any, Array], Array]) -> bx.curvature.ModelLoss:
     """g, the weighted training loss; a batch is (images, labels, what `weights(x, ·)` reads)."""
     return bx.curvature.ModelLoss(
         model=model.logits,
@@ -151,20 +151,20 @@ def inner_loss(model: Model, l2: float, weights: Callable[[Any, chex.Array], che
 def with_losses(hypergradient: bx.problem.Hypergradient, model: Model) -> bx.problem.Hypergradient:
     """The hypergradient on batches of images and labels, to which it adds the losses at the warm y as constants."""
 
-    def extended(y: chex.ArrayTree, inner: tuple) -> tuple:
+    def extended(y: PyTree, inner: tuple) -> tuple:
         images, labels = inner
         return images, labels, bx.curvature.softmax_cross_entropy.value(model.logits(y, images), labels)
 
-    def init(x: chex.ArrayTree, y: chex.ArrayTree, inner: tuple) -> Any:
+    def init(x: PyTree, y: PyTree, inner: tuple) -> Any:
         return hypergradient.init(x, y, extended(y, inner))
 
-    def estimate(key: chex.PRNGKey, state: Any, x: chex.ArrayTree, batch: bx.Batch) -> tuple:
+    def estimate(key: Key, state: Any, x: PyTree, batch: bx.Batch) -> tuple:
         return hypergradient.estimate(key, state, x, bx.Batch(batch.outer, extended(state.y, batch.inner)))
 
     return bx.problem.Hypergradient(init, estimate)
 
 
-def by_class(model: Model, y: chex.ArrayTree, data: Data) -> np.ndarray:
+def by_class(model: Model, y: PyTree, data: Data) -> np.ndarray:
     """Test accuracy on each class, [CLASSES]."""
     right, labels = np.asarray(hits(model, y, *data.test)), np.asarray(data.test[1])
     return np.array([right[labels == label].mean() for label in range(CLASSES)])
@@ -263,10 +263,10 @@ class Config:
         weighted = Inner(inner_loss(model, setting.l2, learnt), model.curvature, rate, setting.inner_steps, minibatch)
         fixed = weighted._replace(loss=inner_loss(model, setting.l2, lambda x, weights: weights))
 
-        def outer_loss(x: chex.ArrayTree, y: chex.ArrayTree, batch: tuple) -> chex.Array:
+        def outer_loss(x: PyTree, y: PyTree, batch: tuple) -> Array:
             return mean_cross_entropy(model, y, batch)
 
-        def start(data: Data) -> tuple[chex.ArrayTree, chex.ArrayTree]:
+        def start(data: Data) -> tuple[PyTree, PyTree]:
             x_key, y_key = jax.random.split(jax.random.key(data.seed))
             return weight_network(x_key), model.init(y_key, data.batch.inner[0].shape[1])
 

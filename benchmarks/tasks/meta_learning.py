@@ -15,7 +15,6 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import matplotlib
@@ -33,6 +32,7 @@ from benchmarks.harness.report import COSTS, Run
 from benchmarks.harness.runner import Advance, Method, Options, Task, outer_loops, perform
 from benchmarks.harness.style import COLOURS, STYLE, curves
 from benchmarks.networks.few_shot import Network
+from bilevax.typing import Array, Key, PyTree
 
 TASK = "meta_learning"
 TASKS, TEST_TASKS = 16, 200
@@ -65,15 +65,15 @@ class Data(NamedTuple):
       x: random weights.
     """
 
-    images: chex.Array
+    images: Array
     test: bx.Batch
-    x: chex.ArrayTree
+    x: PyTree
 
 
 NETWORK = Network()
 
 
-def logits(y: chex.ArrayTree, images: chex.Array) -> chex.Array:
+def logits(y: PyTree, images: Array) -> Array:
     """Those of the network with the weights y, [N, WAYS]."""
     return NETWORK.apply({"params": y}, images)
 
@@ -87,7 +87,7 @@ cross_entropy = functools.partial(loss, logits, bx.curvature.softmax_cross_entro
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def draw_tasks(keys: chex.PRNGKey, images: chex.Array, shots: int) -> bx.Batch:
+def draw_tasks(keys: Key, images: Array, shots: int) -> bx.Batch:
     """A task for each key."""
     return jax.vmap(lambda key: draw_task(key, images, shots))(keys)
 
@@ -101,7 +101,7 @@ def over_tasks(
     starts from the first state: nothing is kept. Tasks run in one batch, or `one_by_one`.
     """
 
-    def estimate(key: chex.PRNGKey, state: Any, x: chex.ArrayTree, images: chex.Array) -> tuple:
+    def estimate(key: Key, state: Any, x: PyTree, images: Array) -> tuple:
         batch = draw_tasks(jax.random.split(key, tasks), images, shots)
 
         def estimate_one(task: bx.Batch) -> tuple:
@@ -220,20 +220,20 @@ def load(name: str, shots: int, seed: int) -> Data:
     return Data(images, test, jax.jit(NETWORK.init)(network_key, images[0, :1])["params"])
 
 
-def adapted(solver: bx.problem.InnerSolver) -> Callable[[chex.ArrayTree, bx.Batch], chex.Array]:
+def adapted(solver: bx.problem.InnerSolver) -> Callable[[PyTree, bx.Batch], Array]:
     """A function (x, task) -> logits of the query images, with the y that the solver reaches from x."""
     solve = bx.differentiable(solver)
     return lambda x, task: logits(solve(x, x, task.inner), task.outer[0])
 
 
-def nearest(x: chex.ArrayTree, task: bx.Batch) -> chex.Array:
+def nearest(x: PyTree, task: bx.Batch) -> Array:
     """Minus the squared distances to the nearest support image of each class, as logits of the query images."""
     support, query = (part[0].reshape(len(part[0]), -1) for part in (task.inner, task.outer))
     distances = jnp.sum((query[:, None] - support[None]) ** 2, axis=2)
     return -distances.reshape(len(query), WAYS, -1).min(axis=2)
 
 
-def scores(predict: Callable) -> Callable[[chex.ArrayTree, bx.Batch], dict[str, float | None]]:
+def scores(predict: Callable) -> Callable[[PyTree, bx.Batch], dict[str, float | None]]:
     """A function (x, tasks) -> accuracy with its standard error over the tasks, and loss; NaN if a logit is not finite.
 
     Args:
@@ -241,13 +241,13 @@ def scores(predict: Callable) -> Callable[[chex.ArrayTree, bx.Batch], dict[str, 
     """
 
     @jax.jit
-    def evaluate(x: chex.ArrayTree, tasks: bx.Batch) -> tuple[chex.Array, chex.Array]:
+    def evaluate(x: PyTree, tasks: bx.Batch) -> tuple[Array, Array]:
         outputs = jax.vmap(predict, (None, 0))(x, tasks)
         labels = tasks.outer[1]
         finite, right = jnp.isfinite(outputs).all(axis=(1, 2)), jnp.mean(outputs.argmax(axis=2) == labels, axis=1)
         return jnp.where(finite, right, jnp.nan), bx.curvature.softmax_cross_entropy.value(outputs, labels).mean()
 
-    def numbers(x: chex.ArrayTree, tasks: bx.Batch) -> dict[str, float | None]:
+    def numbers(x: PyTree, tasks: bx.Batch) -> dict[str, float | None]:
         right, value = evaluate(x, tasks)
         error = right.std(ddof=1) / np.sqrt(len(right))
         return {"test_accuracy": right.mean().item(), "test_error": error.item(), "test_loss": value.item()}

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import optax
 
@@ -12,6 +11,7 @@ from benchmarks.harness.loop import Carry
 from benchmarks.harness.plugin import finished
 from benchmarks.harness.runner import Method
 from benchmarks.networks.model import Model
+from bilevax.typing import Array, PyTree
 
 
 class Shared(NamedTuple):
@@ -27,9 +27,9 @@ class Shared(NamedTuple):
       around: makes of the hypergradient what an outer step takes.
     """
 
-    outer_loss: Callable[..., chex.Array]
+    outer_loss: Callable[..., Array]
     optimizer: optax.GradientTransformation
-    start: Callable[[Any], tuple[chex.ArrayTree, chex.ArrayTree]]
+    start: Callable[[Any], tuple[PyTree, PyTree]]
     evaluate: Callable[[Any, Carry], dict[str, float | None]]
     configuration: Mapping[str, Any]
     batch: Callable[[Any], Any] = lambda data: data.batch
@@ -55,7 +55,7 @@ class Shared(NamedTuple):
         )
 
 
-def first_weights(model: Model, data: Any) -> chex.ArrayTree:
+def first_weights(model: Model, data: Any) -> PyTree:
     """The first y of a seed."""
     return model.init(jax.random.key(data.seed), data.batch.inner[0].shape[1])
 

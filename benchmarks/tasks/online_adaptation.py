@@ -17,7 +17,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import matplotlib
@@ -38,6 +37,7 @@ from benchmarks.harness.style import COLOURS, STYLE, curves
 from benchmarks.networks.decoder import Decoder
 from benchmarks.networks.encoder import Size
 from benchmarks.tasks.adaptation import LOCALITY, Pool, Problem, Setting, judge, start, train, weights
+from bilevax.typing import Array, Key, PyTree
 
 TASK = "online_adaptation"
 CLIP = 0.5  # of the hypergradient, before Adam
@@ -79,7 +79,7 @@ class Data(NamedTuple):
     train: Pool
     validation: bx.Batch
     test: bx.Batch
-    y: chex.ArrayTree
+    y: PyTree
 
 
 def unrolled(
@@ -147,11 +147,11 @@ METHODS = (
 class Anchor(NamedTuple):
     """Weights that are not learnt: `weigh(streams)`, [streams, T, length − 1], and the inner rates to choose from."""
 
-    weigh: Callable[[bx.Batch], chex.Array]
+    weigh: Callable[[bx.Batch], Array]
     rates: Sequence[float]
 
 
-def _marks(streams: bx.Batch) -> chex.Array:
+def _marks(streams: bx.Batch) -> Array:
     return streams.outer.chunks.salient[..., 1:]
 
 
@@ -162,7 +162,7 @@ ANCHORS = {
 }
 
 
-def step_sizes(method: str, rate: float, x: chex.ArrayTree, streams: bx.Batch) -> chex.Array:
+def step_sizes(method: str, rate: float, x: PyTree, streams: bx.Batch) -> Array:
     """The inner rate times the weight of each byte, [streams, T, length − 1]; x counts where weights are learnt."""
     weighting = ANCHORS[method].weigh(streams) if method in ANCHORS else weights(x, streams.inner.hidden)
     return rate * weighting
@@ -203,7 +203,7 @@ def draw(runs: Sequence[Run], load: Callable[[int], Data]) -> Figure:
     return figure
 
 
-def written(axes: Axes, x: chex.ArrayTree, streams: bx.Batch) -> None:
+def written(axes: Axes, x: PyTree, streams: bx.Batch) -> None:
     """Documents of the first stream, one in each line, the weights behind their bytes."""
     rows, columns = SHOWN
     part = (slice(rows), slice(columns))
@@ -259,7 +259,7 @@ class Config:
         return Problem(Decoder(self.setting.size), self.setting)
 
     @functools.cached_property
-    def judge(self) -> Callable[[chex.ArrayTree, chex.Array, bx.Batch], tuple[float, ...]]:
+    def judge(self) -> Callable[[PyTree, Array, bx.Batch], tuple[float, ...]]:
         """Tells the outer loss and its two parts."""
         return judge(self.problem)
 
@@ -273,7 +273,7 @@ class Config:
         y = train(problem.model, words, setting.first_steps, setting.first_rate, train_key)
 
         @jax.jit
-        def draw_all(key: chex.PRNGKey, pool: Pool) -> bx.Batch:
+        def draw_all(key: Key, pool: Pool) -> bx.Batch:
             return jax.lax.map(lambda key: problem.draw(key, y, pool), jax.random.split(key, setting.streams))
 
         chunks, *unseen = (informative(cut(part, setting.length), seed) for part in parts)

@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import matplotlib
@@ -40,6 +39,7 @@ from benchmarks.harness.runner import Common, Method, Task, outer_loops, perform
 from benchmarks.harness.style import STYLE, curves
 from benchmarks.tasks.pde_methods import MU, ROWS, Problem, Row, counted
 from benchmarks.tasks.pde_solvers import EQUATIONS
+from bilevax.typing import Array
 
 TASK = "pde"
 MODES = 16
@@ -85,7 +85,7 @@ class Data(NamedTuple):
       batch: outer = observed, [n times, n places].
     """
 
-    truth: chex.Array
+    truth: Array
     batch: bx.Batch
 
 
@@ -104,7 +104,7 @@ def evaluation(problem: Problem) -> Callable[[Data, Carry], dict[str, float | No
     """A function (data, carry) -> misfit, errors and passes."""
 
     @jax.jit
-    def misfit(x: chex.Array, observed: chex.Array) -> chex.Array:
+    def misfit(x: Array, observed: Array) -> Array:
         return problem.misfit(x, problem.solve(x, None, None), observed)
 
     def evaluate(data: Data, carry: Carry) -> dict[str, float | None]:
@@ -132,7 +132,7 @@ def float64() -> Iterator[None]:
         jax.config.update("jax_enable_x64", before)
 
 
-def draw(problem: Problem, start: chex.Array, read: Callable[[int], Data], runs: Sequence[Run]) -> Figure:
+def draw(problem: Problem, start: Array, read: Callable[[int], Data], runs: Sequence[Run]) -> Figure:
     """Error against passes and time, and the field that the best run found: the first one, or the last of a known."""
     best = min((run for run in runs if run.finite), key=lambda run: (run.seed, run.outcome.metrics["misfit"]))
     metric, label = ("field_error", "first field") if problem.modes else ("coefficient_error", "viscosity")
@@ -224,7 +224,7 @@ class Config:
             )
             return perform(task, self.common, self)
 
-    def _method(self, row: Row, problem: Problem, setting: Setting, start: chex.Array, steps: int) -> Method:
+    def _method(self, row: Row, problem: Problem, setting: Setting, start: Array, steps: int) -> Method:
         directions = row.directions(len(start))
         y = jnp.zeros((problem.observations, problem.equation.points))
         return Method(

@@ -4,13 +4,13 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import bilevax as bx
 from benchmarks.tasks.pde_solvers import Equation, advance, solve, solve_by_scipy
+from bilevax.typing import Array, Key, PyTree, Scalar
 
 FEW = 4  # directions, where not all N are taken
 MU = {"jax": 1e-4, "scipy": 1e-3}  # of the differences
@@ -40,7 +40,7 @@ class Problem(NamedTuple):
         angles = np.arange(1, self.modes // 2 + 1)[:, None] * np.pi * self.equation.grid
         return self.equation.first(self.equation.grid) + x[1:] @ np.concatenate([np.sin(angles), np.cos(angles)])
 
-    def solve(self, x: chex.Array, y0: chex.Array, batch: None, **options: Any) -> chex.Array:
+    def solve(self, x: Array, y0: Array, batch: None, **options: Any) -> Array:
         """The solution, [n times, points]; y0 and the batch are not read."""
         return solve(self.equation, jnp.exp(x[0]), self.field(x), self.observations, **options)
 
@@ -48,15 +48,15 @@ class Problem(NamedTuple):
         """The same by SciPy."""
         return solve_by_scipy(self.equation, np.exp(x[0]), self.field(x), self.observations)
 
-    def misfit(self, x: chex.Array, y: chex.Array, observed: chex.Array) -> chex.Array:
+    def misfit(self, x: Array, y: Array, observed: Array) -> Array:
         """f, the mean square of what is missed."""
         return jnp.mean((y[:, self.places] - observed) ** 2)
 
-    def whole(self, x: chex.Array, y: chex.Array, batch: None) -> chex.Array:
+    def whole(self, x: Array, y: Array, batch: None) -> Array:
         """The inner loss with one residual."""
         return jnp.sum((y - self.solve(x, y, batch)) ** 2) / 2
 
-    def shooting(self, x: chex.Array, y: chex.Array, batch: None) -> chex.Array:
+    def shooting(self, x: Array, y: Array, batch: None) -> Array:
         """The inner loss with a residual for each interval."""
         before = jnp.concatenate([self.field(x)[None], y[:-1]])
         after = jax.vmap(lambda field: advance(self.equation, jnp.exp(x[0]), field, self.observations))(before)
@@ -73,17 +73,17 @@ class Passes(NamedTuple):
 class Solved(NamedTuple):
     """The state of a hypergradient that keeps the solution alone."""
 
-    y: chex.ArrayTree
+    y: PyTree
 
 
 def reverse(outer_loss: Callable, solve: Callable) -> bx.problem.Hypergradient:
     """The derivative of x ↦ f(x, solve(x)) by reverse mode."""
 
-    def init(x: chex.ArrayTree, y: chex.ArrayTree, batch: Any = None) -> Solved:
+    def init(x: PyTree, y: PyTree, batch: Any = None) -> Solved:
         return Solved(y)
 
-    def estimate(key: chex.PRNGKey, state: Solved, x: chex.ArrayTree, batch: bx.Batch) -> tuple:
-        def loss(x: chex.ArrayTree) -> tuple[chex.Array, chex.ArrayTree]:
+    def estimate(key: Key, state: Solved, x: PyTree, batch: bx.Batch) -> tuple:
+        def loss(x: PyTree) -> tuple[Array, PyTree]:
             y = solve(x, state.y, batch.inner)
             return outer_loss(x, y, batch.outer), y
 
@@ -97,40 +97,40 @@ def reverse(outer_loss: Callable, solve: Callable) -> bx.problem.Hypergradient:
 class Counted(NamedTuple):
     """The state of a hypergradient, and how many passes it has made."""
 
-    y: chex.ArrayTree
+    y: PyTree
     own: Any
-    passes: chex.Array
+    passes: Array
 
 
-def by_directions(inner: bx.problem.SolverInfo) -> chex.Numeric:
+def by_directions(inner: bx.problem.SolverInfo) -> Scalar:
     """Passes of what counts its runs and tangents itself."""
     return inner.detail.solves + inner.detail.tangents
 
 
-def by_differences(inner: bx.problem.SolverInfo) -> chex.Numeric:
+def by_differences(inner: bx.problem.SolverInfo) -> Scalar:
     """Passes of what only runs the solver."""
     return inner.detail.solves
 
 
-def by_residual(inner: bx.problem.SolverInfo) -> chex.Numeric:
+def by_residual(inner: bx.problem.SolverInfo) -> Scalar:
     """Passes of the implicit rule for the whole residual: a run, the residual, and one pull-back."""
     return 3
 
 
-def by_products(inner: bx.problem.SolverInfo) -> chex.Numeric:
+def by_products(inner: bx.problem.SolverInfo) -> Scalar:
     """Passes of the implicit rule for shooting: a run, and there and back for the gradient and for each product."""
     return 1 + 2 * (1 + inner.calls.hessian_products + inner.calls.cross_products)
 
 
 def counted(
-    hypergrad: bx.problem.Hypergradient, passes: Callable[[bx.problem.SolverInfo], chex.Numeric]
+    hypergrad: bx.problem.Hypergradient, passes: Callable[[bx.problem.SolverInfo], Scalar]
 ) -> bx.problem.Hypergradient:
     """The hypergradient, with its passes counted in the state."""
 
-    def init(x: chex.ArrayTree, y: chex.ArrayTree, batch: Any = None) -> Counted:
+    def init(x: PyTree, y: PyTree, batch: Any = None) -> Counted:
         return Counted(y, hypergrad.init(x, y, batch), jnp.zeros((), int))
 
-    def estimate(key: chex.PRNGKey, state: Counted, x: chex.ArrayTree, batch: bx.Batch) -> tuple:
+    def estimate(key: Key, state: Counted, x: PyTree, batch: bx.Batch) -> tuple:
         grad, own, info = hypergrad.estimate(key, state.own, x, batch)
         return grad, Counted(own.y, own, state.passes + passes(info.inner)), info
 
@@ -151,7 +151,7 @@ class Row(NamedTuple):
 
     name: str
     hypergradient: Callable[[Problem, Any], bx.problem.Hypergradient]
-    passes: Callable[[bx.problem.SolverInfo], chex.Numeric]
+    passes: Callable[[bx.problem.SolverInfo], Scalar]
     directions: Callable[[int], int | None] = lambda size: size
     settings: Mapping[str, Any] = {}
     least: int = 1

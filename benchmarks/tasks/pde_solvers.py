@@ -15,11 +15,12 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 from scipy.integrate import solve_ivp
+
+from bilevax.typing import Array, Scalar
 
 STEPS = 400
 TOLERANCE = 1e-8  # relative error of a step of the SciPy solver; its absolute one is 1e-2 of that
@@ -69,16 +70,16 @@ def _kept(equation: Equation) -> np.ndarray:
     return np.arange(len(equation.wave)) <= equation.points // 3
 
 
-def _loop(step: Callable, x: Any, modes: chex.Array, steps: int) -> chex.Array:
+def _loop(step: Callable, x: Any, modes: Array, steps: int) -> Array:
     return jax.lax.scan(lambda modes, _: (step(x, modes), None), modes, length=steps)[0]
 
 
-def runge_kutta(equation: Equation, size: float, viscosity: chex.Numeric, modes: chex.Array) -> chex.Array:
+def runge_kutta(equation: Equation, size: float, viscosity: Scalar, modes: Array) -> Array:
     """One step of this size of the modes [points / 2 + 1], with the integrating factor."""
     wave, kept = equation.wave, _kept(equation)
     half = jnp.exp(-viscosity * wave**2 * size / 2)
 
-    def slope(modes: chex.Array) -> chex.Array:
+    def slope(modes: Array) -> Array:
         return size * kept * equation.nonlinear(jnp.fft.irfft(modes, equation.points), wave, jnp)
 
     first = slope(modes)
@@ -90,22 +91,22 @@ def runge_kutta(equation: Equation, size: float, viscosity: chex.Numeric, modes:
 
 def advance(
     equation: Equation,
-    viscosity: chex.Numeric,
-    field: chex.Array,
+    viscosity: Scalar,
+    field: Array,
     times: int,
     steps: int = STEPS,
     loop: Callable = _loop,
-) -> chex.Array:
+) -> Array:
     """The field [points] after a time of 1/(n + 1); arguments as `solve` has them."""
     each = -(-steps // (times + 1))
 
-    def step(viscosity: chex.Numeric, modes: chex.Array) -> chex.Array:
+    def step(viscosity: Scalar, modes: Array) -> Array:
         return runge_kutta(equation, 1 / (times + 1) / each, viscosity, modes)
 
     return jnp.fft.irfft(loop(step, viscosity, jnp.fft.rfft(field), each), equation.points)
 
 
-def solve(equation: Equation, viscosity: chex.Numeric, field: chex.Array, times: int, **options: Any) -> chex.Array:
+def solve(equation: Equation, viscosity: Scalar, field: Array, times: int, **options: Any) -> Array:
     """Solves in JAX, by steps of one size.
 
     Args:
@@ -120,7 +121,7 @@ def solve(equation: Equation, viscosity: chex.Numeric, field: chex.Array, times:
       u at the times, [times, points].
     """
 
-    def interval(field: chex.Array, _: None) -> tuple[chex.Array, chex.Array]:
+    def interval(field: Array, _: None) -> tuple[Array, Array]:
         field = advance(equation, viscosity, field, times, **options)
         return field, field
 

@@ -15,7 +15,6 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import matplotlib
@@ -35,6 +34,7 @@ from benchmarks.networks.dense import MODELS
 from benchmarks.networks.model import Model, hits, mean_cross_entropy
 from benchmarks.tasks.estimators import ESTIMATORS, MOMENTUM, PLAIN, Inner, foreign
 from benchmarks.tasks.methods import Shared, first_weights
+from bilevax.typing import Array, PyTree
 
 TASK = "poisoning"
 L2 = 1e-3
@@ -78,7 +78,7 @@ CAPTION = (
 )
 
 
-def poisoned(x: chex.Array, batch: tuple) -> tuple[chex.Array, chex.Array]:
+def poisoned(x: Array, batch: tuple) -> tuple[Array, Array]:
     """The training images, the first ones replaced by x, and their labels."""
     images, labels = batch
     return jnp.concatenate([x, images[len(x) :]]), labels
@@ -95,10 +95,10 @@ def within(optimizer: optax.GradientTransformation, radius: float) -> optax.Grad
     The state holds the first images.
     """
 
-    def init(x: chex.Array) -> tuple[Any, chex.Array]:
+    def init(x: Array) -> tuple[Any, Array]:
         return optimizer.init(x), x
 
-    def update(grad: chex.Array, state: tuple[Any, chex.Array], x: chex.Array) -> tuple[chex.Array, Any]:
+    def update(grad: Array, state: tuple[Any, Array], x: Array) -> tuple[Array, Any]:
         own, first = state
         step, own = optimizer.update(grad, own, x)
         return optax.projections.projection_box(x + step, *box(first, radius)) - x, (own, first)
@@ -106,17 +106,17 @@ def within(optimizer: optax.GradientTransformation, radius: float) -> optax.Grad
     return optax.GradientTransformation(init, update)
 
 
-def box(first: chex.Array, radius: float) -> tuple[chex.Array, chex.Array]:
+def box(first: Array, radius: float) -> tuple[Array, Array]:
     """The smallest and the largest value of each pixel."""
     return jnp.maximum(first - radius, 0), jnp.minimum(first + radius, 1)
 
 
-def true_images(poisons: int, data: Data) -> chex.Array:
+def true_images(poisons: int, data: Data) -> Array:
     """The images that are altered, as they were, [poisons, pixels]."""
     return data.batch.inner[0][:poisons]
 
 
-def scattered(poisons: int, radius: float, data: Data) -> chex.Array:
+def scattered(poisons: int, radius: float, data: Data) -> Array:
     """The same with each pixel moved by the radius, up or down at random."""
     first = true_images(poisons, data)
     signs = jax.random.rademacher(jax.random.key(data.seed), first.shape, first.dtype)
@@ -250,10 +250,10 @@ class Config:
         inner = Inner(inner_loss(model), model.curvature, IMAGES[self.data].rates[self.model], setting.inner_steps)
         first = functools.partial(true_images, poisons)
 
-        def outer_loss(x: chex.Array, y: chex.ArrayTree, batch: tuple) -> chex.Array:
+        def outer_loss(x: Array, y: PyTree, batch: tuple) -> Array:
             return -mean_cross_entropy(model, y, batch)
 
-        def start(x: Callable[[Data], chex.Array]) -> Callable[[Data], tuple[chex.Array, chex.ArrayTree]]:
+        def start(x: Callable[[Data], Array]) -> Callable[[Data], tuple[Array, PyTree]]:
             return lambda data: (x(data), first_weights(model, data))
 
         attack = Shared(

@@ -15,7 +15,6 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import matplotlib
@@ -35,6 +34,7 @@ from benchmarks.harness.report import COSTS, Run
 from benchmarks.harness.runner import Method, Options, Task, outer_loops, perform
 from benchmarks.harness.style import COLOURS, STYLE, curves
 from benchmarks.tasks.logistic import Rows, exact
+from bilevax.typing import Array
 
 TASK = "regularization"
 BOX = (-14.0, 6.0)
@@ -116,7 +116,7 @@ SETTINGS = {
 def load(setting: Setting, full: bool, seed: int) -> Data:
     """Reads the rows, and makes arrays of them: sparse ones where most entries are zero."""
 
-    def arrays(rows: Rows) -> tuple[Any, chex.Array]:
+    def arrays(rows: Rows) -> tuple[Any, Array]:
         dense = rows.features.nnz > DENSE * np.prod(rows.features.shape)
         features = jnp.asarray(rows.features.toarray()) if dense else BCOO.from_scipy_sparse(rows.features)
         return features, jnp.asarray(rows.labels)
@@ -130,13 +130,13 @@ def scale(curvature: float, x: Any) -> Any:
     return (curvature + jnp.exp(x)) ** -0.5
 
 
-def outer_loss(curvature: float, x: chex.Array, z: chex.Array, batch: tuple) -> chex.Array:
+def outer_loss(curvature: float, x: Array, z: Array, batch: tuple) -> Array:
     """f, the mean logistic loss."""
     features, labels = batch
     return jnp.mean(jax.nn.softplus(-labels * (features @ (scale(curvature, x) * z))))
 
 
-def inner_loss(curvature: float, x: chex.Array, z: chex.Array, batch: tuple) -> chex.Array:
+def inner_loss(curvature: float, x: Array, z: Array, batch: tuple) -> Array:
     """g, the mean logistic loss with its penalties."""
     y = scale(curvature, x) * z
     return outer_loss(curvature, x, z, batch) + jnp.sum(jnp.exp(x) * y**2) / 2
@@ -145,7 +145,7 @@ def inner_loss(curvature: float, x: chex.Array, z: chex.Array, batch: tuple) -> 
 def boxed(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
     """The optimizer, followed by a projection of x on the box."""
 
-    def update(grad: chex.Array, state: Any, x: chex.Array) -> tuple[chex.Array, Any]:
+    def update(grad: Array, state: Any, x: Array) -> tuple[Array, Any]:
         step, state = optimizer.update(grad, state, x)
         return optax.projections.projection_box(x + step, *BOX) - x, state
 

@@ -14,7 +14,6 @@ import functools
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,6 +42,7 @@ from benchmarks.tasks.weighting import (
     oracle,
     uniform,
 )
+from bilevax.typing import Array, Key, PyTree
 
 TASK = "safe_selection"
 SPAM = 1
@@ -82,29 +82,29 @@ SETTINGS = {
 }
 
 
-def next_words(words: tuple[np.ndarray, np.ndarray]) -> tuple[tuple[chex.Array, chex.Array], chex.Array]:
+def next_words(words: tuple[np.ndarray, np.ndarray]) -> tuple[tuple[Array, Array], Array]:
     """What a language model reads, and the words to come, with `PADDING` where none does."""
     ids, real = (jnp.asarray(array) for array in words)
     return (ids[:, :-1], real[:, :-1]), ids[:, 1:]
 
 
-def counted(targets: chex.Array) -> chex.Array:
+def counted(targets: Array) -> Array:
     """1 where a word is to come, 0 at padding; [N, T]."""
     return (targets != text.PADDING).astype(jnp.float32)
 
 
-def likelihood(model: Decoder, y: chex.ArrayTree, batch: tuple) -> chex.Array:
+def likelihood(model: Decoder, y: PyTree, batch: tuple) -> Array:
     """The negative log-likelihood per word."""
     inputs, targets = batch
     values = bx.curvature.softmax_cross_entropy.value(model.apply({"params": y}, inputs), targets)
     return jnp.sum(values * counted(targets)) / jnp.sum(counted(targets))
 
 
-def train(model: Decoder, y: chex.ArrayTree, texts: tuple, setting: Setting, key: chex.PRNGKey) -> chex.ArrayTree:
+def train(model: Decoder, y: PyTree, texts: tuple, setting: Setting, key: Key) -> PyTree:
     """Trains on texts that nobody selects, in the plain way."""
     optimizer, sample = optax.adam(3 * setting.learning_rate), bx.sampling.minibatch(setting.sizes["inner"])
 
-    def step(carry: tuple, key: chex.PRNGKey) -> tuple[tuple, None]:
+    def step(carry: tuple, key: Key) -> tuple[tuple, None]:
         y, state = carry
         grad = jax.grad(functools.partial(likelihood, model))(y, sample(key, 0, texts))
         updates, state = optimizer.update(grad, state)

@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,6 +44,7 @@ from benchmarks.tasks.weighting import (
     oracle,
     uniform,
 )
+from bilevax.typing import Array, PyTree
 
 TASK = "text_reweighting"
 CLASSES = {"trec": 6, "youtube": 2, "semeval": 9}
@@ -103,11 +103,11 @@ class Network(NamedTuple):
     fixed: Encoder | None
     trained: Encoder
 
-    def logits(self, y: chex.ArrayTree, inputs: tuple[chex.Array, chex.Array]) -> chex.Array:
+    def logits(self, y: PyTree, inputs: tuple[Array, Array]) -> Array:
         """[N, classes]."""
         return self.trained.apply({"params": y}, inputs)
 
-    def below(self, fixed: chex.ArrayTree, words: tuple[np.ndarray, np.ndarray]) -> tuple[chex.Array, chex.Array]:
+    def below(self, fixed: PyTree, words: tuple[np.ndarray, np.ndarray]) -> tuple[Array, Array]:
         """What the trained part reads: words, or the hidden states of the fixed part."""
         ids, real = (jnp.asarray(array) for array in words)
         if self.fixed is None:
@@ -117,7 +117,7 @@ class Network(NamedTuple):
         return jnp.concatenate(chunks), real
 
 
-def split(whole: chex.ArrayTree, trained: Encoder) -> tuple[chex.ArrayTree, chex.ArrayTree]:
+def split(whole: PyTree, trained: Encoder) -> tuple[PyTree, PyTree]:
     """The parameters of the fixed and of the trained part."""
     above = {"pooler", "classifier", *(f"block_{number}" for number in trained.blocks)}
     above |= {"embeddings"} if 0 in trained.blocks else set()
@@ -183,7 +183,7 @@ class Config:
         rows = SIZES[self.model].vocabulary
         return text.wordpiece(self.tokenizer, self.setting.length, rows) if self.tokenizer else text.hashed(rows)
 
-    def first(self, words: tuple[np.ndarray, np.ndarray], seed: int) -> tuple[chex.ArrayTree, chex.ArrayTree]:
+    def first(self, words: tuple[np.ndarray, np.ndarray], seed: int) -> tuple[PyTree, PyTree]:
         """The first parameters of both parts: random, or those of a checkpoint below a random classifier."""
         size = SIZES[self.model]
         whole = Encoder(size, range(size.layers), CLASSES[self.data])
@@ -208,7 +208,7 @@ class Config:
         """Both losses, and how they are minimised."""
         setting, logits = self.setting, self.parts.logits
 
-        def outer_loss(x: chex.ArrayTree, y: chex.ArrayTree, batch: tuple) -> chex.Array:
+        def outer_loss(x: PyTree, y: PyTree, batch: tuple) -> Array:
             inputs, labels = batch
             return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits(y, inputs), labels))
 

@@ -10,7 +10,6 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import matplotlib
@@ -26,6 +25,7 @@ from benchmarks.harness.plugin import Function, InnerProblem, finished
 from benchmarks.harness.report import Columns, Run
 from benchmarks.harness.runner import Method
 from benchmarks.harness.style import STYLE, curves, histogram
+from bilevax.typing import Array, Key, PyTree
 
 L2 = 1e-4
 DAMPING = 1e-2
@@ -46,10 +46,10 @@ class Examples(NamedTuple):
       features: [N, ...], what a network of weights reads.
     """
 
-    number: chex.Array
-    inputs: tuple[chex.Array, chex.Array]
-    targets: chex.Array
-    features: chex.Array
+    number: Array
+    inputs: tuple[Array, Array]
+    targets: Array
+    features: Array
 
 
 class Data(NamedTuple):
@@ -67,7 +67,7 @@ class Data(NamedTuple):
     batch: bx.Batch
     good: np.ndarray
     test: Any
-    y: chex.ArrayTree
+    y: PyTree
 
 
 class Weighting(NamedTuple):
@@ -78,17 +78,17 @@ class Weighting(NamedTuple):
       scores: `scores(x, examples) -> [N]`; the weight of a text is the sigmoid of its score.
     """
 
-    start: Callable[[Data], chex.ArrayTree]
-    scores: Callable[[chex.ArrayTree, Examples], chex.Array]
+    start: Callable[[Data], PyTree]
+    scores: Callable[[PyTree, Examples], Array]
 
 
-def _layers(data: Data) -> dict[str, chex.Array]:
+def _layers(data: Data) -> dict[str, Array]:
     inputs, hidden = data.batch.inner.features.shape[1], 16
     first = jax.random.normal(jax.random.key(data.seed), (inputs, hidden)) / jnp.sqrt(inputs)
     return {"first": first, "bias": jnp.zeros(hidden), "last": jnp.zeros(hidden)}
 
 
-def _network(x: dict[str, chex.Array], examples: Examples) -> chex.Array:
+def _network(x: dict[str, Array], examples: Examples) -> Array:
     return jnp.tanh(examples.features @ x["first"] + x["bias"][None]) @ x["last"]
 
 
@@ -110,11 +110,11 @@ class Problem(NamedTuple):
     """
 
     inner_loss: bx.curvature.ModelLoss
-    outer_loss: Callable[..., chex.Array]
+    outer_loss: Callable[..., Array]
     optimizer: optax.GradientTransformation
     steps: int
     sizes: Mapping[str, int]
-    positions: Callable[[Examples], chex.Array]
+    positions: Callable[[Examples], Array]
     step_size: float
 
 
@@ -122,7 +122,7 @@ def draw_outer(hypergradient: bx.problem.Hypergradient, size: int) -> bx.problem
     """The hypergradient with a minibatch of the outer data in each outer step."""
     draw = bx.sampling.minibatch(size)
 
-    def estimate(key: chex.PRNGKey, state: Any, x: chex.ArrayTree, batch: bx.Batch) -> tuple:
+    def estimate(key: Key, state: Any, x: PyTree, batch: bx.Batch) -> tuple:
         outer_key, key = jax.random.split(key)
         return hypergradient.estimate(key, state, x, batch._replace(outer=draw(outer_key, 0, batch.outer)))
 
@@ -175,7 +175,7 @@ class Row(NamedTuple):
     name: str
     solver: Callable[..., bx.problem.InnerSolver]
     settings: Callable[[Problem], Mapping[str, Any]]
-    start: Callable[[Data], chex.Array] | None = None
+    start: Callable[[Data], Array] | None = None
 
 
 def foreign(function: Function) -> Row:
@@ -272,7 +272,7 @@ def method(
     )
 
 
-def auc(weighting: Weighting, data: Data, x: chex.ArrayTree) -> float:
+def auc(weighting: Weighting, data: Data, x: PyTree) -> float:
     """The area under the curve with which the weights tell good training texts from others; NaN if not finite."""
     scores = np.asarray(weighting.scores(x, data.batch.inner))
     return float(roc_auc_score(data.good, scores)) if np.isfinite(scores).all() else float("nan")

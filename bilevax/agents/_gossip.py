@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +11,7 @@ import numpy as np
 from bilevax import checks
 from bilevax.agents import topology as graphs
 from bilevax.problem import widen
+from bilevax.typing import Array, Key, PyTree
 
 Topologies = graphs.Topology | Sequence[graphs.Topology]
 
@@ -132,7 +132,7 @@ def _checked(topology: Topologies) -> tuple[graphs.Topology, ...]:
 
 
 def _on_one_device(topology: Topologies) -> Gossip:
-    def mean(tree: chex.ArrayTree) -> chex.ArrayTree:
+    def mean(tree: PyTree) -> PyTree:
         return jax.tree.map(lambda leaf: jnp.mean(leaf, 0), tree)
 
     return assemble(topology, by_structure, lambda n: jnp.arange(n, dtype=jnp.int32), mean)
@@ -155,13 +155,13 @@ def assemble(topology: Topologies, form: Callable, agents: Callable, mean: Calla
     n, period = sequence[0].n, len(sequence)
     out_degrees = np.stack([_out_degrees(one) for one in sequence])
 
-    def init(tree: chex.ArrayTree) -> Any:
+    def init(tree: PyTree) -> Any:
         return () if period == 1 else jnp.zeros((), jnp.int32)
 
     def round_of(functions: list[Callable]) -> Callable:
         branches = [partial(jax.tree.map, function) for function in functions]
 
-        def apply(key: chex.PRNGKey | None, state: Any, tree: chex.ArrayTree) -> tuple[chex.ArrayTree, Any]:
+        def apply(key: Key | None, state: Any, tree: PyTree) -> tuple[PyTree, Any]:
             local = len(agents(n))
             checks.agents_axis("tree", tree, local, f"Pass leaves of all agents; bx.replicate(tree, {n}) copies one.")
             checks.floating("tree", tree)
@@ -171,7 +171,7 @@ def assemble(topology: Topologies, form: Callable, agents: Callable, mean: Calla
 
         return apply
 
-    def sent(state: Any, tree: chex.ArrayTree) -> chex.Array:
+    def sent(state: Any, tree: PyTree) -> Array:
         degrees = jnp.asarray(out_degrees, jnp.float32)[0 if period == 1 else state % period]
         return degrees[agents(n)] * message_bytes(tree)
 
@@ -191,14 +191,14 @@ def assemble(topology: Topologies, form: Callable, agents: Callable, mean: Calla
 def with_push_sum(plain: Gossip) -> Gossip:
     """Push-sum over the matrices of `plain`, which are column-stochastic."""
 
-    def init(tree: chex.ArrayTree) -> Any:
+    def init(tree: PyTree) -> Any:
         return plain.init(tree), jnp.ones(plain.agents().shape)
 
-    def mix(key: chex.PRNGKey | None, state: Any, tree: chex.ArrayTree) -> tuple[chex.ArrayTree, Any]:
+    def mix(key: Key | None, state: Any, tree: PyTree) -> tuple[PyTree, Any]:
         (z, omega), inner = plain.mix(key, state[0], (per_agent(jnp.multiply, state[1], tree), state[1]))
         return per_agent(lambda w, leaf: leaf / w, omega, z), (inner, omega)
 
-    def laplacian(key: chex.PRNGKey | None, state: Any, tree: chex.ArrayTree) -> Any:
+    def laplacian(key: Key | None, state: Any, tree: PyTree) -> Any:
         raise ValueError(
             "correction must be none or gradient tracking over push-sum; got one that needs a symmetric W (exact "
             "diffusion or EXTRA). Take bx.single_loop.correction.tracking()."
@@ -213,16 +213,16 @@ def with_push_sum(plain: Gossip) -> Gossip:
     )
 
 
-def per_agent(function: Callable, weights: chex.Array, tree: chex.ArrayTree) -> chex.ArrayTree:
+def per_agent(function: Callable, weights: Array, tree: PyTree) -> PyTree:
     """Applies `function(weight, leaf)` with the weights [n] broadcast against each leaf [n, ...], dtypes kept."""
 
-    def apply(leaf: chex.Array) -> chex.Array:
+    def apply(leaf: Array) -> Array:
         return function(_column(weights, leaf), leaf).astype(leaf.dtype)
 
     return jax.tree.map(apply, tree)
 
 
-def message_bytes(tree: chex.ArrayTree) -> float:
+def message_bytes(tree: PyTree) -> float:
     """Bytes of one agent's part of a pytree with leaves [n, ...]."""
     return float(sum(leaf.size // leaf.shape[0] * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)))
 
@@ -261,11 +261,11 @@ def dense(topology: graphs.Topology, held: HeldRows = ALL_ROWS) -> Form:
     """A product with W; the Laplacian agent by agent, in O(n) memory."""
     matrix = topology.matrix.toarray().reshape(held.parts, -1, topology.n)
 
-    def mix(wide: chex.Array, leaf: chex.Array) -> chex.Array:
+    def mix(wide: Array, leaf: Array) -> Array:
         w = jnp.asarray(matrix, wide.dtype)[held.index()]
         return jnp.tensordot(w, widen(held.gather(leaf)), 1, precision=jax.lax.Precision.HIGHEST)
 
-    def laplacian(wide: chex.Array, leaf: chex.Array) -> chex.Array:
+    def laplacian(wide: Array, leaf: Array) -> Array:
         w, every = jnp.asarray(matrix, wide.dtype)[held.index()], widen(held.gather(leaf))
         return jax.lax.map(lambda row: jnp.tensordot(row[0], row[1][None] - every, 1), (w, wide))
 
@@ -289,17 +289,17 @@ def shifted(hops: dict[int, np.ndarray], shift: Callable, agents: Callable | Non
       `Form`.
     """
 
-    def weight(hop: int, leaf: chex.Array) -> chex.Array:
+    def weight(hop: int, leaf: Array) -> Array:
         weights = hops[hop]
         if (weights == weights[0]).all():
             return jnp.asarray(weights[0], leaf.dtype)
         column = jnp.asarray(weights, leaf.dtype)
         return _column(column if agents is None else column[agents()], leaf)
 
-    def mix(wide: chex.Array, leaf: chex.Array) -> chex.Array:
+    def mix(wide: Array, leaf: Array) -> Array:
         return sum(weight(hop, wide) * (widen(shift(leaf, hop)) if hop else wide) for hop in hops)
 
-    def laplacian(wide: chex.Array, leaf: chex.Array) -> chex.Array:
+    def laplacian(wide: Array, leaf: Array) -> Array:
         differences = (weight(hop, wide) * (wide - widen(shift(leaf, hop))) for hop in hops if hop)
         return sum(differences, start=jnp.zeros_like(wide))
 
@@ -316,19 +316,19 @@ def sparse(topology: graphs.Topology, held: HeldRows = ALL_ROWS) -> Form:
     receivers = np.where(inside, matrix.tocoo().row[slots] % local, local - 1)
     senders, weights = matrix.indices[slots], np.where(inside, matrix.data[slots], 0.0)
 
-    def edges(leaf: chex.Array) -> tuple:
+    def edges(leaf: Array) -> tuple:
         part = held.index()
         to, sent = jnp.asarray(receivers)[part], widen(held.gather(leaf))[jnp.asarray(senders)[part]]
         return to, _column(jnp.asarray(weights, sent.dtype)[part], sent), sent
 
-    def add(to: chex.Array, terms: chex.Array) -> chex.Array:
+    def add(to: Array, terms: Array) -> Array:
         return jax.ops.segment_sum(terms, to, local, indices_are_sorted=True)
 
-    def mix(wide: chex.Array, leaf: chex.Array) -> chex.Array:
+    def mix(wide: Array, leaf: Array) -> Array:
         to, weight, sent = edges(leaf)
         return add(to, weight * sent)
 
-    def laplacian(wide: chex.Array, leaf: chex.Array) -> chex.Array:
+    def laplacian(wide: Array, leaf: Array) -> Array:
         to, weight, sent = edges(leaf)
         return add(to, weight * (wide[to] - sent))
 
@@ -349,7 +349,7 @@ def hop_weights(topology: graphs.Topology) -> dict[int, np.ndarray]:
     return table
 
 
-def _column(weights: chex.Array, leaf: chex.Array) -> chex.Array:
+def _column(weights: Array, leaf: Array) -> Array:
     return weights.reshape(weights.shape + (1,) * (leaf.ndim - 1))
 
 
@@ -358,7 +358,7 @@ def _wide(function: Callable) -> Callable:
     return lambda leaf: function(widen(leaf), leaf).astype(leaf.dtype)
 
 
-def replicate(tree: chex.ArrayTree, n: int) -> chex.ArrayTree:
+def replicate(tree: PyTree, n: int) -> PyTree:
     """Gives each of n agents its own copy of a pytree: the common start of all agents.
 
     Args:

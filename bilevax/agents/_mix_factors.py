@@ -2,15 +2,12 @@
 
 from typing import Any
 
-import chex
-
 from bilevax import checks
 from bilevax.agents._gossip import Gossip
+from bilevax.typing import Key, PyTree
 
 
-def mix_factors(
-    key: chex.PRNGKey | None, gossip: Gossip, state: Any, factors: chex.ArrayTree, *, rounds: int = 1
-) -> tuple[chex.ArrayTree, Any]:
+def mix_factors(key: Key | None, gossip: Gossip, state: Any, factors: PyTree, *, rounds: int = 1) -> tuple[PyTree, Any]:
     """Averages the Kronecker factors of agents by gossip, before anything is inverted.
 
         (Σ_n w ā āᵀ, Σ_n w, Σ_n w u uᵀ)_i ← Σ_j w_ij (…)_j          rounds times

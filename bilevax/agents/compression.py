@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +16,7 @@ from bilevax import checks
 from bilevax.agents._gossip import Gossip
 from bilevax.agents.topology import Topology
 from bilevax.problem import norm, widen
+from bilevax.typing import Array, PyTree, Scalar
 
 __all__ = [
     "ChocoState",
@@ -50,7 +50,7 @@ class Compressor(NamedTuple):
         40.0
     """
 
-    compress: Callable[[Any, chex.Array], chex.Array]
+    compress: Callable[[Any, Array], Array]
     bytes: Callable[[int, Any], float]
 
 
@@ -79,7 +79,7 @@ def top_k(fraction: float) -> Compressor:
     """
     _check_fraction(fraction)
 
-    def compress(key: Any, vector: chex.Array) -> chex.Array:
+    def compress(key: Any, vector: Array) -> Array:
         _, indices = jax.lax.top_k(jnp.abs(vector), _kept(fraction, vector.size))
         return _only(indices, vector)
 
@@ -112,7 +112,7 @@ def random_k(fraction: float) -> Compressor:
     """
     _check_fraction(fraction)
 
-    def compress(key: Any, vector: chex.Array) -> chex.Array:
+    def compress(key: Any, vector: Array) -> Array:
         _check_key("random_k", key)
         return _only(jax.random.choice(key, vector.size, (_kept(fraction, vector.size),), replace=False), vector)
 
@@ -144,7 +144,7 @@ def random_k_unbiased(fraction: float) -> Compressor:
     """
     biased = random_k(fraction)
 
-    def compress(key: Any, vector: chex.Array) -> chex.Array:
+    def compress(key: Any, vector: Array) -> Array:
         return biased.compress(key, vector) * (vector.size / max(_kept(fraction, vector.size), 1))
 
     return biased._replace(compress=compress)
@@ -177,7 +177,7 @@ def qsgd(bits: int) -> Compressor:
     unbiased = qsgd_unbiased(bits)
     levels = 2**bits - 1
 
-    def compress(key: Any, vector: chex.Array) -> chex.Array:
+    def compress(key: Any, vector: Array) -> Array:
         variance = min(vector.size / levels**2, math.sqrt(vector.size) / levels)
         return unbiased.compress(key, vector) / (1 + variance)
 
@@ -211,7 +211,7 @@ def qsgd_unbiased(bits: int) -> Compressor:
         raise ValueError(f"bits must be an int from 1 to 16; got {bits}. Pass bits=8, or mix without compression.")
     levels = 2**bits - 1
 
-    def compress(key: Any, vector: chex.Array) -> chex.Array:
+    def compress(key: Any, vector: Array) -> Array:
         _check_key("qsgd", key)
         wide, length = widen(vector), norm(vector)
         exact = levels * jnp.abs(wide) / jnp.where(length > 0, length, 1)
@@ -247,7 +247,7 @@ def sign() -> Compressor:
         [2.0, -2.0]
     """
 
-    def compress(key: Any, vector: chex.Array) -> chex.Array:
+    def compress(key: Any, vector: Array) -> Array:
         wide = widen(vector)
         scale = jnp.sum(jnp.abs(wide)) / max(vector.size, 1)
         return jnp.where(wide < 0, -scale, scale).astype(vector.dtype)
@@ -267,11 +267,11 @@ class ChocoState(NamedTuple):
         ('copies', 'gossip')
     """
 
-    copies: chex.ArrayTree
+    copies: PyTree
     gossip: Any
 
 
-def choco(gossip: Gossip, compressor: Compressor, *, gossip_step: chex.Numeric) -> Gossip:
+def choco(gossip: Gossip, compressor: Compressor, *, gossip_step: Scalar) -> Gossip:
     """Mixes by compressed messages (CHOCO-Gossip).
 
         x̂_i⁺ = x̂_i + Q(x_i − x̂_i),    x_i⁺ = x_i − step · Σ_j w_ij (x̂_i⁺ − x̂_j⁺)
@@ -309,12 +309,12 @@ def choco(gossip: Gossip, compressor: Compressor, *, gossip_step: chex.Numeric) 
     checks.positive("gossip_step", gossip_step)
     _check_fixed(gossip)
 
-    def init(tree: chex.ArrayTree) -> ChocoState:
+    def init(tree: PyTree) -> ChocoState:
         state = gossip.init(tree)
         _check_weights(gossip.weights(state))
         return ChocoState(jax.tree.map(jnp.zeros_like, tree), state)
 
-    def laplacian(key: Any, state: ChocoState, tree: chex.ArrayTree) -> tuple[chex.ArrayTree, ChocoState]:
+    def laplacian(key: Any, state: ChocoState, tree: PyTree) -> tuple[PyTree, ChocoState]:
         changes = _compressed(compressor, key, gossip.agents(), jax.tree.map(jnp.subtract, tree, state.copies))
         copies = jax.tree.map(jnp.add, state.copies, changes)
         differences, inner = gossip.laplacian(key, state.gossip, copies)
@@ -322,11 +322,11 @@ def choco(gossip: Gossip, compressor: Compressor, *, gossip_step: chex.Numeric) 
             copies, inner
         )
 
-    def mix(key: Any, state: ChocoState, tree: chex.ArrayTree) -> tuple[chex.ArrayTree, ChocoState]:
+    def mix(key: Any, state: ChocoState, tree: PyTree) -> tuple[PyTree, ChocoState]:
         differences, state = laplacian(key, state, tree)
         return jax.tree.map(jnp.subtract, tree, differences), state
 
-    def sent(state: ChocoState, tree: chex.ArrayTree) -> chex.Array:
+    def sent(state: ChocoState, tree: PyTree) -> Array:
         leaves = jax.tree.leaves(tree)
         neighbours = gossip.bytes(state.gossip, jnp.zeros(leaves[0].shape[:1], jnp.float32)) / 4
         return neighbours * sum(compressor.bytes(math.prod(leaf.shape[1:]), leaf.dtype) for leaf in leaves)
@@ -334,7 +334,7 @@ def choco(gossip: Gossip, compressor: Compressor, *, gossip_step: chex.Numeric) 
     return gossip._replace(init=init, mix=mix, laplacian=laplacian, bytes=sent)
 
 
-def _compressed(compressor: Compressor, key: Any, agents: chex.Array, tree: chex.ArrayTree) -> chex.ArrayTree:
+def _compressed(compressor: Compressor, key: Any, agents: Array, tree: PyTree) -> PyTree:
     """Compresses the vector of each agent, leaf by leaf."""
     fold = jax.vmap(jax.random.fold_in, (None, 0))
     leaves, structure = jax.tree.flatten(tree)
@@ -350,7 +350,7 @@ def _kept(fraction: float, size: int) -> int:
     return math.ceil(round(fraction * size, 9))  # 0.07 · 100 is above 7 in floating point
 
 
-def _only(indices: chex.Array, vector: chex.Array) -> chex.Array:
+def _only(indices: Array, vector: Array) -> Array:
     return jnp.zeros_like(vector).at[indices].set(vector[indices])
 
 

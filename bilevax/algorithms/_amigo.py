@@ -2,7 +2,6 @@
 
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -13,6 +12,7 @@ from bilevax.problem import Algorithm, Batch, BilevelProblem, Calls, arrays, inn
 from bilevax.sampling import Sample, check_key, fold, split
 from bilevax.single_loop._levels import Levels, at, levels
 from bilevax.single_loop.step_sizes import check_schedule, check_step_size, outer_step
+from bilevax.typing import Array, Key, PyTree
 
 
 class AmigoState(NamedTuple):
@@ -31,10 +31,10 @@ class AmigoState(NamedTuple):
         ('k', 'x', 'y', 'v', 'optimizer')
     """
 
-    k: chex.Array
-    x: chex.ArrayTree
-    y: chex.ArrayTree
-    v: chex.ArrayTree
+    k: Array
+    x: PyTree
+    y: PyTree
+    v: PyTree
     optimizer: Any
 
 
@@ -92,21 +92,21 @@ def amigo(
     steps = checks.count("steps", steps, minimum=1)
     v_steps = steps if v_steps is None else checks.count("v_steps", v_steps, minimum=1)
 
-    def init(x: chex.ArrayTree, y: chex.ArrayTree, batch: Batch | None = None) -> AmigoState:
+    def init(x: PyTree, y: PyTree, batch: Batch | None = None) -> AmigoState:
         checks.floating("x", x)
         checks.floating("y", y)
         x, y = arrays(x), arrays(y)
         optimizer = sizes.x.init(x) if isinstance(sizes.x, optax.GradientTransformation) else ()
         return AmigoState(jnp.zeros((), jnp.int32), x, y, optax.tree.zeros_like(y), optimizer)
 
-    def step(key: chex.PRNGKey | None, state: AmigoState, batch: Batch) -> tuple[AmigoState, DescentInfo]:
+    def step(key: Key | None, state: AmigoState, batch: Batch) -> tuple[AmigoState, DescentInfo]:
         checks.instance("state", state, AmigoState, "Pass step(key, state, batch) the state of init or of a step.")
         checks.instance("batch", batch, Batch, "Pass bx.Batch(outer=..., inner=...).")
         check_key(key)
         y_key, outer_key, v_key, x_key = split(fold(key, state.k), 4)
         x = state.x
 
-        def y_step(y: chex.ArrayTree, t: chex.Array) -> tuple[chex.ArrayTree, None]:
+        def y_step(y: PyTree, t: Array) -> tuple[PyTree, None]:
             gradient = jax.grad(inner_loss, argnums=1)(x, y, sample(fold(y_key, t), t, batch.inner))
             return stepped(y, -at(state.k, sizes.y), gradient), None
 
@@ -114,7 +114,7 @@ def amigo(
         outer = sample(outer_key, state.k, batch.outer)
         value, (outer_x, outer_y) = jax.value_and_grad(outer_loss, argnums=(0, 1))(x, y, outer)
 
-        def v_step(v: chex.ArrayTree, t: chex.Array) -> tuple[chex.ArrayTree, None]:
+        def v_step(v: PyTree, t: Array) -> tuple[PyTree, None]:
             inner = inner_gradient(inner_loss, x, y, sample(fold(v_key, t), t, batch.inner))
             return stepped(v, -at(state.k, sizes.v), optax.tree.sub(inner.pull_back(v)[1], outer_y)), None
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -16,9 +15,10 @@ from bilevax.problem import Algorithm, BilevelProblem, Hypergradient, InnerSolve
 from bilevax.sampling import Sample, split
 from bilevax.single_loop._levels import at
 from bilevax.single_loop.step_sizes import check_series, decay, inner_optimizer
+from bilevax.typing import Array, Key, PyTree
 
 
-def growing_steps(k: chex.Array) -> chex.Array:
+def growing_steps(k: Array) -> Array:
     """The number of inner steps that the theory of BSA asks for, up to a factor.
 
         t_k = ⌈√(k + 1)⌉
@@ -49,7 +49,7 @@ def bsa(
     step_sizes: Any,
     *,
     sample: Sample,
-    steps: int | Callable[[chex.Array], chex.Array] = growing_steps,
+    steps: int | Callable[[Array], Array] = growing_steps,
     terms: int = 10,
 ) -> Algorithm:
     """Bilevel stochastic approximation: stochastic steps on y, one unbiased draw of the Neumann series, one step on x.
@@ -97,13 +97,13 @@ def bsa(
     else:
         steps = checks.count("steps", steps)
 
-    def at_iteration(k: chex.Array) -> Hypergradient:
+    def at_iteration(k: Array) -> Hypergradient:
         optimizer, number = inner_optimizer(sizes.y, k), steps(k) if callable(steps) else steps
         series = ihvp.random_neumann(terms=terms, step_size=at(k, sizes.v), sample=sample)
         last = implicit(problem.inner_loss, optimizer, 0, ihvp=series, cross_sample=sample, warm_start=False)
         run = optimizer_steps(problem.inner_loss, optimizer, None, sample)
 
-        def forward(key: chex.PRNGKey | None, state: Any, x: chex.ArrayTree, z: Iterate, batch: Any) -> tuple:
+        def forward(key: Key | None, state: Any, x: PyTree, z: Iterate, batch: Any) -> tuple:
             step_key, last_key = split(key, 2)
             z = jax.lax.fori_loop(0, number, lambda t, z: run.step(step_key, batch, x, z), z)
             return last.forward(last_key, state, x, z, batch)

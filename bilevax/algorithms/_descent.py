@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import chex
 import jax.numpy as jnp
 import optax
 
@@ -13,6 +12,7 @@ from bilevax.problem import Algorithm, Batch, BilevelProblem, Calls, Hypergradie
 from bilevax.sampling import Sample, check_key, fold, full, split
 from bilevax.single_loop._levels import Levels, levels
 from bilevax.single_loop.step_sizes import check_schedule, check_step_size, outer_step
+from bilevax.typing import Array, Key, PyTree, Scalar
 
 
 class DescentState(NamedTuple):
@@ -30,13 +30,13 @@ class DescentState(NamedTuple):
         ('k', 'x', 'estimator', 'optimizer')
     """
 
-    k: chex.Array
-    x: chex.ArrayTree
+    k: Array
+    x: PyTree
     estimator: Any
     optimizer: Any
 
     @property
-    def y(self) -> chex.ArrayTree:
+    def y(self) -> PyTree:
         """The inner variable."""
         return self.estimator.y
 
@@ -58,14 +58,14 @@ class DescentInfo(NamedTuple):
     """
 
     moves: Levels
-    breakdown: chex.Array
+    breakdown: Array
     calls: Calls
-    outer_loss: chex.Array
-    inner_loss: chex.Array
+    outer_loss: Array
+    inner_loss: Array
 
 
 def descent(
-    estimator: Hypergradient | Callable[[chex.Array], Hypergradient],
+    estimator: Hypergradient | Callable[[Array], Hypergradient],
     step_size: Any,
     *,
     outer_sample: Sample = full,
@@ -106,17 +106,17 @@ def descent(
     if not isinstance(estimator, Hypergradient):
         checks.function("estimator", estimator, "k")
 
-    def at_iteration(k: chex.Array) -> Hypergradient:
+    def at_iteration(k: Array) -> Hypergradient:
         made = estimator if isinstance(estimator, Hypergradient) else estimator(k)
         checks.instance("estimator(k)", made, Hypergradient, "Return bx.hypergradient(outer_loss, solver) from it.")
         return made
 
-    def init(x: chex.ArrayTree, y: chex.ArrayTree, batch: Batch | None = None) -> DescentState:
+    def init(x: PyTree, y: PyTree, batch: Batch | None = None) -> DescentState:
         x, k = arrays(x), jnp.zeros((), jnp.int32)
         optimizer = step_size.init(x) if isinstance(step_size, optax.GradientTransformation) else ()
         return DescentState(k, x, at_iteration(k).init(x, y, batch), optimizer)
 
-    def step(key: chex.PRNGKey | None, state: DescentState, batch: Batch) -> tuple[DescentState, DescentInfo]:
+    def step(key: Key | None, state: DescentState, batch: Batch) -> tuple[DescentState, DescentInfo]:
         checks.instance("state", state, DescentState, "Pass step(key, state, batch) the state of init or of a step.")
         checks.instance("batch", batch, Batch, "Pass bx.Batch(outer=..., inner=...).")
         check_key(key)
@@ -145,7 +145,7 @@ def check_levels(problem: Any, step_sizes: Any, sample: Any) -> Levels:
     return sizes
 
 
-def counting(solver: InnerSolver, inner_gradients: chex.Numeric) -> InnerSolver:
+def counting(solver: InnerSolver, inner_gradients: Scalar) -> InnerSolver:
     """The solver with so many evaluations of ∇_y g more in its report."""
 
     def backward(residual: Any, state: Any, z_bar: Iterate) -> tuple:
@@ -156,6 +156,6 @@ def counting(solver: InnerSolver, inner_gradients: chex.Numeric) -> InnerSolver:
     return solver._replace(backward=backward)
 
 
-def stepped(tree: chex.ArrayTree, scale: chex.Numeric, direction: chex.ArrayTree) -> chex.ArrayTree:
+def stepped(tree: PyTree, scale: Scalar, direction: PyTree) -> PyTree:
     """`tree` + scale · direction, in the dtypes of `tree`."""
     return optax.tree.cast_like(optax.tree.add_scale(tree, scale, direction), tree)

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import chex
-
 from bilevax import checks
 from bilevax.algorithms._descent import check_levels, descent
 from bilevax.hypergradients._penalty import penalty
@@ -11,6 +9,7 @@ from bilevax.problem import Algorithm, BilevelProblem, Hypergradient
 from bilevax.sampling import Sample
 from bilevax.single_loop._levels import at
 from bilevax.single_loop.step_sizes import inner_optimizer
+from bilevax.typing import Array
 
 
 def f2sa(problem: BilevelProblem, step_sizes: Any, *, sample: Sample, multiplier: Any, steps: int = 10) -> Algorithm:
@@ -61,7 +60,7 @@ def f2sa(problem: BilevelProblem, step_sizes: Any, *, sample: Sample, multiplier
         checks.scalar("multiplier", multiplier)
         checks.positive("multiplier", multiplier)
 
-    def at_iteration(k: chex.Array) -> Hypergradient:
+    def at_iteration(k: Array) -> Hypergradient:
         return penalty(
             problem.outer_loss,
             problem.inner_loss,

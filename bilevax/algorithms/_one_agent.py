@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -12,6 +11,7 @@ from bilevax.agents import topology
 from bilevax.agents._gossip import Gossip, gossip
 from bilevax.problem import Algorithm, Batch
 from bilevax.single_loop.method import Info, State
+from bilevax.typing import Key, PyTree
 
 
 def one_agent(make_algorithm: Callable[[Gossip], Algorithm]) -> Algorithm:
@@ -38,10 +38,10 @@ def one_agent(make_algorithm: Callable[[Gossip], Algorithm]) -> Algorithm:
     checks.function("make_algorithm", make_algorithm, "gossip")
     algorithm = make_algorithm(gossip(topology.complete(1)))
 
-    def init(x: chex.ArrayTree, y: chex.ArrayTree, batch: Batch | None = None) -> State:
+    def init(x: PyTree, y: PyTree, batch: Batch | None = None) -> State:
         return _without_axis(algorithm.init(_with_axis(x), _with_axis(y), _with_axis(batch)))
 
-    def step(key: chex.PRNGKey | None, state: State, batch: Batch) -> tuple[State, Info]:
+    def step(key: Key | None, state: State, batch: Batch) -> tuple[State, Info]:
         stacked = state._replace(x=_with_axis(state.x), y=_with_axis(state.y), v=_with_axis(state.v))
         state, info = algorithm.step(key, stacked, _with_axis(batch))
         return _without_axis(state), jax.tree.map(lambda leaf: leaf[0] if jnp.ndim(leaf) else leaf, info)

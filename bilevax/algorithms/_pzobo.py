@@ -2,7 +2,6 @@
 
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -15,10 +14,11 @@ from bilevax.inner._zeroth_order import zeroth_order
 from bilevax.problem import Algorithm, BilevelProblem, Hypergradient
 from bilevax.sampling import Sample, fold
 from bilevax.single_loop.step_sizes import inner_optimizer
+from bilevax.typing import Array, Key, PyTree, Scalar
 
 
 class _Draw(NamedTuple):
-    key: chex.PRNGKey | None
+    key: Key | None
     data: Any
 
 
@@ -29,7 +29,7 @@ def pzobo(
     sample: Sample,
     steps: int = 10,
     directions: int = 1,
-    mu: chex.Numeric = 1e-2,
+    mu: Scalar = 1e-2,
 ) -> Algorithm:
     """The partial zeroth-order method: the derivative of `steps` inner steps is differenced, that of f is exact.
 
@@ -76,10 +76,10 @@ def pzobo(
     steps = checks.count("steps", steps, minimum=1)
     directions = checks.count("directions", directions, minimum=1)
 
-    def at_iteration(k: chex.Array) -> Hypergradient:
+    def at_iteration(k: Array) -> Hypergradient:
         run = optimizer_steps(problem.inner_loss, inner_optimizer(sizes.y, k), None, sample)
 
-        def solve(x: chex.ArrayTree, y0: chex.ArrayTree, draw: _Draw) -> chex.ArrayTree:
+        def solve(x: PyTree, y0: PyTree, draw: _Draw) -> PyTree:
             def step(z: Any, _: None) -> tuple:
                 return run.step(draw.key, draw.data, x, z), None
 
@@ -90,7 +90,7 @@ def pzobo(
 
     at_iteration(jnp.zeros((), jnp.int32))
 
-    def inner_data(key: chex.PRNGKey | None, k: chex.Array, data: Any) -> _Draw:
+    def inner_data(key: Key | None, k: Array, data: Any) -> _Draw:
         return _Draw(fold(key, 0), data)
 
     return descent(at_iteration, sizes.x, outer_sample=sample, inner_data=inner_data)

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import chex
-
 from bilevax import checks, ihvp
 from bilevax.algorithms._descent import check_levels, descent
 from bilevax.hypergradients._hypergradient import hypergradient
@@ -12,6 +10,7 @@ from bilevax.problem import Algorithm, BilevelProblem, Hypergradient
 from bilevax.sampling import Sample
 from bilevax.single_loop._levels import at
 from bilevax.single_loop.step_sizes import check_series, inner_optimizer
+from bilevax.typing import Array
 
 
 def stocbio(problem: BilevelProblem, step_sizes: Any, *, sample: Sample, steps: int = 10, terms: int = 10) -> Algorithm:
@@ -56,7 +55,7 @@ def stocbio(problem: BilevelProblem, step_sizes: Any, *, sample: Sample, steps: 
     check_series(sizes.v)
     steps, terms = checks.count("steps", steps), checks.count("terms", terms, minimum=1)
 
-    def at_iteration(k: chex.Array) -> Hypergradient:
+    def at_iteration(k: Array) -> Hypergradient:
         solver = implicit(
             problem.inner_loss,
             inner_optimizer(sizes.y, k),

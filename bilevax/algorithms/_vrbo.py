@@ -2,7 +2,6 @@
 
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -14,6 +13,7 @@ from bilevax.sampling import Sample, check_key, fold, split
 from bilevax.single_loop._levels import Levels, at, levels
 from bilevax.single_loop.local_directions import own_neumann
 from bilevax.single_loop.step_sizes import check_schedule, check_step_size, outer_step
+from bilevax.typing import Array, Key, PyTree
 
 
 class VrboState(NamedTuple):
@@ -32,9 +32,9 @@ class VrboState(NamedTuple):
         ('k', 'x', 'y', 'u', 'optimizer')
     """
 
-    k: chex.Array
-    x: chex.ArrayTree
-    y: chex.ArrayTree
+    k: Array
+    x: PyTree
+    y: PyTree
     u: Directions
     optimizer: Any
 
@@ -96,7 +96,7 @@ def vrbo(
     steps = checks.count("steps", steps, minimum=1)
     unit = rule.calls(("x", "y"), ())
 
-    def init(x: chex.ArrayTree, y: chex.ArrayTree, batch: Batch | None = None) -> VrboState:
+    def init(x: PyTree, y: PyTree, batch: Batch | None = None) -> VrboState:
         checks.floating("x", x)
         checks.floating("y", y)
         x, y = arrays(x), arrays(y)
@@ -104,19 +104,19 @@ def vrbo(
         optimizer = sizes.x.init(x) if isinstance(sizes.x, optax.GradientTransformation) else ()
         return VrboState(jnp.zeros((), jnp.int32), x, y, u, optimizer)
 
-    def step(key: chex.PRNGKey | None, state: VrboState, batch: Batch) -> tuple[VrboState, DescentInfo]:
+    def step(key: Key | None, state: VrboState, batch: Batch) -> tuple[VrboState, DescentInfo]:
         checks.instance("state", state, VrboState, "Pass step(key, state, batch) the state of init or of a step.")
         checks.instance("batch", batch, Batch, "Pass bx.Batch(outer=..., inner=...).")
         check_key(key)
         key, k = fold(key, state.k), state.k
 
-        def follow(t: chex.Array, u: Directions, before: tuple, after: tuple) -> Directions:
+        def follow(t: Array, u: Directions, before: tuple, after: tuple) -> Directions:
             outer_key, inner_key = split(fold(key, t), 2)
             drawn = Batch(sample(outer_key, t, batch.outer), sample(inner_key, t, batch.inner))
             change = optax.tree.sub(*(rule.evaluate(problem, *point, (), drawn) for point in (after, before)))
             return optax.tree.cast_like(optax.tree.add(u, change), u)
 
-        def move(carry: tuple, t: chex.Array) -> tuple[tuple, None]:
+        def move(carry: tuple, t: Array) -> tuple[tuple, None]:
             u, before, (x, y) = carry
             u = follow(t, u, before, (x, y))
             return (u, (x, y), (x, stepped(y, -at(k, sizes.y), u.y))), None

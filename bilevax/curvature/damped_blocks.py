@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -15,6 +14,7 @@ from bilevax.curvature.kronecker import Diagonal, Kronecker, TracedLoss, trace_l
 from bilevax.curvature.model_loss import structured
 from bilevax.curvature.sharing import expand
 from bilevax.problem import Loss, widen
+from bilevax.typing import Array, PyTree
 
 
 class Parts(NamedTuple):
@@ -26,10 +26,10 @@ class Parts(NamedTuple):
     """
 
     blocks: dict[str, Any]
-    scale: chex.Array
+    scale: Array
 
 
-def weight_decay(here: TracedLoss, inner_loss: Loss, x: Any, y: Any) -> dict[str, chex.Array]:
+def weight_decay(here: TracedLoss, inner_loss: Loss, x: Any, y: Any) -> dict[str, Array]:
     """The weight decay of every block: the mean over its elements."""
     rates = jax.tree.leaves(structured(inner_loss, "Kronecker factors").penalty(x, y)[0])
     decay = {}
@@ -41,7 +41,7 @@ def weight_decay(here: TracedLoss, inner_loss: Loss, x: Any, y: Any) -> dict[str
     return decay
 
 
-def _delta(block: capture.Block, decay: chex.Array, damping: Damping, eigenvalues: chex.Array | None) -> chex.Array:
+def _delta(block: capture.Block, decay: Array, damping: Damping, eigenvalues: Array | None) -> Array:
     """Adds the two, [*stack, 1, ...] where a function of the eigenvalues gives every layer its own."""
     if not callable(damping):
         return decay + jnp.asarray(damping, decay.dtype)
@@ -79,14 +79,14 @@ def decompose(
 
 
 def solve(
-    here: TracedLoss, parts: Parts, decay: dict[str, Any], damping: Damping, inverse: Inverse, b: chex.ArrayTree
-) -> tuple[chex.ArrayTree, chex.Array]:
+    here: TracedLoss, parts: Parts, decay: dict[str, Any], damping: Damping, inverse: Inverse, b: PyTree
+) -> tuple[PyTree, Array]:
     """The inverse applied to b, and the smallest eigenvalue that it divided by."""
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(b)]
     if shapes != (wanted := [leaf.shape for leaf in here.leaves]):
         raise ValueError(f"b must be a pytree like y, with leaves {wanted}; got {shapes}. Pass ∇_y f at the same y.")
     wide = dict(enumerate(jax.tree.leaves(widen(b))))
-    solved: dict[int, chex.Array] = {}
+    solved: dict[int, Array] = {}
     smallest = []
     for block in here.captured.blocks:
         part = parts.blocks.get(block.name)
@@ -109,14 +109,14 @@ def solve(
 def inverted(
     found: dict[str, Kronecker | Diagonal],
     inner_loss: Loss,
-    x: chex.ArrayTree,
-    y: chex.ArrayTree,
+    x: PyTree,
+    y: PyTree,
     batch: Any,
     *,
     damping: Damping = 1e-3,
     inverse: Inverse = exact,
     unsupported: capture.Unsupported = capture.error,
-) -> Callable[[chex.ArrayTree], chex.ArrayTree]:
+) -> Callable[[PyTree], PyTree]:
     """Inverts factors that `kronecker.factors` measured, wherever they come from: other batches, or other agents.
 
         v = blockdiag(A ⊗ B + (l2 + damping) I)⁻¹ b

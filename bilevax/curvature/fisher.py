@@ -7,12 +7,12 @@ cotangent of pass k, like the outputs.
 import math
 from collections.abc import Callable
 
-import chex
 import jax
 import jax.numpy as jnp
 
 from bilevax import checks
 from bilevax.curvature.output_loss import OutputLoss
+from bilevax.typing import Array, Key, Scalar
 
 __all__ = ["empirical", "exact", "sampled"]
 
@@ -21,8 +21,8 @@ def __dir__() -> list[str]:
     return __all__
 
 
-Columns = tuple[int, Callable[[chex.Numeric], chex.Array]]
-Fisher = Callable[[chex.PRNGKey | None, OutputLoss, chex.Array, chex.Array], Columns]
+Columns = tuple[int, Callable[[Scalar], Array]]
+Fisher = Callable[[Key | None, OutputLoss, Array, Array], Columns]
 
 
 def sampled(samples: int = 1) -> Fisher:
@@ -52,14 +52,14 @@ def sampled(samples: int = 1) -> Fisher:
     """
     samples = checks.count("samples", samples, minimum=1)
 
-    def columns(key: chex.PRNGKey | None, loss: OutputLoss, outputs: chex.Array, targets: chex.Array) -> Columns:
+    def columns(key: Key | None, loss: OutputLoss, outputs: Array, targets: Array) -> Columns:
         if key is None:
             raise ValueError(
                 "key must be a jax.random.key for fisher.sampled, which draws labels; got None. Pass "
                 "key=jax.random.key(0), or fisher=bx.curvature.fisher.exact."
             )
 
-        def column(k: chex.Numeric) -> chex.Array:
+        def column(k: Scalar) -> Array:
             here = jax.random.fold_in(key, k)
             if loss.draw is not None:
                 u = loss.draw(here, outputs, targets)
@@ -72,7 +72,7 @@ def sampled(samples: int = 1) -> Fisher:
     return columns
 
 
-def exact(key: chex.PRNGKey | None, loss: OutputLoss, outputs: chex.Array, targets: chex.Array) -> Columns:
+def exact(key: Key | None, loss: OutputLoss, outputs: Array, targets: Array) -> Columns:
     """The columns of the root S of the curvature, one after the other: exact, and the same every time ("type 2").
 
         Σ_k u_k u_kᵀ = S Sᵀ = L
@@ -102,14 +102,14 @@ def exact(key: chex.PRNGKey | None, loss: OutputLoss, outputs: chex.Array, targe
     """
     one = jnp.shape(outputs)[1:]
 
-    def column(k: chex.Numeric) -> chex.Array:
+    def column(k: Scalar) -> Array:
         s = (jnp.arange(math.prod(one)) == k).astype(outputs.dtype).reshape(one)
         return loss.root(outputs, targets, jnp.broadcast_to(s[None], jnp.shape(outputs)))
 
     return math.prod(one), column
 
 
-def empirical(key: chex.PRNGKey | None, loss: OutputLoss, outputs: chex.Array, targets: chex.Array) -> Columns:
+def empirical(key: Key | None, loss: OutputLoss, outputs: Array, targets: Array) -> Columns:
     """The gradient at the true labels: biased, for comparison with others that use it.
 
         u = ∇_z loss(z, target)

@@ -3,11 +3,12 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
-Damping = chex.Numeric | Callable[[chex.Array], chex.Numeric]
+from bilevax.typing import Array, Scalar
+
+Damping = Scalar | Callable[[Array], Scalar]
 
 
 class Eigen(NamedTuple):
@@ -24,9 +25,9 @@ class Eigen(NamedTuple):
         ('qa', 'qb', 'eigenvalues')
     """
 
-    qa: chex.Array | None
-    qb: chex.Array
-    eigenvalues: chex.Array
+    qa: Array | None
+    qb: Array
+    eigenvalues: Array
 
 
 class Cholesky(NamedTuple):
@@ -42,8 +43,8 @@ class Cholesky(NamedTuple):
         [[2.0]]
     """
 
-    a: chex.Array
-    b: chex.Array
+    a: Array
+    b: Array
 
 
 class Inverse(NamedTuple):
@@ -62,46 +63,46 @@ class Inverse(NamedTuple):
         [[1.0]]
     """
 
-    decompose: Callable[[chex.Array, chex.Array, chex.Numeric], Any]
-    solve: Callable[[Any, chex.Numeric, chex.Array], chex.Array]
-    eigenvalues: Callable[[Any], chex.Array] | None
+    decompose: Callable[[Array, Array, Scalar], Any]
+    solve: Callable[[Any, Scalar, Array], Array]
+    eigenvalues: Callable[[Any], Array] | None
 
 
-def _symmetric(matrix: chex.Array) -> chex.Array:
+def _symmetric(matrix: Array) -> Array:
     return (matrix + jnp.swapaxes(matrix, -1, -2)) / 2
 
 
-def _positive_eigh(matrix: chex.Array) -> tuple[chex.Array, chex.Array]:
+def _positive_eigh(matrix: Array) -> tuple[Array, Array]:
     eigenvalues, vectors = jnp.linalg.eigh(_symmetric(matrix))
     return jnp.maximum(eigenvalues, 0), vectors
 
 
-def eigen(a: chex.Array, b: chex.Array, delta: chex.Numeric = 0.0) -> Eigen:
+def eigen(a: Array, b: Array, delta: Scalar = 0.0) -> Eigen:
     """A ⊗ B = (Q_A ⊗ Q_B) diag(d_A d_Bᵀ) (Q_A ⊗ Q_B)ᵀ, with negative eigenvalues (rounding) as 0."""
     db, qb = _positive_eigh(b)
     da, qa = (a, None) if a.ndim < b.ndim else _positive_eigh(a)
     return Eigen(qa, qb, da[..., :, None] * db[..., None, :])
 
 
-def rotate(parts: Eigen, v: chex.Array) -> chex.Array:
+def rotate(parts: Eigen, v: Array) -> Array:
     """Q_Aᵀ v Q_B."""
     inside = v @ parts.qb
     return inside if parts.qa is None else jnp.swapaxes(parts.qa, -1, -2) @ inside
 
 
-def eigen_solve(parts: Eigen, delta: chex.Numeric, v: chex.Array) -> chex.Array:
+def eigen_solve(parts: Eigen, delta: Scalar, v: Array) -> Array:
     """Q_A [(Q_Aᵀ v Q_B) / (eigenvalues + delta)] Q_Bᵀ."""
     inside = rotate(parts, v) / (parts.eigenvalues + delta)
     inside = inside @ jnp.swapaxes(parts.qb, -1, -2)
     return inside if parts.qa is None else parts.qa @ inside
 
 
-def trace_mean(matrix: chex.Array, diagonal: bool) -> chex.Array:
+def trace_mean(matrix: Array, diagonal: bool) -> Array:
     """The mean eigenvalue of a matrix, or of a diagonal one given by its diagonal."""
     return jnp.mean(matrix if diagonal else jnp.diagonal(matrix, axis1=-2, axis2=-1), axis=-1)
 
 
-def _cholesky(a: chex.Array, b: chex.Array, delta: chex.Numeric) -> Cholesky:
+def _cholesky(a: Array, b: Array, delta: Scalar) -> Cholesky:
     diagonal = a.ndim < b.ndim
     mean_a, mean_b = trace_mean(a, diagonal), trace_mean(b, False)
     some = (mean_a > 0) & (mean_b > 0)
@@ -115,8 +116,8 @@ def _cholesky(a: chex.Array, b: chex.Array, delta: chex.Numeric) -> Cholesky:
     return Cholesky(root, jnp.linalg.cholesky(damped))
 
 
-def _cholesky_solve(parts: Cholesky, delta: chex.Numeric, v: chex.Array) -> chex.Array:
-    def solve(root: chex.Array, right: chex.Array) -> chex.Array:
+def _cholesky_solve(parts: Cholesky, delta: Scalar, v: Array) -> Array:
+    def solve(root: Array, right: Array) -> Array:
         half = jax.lax.linalg.triangular_solve(root, right, left_side=True, lower=True)
         return jax.lax.linalg.triangular_solve(root, half, left_side=True, lower=True, transpose_a=True)
 

@@ -11,7 +11,6 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -26,6 +25,7 @@ from bilevax.curvature.output_loss import OutputLoss
 from bilevax.curvature.sharing import Sharing, expand
 from bilevax.problem import Loss, widen
 from bilevax.sampling import split
+from bilevax.typing import Array, Key, PyTree, Scalar
 
 __all__ = ["Cholesky", "Diagonal", "Eigen", "Inverse", "Kronecker", "exact", "factored", "factors"]
 
@@ -34,7 +34,7 @@ def __dir__() -> list[str]:
     return __all__
 
 
-Positions = Callable[[Any], chex.Array]
+Positions = Callable[[Any], Array]
 
 
 class Kronecker(NamedTuple):
@@ -51,18 +51,18 @@ class Kronecker(NamedTuple):
         [[3.0]]
     """
 
-    a: chex.Array
-    count: chex.Array
-    b: chex.Array
+    a: Array
+    count: Array
+    b: Array
 
     @property
-    def A(self) -> chex.Array:  # noqa: N802
+    def A(self) -> Array:  # noqa: N802
         """The normalised factor A = a / count; 0 where every weight is 0."""
         count = jnp.where(self.count > 0, self.count, 1)
         return self.a / count.reshape(count.shape + (1,) * (self.a.ndim - count.ndim))
 
     @property
-    def B(self) -> chex.Array:  # noqa: N802
+    def B(self) -> Array:  # noqa: N802
         """The factor B."""
         return self.b
 
@@ -79,7 +79,7 @@ class Diagonal(NamedTuple):
         1.0
     """
 
-    diagonal: chex.Array
+    diagonal: Array
 
 
 class TracedLoss(NamedTuple):
@@ -97,12 +97,12 @@ class TracedLoss(NamedTuple):
     """
 
     captured: capture.Capture
-    leaves: list[chex.Array]
+    leaves: list[Array]
     loss: OutputLoss
     targets: Any
-    scale: Callable[[chex.Array], chex.Array]
-    q: chex.Array
-    mask: chex.Array | None
+    scale: Callable[[Array], Array]
+    q: Array
+    mask: Array | None
     sharing: Callable[[str], Sharing]
 
 
@@ -128,13 +128,13 @@ def trace_loss(
         checks.instance("sharing", chosen, Sharing, "Return bx.curvature.expand or bx.curvature.reduce for every name.")
         return chosen
 
-    def scale(outputs: chex.Array) -> chex.Array:
+    def scale(outputs: Array) -> Array:
         return loss.scale(jax.eval_shape(loss.loss.value, outputs, targets), x, batch)
 
     return TracedLoss(captured, leaves, loss.loss, targets, scale, q, mask, choose)
 
 
-def _mask(loss: ModelLoss, batch: Any, positions: Positions | None, captured: capture.Capture) -> chex.Array | None:
+def _mask(loss: ModelLoss, batch: Any, positions: Positions | None, captured: capture.Capture) -> Array | None:
     if positions is None:
         return None if loss.mask is None else jnp.asarray(loss.mask(batch)).reshape(captured.examples, -1)
     mask = jnp.asarray(positions(batch))
@@ -151,15 +151,15 @@ def _mask(loss: ModelLoss, batch: Any, positions: Positions | None, captured: ca
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _observed(statistic: Callable, outputs: chex.Array, residual: Any, dummy: Any) -> chex.Array:
+def _observed(statistic: Callable, outputs: Array, residual: Any, dummy: Any) -> Array:
     return outputs
 
 
-def _observed_forward(statistic: Callable, outputs: chex.Array, residual: Any, dummy: Any) -> tuple:
+def _observed_forward(statistic: Callable, outputs: Array, residual: Any, dummy: Any) -> tuple:
     return outputs, residual
 
 
-def _observed_backward(statistic: Callable, residual: Any, u: chex.Array) -> tuple:
+def _observed_backward(statistic: Callable, residual: Any, u: Array) -> tuple:
     return u, None, statistic(residual, u)
 
 
@@ -169,12 +169,12 @@ _observed.defvjp(_observed_forward, _observed_backward)
 class Residual(NamedTuple):
     """What a use keeps for its backward pass."""
 
-    inputs: chex.Array
-    mask: chex.Array | None
-    q: chex.Array
+    inputs: Array
+    mask: Array | None
+    q: Array
     basis: Any
 
-    def activations(self, rows: RowReaders, block: capture.Block) -> tuple[chex.Array, chex.Array]:
+    def activations(self, rows: RowReaders, block: capture.Block) -> tuple[Array, Array]:
         """Rows ā [N, T, rows] (ids [N, T] of an embedding), and the mask of their positions [N, T]."""
         a, dtype = rows.inputs(self.inputs), self.q.dtype
         mask = jnp.ones(a.shape[:2], dtype)
@@ -186,7 +186,7 @@ class Residual(NamedTuple):
         return jnp.concatenate([a.astype(dtype), *ones], axis=-1), mask
 
 
-def _sums(rows: RowReaders, block: capture.Block, sharing: Sharing, residual: Residual, u: chex.Array) -> Kronecker:
+def _sums(rows: RowReaders, block: capture.Block, sharing: Sharing, residual: Residual, u: Array) -> Kronecker:
     (a, mask), q = residual.activations(rows, block), residual.q
     u = rows.outputs(u).astype(q.dtype)
     if block.rule == "embedding":
@@ -198,7 +198,7 @@ def _sums(rows: RowReaders, block: capture.Block, sharing: Sharing, residual: Re
     return Kronecker(jnp.einsum("nti,nt,ntj->ij", a, mass, a), jnp.sum(mass), jnp.einsum("nti,ntj->ij", u, u))
 
 
-def _squares(rows: RowReaders, block: capture.Block, sharing: Sharing, residual: Residual, u: chex.Array) -> chex.Array:
+def _squares(rows: RowReaders, block: capture.Block, sharing: Sharing, residual: Residual, u: Array) -> Array:
     """Σ_n (Q_Aᵀ Σ_t ā_nt u_ntᵀ Q_B)², element by element."""
     (a, _), q, basis = residual.activations(rows, block), residual.q, residual.basis
     u = rows.outputs(u).astype(q.dtype) @ basis.qb
@@ -211,7 +211,7 @@ def _squares(rows: RowReaders, block: capture.Block, sharing: Sharing, residual:
     return jax.lax.scan(lambda total, au: (total + (au[0].T @ au[1]) ** 2, None), zero, (a, u))[0]
 
 
-def _table_squares(ids: chex.Array, u: chex.Array, size: int) -> chex.Array:
+def _table_squares(ids: Array, u: Array, size: int) -> Array:
     """Σ_n (Σ_t e_id(n,t) u_ntᵀ)²: positions of one example with the same id add up before they are squared."""
     same = (ids[:, :, None] == ids[:, None, :]).astype(u.dtype)
     first = jnp.argmax(same, axis=2) == jnp.arange(ids.shape[1])[None]
@@ -223,7 +223,7 @@ def _passes(here: TracedLoss, statistic: Callable, bases: dict[int, Any], dummie
     """The outputs, and the pull-back from a cotangent of them to what every block makes of it."""
     blocks = {block.leaf: block for block in here.captured.blocks}
 
-    def kronecker(slot: Any, use: Use, rows: RowReaders, outputs: chex.Array, inputs: chex.Array) -> chex.Array:
+    def kronecker(slot: Any, use: Use, rows: RowReaders, outputs: Array, inputs: Array) -> Array:
         if slot is None or blocks[use.leaf].rule != use.rule:
             return outputs
         block = blocks[use.leaf]
@@ -232,12 +232,12 @@ def _passes(here: TracedLoss, statistic: Callable, bases: dict[int, Any], dummie
         measure = functools.partial(statistic, rows, block, here.sharing(block.name))
         return _observed(measure, outputs, residual, dummy)
 
-    def elementwise(slot: Any, use: Use, leaf: chex.Array) -> chex.Array | None:
+    def elementwise(slot: Any, use: Use, leaf: Array) -> Array | None:
         return None if slot is None or blocks[use.leaf].rule != use.rule else leaf[None] + slot[0].astype(leaf.dtype)
 
     visitor = Visitor({}, kronecker, elementwise, lambda use: None)
 
-    def outputs(dummies: dict[int, Any], probed: dict[int, chex.Array]) -> chex.Array:
+    def outputs(dummies: dict[int, Any], probed: dict[int, Array]) -> Array:
         slots = {leaf: (dummy, bases.get(leaf, ())) for leaf, dummy in dummies.items()}
         leaves = [probed.get(leaf, value) for leaf, value in enumerate(here.leaves)]
         return here.captured.run(visitor._replace(slots=slots), leaves)
@@ -259,7 +259,7 @@ def _dummies(here: TracedLoss, kronecker: Callable[[capture.Block], Any]) -> dic
     return dummies
 
 
-def _total(columns: int, term: Callable[[chex.Numeric], Any]) -> Any:
+def _total(columns: int, term: Callable[[Scalar], Any]) -> Any:
     """The sum of `term(k)` over the columns, one after the other."""
     first = term(0)
     if columns == 1:
@@ -268,7 +268,7 @@ def _total(columns: int, term: Callable[[chex.Numeric], Any]) -> Any:
     return jax.lax.fori_loop(1, columns, add, first)
 
 
-def measure(key: chex.PRNGKey | None, here: TracedLoss, fisher: Fisher) -> tuple[dict[str, Any], int]:
+def measure(key: Key | None, here: TracedLoss, fisher: Fisher) -> tuple[dict[str, Any], int]:
     """The factors of every block by name, and the number of backward passes."""
     label_key, sign_key = split(key, 2)
     blocks = {block.leaf: block for block in here.captured.blocks}
@@ -283,7 +283,7 @@ def measure(key: chex.PRNGKey | None, here: TracedLoss, fisher: Fisher) -> tuple
     columns, column = fisher(label_key, here.loss, outputs, here.targets)
     root = jnp.sqrt(here.scale(outputs))[..., None]
 
-    def term(k: chex.Numeric) -> tuple:
+    def term(k: Scalar) -> tuple:
         cotangent = (column(k) * root).astype(outputs.dtype)
         found, _ = pull(cotangent)
         return {leaf: _curved(blocks[leaf], value) for leaf, value in found.items()}, _probe(
@@ -304,12 +304,12 @@ def measure(key: chex.PRNGKey | None, here: TracedLoss, fisher: Fisher) -> tuple
     return result, columns * (1 + probes)
 
 
-def _curved(block: capture.Block, found: Any) -> chex.Array:
+def _curved(block: capture.Block, found: Any) -> Array:
     """What one column adds to the curvature of a block: B, or the squares of per-example gradients."""
     return found.b if block.matrix is not None else jnp.sum(found**2, axis=len(block.stack))
 
 
-def _probe(key: Any, k: chex.Numeric, blocks: dict, pull: Callable, cotangent: chex.Array) -> dict[int, chex.Array]:
+def _probe(key: Any, k: Scalar, blocks: dict, pull: Callable, cotangent: Array) -> dict[int, Array]:
     """1/R Σ_r (Σ_n ±1 √(w_n/N) J_nᵀ u_n)² for the leaves that no rule covers."""
     probes = {leaf: block.treatment.probes for leaf, block in blocks.items() if block.treatment}
     number = max(probes.values(), default=0)
@@ -320,7 +320,7 @@ def _probe(key: Any, k: chex.Numeric, blocks: dict, pull: Callable, cotangent: c
             "key must be a jax.random.key where capture.diagonal draws signs; got None. Pass key=jax.random.key(0)."
         )
 
-    def one(r: chex.Numeric) -> dict[int, chex.Array]:
+    def one(r: Scalar) -> dict[int, Array]:
         here = jax.random.fold_in(jax.random.fold_in(key, k), r)
         signs = jax.random.rademacher(here, cotangent.shape[:1], cotangent.dtype)
         _, found = pull(cotangent * signs.reshape((-1,) + (1,) * (cotangent.ndim - 1)))
@@ -330,7 +330,7 @@ def _probe(key: Any, k: chex.Numeric, blocks: dict, pull: Callable, cotangent: c
 
 
 def curvatures(
-    key: chex.PRNGKey | None, here: TracedLoss, fisher: Fisher, bases: dict[str, Eigen]
+    key: Key | None, here: TracedLoss, fisher: Fisher, bases: dict[str, Eigen]
 ) -> tuple[dict[str, Eigen], int]:
     """EKFAC: the diagonal of the curvature in the eigenbases of the factors, and the number of backward passes."""
     label_key, _ = split(key, 2)
@@ -345,10 +345,10 @@ def curvatures(
 
 
 def factors(
-    key: chex.PRNGKey | None,
+    key: Key | None,
     inner_loss: Loss,
-    x: chex.ArrayTree,
-    y: chex.ArrayTree,
+    x: PyTree,
+    y: PyTree,
     batch: Any,
     *,
     fisher: Fisher | None = None,

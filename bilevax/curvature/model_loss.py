@@ -13,6 +13,7 @@ from bilevax import checks
 from bilevax.curvature.output_loss import OutputLoss
 from bilevax.curvature.products import Product
 from bilevax.problem import Loss, widen
+from bilevax.typing import Array, PyTree, Scalar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,13 +57,13 @@ class ModelLoss:
         0.375
     """
 
-    model: Callable[[Any, Any], chex.Array]
+    model: Callable[[Any, Any], Array]
     loss: OutputLoss
     split: Callable[[Any, Any], tuple[Any, Any]]
-    weights: Callable[[Any, Any], chex.Array] | None = None
-    l2: chex.Numeric | Callable[[Any], Any] = 0.0
+    weights: Callable[[Any, Any], Array] | None = None
+    l2: Scalar | Callable[[Any], Any] = 0.0
     center: Callable[[Any], Any] | None = None
-    mask: Callable[[Any], chex.Array] | None = None
+    mask: Callable[[Any], Array] | None = None
 
     def __post_init__(self) -> None:
         """Refuses parts of the wrong kind."""
@@ -77,7 +78,7 @@ class ModelLoss:
         else:
             checks.nonnegative("l2", self.l2)
 
-    def __call__(self, x: Any, y: Any, batch: Any) -> chex.Array:
+    def __call__(self, x: Any, y: Any, batch: Any) -> Array:
         """The loss g(x, y) on this batch."""
         inputs, targets = self.inputs_and_targets(x, batch)
         values = widen(self.loss.value(self.model(y, inputs), targets))
@@ -96,7 +97,7 @@ class ModelLoss:
             )
         return parts[0], parts[1]
 
-    def scale(self, values: chex.Array, x: Any, batch: Any) -> chex.Array:
+    def scale(self, values: Array, x: Any, batch: Any) -> Array:
         """w_n m_nt / N, what each of the output loss's values [N, ...] counts, broadcast to them."""
         scale = self.example_scale(jnp.shape(values)[0], values.dtype, x, batch)
         scale = jnp.broadcast_to(scale.reshape(scale.shape + (1,) * (values.ndim - 1)), values.shape)
@@ -110,7 +111,7 @@ class ModelLoss:
             )
         return scale * mask
 
-    def example_scale(self, n: int, dtype: chex.ArrayDType, x: Any, batch: Any) -> chex.Array:
+    def example_scale(self, n: int, dtype: chex.ArrayDType, x: Any, batch: Any) -> Array:
         """w_n / N, what each of the n examples counts, [N]."""
         scale = jnp.full((n,), 1 / n, dtype)
         if self.weights is None:
@@ -154,7 +155,7 @@ def structured(inner_loss: Loss, what: str) -> ModelLoss:
     )
 
 
-def gauss_newton(inner_loss: Loss, x: chex.ArrayTree, y: chex.ArrayTree, batch: Any) -> Product:
+def gauss_newton(inner_loss: Loss, x: PyTree, y: PyTree, batch: Any) -> Product:
     """Products with the generalized Gauss–Newton matrix of a `ModelLoss`, linearized once at this point.
 
         G = 1/N Σ_n w_n J_nᵀ L_n J_n + diag(l2)          J_n = ∂model(y, inputs_n)/∂y,   L_n = S_n S_nᵀ
@@ -193,7 +194,7 @@ def gauss_newton(inner_loss: Loss, x: chex.ArrayTree, y: chex.ArrayTree, batch: 
     scale = inner_loss.scale(jax.eval_shape(inner_loss.loss.value, outputs, targets), x, batch)
     rate, _ = inner_loss.penalty(x, y)
 
-    def product(v: chex.ArrayTree) -> chex.ArrayTree:
+    def product(v: PyTree) -> PyTree:
         narrow = optax.tree.cast_like(v, y)
         curved = scale[..., None] * inner_loss.loss.product(outputs, targets, push(narrow))
         (fit,) = pull(curved.astype(outputs.dtype))

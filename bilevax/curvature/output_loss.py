@@ -3,13 +3,13 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
 
 from bilevax import checks
 from bilevax.problem import widen
+from bilevax.typing import Array, Key
 
 LARGEST = 64  # outputs for which a Hessian is decomposed at every position
 
@@ -29,21 +29,21 @@ class OutputLoss(NamedTuple):
         [2.5]
     """
 
-    value: Callable[[chex.Array, chex.Array], chex.Array]
-    root: Callable[[chex.Array, chex.Array, chex.Array], chex.Array]
-    draw: Callable[[chex.PRNGKey, chex.Array, chex.Array], chex.Array] | None = None
+    value: Callable[[Array, Array], Array]
+    root: Callable[[Array, Array, Array], Array]
+    draw: Callable[[Key, Array, Array], Array] | None = None
 
-    def product(self, outputs: chex.Array, targets: chex.Array, s: chex.Array) -> chex.Array:
+    def product(self, outputs: Array, targets: Array, s: Array) -> Array:
         """The product L s = S Sᵀ s, like the outputs; never negative in sᵀL s, in floating point too."""
 
-        def root(s: chex.Array) -> chex.Array:
+        def root(s: Array) -> Array:
             return self.root(outputs, targets, s)
 
         (half,) = jax.linear_transpose(root, s)(s)
         return root(half)
 
 
-def _component_axis(outputs: chex.Array) -> None:
+def _component_axis(outputs: Array) -> None:
     if jnp.ndim(outputs) < 2:
         raise ValueError(
             f"model must return outputs of shape [N, ..., C]; got {jnp.shape(outputs)}. Add a last axis for the "
@@ -51,7 +51,7 @@ def _component_axis(outputs: chex.Array) -> None:
         )
 
 
-def _same_shape(targets: chex.Array, outputs: chex.Array) -> None:
+def _same_shape(targets: Array, outputs: Array) -> None:
     _component_axis(outputs)
     if jnp.shape(targets) != jnp.shape(outputs):
         raise ValueError(
@@ -60,7 +60,7 @@ def _same_shape(targets: chex.Array, outputs: chex.Array) -> None:
         )
 
 
-def _class_mass(targets: chex.Array, outputs: chex.Array) -> chex.Array:
+def _class_mass(targets: Array, outputs: Array) -> Array:
     """The sum of the targets over the classes, [N, ..., 1]; checks that they are labels or probabilities."""
     _component_axis(outputs)
     if jnp.shape(outputs)[-1] < 2:
@@ -79,49 +79,49 @@ def _class_mass(targets: chex.Array, outputs: chex.Array) -> chex.Array:
     )
 
 
-def _softmax_value(outputs: chex.Array, targets: chex.Array) -> chex.Array:
+def _softmax_value(outputs: Array, targets: Array) -> Array:
     _class_mass(targets, outputs)
     if jnp.ndim(targets) == jnp.ndim(outputs):
         return optax.losses.softmax_cross_entropy(outputs, targets)
     return optax.losses.softmax_cross_entropy_with_integer_labels(outputs, targets)
 
 
-def _softmax_root(outputs: chex.Array, targets: chex.Array, s: chex.Array) -> chex.Array:
+def _softmax_root(outputs: Array, targets: Array, s: Array) -> Array:
     p = jax.nn.softmax(outputs)  # S = diag(√p) − p √pᵀ
     u = jnp.sqrt(p) * s - p * jnp.sum(jnp.sqrt(p) * s, axis=-1, keepdims=True)
     return jnp.sqrt(_class_mass(targets, outputs)) * u
 
 
-def _sigmoid_value(outputs: chex.Array, targets: chex.Array) -> chex.Array:
+def _sigmoid_value(outputs: Array, targets: Array) -> Array:
     _same_shape(targets, outputs)
     return jnp.sum(optax.losses.sigmoid_binary_cross_entropy(outputs, targets), axis=-1)
 
 
-def _sigmoid_root(outputs: chex.Array, targets: chex.Array, s: chex.Array) -> chex.Array:
+def _sigmoid_root(outputs: Array, targets: Array, s: Array) -> Array:
     return jnp.sqrt(jax.nn.sigmoid(outputs) * jax.nn.sigmoid(-outputs)) * s
 
 
-def _squared_value(outputs: chex.Array, targets: chex.Array) -> chex.Array:
+def _squared_value(outputs: Array, targets: Array) -> Array:
     _same_shape(targets, outputs)
     return 0.5 * jnp.sum((outputs - targets) ** 2, axis=-1)
 
 
-def _squared_root(outputs: chex.Array, targets: chex.Array, s: chex.Array) -> chex.Array:
+def _squared_root(outputs: Array, targets: Array, s: Array) -> Array:
     return s
 
 
-def _softmax_draw(key: chex.PRNGKey, outputs: chex.Array, targets: chex.Array) -> chex.Array:
+def _softmax_draw(key: Key, outputs: Array, targets: Array) -> Array:
     labels = jax.random.categorical(key, outputs)
     u = jax.nn.softmax(outputs) - jax.nn.one_hot(labels, outputs.shape[-1], dtype=outputs.dtype)
     return jnp.sqrt(_class_mass(targets, outputs)) * u
 
 
-def _sigmoid_draw(key: chex.PRNGKey, outputs: chex.Array, targets: chex.Array) -> chex.Array:
+def _sigmoid_draw(key: Key, outputs: Array, targets: Array) -> Array:
     p = jax.nn.sigmoid(outputs)
     return p - jax.random.bernoulli(key, p).astype(outputs.dtype)
 
 
-def _squared_draw(key: chex.PRNGKey, outputs: chex.Array, targets: chex.Array) -> chex.Array:
+def _squared_draw(key: Key, outputs: Array, targets: Array) -> Array:
     return jax.random.normal(key, outputs.shape, outputs.dtype)
 
 
@@ -133,7 +133,7 @@ squared_error = OutputLoss(_squared_value, _squared_root, _squared_draw)
 """½ Σ_c (z_c − t_c)²; targets like the outputs. L = I."""
 
 
-def convex(value: Callable[[chex.Array, chex.Array], chex.Array]) -> OutputLoss:
+def convex(value: Callable[[Array, Array], Array]) -> OutputLoss:
     """Any convex loss of a few outputs, through its Hessian [C, C] at every position.
 
         S = Q √Λ   with   ∂²value/∂z² = Q Λ Qᵀ
@@ -159,7 +159,7 @@ def convex(value: Callable[[chex.Array, chex.Array], chex.Array]) -> OutputLoss:
     """
     checks.function("value", value, "outputs", "targets")
 
-    def checked(outputs: chex.Array, targets: chex.Array) -> chex.Array:
+    def checked(outputs: Array, targets: Array) -> Array:
         _component_axis(outputs)
         values = value(outputs, targets)
         if jnp.shape(values) != jnp.shape(outputs)[:-1]:
@@ -169,7 +169,7 @@ def convex(value: Callable[[chex.Array, chex.Array], chex.Array]) -> OutputLoss:
             )
         return values
 
-    def root(outputs: chex.Array, targets: chex.Array, s: chex.Array) -> chex.Array:
+    def root(outputs: Array, targets: Array, s: Array) -> Array:
         _component_axis(outputs)
         size = outputs.shape[-1]
         if size > LARGEST:

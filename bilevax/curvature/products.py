@@ -6,18 +6,18 @@ Every curvature is a function `(inner_loss, x, y, batch) -> product`, and `produ
 from collections.abc import Callable
 from typing import Any
 
-import chex
 import jax
 import optax
 
 from bilevax import checks
 from bilevax.problem import Loss, inner_gradient
+from bilevax.typing import PyTree, Scalar
 
-Product = Callable[[chex.ArrayTree], chex.ArrayTree]
+Product = Callable[[PyTree], PyTree]
 Curvature = Callable[[Loss, Any, Any, Any], Product]
 
 
-def hessian(inner_loss: Loss, x: chex.ArrayTree, y: chex.ArrayTree, batch: Any) -> Product:
+def hessian(inner_loss: Loss, x: PyTree, y: PyTree, batch: Any) -> Product:
     """Products with H = ∇²_yy g(x, y), linearized once at this point (forward over reverse).
 
     Args:
@@ -48,7 +48,7 @@ def hessian(inner_loss: Loss, x: chex.ArrayTree, y: chex.ArrayTree, batch: Any) 
     return lambda v: optax.tree.cast_like(push(optax.tree.cast_like(v, y)), v)
 
 
-def cross(inner_loss: Loss, x: chex.ArrayTree, y: chex.ArrayTree, batch: Any) -> Product:
+def cross(inner_loss: Loss, x: PyTree, y: PyTree, batch: Any) -> Product:
     """Products with the cross derivative ∇²_xy g(x, y), of shape [dim x, dim y].
 
     Args:
@@ -75,7 +75,7 @@ def cross(inner_loss: Loss, x: chex.ArrayTree, y: chex.ArrayTree, batch: Any) ->
     return lambda v: pull_back(v)[0]
 
 
-def damped(product: Product, damping: chex.Numeric) -> Product:
+def damped(product: Product, damping: Scalar) -> Product:
     """Adds a multiple of the identity: v ↦ product(v) + damping · v.
 
     Args:

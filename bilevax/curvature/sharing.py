@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-import chex
 import jax.numpy as jnp
+
+from bilevax.typing import Array
 
 
 class Sharing(NamedTuple):
@@ -21,12 +22,12 @@ class Sharing(NamedTuple):
         [[[3.0, 3.0]]]
     """
 
-    inputs: Callable[[chex.Array, chex.Array], chex.Array]
-    outputs: Callable[[chex.Array], chex.Array]
+    inputs: Callable[[Array, Array], Array]
+    outputs: Callable[[Array], Array]
     per_position: bool
 
 
-def _mean(a: chex.Array, mask: chex.Array) -> chex.Array:
+def _mean(a: Array, mask: Array) -> Array:
     count = jnp.sum(mask, axis=1)[:, None, None]
     return jnp.sum(a * mask[:, :, None], axis=1, keepdims=True) / jnp.where(count > 0, count, 1)
 

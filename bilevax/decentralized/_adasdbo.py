@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -16,6 +15,7 @@ from bilevax.single_loop.correction.correction_type import share
 from bilevax.single_loop.estimator.estimator_type import draw
 from bilevax.single_loop.local_directions import second_order
 from bilevax.single_loop.method import Info, State, check_start, check_step, moved, read_gossips
+from bilevax.typing import Key, PyTree, Scalar
 
 
 def adasdbo(
@@ -24,7 +24,7 @@ def adasdbo(
     step_sizes: Any,
     *,
     sample: Sample = full,
-    accumulated: chex.Numeric = 1.0,
+    accumulated: Scalar = 1.0,
 ) -> Algorithm:
     """Adaptive single-loop decentralized bilevel optimization: steps that need no constant of the problem.
 
@@ -74,14 +74,14 @@ def adasdbo(
     checks.scalar("accumulated", accumulated)
     checks.positive("accumulated", accumulated)
 
-    def init(x: chex.ArrayTree, y: chex.ArrayTree, batch: Batch | None = None) -> State:
+    def init(x: PyTree, y: PyTree, batch: Batch | None = None) -> State:
         check_start(gossips.x, x, y, batch)
         point = Levels(arrays(x), arrays(y), optax.tree.zeros_like(arrays(y)))
         m = jnp.full(gossips.x.agents().shape, accumulated, jnp.result_type(norm(x), norm(y)))
         mixing = Levels(*(one.init((s, m)) for one, s in zip(gossips, point, strict=True)))
         return State(jnp.zeros((), jnp.int32), *point, (), Levels(m, m, m), mixing)
 
-    def step(key: chex.PRNGKey | None, state: State, batch: Batch) -> tuple[State, Info]:
+    def step(key: Key | None, state: State, batch: Batch) -> tuple[State, Info]:
         check_step(gossips.x, key, state, State, batch)
         agents = gossips.x.agents()
         key, start = fold(key, state.k), Levels(state.x, state.y, state.v)

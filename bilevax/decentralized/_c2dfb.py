@@ -2,7 +2,6 @@
 
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -16,6 +15,7 @@ from bilevax.single_loop.correction._tracking import tracking_non_atc
 from bilevax.single_loop.estimator.estimator_type import draw
 from bilevax.single_loop.method import Info, check_start, check_step, moved, read_gossips
 from bilevax.single_loop.step_sizes import move, read_steps
+from bilevax.typing import Array, Key, PyTree, Scalar
 
 
 class C2DFBState(NamedTuple):
@@ -34,10 +34,10 @@ class C2DFBState(NamedTuple):
         ('k', 'x', 'y', 'penalized', 'corrections')
     """
 
-    k: chex.Array
-    x: chex.ArrayTree
-    y: chex.ArrayTree
-    penalized: chex.ArrayTree
+    k: Array
+    x: PyTree
+    y: PyTree
+    penalized: PyTree
     corrections: Levels
 
 
@@ -47,9 +47,9 @@ def c2dfb(
     step_sizes: Any,
     *,
     steps: int,
-    multiplier: chex.Numeric,
+    multiplier: Scalar,
     compressor: Compressor,
-    gossip_step: chex.Numeric,
+    gossip_step: Scalar,
     sample: Sample = full,
 ) -> Algorithm:
     """Compressed decentralized first-order bilevel optimization.
@@ -117,7 +117,7 @@ def c2dfb(
     inner_loss = checks.scalar_loss("inner_loss", problem.inner_loss)
     correction = tracking_non_atc()
 
-    def penalized_loss(x: Any, y: Any, batch: Batch) -> chex.Array:
+    def penalized_loss(x: Any, y: Any, batch: Batch) -> Array:
         return inner_loss(x, y, batch.inner) + outer_loss(x, y, batch.outer) / multiplier
 
     def outer_direction(x: Any, y: Any, penalized: Any, batch: Batch) -> Any:
@@ -128,7 +128,7 @@ def c2dfb(
     def setting(point: Levels, batch: Any, key: Any = None) -> Setting:
         return Setting(problem, point, batch, key, plain.x.agents())
 
-    def init(x: chex.ArrayTree, y: chex.ArrayTree, batch: Batch | None = None) -> C2DFBState:
+    def init(x: PyTree, y: PyTree, batch: Batch | None = None) -> C2DFBState:
         check_start(plain.x, x, y, batch)
         point = Levels(arrays(x), arrays(y), arrays(y))
         memories = Levels(
@@ -139,13 +139,13 @@ def c2dfb(
         )
         return C2DFBState(jnp.zeros((), jnp.int32), *point, memories)
 
-    def step(key: chex.PRNGKey | None, state: C2DFBState, batch: Batch) -> tuple[C2DFBState, Info]:
+    def step(key: Key | None, state: C2DFBState, batch: Batch) -> tuple[C2DFBState, Info]:
         check_step(plain.x, key, state, C2DFBState, batch)
         agents = plain.x.agents()
         key, start = fold(key, state.k), Levels(state.x, state.y, state.penalized)
         how = [move(one, state.k, setting(start, batch, fold(key, 3))) for one in sizes]
 
-        def inner(carry: tuple, t: chex.Array) -> tuple[tuple, chex.Array]:
+        def inner(carry: tuple, t: Array) -> tuple[tuple, Array]:
             (y, of_y), (z, of_z) = carry
             now = fold(fold(key, 1), t)
             data = draw(fold(now, 0), sample, state.k, batch, agents)

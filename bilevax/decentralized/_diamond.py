@@ -2,13 +2,12 @@
 
 from typing import Any
 
-import chex
-
 from bilevax.decentralized._interact import personal
 from bilevax.problem import Algorithm, BilevelProblem
 from bilevax.sampling import Sample
 from bilevax.single_loop.correction.correction_type import Correction
 from bilevax.single_loop.estimator import storm
+from bilevax.typing import Scalar
 
 
 def diamond(
@@ -19,7 +18,7 @@ def diamond(
     sample: Sample,
     momentum: Any,
     terms: int,
-    inverse_step: chex.Numeric,
+    inverse_step: Scalar,
     correction: Correction | None = None,
 ) -> Algorithm:
     """Single-loop stochastic INTERACT: momentum and tracking without ever a full gradient.

@@ -2,14 +2,13 @@
 
 from typing import Any
 
-import chex
-
 from bilevax.decentralized._dsoba import averaged_outer
 from bilevax.problem import Algorithm, BilevelProblem
 from bilevax.sampling import Sample, full
 from bilevax.single_loop.correction._none import none
 from bilevax.single_loop.engine import single_loop
 from bilevax.single_loop.local_directions import first_order
+from bilevax.typing import Scalar
 
 
 def dsoba_first_order(
@@ -19,7 +18,7 @@ def dsoba_first_order(
     *,
     sample: Sample = full,
     momentum: Any = 1.0,
-    mu: chex.Numeric = 1e-3,
+    mu: Scalar = 1e-3,
 ) -> Algorithm:
     """Decentralized single-loop bilevel descent, first-order form: `dsoba` without second derivatives.
 

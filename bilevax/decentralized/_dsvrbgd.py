@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import chex
 import jax.numpy as jnp
 
 from bilevax import checks
@@ -12,6 +11,7 @@ from bilevax.single_loop._levels import Levels, at, levels
 from bilevax.single_loop.correction._tracking import tracking_non_atc
 from bilevax.single_loop.engine import GAUSS_SEIDEL, JACOBI, single_loop
 from bilevax.single_loop.estimator import storm
+from bilevax.typing import Scalar
 
 
 def dsvrbgd(
@@ -21,7 +21,7 @@ def dsvrbgd(
     *,
     sample: Sample,
     momentum: Any,
-    rate: chex.Numeric,
+    rate: Scalar,
     alternating: bool = False,
 ) -> Algorithm:
     """Decentralized stochastic variance-reduced bilevel gradient descent, all levels at once or in turn.
@@ -83,7 +83,7 @@ def dsvrbgd(
     return single_loop(problem, gossip, step_sizes, estimator, tracking_non_atc(rate=rate), order=order)
 
 
-def averaging_weights(momentum: Any, rate: chex.Numeric) -> Levels:
+def averaging_weights(momentum: Any, rate: Scalar) -> Levels:
     """The schedules a = min(1, α η²) of momentum α at rate η; raises ValueError where these are out of range."""
     factors = levels("momentum", momentum)
     for factor in factors:

@@ -2,7 +2,6 @@
 
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -18,6 +17,7 @@ from bilevax.single_loop.correction.correction_type import share
 from bilevax.single_loop.estimator.estimator_type import draw
 from bilevax.single_loop.method import Info, State, check_start, check_step, moved
 from bilevax.single_loop.step_sizes import move, read_steps
+from bilevax.typing import Array, Key, PyTree, Scalar
 
 
 class Tracked(NamedTuple):
@@ -36,11 +36,11 @@ class Tracked(NamedTuple):
         ('outer_x', 'outer_y', 'inner_y', 'cross', 'hessians')
     """
 
-    outer_x: chex.ArrayTree
-    outer_y: chex.Array
-    inner_y: chex.Array
-    cross: chex.ArrayTree
-    hessians: chex.Array
+    outer_x: PyTree
+    outer_y: Array
+    inner_y: Array
+    cross: PyTree
+    hessians: Array
 
 
 def gbdsbo(
@@ -50,7 +50,7 @@ def gbdsbo(
     *,
     sample: Sample = full,
     terms: int | None = None,
-    inverse_step: chex.Numeric | None = None,
+    inverse_step: Scalar | None = None,
 ) -> Algorithm:
     """Gossip-based decentralized stochastic bilevel optimization: gradients, Jacobians and Hessians are all averaged.
 
@@ -128,7 +128,7 @@ def gbdsbo(
             outer_x, ravel_pytree(outer_y)[0], gradient, cross, jnp.stack([hessian for *_, hessian in products])
         )
 
-    def inverse(hessians: chex.Array, b: chex.Array) -> chex.Array:
+    def inverse(hessians: Array, b: Array) -> Array:
         if terms is None:
             return jnp.linalg.solve(widen(hessians[0]), widen(b))
         term, v = b, b
@@ -137,7 +137,7 @@ def gbdsbo(
             v = v + term
         return inverse_step * v
 
-    def init(x: chex.ArrayTree, y: chex.ArrayTree, batch: Batch | None = None) -> State:
+    def init(x: PyTree, y: PyTree, batch: Batch | None = None) -> State:
         check_start(gossip, x, y, batch)
         x, y = arrays(x), arrays(y)
         one = jax.tree.map(lambda leaf: leaf[0], y)
@@ -150,7 +150,7 @@ def gbdsbo(
         moves = tuple(move(step, 0, setting).init(s) for step, s in zip(steps[:2], (x, y), strict=True))
         return State(jnp.zeros((), jnp.int32), x, y, (), (), zeros, (zeros, gossip.init((x, y, zeros)), moves))
 
-    def step(key: chex.PRNGKey | None, state: State, batch: Batch) -> tuple[State, Info]:
+    def step(key: Key | None, state: State, batch: Batch) -> tuple[State, Info]:
         check_step(gossip, key, state, State, batch)
         agents = gossip.agents()
         key, (mixed, mixing, moves) = fold(key, state.k), state.corrections
@@ -161,7 +161,7 @@ def gbdsbo(
         v = jax.vmap(inverse)(t.hessians, t.outer_y)
         unravel = ravel_pytree(jax.tree.map(lambda leaf: leaf[0], state.y))[1]
 
-        def outer(direct: Any, cross: Any, v: chex.Array) -> Any:
+        def outer(direct: Any, cross: Any, v: Array) -> Any:
             return jax.tree.map(lambda d, rows: (d - jnp.tensordot(v, rows, 1)).astype(d.dtype), direct, cross)
 
         along = jax.vmap(outer)(t.outer_x, t.cross, v), jax.vmap(unravel)(t.inner_y)

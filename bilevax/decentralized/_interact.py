@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import chex
-
 from bilevax import checks
 from bilevax.problem import Algorithm, BilevelProblem
 from bilevax.sampling import Sample
@@ -14,6 +12,7 @@ from bilevax.single_loop.correction.correction_type import Correction
 from bilevax.single_loop.engine import single_loop
 from bilevax.single_loop.estimator import Estimator, full, spider
 from bilevax.single_loop.local_directions import own_neumann
+from bilevax.typing import Scalar
 
 
 def interact(
@@ -22,7 +21,7 @@ def interact(
     step_sizes: Any,
     *,
     terms: int,
-    inverse_step: chex.Numeric,
+    inverse_step: Scalar,
     correction: Correction | None = None,
 ) -> Algorithm:
     """Gradient tracking of local hypergradients, exact derivatives, personalised lower level.
@@ -73,7 +72,7 @@ def interact_svr(
     step_sizes: Any,
     *,
     terms: int,
-    inverse_step: chex.Numeric,
+    inverse_step: Scalar,
     every: int,
     sample: Sample,
     correction: Correction | None = None,
@@ -125,7 +124,7 @@ def personal(
     step_sizes: Any,
     estimator: Estimator,
     terms: int,
-    inverse_step: chex.Numeric,
+    inverse_step: Scalar,
     correction: Correction | None,
 ) -> Algorithm:
     """A common x that is corrected, a y of each agent's own, and hypergradients by its own Neumann series."""

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -17,6 +16,7 @@ from bilevax.single_loop.correction._tracking import tracking_non_atc
 from bilevax.single_loop.estimator.estimator_type import draw, from_one, rates_of
 from bilevax.single_loop.method import Info, State, check_start, check_step, moved, read_gossips
 from bilevax.single_loop.step_sizes import move, read_steps
+from bilevax.typing import Array, Key, PyTree
 
 
 def ma_dsbo(
@@ -91,25 +91,25 @@ def ma_dsbo(
         how = move(getattr(sizes, name), 0, Setting(problem, point, batch))
         return getattr(corrections, name).init(getattr(gossips, name), getattr(point, name), how)
 
-    def init(x: chex.ArrayTree, y: chex.ArrayTree, batch: Batch | None = None) -> State:
+    def init(x: PyTree, y: PyTree, batch: Batch | None = None) -> State:
         check_start(gossips.x, x, y, batch)
         point = Levels(arrays(x), arrays(y), optax.tree.zeros_like(arrays(y)))
         memories = Levels(*(memory(name, point, batch) for name in Levels._fields))
         return State(jnp.zeros((), jnp.int32), *point, (), optax.tree.zeros_like(point.x), memories)
 
-    def step(key: chex.PRNGKey | None, state: State, batch: Batch) -> tuple[State, Info]:
+    def step(key: Key | None, state: State, batch: Batch) -> tuple[State, Info]:
         check_step(gossips.x, key, state, State, batch)
         agents = gossips.x.agents()
         key, start = fold(key, state.k), Levels(state.x, state.y, state.v)
         sent = []
 
-        def loop(name: str, point: Levels, old: Any, direction: Any) -> tuple[chex.ArrayTree, Any]:
+        def loop(name: str, point: Levels, old: Any, direction: Any) -> tuple[PyTree, Any]:
             """`counts` moves of one level, each along `direction(key, s)`."""
             place = Levels._fields.index(name)
             level_key = fold(key, 1 + place)
             how = move(getattr(sizes, name), state.k, Setting(problem, point, batch, fold(key, 4 + place), agents))
 
-            def once(carry: tuple, t: chex.Array) -> tuple[tuple, chex.Array]:
+            def once(carry: tuple, t: Array) -> tuple[tuple, Array]:
                 s, old = carry
                 now = fold(level_key, t)
                 s, old, sent_now = getattr(corrections, name).update(
@@ -121,7 +121,7 @@ def ma_dsbo(
             sent.append(messages.sum(0))
             return carry
 
-        def inner_direction(now: Any, y: chex.ArrayTree) -> chex.ArrayTree:
+        def inner_direction(now: Any, y: PyTree) -> PyTree:
             data = draw(now, sample, state.k, batch, agents).inner
             return jax.vmap(jax.grad(inner_loss, argnums=1))(start.x, y, data)
 

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import chex
-
 from bilevax.decentralized._sldbo import tracked
 from bilevax.problem import Algorithm, BilevelProblem
 from bilevax.single_loop._levels import Levels
@@ -11,6 +9,7 @@ from bilevax.single_loop.coins import Coins
 from bilevax.single_loop.correction.correction_type import Correction
 from bilevax.single_loop.engine import single_loop
 from bilevax.single_loop.estimator import lazy_snapshot
+from bilevax.typing import Scalar
 
 
 def s3ldbo(
@@ -19,7 +18,7 @@ def s3ldbo(
     step_sizes: Any,
     *,
     coins: Coins,
-    radius: chex.Numeric | None = None,
+    radius: Scalar | None = None,
     correction: Correction | Levels | None = None,
 ) -> Algorithm:
     """SLDBO with snapshot gradient tracking: communication in every iteration, derivatives when a coin says so.

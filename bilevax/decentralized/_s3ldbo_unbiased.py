@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import chex
 import jax.numpy as jnp
 import optax
 
@@ -14,6 +13,7 @@ from bilevax.single_loop.correction._tracking import Tracker, tracking
 from bilevax.single_loop.correction.correction_type import Correction, CorrectionState, Move, share
 from bilevax.single_loop.engine import single_loop
 from bilevax.single_loop.estimator import Estimator, Oracle, lazy_snapshot
+from bilevax.typing import Scalar
 
 
 def s3ldbo_unbiased(
@@ -21,8 +21,8 @@ def s3ldbo_unbiased(
     gossip: Any,
     step_sizes: Any,
     *,
-    probability: chex.Numeric,
-    radius: chex.Numeric | None = None,
+    probability: Scalar,
+    radius: Scalar | None = None,
 ) -> Algorithm:
     """Snapshot tracking whose moves are unbiased over the coins c_i ~ Bernoulli(p_i).
 
@@ -61,11 +61,11 @@ def s3ldbo_unbiased(
     return single_loop(problem, gossip, step_sizes, _boosted(probability), _boosted_tracking(), radius=radius)
 
 
-def _boosted(p: chex.Numeric) -> Estimator:
+def _boosted(p: Scalar) -> Estimator:
     """For each level the pair (D', D + (D' − D) / p): what is tracked, and what is moved along."""
     snapshot = lazy_snapshot(independent(p))
 
-    def update(key: Any, state: Levels, oracle: Oracle, point: Levels, batch: Batch, k: chex.Numeric) -> tuple:
+    def update(key: Any, state: Levels, oracle: Oracle, point: Levels, batch: Batch, k: Scalar) -> tuple:
         new, kept, evaluations = snapshot.update(key, state, oracle, point, batch, k)
         inverse = 1 / jnp.broadcast_to(jnp.asarray(p, float), oracle.gossip.n)[oracle.gossip.agents()]
         boost = per_agent(lambda scale, change: scale * change, inverse, optax.tree.sub(new, state))

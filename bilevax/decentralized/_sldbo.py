@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import chex
-
 from bilevax.problem import Algorithm, BilevelProblem
 from bilevax.single_loop._levels import Levels
 from bilevax.single_loop.correction._tracking import tracking
@@ -11,6 +9,7 @@ from bilevax.single_loop.correction.correction_type import Correction
 from bilevax.single_loop.engine import single_loop
 from bilevax.single_loop.estimator import full
 from bilevax.single_loop.method import of_kind
+from bilevax.typing import Scalar
 
 
 def sldbo(
@@ -18,7 +17,7 @@ def sldbo(
     gossip: Any,
     step_sizes: Any,
     *,
-    radius: chex.Numeric | None = None,
+    radius: Scalar | None = None,
     correction: Correction | Levels | None = None,
 ) -> Algorithm:
     """Single-loop decentralized bilevel optimization with exact local directions.

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import chex
-
 from bilevax.decentralized._dsvrbgd import averaging_weights
 from bilevax.problem import Algorithm, BilevelProblem
 from bilevax.sampling import Sample
@@ -11,6 +9,7 @@ from bilevax.single_loop.correction._tracking import tracking_non_atc
 from bilevax.single_loop.engine import single_loop
 from bilevax.single_loop.estimator import storm
 from bilevax.single_loop.local_directions import own_neumann
+from bilevax.typing import Scalar
 
 
 def vrdbo(
@@ -20,9 +19,9 @@ def vrdbo(
     *,
     sample: Sample,
     momentum: Any,
-    rate: chex.Numeric,
+    rate: Scalar,
     terms: int,
-    inverse_step: chex.Numeric,
+    inverse_step: Scalar,
 ) -> Algorithm:
     """Variance-reduced decentralized bilevel optimization: `mdbo` with recursive momentum (STORM) in place of momentum.
 

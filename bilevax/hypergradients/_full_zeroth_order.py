@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import chex
 import jax.numpy as jnp
 
 from bilevax import checks
@@ -12,6 +11,7 @@ from bilevax.inner._optimizer_steps import Initial
 from bilevax.inner._zeroth_order import Difference, central, zeroth_order
 from bilevax.inner.random_directions import Sampler, rademacher
 from bilevax.problem import Batch, Hypergradient, Loss, arrays
+from bilevax.typing import Key, PyTree, Scalar
 
 
 def full_zeroth_order(
@@ -19,7 +19,7 @@ def full_zeroth_order(
     solve: Callable,
     *,
     directions: int = 8,
-    mu: chex.Numeric = 1e-3,
+    mu: Scalar = 1e-3,
     difference: Difference = central,
     sampler: Sampler = rademacher,
     initial: Initial | None = None,
@@ -67,7 +67,7 @@ def full_zeroth_order(
     outer = checks.scalar_loss("outer_loss", outer_loss)
     checks.function("solve", solve, "x", "y0", "batch")
 
-    def solve_and_evaluate(x: chex.ArrayTree, start: tuple, batch: Batch) -> tuple:
+    def solve_and_evaluate(x: PyTree, start: tuple, batch: Batch) -> tuple:
         y = solve(x, start[0], batch.inner)
         return y, outer(x, y, batch.outer)
 
@@ -83,10 +83,10 @@ def full_zeroth_order(
     )
     pair = hypergradient(lambda x, y_and_value, batch: y_and_value[1], solver)
 
-    def init(x: chex.ArrayTree, y: chex.ArrayTree, batch: Any = None) -> HypergradientState:
+    def init(x: PyTree, y: PyTree, batch: Any = None) -> HypergradientState:
         return pair.init(x, (y, value))._replace(y=arrays(y))
 
-    def estimate(key: chex.PRNGKey | None, state: HypergradientState, x: chex.ArrayTree, batch: Batch) -> tuple:
+    def estimate(key: Key | None, state: HypergradientState, x: PyTree, batch: Batch) -> tuple:
         check_call(HypergradientState, state, x, batch)
         grad, state, info = pair.estimate(key, state._replace(y=(state.y, value)), x, Batch(None, batch))
         inner = info.inner._replace(calls=info.inner.calls._replace(outer_gradients=0))

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -11,6 +10,7 @@ import optax
 from bilevax import checks
 from bilevax.inner._optimizer_steps import full_cotangent
 from bilevax.problem import Batch, Hypergradient, InnerSolver, Iterate, Loss, SolverInfo, arrays, norm
+from bilevax.typing import Array, Key, PyTree
 
 
 class HypergradientState(NamedTuple):
@@ -28,7 +28,7 @@ class HypergradientState(NamedTuple):
         2.0
     """
 
-    y: chex.ArrayTree
+    y: PyTree
     solver: Any
     x_shapes: checks.Shapes
 
@@ -44,7 +44,7 @@ class HypergradientInfo(NamedTuple):
         1e-06
     """
 
-    outer_loss: chex.Array
+    outer_loss: Array
     inner: SolverInfo
 
 
@@ -86,11 +86,11 @@ def hypergradient(outer_loss: Loss, solver: InnerSolver) -> Hypergradient:
     outer = checks.scalar_loss("outer_loss", outer_loss)
     checks.instance("solver", solver, InnerSolver, "Pass, say, bx.inner.reverse(inner_loss, optax.sgd(0.1), steps=10).")
 
-    def init(x: chex.ArrayTree, y: chex.ArrayTree, batch: Any = None) -> HypergradientState:
+    def init(x: PyTree, y: PyTree, batch: Any = None) -> HypergradientState:
         solver_state = solver.init(x, y, batch.inner if isinstance(batch, Batch) else batch)
         return HypergradientState(arrays(y), solver_state, checks.Shapes.of(x))
 
-    def estimate(key: chex.PRNGKey | None, state: HypergradientState, x: chex.ArrayTree, batch: Batch) -> tuple:
+    def estimate(key: Key | None, state: HypergradientState, x: PyTree, batch: Batch) -> tuple:
         check_call(HypergradientState, state, x, batch)
         z, pull_start = jax.vjp(solver.start, x, state.y)
         z_T, residual, solver_state = solver.forward(key, state.solver, x, z, batch.inner)
@@ -107,7 +107,7 @@ def hypergradient(outer_loss: Loss, solver: InnerSolver) -> Hypergradient:
     return Hypergradient(init, estimate)
 
 
-def check_call(kind: type, state: Any, x: chex.ArrayTree, batch: Batch) -> None:
+def check_call(kind: type, state: Any, x: PyTree, batch: Batch) -> None:
     """Raises ValueError unless the arguments of `estimate` are a state of this kind, the x it was made for, a Batch."""
     fix = "Pass the state of init(x, y) or of the last estimate: estimate(key, state, x, batch)."
     checks.instance("state", state, kind, fix)
@@ -156,14 +156,14 @@ def differentiable(solver: InnerSolver) -> Callable:
     """
     checks.instance("solver", solver, InnerSolver, "Pass, say, bx.inner.reverse(inner_loss, optax.sgd(0.1), steps=10).")
 
-    def run(x: chex.ArrayTree, y0: chex.ArrayTree, batch: Any, key: chex.PRNGKey | None) -> tuple:
+    def run(x: PyTree, y0: PyTree, batch: Any, key: Key | None) -> tuple:
         state = solver.init(x, y0, batch)
         z, pull_start = jax.vjp(solver.start, x, y0)
         z_T, residual, state = solver.forward(key, state, x, z, batch)
         return z_T.y, (pull_start, z, residual, state)
 
     @jax.custom_vjp
-    def solve(x: chex.ArrayTree, y0: chex.ArrayTree, batch: Any, key: chex.PRNGKey | None) -> chex.ArrayTree:
+    def solve(x: PyTree, y0: PyTree, batch: Any, key: Key | None) -> PyTree:
         return run(x, y0, batch, key)[0]
 
     def forward(x: Any, y0: Any, batch: Any, key: Any) -> tuple:
@@ -181,7 +181,7 @@ def differentiable(solver: InnerSolver) -> Callable:
             )
         return run(*jax.tree.map(lambda leaf: leaf.value, (x, y0, batch, key), is_leaf=_is_primal))
 
-    def backward(residual: tuple, y_bar: chex.ArrayTree) -> tuple:
+    def backward(residual: tuple, y_bar: PyTree) -> tuple:
         pull_start, z, solver_residual, state = residual
         y_bar = jax.tree.map(_instantiate, y_bar, is_leaf=_is_symbolic_zero)
         (x_bar, z0_bar), _, _ = solver.backward(solver_residual, state, Iterate(y_bar))
@@ -190,7 +190,7 @@ def differentiable(solver: InnerSolver) -> Callable:
 
     solve.defvjp(forward, backward, symbolic_zeros=True)
 
-    def pure(x: chex.ArrayTree, y0: chex.ArrayTree, batch: Any, key: chex.PRNGKey | None = None) -> chex.ArrayTree:
+    def pure(x: PyTree, y0: PyTree, batch: Any, key: Key | None = None) -> PyTree:
         try:
             return solve(x, y0, batch, key)
         except jax.errors.UnexpectedTracerError as error:

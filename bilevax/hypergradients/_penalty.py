@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -13,6 +12,7 @@ from bilevax.hypergradients._hypergradient import HypergradientInfo, check_call
 from bilevax.inner._optimizer_steps import Optimizer, check_point, optimizer_steps
 from bilevax.problem import Batch, Calls, Hypergradient, Iterate, Loss, SolverInfo, arrays, norm
 from bilevax.sampling import Sample, fold, full, split
+from bilevax.typing import Array, Key, PyTree, Scalar
 
 
 class PenaltyState(NamedTuple):
@@ -30,9 +30,9 @@ class PenaltyState(NamedTuple):
         1.5
     """
 
-    y: chex.ArrayTree
-    penalized: chex.ArrayTree
-    step: chex.Array
+    y: PyTree
+    penalized: PyTree
+    step: Array
     x_shapes: checks.Shapes
 
 
@@ -50,9 +50,9 @@ class PenaltyDetail(NamedTuple):
         0.01
     """
 
-    multiplier: chex.Array
-    gap: chex.Array
-    gradient_norm: chex.Array
+    multiplier: Array
+    gap: Array
+    gradient_norm: Array
 
 
 def penalty(
@@ -60,7 +60,7 @@ def penalty(
     inner_loss: Loss,
     optimizer: Optimizer,
     steps: int,
-    multiplier: chex.Numeric | Callable[[chex.Array], chex.Numeric],
+    multiplier: Scalar | Callable[[Array], Scalar],
     *,
     sample: Sample = full,
     outer_sample: Sample = full,
@@ -120,15 +120,15 @@ def penalty(
         checks.function(name, sampler, "key", "t", "data")
     plain = optimizer_steps(inner_loss, optimizer, None, sample)
 
-    def both(key: chex.PRNGKey | None, t: chex.Numeric, data: Batch) -> Batch:
+    def both(key: Key | None, t: Scalar, data: Batch) -> Batch:
         outer_key = fold(key, 1)
         return Batch(outer_sample(outer_key, t, data.outer), sample(key, t, data.inner))
 
-    def init(x: chex.ArrayTree, y: chex.ArrayTree, batch: Any = None) -> PenaltyState:
+    def init(x: PyTree, y: PyTree, batch: Any = None) -> PenaltyState:
         check_point(x, y)
         return PenaltyState(arrays(y), arrays(y), jnp.zeros((), jnp.int32), checks.Shapes.of(x))
 
-    def estimate(key: chex.PRNGKey | None, state: PenaltyState, x: chex.ArrayTree, batch: Batch) -> tuple:
+    def estimate(key: Key | None, state: PenaltyState, x: PyTree, batch: Batch) -> tuple:
         check_call(PenaltyState, state, x, batch)
         step_key, cross_key = split(key, 2)
         weight = multiplier(state.step) if callable(multiplier) else multiplier

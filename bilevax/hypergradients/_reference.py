@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +14,7 @@ from jax.flatten_util import ravel_pytree
 from bilevax.curvature.products import cross, hessian
 from bilevax.ihvp._cg import cg
 from bilevax.problem import Batch, Loss
+from bilevax.typing import Array
 
 DENSE = 1000  # up to so many inner unknowns the Hessian is formed
 
@@ -33,20 +33,20 @@ class FlatProblem(NamedTuple):
 def flat_problem(outer_loss: Loss, inner_loss: Loss, unravel: Callable, batch: Batch) -> FlatProblem:
     """Jits the functions of a problem whose y is `unravel` of a vector; the batch stays an argument of the programs."""
 
-    def inner(x: Any, y: chex.Array, data: Any) -> chex.Array:
+    def inner(x: Any, y: Array, data: Any) -> Array:
         return inner_loss(x, unravel(y), data)
 
-    def outer(x: Any, y: chex.Array, data: Any) -> chex.Array:
+    def outer(x: Any, y: Array, data: Any) -> Array:
         return outer_loss(x, unravel(y), data)
 
-    def solve(x: Any, y: chex.Array, b: chex.Array, data: Any) -> chex.Array:
+    def solve(x: Any, y: Array, b: Array, data: Any) -> Array:
         apply, _ = cg(maxiter=20 * y.size, tol=1e-12).prepare(None, (), inner, (x, y, data))
         return apply(b)[0]
 
-    def product(x: Any, y: chex.Array, v: chex.Array, data: Any) -> chex.Array:
+    def product(x: Any, y: Array, v: Array, data: Any) -> Array:
         return hessian(inner, x, y, data)(v)
 
-    def crossed(x: Any, y: chex.Array, v: chex.Array, data: Any) -> chex.Array:
+    def crossed(x: Any, y: Array, v: Array, data: Any) -> Array:
         return ravel_pytree(cross(inner, x, y, data)(v))[0]
 
     def bind(function: Callable, data: Any) -> Callable:

@@ -4,7 +4,7 @@ import math
 import textwrap
 from typing import NamedTuple
 
-import chex
+from bilevax.typing import PyTree
 
 
 class HypergradientReport(NamedTuple):
@@ -51,8 +51,8 @@ class HypergradientReport(NamedTuple):
     estimator_curvature: float
     finite_difference_error: float
     damping: float
-    grad: chex.ArrayTree
-    reference: chex.ArrayTree
+    grad: PyTree
+    reference: PyTree
 
     @property
     def condition(self) -> float:

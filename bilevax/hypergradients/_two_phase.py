@@ -2,12 +2,12 @@
 
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
 from bilevax import checks
 from bilevax.problem import Batch, Hypergradient
+from bilevax.typing import Array, Key, PyTree, Scalar
 
 
 class TwoPhaseState(NamedTuple):
@@ -25,8 +25,8 @@ class TwoPhaseState(NamedTuple):
         1.0
     """
 
-    y: chex.ArrayTree
-    step: chex.Array
+    y: PyTree
+    step: Array
     first: Any
     second: Any
 
@@ -45,12 +45,12 @@ class TwoPhaseInfo(NamedTuple):
         1
     """
 
-    phase: chex.Array
+    phase: Array
     first: Any
     second: Any
 
 
-def two_phase(switch_at: chex.Numeric, first: Hypergradient, second: Hypergradient) -> Hypergradient:
+def two_phase(switch_at: Scalar, first: Hypergradient, second: Hypergradient) -> Hypergradient:
     """Estimates by `first` in the outer steps before `switch_at`, and by `second` from there on.
 
         grad_k = first(x_k)  for k < switch_at          grad_k = second(x_k)  for k >= switch_at
@@ -92,13 +92,13 @@ def two_phase(switch_at: chex.Numeric, first: Hypergradient, second: Hypergradie
     for name, estimator in (("first", first), ("second", second)):
         checks.instance(name, estimator, Hypergradient, "Pass, say, bx.hypergradient(outer_loss, solver).")
 
-    def init(x: chex.ArrayTree, y: chex.ArrayTree, batch: Any = None) -> TwoPhaseState:
+    def init(x: PyTree, y: PyTree, batch: Any = None) -> TwoPhaseState:
         states = [estimator.init(x, y, batch) for estimator in (first, second)]
         for name, state in zip(("first", "second"), states, strict=True):
             checks.has_y(name, state)
         return TwoPhaseState(states[0].y, jnp.zeros((), jnp.int32), *(state._replace(y=None) for state in states))
 
-    def estimate(key: chex.PRNGKey | None, state: TwoPhaseState, x: chex.ArrayTree, batch: Batch) -> tuple:
+    def estimate(key: Key | None, state: TwoPhaseState, x: PyTree, batch: Batch) -> tuple:
         fix = "Pass the state of init(x, y) or of the last estimate: estimate(key, state, x, batch)."
         checks.instance("state", state, TwoPhaseState, fix)
 
@@ -128,7 +128,7 @@ def two_phase(switch_at: chex.Numeric, first: Hypergradient, second: Hypergradie
 
 
 def _blank(info: Any) -> Any:
-    def fill(leaf: jax.ShapeDtypeStruct) -> chex.Array:
+    def fill(leaf: jax.ShapeDtypeStruct) -> Array:
         return jnp.full(leaf.shape, jnp.nan if jnp.issubdtype(leaf.dtype, jnp.floating) else 0, leaf.dtype)
 
     return jax.tree.map(fill, info)

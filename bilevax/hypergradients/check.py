@@ -3,7 +3,6 @@
 import math
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +23,7 @@ from bilevax.hypergradients._reference import (
 from bilevax.hypergradients._report import HypergradientReport
 from bilevax.hypergradients._two_phase import TwoPhaseInfo
 from bilevax.problem import Batch, Hypergradient, IHVPInfo, Loss
+from bilevax.typing import Key, PyTree
 
 SOLVED = 1e-8  # ‖∇_y g‖ of a solved inner problem, relative to ‖∇_y g‖ + 1 at the start
 
@@ -40,12 +40,12 @@ def _double(tree: Any) -> Any:
 def check_hypergradient(
     outer_loss: Loss,
     inner_loss: Loss,
-    x: chex.ArrayTree,
-    y: chex.ArrayTree,
+    x: PyTree,
+    y: PyTree,
     batch: Batch,
     hypergradient: Hypergradient,
     *,
-    key: chex.PRNGKey | None = None,
+    key: Key | None = None,
     state: Any = None,
     tol: float = 0.01,
 ) -> HypergradientReport:

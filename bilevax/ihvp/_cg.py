@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -13,22 +12,23 @@ from bilevax.curvature.products import Curvature, Product, damped, hessian
 from bilevax.ihvp._start import start, stateless
 from bilevax.problem import IHVP, IHVPInfo, Loss, norm
 from bilevax.sampling import Sample, full, split
+from bilevax.typing import Array, PyTree, Scalar
 
 
 class _Carry(NamedTuple):
-    v: chex.ArrayTree
-    r: chex.ArrayTree  # b − H v
-    p: chex.ArrayTree  # search direction
-    rz: chex.Array  # rᵀ M r
-    norm: chex.Array  # ‖r‖
-    smallest: chex.Array  # pᵀHp / pᵀp, over the directions so far
-    largest: chex.Array
-    iterations: chex.Array
-    products: chex.Array
-    stop: chex.Array
+    v: PyTree
+    r: PyTree  # b − H v
+    p: PyTree  # search direction
+    rz: Array  # rᵀ M r
+    norm: Array  # ‖r‖
+    smallest: Array  # pᵀHp / pᵀp, over the directions so far
+    largest: Array
+    iterations: Array
+    products: Array
+    stop: Array
 
 
-def _unpreconditioned(r: chex.ArrayTree) -> tuple[chex.ArrayTree, IHVPInfo]:
+def _unpreconditioned(r: PyTree) -> tuple[PyTree, IHVPInfo]:
     return r, IHVPInfo(0, 0, 0, jnp.nan, jnp.nan, False)
 
 
@@ -37,7 +37,7 @@ _NONE = IHVP(stateless, lambda key, state, *args: (_unpreconditioned, state), sp
 
 
 def _conjugate_gradients(
-    product: Product, precondition: Callable, v: chex.ArrayTree, r: chex.ArrayTree, maxiter: int, tol: chex.Numeric
+    product: Product, precondition: Callable, v: PyTree, r: PyTree, maxiter: int, tol: Scalar
 ) -> tuple[_Carry, IHVPInfo]:
     """Solves H v = b from v with r = b − H v, for ‖b‖ = 1; stops at the first direction that cannot be trusted.
 
@@ -47,7 +47,7 @@ def _conjugate_gradients(
     size = norm(z)
     gain = 1 / jnp.where(size > 0, size, 1)
 
-    def unit(z: chex.ArrayTree) -> chex.ArrayTree:  # CG does not depend on the scale of its preconditioner
+    def unit(z: PyTree) -> PyTree:  # CG does not depend on the scale of its preconditioner
         return z if precondition is _unpreconditioned else optax.tree.scale(gain, z)
 
     z = unit(z)
@@ -55,7 +55,7 @@ def _conjugate_gradients(
     count = jnp.zeros((), jnp.int32)
     eps = jnp.finfo(size.dtype).eps
 
-    def unfinished(c: _Carry) -> chex.Array:
+    def unfinished(c: _Carry) -> Array:
         return (c.iterations < maxiter) & (c.norm > tol) & (c.norm > 0) & ~c.stop
 
     def iterate(c: _Carry) -> _Carry:
@@ -85,8 +85,8 @@ def _conjugate_gradients(
 def cg(
     *,
     maxiter: int = 20,
-    tol: chex.Numeric = 1e-6,
-    damping: chex.Numeric = 0.0,
+    tol: Scalar = 1e-6,
+    damping: Scalar = 0.0,
     curvature: Curvature = hessian,
     preconditioner: IHVP | None = None,
     sample: Sample = full,
@@ -150,7 +150,7 @@ def cg(
         product = damped(curvature(inner_loss, x, y, sample(batch_key, 0, data)), damping)
         precondition, state = chosen.prepare(preconditioner_key, state, inner_loss, point)
 
-        def apply(b: chex.ArrayTree, v0: chex.ArrayTree | None = None) -> tuple[chex.ArrayTree, IHVPInfo]:
+        def apply(b: PyTree, v0: PyTree | None = None) -> tuple[PyTree, IHVPInfo]:
             begin = start(product, b, v0)
             carry, outer = _conjugate_gradients(product, precondition, begin.v, begin.r, maxiter, tol)
             finite = jnp.isfinite(carry.norm)

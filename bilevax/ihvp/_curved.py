@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -16,8 +15,9 @@ from bilevax.curvature.model_loss import structured
 from bilevax.curvature.sharing import Sharing
 from bilevax.problem import IHVP, IHVPInfo, Loss, norm
 from bilevax.sampling import Sample, split
+from bilevax.typing import Array, PyTree, Scalar
 
-Schedule = int | Callable[[chex.Array], chex.Numeric]
+Schedule = int | Callable[[Array], Scalar]
 
 
 class KFACState(NamedTuple):
@@ -34,7 +34,7 @@ class KFACState(NamedTuple):
         ('step', 'factors', 'parts')
     """
 
-    step: chex.Array
+    step: Array
     factors: dict[str, Any]
     parts: Parts
 
@@ -50,14 +50,14 @@ class Refresh(NamedTuple):
       averages: whether factors outlive the step in which they are measured.
     """
 
-    ema: chex.Numeric
-    factors: Callable[[chex.Array], chex.Numeric]
-    inverse: Callable[[chex.Array], chex.Numeric]
+    ema: Scalar
+    factors: Callable[[Array], Scalar]
+    inverse: Callable[[Array], Scalar]
     stateful: bool
     averages: bool
 
     @classmethod
-    def of(cls, ema: chex.Numeric, factors_every: Schedule, inverse_every: Schedule) -> "Refresh":
+    def of(cls, ema: Scalar, factors_every: Schedule, inverse_every: Schedule) -> "Refresh":
         """Checks the options of a user."""
         traced = isinstance(ema, jax.core.Tracer)
         checks.scalar("ema", ema)
@@ -68,11 +68,11 @@ class Refresh(NamedTuple):
         return cls(ema, *due, averages or inverse_every != 1, averages)
 
 
-def _schedule(name: str, every: Schedule) -> Callable[[chex.Array], chex.Numeric]:
+def _schedule(name: str, every: Schedule) -> Callable[[Array], Scalar]:
     if callable(every):
         checks.function(name, every, "step")
 
-        def due(step: chex.Array) -> chex.Array:
+        def due(step: Array) -> Array:
             answer = every(step)
             if answer is None or jnp.shape(answer) or jnp.asarray(answer).dtype != jnp.bool_:
                 raise ValueError(
@@ -204,7 +204,7 @@ def curved(passes: Passes, options: Options, refresh: Refresh) -> IHVP:
         else:
             _, parts, spent = fresh(key, here, decay)
 
-        def apply(b: chex.ArrayTree, v0: chex.ArrayTree | None = None) -> tuple[chex.ArrayTree, IHVPInfo]:
+        def apply(b: PyTree, v0: PyTree | None = None) -> tuple[PyTree, IHVPInfo]:
             v, smallest = solve(here, parts, decay, damping, inverse, b)
             breakdown = ~jnp.isfinite(norm(v)) | (smallest <= 0)
             return v, IHVPInfo(0, 0, 0, jnp.nan, smallest, breakdown, spent)

@@ -2,7 +2,6 @@
 
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -10,6 +9,7 @@ import optax
 from bilevax import checks
 from bilevax.problem import IHVP, IHVPInfo, Loss, arrays, inner_gradient, norm, widen
 from bilevax.sampling import Sample, full
+from bilevax.typing import Array, PyTree, Scalar
 
 
 class DiagonalState(NamedTuple):
@@ -25,13 +25,11 @@ class DiagonalState(NamedTuple):
         0
     """
 
-    step: chex.Array
-    moments: chex.ArrayTree
+    step: Array
+    moments: PyTree
 
 
-def diagonal(
-    *, scale: chex.Numeric = 1.0, decay: chex.Numeric = 0.999, eps: chex.Numeric = 1e-8, sample: Sample = full
-) -> IHVP:
+def diagonal(*, scale: Scalar = 1.0, decay: Scalar = 0.999, eps: Scalar = 1e-8, sample: Sample = full) -> IHVP:
     """Takes the second moments of the inner gradient for a squared curvature, as Adam does.
 
         m ← decay m + (1 − decay) (∇_y g)²          v = scale · b / (√(m / (1 − decay^k)) + eps)
@@ -80,7 +78,7 @@ def diagonal(
         correction = 1 - decay ** step.astype(jnp.float32)
         roots = jax.tree.map(lambda m: jnp.sqrt(m / correction.astype(m.dtype)) + eps, moments)
 
-        def apply(b: chex.ArrayTree, v0: chex.ArrayTree | None = None) -> tuple[chex.ArrayTree, IHVPInfo]:
+        def apply(b: PyTree, v0: PyTree | None = None) -> tuple[PyTree, IHVPInfo]:
             v = jax.tree.map(lambda leaf, root: scale * leaf / root, widen(b), roots)
             smallest = jnp.min(jnp.stack([jnp.min(root) for root in jax.tree.leaves(roots)])) / scale
             return optax.tree.cast_like(v, b), IHVPInfo(0, 0, 0, jnp.nan, smallest, ~jnp.isfinite(norm(v)))

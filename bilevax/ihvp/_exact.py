@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
@@ -11,9 +10,10 @@ from bilevax import checks
 from bilevax.ihvp._start import stateless
 from bilevax.problem import IHVP, IHVPInfo, Loss, norm, widen
 from bilevax.sampling import Sample, full
+from bilevax.typing import PyTree, Scalar
 
 
-def exact(*, damping: chex.Numeric = 0.0, sample: Sample = full) -> IHVP:
+def exact(*, damping: Scalar = 0.0, sample: Sample = full) -> IHVP:
     """Forms the dense Hessian, decomposes it once per solve, and divides by its eigenvalues.
 
         H = Q diag(λ) Qᵀ          v = Q (Qᵀ b / (λ + damping))
@@ -51,7 +51,7 @@ def exact(*, damping: chex.Numeric = 0.0, sample: Sample = full) -> IHVP:
         hessian = jax.hessian(lambda wide: loss(x, unravel(wide.astype(flat.dtype)), batch))(widen(flat))
         eigenvalues, vectors = jnp.linalg.eigh(hessian + damping * jnp.eye(flat.size, dtype=hessian.dtype))
 
-        def apply(b: chex.ArrayTree, v0: chex.ArrayTree | None = None) -> tuple[chex.ArrayTree, IHVPInfo]:
+        def apply(b: PyTree, v0: PyTree | None = None) -> tuple[PyTree, IHVPInfo]:
             wide = ravel_pytree(b)[0].astype(hessian.dtype)
             size = norm(wide)
             scale = jnp.where(size > 0, size, 1)

@@ -2,16 +2,16 @@
 
 from typing import Any
 
-import chex
 import jax.numpy as jnp
 import optax
 
 from bilevax import checks
 from bilevax.ihvp._start import stateless
 from bilevax.problem import IHVP, IHVPInfo, Loss, norm
+from bilevax.typing import PyTree, Scalar
 
 
-def identity(scale: chex.Numeric = 1.0) -> IHVP:
+def identity(scale: Scalar = 1.0) -> IHVP:
     """Replaces the inverse Hessian by a multiple of the identity.
 
         v = scale · b
@@ -41,7 +41,7 @@ def identity(scale: chex.Numeric = 1.0) -> IHVP:
     checks.nonnegative("scale", scale)
 
     def prepare(key: Any, state: tuple, inner_loss: Loss, point: tuple) -> tuple:
-        def apply(b: chex.ArrayTree, v0: chex.ArrayTree | None = None) -> tuple[chex.ArrayTree, IHVPInfo]:
+        def apply(b: PyTree, v0: PyTree | None = None) -> tuple[PyTree, IHVPInfo]:
             v = optax.tree.cast_like(optax.tree.scale(scale, b), b)
             return v, IHVPInfo(0, 0, 0, jnp.nan, jnp.nan, ~jnp.isfinite(norm(v)))
 

@@ -2,8 +2,6 @@
 
 from collections.abc import Callable
 
-import chex
-
 from bilevax import checks
 from bilevax.curvature import capture, kronecker
 from bilevax.curvature.fisher import Fisher, sampled
@@ -12,6 +10,7 @@ from bilevax.curvature.sharing import Sharing, expand
 from bilevax.ihvp._curved import Options, Passes, Refresh, Schedule, curved
 from bilevax.problem import IHVP
 from bilevax.sampling import Sample, full
+from bilevax.typing import Scalar
 
 
 def kfac(
@@ -21,7 +20,7 @@ def kfac(
     inverse: Inverse = exact,
     sharing: Sharing | Callable[[str], Sharing] = expand,
     positions: kronecker.Positions | None = None,
-    ema: chex.Numeric = 0.0,
+    ema: Scalar = 0.0,
     factors_every: Schedule = 1,
     inverse_every: Schedule = 1,
     unsupported: capture.Unsupported = capture.error,

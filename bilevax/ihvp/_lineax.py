@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -12,12 +11,13 @@ from bilevax.curvature.products import Curvature, damped, hessian
 from bilevax.ihvp._start import start, stateless
 from bilevax.problem import IHVP, IHVPInfo, Loss, norm
 from bilevax.sampling import Sample, full
+from bilevax.typing import PyTree, Scalar
 
 
 def lineax(
     solver: Any,
     *,
-    damping: chex.Numeric = 0.0,
+    damping: Scalar = 0.0,
     curvature: Curvature = hessian,
     sample: Sample = full,
     tags: Any = None,
@@ -74,7 +74,7 @@ def lineax(
         x, y, data = point
         product = damped(curvature(inner_loss, x, y, sample(key, 0, data)), damping)
 
-        def apply(b: chex.ArrayTree, v0: chex.ArrayTree | None = None) -> tuple[chex.ArrayTree, IHVPInfo]:
+        def apply(b: PyTree, v0: PyTree | None = None) -> tuple[PyTree, IHVPInfo]:
             begin = start(product, b, v0)
             leaves, structure = jax.tree.flatten(begin.unit)  # GMRES takes no pytree with empty containers
 

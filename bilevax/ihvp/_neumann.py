@@ -2,7 +2,6 @@
 
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -12,21 +11,22 @@ from bilevax.curvature.products import Curvature, damped, hessian
 from bilevax.ihvp._start import start, stateless
 from bilevax.problem import IHVP, IHVPInfo, Loss, norm
 from bilevax.sampling import Sample, full
+from bilevax.typing import Array, PyTree, Scalar
 
 
 class _Carry(NamedTuple):
-    v: chex.ArrayTree
-    r: chex.ArrayTree
-    norm: chex.Array  # ‖r‖
-    curvature: chex.Array
-    grew: chex.Array  # whether ‖r‖ ever did
+    v: PyTree
+    r: PyTree
+    norm: Array  # ‖r‖
+    curvature: Array
+    grew: Array  # whether ‖r‖ ever did
 
 
 def neumann(
     *,
     terms: int,
-    step_size: chex.Numeric,
-    damping: chex.Numeric = 0.0,
+    step_size: Scalar,
+    damping: Scalar = 0.0,
     curvature: Curvature = hessian,
     sample: Sample = full,
 ) -> IHVP:
@@ -84,7 +84,7 @@ def neumann(
             grew = carry.grew | ~(size <= carry.norm * (1 + 16 * jnp.finfo(size.dtype).eps))
             return _Carry(v, r, size, jnp.fmin(carry.curvature, rayleigh), grew), None
 
-        def apply(b: chex.ArrayTree, v0: chex.ArrayTree | None = None) -> tuple[chex.ArrayTree, IHVPInfo]:
+        def apply(b: PyTree, v0: PyTree | None = None) -> tuple[PyTree, IHVPInfo]:
             begin = start(product, b, v0)
             size = norm(begin.r)
             carry = _Carry(begin.v, begin.r, size, jnp.full_like(size, jnp.nan), ~jnp.isfinite(size))

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -14,9 +13,10 @@ from bilevax.curvature.products import Curvature, Product, hessian
 from bilevax.ihvp._start import stateless
 from bilevax.problem import IHVP, IHVPInfo, Loss, norm, widen
 from bilevax.sampling import Sample, full, split
+from bilevax.typing import Array, Key, PyTree, Scalar
 
 
-def _sketch(product: Product, key: chex.PRNGKey, example: chex.Array, rank: int) -> tuple:
+def _sketch(product: Product, key: Key, example: Array, rank: int) -> tuple:
     """Eigenvectors [M, rank] and eigenvalues [rank] of the Nyström approximation, and the smallest ωᵀHω seen."""
     normal = jax.random.normal(key, (example.size, rank), example.dtype)
     test, _ = jnp.linalg.qr(normal)
@@ -35,8 +35,8 @@ def _sketch(product: Product, key: chex.PRNGKey, example: chex.Array, rank: int)
 def nystrom(
     *,
     rank: int,
-    damping: chex.Numeric = 0.0,
-    tail: Callable[[chex.Array], chex.Numeric] = jnp.min,
+    damping: Scalar = 0.0,
+    tail: Callable[[Array], Scalar] = jnp.min,
     curvature: Curvature = hessian,
     sample: Sample = full,
 ) -> IHVP:
@@ -107,7 +107,7 @@ def nystrom(
                 f"lambda eigenvalues: 0.0."
             )
 
-        def apply(b: chex.ArrayTree, v0: chex.ArrayTree | None = None) -> tuple[chex.ArrayTree, IHVPInfo]:
+        def apply(b: PyTree, v0: PyTree | None = None) -> tuple[PyTree, IHVPInfo]:
             wide = ravel_pytree(widen(b))[0].astype(example.dtype)
             scale = norm(wide)
             unit = wide / jnp.where(scale > 0, scale, 1)

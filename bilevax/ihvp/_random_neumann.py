@@ -2,7 +2,6 @@
 
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -12,21 +11,22 @@ from bilevax.curvature.products import Curvature, damped, hessian
 from bilevax.ihvp._start import start, stateless
 from bilevax.problem import IHVP, IHVPInfo, Loss, norm
 from bilevax.sampling import Sample, fold, full, split
+from bilevax.typing import Array, PyTree, Scalar
 
 
 class _Carry(NamedTuple):
-    r: chex.ArrayTree
-    norm: chex.Array  # ‖r‖
-    curvature: chex.Array
-    grew: chex.Array  # whether ‖r‖ ever did
+    r: PyTree
+    norm: Array  # ‖r‖
+    curvature: Array
+    grew: Array  # whether ‖r‖ ever did
 
 
 def random_neumann(
     *,
     terms: int,
-    step_size: chex.Numeric,
+    step_size: Scalar,
     sample: Sample = full,
-    damping: chex.Numeric = 0.0,
+    damping: Scalar = 0.0,
     curvature: Curvature = hessian,
 ) -> IHVP:
     """Draws one term of the Neumann series, with a batch of its own for each of its factors.
@@ -79,7 +79,7 @@ def random_neumann(
         number_key, sample_key = split(key, 2)
         p = jax.random.randint(number_key, (), 0, terms)
 
-        def factor(i: chex.Array, carry: _Carry) -> _Carry:
+        def factor(i: Array, carry: _Carry) -> _Carry:
             product = damped(curvature(inner_loss, x, y, sample(fold(sample_key, i), i, data)), damping)
             hr = product(carry.r)
             rayleigh = optax.tree.vdot(carry.r, hr) / carry.norm**2
@@ -88,7 +88,7 @@ def random_neumann(
             grew = carry.grew | ~(size <= carry.norm * (1 + 16 * jnp.finfo(size.dtype).eps))
             return _Carry(r, size, jnp.fmin(carry.curvature, rayleigh), grew)
 
-        def apply(b: chex.ArrayTree, v0: chex.ArrayTree | None = None) -> tuple[chex.ArrayTree, IHVPInfo]:
+        def apply(b: PyTree, v0: PyTree | None = None) -> tuple[PyTree, IHVPInfo]:
             begin = start(lambda v: v, b, None)
             size = norm(begin.r)
             carry = _Carry(begin.r, size, jnp.full_like(size, jnp.nan), ~jnp.isfinite(size))

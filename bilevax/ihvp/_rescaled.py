@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import chex
 import jax.numpy as jnp
 import optax
 
@@ -11,11 +10,10 @@ from bilevax.curvature.model_loss import gauss_newton
 from bilevax.curvature.products import Curvature, damped
 from bilevax.problem import IHVP, IHVPInfo, Loss
 from bilevax.sampling import Sample, full, split
+from bilevax.typing import PyTree, Scalar
 
 
-def rescaled(
-    ihvp: IHVP, *, damping: chex.Numeric = 1e-3, curvature: Curvature = gauss_newton, sample: Sample = full
-) -> IHVP:
+def rescaled(ihvp: IHVP, *, damping: Scalar = 1e-3, curvature: Curvature = gauss_newton, sample: Sample = full) -> IHVP:
     """Multiplies the v of another IHVP by the number that minimises the error along it, at the price of one product.
 
         v ← v (vᵀb) / (vᵀ(G + damping I) v)
@@ -55,7 +53,7 @@ def rescaled(
         product = damped(curvature(inner_loss, x, y, sample(batch_key, 0, data)), damping)
         inner, state = ihvp.prepare(key, state, inner_loss, point)
 
-        def apply(b: chex.ArrayTree, v0: chex.ArrayTree | None = None) -> tuple[chex.ArrayTree, IHVPInfo]:
+        def apply(b: PyTree, v0: PyTree | None = None) -> tuple[PyTree, IHVPInfo]:
             v, info = inner(b, v0)
             hv = product(v)
             along, vhv, bb = optax.tree.vdot(v, b), optax.tree.vdot(v, hv), optax.tree.vdot(b, b)

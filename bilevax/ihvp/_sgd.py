@@ -2,7 +2,6 @@
 
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -12,20 +11,21 @@ from bilevax.curvature.products import Curvature, Product, damped, hessian
 from bilevax.ihvp._start import start, stateless
 from bilevax.problem import IHVP, IHVPInfo, Loss, norm
 from bilevax.sampling import Sample, fold, split
+from bilevax.typing import Array, PyTree, Scalar
 
 
 class _Carry(NamedTuple):
-    v: chex.ArrayTree
-    norm: chex.Array  # ‖b − H_t v‖ before the last step
-    curvature: chex.Array
+    v: PyTree
+    norm: Array  # ‖b − H_t v‖ before the last step
+    curvature: Array
 
 
 def sgd(
     *,
     steps: int,
-    step_size: chex.Numeric,
+    step_size: Scalar,
     sample: Sample,
-    damping: chex.Numeric = 0.0,
+    damping: Scalar = 0.0,
     curvature: Curvature = hessian,
 ) -> IHVP:
     """Takes stochastic gradient steps on ½vᵀHv − bᵀv, with a batch of its own for the curvature of each step.
@@ -73,15 +73,15 @@ def sgd(
         x, y, data = point
         (step_key,) = split(key, 1)
 
-        def product_at(t: chex.Numeric) -> Product:
+        def product_at(t: Scalar) -> Product:
             batch = sample(fold(step_key, t), t, data)
             return damped(curvature(inner_loss, x, y, batch), damping)
 
-        def apply(b: chex.ArrayTree, v0: chex.ArrayTree | None = None) -> tuple[chex.ArrayTree, IHVPInfo]:
+        def apply(b: PyTree, v0: PyTree | None = None) -> tuple[PyTree, IHVPInfo]:
             begin = start(product_at(0), b, v0)
             unit = begin.unit
 
-            def step(carry: _Carry, t: chex.Array) -> tuple[_Carry, None]:
+            def step(carry: _Carry, t: Array) -> tuple[_Carry, None]:
                 hv = product_at(t)(carry.v)
                 rayleigh = optax.tree.vdot(carry.v, hv) / optax.tree.vdot(carry.v, carry.v)
                 r = optax.tree.sub(unit, hv)

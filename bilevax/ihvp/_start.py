@@ -2,13 +2,13 @@
 
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
 
 from bilevax.curvature.products import Product
 from bilevax.problem import Loss, norm, widen
+from bilevax.typing import Array, PyTree
 
 
 class Start(NamedTuple):
@@ -22,14 +22,14 @@ class Start(NamedTuple):
       products: number of products that this took.
     """
 
-    scale: chex.Array
-    unit: chex.ArrayTree
-    v: chex.ArrayTree
-    r: chex.ArrayTree
+    scale: Array
+    unit: PyTree
+    v: PyTree
+    r: PyTree
     products: int
 
 
-def start(product: Product, b: chex.ArrayTree, v0: chex.ArrayTree | None) -> Start:
+def start(product: Product, b: PyTree, v0: PyTree | None) -> Start:
     """Starts at v0 if that is better than zero, and at zero otherwise.
 
     Better means a lower φ(v) = ½ vᵀHv − bᵀv, which is what the solvers decrease, and positive curvature along v0. A v0

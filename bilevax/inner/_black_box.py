@@ -3,15 +3,15 @@
 from collections.abc import Callable
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from bilevax import checks
+from bilevax.typing import PyTree
 
 
-def _like_y(x: chex.ArrayTree, y: chex.ArrayTree, batch: Any) -> chex.ArrayTree:
+def _like_y(x: PyTree, y: PyTree, batch: Any) -> PyTree:
     return y
 
 
@@ -46,7 +46,7 @@ def black_box(function: Callable, *, returns: Callable = _like_y) -> Callable:
     checks.function("function", function, "x", "y", "batch")
     checks.function("returns", returns, "x", "y", "batch")
 
-    def call(x: chex.ArrayTree, y: chex.ArrayTree, batch: Any) -> chex.ArrayTree:
+    def call(x: PyTree, y: PyTree, batch: Any) -> PyTree:
         arguments = jax.tree.map(_raw, (x, y, batch))
         expected = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, returns(x, y, batch)))
 

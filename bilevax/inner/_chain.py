@@ -2,12 +2,12 @@
 
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import optax
 
 from bilevax import checks
 from bilevax.problem import InnerSolver, Iterate
+from bilevax.typing import Key, PyTree
 
 
 class ChainState(NamedTuple):
@@ -69,7 +69,7 @@ def chain(first: InnerSolver, last: InnerSolver) -> InnerSolver:
             "such as inner.forward_gradient. Make it the first link."
         )
 
-    def init(x: chex.ArrayTree, y: chex.ArrayTree, batch: Any = None) -> ChainState:
+    def init(x: PyTree, y: PyTree, batch: Any = None) -> ChainState:
         state = ChainState(first.init(x, y, batch), last.init(x, y, batch))
         got, expected = jax.eval_shape(first.start, x, y).opt_state, jax.eval_shape(last.start, x, y).opt_state
         checks.same_shapes(
@@ -77,7 +77,7 @@ def chain(first: InnerSolver, last: InnerSolver) -> InnerSolver:
         )
         return state
 
-    def forward(key: chex.PRNGKey | None, state: ChainState, x: chex.ArrayTree, z: Iterate, batch: Any) -> tuple:
+    def forward(key: Key | None, state: ChainState, x: PyTree, z: Iterate, batch: Any) -> tuple:
         z, first_residual, first_state = first.forward(key, state.first, x, z, batch)
         z, last_residual, last_state = last.forward(key, state.last, x, z, batch)
         return z, (first_residual, last_residual), ChainState(first_state, last_state)

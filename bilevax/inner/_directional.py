@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -16,6 +15,7 @@ from bilevax.inner.guides import Guide, Solution
 from bilevax.inner.random_directions import Row, Sampler
 from bilevax.problem import Calls, InnerSolver, Iterate, SolverInfo, arrays, norm, widen
 from bilevax.sampling import check_key, fold
+from bilevax.typing import Array, Key, PyTree, Scalar
 
 _KEY = 2**31 - 1  # beyond every step that is folded into the same key
 
@@ -43,13 +43,13 @@ class DirectionalInfo(NamedTuple):
         0.2
     """
 
-    variance: chex.Numeric
-    relative_error: chex.Numeric
-    cosine: chex.Numeric
-    step_scale: chex.Numeric
-    solves: chex.Numeric
-    tangents: chex.Numeric
-    refused: chex.Numeric
+    variance: Scalar
+    relative_error: Scalar
+    cosine: Scalar
+    step_scale: Scalar
+    solves: Scalar
+    tangents: Scalar
+    refused: Scalar
 
 
 class DirectionalState(NamedTuple):
@@ -80,10 +80,10 @@ class Push(NamedTuple):
 class Guesses(NamedTuple):
     """What a guide answered: vectors [k, *x] in at least float32, its state, its cost, and how many are of no use."""
 
-    vectors: chex.ArrayTree | None
+    vectors: PyTree | None
     state: Any
     calls: Calls
-    refused: chex.Array
+    refused: Array
 
 
 class Plan(NamedTuple):
@@ -154,7 +154,7 @@ def plan(
     return Plan(directions, sampler, guide, control_variate, chunk, axis)
 
 
-def no_loss(x: chex.ArrayTree, y: chex.ArrayTree, batch: Any) -> chex.Array:
+def no_loss(x: PyTree, y: PyTree, batch: Any) -> Array:
     """Stands for an inner loss that is not known: NaN in every report."""
     return jnp.nan * optax.tree.sum(y)
 
@@ -189,7 +189,7 @@ def directional(
       An `InnerSolver`.
     """
 
-    def init(x: chex.ArrayTree, y: chex.ArrayTree, batch: Any = None) -> DirectionalState:
+    def init(x: PyTree, y: PyTree, batch: Any = None) -> DirectionalState:
         check_point(x, y)
         if plan.guesses > (size := optax.tree.size(x)):
             raise ValueError(
@@ -200,7 +200,7 @@ def directional(
         guides = (plan.guide, plan.control_variate)
         return DirectionalState(*(guide.init(x, y, batch) if guide else () for guide in guides))
 
-    def forward(key: chex.PRNGKey, state: DirectionalState, x: chex.ArrayTree, z: Iterate, batch: Any) -> tuple:
+    def forward(key: Key, state: DirectionalState, x: PyTree, z: Iterate, batch: Any) -> tuple:
         check_key(key)
         if key is None:
             raise ValueError("key must be a jax.random.key for random directions; got None. Pass jax.random.key(0).")
@@ -217,7 +217,7 @@ def directional(
         solution, (row, indices) = Solution(z, z_T, z_bar, batch), _rows(key, x, plan)
         push, zeros = prepare(key, x, z, batch, z_T), optax.tree.zeros_like(widen(x))
 
-        def derivatives(row: Row, indices: chex.Array) -> chex.Array:
+        def derivatives(row: Row, indices: Array) -> Array:
             return _over(lambda i: _product(z_bar, push.along(row(i))[1]), indices, plan.chunk)
 
         shift, guesses = (
@@ -257,7 +257,7 @@ def directional(
     return InnerSolver(init, start, forward, backward, pushes_tangents=True)
 
 
-def _rows(key: chex.PRNGKey, x: chex.ArrayTree, plan: Plan) -> tuple[Row, chex.Array]:
+def _rows(key: Key, x: PyTree, plan: Plan) -> tuple[Row, Array]:
     """Draws the random directions, and counts those of this device."""
     if plan.random % plan.devices:
         raise ValueError(
@@ -277,14 +277,14 @@ def _rows(key: chex.PRNGKey, x: chex.ArrayTree, plan: Plan) -> tuple[Row, chex.A
     return plan.sampler.draw(fold(key, _KEY), x, plan.random), indices
 
 
-def _over(function: Callable, indices: chex.Array, chunk: int | None) -> Any:
+def _over(function: Callable, indices: Array, chunk: int | None) -> Any:
     """The function of each index, in chunks; one after the other (no vmap) where a chunk is one."""
     if chunk is None:
         return jax.vmap(function)(indices)
     return jax.lax.map(function, indices, batch_size=None if chunk == 1 else chunk)
 
 
-def _product(z_bar: Iterate, z_dot: Iterate) -> chex.Array:
+def _product(z_bar: Iterate, z_dot: Iterate) -> Array:
     """⟨z_bar, ż⟩; a part of z_bar that is None is zero."""
     pairs = (
         pair
@@ -295,7 +295,7 @@ def _product(z_bar: Iterate, z_dot: Iterate) -> chex.Array:
     return sum(jnp.vdot(widen(bar), widen(dot), precision=jax.lax.Precision.HIGHEST) for bar, dot in pairs)
 
 
-def _combine(weights: chex.Array, vectors: chex.ArrayTree) -> chex.ArrayTree:
+def _combine(weights: Array, vectors: PyTree) -> PyTree:
     """Σ weights_i vectors_i for leaves [i, ...]."""
     highest = jax.lax.Precision.HIGHEST
     return jax.tree.map(
@@ -303,12 +303,12 @@ def _combine(weights: chex.Array, vectors: chex.ArrayTree) -> chex.ArrayTree:
     )
 
 
-def _sum(weights: chex.Array, row: Row, indices: chex.Array, chunk: int | None) -> chex.ArrayTree:
+def _sum(weights: Array, row: Row, indices: Array, chunk: int | None) -> PyTree:
     """Σ weights_i row(i), drawn once more; with chunks one at a time."""
     if chunk is None:
         return _combine(weights, jax.vmap(row)(indices))
 
-    def add(total: chex.ArrayTree, entry: tuple) -> tuple:
+    def add(total: PyTree, entry: tuple) -> tuple:
         weight, i = entry
         return jax.tree.map(lambda sum, leaf: sum + weight.astype(leaf.dtype) * leaf, total, widen(row(i))), None
 
@@ -316,7 +316,7 @@ def _sum(weights: chex.Array, row: Row, indices: chex.Array, chunk: int | None) 
     return jax.lax.scan(add, zeros, (weights, indices))[0]
 
 
-def _entry(stacked: chex.ArrayTree, i: chex.Numeric) -> chex.ArrayTree:
+def _entry(stacked: PyTree, i: Scalar) -> PyTree:
     return jax.tree.map(lambda leaf: leaf[i], stacked)
 
 
@@ -324,7 +324,7 @@ def _add(one: Calls, other: Calls) -> Calls:
     return jax.tree.map(lambda a, b: a + b, one, other)
 
 
-def _ask(guide: Guide, key: chex.PRNGKey, state: Any, x: chex.ArrayTree, solution: Solution) -> Guesses:
+def _ask(guide: Guide, key: Key, state: Any, x: PyTree, solution: Solution) -> Guesses:
     """What a guide proposes; guesses that are not finite become zero."""
     vectors, state, calls = guide.propose(key, state, x, solution)
     expected = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((guide.number, *leaf.shape), leaf.dtype), x)
@@ -332,14 +332,14 @@ def _ask(guide: Guide, key: chex.PRNGKey, state: Any, x: chex.ArrayTree, solutio
     checks.same_shapes("guesses of a guide", vectors, expected, fix)
     lengths = jax.vmap(norm)(vectors)
 
-    def clean(leaf: chex.Array) -> chex.Array:
+    def clean(leaf: Array) -> Array:
         return jnp.where(jnp.isfinite(lengths).reshape(-1, *[1] * (leaf.ndim - 1)), leaf, 0)
 
     refused = jnp.sum(~(jnp.isfinite(lengths) & (lengths > 0)))
     return Guesses(jax.tree.map(clean, widen(vectors)), state, calls, refused)
 
 
-def _orthonormal(guesses: chex.ArrayTree) -> chex.ArrayTree:
+def _orthonormal(guesses: PyTree) -> PyTree:
     """An orthonormal basis [k, ...] that spans the guesses [k, ...].
 
     Guesses that are zero or depend on others are made up for by further vectors, which do no harm.
@@ -350,18 +350,18 @@ def _orthonormal(guesses: chex.ArrayTree) -> chex.ArrayTree:
     return jax.vmap(unravel)(jnp.linalg.qr(jax.vmap(lambda one: ravel_pytree(one)[0])(unit).T)[0].T)
 
 
-def _inside(basis: chex.ArrayTree, tree: chex.ArrayTree) -> chex.Array:
+def _inside(basis: PyTree, tree: PyTree) -> Array:
     return jax.vmap(lambda one: optax.tree.vdot(one, tree))(basis)
 
 
-def _outside(basis: chex.ArrayTree | None, tree: chex.ArrayTree) -> chex.ArrayTree:
+def _outside(basis: PyTree | None, tree: PyTree) -> PyTree:
     """The projection of a tree to the orthogonal complement of the basis."""
     return tree if basis is None else optax.tree.sub(tree, _combine(_inside(basis, tree), basis))
 
 
 def _estimate(
-    known: chex.ArrayTree, along: chex.Array, basis: chex.ArrayTree | None, row: Row, indices: chex.Array, plan: Plan
-) -> tuple[chex.ArrayTree, chex.Array, chex.Array]:
+    known: PyTree, along: Array, basis: PyTree | None, row: Row, indices: Array, plan: Plan
+) -> tuple[PyTree, Array, Array]:
     """Estimates of u, of its own variance and of ‖u‖², from what is known and what the rows say beyond it."""
     unknown = along - _over(lambda i: optax.tree.vdot(widen(row(i)), known), indices, plan.chunk)
     rest, unexplained = _mean((_sum(unknown, row, indices, plan.chunk), jnp.sum(unknown**2)), plan)
@@ -375,10 +375,10 @@ def _estimate(
     return optax.tree.add(known, rest), variance, square
 
 
-def _share_outside(basis: chex.ArrayTree, unknown: chex.Array, row: Row, indices: chex.Array, plan: Plan) -> chex.Array:
+def _share_outside(basis: PyTree, unknown: Array, row: Row, indices: Array, plan: Plan) -> Array:
     """The part of the noise that the projection leaves, 1 − k/N on average over the guesses."""
 
-    def squares(i: chex.Numeric) -> tuple[chex.Array, chex.Array]:
+    def squares(i: Scalar) -> tuple[Array, Array]:
         v = widen(row(i))
         return jnp.sum(_inside(basis, v) ** 2), optax.tree.norm(v, squared=True) - 1
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import chex
 import jax
 import optax
 
@@ -15,6 +14,7 @@ from bilevax.inner.guides import Guide
 from bilevax.inner.random_directions import Sampler, rademacher
 from bilevax.problem import Calls, InnerSolver, Iterate, Loss
 from bilevax.sampling import Sample, full, split
+from bilevax.typing import Key, PyTree
 
 
 def forward_gradient(
@@ -108,24 +108,24 @@ def forward_gradient(
     loss: Any = no_loss if inner_loss is None and solve is not None else inner_loss
     start, step, report_on = optimizer_steps(loss, smooth, initial, sample)
 
-    def run(key: chex.PRNGKey, x: chex.ArrayTree, z: Iterate, batch: Any) -> Iterate:
+    def run(key: Key, x: PyTree, z: Iterate, batch: Any) -> Iterate:
         if solve is None:
             return jax.lax.scan(lambda z, _: (step(key, batch, x, z), None), z, length=length)[0]
         y = solve(x, z.y, batch)
         checks.same_shapes("y under solve", y, z.y, "Return from solve(x, y0, batch) a pytree like y0.")
         return z._replace(y=optax.tree.cast_like(y, z.y))
 
-    def prepare(key: chex.PRNGKey, x: chex.ArrayTree, z: Iterate, batch: Any, z_T: Iterate | None = None) -> Push:
+    def prepare(key: Key, x: PyTree, z: Iterate, batch: Any, z_T: Iterate | None = None) -> Push:
         step_key, *_ = split(key, 3)
 
-        def along(v: chex.ArrayTree) -> tuple[Iterate, Iterate]:
+        def along(v: PyTree) -> tuple[Iterate, Iterate]:
             _, z_dot = jax.jvp(lambda x: start(x, z.y), (x,), (v,))
             z_T, z_T_dot = jax.jvp(lambda x, z: run(step_key, x, z, batch), (x, z), (v, z_dot))
             return z_T, floating(z_T_dot)
 
         return Push(lambda: run(step_key, x, z, batch) if z_T is None else z_T, along)
 
-    def report(key: chex.PRNGKey, batch: Any, x: chex.ArrayTree, z: Iterate) -> tuple:
+    def report(key: Key, batch: Any, x: PyTree, z: Iterate) -> tuple:
         return report_on(split(key, 3)[0], batch, x, z)
 
     def calls(solves: int, tangents: int) -> Calls:

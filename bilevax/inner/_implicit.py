@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -13,6 +12,7 @@ from bilevax.ihvp._cg import cg
 from bilevax.inner._optimizer_steps import Initial, Optimizer, check_point, optimizer_steps
 from bilevax.problem import IHVP, Calls, InnerSolver, Iterate, Loss, SolverInfo, arrays, inner_gradient, norm
 from bilevax.sampling import Sample, full, split
+from bilevax.typing import Key, PyTree
 
 
 class ImplicitState(NamedTuple):
@@ -24,7 +24,7 @@ class ImplicitState(NamedTuple):
         0.0
     """
 
-    v: chex.ArrayTree | None
+    v: PyTree | None
     ihvp: Any
 
 
@@ -112,13 +112,13 @@ def implicit(
     if solve is not None:
         checks.function("solve", solve, "x", "y0", "batch")
 
-    def init(x: chex.ArrayTree, y: chex.ArrayTree, batch: Any = None) -> ImplicitState:
+    def init(x: PyTree, y: PyTree, batch: Any = None) -> ImplicitState:
         check_point(x, y)
         return ImplicitState(
             optax.tree.zeros_like(arrays(y)) if warm_start else None, solver.init(x, y, batch, inner_loss)
         )
 
-    def forward(key: chex.PRNGKey | None, state: ImplicitState, x: chex.ArrayTree, z: Iterate, batch: Any) -> tuple:
+    def forward(key: Key | None, state: ImplicitState, x: PyTree, z: Iterate, batch: Any) -> tuple:
         step_key, ihvp_key, cross_key = split(key, 3)
         if solve is None:
             z, _ = jax.lax.scan(lambda z, _: (step(step_key, batch, x, z), None), z, length=steps)

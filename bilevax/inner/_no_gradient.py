@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -11,6 +10,7 @@ from bilevax import checks
 from bilevax.inner._optimizer_steps import Initial, Optimizer, check_point, optimizer_steps
 from bilevax.problem import Calls, InnerSolver, Iterate, Loss, SolverInfo
 from bilevax.sampling import Sample, full, split
+from bilevax.typing import Key, PyTree
 
 
 def no_gradient(
@@ -54,11 +54,11 @@ def no_gradient(
     steps = checks.count("steps", steps)
     start, step, report = optimizer_steps(inner_loss, optimizer, initial, sample)
 
-    def init(x: chex.ArrayTree, y: chex.ArrayTree, batch: Any = None) -> tuple:
+    def init(x: PyTree, y: PyTree, batch: Any = None) -> tuple:
         check_point(x, y)
         return ()
 
-    def forward(key: chex.PRNGKey | None, state: tuple, x: chex.ArrayTree, z: Iterate, batch: Any) -> tuple:
+    def forward(key: Key | None, state: tuple, x: PyTree, z: Iterate, batch: Any) -> tuple:
         step_key, *_ = split(key, 3)
         z_T, _ = jax.lax.scan(lambda z, _: (step(step_key, batch, x, z), None), z, length=steps)
         return z_T, (step_key, x, z_T, batch), state

@@ -4,7 +4,6 @@ import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +12,7 @@ import optax
 from bilevax import checks
 from bilevax.problem import Iterate, Loss, arrays, norm
 from bilevax.sampling import Sample, fold
+from bilevax.typing import Array, Key, PyTree
 
 Optimizer: TypeAlias = optax.GradientTransformation | Callable[[Any], optax.GradientTransformation]
 Initial = Callable[[Any], Any]
@@ -39,7 +39,7 @@ def optimizer_steps(inner_loss: Loss, optimizer: Optimizer, initial: Initial | N
     if initial is not None:
         checks.function("initial", initial, "x")
 
-    def make(x: chex.ArrayTree) -> optax.GradientTransformation:
+    def make(x: PyTree) -> optax.GradientTransformation:
         made = optimizer if isinstance(optimizer, optax.GradientTransformation) else optimizer(x)
         checks.instance("optimizer(x)", made, optax.GradientTransformation, "Return from it, say, optax.sgd(x).")
         return made
@@ -52,17 +52,17 @@ def optimizer_steps(inner_loss: Loss, optimizer: Optimizer, initial: Initial | N
             f"{optimizer!r}. Pass, say, optax.sgd(0.1), or lambda x: optax.sgd(x)."
         )
 
-    def draw(key: chex.PRNGKey | None, data: Any, t: chex.Array) -> Any:
+    def draw(key: Key | None, data: Any, t: Array) -> Any:
         return sample(fold(key, t), t, data)
 
-    def start(x: chex.ArrayTree, y: chex.ArrayTree) -> Iterate:
+    def start(x: PyTree, y: PyTree) -> Iterate:
         y0 = arrays(y if initial is None else initial(x))
         if initial is not None:
             checks.same_shapes("y under initial", y0, y, "Return from initial(x) a pytree like y.")
             checks.floating("y under initial", y0)
         return Iterate(y0, make(x).init(y0), jnp.zeros((), jnp.int32))
 
-    def step(key: chex.PRNGKey | None, data: Any, x: chex.ArrayTree, z: Iterate) -> Iterate:
+    def step(key: Key | None, data: Any, x: PyTree, z: Iterate) -> Iterate:
         batch = draw(key, data, z.t)
         value, gradient = jax.value_and_grad(loss, argnums=1)(x, z.y, batch)
         update = optax.with_extra_args_support(make(x)).update
@@ -74,7 +74,7 @@ def optimizer_steps(inner_loss: Loss, optimizer: Optimizer, initial: Initial | N
         checks.same_shapes("state of the inner optimizer", opt_state, z.opt_state, fix)
         return Iterate(optax.apply_updates(z.y, updates), opt_state, z.t + 1)
 
-    def report(key: chex.PRNGKey | None, data: Any, x: chex.ArrayTree, z: Iterate) -> tuple[chex.Array, chex.Array]:
+    def report(key: Key | None, data: Any, x: PyTree, z: Iterate) -> tuple[Array, Array]:
         value, gradient = jax.value_and_grad(loss, argnums=1)(x, z.y, draw(key, data, jnp.maximum(z.t - 1, 0)))
         return value, norm(gradient)
 
@@ -98,7 +98,7 @@ def full_cotangent(z_bar: Iterate, z: Iterate) -> Iterate:
     return Iterate(*parts)
 
 
-def check_point(x: chex.ArrayTree, y: chex.ArrayTree) -> None:
+def check_point(x: PyTree, y: PyTree) -> None:
     """Raises ValueError unless x and y are nonempty pytrees of floating-point arrays."""
     checks.floating("x", x)
     checks.floating("y", y)

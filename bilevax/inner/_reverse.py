@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -12,6 +11,7 @@ from bilevax import checks
 from bilevax.inner._optimizer_steps import Initial, Optimizer, check_point, full_cotangent, optimizer_steps
 from bilevax.problem import Calls, InnerSolver, Iterate, Loss, SolverInfo
 from bilevax.sampling import Sample, full, split
+from bilevax.typing import Key, PyTree
 
 
 class Checkpoint(NamedTuple):
@@ -32,15 +32,15 @@ class Checkpoint(NamedTuple):
     evaluations: Callable[[int], int]
 
 
-def _loop(step: Callable, x: chex.ArrayTree, z: Iterate, steps: int) -> Iterate:
+def _loop(step: Callable, x: PyTree, z: Iterate, steps: int) -> Iterate:
     return jax.lax.scan(lambda z, _: (step(x, z), None), z, length=steps)[0]
 
 
-def _every_step(step: Callable, x: chex.ArrayTree, z: Iterate, steps: int) -> Iterate:
+def _every_step(step: Callable, x: PyTree, z: Iterate, steps: int) -> Iterate:
     return _loop(jax.checkpoint(step, prevent_cse=False), x, z, steps)
 
 
-def _two_level(step: Callable, x: chex.ArrayTree, z: Iterate, steps: int) -> Iterate:
+def _two_level(step: Callable, x: PyTree, z: Iterate, steps: int) -> Iterate:
     size = max(1, math.isqrt(steps))
     block = jax.checkpoint(lambda x, z: _every_step(step, x, z, size), prevent_cse=False)
     z = _loop(block, x, z, steps // size)
@@ -79,7 +79,7 @@ def store_products(every: int = 1) -> Checkpoint:
     """
     every = checks.count("every", every, minimum=1)
 
-    def loop(step: Callable, x: chex.ArrayTree, z: Iterate, steps: int) -> Iterate:
+    def loop(step: Callable, x: PyTree, z: Iterate, steps: int) -> Iterate:
         keep = jax.checkpoint(step, prevent_cse=False, policy=jax.checkpoint_policies.dots_saveable)
         z = _loop(lambda x, z: keep(x, _every_step(step, x, z, every - 1)), x, z, steps // every)
         return _every_step(step, x, z, steps % every)
@@ -136,14 +136,14 @@ def reverse(
     start, step, report = optimizer_steps(inner_loss, optimizer, initial, sample)
     calls = Calls(0, checkpoint.evaluations(steps) + 1, steps, steps)
 
-    def init(x: chex.ArrayTree, y: chex.ArrayTree, batch: Any = None) -> tuple:
+    def init(x: PyTree, y: PyTree, batch: Any = None) -> tuple:
         check_point(x, y)
         return ()
 
-    def forward(key: chex.PRNGKey | None, state: tuple, x: chex.ArrayTree, z: Iterate, batch: Any) -> tuple:
+    def forward(key: Key | None, state: tuple, x: PyTree, z: Iterate, batch: Any) -> tuple:
         step_key, *_ = split(key, 3)
 
-        def unroll(x: chex.ArrayTree, z: Iterate) -> Iterate:
+        def unroll(x: PyTree, z: Iterate) -> Iterate:
             return checkpoint.loop(lambda x, z: step(step_key, batch, x, z), x, z, steps)
 
         z_T, pull_back = jax.vjp(unroll, x, z)

@@ -4,7 +4,6 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -13,10 +12,11 @@ from jax.extend import core
 from bilevax.curvature.capture.batch_axis import opened
 from bilevax.curvature.capture.uses import bind
 from bilevax.inner._optimizer_steps import Optimizer
+from bilevax.typing import Array, PyTree
 
 
 @jax.custom_jvp
-def _sqrt(x: chex.Array) -> chex.Array:
+def _sqrt(x: Array) -> Array:
     return jax.lax.sqrt(x)
 
 
@@ -38,7 +38,7 @@ def smooth_roots(optimizer: Optimizer) -> Optimizer:
             return optimizer
 
         @functools.wraps(optimizer)  # so that `descent` still sees an optimizer that was not called
-        def made(x: chex.ArrayTree) -> optax.GradientTransformation:
+        def made(x: PyTree) -> optax.GradientTransformation:
             return smooth_roots(optimizer(x))
 
         return made

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-import chex
 import jax
 import numpy as np
 import optax
@@ -15,11 +14,12 @@ from bilevax.inner._optimizer_steps import Initial
 from bilevax.inner._reverse import reverse
 from bilevax.problem import IHVP, InnerSolver, Loss
 from bilevax.sampling import Sample, full
+from bilevax.typing import Scalar
 
 
 def unroll_with_tail(
     inner_loss: Loss,
-    step_size: chex.Numeric,
+    step_size: Scalar,
     steps: int,
     *,
     unrolled: int,

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -15,6 +14,7 @@ from bilevax.inner.guides import Guide
 from bilevax.inner.random_directions import Sampler, rademacher
 from bilevax.problem import Calls, InnerSolver, Iterate, Loss
 from bilevax.sampling import full
+from bilevax.typing import Array, Key, PyTree, Scalar
 
 
 class Difference(NamedTuple):
@@ -35,11 +35,11 @@ class Difference(NamedTuple):
     evaluations: int
 
 
-def _one_sided(function: Callable, x: chex.ArrayTree, value: chex.ArrayTree, step: chex.ArrayTree) -> chex.ArrayTree:
+def _one_sided(function: Callable, x: PyTree, value: PyTree, step: PyTree) -> PyTree:
     return optax.tree.sub(function(optax.tree.add(x, step)), value)
 
 
-def _central(function: Callable, x: chex.ArrayTree, value: chex.ArrayTree, step: chex.ArrayTree) -> chex.ArrayTree:
+def _central(function: Callable, x: PyTree, value: PyTree, step: PyTree) -> PyTree:
     ahead, behind = function(optax.tree.add(x, step)), function(optax.tree.sub(x, step))
     return optax.tree.scale(0.5, optax.tree.sub(ahead, behind))
 
@@ -52,7 +52,7 @@ def zeroth_order(
     solve: Callable,
     *,
     directions: int = 8,
-    mu: chex.Numeric = 1e-3,
+    mu: Scalar = 1e-3,
     difference: Difference = one_sided,
     sampler: Sampler = rademacher,
     guide: Guide | None = None,
@@ -122,8 +122,8 @@ def zeroth_order(
         no_loss if inner_loss is None else inner_loss, optax.identity(), initial, full
     )
 
-    def prepare(key: chex.PRNGKey, x: chex.ArrayTree, z: Iterate, batch: Any, z_T: Iterate | None = None) -> Push:
-        def at(x: chex.ArrayTree) -> chex.ArrayTree:
+    def prepare(key: Key, x: PyTree, z: Iterate, batch: Any, z_T: Iterate | None = None) -> Push:
+        def at(x: PyTree) -> PyTree:
             y0 = z.y if initial is None else start(x, z.y).y
             y = solve(x, y0, batch)
             checks.same_shapes("y under solve", y, y0, "Return from solve(x, y0, batch) a pytree like y0.")
@@ -131,7 +131,7 @@ def zeroth_order(
 
         base = z._replace(y=at(x)) if z_T is None else z_T
 
-        def along(v: chex.ArrayTree) -> tuple[Iterate, Iterate]:
+        def along(v: PyTree) -> tuple[Iterate, Iterate]:
             step = optax.tree.cast_like(optax.tree.scale(mu, v), x)
             change = floating(Iterate(optax.tree.scale(1 / mu, difference.change(at, x, base.y, step))))
             lost = optax.tree.max(jax.tree.map(_lost, x, step, v))
@@ -142,7 +142,7 @@ def zeroth_order(
     def solves(plan: Plan) -> int:
         return plan.devices + difference.evaluations * (plan.random + plan.devices * plan.guesses)
 
-    def report(key: chex.PRNGKey, batch: Any, x: chex.ArrayTree, z: Iterate) -> tuple:
+    def report(key: Key, batch: Any, x: PyTree, z: Iterate) -> tuple:
         return report_on(None, batch, x, z)
 
     def calls(solves: int, tangents: int) -> Calls:
@@ -152,6 +152,6 @@ def zeroth_order(
     return directional(start, prepare, report, chosen, solves, calls, reports=inner_loss is not None)
 
 
-def _lost(x: chex.Array, step: chex.Array, v: chex.Array) -> chex.Array:
+def _lost(x: Array, step: Array, v: Array) -> Array:
     """Whether rounding swallows the step in an entry that should move by about μ."""
     return jnp.any((jnp.abs(x + step - x) < 0.5 * jnp.abs(step)) & (jnp.abs(v) > 0.5))

@@ -22,7 +22,6 @@ as control variate (DIANA's shift).
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -32,6 +31,7 @@ from bilevax import checks
 from bilevax.inner._optimizer_steps import full_cotangent
 from bilevax.problem import Calls, InnerSolver, Iterate, arrays
 from bilevax.sampling import fold
+from bilevax.typing import Key, PyTree, Scalar
 
 __all__ = ["Guide", "Solution", "at_solution", "blocks", "fixed", "from_start", "running_mean", "several"]
 
@@ -65,7 +65,7 @@ class Solution(NamedTuple):
     batch: Any
 
 
-def _keep(state: Any, estimate: chex.ArrayTree) -> Any:
+def _keep(state: Any, estimate: PyTree) -> Any:
     return state
 
 
@@ -91,7 +91,7 @@ class Guide(NamedTuple):
     update: Callable = _keep
 
 
-def _single(tree: chex.ArrayTree) -> chex.ArrayTree:
+def _single(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], tree)
 
 
@@ -134,7 +134,7 @@ def at_solution(solver: InnerSolver) -> Guide:
     """
     _check("at_solution", solver)
 
-    def propose(key: chex.PRNGKey, state: Any, x: chex.ArrayTree, solution: Solution) -> tuple:
+    def propose(key: Key, state: Any, x: PyTree, solution: Solution) -> tuple:
         z = solver.start(x, solution.end.y)._replace(t=solution.end.t)
         _, residual, state = solver.forward(fold(key, _KEY), state, x, z, solution.batch)
         (x_bar, _), state, info = solver.backward(residual, state, Iterate(solution.cotangent.y))
@@ -175,7 +175,7 @@ def from_start(solver: InnerSolver) -> Guide:
     """
     _check("from_start", solver)
 
-    def propose(key: chex.PRNGKey, state: Any, x: chex.ArrayTree, solution: Solution) -> tuple:
+    def propose(key: Key, state: Any, x: PyTree, solution: Solution) -> tuple:
         _, residual, state = solver.forward(key, state, x, solution.start, solution.batch)
         (x_bar, z0_bar), state, info = solver.backward(residual, state, solution.cotangent)
         _, pull_start = jax.vjp(lambda x: solver.start(x, solution.start.y), x)
@@ -208,12 +208,12 @@ def blocks(number: int) -> Guide:
     """
     number = checks.count("number", number, minimum=1)
 
-    def init(x: chex.ArrayTree, y: chex.ArrayTree, batch: Any = None) -> tuple:
+    def init(x: PyTree, y: PyTree, batch: Any = None) -> tuple:
         if (size := optax.tree.size(x)) < number:
             raise ValueError(f"number of blocks must be at most the {size} entries of x; got {number}. Pass {size}.")
         return ()
 
-    def propose(key: chex.PRNGKey, state: tuple, x: chex.ArrayTree, solution: Solution) -> tuple:
+    def propose(key: Key, state: tuple, x: PyTree, solution: Solution) -> tuple:
         flat, unravel = ravel_pytree(arrays(x))
         block = jnp.arange(flat.size) * number // flat.size
         return jax.vmap(lambda i: unravel((block == i).astype(flat.dtype)))(jnp.arange(number)), state, Calls()
@@ -221,7 +221,7 @@ def blocks(number: int) -> Guide:
     return Guide(init, propose, number)
 
 
-def running_mean(rate: chex.Numeric) -> Guide:
+def running_mean(rate: Scalar) -> Guide:
     """The running mean of past estimates.
 
         c ← c + rate (ĝ − c),   c = 0 at first
@@ -245,13 +245,13 @@ def running_mean(rate: chex.Numeric) -> Guide:
     """
     checks.fraction("rate", rate)
 
-    def init(x: chex.ArrayTree, y: chex.ArrayTree, batch: Any = None) -> chex.ArrayTree:
+    def init(x: PyTree, y: PyTree, batch: Any = None) -> PyTree:
         return optax.tree.zeros_like(arrays(x))
 
-    def propose(key: chex.PRNGKey, state: chex.ArrayTree, x: chex.ArrayTree, solution: Solution) -> tuple:
+    def propose(key: Key, state: PyTree, x: PyTree, solution: Solution) -> tuple:
         return _single(state), state, Calls()
 
-    def update(state: chex.ArrayTree, estimate: chex.ArrayTree) -> chex.ArrayTree:
+    def update(state: PyTree, estimate: PyTree) -> PyTree:
         moved = optax.tree.add_scale(state, rate, optax.tree.sub(estimate, state))
         finite = jnp.isfinite(optax.tree.norm(moved))
         return optax.tree.cast_like(optax.tree.where(finite, moved, state), state)
@@ -259,7 +259,7 @@ def running_mean(rate: chex.Numeric) -> Guide:
     return Guide(init, propose, 1, update)
 
 
-def fixed(directions: chex.ArrayTree) -> Guide:
+def fixed(directions: PyTree) -> Guide:
     """Guesses that never change.
 
     Args:
@@ -287,12 +287,12 @@ def fixed(directions: chex.ArrayTree) -> Guide:
         )
     ((number,),) = lengths
 
-    def init(x: chex.ArrayTree, y: chex.ArrayTree, batch: Any = None) -> tuple:
+    def init(x: PyTree, y: PyTree, batch: Any = None) -> tuple:
         one = jax.tree.map(lambda leaf: jnp.asarray(leaf)[0], directions)
         checks.same_shapes("directions of guides.fixed", one, x, "Pass leaves [k, *x].")
         return ()
 
-    def propose(key: chex.PRNGKey, state: tuple, x: chex.ArrayTree, solution: Solution) -> tuple:
+    def propose(key: Key, state: tuple, x: PyTree, solution: Solution) -> tuple:
         return directions, state, Calls()
 
     return Guide(init, propose, number)
@@ -324,16 +324,16 @@ def several(*guides: Guide) -> Guide:
             "guides", guide, Guide, "Pass, say, bx.inner.guides.blocks(4), bx.inner.guides.running_mean(0.1)."
         )
 
-    def init(x: chex.ArrayTree, y: chex.ArrayTree, batch: Any = None) -> tuple:
+    def init(x: PyTree, y: PyTree, batch: Any = None) -> tuple:
         return tuple(guide.init(x, y, batch) for guide in guides)
 
-    def propose(key: chex.PRNGKey, state: tuple, x: chex.ArrayTree, solution: Solution) -> tuple:
+    def propose(key: Key, state: tuple, x: PyTree, solution: Solution) -> tuple:
         parts = [guide.propose(key, part, x, solution) for guide, part in zip(guides, state, strict=True)]
         guesses, states, calls = zip(*parts, strict=True)
         together = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *guesses)
         return together, states, jax.tree.map(lambda *counts: sum(counts), *calls)
 
-    def update(state: tuple, estimate: chex.ArrayTree) -> tuple:
+    def update(state: tuple, estimate: PyTree) -> tuple:
         return tuple(guide.update(part, estimate) for guide, part in zip(guides, state, strict=True))
 
     return Guide(init, propose, sum(guide.number for guide in guides), update)

@@ -34,7 +34,6 @@ Example:
 from collections.abc import Callable
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,6 +42,7 @@ from jax.flatten_util import ravel_pytree
 
 from bilevax import checks
 from bilevax.problem import arrays, widen
+from bilevax.typing import Key, PyTree, Scalar
 
 __all__ = ["Sampler", "check", "coordinate", "gaussian", "hadamard", "orthogonal", "rademacher", "sphere"]
 
@@ -51,7 +51,7 @@ def __dir__() -> list[str]:
     return __all__
 
 
-Row = Callable[[chex.Numeric], chex.ArrayTree]
+Row = Callable[[Scalar], PyTree]
 _DRAWS, _ENTRIES = 64, 4096
 
 
@@ -69,29 +69,29 @@ class Sampler(NamedTuple):
         (40.0, 0.0)
     """
 
-    draw: Callable[[chex.PRNGKey, chex.ArrayTree, int], Row]
+    draw: Callable[[Key, PyTree, int], Row]
     noise: Callable[[int, int], float]
 
 
-def _rademacher(key: chex.PRNGKey, like: chex.ArrayTree, number: int) -> Row:
+def _rademacher(key: Key, like: PyTree, number: int) -> Row:
     return lambda i: optax.tree.random_like(jax.random.fold_in(key, i), like, jax.random.rademacher)
 
 
-def _gaussian(key: chex.PRNGKey, like: chex.ArrayTree, number: int) -> Row:
+def _gaussian(key: Key, like: PyTree, number: int) -> Row:
     return lambda i: optax.tree.random_like(jax.random.fold_in(key, i), like, jax.random.normal)
 
 
-def _sphere(key: chex.PRNGKey, like: chex.ArrayTree, number: int) -> Row:
+def _sphere(key: Key, like: PyTree, number: int) -> Row:
     gaussian_row, radius = _gaussian(key, like, number), optax.tree.size(like) ** 0.5
 
-    def row(i: chex.Numeric) -> chex.ArrayTree:
+    def row(i: Scalar) -> PyTree:
         v = gaussian_row(i)
         return optax.tree.cast_like(optax.tree.scale(radius / optax.tree.norm(widen(v)), widen(v)), v)
 
     return row
 
 
-def _orthogonal(key: chex.PRNGKey, like: chex.ArrayTree, number: int) -> Row:
+def _orthogonal(key: Key, like: PyTree, number: int) -> Row:
     size = _at_most("orthogonal", number, optax.tree.size(like))
     flat, unravel = ravel_pytree(like)
     q, r = jnp.linalg.qr(jax.random.normal(key, (size, number), jnp.promote_types(flat.dtype, jnp.float32)))
@@ -99,7 +99,7 @@ def _orthogonal(key: chex.PRNGKey, like: chex.ArrayTree, number: int) -> Row:
     return lambda i: unravel(columns[:, i].astype(flat.dtype))
 
 
-def _hadamard(key: chex.PRNGKey, like: chex.ArrayTree, number: int) -> Row:
+def _hadamard(key: Key, like: PyTree, number: int) -> Row:
     size = optax.tree.size(like)
     power = _at_most("hadamard", number, _power(size))
     sign_key, row_key = jax.random.split(key)
@@ -107,14 +107,14 @@ def _hadamard(key: chex.PRNGKey, like: chex.ArrayTree, number: int) -> Row:
     signs = jax.random.rademacher(sign_key, (size,), flat.dtype)
     rows = jax.random.permutation(row_key, jnp.arange(power, dtype=jnp.uint32))[:number]
 
-    def row(i: chex.Numeric) -> chex.ArrayTree:
+    def row(i: Scalar) -> PyTree:
         odd = jax.lax.population_count(rows[i] & jnp.arange(size, dtype=jnp.uint32)) & 1
         return unravel(jnp.where(odd == 1, -signs, signs))
 
     return row
 
 
-def _coordinate(key: chex.PRNGKey, like: chex.ArrayTree, number: int) -> Row:
+def _coordinate(key: Key, like: PyTree, number: int) -> Row:
     size = _at_most("coordinate", number, optax.tree.size(like))
     flat, unravel = ravel_pytree(like)
     entries = jax.random.permutation(key, size)[:number]
@@ -145,7 +145,7 @@ hadamard = Sampler(
 coordinate = Sampler(_coordinate, lambda size, number: (size - number) / number)
 
 
-def check(sampler: Sampler, like: chex.ArrayTree, number: int) -> None:
+def check(sampler: Sampler, like: PyTree, number: int) -> None:
     """Raises ValueError unless the sampler draws `number` pytrees like `like` of mean square 1.
 
     The mean square is measured on fixed keys, for samplers of your own; that they are uncorrelated is not.
@@ -170,7 +170,7 @@ def check(sampler: Sampler, like: chex.ArrayTree, number: int) -> None:
     checks.instance("sampler", sampler, Sampler, "Pass, say, bx.inner.random_directions.rademacher.")
     like = arrays(like)
 
-    def first(key: chex.PRNGKey, i: chex.Numeric) -> chex.ArrayTree:
+    def first(key: Key, i: Scalar) -> PyTree:
         return sampler.draw(key, optax.tree.zeros_like(like), number)(i)
 
     fix = "Return from draw(key, like, number) a function row(i) -> v, a pytree like `like`."

@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,6 +27,7 @@ from bilevax.agents import _gossip as gossips
 from bilevax.agents import topology as graphs
 from bilevax.problem import Algorithm
 from bilevax.single_loop._levels import Levels, levels
+from bilevax.typing import Array, PyTree
 
 __all__ = ["join", "place", "pmap_agents", "shard_agents", "split"]
 
@@ -149,7 +149,7 @@ def pmap_agents(make_algorithm: Callable, topology: Any, devices: Sequence[Any])
     return _checked(init, step, check)
 
 
-def place(tree: chex.ArrayTree, mesh: Mesh) -> chex.ArrayTree:
+def place(tree: PyTree, mesh: Mesh) -> PyTree:
     """Puts the rows of each agent on the device that holds it; scalars on all devices.
 
     On several hosts every process passes a tree of all n rows, and reads those of its own devices alone: a leaf may be
@@ -188,7 +188,7 @@ def place(tree: chex.ArrayTree, mesh: Mesh) -> chex.ArrayTree:
     return jax.tree.map(put, tree)
 
 
-def split(tree: chex.ArrayTree, devices: int) -> chex.ArrayTree:
+def split(tree: PyTree, devices: int) -> PyTree:
     """Gives `pmap_agents` its layout: leaves [n, ...] become [devices, n/devices, ...], scalars [devices].
 
     Args:
@@ -219,7 +219,7 @@ def split(tree: chex.ArrayTree, devices: int) -> chex.ArrayTree:
     return jax.tree.map(one, tree)
 
 
-def join(tree: chex.ArrayTree) -> chex.ArrayTree:
+def join(tree: PyTree) -> PyTree:
     """Undoes `split`: leaves [devices, n/devices, ...] become [n, ...], [devices] the scalar of the first device.
 
     Args:
@@ -290,7 +290,7 @@ def gossip_along(topology: Any, axis: str, devices: int) -> Any:
             f"devices. Take {np.gcd(sequence[0].n, devices)} of the devices, or other agents."
         )
 
-    def mean(tree: chex.ArrayTree) -> chex.ArrayTree:
+    def mean(tree: PyTree) -> PyTree:
         return jax.lax.pmean(jax.tree.map(lambda leaf: jnp.mean(leaf, 0), tree), axis)
 
     plain = gossips.assemble(topology, partial(_form, axis, devices), lambda n: _held(axis, n // devices), mean)
@@ -325,14 +325,14 @@ def _shifts(axis: str, devices: int, topology: graphs.Topology) -> gossips.Form:
     """A hop of far · local + cut brings the rows from `cut` on from `far` devices on, those before it from one more."""
     local, hops = topology.n // devices, gossips.hop_weights(topology)
 
-    def receive(rows: chex.Array, far: int, weights: np.ndarray) -> chex.Array:
+    def receive(rows: Array, far: int, weights: np.ndarray) -> Array:
         """The rows of the device `far` places on, for the devices that give them weight [devices, rows]."""
         if far % devices == 0:
             return rows
         pairs = [((device + far) % devices, device) for device in range(devices) if weights[device].any()]
         return jax.lax.ppermute(rows, axis, pairs) if pairs else jnp.zeros_like(rows)
 
-    def shift(leaf: chex.Array, hop: int) -> chex.Array:
+    def shift(leaf: Array, hop: int) -> Array:
         (far, cut), weights = divmod(hop, local), hops[hop].reshape(devices, local)
         near = receive(leaf[cut:], far, weights[:, : local - cut])
         return jnp.concatenate([near, receive(leaf[:cut], far + 1, weights[:, local - cut :])]) if cut else near
@@ -340,7 +340,7 @@ def _shifts(axis: str, devices: int, topology: graphs.Topology) -> gossips.Form:
     return gossips.shifted(hops, shift, partial(_held, axis, local))
 
 
-def _held(axis: str, local: int) -> chex.Array:
+def _held(axis: str, local: int) -> Array:
     return jax.lax.axis_index(axis) * local + jnp.arange(local, dtype=jnp.int32)
 
 
@@ -353,13 +353,13 @@ def _mesh(mesh: Any) -> Mesh:
     return mesh
 
 
-def _check_rows(tree: chex.ArrayTree, devices: int) -> None:
+def _check_rows(tree: PyTree, devices: int) -> None:
     form = f"[n, ...], n a multiple of {devices} devices, or scalars"
     fix = "Give each agent its row (bx.replicate), or take fewer devices."
     _check_shapes("tree", tree, form, lambda shape: not shape or shape[0] % devices == 0, fix)
 
 
-def _check_shapes(name: str, tree: chex.ArrayTree, form: str, fits: Callable, fix: str) -> None:
+def _check_shapes(name: str, tree: PyTree, form: str, fits: Callable, fix: str) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if not fits(jnp.shape(leaf)):
             where = f"{name}{jax.tree_util.keystr(path)}"

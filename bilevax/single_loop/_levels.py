@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import chex
 import jax
 
 from bilevax import checks
+from bilevax.typing import Scalar
 
 
 class Levels(NamedTuple):
@@ -37,7 +37,7 @@ def levels(name: str, value: Any) -> Levels:
     return Levels(*value)
 
 
-def at(k: chex.Numeric, value: Any) -> Any:
+def at(k: Scalar, value: Any) -> Any:
     """The value at iteration k of a number, or of a schedule `k -> number`."""
     if not callable(value):
         return value

@@ -2,13 +2,13 @@
 
 from typing import Any, NamedTuple
 
-import chex
 import jax
 
 from bilevax import checks
 from bilevax.problem import IHVP, BilevelProblem
 from bilevax.sampling import fold
 from bilevax.single_loop.correction.correction_type import Move
+from bilevax.typing import PyTree, Scalar
 
 
 class Preconditioned(NamedTuple):
@@ -80,11 +80,11 @@ class Setting(NamedTuple):
     agents: Any = None
 
 
-def preconditioned_move(step: Preconditioned, size: chex.Numeric, setting: Setting) -> Move:
+def preconditioned_move(step: Preconditioned, size: Scalar, setting: Setting) -> Move:
     """The move −size · P_i⁻¹ t_i of each agent at its point (x, y)."""
     inner_loss, (x, y, _), batch = setting.problem.inner_loss, setting.point, setting.batch
 
-    def init(s: chex.ArrayTree) -> Any:
+    def init(s: PyTree) -> Any:
         inner = None if batch is None else batch.inner
         return jax.vmap(lambda x, y, data: step.ihvp.init(x, y, data, inner_loss))(x, y, inner)
 
@@ -92,7 +92,7 @@ def preconditioned_move(step: Preconditioned, size: chex.Numeric, setting: Setti
         apply, state = step.ihvp.prepare(fold(setting.key, agent), state, inner_loss, (x, y, data))
         return jax.tree.map(lambda leaf, like: (-size * leaf).astype(like.dtype), apply(t)[0], t), state
 
-    def apply(t: chex.ArrayTree, state: Any, s: chex.ArrayTree) -> tuple[chex.ArrayTree, Any]:
+    def apply(t: PyTree, state: Any, s: PyTree) -> tuple[PyTree, Any]:
         return jax.vmap(one)(t, state, setting.agents, x, y, batch.inner)
 
     return Move(init, apply, linear=False)

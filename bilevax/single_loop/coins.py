@@ -9,13 +9,13 @@ devices changes nothing.
 from collections.abc import Callable
 from math import ceil, gcd
 
-import chex
 import jax
 import jax.numpy as jnp
 
 from bilevax import checks
 from bilevax.agents._gossip import Gossip
 from bilevax.single_loop.estimator.estimator_type import needed
+from bilevax.typing import Array, Key, Scalar
 
 __all__ = [
     "common",
@@ -28,10 +28,10 @@ def __dir__() -> list[str]:
     return __all__
 
 
-Coins = Callable[[chex.PRNGKey, chex.Numeric, Gossip], chex.Array]
+Coins = Callable[[Key, Scalar, Gossip], Array]
 
 
-def independent(probability: chex.Numeric) -> Coins:
+def independent(probability: Scalar) -> Coins:
     """Each agent throws its own coin, which shows heads with probability p (or p_i).
 
     On one device every agent is evaluated and the chosen ones are kept: the declared calls are those of the chosen.
@@ -56,7 +56,7 @@ def independent(probability: chex.Numeric) -> Coins:
     """
     checks.fraction("probability", probability)
 
-    def choose(key: chex.PRNGKey, k: chex.Numeric, gossip: Gossip) -> chex.Array:
+    def choose(key: Key, k: Scalar, gossip: Gossip) -> Array:
         agents = gossip.agents()
         keys = jax.vmap(lambda agent: jax.random.fold_in(needed(key), agent))(agents)
         if jnp.shape(probability) not in ((), (gossip.n,)):
@@ -69,7 +69,7 @@ def independent(probability: chex.Numeric) -> Coins:
     return choose
 
 
-def common(probability: chex.Numeric) -> Coins:
+def common(probability: Scalar) -> Coins:
     """One coin for all agents: all of them evaluate with probability p, and otherwise none does.
 
     Args:
@@ -131,7 +131,7 @@ def subset(probability: float, *, block: int | None = None) -> Coins:
     if block is not None:
         block = checks.count("block", block, minimum=1)
 
-    def choose(key: chex.PRNGKey, k: chex.Numeric, gossip: Gossip) -> chex.Array:
+    def choose(key: Key, k: Scalar, gossip: Gossip) -> Array:
         agents = gossip.agents()
         size = gossip.n if block is None else block
         if agents.size % size:

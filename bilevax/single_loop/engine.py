@@ -12,7 +12,6 @@ them, mix and move.
 from functools import partial
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -27,6 +26,7 @@ from bilevax.single_loop.estimator import Estimator, Oracle
 from bilevax.single_loop.local_directions import LocalDirections, second_order
 from bilevax.single_loop.method import Info, State, check_start, check_step, moved, of_kind, read_gossips
 from bilevax.single_loop.step_sizes import move, read_steps
+from bilevax.typing import Key, PyTree, Scalar
 
 Order = tuple[tuple[str, ...], ...]
 
@@ -42,7 +42,7 @@ def single_loop(
     correction: Any,
     *,
     order: Order = JACOBI,
-    radius: chex.Numeric | None = None,
+    radius: Scalar | None = None,
     local_directions: LocalDirections | None = None,
 ) -> Algorithm:
     """A decentralized single-loop bilevel method out of local directions, an estimator, corrections and an order.
@@ -98,7 +98,7 @@ def single_loop(
     oracles = [Oracle(partial(_evaluate, rule, problem, group), gossips.x, group) for group in order]
     unit_calls = _unit_calls(rule, order)
 
-    def init(x: chex.ArrayTree, y: chex.ArrayTree, batch: Batch | None = None) -> State:
+    def init(x: PyTree, y: PyTree, batch: Batch | None = None) -> State:
         check_start(gossips.x, x, y, batch)
         x, y = arrays(x), arrays(y)
         point = Levels(x, y, optax.tree.zeros_like(y) if "v" in rule.levels else ())
@@ -115,7 +115,7 @@ def single_loop(
         start = jnp.zeros((), jnp.int32)
         return State(start, *point, previous, estimators, Levels((), (), ())._replace(**memories))
 
-    def step(key: chex.PRNGKey | None, state: State, batch: Batch) -> tuple[State, Info]:
+    def step(key: Key | None, state: State, batch: Batch) -> tuple[State, Info]:
         check_step(gossips.x, key, state, State, batch)
         key = fold(key, state.k)
         start = point = Levels(state.x, state.y, state.v)
@@ -167,8 +167,8 @@ def _unit_calls(rule: LocalDirections, order: Order) -> list[Calls]:
     return units
 
 
-def _projected(v: chex.ArrayTree, radius: chex.Numeric) -> chex.ArrayTree:
-    def one(v: chex.ArrayTree) -> chex.ArrayTree:
+def _projected(v: PyTree, radius: Scalar) -> PyTree:
+    def one(v: PyTree) -> PyTree:
         scale = jnp.minimum(1.0, radius / jnp.maximum(norm(v), jnp.finfo(jnp.float32).tiny))
         return jax.tree.map(lambda leaf: (scale * leaf).astype(leaf.dtype), v)
 

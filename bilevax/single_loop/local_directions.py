@@ -10,12 +10,12 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import optax
 
 from bilevax import checks, ihvp
 from bilevax.problem import Batch, BilevelProblem, Calls, Directions, directions, inner_gradient
+from bilevax.typing import Scalar
 
 __all__ = [
     "LocalDirections",
@@ -81,7 +81,7 @@ def second_order() -> LocalDirections:
     return LocalDirections(directions, calls)
 
 
-def first_order(mu: chex.Numeric) -> LocalDirections:
+def first_order(mu: Scalar) -> LocalDirections:
     """The three directions from first derivatives alone.
 
         d_y = ∇_y g(x, y)
@@ -130,7 +130,7 @@ def first_order(mu: chex.Numeric) -> LocalDirections:
     return LocalDirections(evaluate, calls)
 
 
-def own_neumann(*, terms: int, inverse_step: chex.Numeric) -> LocalDirections:
+def own_neumann(*, terms: int, inverse_step: Scalar) -> LocalDirections:
     """The hypergradient of each agent with the inverse of its OWN Hessian, by a Neumann series; there is no v.
 
         d_y = ∇_y g          d_x = ∇_x f − ∇²_xy g · c Σ_{j=0}^{J} (I − c ∇²_yy g)ʲ ∇_y f

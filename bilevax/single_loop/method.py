@@ -2,7 +2,6 @@
 
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -12,6 +11,7 @@ from bilevax.agents._gossip import Gossip
 from bilevax.problem import Batch, Calls, norm
 from bilevax.sampling import check_key
 from bilevax.single_loop._levels import Levels, levels
+from bilevax.typing import Array, PyTree, Scalar
 
 
 class State(NamedTuple):
@@ -33,10 +33,10 @@ class State(NamedTuple):
         ('k', 'x', 'y', 'v', 'previous', 'estimators', 'corrections')
     """
 
-    k: chex.Array
-    x: chex.ArrayTree
-    y: chex.ArrayTree
-    v: chex.ArrayTree
+    k: Array
+    x: PyTree
+    y: PyTree
+    v: PyTree
     previous: Any
     estimators: Any
     corrections: Any
@@ -61,16 +61,16 @@ class Info(NamedTuple):
     """
 
     moves: Levels
-    breakdown: chex.Array
+    breakdown: Array
     calls: Calls
-    bytes: chex.Array
-    rounds: chex.Numeric
+    bytes: Array
+    rounds: Scalar
 
 
-def moved(start: Levels, end: Levels) -> tuple[Levels, chex.Array]:
+def moved(start: Levels, end: Levels) -> tuple[Levels, Array]:
     """How far each level of each agent has moved, and which agents are no longer finite."""
 
-    def distance(new: chex.ArrayTree, old: chex.ArrayTree) -> Any:
+    def distance(new: PyTree, old: PyTree) -> Any:
         return jax.vmap(norm)(optax.tree.sub(new, old)) if jax.tree.leaves(new) else ()
 
     moves = Levels(*map(distance, end, start))
@@ -95,7 +95,7 @@ def read_gossips(gossip: Any) -> Levels:
     return gossips
 
 
-def check_start(gossip: Gossip, x: chex.ArrayTree, y: chex.ArrayTree, batch: Batch | None) -> None:
+def check_start(gossip: Gossip, x: PyTree, y: PyTree, batch: Batch | None) -> None:
     """Refuses a start whose leaves lack the axis of the agents held here."""
     local = len(gossip.agents())
     for name, tree in (("x", x), ("y", y)):

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import chex
 import jax
 import optax
 
@@ -11,9 +10,10 @@ from bilevax import checks
 from bilevax.single_loop._levels import Levels, at, levels
 from bilevax.single_loop._preconditioned import Preconditioned, Setting, preconditioned_move
 from bilevax.single_loop.correction.correction_type import Move
+from bilevax.typing import Array, PyTree, Scalar
 
 
-def decay(start: chex.Numeric, power: chex.Numeric) -> Callable[[chex.Array], chex.Array]:
+def decay(start: Scalar, power: Scalar) -> Callable[[Array], Array]:
     """A step size that falls as a power of the iteration.
 
         a_k = start / (k + 1)^power
@@ -92,26 +92,26 @@ def check_series(step: Any) -> None:
         checks.positive("step_sizes.v", step)
 
 
-def move(step: Any, k: chex.Numeric, setting: Setting) -> Move:
+def move(step: Any, k: Scalar, setting: Setting) -> Move:
     """How a level moves along a corrected direction, for the step size of that level at iteration k."""
     if isinstance(step, Preconditioned):
         return preconditioned_move(step, at(k, step.step_size), setting)
     if isinstance(step, optax.GradientTransformation):
         return Move(jax.vmap(step.init), jax.vmap(step.update), linear=False)
 
-    def apply(t: chex.ArrayTree, state: tuple, s: chex.ArrayTree) -> tuple[chex.ArrayTree, tuple]:
+    def apply(t: PyTree, state: tuple, s: PyTree) -> tuple[PyTree, tuple]:
         a = at(k, step)
         return jax.tree.map(lambda leaf: (-a * leaf).astype(leaf.dtype), t), state
 
     return Move(lambda s: (), apply, linear=True)
 
 
-def inner_optimizer(step_size: Any, k: chex.Array) -> optax.GradientTransformation:
+def inner_optimizer(step_size: Any, k: Array) -> optax.GradientTransformation:
     """Gradient descent with the step size of iteration k, unless it is an optimizer already."""
     return step_size if isinstance(step_size, optax.GradientTransformation) else optax.sgd(at(k, step_size))
 
 
-def outer_step(step_size: Any, k: chex.Array, grad: chex.ArrayTree, state: Any, x: chex.ArrayTree) -> tuple:
+def outer_step(step_size: Any, k: Array, grad: PyTree, state: Any, x: PyTree) -> tuple:
     """The next x, and the next state of its optimizer."""
     if isinstance(step_size, optax.GradientTransformation):
         update, state = step_size.update(grad, state, x)

@@ -9,7 +9,6 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,6 +24,7 @@ from bilevax.testing.compiled import READABLE, executed_dots, products
 from bilevax.testing.placement import LAZY_RING, N, equal, of_four_agents, on_one_device, on_two_parts
 from bilevax.testing.problems._countable import CROSS, ENTRIES_OF_Y, INNER, OUTER, countable
 from bilevax.testing.trees import same_form, truth
+from bilevax.typing import Array
 
 Make = Callable[[BilevelProblem, Gossip, Levels, Sample], Algorithm]
 
@@ -139,7 +139,7 @@ class AlgorithmSubject:
         return outer, inner, cross
 
 
-def keys() -> chex.Array:
+def keys() -> Array:
     """One for each iteration."""
     return jax.random.split(KEY, ITERATIONS)
 

@@ -10,23 +10,23 @@ Hessian is 2 I and the hypergradient is known, in the same program, since all th
 import functools
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from bilevax.problem import Batch, BilevelProblem, Calls
 from bilevax.testing.compiled import executed_dots, products
+from bilevax.typing import Array, Key, PyTree, Scalar
 
 DRAWS = 16  # entries of the stream of batches
 
 
-def _inner_loss(x: chex.Array, y: chex.Array, batch: dict) -> chex.Array:
+def _inner_loss(x: Array, y: Array, batch: dict) -> Array:
     curved = jnp.sum(jax.nn.softplus(batch["A"] @ jnp.tanh(y)))
     return batch["c"] * curved + jnp.sum(y**2) + y @ (batch["B"] @ x)
 
 
-def _outer_loss(x: chex.Array, y: chex.Array, batch: dict) -> chex.Array:
+def _outer_loss(x: Array, y: Array, batch: dict) -> Array:
     curved = jnp.sum(jax.nn.softplus(batch["C"] @ (y * jnp.sum(x))))
     return batch["w"] * curved + batch["s"] * (0.5 * jnp.sum((y - batch["b"]) ** 2) + 0.5 * jnp.sum(x**2))
 
@@ -34,7 +34,7 @@ def _outer_loss(x: chex.Array, y: chex.Array, batch: dict) -> chex.Array:
 PROBLEM = BilevelProblem(_outer_loss, _inner_loss)
 
 
-def make_point(seed: int = 0) -> tuple[chex.Array, chex.Array]:
+def make_point(seed: int = 0) -> tuple[Array, Array]:
     """X of 5 numbers and y of 11."""
     draw = np.random.default_rng(seed).normal
     return jnp.asarray(draw(size=5) / 3), jnp.asarray(draw(size=11) / 3)
@@ -49,7 +49,7 @@ def make_batch(seed: int = 100, curved: float = 1.0) -> Batch:
     return jax.tree.map(jnp.asarray, Batch(outer, inner))
 
 
-def stream(key: chex.PRNGKey, t: chex.Numeric, data: dict) -> dict:
+def stream(key: Key, t: Scalar, data: dict) -> dict:
     """A sampler whose draw depends on the step where the gains differ, and on the key where there is noise."""
     word = jax.random.key_data(key)[-1] * jnp.uint32(2654435769)  # scatters the seeds 1, 2, ...
     uniform = word.astype(jnp.float32) / 2**32
@@ -67,7 +67,7 @@ def noisy(batch: Batch) -> Batch:
     return batch._replace(inner=batch.inner | {"noise": jnp.asarray(np.ones(()))})
 
 
-def halved(tree: chex.ArrayTree) -> chex.ArrayTree:
+def halved(tree: PyTree) -> PyTree:
     """The same in bfloat16."""
     return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf), jnp.bfloat16), tree)
 
@@ -80,40 +80,40 @@ def spoiled(batch: Batch) -> tuple[Batch, Batch]:
     return batch._replace(outer=outer), batch._replace(inner=inner)
 
 
-def solution(x: chex.Array, batch: Batch) -> chex.Array:
+def solution(x: Array, batch: Batch) -> Array:
     """The minimizer y of g where c = 0."""
     return jnp.asarray(-np.asarray(batch.inner["B"]) @ np.asarray(x) / 2)
 
 
-def exact_gradient(x: chex.Array, batch: Batch) -> chex.Array:
+def exact_gradient(x: Array, batch: Batch) -> Array:
     """The hypergradient where c = w = 0."""
     residual = np.asarray(solution(x, batch)) - np.asarray(batch.outer["b"])
     return jnp.asarray(np.asarray(x) - np.asarray(batch.inner["B"]).T @ residual / 2)
 
 
-def _draw(data: dict, t: chex.Numeric) -> dict:
+def _draw(data: dict, t: Scalar) -> dict:
     gain = data["gains"][t % DRAWS]
     return data | {"A": gain * data["A"], "B": gain * data["B"]}
 
 
 @functools.partial(jax.jit, static_argnames="steps")
-def descend(steps: int, rate: chex.Numeric, x: chex.Array, y: chex.Array, data: dict) -> chex.Array:
+def descend(steps: int, rate: Scalar, x: Array, y: Array, data: dict) -> Array:
     """Y after plain gradient steps on the draws of `stream` without noise."""
 
-    def step(y: chex.Array, t: chex.Array) -> tuple[chex.Array, None]:
+    def step(y: Array, t: Array) -> tuple[Array, None]:
         return y - rate * jax.grad(_inner_loss, 1)(x, y, _draw(data, t)), None
 
     return jax.lax.scan(step, y, jnp.arange(steps))[0]
 
 
 @functools.partial(jax.jit, static_argnames="steps")
-def unrolled_gradient(steps: int, rate: chex.Numeric, x: chex.Array, y: chex.Array, batch: Batch) -> chex.Array:
+def unrolled_gradient(steps: int, rate: Scalar, x: Array, y: Array, batch: Batch) -> Array:
     """The derivative of f after those steps."""
     return jax.grad(lambda x: _outer_loss(x, descend(steps, rate, x, y, batch.inner), batch.outer))(x)
 
 
 @jax.jit
-def losses(x: chex.Array, y: chex.Array, data: dict, last: int) -> tuple[chex.Array, chex.Array]:
+def losses(x: Array, y: Array, data: dict, last: int) -> tuple[Array, Array]:
     """G and ‖∇_y g‖ on draw `last` of `stream` without noise."""
     value, gradient = jax.value_and_grad(_inner_loss, 1)(x, y, _draw(data, last))
     return value, jnp.linalg.norm(gradient)

@@ -5,7 +5,6 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +15,7 @@ from bilevax.hypergradients._hypergradient import HypergradientInfo
 from bilevax.problem import Batch, BilevelProblem, Calls, Hypergradient, InnerSolver
 from bilevax.sampling import Sample, full
 from bilevax.testing import ground
+from bilevax.typing import Scalar
 
 RATE = 0.1  # of the inner optimizer
 STEPS = 5  # outer steps in one program
@@ -71,7 +71,7 @@ class HypergradientSubject:
         """Raises ValueError unless make can be called."""
         checks.function("make", self.make, "problem", "optimizer", "sample")
 
-    def at(self, problem: BilevelProblem, rate: chex.Numeric = RATE, sample: Sample = full) -> Hypergradient:
+    def at(self, problem: BilevelProblem, rate: Scalar = RATE, sample: Sample = full) -> Hypergradient:
         """The estimator of this problem with plain gradient steps."""
         made = self.make(problem, optax.sgd(rate), sample)
         fix = "Return Hypergradient(init, estimate)."

@@ -5,7 +5,6 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,12 +17,13 @@ from bilevax.testing._contract import Contract, contract, hold_all, name_of
 from bilevax.testing.compiled import READABLE
 from bilevax.testing.structure import as_model
 from bilevax.testing.trees import close, differ, finite, same_form, scalars, truth
+from bilevax.typing import Array, Scalar
 
 KEY = 0  # the seed of an ordinary draw
 MakeIHVP = Callable[[Any, Sample], IHVP]
 
 
-def right_side() -> chex.Array:
+def right_side() -> Array:
     """A vector b like y."""
     return jnp.asarray(np.cos(np.asarray(ground.make_point()[1])))
 
@@ -83,7 +83,7 @@ class IHVPSubject:
         """Whether it is made of a number and a sampler."""
         return not isinstance(self.ihvp, IHVP)
 
-    def make(self, number: chex.Numeric | None = None, sample: Sample = full) -> IHVP:
+    def make(self, number: Scalar | None = None, sample: Sample = full) -> IHVP:
         """The IHVP with this number, or with the one of the subject."""
         if isinstance(self.ihvp, IHVP):
             return self.ihvp
@@ -128,13 +128,13 @@ class IHVPSubject:
 
     def solve(
         self,
-        b: chex.Array | None = None,
-        *v0: chex.Array,
+        b: Array | None = None,
+        *v0: Array,
         curved: float = 1.0,
         number: Any = None,
         state: Any = None,
         data: Any = None,
-        y: chex.Array | None = None,
+        y: Array | None = None,
     ) -> tuple:
         """`(v, info, state)` on the proving ground, by a program that is compiled once."""
         x, default = ground.make_point()
@@ -166,7 +166,7 @@ def _tasks(subject: IHVPSubject, batch: Batch, seeds: tuple[int, ...] = (KEY,)) 
 
 
 @jax.jit
-def _keys(seeds: Any) -> chex.Array:
+def _keys(seeds: Any) -> Array:
     return jnp.stack([jax.random.key(seed) for seed in seeds])
 
 

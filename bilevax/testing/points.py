@@ -2,23 +2,23 @@
 
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from bilevax.problem import Batch, BilevelProblem
+from bilevax.typing import Array, PyTree
 
-Point = tuple[chex.ArrayTree, chex.ArrayTree]
+Point = tuple[PyTree, PyTree]
 
 
-def _inner_loss(x: chex.ArrayTree, y: chex.ArrayTree, batch: chex.Array) -> chex.Array:
+def _inner_loss(x: PyTree, y: PyTree, batch: Array) -> Array:
     """Hessian diag(2 − 0.1 cos y), coupled to every leaf of x."""
     target = sum(jnp.tanh(leaf).mean() for leaf in jax.tree.leaves(x)) * batch.mean()
     return sum(jnp.sum((leaf - target) ** 2 + 0.1 * jnp.cos(leaf)) for leaf in jax.tree.leaves(y))
 
 
-def _outer_loss(x: chex.ArrayTree, y: chex.ArrayTree, batch: chex.Array) -> chex.Array:
+def _outer_loss(x: PyTree, y: PyTree, batch: Array) -> Array:
     fit = sum(jnp.sum(jnp.sin(leaf - batch.mean())) for leaf in jax.tree.leaves(y))
     return fit + 0.1 * sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(x))
 
@@ -26,7 +26,7 @@ def _outer_loss(x: chex.ArrayTree, y: chex.ArrayTree, batch: chex.Array) -> chex
 PROBLEM = BilevelProblem(_outer_loss, _inner_loss)
 
 
-def _array(values: Any, dtype: Any = None) -> chex.Array:
+def _array(values: Any, dtype: Any = None) -> Array:
     """An array that no program had to be compiled for, in double precision by default where x64 is on."""
     wide = np.asarray(values, float)
     return jnp.asarray(wide if dtype is None else wide.astype(dtype))

@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bilevax.typing import PyTree
 
-def same_form(name: str, got: chex.ArrayTree, like: str, expected: chex.ArrayTree, weak: bool = False) -> None:
+
+def same_form(name: str, got: PyTree, like: str, expected: PyTree, weak: bool = False) -> None:
     """Raises AssertionError unless structures, shapes, dtypes and, with `weak`, weak types agree."""
     _same_structure(name, got, like, expected)
     for where, leaf, other in zip(_paths(got), jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
@@ -25,7 +26,7 @@ def _form(leaf: Any, weak: bool) -> str:
     return f"{'weakly typed ' if weak and of.weak_type else ''}{dtype}{list(of.shape)}"
 
 
-def _same_structure(name: str, got: chex.ArrayTree, like: str, expected: chex.ArrayTree) -> None:
+def _same_structure(name: str, got: PyTree, like: str, expected: PyTree) -> None:
     """Raises AssertionError at the first leaf that one of the two lacks, or where containers are of another kind."""
     kinds: Any = [jax.tree.structure(tree) for tree in (got, expected)]
     if kinds[0] == kinds[1]:
@@ -37,13 +38,11 @@ def _same_structure(name: str, got: chex.ArrayTree, like: str, expected: chex.Ar
     raise AssertionError(f"{name} is {kinds[0]}, and {like} is {kinds[1]}")
 
 
-def _paths(tree: chex.ArrayTree) -> list[str]:
+def _paths(tree: PyTree) -> list[str]:
     return [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
 
 
-def close(
-    name: str, got: chex.ArrayTree, expected: chex.ArrayTree, rtol: float = 1e-10, atol: float | None = None
-) -> None:
+def close(name: str, got: PyTree, expected: PyTree, rtol: float = 1e-10, atol: float | None = None) -> None:
     """Raises AssertionError unless structures agree, and numbers up to rtol, relative and (without atol) absolute."""
     structures = [str(jax.tree.structure(tree)) for tree in (got, expected)]
     truth(structures[0] == structures[1], f"{name} is {structures[0]}; {structures[1]} is meant")
@@ -72,21 +71,21 @@ def _at(index: Sequence) -> str:
     return f" at [{', '.join(map(str, index))}]" if len(index) else ""
 
 
-def differ(name: str, one: chex.ArrayTree, other: chex.ArrayTree, rtol: float = 1e-6) -> None:
+def differ(name: str, one: PyTree, other: PyTree, rtol: float = 1e-6) -> None:
     """Raises AssertionError if all numbers agree up to rtol."""
     pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
     if all(np.allclose(a, b, rtol=rtol, atol=rtol, equal_nan=True) for a, b in pairs):
         raise AssertionError(f"{name} is {short(jax.tree.leaves(one)[0])} both times")
 
 
-def scalars(name: str, tree: chex.ArrayTree) -> None:
+def scalars(name: str, tree: PyTree) -> None:
     """Raises AssertionError unless every leaf is a scalar."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if jnp.ndim(leaf):
             raise AssertionError(f"{name}{jax.tree_util.keystr(path)} has shape {jnp.shape(leaf)}; one number is meant")
 
 
-def finite(name: str, tree: chex.ArrayTree) -> None:
+def finite(name: str, tree: PyTree) -> None:
     """Raises AssertionError if any number is not finite."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         wrong = ~np.isfinite(np.asarray(leaf, float))
@@ -94,7 +93,7 @@ def finite(name: str, tree: chex.ArrayTree) -> None:
             raise AssertionError(f"{name}{jax.tree_util.keystr(path)} is not finite{_at(np.argwhere(wrong)[0])}")
 
 
-def short(numbers: chex.ArrayTree) -> str:
+def short(numbers: PyTree) -> str:
     """An array by its first three numbers, such as `[0, 0.5, 1, …]`."""
     array = np.asarray(numbers, float)
     first = [f"{number:.6g}" for number in array.ravel()[:3]]

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from bilevax import checks
 from bilevax.agents.partition.deal import check_sizes
+from bilevax.typing import PyTree
 
 
 def pooled(sizes: np.ndarray) -> np.ndarray:
@@ -60,8 +60,8 @@ def local(sizes: np.ndarray) -> np.ndarray:
 
 
 def stack(
-    data: chex.ArrayTree, parts: list[np.ndarray], weigh: Callable[[np.ndarray], np.ndarray] = pooled
-) -> tuple[chex.ArrayTree, np.ndarray]:
+    data: PyTree, parts: list[np.ndarray], weigh: Callable[[np.ndarray], np.ndarray] = pooled
+) -> tuple[PyTree, np.ndarray]:
     """Stacks the rows of every agent to one length L, with weights that leave nothing out and count nothing twice.
 
     Agents with fewer than L rows repeat theirs, with weight 0. The weights are for a MEAN over the L rows:
@@ -118,7 +118,7 @@ def _one_set(parts: list) -> list[np.ndarray]:
     return arrays
 
 
-def _check_complete(parts: list[np.ndarray], data: chex.ArrayTree) -> None:
+def _check_complete(parts: list[np.ndarray], data: PyTree) -> None:
     rows = np.sort(np.concatenate(parts))
     if not np.array_equal(rows, np.arange(len(rows))):
         raise ValueError(

@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-import chex
 import jax
 from jax.extend import core
 
@@ -25,6 +24,7 @@ from bilevax.curvature.capture.uses import (
     unsupported,
 )
 from bilevax.curvature.capture.view import Strided
+from bilevax.typing import Array
 
 SAME = ("convert_element_type", "copy", "copy_p", "optimization_barrier")
 
@@ -108,7 +108,7 @@ def _seen_through(eqn: Any, values: list[Value], view: View) -> list[Value]:
     if len(values) == 1 and (strided := _moved(eqn, view.strided)) is not None:
         return [Value(arrays[0], view=view._replace(strided=strided))]
 
-    def result(leaf: chex.Array, number: int) -> chex.Array:
+    def result(leaf: Array, number: int) -> Array:
         again = [
             value.array if value.view is None else value.view.of(leaf, value.view.strided).astype(value.array.dtype)
             for value in values
@@ -130,7 +130,7 @@ def _call(eqn: Any, inner: tuple, values: list[Value], visitor: Visitor, n: int,
         return walk(inner, values, visitor, n, path)
     results: list[Value] = []
 
-    def call(arrays: list[chex.Array]) -> list[chex.Array]:
+    def call(arrays: list[Array]) -> list[Array]:
         inside = [value._replace(array=array) for value, array in zip(values, arrays, strict=True)]
         results[:] = walk(inner, inside, visitor, n, path)
         forget(results, visitor, path, "returned by checkpoint")
@@ -152,7 +152,7 @@ def _scan(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: tuple) 
     inside, outside = scan_axes(eqn, [value.axis for value in values], n)
     sliced = {view.leaf: visitor.slots[view.leaf] for view in stacked.values() if view.leaf in visitor.slots}
 
-    def iterate(carry: list[chex.Array], slices: tuple) -> tuple:
+    def iterate(carry: list[Array], slices: tuple) -> tuple:
         xs, slots = slices
         again = []
         for k, (array, axis) in enumerate(zip([*consts, *carry, *xs], inside, strict=True)):

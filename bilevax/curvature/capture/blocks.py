@@ -11,7 +11,6 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -20,8 +19,9 @@ from bilevax.curvature.capture._walk import walk
 from bilevax.curvature.capture.batch_axis import SHARED, Axis, opened
 from bilevax.curvature.capture.uses import Use, Value, View, Visitor, forget
 from bilevax.curvature.capture.view import Strided
+from bilevax.typing import Array, Scalar
 
-Model = Callable[[Any, Any], chex.Array]
+Model = Callable[[Any, Any], Array]
 
 
 class Treatment(NamedTuple):
@@ -39,7 +39,7 @@ class Treatment(NamedTuple):
     """
 
     rule: str
-    solve: Callable[[chex.Array, chex.Numeric, chex.Numeric], chex.Array] | None = None
+    solve: Callable[[Array, Scalar, Scalar], Array] | None = None
     probes: int = 0
 
 
@@ -186,11 +186,11 @@ class Block(NamedTuple):
         """Rows of the matrix, the bias included."""
         return self.inputs + (self.bias is not None)
 
-    def pack(self, leaves: Mapping[int, chex.Array]) -> chex.Array:
+    def pack(self, leaves: Mapping[int, Array]) -> Array:
         """The matrix [*stack, rows, outputs] of these leaves of y, by place."""
         arrangement: Any = self.matrix
 
-        def matrix(weight: chex.Array, *bias: chex.Array) -> chex.Array:
+        def matrix(weight: Array, *bias: Array) -> Array:
             rows = [arrangement.of(weight).reshape(self.inputs, self.outputs)]
             return jnp.concatenate([*rows, *(b.reshape(1, self.outputs) for b in bias)])
 
@@ -198,12 +198,12 @@ class Block(NamedTuple):
             matrix = jax.vmap(matrix)
         return matrix(leaves[self.leaf], *(() if self.bias is None else (leaves[self.bias],)))
 
-    def unpack(self, matrix: chex.Array, leaves: Mapping[int, chex.Array]) -> dict[int, chex.Array]:
+    def unpack(self, matrix: Array, leaves: Mapping[int, Array]) -> dict[int, Array]:
         """The leaves that a matrix [*stack, rows, outputs] belongs to; shapes of them are read off `leaves`."""
         places = [self.leaf] if self.bias is None else [self.leaf, self.bias]
         like = [jax.ShapeDtypeStruct(jnp.shape(leaves[k]), matrix.dtype) for k in places]
 
-        def pack(parts: list[chex.Array]) -> chex.Array:
+        def pack(parts: list[Array]) -> Array:
             return self.pack(dict(zip(places, parts, strict=True)))
 
         (parts,) = jax.linear_transpose(pack, like)(matrix)  # a rearrangement: its transpose is its inverse
@@ -225,7 +225,7 @@ class Capture(NamedTuple):
     """
 
     blocks: Sequence[Block]
-    run: Callable[[Visitor, Sequence[chex.Array]], chex.Array]
+    run: Callable[[Visitor, Sequence[Array]], Array]
     examples: int
 
 
@@ -286,7 +286,7 @@ def trace(model: Model, y: Any, inputs: Any, *, unsupported: Unsupported = error
 
     ends: list[Axis] = []
 
-    def run(visitor: Visitor, leaves: Sequence[chex.Array]) -> chex.Array:
+    def run(visitor: Visitor, leaves: Sequence[Array]) -> Array:
         held = [Value(leaf, view=View(k, 0, leaf, None, Strided.whole(leaf.shape))) for k, leaf in enumerate(leaves)]
         data = [jnp.asarray(array) for array in jax.tree.leaves(inputs)]
         examples = [Value(array, 0 if array.shape[:1] == (n,) else SHARED) for array in data]

@@ -5,13 +5,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 from jax.extend import core
 
 from bilevax.curvature.capture.batch_axis import LOST, SHARED, Axis, opened, result_axes
 from bilevax.curvature.capture.view import Strided, contiguous
+from bilevax.typing import Array
 
 # What follows the examples element by element, or puts arrays side by side.
 ELEMENTWISE = ("add", "sub", "mul", "div", "max", "min", "pow", "select_n", "concatenate", "clamp")
@@ -32,11 +32,11 @@ class View(NamedTuple):
 
     leaf: int
     stack: int
-    array: chex.Array
-    base: Callable[[chex.Array], chex.Array] | None
+    array: Array
+    base: Callable[[Array], Array] | None
     strided: Strided
 
-    def of(self, leaf: chex.Array, strided: Strided) -> chex.Array:
+    def of(self, leaf: Array, strided: Strided) -> Array:
         """What stands here for another value of the leaf, in an arrangement of its own."""
         return strided.of(leaf if self.base is None else self.base(leaf))
 
@@ -57,7 +57,7 @@ class Output(NamedTuple):
 class Value(NamedTuple):
     """An array on the way, the axis of its examples, and where it comes from."""
 
-    array: chex.Array
+    array: Array
     axis: Axis = SHARED
     view: View | None = None
     output: Output | None = None
@@ -96,8 +96,8 @@ class Use(NamedTuple):
 class RowReaders(NamedTuple):
     """How rows of features lie in the arrays around a Kronecker use: functions to [N, positions, features]."""
 
-    inputs: Callable[[chex.Array], chex.Array]
-    outputs: Callable[[chex.Array], chex.Array]
+    inputs: Callable[[Array], Array]
+    outputs: Callable[[Array], Array]
 
 
 class Visitor(NamedTuple):
@@ -148,7 +148,7 @@ def forget(values: Sequence[Value], visitor: Visitor, path: tuple, what: str) ->
             visitor.unsupported(Use("unsupported", path, value.view.leaf, value.view.stack, what))
 
 
-def _rows(array: chex.Array, axis: int, features: Sequence[int], n: int) -> chex.Array:
+def _rows(array: Array, axis: int, features: Sequence[int], n: int) -> Array:
     """Rows [N, positions, features] of an array whose examples lie along `axis`."""
     others = [a for a in range(array.ndim) if a != axis and a not in features]
     size = math.prod(array.shape[a] for a in features)
@@ -163,9 +163,7 @@ def _roles(shape: Sequence[int], features: Sequence[int], size: int) -> Strided:
     return Strided(tuple(shape), tuple(strides[a] for a in range(len(shape))))
 
 
-def _kronecker(
-    eqn: Any, values: list[Value], visitor: Visitor, n: int, use: Use, rows: RowReaders, data: Any
-) -> chex.Array:
+def _kronecker(eqn: Any, values: list[Value], visitor: Visitor, n: int, use: Use, rows: RowReaders, data: Any) -> Array:
     """The result of a use, after the visitor has seen it."""
     (result,) = plain(eqn, values, n)
     positions = jax.eval_shape(rows.outputs, result.array).shape[1]
@@ -216,7 +214,7 @@ def _conv(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: tuple) 
     inputs, outputs = math.prod(matrix.shape[:-1]), matrix.shape[-1]
     names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation")
 
-    def patches(array: chex.Array) -> chex.Array:
+    def patches(array: Array) -> Array:
         windows = jax.lax.conv_general_dilated_patches(
             jnp.transpose(array, numbers.lhs_spec),
             matrix.shape[1:-1],
@@ -249,7 +247,7 @@ def _embedding(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: tu
         return wrong("gather with indices whose examples axis is lost")
     place = [a for a in range(eqn.outvars[0].aval.ndim) if a not in numbers.offset_dims][axis]
 
-    def ids(array: chex.Array) -> chex.Array:
+    def ids(array: Array) -> Array:
         found = _rows(array, axis, (array.ndim - 1,), n)
         return jnp.clip(found, 0, shape[0] - 1) if clips else found
 
@@ -305,7 +303,7 @@ RULES = {"dot_general": _dense, "conv_general_dilated": _conv, "gather": _embedd
 # Explicit taps
 
 
-def observe(outputs: chex.Array, inputs: chex.Array, weight: chex.Array, bias: chex.Array | None = None) -> chex.Array:
+def observe(outputs: Array, inputs: Array, weight: Array, bias: Array | None = None) -> Array:
     """Says inside a model that outputs = inputs · weight + bias, up to shapes; the identity on outputs.
 
     Curvatures then take weight and bias for a dense layer, and do not look at what else happens to them: the way out
@@ -342,7 +340,7 @@ def observe(outputs: chex.Array, inputs: chex.Array, weight: chex.Array, bias: c
     return jax.jit(_mark)(outputs, inputs, weight, *(() if bias is None else (bias,)))
 
 
-def _mark(outputs: chex.Array, *layer: chex.Array) -> chex.Array:
+def _mark(outputs: Array, *layer: Array) -> Array:
     return outputs * jnp.ones((), outputs.dtype)
 
 

@@ -5,8 +5,9 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import chex
 import jax.numpy as jnp
+
+from bilevax.typing import Array
 
 
 def contiguous(shape: Sequence[int]) -> tuple[int, ...]:
@@ -68,7 +69,7 @@ class Strided(NamedTuple):
                 stride *= shape[axis]
         return Strided(tuple(shape), tuple(strides))
 
-    def of(self, array: chex.Array) -> chex.Array:
+    def of(self, array: Array) -> Array:
         """The view of this array."""
         used = [axis for axis, (n, stride) in enumerate(zip(self.shape, self.strides, strict=True)) if n > 1 and stride]
         order = sorted(used, key=lambda axis: -self.strides[axis])

@@ -2,16 +2,16 @@
 
 from typing import Any
 
-import chex
 import jax.numpy as jnp
 import optax
 
 from bilevax import checks
 from bilevax.agents._gossip import Gossip
 from bilevax.single_loop.correction.correction_type import Correction, CorrectionState, Move, damped, share
+from bilevax.typing import PyTree, Scalar
 
 
-def none(rate: chex.Numeric = 1.0) -> Correction:
+def none(rate: Scalar = 1.0) -> Correction:
     """No correction: decentralized descent, adapt then combine.
 
         s⁺ = s + η (W (s − a d) − s)
@@ -37,7 +37,7 @@ def none(rate: chex.Numeric = 1.0) -> Correction:
     checks.scalar("rate", rate)
     checks.fraction("rate", rate)
 
-    def init(gossip: Gossip, s: chex.ArrayTree, move: Move) -> CorrectionState:
+    def init(gossip: Gossip, s: PyTree, move: Move) -> CorrectionState:
         return CorrectionState(gossip.init(s), move.init(s), ())
 
     def update(key: Any, state: CorrectionState, gossip: Gossip, s: Any, d: Any, move: Move) -> tuple:
@@ -71,7 +71,7 @@ def local() -> Correction:
         0
     """
 
-    def init(gossip: Gossip, s: chex.ArrayTree, move: Move) -> CorrectionState:
+    def init(gossip: Gossip, s: PyTree, move: Move) -> CorrectionState:
         return CorrectionState((), move.init(s), ())
 
     def update(key: Any, state: CorrectionState, gossip: Gossip, s: Any, d: Any, move: Move) -> tuple:

@@ -2,23 +2,23 @@
 
 from typing import Any, NamedTuple
 
-import chex
 import optax
 
 from bilevax import checks
 from bilevax.agents._gossip import Gossip
 from bilevax.sampling import fold
 from bilevax.single_loop.correction.correction_type import Correction, CorrectionState, Move, damped, share
+from bilevax.typing import PyTree, Scalar
 
 
 class Tracker(NamedTuple):
     """Of gradient tracking: the mixed tracker W t (of `tracking_atc`: the tracker t), and the last directions."""
 
-    mixed: chex.ArrayTree
-    last: chex.ArrayTree
+    mixed: PyTree
+    last: PyTree
 
 
-def tracking(rate: chex.Numeric = 1.0) -> Correction:
+def tracking(rate: Scalar = 1.0) -> Correction:
     """Gradient tracking, semi-ATC: the default. It has the widest range of steps, and takes any W, fixed or not.
 
         t = m + d − d_last,      (s⁺, m) = W (s − a t, t)      s⁺ ← s + η (s⁺ − s)
@@ -47,7 +47,7 @@ def tracking(rate: chex.Numeric = 1.0) -> Correction:
     return _tracking(rate, adapt_first=True)
 
 
-def tracking_non_atc(rate: chex.Numeric = 1.0) -> Correction:
+def tracking_non_atc(rate: Scalar = 1.0) -> Correction:
     """Gradient tracking, non-ATC: mixes first, then moves along the agent's own tracker.
 
         t = m + d − d_last,      (s⁺, m) = (W s − a t, W t)      s⁺ ← s + η (s⁺ − s)
@@ -73,11 +73,11 @@ def tracking_non_atc(rate: chex.Numeric = 1.0) -> Correction:
     return _tracking(rate, adapt_first=False)
 
 
-def _tracking(damping: chex.Numeric, adapt_first: bool) -> Correction:
+def _tracking(damping: Scalar, adapt_first: bool) -> Correction:
     checks.scalar("damping", damping)
     checks.fraction("damping", damping)
 
-    def init(gossip: Gossip, s: chex.ArrayTree, move: Move) -> CorrectionState:
+    def init(gossip: Gossip, s: PyTree, move: Move) -> CorrectionState:
         zeros = optax.tree.zeros_like(s)
         return CorrectionState(gossip.init((s, zeros)), move.init(s), Tracker(zeros, zeros))
 
@@ -94,7 +94,7 @@ def _tracking(damping: chex.Numeric, adapt_first: bool) -> Correction:
     return Correction(init, update, rounds=1)
 
 
-def tracking_atc(rate: chex.Numeric = 1.0) -> Correction:
+def tracking_atc(rate: Scalar = 1.0) -> Correction:
     """Gradient tracking, ATC: adapts, then combines, for the tracker too.
 
         t⁺ = W (t + d − d_last),      s⁺ = W (s − a t⁺)      s⁺ ← s + η (s⁺ − s)
@@ -123,7 +123,7 @@ def tracking_atc(rate: chex.Numeric = 1.0) -> Correction:
     checks.scalar("rate", rate)
     checks.fraction("rate", rate)
 
-    def init(gossip: Gossip, s: chex.ArrayTree, move: Move) -> CorrectionState:
+    def init(gossip: Gossip, s: PyTree, move: Move) -> CorrectionState:
         zeros = optax.tree.zeros_like(s)
         return CorrectionState((gossip.init(zeros), gossip.init(s)), move.init(s), Tracker(zeros, zeros))
 

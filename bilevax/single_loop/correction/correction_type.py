@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import chex
 import jax
 
 from bilevax.agents._gossip import Gossip, per_agent
+from bilevax.typing import PyTree, Scalar
 
 
 class Move(NamedTuple):
@@ -62,7 +62,7 @@ class CorrectionState(NamedTuple):
     memory: Any
 
 
-def share(gossip: Gossip, state: Any, d: chex.ArrayTree) -> chex.ArrayTree:
+def share(gossip: Gossip, state: Any, d: PyTree) -> PyTree:
     """Divides a direction by the push-sum weights ω, as every correction must, so that directed graphs may be used.
 
     Args:
@@ -87,7 +87,7 @@ def share(gossip: Gossip, state: Any, d: chex.ArrayTree) -> chex.ArrayTree:
     return d if isinstance(weights, float) else per_agent(lambda w, leaf: leaf / w, weights, d)
 
 
-def damped(damping: chex.Numeric, s: chex.ArrayTree, new: chex.ArrayTree) -> chex.ArrayTree:
+def damped(damping: Scalar, s: PyTree, new: PyTree) -> PyTree:
     """S + η (s⁺ − s); s⁺ itself where η is the number 1."""
     if isinstance(damping, float | int) and damping == 1:
         return new

@@ -3,12 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
-import chex
 import optax
 
 from bilevax.agents import topology as graphs
 from bilevax.agents._gossip import Gossip
 from bilevax.single_loop.correction.correction_type import Correction, CorrectionState, Move
+from bilevax.typing import PyTree
 
 
 def exact_diffusion() -> Correction:
@@ -90,7 +90,7 @@ def extra() -> Correction:
 
 
 def _primal_dual(name: str) -> Callable:
-    def init(gossip: Gossip, s: chex.ArrayTree, move: Move) -> CorrectionState:
+    def init(gossip: Gossip, s: PyTree, move: Move) -> CorrectionState:
         _check_symmetric(name, gossip)
         if not move.linear:
             raise ValueError(

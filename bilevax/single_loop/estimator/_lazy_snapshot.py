@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -11,6 +10,7 @@ from bilevax import checks
 from bilevax.problem import Batch
 from bilevax.single_loop._levels import Levels
 from bilevax.single_loop.estimator.estimator_type import Estimator, Oracle, everybody, where
+from bilevax.typing import Array, Scalar
 
 
 def lazy_snapshot(coins: Callable) -> Estimator:
@@ -49,7 +49,7 @@ def lazy_snapshot(coins: Callable) -> Estimator:
             )
         return oracle.evaluate(point, batch)
 
-    def update(key: Any, state: Levels, oracle: Oracle, point: Levels, batch: Batch, k: chex.Numeric) -> tuple:
+    def update(key: Any, state: Levels, oracle: Oracle, point: Levels, batch: Batch, k: Scalar) -> tuple:
         chosen = jnp.asarray(coins(key, jnp.maximum(k - 1, 0), oracle.gossip))
         ones = everybody(oracle)
         if jnp.issubdtype(chosen.dtype, jnp.integer) and chosen.ndim == 1:
@@ -69,7 +69,7 @@ def lazy_snapshot(coins: Callable) -> Estimator:
     return Estimator(init, update)
 
 
-def _check_choice(chosen: chex.Array, shape: tuple[int, ...]) -> None:
+def _check_choice(chosen: Array, shape: tuple[int, ...]) -> None:
     if chosen.dtype != bool or chosen.shape not in ((), shape):
         raise ValueError(
             f"coins must return a scalar bool, a bool {list(shape)}, one for each agent held here, or int ids [m] of "

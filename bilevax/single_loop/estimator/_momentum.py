@@ -2,14 +2,13 @@
 
 from typing import Any
 
-import chex
-
 from bilevax.problem import Batch
 from bilevax.sampling import Sample
 from bilevax.sampling import full as all_data
 from bilevax.single_loop._levels import Levels, each
 from bilevax.single_loop.estimator.estimator_type import Estimator, Oracle, from_one, rates_of, zeros_like
 from bilevax.single_loop.estimator.sampled import stochastic
+from bilevax.typing import Scalar
 
 
 def momentum(momentum: Any, *, sample: Sample = all_data) -> Estimator:
@@ -36,7 +35,7 @@ def momentum(momentum: Any, *, sample: Sample = all_data) -> Estimator:
     rates = rates_of("momentum", momentum, zero=True)
     plain = stochastic(sample)
 
-    def update(key: Any, state: Any, oracle: Oracle, point: Levels, batch: Batch, k: chex.Numeric) -> tuple:
+    def update(key: Any, state: Any, oracle: Oracle, point: Levels, batch: Batch, k: Scalar) -> tuple:
         d, _, evaluations = plain.update(key, (), oracle, point, batch, k)
         u = each(lambda momentum, u, d: u + momentum * (d - u), from_one(rates, k), state, d)
         return u, u, evaluations

@@ -2,7 +2,6 @@
 
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -11,6 +10,7 @@ from bilevax import checks
 from bilevax.problem import Batch
 from bilevax.single_loop._levels import Levels
 from bilevax.single_loop.estimator.estimator_type import Estimator, Oracle, everybody, needed, zeros_like
+from bilevax.typing import Array, Scalar
 
 
 class SagaState(NamedTuple):
@@ -53,8 +53,8 @@ def saga(blocks: int) -> Estimator:
     """
     blocks = checks.count("blocks", blocks, minimum=1)
 
-    def block(data: Any, b: chex.Array) -> Any:
-        def rows(leaf: chex.Array) -> chex.Array:
+    def block(data: Any, b: Array) -> Any:
+        def rows(leaf: Array) -> Array:
             if jnp.ndim(leaf) == 0:
                 return leaf
             if leaf.shape[0] % blocks:
@@ -71,7 +71,7 @@ def saga(blocks: int) -> Estimator:
         table = jax.tree.map(lambda leaf: jnp.zeros((leaf.shape[0], blocks, *leaf.shape[1:]), leaf.dtype), zeros)
         return SagaState(table, zeros)
 
-    def update(key: Any, state: SagaState, oracle: Oracle, point: Levels, batch: Batch, k: chex.Numeric) -> tuple:
+    def update(key: Any, state: SagaState, oracle: Oracle, point: Levels, batch: Batch, k: Scalar) -> tuple:
         agents = oracle.gossip.agents()
         keys = jax.vmap(lambda agent: jax.random.fold_in(needed(key), agent))(agents)
         chosen = jax.vmap(lambda key: jax.random.randint(key, (), 0, blocks))(keys)

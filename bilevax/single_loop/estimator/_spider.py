@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import chex
 import jax
 
 from bilevax import checks
@@ -13,6 +12,7 @@ from bilevax.single_loop._levels import Levels
 from bilevax.single_loop.estimator._storm import storm
 from bilevax.single_loop.estimator.estimator_type import Estimator, Oracle, needed
 from bilevax.single_loop.estimator.sampled import full
+from bilevax.typing import Scalar
 
 
 def spider(*, every: int, sample: Sample) -> Estimator:
@@ -44,7 +44,7 @@ def spider(*, every: int, sample: Sample) -> Estimator:
     return _restarted(lambda key, k: k % every == 0, sample)
 
 
-def page(*, probability: chex.Numeric, sample: Sample) -> Estimator:
+def page(*, probability: Scalar, sample: Sample) -> Estimator:
     """PAGE: as SPIDER, with the exact directions at random iterations, by one coin for all agents.
 
         u_k = d(s_k)                                            with probability q, and at k = 0
@@ -76,7 +76,7 @@ def page(*, probability: chex.Numeric, sample: Sample) -> Estimator:
 def _restarted(restart: Callable, sample: Sample) -> Estimator:
     exact, recursive = full(), storm(0.0, sample=sample)
 
-    def update(key: Any, state: Levels, oracle: Oracle, point: Levels, batch: Batch, k: chex.Numeric) -> tuple:
+    def update(key: Any, state: Levels, oracle: Oracle, point: Levels, batch: Batch, k: Scalar) -> tuple:
         coin_key, sample_key = split(key, 2)
 
         def restarted() -> tuple:

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import chex
-
 from bilevax import checks
 from bilevax.problem import Batch
 from bilevax.sampling import Sample
@@ -18,6 +16,7 @@ from bilevax.single_loop.estimator.estimator_type import (
     rates_of,
     zeros_like,
 )
+from bilevax.typing import Scalar
 
 
 def storm(momentum: Any, *, sample: Sample = all_data) -> Estimator:
@@ -50,7 +49,7 @@ def storm(momentum: Any, *, sample: Sample = all_data) -> Estimator:
     rates = rates_of("momentum", momentum, zero=True)
     checks.function("sample", sample, "key", "t", "data")
 
-    def update(key: Any, state: Levels, oracle: Oracle, point: Levels, batch: Batch, k: chex.Numeric) -> tuple:
+    def update(key: Any, state: Levels, oracle: Oracle, point: Levels, batch: Batch, k: Scalar) -> tuple:
         drawn = draw(key, sample, k, batch, oracle.gossip.agents())
         then, now = oracle.evaluate(oracle.previous, drawn), oracle.evaluate(point, drawn)
         u = each(lambda momentum, u, then, now: (1 - momentum) * (u - then) + now, from_one(rates, k), state, then, now)

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -13,6 +12,7 @@ from bilevax.agents._gossip import Gossip
 from bilevax.problem import Batch
 from bilevax.sampling import Sample, fold, split
 from bilevax.single_loop._levels import Levels, at, levels
+from bilevax.typing import Array, Key, PyTree, Scalar
 
 
 class Oracle(NamedTuple):
@@ -57,19 +57,19 @@ class Estimator(NamedTuple):
     remembers: bool = False
 
 
-def where(chosen: chex.Array, new: chex.ArrayTree, old: chex.ArrayTree) -> chex.ArrayTree:
+def where(chosen: Array, new: PyTree, old: PyTree) -> PyTree:
     """The new leaves [n, ...] of the chosen agents, the old ones of the others."""
     return jax.tree.map(lambda new, old: jnp.where(chosen.reshape(-1, *[1] * (new.ndim - 1)), new, old), new, old)
 
 
-def needed(key: chex.PRNGKey | None) -> chex.PRNGKey:
+def needed(key: Key | None) -> Key:
     """Returns the key; raises ValueError if there is none."""
     if key is None:
         raise ValueError("key must be a jax.random.key for a random choice; got None. Pass key=jax.random.key(0).")
     return key
 
 
-def draw(key: Any, sample: Sample, k: chex.Numeric, batch: Batch, agents: chex.Array) -> Batch:
+def draw(key: Any, sample: Sample, k: Scalar, batch: Batch, agents: Array) -> Batch:
     """A sample of each agent's outer and inner data, drawn with keys that fold in the id of the agent.
 
     Args:
@@ -94,14 +94,14 @@ def draw(key: Any, sample: Sample, k: chex.Numeric, batch: Batch, agents: chex.A
         (4, 2)
     """
 
-    def one(agent: chex.Array, data: Batch) -> Batch:
+    def one(agent: Array, data: Batch) -> Batch:
         outer, inner = split(fold(key, agent), 2)
         return Batch(sample(outer, k, data.outer), sample(inner, k, data.inner))
 
     return jax.vmap(one)(agents, batch)
 
 
-def everybody(oracle: Oracle) -> chex.Array:
+def everybody(oracle: Oracle) -> Array:
     """One evaluation for each agent held here."""
     return jnp.ones_like(oracle.gossip.agents())
 
@@ -123,6 +123,6 @@ def rates_of(name: str, value: Any, zero: bool = False) -> Levels:
     return rates
 
 
-def from_one(rates: Levels, k: chex.Numeric) -> Levels:
+def from_one(rates: Levels, k: Scalar) -> Levels:
     """The rates at iteration k; 1 at the first, where there is nothing to remember."""
     return Levels(*(jnp.where(k == 0, 1.0, at(k, rate)) for rate in rates))

@@ -2,14 +2,13 @@
 
 from typing import Any
 
-import chex
-
 from bilevax import checks
 from bilevax.problem import Batch
 from bilevax.sampling import Sample
 from bilevax.sampling import full as all_data
 from bilevax.single_loop._levels import Levels
 from bilevax.single_loop.estimator.estimator_type import Estimator, Oracle, draw, everybody
+from bilevax.typing import Scalar
 
 
 def full() -> Estimator:
@@ -60,7 +59,7 @@ def stochastic(sample: Sample) -> Estimator:
     """
     checks.function("sample", sample, "key", "t", "data")
 
-    def update(key: Any, state: Any, oracle: Oracle, point: Levels, batch: Batch, k: chex.Numeric) -> tuple:
+    def update(key: Any, state: Any, oracle: Oracle, point: Levels, batch: Batch, k: Scalar) -> tuple:
         drawn = draw(key, sample, k, batch, oracle.gossip.agents())
         return oracle.evaluate(point, drawn), state, everybody(oracle)
 

@@ -16,11 +16,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-import chex
 import jax.numpy as jnp
 import numpy as np
 
 from bilevax.problem import Batch, BilevelProblem
+from bilevax.typing import Array
 
 
 class Quadratic(NamedTuple):
@@ -64,7 +64,7 @@ class Quadratic(NamedTuple):
         return Batch(outer=outer, inner={name: jnp.asarray(getattr(self, name)) for name in "ABc"})
 
     @property
-    def start(self) -> tuple[chex.Array, chex.Array]:
+    def start(self) -> tuple[Array, Array]:
         """X and y at the origin, [n, d_x] and [n, d_y]."""
         n, d_y, d_x = self.B.shape
         return jnp.zeros((n, d_x)), jnp.zeros((n, d_y))

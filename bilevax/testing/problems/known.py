@@ -8,13 +8,13 @@ All numbers are in double precision, wherever they are made.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from bilevax.problem import Batch, BilevelProblem
+from bilevax.typing import Array, PyTree
 
 
 class Known(NamedTuple):
@@ -38,11 +38,11 @@ class Known(NamedTuple):
     """
 
     problem: BilevelProblem
-    x: chex.ArrayTree
-    y: chex.ArrayTree
+    x: PyTree
+    y: PyTree
     batch: Batch
-    solution: Callable[[chex.ArrayTree], chex.ArrayTree]
-    hypergradient: Callable[[chex.ArrayTree], chex.ArrayTree]
+    solution: Callable[[PyTree], PyTree]
+    hypergradient: Callable[[PyTree], PyTree]
 
 
 def twice_identity(seed: int = 0) -> Known:
@@ -70,10 +70,10 @@ def twice_identity(seed: int = 0) -> Known:
     draw = np.random.default_rng(seed).normal
     M, b, x, y = draw(size=(3, 2)), draw(size=3), draw(size=2), draw(size=3)
 
-    def outer_loss(x: Any, y: Any, b: Any) -> chex.Array:
+    def outer_loss(x: Any, y: Any, b: Any) -> Array:
         return 0.5 * jnp.sum((y - b) ** 2) + 0.5 * jnp.sum(x**2)
 
-    def inner_loss(x: Any, y: Any, M: Any) -> chex.Array:
+    def inner_loss(x: Any, y: Any, M: Any) -> Array:
         return jnp.sum((y - M @ x) ** 2)
 
     problem = BilevelProblem(outer_loss, inner_loss)
@@ -103,7 +103,7 @@ def ridge(seed: int = 0) -> Known:
     """
     A, b, C, d = _regression(seed)
 
-    def error(y: Any, rows: Any) -> chex.Array:
+    def error(y: Any, rows: Any) -> Array:
         return jnp.mean((rows[0] @ y - rows[1]) ** 2)
 
     problem = BilevelProblem(
@@ -145,7 +145,7 @@ def logistic(seed: int = 0) -> Known:
     """
     A, b, C, d = _regression(seed)
 
-    def error(y: Any, rows: Any) -> chex.Array:
+    def error(y: Any, rows: Any) -> Array:
         return jnp.mean(jax.nn.softplus(-rows[1] * (rows[0] @ y)))
 
     problem = BilevelProblem(
@@ -178,13 +178,13 @@ def network(seed: int = 0) -> Known:
     """
     A, b, C, d = _regression(seed)
 
-    def net(y: Any, inputs: Any) -> chex.Array:
+    def net(y: Any, inputs: Any) -> Array:
         return jnp.tanh(inputs @ y["first"]) @ y["last"]
 
-    def outer_loss(x: Any, y: Any, rows: Any) -> chex.Array:
+    def outer_loss(x: Any, y: Any, rows: Any) -> Array:
         return jnp.mean((net(y, rows[0]) - rows[1]) ** 2)
 
-    def inner_loss(x: Any, y: Any, rows: Any) -> chex.Array:
+    def inner_loss(x: Any, y: Any, rows: Any) -> Array:
         size = sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(y))
         return jnp.mean(jax.nn.sigmoid(x) * (net(y, rows[0]) - rows[1]) ** 2) + 0.05 * size
 

@@ -1,0 +1,79 @@
+"""What `print` shows: a value that a constructor made by its call, a state by the shapes of what it holds."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def as_called(constructor: Callable[P, T]) -> Callable[P, T]:
+    """A constructor whose values print as its call, in their field `text`.
+
+        implicit(train_loss, optax, steps=20, ihvp=cg(maxiter=5))
+
+    Args:
+      constructor: a function that returns a NamedTuple with a field `text` and `__repr__ = by_text`.
+
+    Returns:
+      The constructor; functions are printed by their names, our own values by their calls, an optax transformation as
+      `optax`, an array by its dtype and shape.
+    """
+
+    @functools.wraps(constructor)
+    def construct(*args: P.args, **kwargs: P.kwargs) -> T:
+        made: Any = constructor(*args, **kwargs)
+        parts = [*map(brief, args), *(f"{name}={brief(value)}" for name, value in kwargs.items())]
+        return made._replace(text=f"{constructor.__name__}({', '.join(parts)})")
+
+    return construct
+
+
+def by_text(value: Any) -> str:
+    """The `__repr__` of what `as_called` has made; of one that was made by hand, the names of its fields."""
+    return value.text or f"{type(value).__name__}({', '.join(name for name in value._fields if name != 'text')})"
+
+
+def by_shape(state: Any) -> str:
+    """The `__repr__` of a state: a line for each field, arrays by their dtype and shape."""
+    fields = "".join(f"\n  {name}={brief(value)}," for name, value in zip(state._fields, state, strict=True))
+    return f"{type(state).__name__}({fields}\n)"
+
+
+def brief(value: Any) -> str:
+    """A value in a few words."""
+    if isinstance(value, optax.GradientTransformation):
+        return "optax"
+    if isinstance(value, jax.Array | np.ndarray):
+        return _of_array(value)
+    if callable(value) and not isinstance(value, tuple):
+        return getattr(value, "__name__", type(value).__name__)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        if "text" in value._fields:
+            return repr(value)
+        return _joined(
+            type(value).__name__ + "(", ")", [f"{name}={brief(getattr(value, name))}" for name in value._fields]
+        )
+    if isinstance(value, dict):
+        return _joined("{", "}", [f"{key!r}: {brief(entry)}" for key, entry in value.items()])
+    if isinstance(value, tuple | list):
+        left, right = "()" if isinstance(value, tuple) else "[]"
+        return _joined(left, right, [brief(entry) for entry in value])
+    return f"{value!r:.60}"
+
+
+def _joined(left: str, right: str, parts: list[str], most: int = 12) -> str:
+    return f"{left}{', '.join(parts[:most] + ['...'] * (len(parts) > most))}{right}"
+
+
+def _of_array(value: Any) -> str:
+    known = not isinstance(value, jax.core.Tracer)
+    if known and value.ndim == 0 and not jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        return f"{value.item():.6g}" if jnp.issubdtype(value.dtype, jnp.floating) else str(value.item())
+    return f"{value.dtype}{list(value.shape)}"
