@@ -260,7 +260,7 @@ def _spread(make_algorithm: Callable, topology: Any, axis: str, devices: int) ->
 
         return call
 
-    return Algorithm(*map(per_agent, algorithm)), n
+    return Algorithm(per_agent(algorithm.init), per_agent(algorithm.step)), n
 
 
 def _checked(init: Callable, step: Callable, check: Callable) -> Algorithm:
