@@ -34,6 +34,10 @@ def opened(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
 
 
 def _dot(eqn: Any, axes: Sequence[Axis]) -> Axis:
+    # The result has the batched axes first, then the free axes of the left operand, then those of the right. N = 5:
+    #   a w, [5, 3, 4] · [4, 2] -> [5, 3, 2]: axis 0 -> 0;    wᵀ aᵀ, [4, 2] · [5, 3, 4] -> [2, 5, 3]: 0 -> 1
+    #   q kᵀ of attention, twice [5, 3, 2, 4], axes 0 and 2 batched -> [5, 2, 3, 3]: both operands say 0 -> 0
+    #   a aᵀ, [5, 3] · [3, 5] -> [5, 5]: 0 and 1, LOST;       aᵀ a -> [3, 3]: summed over the examples, SHARED
     (contracted, batched), found = eqn.params["dimension_numbers"], set()
     before = len(batched[0])
     for side, axis in enumerate(axes):
@@ -50,6 +54,10 @@ def _dot(eqn: Any, axes: Sequence[Axis]) -> Axis:
 
 
 def _gather(eqn: Any, axes: Sequence[Axis]) -> Axis:
+    # Each axis of the result numbers the indices (`rows`), or runs along the slices (`offset_dims`). N = 5:
+    #   a table [7, 4] at ids [5, 3, 1] -> [5, 3, 4]: rows [0, 1], offset_dims (2,); axis 0 of the ids -> 0
+    #   a [5, 6, 4] at [:, ids], ids [3, 1] -> [5, 3, 4]: rows [1], offset_dims (0, 2) for the axes 0, 2 of a that are
+    #   kept; axis 0 of a -> 0, since a slice holds all of it
     numbers, out = eqn.params["dimension_numbers"], eqn.outvars[0].aval
     operand, indices = axes
     rows = [axis for axis in range(out.ndim) if axis not in numbers.offset_dims]
@@ -63,6 +71,9 @@ def _gather(eqn: Any, axes: Sequence[Axis]) -> Axis:
 
 
 def _reshape(shape: Sequence[int], axis: int, new: Sequence[int], n: int) -> Axis:
+    # Where as many elements lie before, and the examples are the leading factor of the axis. N = 5:
+    #   [5, 3, 4] -> [15, 4]: 0 -> 0, and back 0 -> 0;    [5, 4] -> [1, 5, 4]: 0 -> 1;    [3, 5, 4] -> [3, 20]: 1 -> 1
+    #   [3, 5, 4] -> [15, 4]: LOST, since the 3 leads;    [10, 4] -> [2, 5, 4]: LOST, since the 10 was 5 · 2
     before = math.prod(shape[:axis])
     for place, size in enumerate(new):
         if math.prod(new[:place]) == before and size % n == 0 and size:
@@ -131,7 +142,10 @@ def scan_axes(eqn: Any, axes: Sequence[Axis], n: int) -> tuple[list[Axis], list[
     jaxpr, _ = opened(eqn.params["jaxpr"])
     slices = [axis if axis in (SHARED, LOST) else axis - 1 for axis in axes[consts + carries :]]  # axis 0 becomes LOST
     inside = [*axes[: consts + carries], *slices]
-    for _ in range(carries + 1):
+    # Axes of carries may show only after an iteration: from zeros h [5, 2], SHARED, and slices a [5, 4] of [3, 5, 4]
+    # (axis 1, inside 0), h + a w has the axis 0. It is read again until nothing changes: each time but the last moves a
+    # carry from SHARED to an axis, or from there to LOST.
+    for _ in range(2 * carries + 1):
         outside = follow(jaxpr, inside, n)
         carried = [_join(a, b) for a, b in zip(inside[consts : consts + carries], outside, strict=False)]
         if carried == inside[consts : consts + carries]:
