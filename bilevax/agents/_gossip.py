@@ -234,6 +234,8 @@ def _out_degrees(topology: graphs.Topology) -> np.ndarray:
 def by_structure(topology: graphs.Topology) -> Form:
     """The cheapest of `shifts`, `dense` and `sparse` for this graph."""
     n, stored = topology.n, topology.matrix.nnz
+    # A shift multiplies n rows, however few have the hop: ring(8) has 3 hops, 24 products for its 24 weights; star(8)
+    # has all 8 hops, 64 products for its 22 weights
     number = np.unique(_hops(topology)).size
     if number == 1 or (2 * number <= n and number * n <= 4 * stored):
         return shifts(topology)
@@ -259,6 +261,8 @@ def by_rows(topology: graphs.Topology, held: HeldRows) -> Form:
 
 def dense(topology: graphs.Topology, held: HeldRows = ALL_ROWS) -> Form:
     """A product with W; the Laplacian agent by agent, in O(n) memory."""
+    # ring(8) in 4 parts: W as [4, 2, 8], w [2, 8] of this part, its rows `wide` [2, ...], the gathered [8, ...]. The
+    # Laplacian takes one w_i [8] and s_i [...] at a time, so that the differences are [8, ...] and never [2, 8, ...].
     matrix = topology.matrix.toarray().reshape(held.parts, -1, topology.n)
 
     def mix(wide: Array, leaf: Array) -> Array:
@@ -289,6 +293,8 @@ def shifted(hops: dict[int, np.ndarray], shift: Callable, agents: Callable | Non
       `Form`.
     """
 
+    # ring(8) has the hops 0, 1 and 7, each with the weight 1/3 for all agents: one number. grid(16) has 0, 1, 4, 12 and
+    # 15; hop 1 has the weight 0 at the agents 3, 7, 11, 15, who end a row: a column [16, 1] for leaves [16, 2].
     def weight(hop: int, leaf: Array) -> Array:
         weights = hops[hop]
         if (weights == weights[0]).all():
@@ -308,6 +314,11 @@ def shifted(hops: dict[int, np.ndarray], shift: Callable, agents: Callable | Non
 
 def sparse(topology: graphs.Topology, held: HeldRows = ALL_ROWS) -> Form:
     """One sum over the edges whose receivers are held here; the parts are padded with weights 0 to one length."""
+    # star(4) in 2 parts: W has 10 entries, 6 in the rows 0 and 1 of part 0, 4 in the rows 2 and 3 of part 1, which is
+    # padded with weights 0 to [2, 6] (part, slot), at its last row so that receivers stay sorted:
+    #   receivers (here)  0 0 0 0 1 1    senders (of all)  0 1 2 3 0 1    weights  1/4 1/4 1/4 1/4 1/4 3/4
+    #                     0 0 1 1 1 1                      0 2 0 3 3 3             1/4 3/4 1/4 3/4  0   0
+    # A round takes one row of these, [6]: s at the senders [6, ...], weighted, summed to the receivers [2, ...].
     matrix, local = topology.matrix, topology.n // held.parts
     starts = matrix.indptr[::local, None]
     slots = starts[:-1] + np.arange(np.diff(starts, axis=0).max())

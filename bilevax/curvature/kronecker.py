@@ -147,7 +147,10 @@ def _mask(loss: ModelLoss, batch: Any, positions: Positions | None, captured: ca
     return mask
 
 
-# One pass: the factors leave the backward pass as cotangents of dummy inputs of the model
+# One pass: the factors leave the backward pass as cotangents of dummy inputs of the model. A layer w [6, 4] with bias
+# on a [5, 3, 6] has the dummy Kronecker(a [7, 7], count [], b [4, 4]), zeros that `_observed` takes and ignores. Its
+# backward rule passes u [5, 3, 4] on as it is, and says that `statistic(residual, u)` flows to the dummy. So it is JAX
+# that adds up the uses of a leaf, and stacks the iterations of a scan: for six layers the dummy is a [6, 7, 7], ...
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -200,6 +203,8 @@ def _sums(rows: RowReaders, block: capture.Block, sharing: Sharing, residual: Re
 
 def _squares(rows: RowReaders, block: capture.Block, sharing: Sharing, residual: Residual, u: Array) -> Array:
     """Σ_n (Q_Aᵀ Σ_t ā_nt u_ntᵀ Q_B)², element by element."""
+    # a [5, 3, 7] Q_A [7, 7] and u [5, 3, 4] Q_B [4, 4]: for each example [7, 3] · [3, 4], squared. With one position
+    # (a_i u_j)² = a_i² u_j²: one product [7, 5] · [5, 4] for all examples, and no loop
     (a, _), q, basis = residual.activations(rows, block), residual.q, residual.basis
     u = rows.outputs(u).astype(q.dtype) @ basis.qb
     if block.rule == "embedding":
@@ -213,6 +218,8 @@ def _squares(rows: RowReaders, block: capture.Block, sharing: Sharing, residual:
 
 def _table_squares(ids: Array, u: Array, size: int) -> Array:
     """Σ_n (Σ_t e_id(n,t) u_ntᵀ)²: positions of one example with the same id add up before they are squared."""
+    # An example with the ids (7, 2, 7), T = 3: `same` [T, T] is 1 on its diagonal and at (0, 2), (2, 0). Each id counts
+    # at its first place, first = (1, 1, 0): sums (u_0 + u_2, u_1, 0), whose squares go to the rows 7, 2, 7 of the table
     same = (ids[:, :, None] == ids[:, None, :]).astype(u.dtype)
     first = jnp.argmax(same, axis=2) == jnp.arange(ids.shape[1])[None]
     sums = jnp.einsum("nst,ntj->nsj", same, u) * first[:, :, None].astype(u.dtype)
@@ -248,6 +255,7 @@ def _passes(here: TracedLoss, statistic: Callable, bases: dict[int, Any], dummie
 
 def _dummies(here: TracedLoss, kronecker: Callable[[capture.Block], Any]) -> dict[int, Any]:
     """Zeros for all that the blocks report: `kronecker(block)` for a matrix, a leaf for each example for a diagonal."""
+    # γ [4] of five examples: [5, 4], added to it example by example; six layers of γ [6, 4] in a scan: [6, 5, 4]
     dummies = {}
     for block in here.captured.blocks:
         if block.matrix is not None:
@@ -291,7 +299,8 @@ def measure(key: Key | None, here: TracedLoss, fisher: Fisher) -> tuple[dict[str
         )
 
     seen, probed = _total(columns, term)
-    flat, _ = pull(jnp.zeros_like(outputs))  # A and its mass do not depend on u
+    # `seen` adds B up over the columns alone: A and its mass would be counted once for each, and do not depend on u
+    flat, _ = pull(jnp.zeros_like(outputs))
     result: dict[str, Any] = {}
     for leaf, block in blocks.items():
         if block.matrix is not None:

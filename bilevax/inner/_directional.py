@@ -212,6 +212,11 @@ def directional(
             z_T, tangents = push.solve(), None
         return z_T, (key, x, z, z_T, tangents, batch), state
 
+    # x = {w [3, 2], b [2]}, N = 8 entries; y [5]; 6 directions, of which a guide guesses k = 2:
+    #   tangents ż [4, 5] of the 4 random rows, from the forward pass; along = ⟨z_bar, ż⟩ [4]
+    #   guesses and basis {w [2, 3, 2], b [2, 2]}; exact [2], the derivatives along the basis; known and x_bar as x
+    # The rows themselves are not kept: row(i) draws one again from the key. With chunks their tangents are pushed here,
+    # [chunk, 5] at a time.
     def backward(residual: tuple, state: DirectionalState, z_bar: Iterate) -> tuple:
         key, x, z, z_T, tangents, batch = residual
         solution, (row, indices) = Solution(z, z_T, z_bar, batch), _rows(key, x, plan)
@@ -344,6 +349,8 @@ def _orthonormal(guesses: PyTree) -> PyTree:
 
     Guesses that are zero or depend on others are made up for by further vectors, which do no harm.
     """
+    # w [2, 3, 2], b [2, 2] -> unit vectors, one row for each guess [2, 8] -> Q of the QR of its transpose [8, 2], whose
+    # columns are orthonormal also where the guesses are not independent -> [2, 8] -> w [2, 3, 2], b [2, 2]
     lengths = jax.vmap(norm)(guesses)
     unit = jax.vmap(optax.tree.scale)(1 / jnp.where(lengths > 0, lengths, 1), guesses)
     unravel = ravel_pytree(_entry(unit, 0))[1]
@@ -363,6 +370,8 @@ def _estimate(
     known: PyTree, along: Array, basis: PyTree | None, row: Row, indices: Array, plan: Plan
 ) -> tuple[PyTree, Array, Array]:
     """Estimates of u, of its own variance and of ‖u‖², from what is known and what the rows say beyond it."""
+    # 4 random rows: along [4] is u · v_i, unknown [4] what known · v_i leaves of it, rest = 1/4 Σ unknown_i v_i without
+    # its part in the basis. E v vᵀ = I, so E unknown_i² = ‖u − known‖², and `unexplained` is their mean [].
     unknown = along - _over(lambda i: optax.tree.vdot(widen(row(i)), known), indices, plan.chunk)
     rest, unexplained = _mean((_sum(unknown, row, indices, plan.chunk), jnp.sum(unknown**2)), plan)
     rest = _outside(basis, rest)
@@ -378,6 +387,8 @@ def _estimate(
 def _share_outside(basis: PyTree, unknown: Array, row: Row, indices: Array, plan: Plan) -> Array:
     """The part of the noise that the projection leaves, 1 − k/N on average over the guesses."""
 
+    # With r = u − known, (v · r) v misses r by (v · r)² (‖v‖² − 1) in the mean square, and (v · r)² ‖Qᵀv‖² of it lie in
+    # the basis Q, where r has nothing. For N = 8 and k = 2, ‖v‖² = 8 and ‖Qᵀv‖² is about 2: some 3/4 are left.
     def squares(i: Scalar) -> tuple[Array, Array]:
         v = widen(row(i))
         return jnp.sum(_inside(basis, v) ** 2), optax.tree.norm(v, squared=True) - 1

@@ -84,6 +84,8 @@ def shard_agents(make_algorithm: Callable, topology: Any, mesh: Mesh) -> Algorit
         return jax.tree.map(lambda leaf: PartitionSpec(axis) if jnp.ndim(leaf) else PartitionSpec(), tree)
 
     def run(function: Callable, in_specs: tuple, *arguments: Any) -> Any:
+        # The output specs need the ranks of the outputs: a shape run that calls all of them replicated finds what one
+        # device holds, for n = 8 on 4 devices leaves [2, 3] and scalars [], and specs makes [8, 3] and [] of them.
         # With check_vma=True a derivative at a constant of the method's own would be summed over the devices
         shard = partial(jax.shard_map, function, mesh=mesh, in_specs=in_specs, check_vma=False)
         held = jax.eval_shape(shard(out_specs=PartitionSpec()), *arguments)
@@ -309,6 +311,10 @@ def _form(axis: str, devices: int, topology: graphs.Topology) -> gossips.Form:
 
 def _shifts_pay(devices: int, topology: graphs.Topology) -> bool:
     """Whether shifts move fewer rows than gathering them all, in a number of permutes of the order of the devices."""
+    # ring(8) on 4 devices, 2 agents each: hop 1 is far 0, cut 1, the second agent hears the first one of the next
+    # device (`beyond`), 4 messages of 1 row; hop 7 is far 3, cut 1, the first one hears the second one of the device
+    # before, 4 more. 8 rows in 2 permutes; gathering would move 4 · 6 = 24. star(8) has 12 messages with 18 rows, but
+    # in 9 permutes, more than 2 · 4: it gathers.
     local = topology.n // devices
     receivers, senders = topology.matrix.nonzero()
     hops = (senders.astype(np.int64) - receivers) % topology.n
@@ -323,6 +329,8 @@ def _shifts_pay(devices: int, topology: graphs.Topology) -> bool:
 
 def _shifts(axis: str, devices: int, topology: graphs.Topology) -> gossips.Form:
     """A hop of far · local + cut brings the rows from `cut` on from `far` devices on, those before it from one more."""
+    # 8 agents on 4 devices, leaves [2, 3] there. Hop 3 is far 1, cut 1: device 0, with the agents 0 and 1, needs 3 and
+    # 4, row 1 of device 1 and row 0 of device 2, [1, 3] and [1, 3] -> [2, 3]. Hop 2 is far 1, cut 0: all of device 1.
     local, hops = topology.n // devices, gossips.hop_weights(topology)
 
     def receive(rows: Array, far: int, weights: np.ndarray) -> Array:

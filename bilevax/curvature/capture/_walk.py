@@ -40,6 +40,8 @@ def walk(program: tuple, values: Sequence[Value], visitor: Visitor, n: int, path
         return Value(var.val) if isinstance(var, core.Literal) else known[var]
 
     def write(variables: Sequence[Any], values: Sequence[Value]) -> None:
+        # h = a w and h + b have one block [w; b]; in h + b + h they have not, since the gradient at h is not that at b:
+        # what is read twice is no longer known as the output of a layer
         for var, value in zip(variables, values, strict=True):
             known[var] = value if reads[var] == 1 else value._replace(output=None)
 
@@ -50,6 +52,12 @@ def walk(program: tuple, values: Sequence[Value], visitor: Visitor, n: int, path
     return [read(var) for var in jaxpr.outvars]
 
 
+# For leaves w, γ and data a [5, 3, 4]:
+#   no leaf                     evaluated; [15, 6] -> [5, 3, 6] of an output of a layer stays known, a bias may follow
+#   a call, a scan              entered; a custom rule only where it sees the examples
+#   one leaf, and constants     a view of this leaf still: wᵀ, 2 w, softplus(γ), γ [4] -> [1, 1, 4]
+#   a leaf that meets examples  a use, by its rule: a w, table[ids], conv(a, w), γ a
+#   anything else               unsupported, evaluated all the same: u vᵀ of two leaves, an einsum with 2 w
 def _equation(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: tuple) -> list[Value]:
     name = eqn.primitive.name
     if eqn.params.get("name") == MARK:
@@ -67,6 +75,8 @@ def _equation(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: tup
     if name == "scan":
         return _scan(eqn, values, visitor, n, path)
     others = [value for value in values if value.view is None]
+    # Ids that the model makes itself, such as positions 0, 1, 2 of each example, [5, 3, 1], are SHARED, and yet pick a
+    # row for each example: an embedding. Positions [3, 1] pick a [3, 4] for all: a view of the table.
     by_example = (
         name == "gather" and n > 1 and [value.array.shape[:1] for value in others if value.array.ndim > 2] == [(n,)]
     )
@@ -108,6 +118,8 @@ def _seen_through(eqn: Any, values: list[Value], view: View) -> list[Value]:
     if len(values) == 1 and (strided := _moved(eqn, view.strided)) is not None:
         return [Value(arrays[0], view=view._replace(strided=strided))]
 
+    # 2 w of w [4, 2]: base = leaf -> 2 leaf, arranged as the whole [4, 2]. The equation is bound again at other leaves,
+    # those of single examples above all: γ [4] becomes [5, 4] and softplus(γ) too, one for each.
     def result(leaf: Array, number: int) -> Array:
         again = [
             value.array if value.view is None else value.view.of(leaf, value.view.strided).astype(value.array.dtype)
@@ -131,6 +143,7 @@ def _call(eqn: Any, inner: tuple, values: list[Value], visitor: Visitor, n: int,
     results: list[Value] = []
 
     def call(arrays: list[Array]) -> list[Array]:
+        # jax.checkpoint returns arrays alone; their axes leave by `results`, whose arrays are not touched outside
         inside = [value._replace(array=array) for value, array in zip(values, arrays, strict=True)]
         results[:] = walk(inner, inside, visitor, n, path)
         forget(results, visitor, path, "returned by checkpoint")
@@ -149,6 +162,9 @@ def _scan(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: tuple) 
     whole = all(view.base is None and view.strided == Strided.whole(view.array.shape) for view in stacked.values())
     if any(value.view is not None for value in values[first:last]) or not whole:
         return unsupported(eqn, values, visitor, n, path, "scan over a function of it")
+    # Six layers w [6, 4, 4] over h [5, 4]: inside, the leaf is [4, 4] with stack 1, and what the visitor keeps for it
+    # is sliced beside it, A [6, 4, 4] -> [4, 4]. A weight among the constants is the same [4, 4] in all iterations, and
+    # the cotangents of what is kept for it add up.
     inside, outside = scan_axes(eqn, [value.axis for value in values], n)
     sliced = {view.leaf: visitor.slots[view.leaf] for view in stacked.values() if view.leaf in visitor.slots}
 

@@ -188,6 +188,8 @@ class Block(NamedTuple):
 
     def pack(self, leaves: Mapping[int, Array]) -> Array:
         """The matrix [*stack, rows, outputs] of these leaves of y, by place."""
+        # w [4, 2, 3] of einsum("ntd,dhe->nthe") and b [2, 3]: [4, 6] over [1, 6] -> [5, 6]. Six layers w [6, 4, 4] that
+        # a scan slices have the stack (6,), over which this is mapped: [6, 4, 4]
         arrangement: Any = self.matrix
 
         def matrix(weight: Array, *bias: Array) -> Array:
@@ -298,6 +300,8 @@ def trace(model: Model, y: Any, inputs: Any, *, unsupported: Unsupported = error
     uses: dict[tuple, Use] = {}
 
     def note(slot: Any, use: Use, *rest: Any) -> Any:
+        # Called as kronecker(slot, use, rows, outputs, inputs), elementwise(slot, use, leaf) and unsupported(use): the
+        # first must return the outputs, the others None
         uses[use.path, use.leaf] = use
         return rest[1] if len(rest) == 3 else None
 
@@ -346,6 +350,8 @@ def _blocks(names: Sequence[str], shapes: Sequence, uses: Sequence[Use], unsuppo
 
 def _biases(by_leaf: Mapping[int, Sequence[Use]], taps: Sequence[Use]) -> dict[int, int]:
     """Weight -> bias, where each use of the one is joined by the other and by nothing else."""
+    # Leaves 0: b, 1: w of tanh(a w + b), whose product is equation 0: the use of w has the path (0,), that of b joins
+    # (0,), so joined = {(0,): 0} and found = {1: 0}. In tanh(a w + b) w the second use of w is joined by none: {}
     found = {use.leaf: use.bias for use in taps if use.bias is not None}
     joined = {use.joins: use.leaf for uses in by_leaf.values() for use in uses if use.joins is not None}
     for leaf, uses in by_leaf.items():

@@ -96,6 +96,8 @@ class Use(NamedTuple):
 class RowReaders(NamedTuple):
     """How rows of features lie in the arrays around a Kronecker use: functions to [N, positions, features]."""
 
+    # einsum("ntd,dhe->nthe") of a [5, 7, 4] and w [4, 2, 3], a matrix [4, 6]: inputs [5, 7, 4] -> [5, 7, 4], outputs
+    # [5, 7, 2, 3] -> [5, 7, 6]; on positions merged before, [35, 4] -> [5, 7, 4]
     inputs: Callable[[Array], Array]
     outputs: Callable[[Array], Array]
 
@@ -150,6 +152,8 @@ def forget(values: Sequence[Value], visitor: Visitor, path: tuple, what: str) ->
 
 def _rows(array: Array, axis: int, features: Sequence[int], n: int) -> Array:
     """Rows [N, positions, features] of an array whose examples lie along `axis`."""
+    # n = 5: [3, 5, 2, 4] with axis 1 and features (2, 3) -> transposed [5, 3, 2, 4] -> [5, 3, 8]; merged [15, 4] with
+    # axis 0 -> [5, 3, 4]
     others = [a for a in range(array.ndim) if a != axis and a not in features]
     size = math.prod(array.shape[a] for a in features)
     return jnp.transpose(array, [axis, *others, *features]).reshape(n, -1, size)
@@ -157,6 +161,7 @@ def _rows(array: Array, axis: int, features: Sequence[int], n: int) -> Array:
 
 def _roles(shape: Sequence[int], features: Sequence[int], size: int) -> Strided:
     """An output whose features have the strides of a row of `size`, and whose rows have larger ones."""
+    # [5, 3, 2, 4] with features (2, 3) in rows of 8: strides (24, 8, 4, 1); [2, 5] with the features first: (1, 2)
     rows = [a for a in range(len(shape)) if a not in features]
     strides = dict(zip(features, contiguous([shape[a] for a in features]), strict=True))
     strides |= {a: s * size for a, s in zip(rows, contiguous([shape[a] for a in rows]), strict=True)}
@@ -182,6 +187,9 @@ def _dense(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: tuple)
         return wrong("dot_general of a function of it")
     if data.axis is SHARED or data.axis == LOST or data.axis in contracted[1 - side]:
         return wrong("dot_general with data whose examples axis is lost")
+    # The weight first, w [2, 3] · aᵀ [3, 5] -> [2, 5]: w is seen as the matrix (3, 2) with strides (1, 3); the free
+    # axes of the left operand, then of the right, are those of the result, outputs at 0 and examples at 1
+    #   rows of aᵀ [3, 5] -> [5, 1, 3],    rows of the result [2, 5] -> [5, 1, 2]
     free = [[a for a in range(v.array.ndim) if a not in contracted[k]] for k, v in enumerate(values)]
     matrix = view.strided.transpose([*contracted[side], *free[side]])
     inputs = math.prod(view.strided.shape[a] for a in contracted[side])
@@ -209,6 +217,8 @@ def _conv(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: tuple) 
         return wrong("conv_general_dilated in groups")
     if data.axis != numbers.lhs_spec[0]:
         return wrong("conv_general_dilated with data whose examples axis is lost")
+    # a [5, 8, 8, 2] with a kernel [3, 3, 2, 6], no padding: the matrix [18, 6] is (2, 3, 3, 6) with (6, 36, 12, 1)
+    #   rows of a: patches [5, 18, 6, 6] -> [5, 36, 18],    rows of the result [5, 6, 6, 6] -> [5, 36, 6]
     outward, inward, *spatial = numbers.rhs_spec
     matrix = view.strided.transpose([inward, *spatial, outward])
     inputs, outputs = math.prod(matrix.shape[:-1]), matrix.shape[-1]
@@ -261,6 +271,8 @@ def _embedding(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: tu
 
 def elementwise(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: tuple) -> list[Value]:
     """A leaf that meets the examples element by element: the visitor may give each example a leaf of its own."""
+    # γ [4] on a [15, 4], which are 5 examples in 3 rows each: seen as (15, 4) with strides (0, 1), the same for all.
+    # The visitor answers with γ_n [5, 4], or None; each fills the rows of its example, [5, 4] -> [15, 4].
     axes = {value.axis for value in values if value.axis is not SHARED}
     axis = axes.pop() if len(axes) == 1 else LOST
     name, shape, values = eqn.primitive.name, eqn.outvars[0].aval.shape, list(values)
@@ -287,6 +299,8 @@ def elementwise(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: t
 
 def _joined(view: View, strided: Strided, output: Output | None) -> tuple | None:
     """The path of the output that a view is the bias of: constant over its rows, one number for each feature."""
+    # a w [5, 3, 6] in rows of 6 has strides (18, 6, 1), and b [6], seen as (5, 3, 6), has (0, 0, 1): the same along
+    # features, 0 along rows. Two axes of features, [5, 7, 2, 3] with (42, 6, 3, 1), take b [2, 3] with (0, 0, 3, 1)
     if output is None or view.base is not None or math.prod(view.array.shape) != output.size:
         return None
     if output.strided.shape != strided.shape:

@@ -26,6 +26,9 @@ class Strided(NamedTuple):
     shape: tuple[int, ...]
     strides: tuple[int, ...]
 
+    # An array [2, 3] is (2, 3) with strides (3, 1), its transpose (3, 2) with strides (1, 3), five times the same
+    # (5, 2, 3) with strides (0, 3, 1): element (i, j, k) of the view is element 0 i + 3 j + 1 k of the array.
+
     @classmethod
     def whole(cls, shape: Sequence[int]) -> "Strided":
         """The array itself."""
@@ -48,6 +51,10 @@ class Strided(NamedTuple):
 
     def reshape(self, shape: Sequence[int]) -> "Strided | None":
         """The view in another shape; None where no strides describe it."""
+        # [2, 3, 4] with strides (12, 4, 1) -> [6, 4]: the groups are 2, 3 -> 6 and 4 -> 4. The first merges, since one
+        # step along the 2 is three along the 3 (12 = 3 · 4): strides (4, 1), the shortest of each group. To [3, 2, 4]
+        # the 6 is split again: strides (8, 4, 1). Of its transpose [2, 4, 3] with (12, 1, 4) there is no [2, 12], since
+        # 1 ≠ 3 · 4.
         old = [(size, stride) for size, stride in zip(self.shape, self.strides, strict=True) if size != 1]
         strides = [0] * len(shape)
         new = [axis for axis in range(len(shape)) if shape[axis] != 1]
@@ -72,6 +79,8 @@ class Strided(NamedTuple):
     def of(self, array: Array) -> Array:
         """The view of this array."""
         used = [axis for axis, (n, stride) in enumerate(zip(self.shape, self.strides, strict=True)) if n > 1 and stride]
+        # The longest strides are the first axes of the array, whatever its own shape: for the view (3, 4, 2) with
+        # strides (1, 0, 3) an array [6] becomes [2, 3] -> transposed [3, 2] -> [3, 1, 2] -> repeated [3, 4, 2]
         order = sorted(used, key=lambda axis: -self.strides[axis])
         array = jnp.reshape(array, [self.shape[axis] for axis in order])
         array = jnp.transpose(array, [order.index(axis) for axis in used])
