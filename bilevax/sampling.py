@@ -1,6 +1,6 @@
 """Samplers `sample(key, t, data) -> batch`: what a loss reads at inner step t."""
 
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,9 @@ def __dir__() -> list[str]:
     return __all__
 
 
+K = TypeVar("K", bound=Key | None)  # a key, or none
+
+
 class Sample(Protocol):
     """`sample(key, t, data) -> batch`, a function of yours or of this module: what a loss reads at step t."""
 
@@ -42,15 +45,17 @@ def check_key(key: Key | None) -> None:
             )
 
 
-def split(key: Key | None, number: int) -> list[Key | None]:
+def split(key: K, number: int) -> list[K]:
     """Splits a key; no key (None) stays none, for solvers that draw nothing."""
     check_key(key)
-    return [None] * number if key is None else list(jax.random.split(key, number))
+    keys: Any = [None] * number if key is None else list(jax.random.split(key, number))
+    return keys
 
 
-def fold(key: Key | None, number: Scalar) -> Key | None:
+def fold(key: K, number: Scalar) -> K:
     """Folds a number into a key; no key (None) stays none."""
-    return None if key is None else jax.random.fold_in(key, number)
+    folded: Any = None if key is None else jax.random.fold_in(key, number)
+    return folded
 
 
 def full(key: Key | None, t: Scalar, data: Any) -> Any:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from bilevax.curvature import capture
 from bilevax.curvature.capture.blocks import named
 from bilevax.curvature.model_loss import structured
 from bilevax.problem import Loss
+from bilevax.typing import PyTree
 
 
 class ReportRow(NamedTuple):
@@ -73,7 +74,7 @@ def _listed(leaves: Mapping[str, str]) -> dict[str, capture.Treatment]:
     return {name: capture.Treatment("unsupported") for name in leaves}
 
 
-def _row(block: capture.Block, names: list[str], shapes: list[tuple], width: int) -> ReportRow:
+def _row(block: capture.Block, names: list[str], shapes: list[tuple[int, ...]], width: int) -> ReportRow:
     leaves = tuple(names[k] for k in (block.leaf, block.bias) if k is not None)
     shape = shapes[block.leaf]
     if block.matrix is not None:
@@ -91,7 +92,9 @@ def _row(block: capture.Block, names: list[str], shapes: list[tuple], width: int
     return ReportRow(leaves, block.rule, sizes, numbers * count * width, block.what)
 
 
-def describe(inner_loss: Loss, x: Any, y: Any, batch: Any, *, unsupported: capture.Unsupported | None = None) -> Report:
+def describe(
+    inner_loss: Loss, x: PyTree, y: PyTree, batch: PyTree, *, unsupported: capture.Unsupported | None = None
+) -> Report:
     """Lists which block of curvature each leaf of y gets, without computing anything: print it.
 
     Args:

@@ -10,7 +10,7 @@ import optax
 from bilevax import checks
 from bilevax.curvature import capture
 from bilevax.curvature.inverse import Damping, Inverse, exact, trace_mean
-from bilevax.curvature.kronecker import Diagonal, Kronecker, TracedLoss, trace_loss
+from bilevax.curvature.kronecker import Diagonal, Factors, TracedLoss, trace_loss
 from bilevax.curvature.model_loss import structured
 from bilevax.curvature.sharing import expand
 from bilevax.problem import Loss, widen
@@ -29,14 +29,15 @@ class Parts(NamedTuple):
     scale: Array
 
 
-def weight_decay(here: TracedLoss, inner_loss: Loss, x: Any, y: Any) -> dict[str, Array]:
+def weight_decay(here: TracedLoss, inner_loss: Loss, x: PyTree, y: PyTree) -> dict[str, Array]:
     """The weight decay of every block: the mean over its elements."""
     rates = jax.tree.leaves(structured(inner_loss, "Kronecker factors").penalty(x, y)[0])
-    decay = {}
+    decay: dict[str, Array] = {}
     for block in here.captured.blocks:
         leaves = [leaf for leaf in (block.leaf, block.bias) if leaf is not None]
         sizes = [here.leaves[leaf].size for leaf in leaves]
-        total = sum(jnp.mean(jnp.asarray(rates[k], here.q.dtype)) * size for k, size in zip(leaves, sizes, strict=True))
+        means = [jnp.mean(jnp.asarray(rates[k], here.q.dtype)) for k in leaves]
+        total: Any = sum(mean * size for mean, size in zip(means, sizes, strict=True))
         decay[block.name] = total / sum(sizes)
     return decay
 
@@ -59,9 +60,7 @@ def _delta(block: capture.Block, decay: Array, damping: Damping, eigenvalues: Ar
     return decay + extra.reshape(extra.shape + (1,) * (eigenvalues.ndim - depth))
 
 
-def decompose(
-    here: TracedLoss, found: dict[str, Any], decay: dict[str, Any], damping: Damping, inverse: Inverse
-) -> Parts:
+def decompose(here: TracedLoss, found: Factors, decay: dict[str, Array], damping: Damping, inverse: Inverse) -> Parts:
     """Decomposes the factors of every block."""
     named = {block.name: block for block in here.captured.blocks}
     blocks: dict[str, Any] = {}
@@ -79,7 +78,7 @@ def decompose(
 
 
 def solve(
-    here: TracedLoss, parts: Parts, decay: dict[str, Any], damping: Damping, inverse: Inverse, b: PyTree
+    here: TracedLoss, parts: Parts, decay: dict[str, Array], damping: Damping, inverse: Inverse, b: PyTree
 ) -> tuple[PyTree, Array]:
     """The inverse applied to b, and the smallest eigenvalue that it divided by."""
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(b)]
@@ -107,11 +106,11 @@ def solve(
 
 
 def inverted(
-    found: dict[str, Kronecker | Diagonal],
+    found: Factors,
     inner_loss: Loss,
     x: PyTree,
     y: PyTree,
-    batch: Any,
+    batch: PyTree,
     *,
     damping: Damping = 1e-3,
     inverse: Inverse = exact,

@@ -6,6 +6,7 @@ cotangent of pass k, like the outputs.
 
 import math
 from collections.abc import Callable
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,12 @@ def __dir__() -> list[str]:
 
 
 Columns = tuple[int, Callable[[Scalar], Array]]
-Fisher = Callable[[Key | None, OutputLoss, Array, Array], Columns]
+
+
+class Fisher(Protocol):
+    """A function of this module, or one of yours: which pseudo-gradients, and how many of them."""
+
+    def __call__(self, key: Key | None, loss: OutputLoss, outputs: Array, targets: Array, /) -> Columns: ...
 
 
 def sampled(samples: int = 1) -> Fisher:

@@ -1,7 +1,7 @@
 """Damped inverses of Kronecker products."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +47,18 @@ class Cholesky(NamedTuple):
     b: Array
 
 
+class Decompose(Protocol):
+    """What is worth keeping of A and B, for `Solve` to read."""
+
+    def __call__(self, a: Array, b: Array, delta: Scalar, /) -> Any: ...
+
+
+class Solve(Protocol):
+    """The inverse of A ⊗ B + delta I, applied to v."""
+
+    def __call__(self, parts: Any, delta: Scalar, v: Array, /) -> Array: ...
+
+
 class Inverse(NamedTuple):
     """A way to invert A ⊗ B + δ I.
 
@@ -63,8 +75,8 @@ class Inverse(NamedTuple):
         [[1.0]]
     """
 
-    decompose: Callable[[Array, Array, Scalar], Any]
-    solve: Callable[[Any, Scalar, Array], Array]
+    decompose: Decompose
+    solve: Solve
     eigenvalues: Callable[[Any], Array] | None
 
 

@@ -8,8 +8,8 @@ The example weights enter both factors: A is taken under the reweighted law of t
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +22,12 @@ from bilevax.curvature.fisher import Fisher, sampled
 from bilevax.curvature.inverse import Cholesky, Eigen, Inverse, exact, factored
 from bilevax.curvature.model_loss import ModelLoss, structured
 from bilevax.curvature.output_loss import OutputLoss
-from bilevax.curvature.sharing import Sharing, expand
+from bilevax.curvature.sharing import ChooseSharing, Sharing, expand
 from bilevax.problem import Loss, widen
 from bilevax.sampling import split
 from bilevax.typing import Array, Key, PyTree, Scalar
+
+T = TypeVar("T")
 
 __all__ = ["Cholesky", "Diagonal", "Eigen", "Inverse", "Kronecker", "exact", "factored", "factors"]
 
@@ -34,7 +36,7 @@ def __dir__() -> list[str]:
     return __all__
 
 
-Positions = Callable[[Any], Array]
+Positions = Callable[[PyTree], Array]  # batch -> [N, T], which positions count
 
 
 class Kronecker(NamedTuple):
@@ -42,7 +44,7 @@ class Kronecker(NamedTuple):
 
     Attributes:
       a: 1/N Σ_n w_n Σ_t m_nt ā ā_ᵀ, [d_in, d_in] with the bias last; the diagonal [vocabulary] for an embedding.
-      count: 1/N Σ_n w_n Σ_t m_nt, the mass of a.
+      mass: 1/N Σ_n w_n Σ_t m_nt, that of a.
       b: B, [d_out, d_out].
 
     Example:
@@ -52,14 +54,14 @@ class Kronecker(NamedTuple):
     """
 
     a: Array
-    count: Array
+    mass: Array
     b: Array
 
     @property
     def A(self) -> Array:  # noqa: N802
-        """The normalised factor A = a / count; 0 where every weight is 0."""
-        count = jnp.where(self.count > 0, self.count, 1)
-        return self.a / count.reshape(count.shape + (1,) * (self.a.ndim - count.ndim))
+        """The normalised factor A = a / mass; 0 where every weight is 0."""
+        mass = jnp.where(self.mass > 0, self.mass, 1)
+        return self.a / mass.reshape(mass.shape + (1,) * (self.a.ndim - mass.ndim))
 
     @property
     def B(self) -> Array:  # noqa: N802
@@ -80,6 +82,9 @@ class Diagonal(NamedTuple):
     """
 
     diagonal: Array
+
+
+Factors = dict[str, Kronecker | Diagonal]  # by the name of the weight
 
 
 class TracedLoss(NamedTuple):
@@ -103,11 +108,17 @@ class TracedLoss(NamedTuple):
     scale: Callable[[Array], Array]
     q: Array
     mask: Array | None
-    sharing: Callable[[str], Sharing]
+    sharing: ChooseSharing
 
 
 def trace_loss(
-    inner_loss: Loss, x: Any, y: Any, batch: Any, sharing: Any, positions: Positions | None, unsupported: Any
+    inner_loss: Loss,
+    x: PyTree,
+    y: PyTree,
+    batch: PyTree,
+    sharing: Sharing | ChooseSharing,
+    positions: Positions | None,
+    unsupported: capture.Unsupported,
 ) -> TracedLoss:
     """Traces the model of a `ModelLoss` on this batch, and evaluates its weights and masks."""
     loss = structured(inner_loss, "Kronecker factors")
@@ -134,7 +145,7 @@ def trace_loss(
     return TracedLoss(captured, leaves, loss.loss, targets, scale, q, mask, choose)
 
 
-def _mask(loss: ModelLoss, batch: Any, positions: Positions | None, captured: capture.Capture) -> Array | None:
+def _mask(loss: ModelLoss, batch: PyTree, positions: Positions | None, captured: capture.Capture) -> Array | None:
     if positions is None:
         return None if loss.mask is None else jnp.asarray(loss.mask(batch)).reshape(captured.examples, -1)
     mask = jnp.asarray(positions(batch))
@@ -148,29 +159,13 @@ def _mask(loss: ModelLoss, batch: Any, positions: Positions | None, captured: ca
 
 
 # One pass: the factors leave the backward pass as cotangents of dummy inputs of the model. A layer w [6, 4] with bias
-# on a [5, 3, 6] has the dummy Kronecker(a [7, 7], count [], b [4, 4]), zeros that `_observed` takes and ignores. Its
+# on a [5, 3, 6] has the dummy Kronecker(a [7, 7], mass [], b [4, 4]), zeros that `_observed` takes and ignores. Its
 # backward rule passes u [5, 3, 4] on as it is, and says that `statistic(residual, u)` flows to the dummy. So it is JAX
 # that adds up the uses of a leaf, and stacks the iterations of a scan: for six layers the dummy is a [6, 7, 7], ...
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _observed(statistic: Callable, outputs: Array, residual: Any, dummy: Any) -> Array:
-    return outputs
-
-
-def _observed_forward(statistic: Callable, outputs: Array, residual: Any, dummy: Any) -> tuple:
-    return outputs, residual
-
-
-def _observed_backward(statistic: Callable, residual: Any, u: Array) -> tuple:
-    return u, None, statistic(residual, u)
-
-
-_observed.defvjp(_observed_forward, _observed_backward)
-
-
 class Residual(NamedTuple):
-    """What a use keeps for its backward pass."""
+    """What a use keeps for its backward pass; the basis where squares are measured, () elsewhere."""
 
     inputs: Array
     mask: Array | None
@@ -187,6 +182,39 @@ class Residual(NamedTuple):
             return a[..., 0], mask
         ones = [] if block.bias is None else [jnp.ones_like(a[..., :1], dtype)]
         return jnp.concatenate([a.astype(dtype), *ones], axis=-1), mask
+
+
+Measured = Kronecker | Array  # what leaves a block, and its dummy
+
+
+class Statistic(Protocol):
+    """What one use of a block adds to it, of its rows and the cotangents u of its outputs."""
+
+    def __call__(
+        self, rows: RowReaders, block: capture.Block, sharing: Sharing, residual: Residual, u: Array, /
+    ) -> Measured: ...
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _observed(
+    statistic: Callable[[Residual, Array], Measured], outputs: Array, residual: Residual, dummy: Measured
+) -> Array:
+    return outputs
+
+
+def _observed_forward(
+    statistic: Callable[[Residual, Array], Measured], outputs: Array, residual: Residual, dummy: Measured
+) -> tuple[Array, Residual]:
+    return outputs, residual
+
+
+def _observed_backward(
+    statistic: Callable[[Residual, Array], Measured], residual: Residual, u: Array
+) -> tuple[Array, None, Measured]:
+    return u, None, statistic(residual, u)
+
+
+_observed.defvjp(_observed_forward, _observed_backward)
 
 
 def _sums(rows: RowReaders, block: capture.Block, sharing: Sharing, residual: Residual, u: Array) -> Kronecker:
@@ -226,7 +254,12 @@ def _table_squares(ids: Array, u: Array, size: int) -> Array:
     return jnp.zeros((size, u.shape[-1]), u.dtype).at[ids.reshape(-1)].add(sums.reshape(-1, u.shape[-1]) ** 2)
 
 
-def _passes(here: TracedLoss, statistic: Callable, bases: dict[int, Any], dummies: dict[int, Any]) -> tuple:
+PullBack = Callable[[Array], tuple[dict[int, Any], dict[int, Array]]]  # -> Measured of blocks, gradients of the probed
+
+
+def _passes(
+    here: TracedLoss, statistic: Statistic, bases: Mapping[int, Eigen], dummies: Mapping[int, Measured]
+) -> tuple[Array, PullBack]:
     """The outputs, and the pull-back from a cotangent of them to what every block makes of it."""
     blocks = {block.leaf: block for block in here.captured.blocks}
 
@@ -244,7 +277,7 @@ def _passes(here: TracedLoss, statistic: Callable, bases: dict[int, Any], dummie
 
     visitor = Visitor({}, kronecker, elementwise, lambda use: None)
 
-    def outputs(dummies: dict[int, Any], probed: dict[int, Array]) -> Array:
+    def outputs(dummies: Mapping[int, Measured], probed: Mapping[int, Array]) -> Array:
         slots = {leaf: (dummy, bases.get(leaf, ())) for leaf, dummy in dummies.items()}
         leaves = [probed.get(leaf, value) for leaf, value in enumerate(here.leaves)]
         return here.captured.run(visitor._replace(slots=slots), leaves)
@@ -253,10 +286,10 @@ def _passes(here: TracedLoss, statistic: Callable, bases: dict[int, Any], dummie
     return jax.vjp(outputs, dummies, probed)
 
 
-def _dummies(here: TracedLoss, kronecker: Callable[[capture.Block], Any]) -> dict[int, Any]:
+def _dummies(here: TracedLoss, kronecker: Callable[[capture.Block], Kronecker]) -> dict[int, Measured]:
     """Zeros for all that the blocks report: `kronecker(block)` for a matrix, a leaf for each example for a diagonal."""
     # γ [4] of five examples: [5, 4], added to it example by example; six layers of γ [6, 4] in a scan: [6, 5, 4]
-    dummies = {}
+    dummies: dict[int, Measured] = {}
     for block in here.captured.blocks:
         if block.matrix is not None:
             dummies[block.leaf] = kronecker(block)
@@ -267,16 +300,19 @@ def _dummies(here: TracedLoss, kronecker: Callable[[capture.Block], Any]) -> dic
     return dummies
 
 
-def _total(columns: int, term: Callable[[Scalar], Any]) -> Any:
+def _total(columns: int, term: Callable[[Scalar], T]) -> T:
     """The sum of `term(k)` over the columns, one after the other."""
     first = term(0)
     if columns == 1:
         return first
-    add = lambda k, total: optax.tree.add(total, term(k))  # noqa: E731
+
+    def add(k: Array, total: T) -> T:
+        return optax.tree.add(total, term(k))
+
     return jax.lax.fori_loop(1, columns, add, first)
 
 
-def measure(key: Key | None, here: TracedLoss, fisher: Fisher) -> tuple[dict[str, Any], int]:
+def measure(key: Key | None, here: TracedLoss, fisher: Fisher) -> tuple[Factors, int]:
     """The factors of every block by name, and the number of backward passes."""
     label_key, sign_key = split(key, 2)
     blocks = {block.leaf: block for block in here.captured.blocks}
@@ -291,7 +327,7 @@ def measure(key: Key | None, here: TracedLoss, fisher: Fisher) -> tuple[dict[str
     columns, column = fisher(label_key, here.loss, outputs, here.targets)
     root = jnp.sqrt(here.scale(outputs))[..., None]
 
-    def term(k: Scalar) -> tuple:
+    def term(k: Scalar) -> tuple[dict[int, Array], dict[int, Array]]:
         cotangent = (column(k) * root).astype(outputs.dtype)
         found, _ = pull(cotangent)
         return {leaf: _curved(blocks[leaf], value) for leaf, value in found.items()}, _probe(
@@ -301,7 +337,7 @@ def measure(key: Key | None, here: TracedLoss, fisher: Fisher) -> tuple[dict[str
     seen, probed = _total(columns, term)
     # `seen` adds B up over the columns alone: A and its mass would be counted once for each, and do not depend on u
     flat, _ = pull(jnp.zeros_like(outputs))
-    result: dict[str, Any] = {}
+    result: Factors = {}
     for leaf, block in blocks.items():
         if block.matrix is not None:
             result[block.name] = flat[leaf]._replace(b=seen[leaf])
@@ -313,12 +349,14 @@ def measure(key: Key | None, here: TracedLoss, fisher: Fisher) -> tuple[dict[str
     return result, columns * (1 + probes)
 
 
-def _curved(block: capture.Block, found: Any) -> Array:
+def _curved(block: capture.Block, found: Measured) -> Array:
     """What one column adds to the curvature of a block: B, or the squares of per-example gradients."""
-    return found.b if block.matrix is not None else jnp.sum(found**2, axis=len(block.stack))
+    return found.b if isinstance(found, Kronecker) else jnp.sum(found**2, axis=len(block.stack))
 
 
-def _probe(key: Any, k: Scalar, blocks: dict, pull: Callable, cotangent: Array) -> dict[int, Array]:
+def _probe(
+    key: Key | None, k: Scalar, blocks: Mapping[int, capture.Block], pull: PullBack, cotangent: Array
+) -> dict[int, Array]:
     """1/R Σ_r (Σ_n ±1 √(w_n/N) J_nᵀ u_n)² for the leaves that no rule covers."""
     probes = {leaf: block.treatment.probes for leaf, block in blocks.items() if block.treatment}
     number = max(probes.values(), default=0)
@@ -358,13 +396,13 @@ def factors(
     inner_loss: Loss,
     x: PyTree,
     y: PyTree,
-    batch: Any,
+    batch: PyTree,
     *,
     fisher: Fisher | None = None,
-    sharing: Sharing | Callable[[str], Sharing] = expand,
+    sharing: Sharing | ChooseSharing = expand,
     positions: Positions | None = None,
     unsupported: capture.Unsupported = capture.error,
-) -> dict[str, Kronecker | Diagonal]:
+) -> Factors:
     """The Kronecker factors of every layer of a model, found without a change to the model.
 
         A = Σ_n q_n ā_n ā_nᵀ          B = 1/N Σ_n w_n Σ_k u_nk u_nkᵀ          G_block ≈ A ⊗ B

@@ -2,14 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
 
 from bilevax import checks
+from bilevax.curvature.capture.blocks import Model
 from bilevax.curvature.output_loss import OutputLoss
 from bilevax.curvature.products import Product
 from bilevax.problem import Loss, widen
@@ -57,13 +56,13 @@ class ModelLoss:
         0.375
     """
 
-    model: Callable[[Any, Any], Array]
+    model: Model
     loss: OutputLoss
-    split: Callable[[Any, Any], tuple[Any, Any]]
-    weights: Callable[[Any, Any], Array] | None = None
-    l2: Scalar | Callable[[Any], Any] = 0.0
-    center: Callable[[Any], Any] | None = None
-    mask: Callable[[Any], Array] | None = None
+    split: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]
+    weights: Callable[[PyTree, PyTree], Array] | None = None
+    l2: Scalar | Callable[[PyTree], PyTree] = 0.0
+    center: Callable[[PyTree], PyTree] | None = None
+    mask: Callable[[PyTree], Array] | None = None
 
     def __post_init__(self) -> None:
         """Refuses parts of the wrong kind."""
@@ -78,7 +77,7 @@ class ModelLoss:
         else:
             checks.nonnegative("l2", self.l2)
 
-    def __call__(self, x: Any, y: Any, batch: Any) -> Array:
+    def __call__(self, x: PyTree, y: PyTree, batch: PyTree) -> Array:
         """The loss g(x, y) on this batch."""
         inputs, targets = self.inputs_and_targets(x, batch)
         values = widen(self.loss.value(self.model(y, inputs), targets))
@@ -87,7 +86,7 @@ class ModelLoss:
         terms = jax.tree.map(lambda rate, leaf, middle: jnp.sum(rate * (leaf - middle) ** 2), decay, y, center)
         return fit + 0.5 * optax.tree.sum(terms)
 
-    def inputs_and_targets(self, x: Any, batch: Any) -> tuple[Any, Any]:
+    def inputs_and_targets(self, x: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
         """What `split` returns, which must be a pair."""
         parts = self.split(x, batch)
         if not isinstance(parts, tuple | list) or len(parts) != 2:
@@ -97,7 +96,7 @@ class ModelLoss:
             )
         return parts[0], parts[1]
 
-    def scale(self, values: Array, x: Any, batch: Any) -> Array:
+    def scale(self, values: Array | jax.ShapeDtypeStruct, x: PyTree, batch: PyTree) -> Array:
         """w_n m_nt / N, what each of the output loss's values [N, ...] counts, broadcast to them."""
         scale = self.example_scale(jnp.shape(values)[0], values.dtype, x, batch)
         scale = jnp.broadcast_to(scale.reshape(scale.shape + (1,) * (values.ndim - 1)), values.shape)
@@ -111,7 +110,7 @@ class ModelLoss:
             )
         return scale * mask
 
-    def example_scale(self, n: int, dtype: chex.ArrayDType, x: Any, batch: Any) -> Array:
+    def example_scale(self, n: int, dtype: jnp.dtype, x: PyTree, batch: PyTree) -> Array:
         """w_n / N, what each of the n examples counts, [N]."""
         scale = jnp.full((n,), 1 / n, dtype)
         if self.weights is None:
@@ -124,7 +123,7 @@ class ModelLoss:
             )
         return scale * weights
 
-    def penalty(self, x: Any, y: Any) -> tuple[Any, Any]:
+    def penalty(self, x: PyTree, y: PyTree) -> tuple[PyTree, PyTree]:
         """The decay rates and the center of the penalty, both as pytrees like y (the rates may be scalars)."""
         rate = self.l2(x) if callable(self.l2) else self.l2
         got, expected = (str(jax.tree.structure(tree)) for tree in (rate, y))
@@ -155,7 +154,7 @@ def structured(inner_loss: Loss, what: str) -> ModelLoss:
     )
 
 
-def gauss_newton(inner_loss: Loss, x: PyTree, y: PyTree, batch: Any) -> Product:
+def gauss_newton(inner_loss: Loss, x: PyTree, y: PyTree, batch: PyTree) -> Product:
     """Products with the generalized Gauss–Newton matrix of a `ModelLoss`, linearized once at this point.
 
         G = 1/N Σ_n w_n J_nᵀ L_n J_n + diag(l2)          J_n = ∂model(y, inputs_n)/∂y,   L_n = S_n S_nᵀ

@@ -1,7 +1,7 @@
 """Losses of a model's outputs that know a root of their own second derivative, and how to draw labels."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,18 @@ from bilevax.problem import widen
 from bilevax.typing import Array, Key
 
 LARGEST = 64  # outputs for which a Hessian is decomposed at every position
+
+
+class Root(Protocol):
+    """S s, linear in s, with S Sᵀ the curvature at these outputs."""
+
+    def __call__(self, outputs: Array, targets: Array, s: Array, /) -> Array: ...
+
+
+class Draw(Protocol):
+    """A random vector u with E[u uᵀ] = S Sᵀ."""
+
+    def __call__(self, key: Key, outputs: Array, targets: Array, /) -> Array: ...
 
 
 class OutputLoss(NamedTuple):
@@ -30,8 +42,8 @@ class OutputLoss(NamedTuple):
     """
 
     value: Callable[[Array, Array], Array]
-    root: Callable[[Array, Array, Array], Array]
-    draw: Callable[[Key, Array, Array], Array] | None = None
+    root: Root
+    draw: Draw | None = None
 
     def product(self, outputs: Array, targets: Array, s: Array) -> Array:
         """The product L s = S Sᵀ s, like the outputs; never negative in sᵀL s, in floating point too."""

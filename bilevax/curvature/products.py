@@ -4,7 +4,7 @@ Every curvature is a function `(inner_loss, x, y, batch) -> product`, and `produ
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Protocol
 
 import jax
 import optax
@@ -14,10 +14,15 @@ from bilevax.problem import Loss, inner_gradient
 from bilevax.typing import PyTree, Scalar
 
 Product = Callable[[PyTree], PyTree]
-Curvature = Callable[[Loss, Any, Any, Any], Product]
 
 
-def hessian(inner_loss: Loss, x: PyTree, y: PyTree, batch: Any) -> Product:
+class Curvature(Protocol):
+    """`hessian`, `gauss_newton`, or a function of yours: what is linearized once at a point."""
+
+    def __call__(self, inner_loss: Loss, x: PyTree, y: PyTree, batch: PyTree, /) -> Product: ...
+
+
+def hessian(inner_loss: Loss, x: PyTree, y: PyTree, batch: PyTree) -> Product:
     """Products with H = ∇²_yy g(x, y), linearized once at this point (forward over reverse).
 
     Args:
@@ -48,7 +53,7 @@ def hessian(inner_loss: Loss, x: PyTree, y: PyTree, batch: Any) -> Product:
     return lambda v: optax.tree.cast_like(push(optax.tree.cast_like(v, y)), v)
 
 
-def cross(inner_loss: Loss, x: PyTree, y: PyTree, batch: Any) -> Product:
+def cross(inner_loss: Loss, x: PyTree, y: PyTree, batch: PyTree) -> Product:
     """Products with the cross derivative ∇²_xy g(x, y), of shape [dim x, dim y].
 
     Args:

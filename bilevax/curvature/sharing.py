@@ -27,6 +27,9 @@ class Sharing(NamedTuple):
     per_position: bool
 
 
+ChooseSharing = Callable[[str], Sharing]  # name of a leaf -> what becomes of its positions
+
+
 def _mean(a: Array, mask: Array) -> Array:
     count = jnp.sum(mask, axis=1)[:, None, None]
     return jnp.sum(a * mask[:, :, None], axis=1, keepdims=True) / jnp.where(count > 0, count, 1)

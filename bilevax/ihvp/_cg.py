@@ -1,6 +1,5 @@
 """Conjugate gradients, safe in float32, at a million unknowns, and at an indefinite Hessian."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -10,9 +9,10 @@ import optax
 from bilevax import checks
 from bilevax.curvature.products import Curvature, Product, damped, hessian
 from bilevax.ihvp._start import start, stateless
-from bilevax.problem import IHVP, IHVPInfo, Loss, norm
+from bilevax.printing import as_called
+from bilevax.problem import IHVP, Apply, IHVPInfo, Loss, Point, norm
 from bilevax.sampling import Sample, full, split
-from bilevax.typing import Array, PyTree, Scalar
+from bilevax.typing import Array, Key, PyTree, Scalar
 
 
 class _Carry(NamedTuple):
@@ -28,16 +28,20 @@ class _Carry(NamedTuple):
     stop: Array
 
 
-def _unpreconditioned(r: PyTree) -> tuple[PyTree, IHVPInfo]:
-    return r, IHVPInfo(0, 0, 0, jnp.nan, jnp.nan, False)
+def _unpreconditioned(b: PyTree, v0: PyTree | None = None) -> tuple[PyTree, IHVPInfo]:
+    return b, IHVPInfo(0, 0, 0, jnp.nan, jnp.nan, False)
+
+
+def _prepare_none(key: Key | None, state: Any, inner_loss: Loss, point: Point) -> tuple[Apply, Any]:
+    return _unpreconditioned, state
 
 
 # ihvp.identity would measure each z, which doubles the vector work of an iteration.
-_NONE = IHVP(stateless, lambda key, state, *args: (_unpreconditioned, state), spd=True)
+_NONE = IHVP(stateless, _prepare_none, spd=True)
 
 
 def _conjugate_gradients(
-    product: Product, precondition: Callable, v: PyTree, r: PyTree, maxiter: int, tol: Scalar
+    product: Product, precondition: Apply, v: PyTree, r: PyTree, maxiter: int, tol: Scalar
 ) -> tuple[_Carry, IHVPInfo]:
     """Solves H v = b from v with r = b − H v, for ‖b‖ = 1; stops at the first direction that cannot be trusted.
 
@@ -82,6 +86,7 @@ def _conjugate_gradients(
     return jax.lax.while_loop(unfinished, iterate, begin), info
 
 
+@as_called
 def cg(
     *,
     maxiter: int = 20,
@@ -144,7 +149,7 @@ def cg(
             "ihvp.cg itself. Pass ihvp.identity, ihvp.kfac, ihvp.nystrom, ihvp.neumann or ihvp.exact, or None."
         )
 
-    def prepare(key: Any, state: Any, inner_loss: Loss, point: tuple) -> tuple:
+    def prepare(key: Key | None, state: Any, inner_loss: Loss, point: Point) -> tuple[Apply, Any]:
         x, y, data = point
         batch_key, preconditioner_key = split(key, 2)
         product = damped(curvature(inner_loss, x, y, sample(batch_key, 0, data)), damping)

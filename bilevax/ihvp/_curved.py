@@ -1,7 +1,7 @@
 """What `kfac` and `ekfac` share: when factors and decompositions are refreshed, and how they are applied."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +10,14 @@ import optax
 from bilevax import checks
 from bilevax.curvature import capture, kronecker
 from bilevax.curvature.damped_blocks import Parts, decompose, solve, weight_decay
-from bilevax.curvature.inverse import Damping, Inverse
+from bilevax.curvature.inverse import Damping, Eigen, Inverse
+from bilevax.curvature.kronecker import Factors, TracedLoss
 from bilevax.curvature.model_loss import structured
-from bilevax.curvature.sharing import Sharing
-from bilevax.problem import IHVP, IHVPInfo, Loss, norm
+from bilevax.curvature.sharing import ChooseSharing, Sharing
+from bilevax.printing import by_shape
+from bilevax.problem import IHVP, Apply, IHVPInfo, Loss, Point, norm
 from bilevax.sampling import Sample, split
-from bilevax.typing import Array, PyTree, Scalar
+from bilevax.typing import Array, Key, PyTree, Scalar
 
 Schedule = int | Callable[[Array], Scalar]
 
@@ -29,14 +31,20 @@ class KFACState(NamedTuple):
       parts: their decompositions.
 
     Example:
-        >>> import bilevax as bx
-        >>> bx.ihvp.KFACState._fields
-        ('step', 'factors', 'parts')
+        >>> import bilevax as bx, jax.numpy as jnp
+        >>> loss = bx.curvature.ModelLoss(lambda y, a: a @ y, bx.curvature.squared_error, lambda x, batch: batch)
+        >>> batch = (jnp.ones((5, 3)), jnp.ones((5, 2)))
+        >>> state = bx.ihvp.kfac(ema=0.95).init(0.0, jnp.ones((3, 2)), batch, loss)
+        >>> state.factors["y"].A.shape, state.factors["y"].B.shape
+        ((3, 3), (2, 2))
     """
 
     step: Array
-    factors: dict[str, Any]
+    factors: Factors
     parts: Parts
+
+    def __repr__(self) -> str:
+        return by_shape(self)
 
 
 class Refresh(NamedTuple):
@@ -64,7 +72,7 @@ class Refresh(NamedTuple):
         if not traced and not 0 <= ema < 1:
             raise ValueError(f"ema must be in [0, 1); got {ema!r}. Pass 0.0 for fresh factors, or, say, 0.95.")
         due = _schedule("factors_every", factors_every), _schedule("inverse_every", inverse_every)
-        averages = traced or ema != 0 or factors_every != 1
+        averages = traced or bool(ema != 0) or factors_every != 1
         return cls(ema, *due, averages or inverse_every != 1, averages)
 
 
@@ -85,6 +93,20 @@ def _schedule(name: str, every: Schedule) -> Callable[[Array], Scalar]:
     return lambda step: step % period == 0
 
 
+class Measure(Protocol):
+    """The factors of every block, and the number of backward passes."""
+
+    def __call__(self, key: Key | None, here: TracedLoss, /) -> tuple[Factors, int]: ...
+
+
+class Correct(Protocol):
+    """The eigenvalues of every block anew, in the bases that it has, and the number of backward passes."""
+
+    def __call__(
+        self, key: Key | None, here: TracedLoss, bases: dict[str, Eigen], /
+    ) -> tuple[dict[str, Eigen], int]: ...
+
+
 class Passes(NamedTuple):
     """What distinguishes one Kronecker-factored curvature from another.
 
@@ -94,17 +116,17 @@ class Passes(NamedTuple):
       correct: `correct(key, traced_loss, blocks) -> (blocks, backward passes)` for fresh factors; None for none.
     """
 
-    measure: Callable
+    measure: Measure
     inverse: Inverse
-    correct: Callable | None = None
+    correct: Correct | None = None
 
 
 class Options(NamedTuple):
     """How factors are measured and damped; as in `kfac`."""
 
     damping: Damping
-    sharing: Any
-    positions: Any
+    sharing: Sharing | ChooseSharing
+    positions: kronecker.Positions | None
     unsupported: capture.Unsupported
     sample: Sample
 
@@ -131,7 +153,7 @@ def curved(passes: Passes, options: Options, refresh: Refresh) -> IHVP:
     options.check(passes.inverse)
     inverse, damping = passes.inverse, options.damping
 
-    def measured(key: Any, inner_loss: Loss, point: tuple) -> tuple:
+    def measured(key: Key | None, inner_loss: Loss, point: Point) -> tuple[Key | None, TracedLoss, dict[str, Array]]:
         loss = structured(inner_loss, "Kronecker-factored curvature")
         x, y = jax.lax.stop_gradient(point[:2])
         batch_key, key = split(key, 2)
@@ -139,26 +161,28 @@ def curved(passes: Passes, options: Options, refresh: Refresh) -> IHVP:
         here = kronecker.trace_loss(loss, x, y, batch, options.sharing, options.positions, options.unsupported)
         return key, here, weight_decay(here, loss, x, y)
 
-    def corrected(key: Any, here: kronecker.TracedLoss, parts: Parts) -> tuple[Parts, int]:
+    def corrected(key: Key | None, here: TracedLoss, parts: Parts) -> tuple[Parts, int]:
         if passes.correct is None:
             return parts, 0
         bases = {block.name: parts.blocks[block.name] for block in here.captured.blocks if block.matrix is not None}
         blocks, count = passes.correct(key, here, bases)
         return parts._replace(blocks={**parts.blocks, **blocks}), count
 
-    def fresh(key: Any, here: kronecker.TracedLoss, decay: dict) -> tuple:
+    def fresh(key: Key | None, here: TracedLoss, decay: dict[str, Array]) -> tuple[Factors, Parts, int]:
         found, count = passes.measure(key, here)
         parts, more = corrected(key, here, decompose(here, found, decay, damping, inverse))
         return found, parts, count + more
 
-    def aged(key: Any, here: kronecker.TracedLoss, decay: dict, state: KFACState) -> tuple:
+    def aged(
+        key: Key | None, here: TracedLoss, decay: dict[str, Array], state: KFACState
+    ) -> tuple[Factors, Parts, Array]:
         """What is kept is refreshed where it is due; the first step refreshes everything."""
         first = state.step == 0
         due, invert = first | refresh.factors(state.step), first | refresh.inverse(state.step)
         measure = due if refresh.averages else invert  # factors that would be forgotten are not measured
         counts = []
 
-        def average(old: dict) -> dict:
+        def average(old: Factors) -> Factors:
             found, count = passes.measure(key, here)
             counts.append(count)
             rate = jnp.where(first, 0, refresh.ema)
@@ -178,7 +202,7 @@ def curved(passes: Passes, options: Options, refresh: Refresh) -> IHVP:
         spent = jnp.where(measure, counts[0], 0) + jnp.where(due | invert, counts[1], 0)
         return found, parts, spent
 
-    def init(x: Any, y: Any, batch: Any = None, inner_loss: Loss | None = None) -> Any:
+    def init(x: PyTree, y: PyTree, batch: PyTree = None, inner_loss: Loss | None = None) -> KFACState | tuple[()]:
         if not refresh.stateful:
             return ()
         if batch is None or inner_loss is None:
@@ -188,15 +212,16 @@ def curved(passes: Passes, options: Options, refresh: Refresh) -> IHVP:
                 "inner_loss)."
             )
 
-        def shapes(key: Any, point: tuple) -> tuple:
+        def shapes(key: Key, point: Point) -> tuple[Factors, Parts]:
             found, parts, _ = fresh(*measured(key, inner_loss, point))
             return found, parts
 
         found, parts = optax.tree.zeros_like(jax.eval_shape(shapes, jax.random.key(0), (x, y, batch)))
         return KFACState(jnp.zeros((), jnp.int32), found, parts)
 
-    def prepare(key: Any, state: Any, inner_loss: Loss, point: tuple) -> tuple:
+    def prepare(key: Key | None, state: Any, inner_loss: Loss, point: Point) -> tuple[Apply, Any]:
         key, here, decay = measured(key, inner_loss, point)
+        spent: Scalar
         if refresh.stateful:
             checks.instance("state", state, KFACState, "Pass that of ihvp.init(x, y, batch, inner_loss).")
             found, parts, spent = aged(key, here, decay, state)

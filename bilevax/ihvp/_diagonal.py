@@ -1,15 +1,16 @@
 """The identity, preconditioned like Adam."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from bilevax import checks
-from bilevax.problem import IHVP, IHVPInfo, Loss, arrays, inner_gradient, norm, widen
+from bilevax.printing import as_called, by_shape
+from bilevax.problem import IHVP, Apply, IHVPInfo, Loss, Point, arrays, inner_gradient, norm, widen
 from bilevax.sampling import Sample, full
-from bilevax.typing import Array, PyTree, Scalar
+from bilevax.typing import Array, Key, PyTree, Scalar
 
 
 class DiagonalState(NamedTuple):
@@ -21,14 +22,21 @@ class DiagonalState(NamedTuple):
 
     Example:
         >>> import bilevax as bx
-        >>> bx.ihvp.diagonal().init(0.0, 1.0).step.item()
-        0
+        >>> bx.ihvp.diagonal().init(0.0, {"w": 1.0})
+        DiagonalState(
+          step=0,
+          moments={'w': 0},
+        )
     """
 
     step: Array
     moments: PyTree
 
+    def __repr__(self) -> str:
+        return by_shape(self)
 
+
+@as_called
 def diagonal(*, scale: Scalar = 1.0, decay: Scalar = 0.999, eps: Scalar = 1e-8, sample: Sample = full) -> IHVP:
     """Takes the second moments of the inner gradient for a squared curvature, as Adam does.
 
@@ -67,10 +75,10 @@ def diagonal(*, scale: Scalar = 1.0, decay: Scalar = 0.999, eps: Scalar = 1e-8, 
         raise ValueError(f"decay must be in [0, 1); got {decay!r}. Pass, say, decay=0.999.")
     checks.function("sample", sample, "key", "t", "data")
 
-    def init(x: Any, y: Any, batch: Any = None, inner_loss: Loss | None = None) -> DiagonalState:
+    def init(x: PyTree, y: PyTree, batch: PyTree = None, inner_loss: Loss | None = None) -> DiagonalState:
         return DiagonalState(jnp.zeros((), jnp.int32), optax.tree.zeros_like(arrays(widen(y))))
 
-    def prepare(key: Any, state: DiagonalState, inner_loss: Loss, point: tuple) -> tuple:
+    def prepare(key: Key | None, state: DiagonalState, inner_loss: Loss, point: Point) -> tuple[Apply, DiagonalState]:
         x, y, data = point
         gradient = widen(inner_gradient(inner_loss, x, y, sample(key, 0, data)).gradient)
         step = state.step + 1

@@ -1,23 +1,23 @@
 """The inverse of Kronecker-factored curvature with corrected eigenvalues."""
 
-from collections.abc import Callable
-
 from bilevax import checks
 from bilevax.curvature import capture, kronecker
 from bilevax.curvature.fisher import Fisher, sampled
 from bilevax.curvature.inverse import Damping, exact
-from bilevax.curvature.sharing import Sharing, expand
+from bilevax.curvature.sharing import ChooseSharing, Sharing, expand
 from bilevax.ihvp._curved import Options, Passes, Refresh, Schedule, curved
+from bilevax.printing import as_called
 from bilevax.problem import IHVP
 from bilevax.sampling import Sample, full
 from bilevax.typing import Scalar
 
 
+@as_called
 def ekfac(
     *,
     damping: Damping = 1e-3,
     fisher: Fisher | None = None,
-    sharing: Sharing | Callable[[str], Sharing] = expand,
+    sharing: Sharing | ChooseSharing = expand,
     positions: kronecker.Positions | None = None,
     ema: Scalar = 0.0,
     factors_every: Schedule = 1,

@@ -1,18 +1,18 @@
 """The dense inverse: small problems, and the oracle of every test."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from bilevax import checks
 from bilevax.ihvp._start import stateless
-from bilevax.problem import IHVP, IHVPInfo, Loss, norm, widen
+from bilevax.printing import as_called
+from bilevax.problem import IHVP, Apply, IHVPInfo, Loss, Point, norm, widen
 from bilevax.sampling import Sample, full
-from bilevax.typing import PyTree, Scalar
+from bilevax.typing import Key, PyTree, Scalar
 
 
+@as_called
 def exact(*, damping: Scalar = 0.0, sample: Sample = full) -> IHVP:
     """Forms the dense Hessian, decomposes it once per solve, and divides by its eigenvalues.
 
@@ -43,7 +43,7 @@ def exact(*, damping: Scalar = 0.0, sample: Sample = full) -> IHVP:
     checks.nonnegative("damping", damping)
     checks.function("sample", sample, "key", "t", "data")
 
-    def prepare(key: Any, state: tuple, inner_loss: Loss, point: tuple) -> tuple:
+    def prepare(key: Key | None, state: tuple[()], inner_loss: Loss, point: Point) -> tuple[Apply, tuple[()]]:
         x, y, data = point
         loss = checks.scalar_loss("inner_loss", inner_loss)
         batch = sample(key, 0, data)

@@ -1,16 +1,16 @@
 """The scaled identity in place of the inverse Hessian."""
 
-from typing import Any
-
 import jax.numpy as jnp
 import optax
 
 from bilevax import checks
 from bilevax.ihvp._start import stateless
-from bilevax.problem import IHVP, IHVPInfo, Loss, norm
-from bilevax.typing import PyTree, Scalar
+from bilevax.printing import as_called
+from bilevax.problem import IHVP, Apply, IHVPInfo, Loss, Point, norm
+from bilevax.typing import Key, PyTree, Scalar
 
 
+@as_called
 def identity(scale: Scalar = 1.0) -> IHVP:
     """Replaces the inverse Hessian by a multiple of the identity.
 
@@ -40,7 +40,7 @@ def identity(scale: Scalar = 1.0) -> IHVP:
     """
     checks.nonnegative("scale", scale)
 
-    def prepare(key: Any, state: tuple, inner_loss: Loss, point: tuple) -> tuple:
+    def prepare(key: Key | None, state: tuple[()], inner_loss: Loss, point: Point) -> tuple[Apply, tuple[()]]:
         def apply(b: PyTree, v0: PyTree | None = None) -> tuple[PyTree, IHVPInfo]:
             v = optax.tree.cast_like(optax.tree.scale(scale, b), b)
             return v, IHVPInfo(0, 0, 0, jnp.nan, jnp.nan, ~jnp.isfinite(norm(v)))

@@ -9,11 +9,13 @@ import optax
 from bilevax import checks
 from bilevax.curvature.products import Curvature, damped, hessian
 from bilevax.ihvp._start import start, stateless
-from bilevax.problem import IHVP, IHVPInfo, Loss, norm
+from bilevax.printing import as_called
+from bilevax.problem import IHVP, Apply, IHVPInfo, Loss, Point, norm
 from bilevax.sampling import Sample, full
-from bilevax.typing import PyTree, Scalar
+from bilevax.typing import Array, Key, PyTree, Scalar
 
 
+@as_called
 def lineax(
     solver: Any,
     *,
@@ -70,7 +72,7 @@ def lineax(
     checks.function("sample", sample, "key", "t", "data")
     tags = (lineax.symmetric_tag, lineax.positive_semidefinite_tag) if tags is None else tags
 
-    def prepare(key: Any, state: tuple, inner_loss: Loss, point: tuple) -> tuple:
+    def prepare(key: Key | None, state: tuple[()], inner_loss: Loss, point: Point) -> tuple[Apply, tuple[()]]:
         x, y, data = point
         product = damped(curvature(inner_loss, x, y, sample(key, 0, data)), damping)
 
@@ -78,7 +80,7 @@ def lineax(
             begin = start(product, b, v0)
             leaves, structure = jax.tree.flatten(begin.unit)  # GMRES takes no pytree with empty containers
 
-            def flat_product(leaves: list) -> list:
+            def flat_product(leaves: list[Array]) -> list[Array]:
                 return jax.tree.leaves(product(jax.tree.unflatten(structure, leaves)))
 
             operator = lineax.FunctionLinearOperator(flat_product, jax.eval_shape(lambda: leaves), tags)

@@ -1,6 +1,6 @@
 """The truncated Neumann series."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +9,10 @@ import optax
 from bilevax import checks
 from bilevax.curvature.products import Curvature, damped, hessian
 from bilevax.ihvp._start import start, stateless
-from bilevax.problem import IHVP, IHVPInfo, Loss, norm
+from bilevax.printing import as_called
+from bilevax.problem import IHVP, Apply, IHVPInfo, Loss, Point, norm
 from bilevax.sampling import Sample, full
-from bilevax.typing import Array, PyTree, Scalar
+from bilevax.typing import Array, Key, PyTree, Scalar
 
 
 class _Carry(NamedTuple):
@@ -22,6 +23,7 @@ class _Carry(NamedTuple):
     grew: Array  # whether ‖r‖ ever did
 
 
+@as_called
 def neumann(
     *,
     terms: int,
@@ -32,10 +34,10 @@ def neumann(
 ) -> IHVP:
     """Sums `terms` + 1 terms of the Neumann series, i.e. takes that many gradient steps on ½vᵀHv − bᵀv.
 
-        v = step_size · Σ_{k=0}^{steps} (I − step_size · (H + damping I))ᵏ b
+        v = step_size · Σ_{k=0}^{terms} (I − step_size · (H + damping I))ᵏ b
 
     From a warm start v0 the same series is applied to b − (H + damping I) v0 and added to v0, so that the error
-    (I − step_size · H)^{steps+1} (v0 − H⁻¹b) shrinks from one outer step to the next (a v0 that is no better
+    (I − step_size · H)^{terms+1} (v0 − H⁻¹b) shrinks from one outer step to the next (a v0 that is no better
     than zero is replaced by zero). The series converges where step_size < 2 / λ_max(H) and H is positive definite;
     `info.breakdown` tells when the residual grew in any step instead.
 
@@ -51,7 +53,7 @@ def neumann(
       whole sum would cost one product more.
 
     Raises:
-      ValueError: if steps or damping is negative, or step_size is not positive.
+      ValueError: if terms or damping is negative, or step_size is not positive.
 
     Cost: `terms` products, and one more for a warm start.
 
@@ -71,7 +73,7 @@ def neumann(
     checks.function("curvature", curvature, "inner_loss", "x", "y", "batch")
     checks.function("sample", sample, "key", "t", "data")
 
-    def prepare(key: Any, state: tuple, inner_loss: Loss, point: tuple) -> tuple:
+    def prepare(key: Key | None, state: tuple[()], inner_loss: Loss, point: Point) -> tuple[Apply, tuple[()]]:
         x, y, data = point
         product = damped(curvature(inner_loss, x, y, sample(key, 0, data)), damping)
 

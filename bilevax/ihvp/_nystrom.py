@@ -1,7 +1,6 @@
 """The inverse of a randomized low-rank approximation of the Hessian."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +10,13 @@ from jax.flatten_util import ravel_pytree
 from bilevax import checks
 from bilevax.curvature.products import Curvature, Product, hessian
 from bilevax.ihvp._start import stateless
-from bilevax.problem import IHVP, IHVPInfo, Loss, norm, widen
+from bilevax.printing import as_called
+from bilevax.problem import IHVP, Apply, IHVPInfo, Loss, Point, norm, widen
 from bilevax.sampling import Sample, full, split
 from bilevax.typing import Array, Key, PyTree, Scalar
 
 
-def _sketch(product: Product, key: Key, example: Array, rank: int) -> tuple:
+def _sketch(product: Product, key: Key, example: Array, rank: int) -> tuple[Array, Array, Array]:
     """Eigenvectors [M, rank] and eigenvalues [rank] of the Nyström approximation, and the smallest ωᵀHω seen."""
     normal = jax.random.normal(key, (example.size, rank), example.dtype)
     test, _ = jnp.linalg.qr(normal)
@@ -32,13 +32,14 @@ def _sketch(product: Product, key: Key, example: Array, rank: int) -> tuple:
     return basis @ vectors, singular**2, smallest
 
 
+@as_called
 def nystrom(
     *,
     rank: int,
     damping: Scalar = 0.0,
-    tail: Callable[[Array], Scalar] = jnp.min,
     curvature: Curvature = hessian,
     sample: Sample = full,
+    tail: Callable[[Array], Scalar] = jnp.min,
 ) -> IHVP:
     """Inverts a randomized low-rank approximation of H; the preconditioner for a spectrum that decays.
 
@@ -54,9 +55,9 @@ def nystrom(
     Args:
       rank: number of random directions, >= 1; more than dim y count as dim y.
       damping: a number >= 0 added to the eigenvalues.
-      tail: eigenvalues [rank] -> the curvature of all directions outside the sketch.
       curvature: a function (inner_loss, x, y, batch) -> product; `gauss_newton` where the Hessian is indefinite.
       sample: how the batch of H is drawn from the inner data; it is asked with t = 0.
+      tail: eigenvalues [rank] -> the curvature of all directions outside the sketch.
 
     Returns:
       An `IHVP` without state; linear. The residual is not measured, since that would cost a product; `info.breakdown`
@@ -82,11 +83,11 @@ def nystrom(
     """
     rank = checks.count("rank", rank, minimum=1)
     checks.nonnegative("damping", damping)
-    checks.function("tail", tail, "eigenvalues")
     checks.function("curvature", curvature, "inner_loss", "x", "y", "batch")
     checks.function("sample", sample, "key", "t", "data")
+    checks.function("tail", tail, "eigenvalues")
 
-    def prepare(key: Any, state: tuple, inner_loss: Loss, point: tuple) -> tuple:
+    def prepare(key: Key | None, state: tuple[()], inner_loss: Loss, point: Point) -> tuple[Apply, tuple[()]]:
         if key is None:
             raise ValueError(
                 "key must be a jax.random.key for ihvp.nystrom, whose directions are random; got None. Pass "

@@ -1,6 +1,6 @@
 """One random term of the Neumann series, which is right in the mean."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +9,10 @@ import optax
 from bilevax import checks
 from bilevax.curvature.products import Curvature, damped, hessian
 from bilevax.ihvp._start import start, stateless
-from bilevax.problem import IHVP, IHVPInfo, Loss, norm
+from bilevax.printing import as_called
+from bilevax.problem import IHVP, Apply, IHVPInfo, Loss, Point, norm
 from bilevax.sampling import Sample, fold, full, split
-from bilevax.typing import Array, PyTree, Scalar
+from bilevax.typing import Array, Key, PyTree, Scalar
 
 
 class _Carry(NamedTuple):
@@ -21,13 +22,14 @@ class _Carry(NamedTuple):
     grew: Array  # whether ‖r‖ ever did
 
 
+@as_called
 def random_neumann(
     *,
     terms: int,
     step_size: Scalar,
-    sample: Sample = full,
     damping: Scalar = 0.0,
     curvature: Curvature = hessian,
+    sample: Sample = full,
 ) -> IHVP:
     """Draws one term of the Neumann series, with a batch of its own for each of its factors.
 
@@ -41,9 +43,9 @@ def random_neumann(
     Args:
       terms: number of terms of the series, >= 1.
       step_size: a number in (0, 2 / λ_max(H)).
-      sample: how the batch of factor i is drawn from the inner data; it is asked with t = i.
       damping: a number >= 0 added to the curvature.
       curvature: a function (inner_loss, x, y, batch) -> product.
+      sample: how the batch of factor i is drawn from the inner data; it is asked with t = i.
 
     Returns:
       An `IHVP` without state, linear in b for one key; it makes no use of a warm start. `info.products` is p, and
@@ -67,12 +69,12 @@ def random_neumann(
     terms = checks.count("terms", terms, minimum=1)
     checks.scalar("step_size", step_size)
     checks.positive("step_size", step_size)
-    checks.function("sample", sample, "key", "t", "data")
     checks.scalar("damping", damping)
     checks.nonnegative("damping", damping)
     checks.function("curvature", curvature, "inner_loss", "x", "y", "batch")
+    checks.function("sample", sample, "key", "t", "data")
 
-    def prepare(key: Any, state: tuple, inner_loss: Loss, point: tuple) -> tuple:
+    def prepare(key: Key | None, state: tuple[()], inner_loss: Loss, point: Point) -> tuple[Apply, tuple[()]]:
         if key is None:
             raise ValueError("key must be a jax.random.key for a random series; got None. Pass jax.random.key(0).")
         x, y, data = point

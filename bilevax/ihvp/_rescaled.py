@@ -8,11 +8,13 @@ import optax
 from bilevax import checks
 from bilevax.curvature.model_loss import gauss_newton
 from bilevax.curvature.products import Curvature, damped
-from bilevax.problem import IHVP, IHVPInfo, Loss
+from bilevax.printing import as_called
+from bilevax.problem import IHVP, Apply, IHVPInfo, Loss, Point
 from bilevax.sampling import Sample, full, split
-from bilevax.typing import PyTree, Scalar
+from bilevax.typing import Key, PyTree, Scalar
 
 
+@as_called
 def rescaled(ihvp: IHVP, *, damping: Scalar = 1e-3, curvature: Curvature = gauss_newton, sample: Sample = full) -> IHVP:
     """Multiplies the v of another IHVP by the number that minimises the error along it, at the price of one product.
 
@@ -47,7 +49,7 @@ def rescaled(ihvp: IHVP, *, damping: Scalar = 1e-3, curvature: Curvature = gauss
     checks.function("curvature", curvature, "inner_loss", "x", "y", "batch")
     checks.function("sample", sample, "key", "t", "data")
 
-    def prepare(key: Any, state: Any, inner_loss: Loss, point: tuple) -> tuple:
+    def prepare(key: Key | None, state: Any, inner_loss: Loss, point: Point) -> tuple[Apply, Any]:
         x, y, data = point
         batch_key, key = split(key, 2)
         product = damped(curvature(inner_loss, x, y, sample(batch_key, 0, data)), damping)

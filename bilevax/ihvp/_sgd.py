@@ -1,6 +1,6 @@
 """Stochastic gradient descent on the quadratic whose minimum is the inverse-Hessian-vector product."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +9,10 @@ import optax
 from bilevax import checks
 from bilevax.curvature.products import Curvature, Product, damped, hessian
 from bilevax.ihvp._start import start, stateless
-from bilevax.problem import IHVP, IHVPInfo, Loss, norm
+from bilevax.printing import as_called
+from bilevax.problem import IHVP, Apply, IHVPInfo, Loss, Point, norm
 from bilevax.sampling import Sample, fold, split
-from bilevax.typing import Array, PyTree, Scalar
+from bilevax.typing import Array, Key, PyTree, Scalar
 
 
 class _Carry(NamedTuple):
@@ -20,13 +21,14 @@ class _Carry(NamedTuple):
     curvature: Array
 
 
+@as_called
 def sgd(
     *,
     steps: int,
     step_size: Scalar,
-    sample: Sample,
     damping: Scalar = 0.0,
     curvature: Curvature = hessian,
+    sample: Sample,
 ) -> IHVP:
     """Takes stochastic gradient steps on ½vᵀHv − bᵀv, with a batch of its own for the curvature of each step.
 
@@ -34,14 +36,14 @@ def sgd(
 
     The cheapest solver per step on large data: memory and time of one batch, and a warm start that averages over outer
     steps. Its noise stays proportional to the step size; it converges in the mean where step_size < 2 / λ_max(H_t).
-    With `sample=sampling.full` it is `neumann(steps − 1, step_size)`.
+    With `sample=sampling.full` it is `neumann(terms=steps − 1, step_size=step_size)`.
 
     Args:
       steps: number of steps, >= 1.
       step_size: a number > 0, in units of one over an eigenvalue of H.
-      sample: how the batch of step t is drawn from the inner data, say `sampling.minibatch(256)`.
       damping: a number >= 0 added to the curvature.
       curvature: a function (inner_loss, x, y, batch) -> product.
+      sample: how the batch of step t is drawn from the inner data, say `sampling.minibatch(256)`.
 
     Returns:
       An `IHVP` without state; not symmetric in b, so that it is no preconditioner. `info.residual` is
@@ -65,11 +67,11 @@ def sgd(
     """
     steps = checks.count("steps", steps, minimum=1)
     checks.positive("step_size", step_size)
-    checks.function("sample", sample, "key", "t", "data")
     checks.nonnegative("damping", damping)
     checks.function("curvature", curvature, "inner_loss", "x", "y", "batch")
+    checks.function("sample", sample, "key", "t", "data")
 
-    def prepare(key: Any, state: tuple, inner_loss: Loss, point: tuple) -> tuple:
+    def prepare(key: Key | None, state: tuple[()], inner_loss: Loss, point: Point) -> tuple[Apply, tuple[()]]:
         x, y, data = point
         (step_key,) = split(key, 1)
 

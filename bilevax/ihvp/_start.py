@@ -1,6 +1,6 @@
 """Where an iterative solve of H v = b starts, the units in which it runs, and the state of one that keeps nothing."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from bilevax.problem import Loss, norm, widen
 from bilevax.typing import Array, PyTree
 
 
-class Start(NamedTuple):
+class UnitSolve(NamedTuple):
     """A solve in units of ‖b‖, so that neither a tiny nor a huge b can underflow or overflow.
 
     Attributes:
@@ -29,7 +29,7 @@ class Start(NamedTuple):
     products: int
 
 
-def start(product: Product, b: PyTree, v0: PyTree | None) -> Start:
+def start(product: Product, b: PyTree, v0: PyTree | None) -> UnitSolve:
     """Starts at v0 if that is better than zero, and at zero otherwise.
 
     Better means a lower φ(v) = ½ vᵀHv − bᵀv, which is what the solvers decrease, and positive curvature along v0. A v0
@@ -40,15 +40,15 @@ def start(product: Product, b: PyTree, v0: PyTree | None) -> Start:
     unit = jax.tree.map(lambda leaf: leaf / scale, widen(b))
     zeros = optax.tree.zeros_like(unit)
     if v0 is None:
-        return Start(scale, unit, zeros, unit, 0)
+        return UnitSolve(scale, unit, zeros, unit, 0)
     guess = jax.tree.map(lambda leaf: leaf / scale, widen(v0))
     r = optax.tree.sub(unit, product(guess))
     lower = optax.tree.vdot(guess, optax.tree.add(unit, r)) > 0
     convex = optax.tree.vdot(guess, optax.tree.sub(unit, r)) > 0
     better = lower & convex
-    return Start(scale, unit, optax.tree.where(better, guess, zeros), optax.tree.where(better, r, unit), 1)
+    return UnitSolve(scale, unit, optax.tree.where(better, guess, zeros), optax.tree.where(better, r, unit), 1)
 
 
-def stateless(x: Any, y: Any, batch: Any = None, inner_loss: Loss | None = None) -> tuple:
+def stateless(x: PyTree, y: PyTree, batch: PyTree = None, inner_loss: Loss | None = None) -> tuple[()]:
     """The `init` of an IHVP that keeps nothing."""
     return ()

@@ -8,11 +8,12 @@ from typing import Any
 import jax
 from jax.extend import core
 
-from bilevax.curvature.capture.batch_axis import SHARED, body, opened, scan_axes, scan_counts
+from bilevax.curvature.capture.batch_axis import SHARED, Program, body, opened, scan_axes, scan_counts
 from bilevax.curvature.capture.uses import (
     ELEMENTWISE,
     MARK,
     RULES,
+    Path,
     Value,
     View,
     Visitor,
@@ -29,7 +30,7 @@ from bilevax.typing import Array
 SAME = ("convert_element_type", "copy", "copy_p", "optimization_barrier")
 
 
-def walk(program: tuple, values: Sequence[Value], visitor: Visitor, n: int, path: tuple = ()) -> list[Value]:
+def walk(program: Program, values: Sequence[Value], visitor: Visitor, n: int, path: Path = ()) -> list[Value]:
     """Evaluates a program equation by equation, and calls the visitor at each use of a leaf; n examples."""
     jaxpr, consts = program
     reads = Counter(var for eqn in jaxpr.eqns for var in eqn.invars if not isinstance(var, core.Literal))
@@ -58,7 +59,7 @@ def walk(program: tuple, values: Sequence[Value], visitor: Visitor, n: int, path
 #   one leaf, and constants     a view of this leaf still: wᵀ, 2 w, softplus(γ), γ [4] -> [1, 1, 4]
 #   a leaf that meets examples  a use, by its rule: a w, table[ids], conv(a, w), γ a
 #   anything else               unsupported, evaluated all the same: u vᵀ of two leaves, an einsum with 2 w
-def _equation(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: tuple) -> list[Value]:
+def _equation(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: Path) -> list[Value]:
     name = eqn.primitive.name
     if eqn.params.get("name") == MARK:
         return tap(values, visitor, n, path)
@@ -136,7 +137,7 @@ def _seen_through(eqn: Any, values: list[Value], view: View) -> list[Value]:
 # Calls and loops
 
 
-def _call(eqn: Any, inner: tuple, values: list[Value], visitor: Visitor, n: int, path: tuple) -> list[Value]:
+def _call(eqn: Any, inner: Program, values: list[Value], visitor: Visitor, n: int, path: Path) -> list[Value]:
     """Enters a call; one that forgets what it computed goes on forgetting."""
     if "policy" not in eqn.params:
         return walk(inner, values, visitor, n, path)
@@ -154,7 +155,7 @@ def _call(eqn: Any, inner: tuple, values: list[Value], visitor: Visitor, n: int,
     return [Value(array, value.axis) for array, value in zip(arrays, results, strict=True)]
 
 
-def _scan(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: tuple) -> list[Value]:
+def _scan(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: Path) -> list[Value]:
     """Enters a scan: leaves that it slices are stacked layers, the others are used once in each iteration."""
     first, carries = scan_counts(eqn)
     last = first + carries
@@ -168,7 +169,7 @@ def _scan(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: tuple) 
     inside, outside = scan_axes(eqn, [value.axis for value in values], n)
     sliced = {view.leaf: visitor.slots[view.leaf] for view in stacked.values() if view.leaf in visitor.slots}
 
-    def iterate(carry: list[Array], slices: tuple) -> tuple:
+    def iterate(carry: list[Array], slices: tuple[list[Array], dict[int, Any]]) -> tuple[list[Array], list[Array]]:
         xs, slots = slices
         again = []
         for k, (array, axis) in enumerate(zip([*consts, *carry, *xs], inside, strict=True)):

@@ -20,7 +20,11 @@ CUSTOM = ("custom_vjp_call", "custom_vjp_call_jaxpr")
 REDUCTIONS = ("argmax", "argmin", "reduce_and", "reduce_max", "reduce_min", "reduce_or", "reduce_prod", "reduce_sum")
 
 
-def body(eqn: Any) -> tuple[Any, Sequence[Any]] | None:
+Program = tuple[Any, Sequence[Any]]
+"""A jaxpr, in the form of this version of JAX, and its constants."""
+
+
+def body(eqn: Any) -> Program | None:
     """The program that an equation calls once, with its constants; None where it calls none."""
     if eqn.primitive.name not in (*CALLS, *CUSTOM):
         return None
@@ -28,7 +32,7 @@ def body(eqn: Any) -> tuple[Any, Sequence[Any]] | None:
     return opened(inner)
 
 
-def opened(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
+def opened(jaxpr: Any) -> Program:
     """A program and its constants, however this version of JAX keeps them."""
     return getattr(jaxpr, "jaxpr", jaxpr), tuple(getattr(jaxpr, "consts", ()))
 

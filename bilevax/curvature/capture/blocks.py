@@ -9,7 +9,7 @@ transposes, casts and broadcasts are looked through; jit, remat, custom rules an
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +17,21 @@ import jax.numpy as jnp
 from bilevax import checks
 from bilevax.curvature.capture._walk import walk
 from bilevax.curvature.capture.batch_axis import SHARED, Axis, opened
-from bilevax.curvature.capture.uses import Use, Value, View, Visitor, forget
+from bilevax.curvature.capture.uses import Path, Use, Value, View, Visitor, forget
 from bilevax.curvature.capture.view import Strided
-from bilevax.typing import Array, Scalar
+from bilevax.typing import Array, PyTree, Scalar
 
-Model = Callable[[Any, Any], Array]
+
+class Model(Protocol):
+    """`model(y, inputs) -> outputs [N, ..., C]`, a function of yours."""
+
+    def __call__(self, y: PyTree, inputs: PyTree, /) -> Array: ...
+
+
+class SolveLeaf(Protocol):
+    """v of one leaf, for b, weight decay and damping together (delta), and the mean eigenvalue of the other blocks."""
+
+    def __call__(self, b: Array, delta: Scalar, scale: Scalar, /) -> Array: ...
 
 
 class Treatment(NamedTuple):
@@ -39,7 +49,7 @@ class Treatment(NamedTuple):
     """
 
     rule: str
-    solve: Callable[[Array, Scalar, Scalar], Array] | None = None
+    solve: SolveLeaf | None = None
     probes: int = 0
 
 
@@ -231,10 +241,10 @@ class Capture(NamedTuple):
     examples: int
 
 
-def named(y: Any) -> list[tuple[str, Any]]:
+def named(y: PyTree) -> list[tuple[str, Any]]:
     """The leaves of a pytree with their names, such as dense/kernel; y where there is but one."""
 
-    def name(path: tuple) -> str:
+    def name(path: tuple[Any, ...]) -> str:
         wrapped = len(path) > 1 and str(path[-1]) == ".value"  # as flax.nnx wraps every parameter
         return jax.tree_util.keystr(path[:-1] if wrapped else path, simple=True, separator="/") or "y"
 
@@ -245,7 +255,7 @@ def named(y: Any) -> list[tuple[str, Any]]:
     return [(name, leaf) for name, (_, leaf) in zip(names, leaves, strict=True)]
 
 
-def trace(model: Model, y: Any, inputs: Any, *, unsupported: Unsupported = error) -> Capture:
+def trace(model: Model, y: PyTree, inputs: PyTree, *, unsupported: Unsupported = error) -> Capture:
     """Traces a model and finds the block of each leaf of y.
 
     Args:
@@ -297,7 +307,7 @@ def trace(model: Model, y: Any, inputs: Any, *, unsupported: Unsupported = error
         ends.append(value.axis)
         return value.array
 
-    uses: dict[tuple, Use] = {}
+    uses: dict[tuple[Path, int], Use] = {}
 
     def note(slot: Any, use: Use, *rest: Any) -> Any:
         # Called as kronecker(slot, use, rows, outputs, inputs), elementwise(slot, use, leaf) and unsupported(use): the
@@ -317,7 +327,9 @@ def trace(model: Model, y: Any, inputs: Any, *, unsupported: Unsupported = error
     return Capture(blocks, run, n)
 
 
-def _blocks(names: Sequence[str], shapes: Sequence, uses: Sequence[Use], unsupported: Unsupported) -> list[Block]:
+def _blocks(
+    names: Sequence[str], shapes: Sequence[tuple[int, ...]], uses: Sequence[Use], unsupported: Unsupported
+) -> list[Block]:
     """One block for each leaf, or for a weight and its bias."""
     by_leaf = defaultdict(list)
     for use in uses:
@@ -365,7 +377,7 @@ def _biases(by_leaf: Mapping[int, Sequence[Use]], taps: Sequence[Use]) -> dict[i
     return found
 
 
-def _block(name: str, leaf: int, shape: tuple, uses: Sequence[Use], bias: int | None) -> Block | str:
+def _block(name: str, leaf: int, shape: tuple[int, ...], uses: Sequence[Use], bias: int | None) -> Block | str:
     """The block of a leaf with these uses; what is wrong, where they have none."""
     if not uses:
         return "meets no examples in model"

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,10 @@ from bilevax.typing import Array
 ELEMENTWISE = ("add", "sub", "mul", "div", "max", "min", "pow", "select_n", "concatenate", "clamp")
 
 MARK = "bilevax_observe"  # the name of a call that does nothing else
+
+
+Path = tuple[int, ...]
+"""Where an equation is: its number in the program, then in the program that it calls, ..."""
 
 
 class View(NamedTuple):
@@ -49,7 +53,7 @@ class View(NamedTuple):
 class Output(NamedTuple):
     """What a Kronecker use returned, seen through views: features have strides below `size`, rows above."""
 
-    path: tuple
+    path: Path
     size: int
     strided: Strided
 
@@ -81,7 +85,7 @@ class Use(NamedTuple):
     """
 
     rule: str
-    path: tuple
+    path: Path
     leaf: int
     stack: int
     what: str
@@ -89,7 +93,7 @@ class Use(NamedTuple):
     inputs: int = 0
     outputs: int = 0
     positions: int = 0
-    joins: tuple | None = None
+    joins: Path | None = None
     bias: int | None = None
 
 
@@ -100,6 +104,18 @@ class RowReaders(NamedTuple):
     # [5, 7, 2, 3] -> [5, 7, 6]; on positions merged before, [35, 4] -> [5, 7, 4]
     inputs: Callable[[Array], Array]
     outputs: Callable[[Array], Array]
+
+
+class KroneckerUse(Protocol):
+    """The outputs of a layer, or something in their place."""
+
+    def __call__(self, slot: Any, use: Use, rows: RowReaders, outputs: Array, inputs: Array, /) -> Array: ...
+
+
+class ElementwiseUse(Protocol):
+    """A leaf for each example, [N, ...], or None for the leaf itself."""
+
+    def __call__(self, slot: Any, use: Use, leaf: Array, /) -> Array | None: ...
 
 
 class Visitor(NamedTuple):
@@ -113,9 +129,9 @@ class Visitor(NamedTuple):
     """
 
     slots: Mapping[int, Any]
-    kronecker: Callable
-    elementwise: Callable
-    unsupported: Callable
+    kronecker: KroneckerUse
+    elementwise: ElementwiseUse
+    unsupported: Callable[[Use], None]
 
 
 def bind(eqn: Any, arrays: Sequence[Any]) -> list[Any]:
@@ -137,13 +153,13 @@ def plain(eqn: Any, values: Sequence[Value], n: int) -> list[Value]:
     return [Value(array, axis) for array, axis in zip(arrays, axes, strict=True)]
 
 
-def unsupported(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: tuple, what: str) -> list[Value]:
+def unsupported(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: Path, what: str) -> list[Value]:
     """Tells the visitor that no rule fits the leaves in this equation."""
     forget(values, visitor, path, what)
     return plain(eqn, values, n)
 
 
-def forget(values: Sequence[Value], visitor: Visitor, path: tuple, what: str) -> None:
+def forget(values: Sequence[Value], visitor: Visitor, path: Path, what: str) -> None:
     """Tells the visitor of leaves whose further way cannot be followed."""
     for value in values:
         if value.view is not None:
@@ -168,14 +184,16 @@ def _roles(shape: Sequence[int], features: Sequence[int], size: int) -> Strided:
     return Strided(tuple(shape), tuple(strides[a] for a in range(len(shape))))
 
 
-def _kronecker(eqn: Any, values: list[Value], visitor: Visitor, n: int, use: Use, rows: RowReaders, data: Any) -> Array:
+def _kronecker(
+    eqn: Any, values: list[Value], visitor: Visitor, n: int, use: Use, rows: RowReaders, data: Array
+) -> Array:
     """The result of a use, after the visitor has seen it."""
     (result,) = plain(eqn, values, n)
     positions = jax.eval_shape(rows.outputs, result.array).shape[1]
     return visitor.kronecker(visitor.slots.get(use.leaf), use._replace(positions=positions), rows, result.array, data)
 
 
-def _dense(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: tuple) -> list[Value]:
+def _dense(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: Path) -> list[Value]:
     """Data · weight, whichever axes are contracted and whichever operand comes first."""
     side = 0 if values[0].view is not None else 1
     view, data = values[side].view, values[1 - side]
@@ -206,7 +224,7 @@ def _dense(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: tuple)
     return [Value(array, axis, None, Output(path, outputs, _roles(array.shape, places[side], outputs)))]
 
 
-def _conv(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: tuple) -> list[Value]:
+def _conv(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: Path) -> list[Value]:
     """A convolution: a dense layer on patches, whose features are ordered (channels, *kernel)."""
     data, view = values[0], values[1].view
     numbers, options = eqn.params["dimension_numbers"], eqn.params
@@ -240,7 +258,7 @@ def _conv(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: tuple) 
     return [Value(array, axis, None, Output(path, outputs, _roles(array.shape, (feature,), outputs)))]
 
 
-def _embedding(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: tuple) -> list[Value]:
+def _embedding(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: Path) -> list[Value]:
     """Rows of a table by index: a dense layer on one-hot rows, which are never formed."""
     view, index = values[0].view, values[1]
     numbers, shape = eqn.params["dimension_numbers"], values[0].array.shape
@@ -265,11 +283,11 @@ def _embedding(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: tu
         ids,
         functools.partial(_rows, axis=place, features=numbers.offset_dims, n=n),
     )
-    use = Use("embedding", path, view.leaf, view.stack, "gather", view.strided, *shape)
+    use = Use("embedding", path, view.leaf, view.stack, "gather", view.strided, inputs=shape[0], outputs=shape[1])
     return [Value(_kronecker(eqn, values, visitor, n, use, rows, index.array), place)]
 
 
-def elementwise(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: tuple) -> list[Value]:
+def elementwise(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: Path) -> list[Value]:
     """A leaf that meets the examples element by element: the visitor may give each example a leaf of its own."""
     # γ [4] on a [15, 4], which are 5 examples in 3 rows each: seen as (15, 4) with strides (0, 1), the same for all.
     # The visitor answers with γ_n [5, 4], or None; each fills the rows of its example, [5, 4] -> [15, 4].
@@ -297,7 +315,7 @@ def elementwise(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: t
     return plain(eqn, values, n)
 
 
-def _joined(view: View, strided: Strided, output: Output | None) -> tuple | None:
+def _joined(view: View, strided: Strided, output: Output | None) -> Path | None:
     """The path of the output that a view is the bias of: constant over its rows, one number for each feature."""
     # a w [5, 3, 6] in rows of 6 has strides (18, 6, 1), and b [6], seen as (5, 3, 6), has (0, 0, 1): the same along
     # features, 0 along rows. Two axes of features, [5, 7, 2, 3] with (42, 6, 3, 1), take b [2, 3] with (0, 0, 3, 1)
@@ -366,7 +384,7 @@ def _width(shape: Sequence[int], size: int) -> int | None:
     return next((k for k in range(1, len(shape) + 1) if math.prod(shape[-k:]) == size), None)
 
 
-def tap(values: Sequence[Value], visitor: Visitor, n: int, path: tuple) -> list[Value]:
+def tap(values: Sequence[Value], visitor: Visitor, n: int, path: Path) -> list[Value]:
     """The rule of `observe`."""
     outputs, inputs, weight, *rest = values
     view, biases = weight.view, [value.view.leaf for value in rest if value.view is not None]
@@ -378,12 +396,12 @@ def tap(values: Sequence[Value], visitor: Visitor, n: int, path: tuple) -> list[
     width, shape = inputs.array.shape[-1], view.strided.shape
     size = math.prod(shape) // width
     splits = any(math.prod(shape[:k]) == width for k in range(len(shape) + 1))
-    if not splits or outputs.axis in (LOST, SHARED) or inputs.axis in (LOST, SHARED):
+    count = _width(outputs.array.shape, size)
+    if count is None or not splits or outputs.axis in (LOST, SHARED) or inputs.axis in (LOST, SHARED):
         raise ValueError(
             "outputs and inputs of observe must hold the examples along an axis, and its weight be [d_in, d_out] up to "
             "its shape; got others. Transpose the weight, or observe a layer that sees the examples."
         )
-    count = _width(outputs.array.shape, size)
     features = range(outputs.array.ndim - count, outputs.array.ndim)
     rows = RowReaders(
         functools.partial(_rows, axis=inputs.axis, features=(inputs.array.ndim - 1,), n=n),
