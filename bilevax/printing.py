@@ -63,7 +63,7 @@ def brief(value: Any) -> str:
     if isinstance(value, dict):
         return _joined("{", "}", [f"{key!r}: {brief(entry)}" for key, entry in value.items()])
     if isinstance(value, tuple | list):
-        left, right = "()" if isinstance(value, tuple) else "[]"
+        left, right = ("(", ",)" if len(value) == 1 else ")") if isinstance(value, tuple) else "[]"
         return _joined(left, right, [brief(entry) for entry in value])
     return f"{value!r:.60}"
 

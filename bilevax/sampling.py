@@ -126,4 +126,5 @@ def minibatch(size: int) -> Sample:
         rows = jax.random.randint(key, (size,), 0, lengths.pop())
         return jax.tree.map(lambda leaf: leaf if jnp.ndim(leaf) == 0 else jnp.asarray(leaf)[rows], data)
 
+    sample.__name__ = f"minibatch({size})"  # as print shows it
     return sample

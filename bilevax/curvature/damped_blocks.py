@@ -9,7 +9,7 @@ import optax
 
 from bilevax import checks
 from bilevax.curvature import capture
-from bilevax.curvature.inverse import Damping, Inverse, exact, trace_mean
+from bilevax.curvature.inverse import Damping, Inverse, spectral, trace_mean
 from bilevax.curvature.kronecker import Diagonal, Factors, TracedLoss, trace_loss
 from bilevax.curvature.model_loss import structured
 from bilevax.curvature.sharing import expand
@@ -113,7 +113,7 @@ def inverted(
     batch: PyTree,
     *,
     damping: Damping = 1e-3,
-    inverse: Inverse = exact,
+    inverse: Inverse = spectral,
     unsupported: capture.Unsupported = capture.error,
 ) -> Callable[[PyTree], PyTree]:
     """Inverts factors that `kronecker.factors` measured, wherever they come from: other batches, or other agents.
@@ -127,7 +127,7 @@ def inverted(
       y: inner variable.
       batch: what g takes as its batch; for its shapes.
       damping: a number >= 0, or a function of the eigenvalues of a layer.
-      inverse: `kronecker.exact` or `kronecker.factored`.
+      inverse: `kronecker.spectral` or `kronecker.factored`.
       unsupported: as it was given to `kronecker.factors`.
 
     Returns:

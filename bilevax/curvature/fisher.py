@@ -75,6 +75,7 @@ def sampled(samples: int = 1) -> Fisher:
 
         return samples, column
 
+    columns.__name__ = f"sampled({samples})"  # as print shows it
     return columns
 
 

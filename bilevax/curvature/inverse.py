@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
+from bilevax.printing import by_text
 from bilevax.typing import Array, Scalar
 
 Damping = Scalar | Callable[[Array], Scalar]
@@ -20,9 +21,10 @@ class Eigen(NamedTuple):
       eigenvalues: [..., d_in, d_out], of the product, or the diagonal of the curvature in this basis (EKFAC).
 
     Example:
-        >>> import bilevax as bx
-        >>> bx.curvature.kronecker.Eigen._fields
-        ('qa', 'qb', 'eigenvalues')
+        >>> import bilevax as bx, jax.numpy as jnp
+        >>> parts = bx.curvature.kronecker.spectral.decompose(2.0 * jnp.eye(1), 3.0 * jnp.eye(1), 0.0)
+        >>> parts.qa.tolist(), parts.eigenvalues.tolist()
+        ([[1.0]], [[6.0]])
     """
 
     qa: Array | None
@@ -66,18 +68,23 @@ class Inverse(NamedTuple):
       decompose: `decompose(a, b, delta) -> parts`, with A [..., d_in, d_in] or its diagonal [..., d_in].
       solve: `solve(parts, delta, v) -> (A ⊗ B + delta I)⁻¹ v`, v [..., d_in, d_out].
       eigenvalues: `eigenvalues(parts)`, [..., d_in, d_out]; None where they are not known.
+      text: what `print` shows.
 
     Example:
         >>> import bilevax as bx, jax.numpy as jnp
-        >>> exact = bx.curvature.kronecker.exact
-        >>> parts = exact.decompose(jnp.array([[2.0]]), jnp.array([[3.0]]), 0.0)
-        >>> exact.solve(parts, 2.0, jnp.array([[8.0]])).tolist()
+        >>> spectral = bx.curvature.kronecker.spectral
+        >>> parts = spectral.decompose(jnp.array([[2.0]]), jnp.array([[3.0]]), 0.0)
+        >>> spectral.solve(parts, 2.0, jnp.array([[8.0]])).tolist()
         [[1.0]]
     """
 
     decompose: Decompose
     solve: Solve
-    eigenvalues: Callable[[Any], Array] | None
+    eigenvalues: Callable[[Any], Array] | None = None
+    text: str = ""
+
+    def __repr__(self) -> str:
+        return by_text(self)
 
 
 def _symmetric(matrix: Array) -> Array:
@@ -137,8 +144,8 @@ def _cholesky_solve(parts: Cholesky, delta: Scalar, v: Array) -> Array:
     return jnp.swapaxes(solve(parts.b, jnp.swapaxes(left, -1, -2)), -1, -2)
 
 
-exact = Inverse(eigen, eigen_solve, lambda parts: parts.eigenvalues)
+spectral = Inverse(eigen, eigen_solve, lambda parts: parts.eigenvalues, text="spectral")
 """(A ⊗ B + δ I)⁻¹ by eigenvectors: one decomposition serves every δ, weight decay that changes included."""
-factored = Inverse(_cholesky, _cholesky_solve, None)
+factored = Inverse(_cholesky, _cholesky_solve, text="factored")
 """(A + π√δ I)⁻¹ ⊗ (B + √δ/π I)⁻¹ by Cholesky factors, π² = mean eigenvalue of A / that of B: cheaper, and overdamped.
 Reference: Martens and Grosse, arXiv 1503.05671, section 6.3."""

@@ -19,7 +19,7 @@ from bilevax import checks
 from bilevax.curvature import capture
 from bilevax.curvature.capture.uses import RowReaders, Use, Visitor
 from bilevax.curvature.fisher import Fisher, sampled
-from bilevax.curvature.inverse import Cholesky, Eigen, Inverse, exact, factored
+from bilevax.curvature.inverse import Cholesky, Eigen, Inverse, factored, spectral
 from bilevax.curvature.model_loss import ModelLoss, structured
 from bilevax.curvature.output_loss import OutputLoss
 from bilevax.curvature.sharing import ChooseSharing, Sharing, expand
@@ -29,7 +29,7 @@ from bilevax.typing import Array, Key, PyTree, Scalar
 
 T = TypeVar("T")
 
-__all__ = ["Cholesky", "Diagonal", "Eigen", "Inverse", "Kronecker", "exact", "factored", "factors"]
+__all__ = ["Cholesky", "Diagonal", "Eigen", "Inverse", "Kronecker", "factored", "factors", "spectral"]
 
 
 def __dir__() -> list[str]:
@@ -184,7 +184,7 @@ class Residual(NamedTuple):
         return jnp.concatenate([a.astype(dtype), *ones], axis=-1), mask
 
 
-Measured = Kronecker | Array  # what leaves a block, and its dummy
+Reported = Kronecker | Array  # what leaves a block, and its dummy
 
 
 class Statistic(Protocol):
@@ -192,25 +192,25 @@ class Statistic(Protocol):
 
     def __call__(
         self, rows: RowReaders, block: capture.Block, sharing: Sharing, residual: Residual, u: Array, /
-    ) -> Measured: ...
+    ) -> Reported: ...
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _observed(
-    statistic: Callable[[Residual, Array], Measured], outputs: Array, residual: Residual, dummy: Measured
+    statistic: Callable[[Residual, Array], Reported], outputs: Array, residual: Residual, dummy: Reported
 ) -> Array:
     return outputs
 
 
 def _observed_forward(
-    statistic: Callable[[Residual, Array], Measured], outputs: Array, residual: Residual, dummy: Measured
+    statistic: Callable[[Residual, Array], Reported], outputs: Array, residual: Residual, dummy: Reported
 ) -> tuple[Array, Residual]:
     return outputs, residual
 
 
 def _observed_backward(
-    statistic: Callable[[Residual, Array], Measured], residual: Residual, u: Array
-) -> tuple[Array, None, Measured]:
+    statistic: Callable[[Residual, Array], Reported], residual: Residual, u: Array
+) -> tuple[Array, None, Reported]:
     return u, None, statistic(residual, u)
 
 
@@ -254,11 +254,11 @@ def _table_squares(ids: Array, u: Array, size: int) -> Array:
     return jnp.zeros((size, u.shape[-1]), u.dtype).at[ids.reshape(-1)].add(sums.reshape(-1, u.shape[-1]) ** 2)
 
 
-PullBack = Callable[[Array], tuple[dict[int, Any], dict[int, Array]]]  # -> Measured of blocks, gradients of the probed
+PullBack = Callable[[Array], tuple[dict[int, Any], dict[int, Array]]]  # -> Reported of blocks, gradients of the probed
 
 
 def _passes(
-    here: TracedLoss, statistic: Statistic, bases: Mapping[int, Eigen], dummies: Mapping[int, Measured]
+    here: TracedLoss, statistic: Statistic, bases: Mapping[int, Eigen], dummies: Mapping[int, Reported]
 ) -> tuple[Array, PullBack]:
     """The outputs, and the pull-back from a cotangent of them to what every block makes of it."""
     blocks = {block.leaf: block for block in here.captured.blocks}
@@ -277,7 +277,7 @@ def _passes(
 
     visitor = Visitor({}, kronecker, elementwise, lambda use: None)
 
-    def outputs(dummies: Mapping[int, Measured], probed: Mapping[int, Array]) -> Array:
+    def outputs(dummies: Mapping[int, Reported], probed: Mapping[int, Array]) -> Array:
         slots = {leaf: (dummy, bases.get(leaf, ())) for leaf, dummy in dummies.items()}
         leaves = [probed.get(leaf, value) for leaf, value in enumerate(here.leaves)]
         return here.captured.run(visitor._replace(slots=slots), leaves)
@@ -286,10 +286,10 @@ def _passes(
     return jax.vjp(outputs, dummies, probed)
 
 
-def _dummies(here: TracedLoss, kronecker: Callable[[capture.Block], Kronecker]) -> dict[int, Measured]:
+def _dummies(here: TracedLoss, kronecker: Callable[[capture.Block], Kronecker]) -> dict[int, Reported]:
     """Zeros for all that the blocks report: `kronecker(block)` for a matrix, a leaf for each example for a diagonal."""
     # γ [4] of five examples: [5, 4], added to it example by example; six layers of γ [6, 4] in a scan: [6, 5, 4]
-    dummies: dict[int, Measured] = {}
+    dummies: dict[int, Reported] = {}
     for block in here.captured.blocks:
         if block.matrix is not None:
             dummies[block.leaf] = kronecker(block)
@@ -349,7 +349,7 @@ def measure(key: Key | None, here: TracedLoss, fisher: Fisher) -> tuple[Factors,
     return result, columns * (1 + probes)
 
 
-def _curved(block: capture.Block, found: Measured) -> Array:
+def _curved(block: capture.Block, found: Reported) -> Array:
     """What one column adds to the curvature of a block: B, or the squares of per-example gradients."""
     return found.b if isinstance(found, Kronecker) else jnp.sum(found**2, axis=len(block.stack))
 

@@ -11,6 +11,7 @@ from bilevax import checks
 from bilevax.curvature.capture.blocks import Model
 from bilevax.curvature.output_loss import OutputLoss
 from bilevax.curvature.products import Product
+from bilevax.printing import brief
 from bilevax.problem import Loss, widen
 from bilevax.typing import Array, PyTree, Scalar
 
@@ -76,6 +77,11 @@ class ModelLoss:
             checks.function("l2", self.l2, "x")
         else:
             checks.nonnegative("l2", self.l2)
+
+    def __repr__(self) -> str:
+        """The parts that are given, functions by their names."""
+        given = [field for field in dataclasses.fields(self) if getattr(self, field.name) is not field.default]
+        return f"ModelLoss({', '.join(f'{field.name}={brief(getattr(self, field.name))}' for field in given)})"
 
     def __call__(self, x: PyTree, y: PyTree, batch: PyTree) -> Array:
         """The loss g(x, y) on this batch."""

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from bilevax import checks
+from bilevax.printing import as_called, by_text
 from bilevax.problem import widen
 from bilevax.typing import Array, Key
 
@@ -34,6 +35,7 @@ class OutputLoss(NamedTuple):
       root: `root(outputs, targets, s) -> u`, linear in s and like the outputs: u = S s with S Sᵀ = L at every position.
       draw: `draw(key, outputs, targets) -> u`, a random vector with E[u uᵀ] = L: the gradient at a label drawn from the
         model's own distribution. None where there is no such distribution: u = S s with random signs s then.
+      text: what `print` shows.
 
     Example:
         >>> import bilevax as bx, jax.numpy as jnp
@@ -44,6 +46,10 @@ class OutputLoss(NamedTuple):
     value: Callable[[Array, Array], Array]
     root: Root
     draw: Draw | None = None
+    text: str = ""
+
+    def __repr__(self) -> str:
+        return by_text(self)
 
     def product(self, outputs: Array, targets: Array, s: Array) -> Array:
         """The product L s = S Sᵀ s, like the outputs; never negative in sᵀL s, in floating point too."""
@@ -137,14 +143,15 @@ def _squared_draw(key: Key, outputs: Array, targets: Array) -> Array:
     return jax.random.normal(key, outputs.shape, outputs.dtype)
 
 
-softmax_cross_entropy = OutputLoss(_softmax_value, _softmax_root, _softmax_draw)
+softmax_cross_entropy = OutputLoss(_softmax_value, _softmax_root, _softmax_draw, text="softmax_cross_entropy")
 """−Σ_c t_c log softmax(z)_c; integer labels [N, ...] or probabilities [N, ..., C]. L = diag(p) − p pᵀ."""
-sigmoid_cross_entropy = OutputLoss(_sigmoid_value, _sigmoid_root, _sigmoid_draw)
+sigmoid_cross_entropy = OutputLoss(_sigmoid_value, _sigmoid_root, _sigmoid_draw, text="sigmoid_cross_entropy")
 """−Σ_c t_c log σ(z_c) + (1 − t_c) log σ(−z_c); targets in [0, 1] like the outputs. L = diag(σ(z) σ(−z))."""
-squared_error = OutputLoss(_squared_value, _squared_root, _squared_draw)
+squared_error = OutputLoss(_squared_value, _squared_root, _squared_draw, text="squared_error")
 """½ Σ_c (z_c − t_c)²; targets like the outputs. L = I."""
 
 
+@as_called
 def convex(value: Callable[[Array, Array], Array]) -> OutputLoss:
     """Any convex loss of a few outputs, through its Hessian [C, C] at every position.
 

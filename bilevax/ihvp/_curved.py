@@ -138,7 +138,7 @@ class Options(NamedTuple):
         elif inverse.eigenvalues is None:
             raise ValueError(
                 "damping must be a number with kronecker.factored, which knows no eigenvalues; got a function. Pass a "
-                "number, or inverse=bx.curvature.kronecker.exact."
+                "number, or inverse=bx.curvature.kronecker.spectral."
             )
         if not isinstance(self.sharing, Sharing):
             checks.function("sharing", self.sharing, "name")

@@ -3,7 +3,7 @@
 from bilevax import checks
 from bilevax.curvature import capture, kronecker
 from bilevax.curvature.fisher import Fisher, sampled
-from bilevax.curvature.inverse import Damping, exact
+from bilevax.curvature.inverse import Damping, spectral
 from bilevax.curvature.sharing import ChooseSharing, Sharing, expand
 from bilevax.ihvp._curved import Options, Passes, Refresh, Schedule, curved
 from bilevax.printing import as_called
@@ -69,7 +69,7 @@ def ekfac(
     checks.function("fisher", chosen, "key", "loss", "outputs", "targets")
     passes = Passes(
         measure=lambda key, here: kronecker.measure(key, here, chosen),
-        inverse=exact,
+        inverse=spectral,
         correct=lambda key, here, bases: kronecker.curvatures(key, here, chosen, bases),
     )
     options = Options(damping, sharing, positions, unsupported, sample)

@@ -3,7 +3,7 @@
 from bilevax import checks
 from bilevax.curvature import capture, kronecker
 from bilevax.curvature.fisher import Fisher, sampled
-from bilevax.curvature.inverse import Damping, Inverse, exact
+from bilevax.curvature.inverse import Damping, Inverse, spectral
 from bilevax.curvature.sharing import ChooseSharing, Sharing, expand
 from bilevax.ihvp._curved import Options, Passes, Refresh, Schedule, curved
 from bilevax.printing import as_called
@@ -17,7 +17,7 @@ def kfac(
     *,
     damping: Damping = 1e-3,
     fisher: Fisher | None = None,
-    inverse: Inverse = exact,
+    inverse: Inverse = spectral,
     sharing: Sharing | ChooseSharing = expand,
     positions: kronecker.Positions | None = None,
     ema: Scalar = 0.0,
@@ -40,7 +40,7 @@ def kfac(
       damping: a number >= 0 that is added to the weight decay; or a function of the eigenvalues [d_in, d_out] of a
         layer, `lambda eigenvalues: 0.1 * eigenvalues.mean()`.
       fisher: which pseudo-gradients: `fisher.sampled()` by default; `fisher.exact` for few classes and few examples.
-      inverse: `kronecker.exact`, with the damping on the eigenvalues, or `kronecker.factored`, by Cholesky factors.
+      inverse: `kronecker.spectral`, with the damping on the eigenvalues, or `kronecker.factored`, by Cholesky factors.
       sharing: what becomes of several positions: `expand`, `reduce`, or a function of the name of the leaf.
       positions: batch -> [N, T] of ones and zeros, which tokens count; by default the mask of the loss.
       ema: decay of the moving averages of the factors, in [0, 1).
@@ -76,7 +76,7 @@ def kfac(
         >>> apply(jnp.array([[12.0]]))[0].round(4).tolist()
         [[2.0]]
     """
-    checks.instance("inverse", inverse, Inverse, "Pass bx.curvature.kronecker.exact or kronecker.factored.")
+    checks.instance("inverse", inverse, Inverse, "Pass bx.curvature.kronecker.spectral or kronecker.factored.")
     chosen = sampled() if fisher is None else fisher
     checks.function("fisher", chosen, "key", "loss", "outputs", "targets")
     passes = Passes(lambda key, here: kronecker.measure(key, here, chosen), inverse)

@@ -1,0 +1,121 @@
+"""What `print` shows of the values and of the states: calls and shapes, in a few lines."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import bilevax as bx
+from bilevax import curvature, ihvp, printing
+from bilevax.problem import IHVP
+
+
+def affine(y, inputs):
+    return inputs @ y["kernel"] + y["bias"][None]
+
+
+def pair(x, batch):
+    return batch
+
+
+LOSS = curvature.ModelLoss(affine, curvature.squared_error, pair, l2=0.1)
+Y = {"bias": jnp.ones(2, jnp.float32), "kernel": jnp.ones((3, 2), jnp.float32)}
+BATCH = jnp.ones((5, 3), jnp.float32), jnp.ones((5, 2), jnp.float32)
+
+VALUES = {
+    "cg(maxiter=5)": lambda: ihvp.cg(maxiter=5),
+    "cg(damping=0.1, preconditioner=nystrom(rank=3), curvature=gauss_newton)": lambda: ihvp.cg(
+        damping=0.1, preconditioner=ihvp.nystrom(rank=3), curvature=curvature.gauss_newton
+    ),
+    "diagonal()": ihvp.diagonal,
+    "ekfac(fisher=sampled(3))": lambda: ihvp.ekfac(fisher=curvature.fisher.sampled(3)),
+    "exact(damping=0.5)": lambda: ihvp.exact(damping=jnp.asarray(0.5)),
+    "identity(0.1)": lambda: ihvp.identity(0.1),
+    "kfac(inverse=factored, sharing=reduce)": lambda: ihvp.kfac(
+        inverse=curvature.kronecker.factored, sharing=curvature.reduce
+    ),
+    "neumann(terms=2, step_size=0.1, sample=minibatch(4))": lambda: ihvp.neumann(
+        terms=2, step_size=0.1, sample=bx.sampling.minibatch(4)
+    ),
+    "random_neumann(terms=2, step_size=0.1)": lambda: ihvp.random_neumann(terms=2, step_size=0.1),
+    "rescaled(kfac(), damping=0.0)": lambda: ihvp.rescaled(ihvp.kfac(), damping=0.0),
+    "sgd(steps=3, step_size=0.1, sample=full)": lambda: ihvp.sgd(steps=3, step_size=0.1, sample=bx.sampling.full),
+    "ModelLoss(model=affine, loss=squared_error, split=pair, l2=0.1)": lambda: LOSS,
+    "convex(<lambda>)": lambda: curvature.convex(lambda outputs, targets: outputs.sum(-1)),
+}
+
+PARTS = {
+    "optax": optax.adam(0.1),
+    "affine": affine,
+    "float32[3, 2]": Y["kernel"],
+    "float64[3]": np.ones(3),
+    "2": jnp.asarray(2),
+    "0.1": jnp.asarray(0.1, jnp.float32),
+    "True": jnp.asarray(True),
+    "key<fry>[]": jax.random.key(0),
+    "[1, (2,), {'a': int32[4]}]": [1, (2,), {"a": jnp.zeros(4, jnp.int32)}],
+    "Batch(outer=1, inner=None)": bx.Batch(1, None),
+    f"[{', '.join('0' for _ in range(12))}, ...]": [0] * 100,
+}
+
+
+@pytest.mark.parametrize("text", VALUES)
+def test_a_value_prints_as_its_call(text):
+    value = VALUES[text]()
+    assert repr(value) == str(value) == text
+
+
+@pytest.mark.parametrize("text", PARTS)
+def test_a_part_prints_in_a_few_words(text):
+    assert printing.brief(PARTS[text]) == text
+
+
+def test_lineax_prints_its_solver():
+    lineax = pytest.importorskip("lineax")
+    text = repr(ihvp.lineax(lineax.GMRES(rtol=1e-6, atol=1e-6), damping=0.1))
+    assert text.startswith("lineax(GMRES(rtol=1e-06, ")
+    assert text.endswith(", damping=0.1)")
+    assert len(text) < 90
+
+
+def test_a_value_made_by_hand_prints_its_fields():
+    by_hand = IHVP(ihvp.cg().init, ihvp.cg().prepare)
+    assert repr(by_hand) == "IHVP(init, prepare, spd)"
+    assert repr(ihvp.cg(preconditioner=by_hand._replace(spd=True))) == "cg(preconditioner=IHVP(init, prepare, spd))"
+
+
+def test_a_traced_number_prints_by_its_shape():
+    seen = []
+
+    @jax.jit
+    def solve(damping):
+        seen.append(repr(ihvp.cg(damping=damping, maxiter=3)))
+        return damping
+
+    solve(jnp.float32(0.5))
+    assert seen == ["cg(damping=float32[], maxiter=3)"]
+
+
+def test_states_print_by_shapes():
+    state = ihvp.kfac(ema=0.95).init(0.0, Y, BATCH, LOSS)
+    eigen = "Eigen(qa=float32[4, 4], qb=float32[2, 2], eigenvalues=float32[4, 2])"
+    assert str(state).splitlines() == [
+        "KFACState(",
+        "  step=0,",
+        "  factors={'kernel': Kronecker(a=float32[4, 4], mass=0, b=float32[2, 2])},",
+        f"  parts=Parts(blocks={{'kernel': {eigen}}}, scale=0),",
+        ")",
+    ]
+    assert str(ihvp.diagonal().init(0.0, Y)).splitlines() == [
+        "DiagonalState(",
+        "  step=0,",
+        "  moments={'bias': float32[2], 'kernel': float32[3, 2]},",
+        ")",
+    ]
+
+
+def test_a_traced_state_prints_like_a_concrete_one():
+    seen = []
+    jax.eval_shape(lambda state: seen.append(str(state)), ihvp.diagonal().init(0.0, Y))
+    assert seen == [str(ihvp.diagonal().init(0.0, Y)).replace("step=0", "step=int32[]")]
