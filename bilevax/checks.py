@@ -149,11 +149,11 @@ def same_shapes(name: str, got: PyTree, expected: PyTree, fix: str) -> None:
         raise ValueError(f"{name} must keep its structure and shapes; got {what}, expected {want}. {fix}")
 
 
-def scalar_loss(name: str, loss: Callable) -> Callable:
+def scalar_loss(name: str, loss: Callable[[PyTree, PyTree, PyTree], Any]) -> Callable[[PyTree, PyTree, PyTree], Array]:
     """Returns `loss` with a check that it returns one floating-point number."""
     function(name, loss, "x", "y", "batch")
 
-    def checked(x: PyTree, y: PyTree, batch: Any) -> Array:
+    def checked(x: PyTree, y: PyTree, batch: PyTree) -> Array:
         value = loss(x, y, batch)
         if not hasattr(value, "dtype") and not isinstance(value, float):
             raise ValueError(
@@ -174,7 +174,7 @@ def scalar_loss(name: str, loss: Callable) -> Callable:
 
 
 @jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Shapes:
     """The structure and shapes of a pytree, without its numbers: a pytree node with no leaves."""
 
@@ -187,5 +187,5 @@ class Shapes:
         leaves, structure = jax.tree.flatten(tree)
         return cls(structure, tuple(jnp.shape(leaf) for leaf in leaves))
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return f"{self.structure} with shapes {list(self.shapes)}"

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevax import checks
-from bilevax.typing import Key, PyTree, Scalar
+from bilevax.typing import Array, Key, PyTree, Scalar
 
 __all__ = [
     "Sample",
@@ -58,7 +58,7 @@ def fold(key: K, number: Scalar) -> K:
     return folded
 
 
-def full(key: Key | None, t: Scalar, data: Any) -> Any:
+def full(key: Key | None, t: Scalar, data: PyTree) -> PyTree:
     """All of the data at every step; the default. Needs no key.
 
     Example:
@@ -69,7 +69,7 @@ def full(key: Key | None, t: Scalar, data: Any) -> Any:
     return data
 
 
-def per_step(key: Key | None, t: Scalar, data: Any) -> Any:
+def per_step(key: Key | None, t: Scalar, data: PyTree) -> PyTree:
     """Entry t of leaves stacked [T, ...]; scalars and typed keys pass through. Needs no key.
 
     A step beyond the stack reads NaN (the most negative number in integer leaves), never the last entry once more.
@@ -80,7 +80,7 @@ def per_step(key: Key | None, t: Scalar, data: Any) -> Any:
         4.0
     """
 
-    def entry(leaf: Any) -> Any:
+    def entry(leaf: Array) -> Array:
         if jnp.ndim(leaf) == 0:
             return leaf
         if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key):  # which older JAX cannot fill
@@ -113,7 +113,7 @@ def minibatch(size: int) -> Sample:
     """
     size = checks.count("size", size, minimum=1)
 
-    def sample(key: Key | None, t: Scalar, data: Any) -> Any:
+    def sample(key: Key | None, t: Scalar, data: PyTree) -> PyTree:
         if key is None:
             raise ValueError("key must be a jax.random.key for a random sampler; got None. Pass key=jax.random.key(0).")
         lengths = {jnp.shape(leaf)[0] for leaf in jax.tree.leaves(data) if jnp.ndim(leaf)}

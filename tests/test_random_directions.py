@@ -144,7 +144,7 @@ def scaled(factor, shape=(4,), dtype=float):
 @pytest.mark.parametrize("number", [1, 8])
 def test_samplers_that_pass_the_check(number):
     for sampler in (*SAMPLERS.values(), scaled(1.0), scaled(-1.0)):
-        bx.inner.random_directions.check(sampler, jnp.zeros(4), min(number, 4))
+        bx.inner.random_directions.check_sampler(sampler, jnp.zeros(4), min(number, 4))
 
 
 @pytest.mark.parametrize(
@@ -162,5 +162,5 @@ def test_samplers_that_pass_the_check(number):
 )
 def test_samplers_that_do_not(sampler, says):
     with pytest.raises(ValueError, match="sampler") as caught:
-        bx.inner.random_directions.check(sampler, jnp.zeros(4), 4)
+        bx.inner.random_directions.check_sampler(sampler, jnp.zeros(4), 4)
     assert [part for part in says if part not in str(caught.value)] == []

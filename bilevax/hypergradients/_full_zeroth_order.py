@@ -1,22 +1,27 @@
 """Hypergradients where the outer loss is a black box as well."""
 
-from collections.abc import Callable
-from typing import Any
-
 import jax.numpy as jnp
 
 from bilevax import checks
-from bilevax.hypergradients._hypergradient import HypergradientState, check_call, hypergradient
-from bilevax.inner._optimizer_steps import Initial
+from bilevax.hypergradients._hypergradient import (
+    HypergradientInfo,
+    HypergradientState,
+    check_batch,
+    check_call,
+    hypergradient,
+)
+from bilevax.inner._optimizer_steps import Initial, Solve
 from bilevax.inner._zeroth_order import Difference, central, zeroth_order
 from bilevax.inner.random_directions import Sampler, rademacher
+from bilevax.printing import as_called
 from bilevax.problem import Batch, Hypergradient, Loss, arrays
-from bilevax.typing import Key, PyTree, Scalar
+from bilevax.typing import Array, Key, PyTree, Scalar
 
 
+@as_called
 def full_zeroth_order(
     outer_loss: Loss,
-    solve: Callable,
+    solve: Solve,
     *,
     directions: int = 8,
     mu: Scalar = 1e-3,
@@ -67,7 +72,7 @@ def full_zeroth_order(
     outer = checks.scalar_loss("outer_loss", outer_loss)
     checks.function("solve", solve, "x", "y0", "batch")
 
-    def solve_and_evaluate(x: PyTree, start: tuple, batch: Batch) -> tuple:
+    def solve_and_evaluate(x: PyTree, start: tuple[PyTree, Array], batch: Batch) -> tuple[PyTree, Array]:
         y = solve(x, start[0], batch.inner)
         return y, outer(x, y, batch.outer)
 
@@ -83,10 +88,15 @@ def full_zeroth_order(
     )
     pair = hypergradient(lambda x, y_and_value, batch: y_and_value[1], solver)
 
-    def init(x: PyTree, y: PyTree, batch: Any = None) -> HypergradientState:
+    def init(x: PyTree, y: PyTree, batch: Batch | None = None) -> HypergradientState:
+        """The first state, with y as the warm start of the black box; no batch is read."""
+        check_batch(batch)
         return pair.init(x, (y, value))._replace(y=arrays(y))
 
-    def estimate(key: Key | None, state: HypergradientState, x: PyTree, batch: Batch) -> tuple:
+    def estimate(
+        key: Key | None, state: HypergradientState, x: PyTree, batch: Batch
+    ) -> tuple[PyTree, HypergradientState, HypergradientInfo]:
+        """One estimate of ∇F(x): (grad, state, info), with grad a pytree like x; the key draws the directions."""
         check_call(HypergradientState, state, x, batch)
         grad, state, info = pair.estimate(key, state._replace(y=(state.y, value)), x, Batch(None, batch))
         inner = info.inner._replace(calls=info.inner.calls._replace(outer_gradients=0))

@@ -1,7 +1,7 @@
 """Hypergradients: an outer loss and an inner solver put together, with a memory or as one pure function."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +9,11 @@ import optax
 
 from bilevax import checks
 from bilevax.inner._optimizer_steps import full_cotangent
+from bilevax.printing import as_called, by_shape
 from bilevax.problem import Batch, Hypergradient, InnerSolver, Iterate, Loss, SolverInfo, arrays, norm
 from bilevax.typing import Array, Key, PyTree
+
+BATCH_FIX = "Pass bx.Batch(outer=..., inner=...)."
 
 
 class HypergradientState(NamedTuple):
@@ -32,6 +35,9 @@ class HypergradientState(NamedTuple):
     solver: Any
     x_shapes: checks.Shapes
 
+    def __repr__(self) -> str:
+        return by_shape(self)
+
 
 class HypergradientInfo(NamedTuple):
     """What an estimate reports: f(x, y_T), and the info of the inner solver with all calls added up.
@@ -48,6 +54,7 @@ class HypergradientInfo(NamedTuple):
     inner: SolverInfo
 
 
+@as_called
 def hypergradient(outer_loss: Loss, solver: InnerSolver) -> Hypergradient:
     """An estimator of ∇F(x), F(x) = f(x, y(x)), that keeps y (and v) warm from one outer step to the next.
 
@@ -61,8 +68,8 @@ def hypergradient(outer_loss: Loss, solver: InnerSolver) -> Hypergradient:
       solver: an inner solver, which holds the inner loss.
 
     Returns:
-      `Hypergradient(init, estimate)`: `init(x, y, batch=None) -> state`, whose batch (a `Batch`, or the inner data
-      alone) only a solver that keeps factors of the model asks for, and
+      `Hypergradient(init, estimate)`: `init(x, y, batch=None) -> state`, whose `Batch` only a solver that keeps factors
+      of the model asks for, and
       `estimate(key, state, x, Batch(outer, inner)) -> (grad, state, HypergradientInfo)`. The key may be None where
       nothing is drawn at random. Both are pure functions to jit, vmap and scan; without jit, each call traces anew.
 
@@ -86,11 +93,23 @@ def hypergradient(outer_loss: Loss, solver: InnerSolver) -> Hypergradient:
     outer = checks.scalar_loss("outer_loss", outer_loss)
     checks.instance("solver", solver, InnerSolver, "Pass, say, bx.inner.reverse(inner_loss, optax.sgd(0.1), steps=10).")
 
-    def init(x: PyTree, y: PyTree, batch: Any = None) -> HypergradientState:
-        solver_state = solver.init(x, y, batch.inner if isinstance(batch, Batch) else batch)
+    def init(x: PyTree, y: PyTree, batch: Batch | None = None) -> HypergradientState:
+        """The first state, with y as the warm inner variable.
+
+        The batch is read where the solver keeps factors of the model, for their shapes.
+        """
+        check_batch(batch)
+        solver_state = solver.init(x, y, None if batch is None else batch.inner)
         return HypergradientState(arrays(y), solver_state, checks.Shapes.of(x))
 
-    def estimate(key: Key | None, state: HypergradientState, x: PyTree, batch: Batch) -> tuple:
+    def estimate(
+        key: Key | None, state: HypergradientState, x: PyTree, batch: Batch
+    ) -> tuple[PyTree, HypergradientState, HypergradientInfo]:
+        """One estimate of ∇F(x): (grad, state, info), with grad a pytree like x.
+
+        The state is that of `init(x, y)` or of the last estimate; its y and v start the inner solver. The key is split
+        inside, and may be None where nothing is drawn.
+        """
         check_call(HypergradientState, state, x, batch)
         z, pull_start = jax.vjp(solver.start, x, state.y)
         z_T, residual, solver_state = solver.forward(key, state.solver, x, z, batch.inner)
@@ -117,10 +136,31 @@ def check_call(kind: type, state: Any, x: PyTree, batch: Batch) -> None:
             f"{state.x_shapes}. Call init(x, y) again, or pass the x that belongs to this state."
         )
     checks.floating("x", x)
-    checks.instance("batch", batch, Batch, "Pass bx.Batch(outer=..., inner=...).")
+    checks.instance("batch", batch, Batch, BATCH_FIX)
 
 
-def differentiable(solver: InnerSolver) -> Callable:
+def check_batch(batch: Batch | None) -> None:
+    """Raises ValueError unless the batch of `init` is that of `estimate`, or None."""
+    if batch is not None:
+        checks.instance("batch", batch, Batch, BATCH_FIX)
+
+
+class DifferentiableSolve(Protocol):
+    """The inner solution as a function of x and y0, differentiated by the rule of its solver."""
+
+    def __call__(self, x: PyTree, y0: PyTree, batch: PyTree, key: Key | None = None) -> PyTree: ...
+
+
+class _Solved(NamedTuple):
+    """What the pull-back of a solve needs."""
+
+    pull_start: Callable[[Iterate], tuple[PyTree, PyTree]]
+    z: Iterate
+    residual: Any
+    state: Any
+
+
+def differentiable(solver: InnerSolver) -> DifferentiableSolve:
     """The inner solver as one pure function that `jax.grad` differentiates by the solver's own rule.
 
         solve(x, y0, batch, key=None) -> y_T
@@ -156,17 +196,17 @@ def differentiable(solver: InnerSolver) -> Callable:
     """
     checks.instance("solver", solver, InnerSolver, "Pass, say, bx.inner.reverse(inner_loss, optax.sgd(0.1), steps=10).")
 
-    def run(x: PyTree, y0: PyTree, batch: Any, key: Key | None) -> tuple:
+    def run(x: PyTree, y0: PyTree, batch: PyTree, key: Key | None) -> tuple[PyTree, _Solved]:
         state = solver.init(x, y0, batch)
         z, pull_start = jax.vjp(solver.start, x, y0)
         z_T, residual, state = solver.forward(key, state, x, z, batch)
-        return z_T.y, (pull_start, z, residual, state)
+        return z_T.y, _Solved(pull_start, z, residual, state)
 
     @jax.custom_vjp
-    def solve(x: PyTree, y0: PyTree, batch: Any, key: Key | None) -> PyTree:
+    def by_rule(x: PyTree, y0: PyTree, batch: PyTree, key: Key | None) -> PyTree:
         return run(x, y0, batch, key)[0]
 
-    def forward(x: Any, y0: Any, batch: Any, key: Any) -> tuple:
+    def forward(x: PyTree, y0: PyTree, batch: PyTree, key: Any) -> tuple[PyTree, _Solved]:
         for path, leaf in jax.tree_util.tree_leaves_with_path(batch, is_leaf=_is_primal):
             if leaf.perturbed:
                 raise ValueError(
@@ -181,25 +221,26 @@ def differentiable(solver: InnerSolver) -> Callable:
             )
         return run(*jax.tree.map(lambda leaf: leaf.value, (x, y0, batch, key), is_leaf=_is_primal))
 
-    def backward(residual: tuple, y_bar: PyTree) -> tuple:
-        pull_start, z, solver_residual, state = residual
+    def backward(solved: _Solved, y_bar: PyTree) -> tuple[PyTree, PyTree, None, None]:
+        pull_start, z, residual, state = solved
         y_bar = jax.tree.map(_instantiate, y_bar, is_leaf=_is_symbolic_zero)
-        (x_bar, z0_bar), _, _ = solver.backward(solver_residual, state, Iterate(y_bar))
+        (x_bar, z0_bar), _, _ = solver.backward(residual, state, Iterate(y_bar))
         start_x_bar, y0_bar = pull_start(full_cotangent(z0_bar, z))
         return optax.tree.add(x_bar, start_x_bar), y0_bar, None, None
 
-    solve.defvjp(forward, backward, symbolic_zeros=True)
+    by_rule.defvjp(forward, backward, symbolic_zeros=True)
 
-    def pure(x: PyTree, y0: PyTree, batch: Any, key: Key | None = None) -> PyTree:
+    def solve(x: PyTree, y0: PyTree, batch: PyTree, key: Key | None = None) -> PyTree:
+        """y_T, a pytree like y0, started at y0 (or at `initial(x)`) on the inner data `batch`."""
         try:
-            return solve(x, y0, batch, key)
+            return by_rule(x, y0, batch, key)
         except jax.errors.UnexpectedTracerError as error:
             raise ValueError(
                 "solver must not close over a value that is differentiated; got one in its loss, optimizer, initial or "
                 "solve. Move it into x: loss(x, y, batch), optimizer=lambda x: optax.sgd(x)."
             ) from error
 
-    return pure
+    return solve
 
 
 def _is_primal(leaf: Any) -> bool:

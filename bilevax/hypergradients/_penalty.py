@@ -1,18 +1,21 @@
 """The value-function penalty: a hypergradient of first derivatives alone."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from bilevax import checks
-from bilevax.hypergradients._hypergradient import HypergradientInfo, check_call
+from bilevax.hypergradients._hypergradient import HypergradientInfo, check_batch, check_call
 from bilevax.inner._optimizer_steps import Optimizer, check_point, optimizer_steps
+from bilevax.printing import as_called, by_shape
 from bilevax.problem import Batch, Calls, Hypergradient, Iterate, Loss, SolverInfo, arrays, norm
 from bilevax.sampling import Sample, fold, full, split
 from bilevax.typing import Array, Key, PyTree, Scalar
+
+_OUTER = 1  # folded into the key of an inner step, for the batch of f beside that of g
 
 
 class PenaltyState(NamedTuple):
@@ -35,6 +38,9 @@ class PenaltyState(NamedTuple):
     step: Array
     x_shapes: checks.Shapes
 
+    def __repr__(self) -> str:
+        return by_shape(self)
+
 
 class PenaltyDetail(NamedTuple):
     """What `penalty` reports beside y; scalars.
@@ -55,6 +61,7 @@ class PenaltyDetail(NamedTuple):
     gradient_norm: Array
 
 
+@as_called
 def penalty(
     outer_loss: Loss,
     inner_loss: Loss,
@@ -121,14 +128,19 @@ def penalty(
     plain = optimizer_steps(inner_loss, optimizer, None, sample)
 
     def both(key: Key | None, t: Scalar, data: Batch) -> Batch:
-        outer_key = fold(key, 1)
+        outer_key = fold(key, _OUTER)
         return Batch(outer_sample(outer_key, t, data.outer), sample(key, t, data.inner))
 
-    def init(x: PyTree, y: PyTree, batch: Any = None) -> PenaltyState:
+    def init(x: PyTree, y: PyTree, batch: Batch | None = None) -> PenaltyState:
+        """The first state, with y as the warm minimizer of both problems; no batch is read."""
+        check_batch(batch)
         check_point(x, y)
         return PenaltyState(arrays(y), arrays(y), jnp.zeros((), jnp.int32), checks.Shapes.of(x))
 
-    def estimate(key: Key | None, state: PenaltyState, x: PyTree, batch: Batch) -> tuple:
+    def estimate(
+        key: Key | None, state: PenaltyState, x: PyTree, batch: Batch
+    ) -> tuple[PyTree, PenaltyState, HypergradientInfo]:
+        """One estimate of ∇F(x): (grad, state, info), with grad a pytree like x; the key may be None without draws."""
         check_call(PenaltyState, state, x, batch)
         step_key, cross_key = split(key, 2)
         weight = multiplier(state.step) if callable(multiplier) else multiplier

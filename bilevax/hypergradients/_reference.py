@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,42 +14,57 @@ from jax.flatten_util import ravel_pytree
 from bilevax.curvature.products import cross, hessian
 from bilevax.ihvp._cg import cg
 from bilevax.problem import Batch, Loss
-from bilevax.typing import Array
+from bilevax.typing import Array, PyTree
 
 DENSE = 1000  # up to so many inner unknowns the Hessian is formed
+
+Vector: TypeAlias = Array | np.ndarray
+T = TypeVar("T")
+
+
+class Product(Protocol):
+    """A derivative of g at (x, y), times or solved for one vector."""
+
+    def __call__(self, x: PyTree, y: Vector, v: Vector, /) -> Array: ...
+
+
+class Inverse(Protocol):
+    """(H + damping I)⁻¹ b."""
+
+    def __call__(self, b: np.ndarray, damping: float = 0.0) -> np.ndarray: ...
 
 
 class FlatProblem(NamedTuple):
     """The problem in float64 numbers, with y a flat vector; jitted functions of (x, y)."""
 
-    inner: Callable  # g and ∇_y g
-    product: Callable  # (x, y, v) -> H v
-    hessian: Callable  # the dense H
-    outer: Callable  # f, (∇_x f, ∇_y f)
-    cross: Callable  # (x, y, v) -> ∇²_xy g v, flat
-    solve: Callable  # (x, y, b) -> H⁻¹ b by conjugate gradients
+    inner: Callable[[PyTree, Vector], tuple[Array, Array]]  # g and ∇_y g
+    product: Product  # (x, y, v) -> H v
+    hessian: Callable[[PyTree, Vector], Array]  # the dense H
+    outer: Callable[[PyTree, Vector], tuple[Array, tuple[PyTree, Array]]]  # f, (∇_x f, ∇_y f)
+    cross: Product  # (x, y, v) -> ∇²_xy g v, flat
+    solve: Product  # (x, y, b) -> H⁻¹ b by conjugate gradients
 
 
-def flat_problem(outer_loss: Loss, inner_loss: Loss, unravel: Callable, batch: Batch) -> FlatProblem:
+def flat_problem(outer_loss: Loss, inner_loss: Loss, unravel: Callable[[Array], PyTree], batch: Batch) -> FlatProblem:
     """Jits the functions of a problem whose y is `unravel` of a vector; the batch stays an argument of the programs."""
 
-    def inner(x: Any, y: Array, data: Any) -> Array:
+    def inner(x: PyTree, y: Array, data: PyTree) -> Array:
         return inner_loss(x, unravel(y), data)
 
-    def outer(x: Any, y: Array, data: Any) -> Array:
+    def outer(x: PyTree, y: Array, data: PyTree) -> Array:
         return outer_loss(x, unravel(y), data)
 
-    def solve(x: Any, y: Array, b: Array, data: Any) -> Array:
+    def solve(x: PyTree, y: Array, b: Array, data: PyTree) -> Array:
         apply, _ = cg(maxiter=20 * y.size, tol=1e-12).prepare(None, (), inner, (x, y, data))
         return apply(b)[0]
 
-    def product(x: Any, y: Array, v: Array, data: Any) -> Array:
+    def product(x: PyTree, y: Array, v: Array, data: PyTree) -> Array:
         return hessian(inner, x, y, data)(v)
 
-    def crossed(x: Any, y: Array, v: Array, data: Any) -> Array:
+    def crossed(x: PyTree, y: Array, v: Array, data: PyTree) -> Array:
         return ravel_pytree(cross(inner, x, y, data)(v))[0]
 
-    def bind(function: Callable, data: Any) -> Callable:
+    def bind(function: Callable[..., T], data: PyTree) -> Callable[..., T]:
         compiled = jax.jit(function)
         return lambda *arguments: compiled(*arguments, data)
 
@@ -63,7 +78,7 @@ def flat_problem(outer_loss: Loss, inner_loss: Loss, unravel: Callable, batch: B
     )
 
 
-class Point(NamedTuple):
+class LocalModel(NamedTuple):
     """What is known at one (x, y): gradients, the ends of the spectrum of H, and its inverse."""
 
     gradient: np.ndarray  # ∇_y g
@@ -71,15 +86,15 @@ class Point(NamedTuple):
     b: np.ndarray  # ∇_y f
     smallest: float
     largest: float
-    inverse: Callable  # (b, damping=0) -> (H + damping I)⁻¹ b; damped only where H is dense
-    cross: Callable  # v -> ∇²_xy g v
+    inverse: Inverse  # (b, damping=0) -> (H + damping I)⁻¹ b; damped only where H is dense
+    cross: Callable[[np.ndarray], np.ndarray]  # v -> ∇²_xy g v
 
     def hypergradient(self, damping: float = 0.0) -> np.ndarray:
         """The implicit hypergradient at this y, solved or not."""
         return self.direct - self.cross(self.inverse(self.b, damping))
 
 
-def _eigen_inverse(hessian: np.ndarray) -> tuple[np.ndarray, Callable]:
+def _eigen_inverse(hessian: np.ndarray) -> tuple[np.ndarray, Inverse]:
     """The eigenvalues of a symmetric matrix, and b, damping -> (H + damping I)⁻¹ b, a pseudo-inverse."""
     eigenvalues, vectors = np.linalg.eigh(hessian)
 
@@ -91,7 +106,7 @@ def _eigen_inverse(hessian: np.ndarray) -> tuple[np.ndarray, Callable]:
     return eigenvalues, inverse
 
 
-def point_at(problem: FlatProblem, x: Any, y: np.ndarray) -> Point:
+def local_model(problem: FlatProblem, x: PyTree, y: np.ndarray) -> LocalModel:
     """Evaluates everything at one (x, y)."""
     _, (direct, b) = problem.outer(x, y)
     if y.size <= DENSE and np.isfinite(y).all():
@@ -103,7 +118,7 @@ def point_at(problem: FlatProblem, x: Any, y: np.ndarray) -> Point:
         def inverse(b: np.ndarray, damping: float = 0.0) -> np.ndarray:
             return np.asarray(problem.solve(x, y, b))
 
-    return Point(
+    return LocalModel(
         np.asarray(problem.inner(x, y)[1]),
         np.asarray(ravel_pytree(direct)[0]),
         np.asarray(b),
@@ -114,7 +129,7 @@ def point_at(problem: FlatProblem, x: Any, y: np.ndarray) -> Point:
     )
 
 
-def _extreme_curvatures(problem: FlatProblem, x: Any, y: np.ndarray) -> tuple[float, float]:
+def _extreme_curvatures(problem: FlatProblem, x: PyTree, y: np.ndarray) -> tuple[float, float]:
     """The smallest and the largest eigenvalue of the Hessian by Lanczos; NaN where that does not converge."""
     if not np.isfinite(y).all():
         return math.nan, math.nan
@@ -131,7 +146,7 @@ def _extreme_curvatures(problem: FlatProblem, x: Any, y: np.ndarray) -> tuple[fl
     return extreme("SA"), extreme("LA")
 
 
-def newton(problem: FlatProblem, x: Any, y: np.ndarray) -> np.ndarray:
+def newton(problem: FlatProblem, x: PyTree, y: np.ndarray) -> np.ndarray:
     """Newton steps as long as they shrink ‖∇_y g‖."""
     gradient = np.asarray(problem.inner(x, y)[1])
     for _ in range(20):
@@ -149,7 +164,7 @@ def newton(problem: FlatProblem, x: Any, y: np.ndarray) -> np.ndarray:
     return y
 
 
-def inner_solution(problem: FlatProblem, x: Any, y: np.ndarray) -> np.ndarray:
+def inner_solution(problem: FlatProblem, x: PyTree, y: np.ndarray) -> np.ndarray:
     """A minimum of g by a trust-region method, polished by Newton steps."""
     curvature: dict[str, Any] = (
         {"method": "trust-exact", "hess": lambda y: np.asarray(problem.hessian(x, y))}
@@ -166,7 +181,7 @@ def inner_solution(problem: FlatProblem, x: Any, y: np.ndarray) -> np.ndarray:
     return newton(problem, x, found.x)
 
 
-def finite_difference_error(problem: FlatProblem, x: Any, y: np.ndarray, reference: np.ndarray, tol: float) -> float:
+def finite_difference_error(problem: FlatProblem, x: PyTree, y: np.ndarray, reference: np.ndarray, tol: float) -> float:
     """How far the slope of F along a direction is from that of the reference, relative to ‖reference‖.
 
     Each coordinate moves in proportion to itself, and the inner problem is solved anew on both sides. The best of four
@@ -181,8 +196,8 @@ def finite_difference_error(problem: FlatProblem, x: Any, y: np.ndarray, referen
     direction /= np.linalg.norm(direction)
 
     def value(step: float) -> float:
-        moved = unravel(jnp.asarray(flat + step * moves * direction))
-        return float(problem.outer(moved, newton(problem, moved, y))[0])
+        near = unravel(jnp.asarray(flat + step * moves * direction))
+        return float(problem.outer(near, newton(problem, near, y))[0])
 
     best = math.nan
     for step in (1e-4, 1e-5, 1e-3, 1e-6):
@@ -193,7 +208,7 @@ def finite_difference_error(problem: FlatProblem, x: Any, y: np.ndarray, referen
     return best
 
 
-def fitted_damping(point: Point, grad: np.ndarray) -> tuple[float, float]:
+def fitted_damping(point: LocalModel, grad: np.ndarray) -> tuple[float, float]:
     """The damping whose implicit hypergradient at this point is nearest to grad, and the distance that is left.
 
     NaN at an infinite distance where none can be told: some damping always matches one or two numbers, the inverse of a

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevax import checks
+from bilevax.printing import as_called, by_shape
 from bilevax.problem import Batch, Hypergradient
 from bilevax.typing import Array, Key, PyTree, Scalar
 
@@ -30,6 +31,9 @@ class TwoPhaseState(NamedTuple):
     first: Any
     second: Any
 
+    def __repr__(self) -> str:
+        return by_shape(self)
+
 
 class TwoPhaseInfo(NamedTuple):
     """What an estimate of `two_phase` reports.
@@ -50,6 +54,18 @@ class TwoPhaseInfo(NamedTuple):
     second: Any
 
 
+class _Outcome(NamedTuple):
+    """What both branches return: the state of the one that rested as it was, its info blank."""
+
+    grad: PyTree
+    y: PyTree
+    first: Any
+    second: Any
+    first_info: Any
+    second_info: Any
+
+
+@as_called
 def two_phase(switch_at: Scalar, first: Hypergradient, second: Hypergradient) -> Hypergradient:
     """Estimates by `first` in the outer steps before `switch_at`, and by `second` from there on.
 
@@ -92,37 +108,41 @@ def two_phase(switch_at: Scalar, first: Hypergradient, second: Hypergradient) ->
     for name, estimator in (("first", first), ("second", second)):
         checks.instance(name, estimator, Hypergradient, "Pass, say, bx.hypergradient(outer_loss, solver).")
 
-    def init(x: PyTree, y: PyTree, batch: Any = None) -> TwoPhaseState:
+    def init(x: PyTree, y: PyTree, batch: Batch | None = None) -> TwoPhaseState:
+        """The states of both estimators with one y, before the first outer step."""
         states = [estimator.init(x, y, batch) for estimator in (first, second)]
         for name, state in zip(("first", "second"), states, strict=True):
             checks.has_y(name, state)
         return TwoPhaseState(states[0].y, jnp.zeros((), jnp.int32), *(state._replace(y=None) for state in states))
 
-    def estimate(key: Key | None, state: TwoPhaseState, x: PyTree, batch: Batch) -> tuple:
+    def estimate(
+        key: Key | None, state: TwoPhaseState, x: PyTree, batch: Batch
+    ) -> tuple[PyTree, TwoPhaseState, TwoPhaseInfo]:
+        """One estimate of ∇F(x) by the estimator of this phase: (grad, state, info), with grad a pytree like x."""
         fix = "Pass the state of init(x, y) or of the last estimate: estimate(key, state, x, batch)."
         checks.instance("state", state, TwoPhaseState, fix)
 
-        def run_first(part: Any) -> tuple:
+        def run_first(part: Any) -> tuple[PyTree, Any, Any]:
             return first.estimate(key, part._replace(y=state.y), x, batch)
 
-        def run_second(part: Any) -> tuple:
+        def run_second(part: Any) -> tuple[PyTree, Any, Any]:
             return second.estimate(key, part._replace(y=state.y), x, batch)
 
         blank_first = _blank(jax.eval_shape(run_first, state.first)[2])
         blank_second = _blank(jax.eval_shape(run_second, state.second)[2])
 
-        def in_first(state: TwoPhaseState) -> tuple:
+        def in_first(state: TwoPhaseState) -> _Outcome:
             grad, part, info = run_first(state.first)
-            return grad, part.y, part._replace(y=None), state.second, info, blank_second
+            return _Outcome(grad, part.y, part._replace(y=None), state.second, info, blank_second)
 
-        def in_second(state: TwoPhaseState) -> tuple:
+        def in_second(state: TwoPhaseState) -> _Outcome:
             grad, part, info = run_second(state.second)
-            return grad, part.y, state.first, part._replace(y=None), blank_first, info
+            return _Outcome(grad, part.y, state.first, part._replace(y=None), blank_first, info)
 
         late = state.step >= switch_at
-        grad, y, *parts, first_info, second_info = jax.lax.cond(late, in_second, in_first, state)
-        info = TwoPhaseInfo(late.astype(jnp.int32), first_info, second_info)
-        return grad, TwoPhaseState(y, state.step + 1, *parts), info
+        done = jax.lax.cond(late, in_second, in_first, state)
+        info = TwoPhaseInfo(late.astype(jnp.int32), done.first_info, done.second_info)
+        return done.grad, TwoPhaseState(done.y, state.step + 1, done.first, done.second), info
 
     return Hypergradient(init, estimate)
 

@@ -13,12 +13,12 @@ from bilevax.hypergradients._causes import Findings, diagnosed
 from bilevax.hypergradients._penalty import PenaltyDetail
 from bilevax.hypergradients._reference import (
     FlatProblem,
-    Point,
+    LocalModel,
     finite_difference_error,
     fitted_damping,
     flat_problem,
     inner_solution,
-    point_at,
+    local_model,
 )
 from bilevax.hypergradients._report import HypergradientReport
 from bilevax.hypergradients._two_phase import TwoPhaseInfo
@@ -28,7 +28,7 @@ from bilevax.typing import Key, PyTree
 SOLVED = 1e-8  # ‖∇_y g‖ of a solved inner problem, relative to ‖∇_y g‖ + 1 at the start
 
 
-def _double(tree: Any) -> Any:
+def _double(tree: PyTree) -> PyTree:
     """The tree with every floating-point leaf in float64."""
 
     def widen(leaf: Any) -> Any:
@@ -125,11 +125,11 @@ def check_hypergradient(
     return diagnosed(Findings(figures, tol, solved, values, wide_values, same, stuck, solves, penalties))
 
 
-def _flat(tree: Any) -> np.ndarray:
+def _flat(tree: PyTree) -> np.ndarray:
     return np.asarray(ravel_pytree(_double(tree))[0])
 
 
-def _stuck(before: Any, after: Any, gradient: Any, threshold: float) -> list[str]:
+def _stuck(before: PyTree, after: PyTree, gradient: PyTree, threshold: float) -> list[str]:
     """The leaves of y that no inner step moved although their gradient is not zero, where others moved."""
     leaves = jax.tree_util.tree_leaves_with_path(after)
     pairs = zip(leaves, jax.tree.leaves(before), jax.tree.leaves(gradient), strict=True)
@@ -152,12 +152,12 @@ def _details(info: Any) -> tuple[list[IHVPInfo], list[PenaltyDetail]]:
 
 
 def _measure(
-    problem: FlatProblem, x: Any, y0: np.ndarray, y_T: np.ndarray, estimates: list[np.ndarray], tol: float
+    problem: FlatProblem, x: PyTree, y0: np.ndarray, y_T: np.ndarray, estimates: list[np.ndarray], tol: float
 ) -> HypergradientReport:
     """All figures of the report."""
     lower = float(problem.inner(x, y_T)[0]) <= float(problem.inner(x, y0)[0])
     solution = inner_solution(problem, x, y_T if lower else y0)
-    at_solution, at_y_T = point_at(problem, x, solution), point_at(problem, x, y_T)
+    at_solution, at_y_T = local_model(problem, x, solution), local_model(problem, x, y_T)
     reference, there, flat = at_solution.hypergradient(), at_y_T.hypergradient(), estimates[0]
     # Near a stationary x the two parts of the reference cancel: their rounding is no error of the estimate.
     scale = float(np.linalg.norm(reference) + 1e-6 * np.linalg.norm(at_solution.direct - reference)) or 1.0
@@ -194,7 +194,7 @@ def _deviation(estimates: list[np.ndarray]) -> float:
     return float(np.linalg.norm(deviations)) / math.sqrt(len(estimates) - 1)
 
 
-def _damping(point: Point, grad: np.ndarray, scale: float, tol: float) -> float:
+def _damping(point: LocalModel, grad: np.ndarray, scale: float, tol: float) -> float:
     """The damping whose implicit hypergradient at this point is that estimate, to the tolerance; NaN where none is."""
     damping, left = fitted_damping(point, grad)
     return damping if left / scale < tol else math.nan

@@ -1,7 +1,6 @@
 """Python functions inside JAX programs."""
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +10,17 @@ from bilevax import checks
 from bilevax.typing import PyTree
 
 
-def _like_y(x: PyTree, y: PyTree, batch: Any) -> PyTree:
+class Function(Protocol):
+    """`function(x, y, batch)`, a loss or a solve of yours."""
+
+    def __call__(self, x: PyTree, y: PyTree, batch: PyTree, /) -> PyTree: ...
+
+
+def _like_y(x: PyTree, y: PyTree, batch: PyTree) -> PyTree:
     return y
 
 
-def black_box(function: Callable, *, returns: Callable = _like_y) -> Callable:
+def black_box(function: Function, *, returns: Function = _like_y) -> Function:
     """A Python function (NumPy, SciPy, a simulator) as a JAX function that has values and no derivatives.
 
     It runs on the host, on NumPy arrays, whenever the compiled program reaches it (`jax.pure_callback`): it must give
@@ -46,11 +51,11 @@ def black_box(function: Callable, *, returns: Callable = _like_y) -> Callable:
     checks.function("function", function, "x", "y", "batch")
     checks.function("returns", returns, "x", "y", "batch")
 
-    def call(x: PyTree, y: PyTree, batch: Any) -> PyTree:
+    def call(x: PyTree, y: PyTree, batch: PyTree) -> PyTree:
         arguments = jax.tree.map(_raw, (x, y, batch))
         expected = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, returns(x, y, batch)))
 
-        def on_host(x: Any, y: Any, batch: Any) -> Any:
+        def on_host(x: PyTree, y: PyTree, batch: PyTree) -> PyTree:
             result = function(*jax.tree.map(np.asarray, (x, y, batch)))
             fix = "Return what `returns` returns: by default a pytree like y."
             checks.same_shapes("result of the black box", result, expected, fix)

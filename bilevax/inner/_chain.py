@@ -3,10 +3,12 @@
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from bilevax import checks
-from bilevax.problem import InnerSolver, Iterate
+from bilevax.printing import as_called, by_shape
+from bilevax.problem import InnerSolver, Iterate, SolverInfo
 from bilevax.typing import Key, PyTree
 
 
@@ -22,7 +24,18 @@ class ChainState(NamedTuple):
     first: Any
     last: Any
 
+    def __repr__(self) -> str:
+        return by_shape(self)
 
+
+class ChainResidual(NamedTuple):
+    """The residuals of the two links."""
+
+    first: Any
+    last: Any
+
+
+@as_called
 def chain(first: InnerSolver, last: InnerSolver) -> InnerSolver:
     """Solves with `first`, goes on with `last`, and sends the cotangent of `last` back through `first`.
 
@@ -69,7 +82,7 @@ def chain(first: InnerSolver, last: InnerSolver) -> InnerSolver:
             "such as inner.forward_gradient. Make it the first link."
         )
 
-    def init(x: PyTree, y: PyTree, batch: Any = None) -> ChainState:
+    def init(x: PyTree, y: PyTree, batch: PyTree = None) -> ChainState:
         state = ChainState(first.init(x, y, batch), last.init(x, y, batch))
         got, expected = jax.eval_shape(first.start, x, y).opt_state, jax.eval_shape(last.start, x, y).opt_state
         checks.same_shapes(
@@ -77,16 +90,20 @@ def chain(first: InnerSolver, last: InnerSolver) -> InnerSolver:
         )
         return state
 
-    def forward(key: Key | None, state: ChainState, x: PyTree, z: Iterate, batch: Any) -> tuple:
+    def forward(
+        key: Key | None, state: ChainState, x: PyTree, z: Iterate, batch: PyTree
+    ) -> tuple[Iterate, ChainResidual, ChainState]:
         z, first_residual, first_state = first.forward(key, state.first, x, z, batch)
         z, last_residual, last_state = last.forward(key, state.last, x, z, batch)
-        return z, (first_residual, last_residual), ChainState(first_state, last_state)
+        return z, ChainResidual(first_residual, last_residual), ChainState(first_state, last_state)
 
-    def backward(residual: tuple, state: ChainState, z_bar: Iterate) -> tuple:
-        (last_x_bar, z_bar), last_state, last_info = last.backward(residual[1], state.last, z_bar)
-        (first_x_bar, z_bar), first_state, first_info = first.backward(residual[0], state.first, z_bar)
+    def backward(
+        residual: ChainResidual, state: ChainState, z_bar: Iterate
+    ) -> tuple[tuple[PyTree, Iterate], ChainState, SolverInfo]:
+        (last_x_bar, z_bar), last_state, last_info = last.backward(residual.last, state.last, z_bar)
+        (first_x_bar, z_bar), first_state, first_info = first.backward(residual.first, state.first, z_bar)
         calls = jax.tree.map(lambda a, b: a + b, first_info.calls, last_info.calls)
-        breakdown = first_info.breakdown | last_info.breakdown
+        breakdown = jnp.logical_or(first_info.breakdown, last_info.breakdown)
         info = last_info._replace(breakdown=breakdown, calls=calls, detail=(first_info, last_info))
         return (optax.tree.add(first_x_bar, last_x_bar), z_bar), ChainState(first_state, last_state), info
 

@@ -1,7 +1,7 @@
 """The estimate that forward gradients and finite differences share: u from its products with random directions."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +10,15 @@ from jax.flatten_util import ravel_pytree
 
 from bilevax import checks
 from bilevax.inner import random_directions
-from bilevax.inner._optimizer_steps import check_point
+from bilevax.inner._optimizer_steps import Report, check_point
 from bilevax.inner.guides import Guide, Solution
 from bilevax.inner.random_directions import Row, Sampler
-from bilevax.problem import Calls, InnerSolver, Iterate, SolverInfo, arrays, norm, widen
-from bilevax.sampling import check_key, fold
+from bilevax.printing import by_shape
+from bilevax.problem import Calls, InnerSolver, Iterate, SolverInfo, Start, arrays, norm, widen
+from bilevax.sampling import check_key
 from bilevax.typing import Array, Key, PyTree, Scalar
 
-_KEY = 2**31 - 1  # beyond every step that is folded into the same key
+_DRAW = 2**31 - 1  # folded into the key of `forward` to draw directions, beyond every step that is folded into it
 
 
 class DirectionalInfo(NamedTuple):
@@ -64,6 +65,9 @@ class DirectionalState(NamedTuple):
     guide: Any
     control_variate: Any
 
+    def __repr__(self) -> str:
+        return by_shape(self)
+
 
 class Push(NamedTuple):
     """A solve of the inner problem, and its derivatives along directions of x.
@@ -73,8 +77,25 @@ class Push(NamedTuple):
       along: `along(v) -> (z_T, ż_T)`, the tangents of the floating-point parts of z_T.
     """
 
-    solve: Callable
-    along: Callable
+    solve: Callable[[], Iterate]
+    along: Callable[[PyTree], tuple[Iterate, Iterate]]
+
+
+class Prepare(Protocol):
+    """A solve from z, to be pushed; with z_T one that is already known."""
+
+    def __call__(self, key: Key, x: PyTree, z: Iterate, batch: PyTree, z_T: Iterate | None = None) -> Push: ...
+
+
+class DirectionalResidual(NamedTuple):
+    """What the estimate is made from: the tangents of z_T along all directions, or None where they wait for it."""
+
+    key: Key
+    x: PyTree
+    z: Iterate
+    end: Iterate
+    tangents: Iterate | None
+    batch: PyTree
 
 
 class Guesses(NamedTuple):
@@ -127,7 +148,7 @@ class Plan(NamedTuple):
             ) from error
 
 
-def plan(
+def make_plan(
     directions: int,
     sampler: Sampler,
     guide: Guide | None,
@@ -154,24 +175,24 @@ def plan(
     return Plan(directions, sampler, guide, control_variate, chunk, axis)
 
 
-def no_loss(x: PyTree, y: PyTree, batch: Any) -> Array:
+def no_loss(x: PyTree, y: PyTree, batch: PyTree) -> Array:
     """Stands for an inner loss that is not known: NaN in every report."""
     return jnp.nan * optax.tree.sum(y)
 
 
-def floating(z: Iterate) -> Iterate:
+def tangent_leaves(z: Iterate) -> Iterate:
     """The floating-point leaves of each part, those that have a tangent, as lists."""
     parts = ([leaf for leaf in jax.tree.leaves(part) if jnp.issubdtype(leaf.dtype, jnp.inexact)] for part in z)
     return Iterate(*parts)
 
 
 def directional(
-    start: Callable,
-    prepare: Callable,
-    report: Callable,
+    start: Start,
+    prepare: Prepare,
+    report: Report,
     plan: Plan,
     solves: Callable[[Plan], int],
-    calls: Callable,
+    calls: Callable[[int, int], Calls],
     reports: bool,
 ) -> InnerSolver:
     """An inner solver that estimates x_bar from directional derivatives.
@@ -179,7 +200,7 @@ def directional(
     Args:
       start: `start(x, y) -> z`.
       prepare: `prepare(key, x, z, batch, z_T=None) -> Push`; z_T where the solve is already known.
-      report: `report(key, batch, x, z_T) -> (g, ‖∇_y g‖)`.
+      report: `report(key, data, x, z_T) -> (g, ‖∇_y g‖)`.
       plan: of the directions.
       solves: `solves(plan)`, runs of the inner solver.
       calls: `calls(solves, tangents) -> Calls` of these.
@@ -189,18 +210,20 @@ def directional(
       An `InnerSolver`.
     """
 
-    def init(x: PyTree, y: PyTree, batch: Any = None) -> DirectionalState:
+    def init(x: PyTree, y: PyTree, batch: PyTree = None) -> DirectionalState:
         check_point(x, y)
         if plan.guesses > (size := optax.tree.size(x)):
             raise ValueError(
                 f"guide must propose at most as many guesses as x has entries, {size}; got {plan.guesses}. Without it, "
                 f"directions={size} with sampler=random_directions.coordinate is exact."
             )
-        random_directions.check(plan.sampler, x, plan.random)
+        random_directions.check_sampler(plan.sampler, x, plan.random)
         guides = (plan.guide, plan.control_variate)
         return DirectionalState(*(guide.init(x, y, batch) if guide else () for guide in guides))
 
-    def forward(key: Key, state: DirectionalState, x: PyTree, z: Iterate, batch: Any) -> tuple:
+    def forward(
+        key: Key | None, state: DirectionalState, x: PyTree, z: Iterate, batch: PyTree
+    ) -> tuple[Iterate, DirectionalResidual, DirectionalState]:
         check_key(key)
         if key is None:
             raise ValueError("key must be a jax.random.key for random directions; got None. Pass jax.random.key(0).")
@@ -210,14 +233,16 @@ def directional(
             z_T, tangents = jax.vmap(lambda i: push.along(row(i)), out_axes=(None, 0))(indices)
         else:  # pushed in the backward pass, where they shrink to numbers
             z_T, tangents = push.solve(), None
-        return z_T, (key, x, z, z_T, tangents, batch), state
+        return z_T, DirectionalResidual(key, x, z, z_T, tangents, batch), state
 
     # x = {w [3, 2], b [2]}, N = 8 entries; y [5]; 6 directions, of which a guide guesses k = 2:
     #   tangents ż [4, 5] of the 4 random rows, from the forward pass; along = ⟨z_bar, ż⟩ [4]
     #   guesses and basis {w [2, 3, 2], b [2, 2]}; exact [2], the derivatives along the basis; known and x_bar as x
     # The rows themselves are not kept: row(i) draws one again from the key. With chunks their tangents are pushed here,
     # [chunk, 5] at a time.
-    def backward(residual: tuple, state: DirectionalState, z_bar: Iterate) -> tuple:
+    def backward(
+        residual: DirectionalResidual, state: DirectionalState, z_bar: Iterate
+    ) -> tuple[tuple[PyTree, Iterate], DirectionalState, SolverInfo]:
         key, x, z, z_T, tangents, batch = residual
         solution, (row, indices) = Solution(z, z_T, z_bar, batch), _rows(key, x, plan)
         push, zeros = prepare(key, x, z, batch, z_T), optax.tree.zeros_like(widen(x))
@@ -249,7 +274,7 @@ def directional(
             *(variance, jnp.sqrt(relative), cosine, 1 / (1 + relative), runs, plan.directions, refused)
         )
         value, gradient_norm = report(key, batch, x, z_T)
-        breakdown = ~jnp.isfinite(norm(floating(z_T)) + norm(x_bar))
+        breakdown = ~jnp.isfinite(norm(tangent_leaves(z_T)) + norm(x_bar))
         each = _add(Calls(inner_gradients=int(reports)), _add(shift.calls, guesses.calls))
         total = _add(calls(runs, plan.directions), optax.tree.scale(plan.devices, each))
         states = (
@@ -279,10 +304,10 @@ def _rows(key: Key, x: PyTree, plan: Plan) -> tuple[Row, Array]:
                 f"at values that all devices share would be summed over them. Use bx.parallel.shard_directions."
             )
         indices += device * local
-    return plan.sampler.draw(fold(key, _KEY), x, plan.random), indices
+    return plan.sampler.draw(jax.random.fold_in(key, _DRAW), x, plan.random), indices
 
 
-def _over(function: Callable, indices: Array, chunk: int | None) -> Any:
+def _over(function: Callable[[Array], PyTree], indices: Array, chunk: int | None) -> PyTree:
     """The function of each index, in chunks; one after the other (no vmap) where a chunk is one."""
     if chunk is None:
         return jax.vmap(function)(indices)
@@ -295,9 +320,10 @@ def _product(z_bar: Iterate, z_dot: Iterate) -> Array:
         pair
         for bar, dots in zip(z_bar, z_dot, strict=True)
         if bar is not None
-        for pair in zip(floating(Iterate(bar)).y, dots, strict=True)
+        for pair in zip(tangent_leaves(Iterate(bar)).y, dots, strict=True)
     )
-    return sum(jnp.vdot(widen(bar), widen(dot), precision=jax.lax.Precision.HIGHEST) for bar, dot in pairs)
+    products = (jnp.vdot(widen(bar), widen(dot), precision=jax.lax.Precision.HIGHEST) for bar, dot in pairs)
+    return jnp.asarray(sum(products))
 
 
 def _combine(weights: Array, vectors: PyTree) -> PyTree:
@@ -313,7 +339,7 @@ def _sum(weights: Array, row: Row, indices: Array, chunk: int | None) -> PyTree:
     if chunk is None:
         return _combine(weights, jax.vmap(row)(indices))
 
-    def add(total: PyTree, entry: tuple) -> tuple:
+    def add(total: PyTree, entry: tuple[Array, Array]) -> tuple[PyTree, None]:
         weight, i = entry
         return jax.tree.map(lambda sum, leaf: sum + weight.astype(leaf.dtype) * leaf, total, widen(row(i))), None
 
@@ -398,6 +424,6 @@ def _share_outside(basis: PyTree, unknown: Array, row: Row, indices: Array, plan
     return 1 - jnp.where(all_but_one > 0, inside / all_but_one, 0)
 
 
-def _mean(sums: Any, plan: Plan) -> Any:
+def _mean(sums: PyTree, plan: Plan) -> PyTree:
     """Sums over the rows of this device, made means over all."""
     return optax.tree.scale(1 / plan.random, jax.lax.psum(sums, plan.axis) if plan.axis else sums)

@@ -1,22 +1,21 @@
 """Forward gradient unrolling: an unbiased hypergradient in memory that does not grow with the inner steps."""
 
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import optax
 
 from bilevax import checks
-from bilevax.inner._directional import Plan, Push, directional, floating, no_loss, plan
-from bilevax.inner._optimizer_steps import Initial, Optimizer, optimizer_steps
+from bilevax.inner._directional import Plan, Push, directional, make_plan, no_loss, tangent_leaves
+from bilevax.inner._optimizer_steps import Initial, Optimizer, Solve, optimizer_steps, step_keys
 from bilevax.inner._smooth_roots import smooth_roots
 from bilevax.inner.guides import Guide
 from bilevax.inner.random_directions import Sampler, rademacher
+from bilevax.printing import as_called
 from bilevax.problem import Calls, InnerSolver, Iterate, Loss
-from bilevax.sampling import Sample, full, split
-from bilevax.typing import Key, PyTree
+from bilevax.sampling import Sample, full
+from bilevax.typing import Array, Key, PyTree
 
 
+@as_called
 def forward_gradient(
     inner_loss: Loss | None,
     optimizer: Optimizer | None = None,
@@ -26,7 +25,7 @@ def forward_gradient(
     sampler: Sampler = rademacher,
     guide: Guide | None = None,
     control_variate: Guide | None = None,
-    solve: Callable | None = None,
+    solve: Solve | None = None,
     initial: Initial | None = None,
     sample: Sample = full,
     chunk: int | None = None,
@@ -105,34 +104,37 @@ def forward_gradient(
         checks.function("solve", solve, "x", "y0", "batch")
     length = 0 if solve else checks.count("steps", steps)
     smooth = optax.identity() if optimizer is None else smooth_roots(optimizer)
-    loss: Any = no_loss if inner_loss is None and solve is not None else inner_loss
-    start, step, report_on = optimizer_steps(loss, smooth, initial, sample)
+    if inner_loss is None and solve is None:
+        raise ValueError(
+            "inner_loss must be a function (x, y, batch) -> scalar where there is no solve; got None. Pass the loss."
+        )
+    start, step, report_on = optimizer_steps(no_loss if inner_loss is None else inner_loss, smooth, initial, sample)
 
-    def run(key: Key, x: PyTree, z: Iterate, batch: Any) -> Iterate:
+    def run(key: Key | None, x: PyTree, z: Iterate, batch: PyTree) -> Iterate:
         if solve is None:
             return jax.lax.scan(lambda z, _: (step(key, batch, x, z), None), z, length=length)[0]
         y = solve(x, z.y, batch)
         checks.same_shapes("y under solve", y, z.y, "Return from solve(x, y0, batch) a pytree like y0.")
         return z._replace(y=optax.tree.cast_like(y, z.y))
 
-    def prepare(key: Key, x: PyTree, z: Iterate, batch: Any, z_T: Iterate | None = None) -> Push:
-        step_key, *_ = split(key, 3)
+    def prepare(key: Key, x: PyTree, z: Iterate, batch: PyTree, z_T: Iterate | None = None) -> Push:
+        step_key = step_keys(key).steps
 
         def along(v: PyTree) -> tuple[Iterate, Iterate]:
             _, z_dot = jax.jvp(lambda x: start(x, z.y), (x,), (v,))
             z_T, z_T_dot = jax.jvp(lambda x, z: run(step_key, x, z, batch), (x, z), (v, z_dot))
-            return z_T, floating(z_T_dot)
+            return z_T, tangent_leaves(z_T_dot)
 
         return Push(lambda: run(step_key, x, z, batch) if z_T is None else z_T, along)
 
-    def report(key: Key, batch: Any, x: PyTree, z: Iterate) -> tuple:
-        return report_on(split(key, 3)[0], batch, x, z)
+    def report(key: Key | None, data: PyTree, x: PyTree, z: Iterate) -> tuple[Array, Array]:
+        return report_on(step_keys(key).steps, data, x, z)
 
     def calls(solves: int, tangents: int) -> Calls:
         pushed = tangents * length
         return Calls(0, solves * length, pushed, pushed)
 
-    chosen = plan(directions, sampler, guide, control_variate, chunk, axis)
+    chosen = make_plan(directions, sampler, guide, control_variate, chunk, axis)
     return directional(start, prepare, report, chosen, _solves, calls, reports=inner_loss is not None)
 
 

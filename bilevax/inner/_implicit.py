@@ -1,7 +1,6 @@
 """Implicit differentiation of the inner solution."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +8,10 @@ import optax
 
 from bilevax import checks
 from bilevax.ihvp._cg import cg
-from bilevax.inner._optimizer_steps import Initial, Optimizer, check_point, optimizer_steps
+from bilevax.inner._optimizer_steps import Initial, Optimizer, Solve, check_point, optimizer_steps, step_keys
+from bilevax.printing import as_called, by_shape
 from bilevax.problem import IHVP, Calls, InnerSolver, Iterate, Loss, SolverInfo, arrays, inner_gradient, norm
-from bilevax.sampling import Sample, full, split
+from bilevax.sampling import Sample, full
 from bilevax.typing import Key, PyTree
 
 
@@ -27,28 +27,42 @@ class ImplicitState(NamedTuple):
     v: PyTree | None
     ihvp: Any
 
+    def __repr__(self) -> str:
+        return by_shape(self)
+
+
+class ImplicitResidual(NamedTuple):
+    """Where the inner problem was solved, and the keys of what is drawn there."""
+
+    ihvp_key: Key | None
+    cross_key: Key | None
+    x: PyTree
+    z: Iterate
+    batch: PyTree
+
 
 @jax.custom_jvp
-def _once(tree: Any) -> Any:
+def _once(tree: PyTree) -> PyTree:
     """The identity, which refuses to be differentiated."""
     return tree
 
 
 @_once.defjvp
-def _twice(primals: tuple, tangents: tuple) -> Any:
+def _twice(primals: tuple[PyTree], tangents: tuple[PyTree]) -> NoReturn:
     raise TypeError(
         "inner.implicit is differentiable once; got a derivative of its derivative. Use inner.reverse for second "
         "derivatives, or jax.lax.stop_gradient on the hypergradient."
     )
 
 
+@as_called
 def implicit(
     inner_loss: Loss,
     optimizer: Optimizer | None = None,
     steps: int | None = None,
     *,
     ihvp: IHVP | None = None,
-    solve: Callable | None = None,
+    solve: Solve | None = None,
     initial: Initial | None = None,
     sample: Sample = full,
     cross_sample: Sample = full,
@@ -112,23 +126,27 @@ def implicit(
     if solve is not None:
         checks.function("solve", solve, "x", "y0", "batch")
 
-    def init(x: PyTree, y: PyTree, batch: Any = None) -> ImplicitState:
+    def init(x: PyTree, y: PyTree, batch: PyTree = None) -> ImplicitState:
         check_point(x, y)
         return ImplicitState(
             optax.tree.zeros_like(arrays(y)) if warm_start else None, solver.init(x, y, batch, inner_loss)
         )
 
-    def forward(key: Key | None, state: ImplicitState, x: PyTree, z: Iterate, batch: Any) -> tuple:
-        step_key, ihvp_key, cross_key = split(key, 3)
+    def forward(
+        key: Key | None, state: ImplicitState, x: PyTree, z: Iterate, batch: PyTree
+    ) -> tuple[Iterate, ImplicitResidual, ImplicitState]:
+        keys = step_keys(key)
         if solve is None:
-            z, _ = jax.lax.scan(lambda z, _: (step(step_key, batch, x, z), None), z, length=steps)
+            z, _ = jax.lax.scan(lambda z, _: (step(keys.steps, batch, x, z), None), z, length=steps)
         else:
             y = solve(x, z.y, batch)
             checks.same_shapes("y under solve", y, z.y, "Return from solve(x, y0, batch) a pytree like y0.")
             z = z._replace(y=optax.tree.cast_like(y, z.y))
-        return z, (ihvp_key, cross_key, x, z, batch), state
+        return z, ImplicitResidual(keys.ihvp, keys.cross, x, z, batch), state
 
-    def backward(residual: tuple, state: ImplicitState, z_bar: Iterate) -> tuple:
+    def backward(
+        residual: ImplicitResidual, state: ImplicitState, z_bar: Iterate
+    ) -> tuple[tuple[PyTree, Iterate], ImplicitState, SolverInfo]:
         ihvp_key, cross_key, x, z, batch = residual
         x, y, y_bar = _once((x, z.y, z_bar.y))
         moments = [bar for bar in jax.tree.leaves(z_bar.opt_state) if bar.dtype != jax.dtypes.float0]

@@ -1,18 +1,29 @@
 """Steps of the inner optimizer that no derivative passes through."""
 
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from bilevax import checks
-from bilevax.inner._optimizer_steps import Initial, Optimizer, check_point, optimizer_steps
+from bilevax.inner._optimizer_steps import Initial, Optimizer, check_point, optimizer_steps, step_keys
+from bilevax.printing import as_called
 from bilevax.problem import Calls, InnerSolver, Iterate, Loss, SolverInfo
-from bilevax.sampling import Sample, full, split
+from bilevax.sampling import Sample, full
 from bilevax.typing import Key, PyTree
 
 
+class NoGradientResidual(NamedTuple):
+    """What the report is made from."""
+
+    step_key: Key | None
+    x: PyTree
+    end: Iterate
+    batch: PyTree
+
+
+@as_called
 def no_gradient(
     inner_loss: Loss,
     optimizer: Optimizer,
@@ -54,16 +65,20 @@ def no_gradient(
     steps = checks.count("steps", steps)
     start, step, report = optimizer_steps(inner_loss, optimizer, initial, sample)
 
-    def init(x: PyTree, y: PyTree, batch: Any = None) -> tuple:
+    def init(x: PyTree, y: PyTree, batch: PyTree = None) -> tuple[()]:
         check_point(x, y)
         return ()
 
-    def forward(key: Key | None, state: tuple, x: PyTree, z: Iterate, batch: Any) -> tuple:
-        step_key, *_ = split(key, 3)
+    def forward(
+        key: Key | None, state: tuple[()], x: PyTree, z: Iterate, batch: PyTree
+    ) -> tuple[Iterate, NoGradientResidual, tuple[()]]:
+        step_key = step_keys(key).steps
         z_T, _ = jax.lax.scan(lambda z, _: (step(step_key, batch, x, z), None), z, length=steps)
-        return z_T, (step_key, x, z_T, batch), state
+        return z_T, NoGradientResidual(step_key, x, z_T, batch), state
 
-    def backward(residual: tuple, state: tuple, z_bar: Iterate) -> tuple:
+    def backward(
+        residual: NoGradientResidual, state: tuple[()], z_bar: Iterate
+    ) -> tuple[tuple[PyTree, Iterate], tuple[()], SolverInfo]:
         step_key, x, z_T, batch = residual
         value, norm = report(step_key, batch, x, z_T)
         info = SolverInfo(value, norm, ~jnp.isfinite(value + norm), Calls(inner_gradients=steps + 1), ())

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +10,43 @@ import numpy as np
 import optax
 
 from bilevax import checks
-from bilevax.problem import Iterate, Loss, arrays, norm
-from bilevax.sampling import Sample, fold
+from bilevax.problem import Iterate, Loss, Start, arrays, norm
+from bilevax.sampling import Sample, fold, split
 from bilevax.typing import Array, Key, PyTree
 
-Optimizer: TypeAlias = optax.GradientTransformation | Callable[[Any], optax.GradientTransformation]
-Initial = Callable[[Any], Any]
+Optimizer: TypeAlias = optax.GradientTransformation | Callable[[PyTree], optax.GradientTransformation]
+Initial: TypeAlias = Callable[[PyTree], PyTree]
+
+
+class Solve(Protocol):
+    """`solve(x, y0, batch) -> y_T`, a function of yours, in place of the steps of an optimizer."""
+
+    def __call__(self, x: PyTree, y0: PyTree, batch: PyTree, /) -> PyTree: ...
+
+
+class StepKeys(NamedTuple):
+    """What becomes of the key of `forward`; each inner step folds its number into the first of them."""
+
+    steps: Key | None
+    ihvp: Key | None
+    cross: Key | None
+
+
+def step_keys(key: Key | None) -> StepKeys:
+    """The split that all solvers with steps share: from one key they make the same steps, whatever their derivative."""
+    return StepKeys(*split(key, 3))
+
+
+class Step(Protocol):
+    """One optimizer step on the batch drawn at z.t."""
+
+    def __call__(self, key: Key | None, data: PyTree, x: PyTree, z: Iterate) -> Iterate: ...
+
+
+class Report(Protocol):
+    """g and ‖∇_y g‖ at z.y."""
+
+    def __call__(self, key: Key | None, data: PyTree, x: PyTree, z: Iterate) -> tuple[Array, Array]: ...
 
 
 class OptimizerSteps(NamedTuple):
@@ -27,9 +58,9 @@ class OptimizerSteps(NamedTuple):
       report: `report(key, data, x, z) -> (g, ‖∇_y g‖)` at z.y, on the batch of the last step.
     """
 
-    start: Callable
-    step: Callable
-    report: Callable
+    start: Start
+    step: Step
+    report: Report
 
 
 def optimizer_steps(inner_loss: Loss, optimizer: Optimizer, initial: Initial | None, sample: Sample) -> OptimizerSteps:
@@ -52,7 +83,7 @@ def optimizer_steps(inner_loss: Loss, optimizer: Optimizer, initial: Initial | N
             f"{optimizer!r}. Pass, say, optax.sgd(0.1), or lambda x: optax.sgd(x)."
         )
 
-    def draw(key: Key | None, data: Any, t: Array) -> Any:
+    def draw(key: Key | None, data: PyTree, t: Array) -> PyTree:
         return sample(fold(key, t), t, data)
 
     def start(x: PyTree, y: PyTree) -> Iterate:
@@ -62,7 +93,7 @@ def optimizer_steps(inner_loss: Loss, optimizer: Optimizer, initial: Initial | N
             checks.floating("y under initial", y0)
         return Iterate(y0, make(x).init(y0), jnp.zeros((), jnp.int32))
 
-    def step(key: Key | None, data: Any, x: PyTree, z: Iterate) -> Iterate:
+    def step(key: Key | None, data: PyTree, x: PyTree, z: Iterate) -> Iterate:
         batch = draw(key, data, z.t)
         value, gradient = jax.value_and_grad(loss, argnums=1)(x, z.y, batch)
         update = optax.with_extra_args_support(make(x)).update
@@ -74,14 +105,14 @@ def optimizer_steps(inner_loss: Loss, optimizer: Optimizer, initial: Initial | N
         checks.same_shapes("state of the inner optimizer", opt_state, z.opt_state, fix)
         return Iterate(optax.apply_updates(z.y, updates), opt_state, z.t + 1)
 
-    def report(key: Key | None, data: Any, x: PyTree, z: Iterate) -> tuple[Array, Array]:
+    def report(key: Key | None, data: PyTree, x: PyTree, z: Iterate) -> tuple[Array, Array]:
         value, gradient = jax.value_and_grad(loss, argnums=1)(x, z.y, draw(key, data, jnp.maximum(z.t - 1, 0)))
         return value, norm(gradient)
 
     return OptimizerSteps(start, step, report)
 
 
-def zero_cotangent(tree: Any) -> Any:
+def zero_cotangent(tree: PyTree) -> PyTree:
     """Zeros of the cotangent type of every leaf: float0 for counts and keys."""
 
     def zero(leaf: Any) -> Any:

@@ -2,16 +2,26 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
 from bilevax import checks
-from bilevax.inner._optimizer_steps import Initial, Optimizer, check_point, full_cotangent, optimizer_steps
+from bilevax.inner._optimizer_steps import Initial, Optimizer, check_point, full_cotangent, optimizer_steps, step_keys
+from bilevax.printing import as_called, by_text
 from bilevax.problem import Calls, InnerSolver, Iterate, Loss, SolverInfo
-from bilevax.sampling import Sample, full, split
+from bilevax.sampling import Sample, full
 from bilevax.typing import Key, PyTree
+
+PureStep: TypeAlias = Callable[[PyTree, Iterate], Iterate]
+"""`step(x, z) -> z`, with its batch inside."""
+
+
+class Loop(Protocol):
+    """`loop(step, x, z, steps) -> z_T`, a function of yours or of this file."""
+
+    def __call__(self, step: PureStep, x: PyTree, z: Iterate, steps: int, /) -> Iterate: ...
 
 
 class Checkpoint(NamedTuple):
@@ -20,6 +30,7 @@ class Checkpoint(NamedTuple):
     Attributes:
       loop: `loop(step, x, z, steps) -> z_T` for `step(x, z) -> z`.
       evaluations: `evaluations(steps) -> number` of inner gradients in the forward and the reverse pass together.
+      text: what `print` shows.
 
     Example:
         >>> import bilevax as bx
@@ -28,30 +39,35 @@ class Checkpoint(NamedTuple):
         [60, 90, 30, 50]
     """
 
-    loop: Callable
+    loop: Loop
     evaluations: Callable[[int], int]
+    text: str = ""
+
+    def __repr__(self) -> str:
+        return by_text(self)
 
 
-def _loop(step: Callable, x: PyTree, z: Iterate, steps: int) -> Iterate:
+def _loop(step: PureStep, x: PyTree, z: Iterate, steps: int) -> Iterate:
     return jax.lax.scan(lambda z, _: (step(x, z), None), z, length=steps)[0]
 
 
-def _every_step(step: Callable, x: PyTree, z: Iterate, steps: int) -> Iterate:
+def _every_step(step: PureStep, x: PyTree, z: Iterate, steps: int) -> Iterate:
     return _loop(jax.checkpoint(step, prevent_cse=False), x, z, steps)
 
 
-def _two_level(step: Callable, x: PyTree, z: Iterate, steps: int) -> Iterate:
+def _two_level(step: PureStep, x: PyTree, z: Iterate, steps: int) -> Iterate:
     size = max(1, math.isqrt(steps))
     block = jax.checkpoint(lambda x, z: _every_step(step, x, z, size), prevent_cse=False)
     z = _loop(block, x, z, steps // size)
     return jax.checkpoint(lambda x, z: _every_step(step, x, z, steps % size))(x, z)
 
 
-store_all = Checkpoint(_loop, lambda steps: steps)
-every_step = Checkpoint(_every_step, lambda steps: 2 * steps)
-two_level = Checkpoint(_two_level, lambda steps: 3 * steps)
+store_all = Checkpoint(_loop, lambda steps: steps, "store_all")
+every_step = Checkpoint(_every_step, lambda steps: 2 * steps, "every_step")
+two_level = Checkpoint(_two_level, lambda steps: 3 * steps, "two_level")
 
 
+@as_called
 def store_products(every: int = 1) -> Checkpoint:
     """Keeps each z_t, and the results of all matrix products in one step of `every`.
 
@@ -79,7 +95,7 @@ def store_products(every: int = 1) -> Checkpoint:
     """
     every = checks.count("every", every, minimum=1)
 
-    def loop(step: Callable, x: PyTree, z: Iterate, steps: int) -> Iterate:
+    def loop(step: PureStep, x: PyTree, z: Iterate, steps: int) -> Iterate:
         keep = jax.checkpoint(step, prevent_cse=False, policy=jax.checkpoint_policies.dots_saveable)
         z = _loop(lambda x, z: keep(x, _every_step(step, x, z, every - 1)), x, z, steps // every)
         return _every_step(step, x, z, steps % every)
@@ -87,6 +103,17 @@ def store_products(every: int = 1) -> Checkpoint:
     return Checkpoint(loop, lambda steps: 2 * steps - steps // every)
 
 
+class ReverseResidual(NamedTuple):
+    """The pull-back of all steps, and what the report is made from."""
+
+    pull_back: Callable[[Iterate], tuple[PyTree, Iterate]]
+    step_key: Key | None
+    x: PyTree
+    end: Iterate
+    batch: PyTree
+
+
+@as_called
 def reverse(
     inner_loss: Loss,
     optimizer: Optimizer,
@@ -136,20 +163,24 @@ def reverse(
     start, step, report = optimizer_steps(inner_loss, optimizer, initial, sample)
     calls = Calls(0, checkpoint.evaluations(steps) + 1, steps, steps)
 
-    def init(x: PyTree, y: PyTree, batch: Any = None) -> tuple:
+    def init(x: PyTree, y: PyTree, batch: PyTree = None) -> tuple[()]:
         check_point(x, y)
         return ()
 
-    def forward(key: Key | None, state: tuple, x: PyTree, z: Iterate, batch: Any) -> tuple:
-        step_key, *_ = split(key, 3)
+    def forward(
+        key: Key | None, state: tuple[()], x: PyTree, z: Iterate, batch: PyTree
+    ) -> tuple[Iterate, ReverseResidual, tuple[()]]:
+        step_key = step_keys(key).steps
 
         def unroll(x: PyTree, z: Iterate) -> Iterate:
             return checkpoint.loop(lambda x, z: step(step_key, batch, x, z), x, z, steps)
 
         z_T, pull_back = jax.vjp(unroll, x, z)
-        return z_T, (pull_back, step_key, x, z_T, batch), state
+        return z_T, ReverseResidual(pull_back, step_key, x, z_T, batch), state
 
-    def backward(residual: tuple, state: tuple, z_bar: Iterate) -> tuple:
+    def backward(
+        residual: ReverseResidual, state: tuple[()], z_bar: Iterate
+    ) -> tuple[tuple[PyTree, Iterate], tuple[()], SolverInfo]:
         pull_back, step_key, x, z_T, batch = residual
         x_bar, z0_bar = pull_back(full_cotangent(z_bar, z_T))
         value, norm = report(step_key, batch, x, z_T)

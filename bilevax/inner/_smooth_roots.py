@@ -21,7 +21,7 @@ def _sqrt(x: Array) -> Array:
 
 
 @_sqrt.defjvp
-def _tangent(primals: tuple, tangents: tuple) -> tuple:
+def _tangent(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     (x,), (x_dot,) = primals, tangents
     root, still = jax.lax.sqrt(x), (x == 0) & (x_dot == 0)
     return root, jnp.where(still, 0, 0.5 * x_dot / jnp.where(still, 1, root))
@@ -44,7 +44,7 @@ def smooth_roots(optimizer: Optimizer) -> Optimizer:
         return made
     update = optax.with_extra_args_support(optimizer).update
 
-    def smooth_update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple:
+    def smooth_update(updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any) -> tuple[PyTree, Any]:
         arguments = updates, state, params
         program, shapes = jax.make_jaxpr(lambda *trees: update(*trees, **extra), return_shape=True)(*arguments)
         values = _evaluate(*opened(program), jax.tree.leaves(arguments))

@@ -12,11 +12,13 @@ from bilevax.inner._chain import chain
 from bilevax.inner._implicit import implicit
 from bilevax.inner._optimizer_steps import Initial
 from bilevax.inner._reverse import reverse
+from bilevax.printing import as_called
 from bilevax.problem import IHVP, InnerSolver, Loss
 from bilevax.sampling import Sample, full
 from bilevax.typing import Scalar
 
 
+@as_called
 def unroll_with_tail(
     inner_loss: Loss,
     step_size: Scalar,

@@ -1,20 +1,27 @@
 """Hypergradients through a black box: finite differences of the inner solution along random directions."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from bilevax import checks
-from bilevax.inner._directional import Plan, Push, directional, floating, no_loss, plan
-from bilevax.inner._optimizer_steps import Initial, optimizer_steps
+from bilevax.inner._directional import Plan, Push, directional, make_plan, no_loss, tangent_leaves
+from bilevax.inner._optimizer_steps import Initial, Solve, optimizer_steps
 from bilevax.inner.guides import Guide
 from bilevax.inner.random_directions import Sampler, rademacher
+from bilevax.printing import as_called, by_text
 from bilevax.problem import Calls, InnerSolver, Iterate, Loss
 from bilevax.sampling import full
 from bilevax.typing import Array, Key, PyTree, Scalar
+
+
+class Change(Protocol):
+    """An approximation of the derivative of a function along `step`, a function of yours or of this file."""
+
+    def __call__(self, function: Callable[[PyTree], PyTree], x: PyTree, value: PyTree, step: PyTree, /) -> PyTree: ...
 
 
 class Difference(NamedTuple):
@@ -24,6 +31,7 @@ class Difference(NamedTuple):
       change: `change(function, x, value, step)`, an approximation of its derivative along `step`; `value` is
         `function(x)`.
       evaluations: of `function`, besides `value`.
+      text: what `print` shows.
 
     Example:
         >>> import bilevax as bx
@@ -31,25 +39,30 @@ class Difference(NamedTuple):
         (3.0, 1)
     """
 
-    change: Callable
+    change: Change
     evaluations: int
+    text: str = ""
+
+    def __repr__(self) -> str:
+        return by_text(self)
 
 
-def _one_sided(function: Callable, x: PyTree, value: PyTree, step: PyTree) -> PyTree:
+def _one_sided(function: Callable[[PyTree], PyTree], x: PyTree, value: PyTree, step: PyTree) -> PyTree:
     return optax.tree.sub(function(optax.tree.add(x, step)), value)
 
 
-def _central(function: Callable, x: PyTree, value: PyTree, step: PyTree) -> PyTree:
+def _central(function: Callable[[PyTree], PyTree], x: PyTree, value: PyTree, step: PyTree) -> PyTree:
     ahead, behind = function(optax.tree.add(x, step)), function(optax.tree.sub(x, step))
     return optax.tree.scale(0.5, optax.tree.sub(ahead, behind))
 
 
-one_sided = Difference(_one_sided, 1)
-central = Difference(_central, 2)
+one_sided = Difference(_one_sided, 1, "one_sided")
+central = Difference(_central, 2, "central")
 
 
+@as_called
 def zeroth_order(
-    solve: Callable,
+    solve: Solve,
     *,
     directions: int = 8,
     mu: Scalar = 1e-3,
@@ -122,7 +135,7 @@ def zeroth_order(
         no_loss if inner_loss is None else inner_loss, optax.identity(), initial, full
     )
 
-    def prepare(key: Key, x: PyTree, z: Iterate, batch: Any, z_T: Iterate | None = None) -> Push:
+    def prepare(key: Key, x: PyTree, z: Iterate, batch: PyTree, z_T: Iterate | None = None) -> Push:
         def at(x: PyTree) -> PyTree:
             y0 = z.y if initial is None else start(x, z.y).y
             y = solve(x, y0, batch)
@@ -133,7 +146,7 @@ def zeroth_order(
 
         def along(v: PyTree) -> tuple[Iterate, Iterate]:
             step = optax.tree.cast_like(optax.tree.scale(mu, v), x)
-            change = floating(Iterate(optax.tree.scale(1 / mu, difference.change(at, x, base.y, step))))
+            change = tangent_leaves(Iterate(optax.tree.scale(1 / mu, difference.change(at, x, base.y, step))))
             lost = optax.tree.max(jax.tree.map(_lost, x, step, v))
             return base, optax.tree.where(lost, optax.tree.full_like(change, jnp.nan), change)
 
@@ -142,13 +155,13 @@ def zeroth_order(
     def solves(plan: Plan) -> int:
         return plan.devices + difference.evaluations * (plan.random + plan.devices * plan.guesses)
 
-    def report(key: Key, batch: Any, x: PyTree, z: Iterate) -> tuple:
-        return report_on(None, batch, x, z)
+    def report(key: Key | None, data: PyTree, x: PyTree, z: Iterate) -> tuple[Array, Array]:
+        return report_on(None, data, x, z)
 
     def calls(solves: int, tangents: int) -> Calls:
         return Calls()
 
-    chosen = plan(directions, sampler, guide, control_variate, chunk, axis)
+    chosen = make_plan(directions, sampler, guide, control_variate, chunk, axis)
     return directional(start, prepare, report, chosen, solves, calls, reports=inner_loss is not None)
 
 

@@ -20,7 +20,7 @@ as control variate (DIANA's shift).
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +29,8 @@ from jax.flatten_util import ravel_pytree
 
 from bilevax import checks
 from bilevax.inner._optimizer_steps import full_cotangent
-from bilevax.problem import Calls, InnerSolver, Iterate, arrays
-from bilevax.sampling import fold
+from bilevax.printing import as_called, by_text
+from bilevax.problem import Calls, InnerSolver, Iterate, SolverInit, arrays
 from bilevax.typing import Key, PyTree, Scalar
 
 __all__ = ["Guide", "Solution", "at_solution", "blocks", "fixed", "from_start", "running_mean", "several"]
@@ -40,7 +40,7 @@ def __dir__() -> list[str]:
     return __all__
 
 
-_KEY = 2**31 - 2  # beyond every step that is folded into the same key
+_AT_SOLUTION = 2**31 - 2  # folded into the key of the guided solver, beyond every step that is folded into it
 
 
 class Solution(NamedTuple):
@@ -62,11 +62,17 @@ class Solution(NamedTuple):
     start: Iterate
     end: Iterate
     cotangent: Iterate
-    batch: Any
+    batch: PyTree
 
 
 def _keep(state: Any, estimate: PyTree) -> Any:
     return state
+
+
+class Propose(Protocol):
+    """`propose(key, state, x, solution) -> (guesses, state, Calls)`, a function of yours or of this module."""
+
+    def __call__(self, key: Key, state: Any, x: PyTree, solution: Solution, /) -> tuple[PyTree, Any, Calls]: ...
 
 
 class Guide(NamedTuple):
@@ -78,6 +84,7 @@ class Guide(NamedTuple):
         and what it cost. Guesses that are not finite are taken for zero.
       number: k.
       update: `update(state, estimate) -> state`, told the estimate that came out.
+      text: what `print` shows.
 
     Example:
         >>> import bilevax as bx
@@ -85,17 +92,21 @@ class Guide(NamedTuple):
         4
     """
 
-    init: Callable
-    propose: Callable
+    init: SolverInit
+    propose: Propose
     number: int = 1
-    update: Callable = _keep
+    update: Callable[[Any, PyTree], Any] = _keep
+    text: str = ""
+
+    def __repr__(self) -> str:
+        return by_text(self)
 
 
 def _single(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], tree)
 
 
-def _check(name: str, solver: InnerSolver) -> None:
+def _check_solver(name: str, solver: InnerSolver) -> None:
     checks.instance("solver", solver, InnerSolver, "Pass, say, bx.inner.implicit(inner_loss, ihvp=bx.ihvp.kfac()).")
     if solver.pushes_tangents:
         raise ValueError(
@@ -104,6 +115,7 @@ def _check(name: str, solver: InnerSolver) -> None:
         )
 
 
+@as_called
 def at_solution(solver: InnerSolver) -> Guide:
     """The hypergradient that another solver gives at the solution, as a guess.
 
@@ -132,17 +144,18 @@ def at_solution(solver: InnerSolver) -> Guide:
         >>> [round(g, 4) for g in grad.tolist()], round(float(info.inner.detail.cosine), 4)
         ([0.9375, 1.875, 2.8125], 1.0)
     """
-    _check("at_solution", solver)
+    _check_solver("at_solution", solver)
 
-    def propose(key: Key, state: Any, x: PyTree, solution: Solution) -> tuple:
+    def propose(key: Key, state: Any, x: PyTree, solution: Solution) -> tuple[PyTree, Any, Calls]:
         z = solver.start(x, solution.end.y)._replace(t=solution.end.t)
-        _, residual, state = solver.forward(fold(key, _KEY), state, x, z, solution.batch)
+        _, residual, state = solver.forward(jax.random.fold_in(key, _AT_SOLUTION), state, x, z, solution.batch)
         (x_bar, _), state, info = solver.backward(residual, state, Iterate(solution.cotangent.y))
         return _single(x_bar), state, info.calls
 
     return Guide(solver.init, propose)
 
 
+@as_called
 def from_start(solver: InnerSolver) -> Guide:
     """The hypergradient that another solver gives when it solves the inner problem once more, as a guess.
 
@@ -173,9 +186,9 @@ def from_start(solver: InnerSolver) -> Guide:
         >>> [round(g, 4) for g in grad.tolist()]
         [0.9375, 1.875, 2.8125]
     """
-    _check("from_start", solver)
+    _check_solver("from_start", solver)
 
-    def propose(key: Key, state: Any, x: PyTree, solution: Solution) -> tuple:
+    def propose(key: Key, state: Any, x: PyTree, solution: Solution) -> tuple[PyTree, Any, Calls]:
         _, residual, state = solver.forward(key, state, x, solution.start, solution.batch)
         (x_bar, z0_bar), state, info = solver.backward(residual, state, solution.cotangent)
         _, pull_start = jax.vjp(lambda x: solver.start(x, solution.start.y), x)
@@ -185,6 +198,7 @@ def from_start(solver: InnerSolver) -> Guide:
     return Guide(solver.init, propose)
 
 
+@as_called
 def blocks(number: int) -> Guide:
     """Block-constant vectors: the entries of x, in order, in blocks of about one length.
 
@@ -208,12 +222,12 @@ def blocks(number: int) -> Guide:
     """
     number = checks.count("number", number, minimum=1)
 
-    def init(x: PyTree, y: PyTree, batch: Any = None) -> tuple:
+    def init(x: PyTree, y: PyTree, batch: PyTree = None) -> tuple[()]:
         if (size := optax.tree.size(x)) < number:
             raise ValueError(f"number of blocks must be at most the {size} entries of x; got {number}. Pass {size}.")
         return ()
 
-    def propose(key: Key, state: tuple, x: PyTree, solution: Solution) -> tuple:
+    def propose(key: Key, state: tuple[()], x: PyTree, solution: Solution) -> tuple[PyTree, tuple[()], Calls]:
         flat, unravel = ravel_pytree(arrays(x))
         block = jnp.arange(flat.size) * number // flat.size
         return jax.vmap(lambda i: unravel((block == i).astype(flat.dtype)))(jnp.arange(number)), state, Calls()
@@ -221,6 +235,7 @@ def blocks(number: int) -> Guide:
     return Guide(init, propose, number)
 
 
+@as_called
 def running_mean(rate: Scalar) -> Guide:
     """The running mean of past estimates.
 
@@ -245,20 +260,21 @@ def running_mean(rate: Scalar) -> Guide:
     """
     checks.fraction("rate", rate)
 
-    def init(x: PyTree, y: PyTree, batch: Any = None) -> PyTree:
+    def init(x: PyTree, y: PyTree, batch: PyTree = None) -> PyTree:
         return optax.tree.zeros_like(arrays(x))
 
-    def propose(key: Key, state: PyTree, x: PyTree, solution: Solution) -> tuple:
+    def propose(key: Key, state: PyTree, x: PyTree, solution: Solution) -> tuple[PyTree, PyTree, Calls]:
         return _single(state), state, Calls()
 
     def update(state: PyTree, estimate: PyTree) -> PyTree:
-        moved = optax.tree.add_scale(state, rate, optax.tree.sub(estimate, state))
-        finite = jnp.isfinite(optax.tree.norm(moved))
-        return optax.tree.cast_like(optax.tree.where(finite, moved, state), state)
+        mean = optax.tree.add_scale(state, rate, optax.tree.sub(estimate, state))
+        finite = jnp.isfinite(optax.tree.norm(mean))
+        return optax.tree.cast_like(optax.tree.where(finite, mean, state), state)
 
     return Guide(init, propose, 1, update)
 
 
+@as_called
 def fixed(directions: PyTree) -> Guide:
     """Guesses that never change.
 
@@ -287,17 +303,18 @@ def fixed(directions: PyTree) -> Guide:
         )
     ((number,),) = lengths
 
-    def init(x: PyTree, y: PyTree, batch: Any = None) -> tuple:
+    def init(x: PyTree, y: PyTree, batch: PyTree = None) -> tuple[()]:
         one = jax.tree.map(lambda leaf: jnp.asarray(leaf)[0], directions)
         checks.same_shapes("directions of guides.fixed", one, x, "Pass leaves [k, *x].")
         return ()
 
-    def propose(key: Key, state: tuple, x: PyTree, solution: Solution) -> tuple:
+    def propose(key: Key, state: tuple[()], x: PyTree, solution: Solution) -> tuple[PyTree, tuple[()], Calls]:
         return directions, state, Calls()
 
     return Guide(init, propose, number)
 
 
+@as_called
 def several(*guides: Guide) -> Guide:
     """The guesses of several guides together; the estimate is exact along each of them.
 
@@ -324,16 +341,18 @@ def several(*guides: Guide) -> Guide:
             "guides", guide, Guide, "Pass, say, bx.inner.guides.blocks(4), bx.inner.guides.running_mean(0.1)."
         )
 
-    def init(x: PyTree, y: PyTree, batch: Any = None) -> tuple:
+    def init(x: PyTree, y: PyTree, batch: PyTree = None) -> tuple[Any, ...]:
         return tuple(guide.init(x, y, batch) for guide in guides)
 
-    def propose(key: Key, state: tuple, x: PyTree, solution: Solution) -> tuple:
+    def propose(
+        key: Key, state: tuple[Any, ...], x: PyTree, solution: Solution
+    ) -> tuple[PyTree, tuple[Any, ...], Calls]:
         parts = [guide.propose(key, part, x, solution) for guide, part in zip(guides, state, strict=True)]
         guesses, states, calls = zip(*parts, strict=True)
         together = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *guesses)
         return together, states, jax.tree.map(lambda *counts: sum(counts), *calls)
 
-    def update(state: tuple, estimate: PyTree) -> tuple:
+    def update(state: tuple[Any, ...], estimate: PyTree) -> tuple[Any, ...]:
         return tuple(guide.update(part, estimate) for guide, part in zip(guides, state, strict=True))
 
     return Guide(init, propose, sum(guide.number for guide in guides), update)

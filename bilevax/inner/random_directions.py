@@ -32,7 +32,7 @@ Example:
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -41,18 +41,26 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from bilevax import checks
+from bilevax.printing import by_text
 from bilevax.problem import arrays, widen
 from bilevax.typing import Key, PyTree, Scalar
 
-__all__ = ["Sampler", "check", "coordinate", "gaussian", "hadamard", "orthogonal", "rademacher", "sphere"]
+__all__ = ["Sampler", "check_sampler", "coordinate", "gaussian", "hadamard", "orthogonal", "rademacher", "sphere"]
 
 
 def __dir__() -> list[str]:
     return __all__
 
 
-Row = Callable[[Scalar], PyTree]
+Row: TypeAlias = Callable[[Scalar], PyTree]
+"""`row(i) -> v_i`."""
 _DRAWS, _ENTRIES = 64, 4096
+
+
+class Draw(Protocol):
+    """`draw(key, like, number) -> row`, a function of yours or of this module."""
+
+    def __call__(self, key: Key, like: PyTree, number: int, /) -> Row: ...
 
 
 class Sampler(NamedTuple):
@@ -62,6 +70,7 @@ class Sampler(NamedTuple):
       draw: `draw(key, like, number) -> row`, and `row(i) -> v_i`, a pytree like `like`, for i = 0 ... number − 1, also
         traced: `jax.vmap(row)(jnp.arange(number))` has them all.
       noise: `noise(N, number) -> factor`: E‖(1/b) Σ (v_i · u) v_i − u‖² / ‖u‖² for N entries and b = number.
+      text: what `print` shows.
 
     Example:
         >>> import bilevax as bx
@@ -69,8 +78,12 @@ class Sampler(NamedTuple):
         (40.0, 0.0)
     """
 
-    draw: Callable[[Key, PyTree, int], Row]
+    draw: Draw
     noise: Callable[[int, int], float]
+    text: str = ""
+
+    def __repr__(self) -> str:
+        return by_text(self)
 
 
 def _rademacher(key: Key, like: PyTree, number: int) -> Row:
@@ -134,18 +147,19 @@ def _at_most(name: str, number: int, most: int) -> int:
     return most
 
 
-rademacher = Sampler(_rademacher, lambda size, number: (size - 1) / number)
-gaussian = Sampler(_gaussian, lambda size, number: (size + 1) / number)
-sphere = Sampler(_sphere, lambda size, number: (size - 1) / number)
-orthogonal = Sampler(_orthogonal, lambda size, number: (size - number) / number)
+rademacher = Sampler(_rademacher, lambda size, number: (size - 1) / number, "rademacher")
+gaussian = Sampler(_gaussian, lambda size, number: (size + 1) / number, "gaussian")
+sphere = Sampler(_sphere, lambda size, number: (size - 1) / number, "sphere")
+orthogonal = Sampler(_orthogonal, lambda size, number: (size - number) / number, "orthogonal")
 hadamard = Sampler(
     _hadamard,
     lambda size, number: (size - 1) * (_power(size) - number) / (number * max(_power(size) - 1, 1)),
+    "hadamard",
 )
-coordinate = Sampler(_coordinate, lambda size, number: (size - number) / number)
+coordinate = Sampler(_coordinate, lambda size, number: (size - number) / number, "coordinate")
 
 
-def check(sampler: Sampler, like: PyTree, number: int) -> None:
+def check_sampler(sampler: Sampler, like: PyTree, number: int) -> None:
     """Raises ValueError unless the sampler draws `number` pytrees like `like` of mean square 1.
 
     The mean square is measured on fixed keys, for samplers of your own; that they are uncorrelated is not.
@@ -165,7 +179,7 @@ def check(sampler: Sampler, like: PyTree, number: int) -> None:
 
     Example:
         >>> import bilevax as bx
-        >>> bx.inner.random_directions.check(bx.inner.random_directions.rademacher, 0.5, 8)
+        >>> bx.inner.random_directions.check_sampler(bx.inner.random_directions.rademacher, 0.5, 8)
     """
     checks.instance("sampler", sampler, Sampler, "Pass, say, bx.inner.random_directions.rademacher.")
     like = arrays(like)
