@@ -118,7 +118,8 @@ def function(name: str, value: Any, *arguments: str) -> None:
 
 
 def _describe(value: Any) -> str:
-    return getattr(value, "__qualname__", f"{value!r:.80} of type {type(value).__name__}")
+    in_one_line = " ".join(repr(value).split())
+    return getattr(value, "__qualname__", f"{in_one_line:.80} of type {type(value).__name__}")
 
 
 def article(noun: str) -> str:

@@ -366,7 +366,7 @@ def clean(solver, split, seed):
         accuracy = jnp.mean(jnp.argmax(model(state.y, test_images), axis=1) == test_labels)
         return (optax.apply_updates(x, updates), state, outer_state), (x, accuracy)
 
-    carry = (x, hypergrad.init(x, y, batch.inner), outer.init(x))
+    carry = (x, hypergrad.init(x, y, batch), outer.init(x))
     return jax.lax.scan(step, carry, jax.random.split(jax.random.key(seed), OUTER_STEPS))[1]
 
 

@@ -117,7 +117,7 @@ optimizer = optax.sgd(0.3, momentum=0.9)
 def estimate(solver, x, y, batch, key):
     """One hypergradient from the start, and what it reports."""
     hypergrad = bx.hypergradient(f, solver)
-    grad, _, info = hypergrad.estimate(key, hypergrad.init(x, y, batch.inner), x, batch)
+    grad, _, info = hypergrad.estimate(key, hypergrad.init(x, y, batch), x, batch)
     return grad, info
 
 
@@ -385,7 +385,7 @@ def descent(hypergrad, batch):
         updates, outer_state = outer.update(grad, outer_state)
         return (optax.apply_updates(x, updates), state, outer_state), x
 
-    carry = first_x, hypergrad.init(first_x, softmax, batch.inner), outer.init(first_x)
+    carry = first_x, hypergrad.init(first_x, softmax, batch), outer.init(first_x)
     return jax.lax.scan(step, carry, jax.random.split(jax.random.key(0), outer_steps + 1))[1]
 
 

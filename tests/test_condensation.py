@@ -62,7 +62,7 @@ def test_reverse_differentiates_the_training_of_a_fresh_network_on_the_learnt_im
     solver = condensation_methods.reverse(training)
     hypergrad = condensation.renewed(bx.hypergradient(outer_loss, solver), MODEL, MINIBATCH)
     labels = condensation.labels(1)
-    state = hypergrad.init(x, MODEL.init(jax.random.key(9), 6), labels)
+    state = hypergrad.init(x, MODEL.init(jax.random.key(9), 6), bx.Batch(None, labels))
     estimate = jax.jit(hypergrad.estimate)
     exact = jax.jit(jax.value_and_grad(written_out, argnums=1))
     for seed in (2, 3):

@@ -342,7 +342,7 @@ def test_the_page_that_print_shows():
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"hypergradient": implicit()}, "hypergradient must be a Hypergradient; got InnerSolver("),
+        ({"hypergradient": implicit()}, "hypergradient must be a Hypergradient; got implicit("),
         ({"batch": B}, "batch must be a Batch"),
         ({"tol": 0.0}, "tol must be a finite number > 0; got 0.0"),
         ({"x": jnp.arange(3)}, "x must hold floating-point arrays only; got int64"),

@@ -29,7 +29,7 @@ def estimates(data):
     def estimate(name):
         solver = ROWS[name].solver(short, **settings.get(name, {}))
         hypergrad = learning_rates.renewed(bx.hypergradient(learning_rates.outer_loss, solver))
-        state = hypergrad.init(x, learning_rates.MODEL.init(jax.random.key(5), 64), data.batch.inner)
+        state = hypergrad.init(x, learning_rates.MODEL.init(jax.random.key(5), 64), data.batch)
         return jax.jit(hypergrad.estimate)(jax.random.key(3), state, x, data.batch)
 
     return {name: estimate(name) for name in ("reverse", "forward-exact", "forward-blocks-4", "truncated", "implicit")}

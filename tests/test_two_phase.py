@@ -90,7 +90,7 @@ def test_the_switch_may_be_traced_and_y_replaced():
         ((-1, CHEAP, GOOD), "switch_at must be a whole number >= 0; got -1. Pass, say, switch_at=100."),
         ((0.5, CHEAP, GOOD), "switch_at must be a whole number >= 0; got 0.5."),
         ((1, CHEAP, None), "second must be a Hypergradient; got None"),
-        ((1, bx.inner.reverse(inner_loss, optax.sgd(0.1), 1), GOOD), "first must be a Hypergradient; got InnerSolver("),
+        ((1, bx.inner.reverse(inner_loss, optax.sgd(0.1), 1), GOOD), "first must be a Hypergradient; got reverse("),
     ],
 )
 def test_mistakes(arguments, says):

@@ -279,11 +279,11 @@ def test_weights_read_the_losses_at_the_warm_y_as_constants():
     images, labels = jnp.asarray(np.random.default_rng(1).normal(size=(4, 2))), np.array([9, 1, 9, 4])
     seen = []
     inner = bx.problem.Hypergradient(
-        lambda x, y, batch: seen.append(batch),
+        lambda x, y, batch: seen.append(batch.inner),
         lambda key, state, x, batch: seen.append(batch.inner),
     )
     wrapped = long_tail.with_losses(inner, model)
-    wrapped.init(x, y, (images, labels))
+    wrapped.init(x, y, bx.Batch(None, (images, labels)))
     warm = bx.hypergradients.HypergradientState(y, (), None)
     wrapped.estimate(None, warm, x, bx.Batch(None, (images, labels)))
     logits = np.asarray(images) @ np.asarray(y["weights"]) + np.asarray(y["bias"])[None]

@@ -76,10 +76,9 @@ def outer_steps(
     batch: bx.Batch,
 ) -> tuple[Callable[..., Carry], Callable[..., tuple[Carry, Trace]]]:
     """`start` and `chunk` of a `Program`, before it is compiled."""
-    inner = batch.inner if isinstance(batch, bx.Batch) else batch  # only its shapes count at the start
 
     def start(x: PyTree, y: PyTree) -> Carry:
-        return Carry(x, optimizer.init(x), hypergrad.init(x, y, inner))
+        return Carry(x, optimizer.init(x), hypergrad.init(x, y, batch))  # whose shapes alone count
 
     def chunk(carry: Carry, keys: Key, batch: bx.Batch) -> tuple[Carry, Trace]:
         def step(carry: Carry, key: Key) -> tuple[Carry, bx.hypergradients.HypergradientInfo]:

@@ -97,7 +97,7 @@ def estimates(row: Row, net: Model) -> Callable:
             grad, state, info = hypergrad.estimate(key, state._replace(y=y), x, batch)
             return state, (grad, info.inner.calls, info.inner.breakdown)
 
-        state = hypergrad.init(xs[0], jax.tree.map(lambda leaf: leaf[0], ys), batch.inner)
+        state = hypergrad.init(xs[0], jax.tree.map(lambda leaf: leaf[0], ys), batch)
         _, results = jax.lax.scan(step, state, (keys, xs, ys))
         return jax.tree.map(lambda leaf: leaf[-1], results)
 

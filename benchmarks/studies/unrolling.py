@@ -104,7 +104,7 @@ def program(net: Model, solver: Any) -> Callable:
     hypergrad = finished(functools.partial(outer_loss, net), solver)
 
     def estimate(key: Key, at: Problem) -> tuple[Array, PyTree]:
-        grad, state, _ = hypergrad.estimate(key, hypergrad.init(at.x, at.y, at.batch.inner), at.x, at.batch)
+        grad, state, _ = hypergrad.estimate(key, hypergrad.init(at.x, at.y, at.batch), at.x, at.batch)
         return grad, state.y
 
     return estimate

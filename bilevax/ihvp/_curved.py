@@ -208,7 +208,7 @@ def curved(passes: Passes, options: Options, refresh: Refresh) -> IHVP:
         if batch is None or inner_loss is None:
             raise ValueError(
                 "batch must be given where kfac or ekfac keeps factors (ema, factors_every, inverse_every), for its "
-                "shapes; got None. Call hypergrad.init(x, y, batch) with the inner data, or ihvp.init(x, y, batch, "
+                "shapes; got None. Call hypergrad.init(x, y, bx.Batch(outer, inner)), or ihvp.init(x, y, inner, "
                 "inner_loss)."
             )
 

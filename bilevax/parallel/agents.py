@@ -15,7 +15,7 @@ devices; a branch that one device takes alone, such as the coin of its only agen
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ParamSpec, Protocol, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +25,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from bilevax import checks
 from bilevax.agents import _gossip as gossips
 from bilevax.agents import topology as graphs
-from bilevax.problem import Algorithm
+from bilevax.problem import Algorithm, Batch
 from bilevax.single_loop._levels import Levels, levels
-from bilevax.typing import Array, PyTree
+from bilevax.typing import Array, Key, PyTree
 
 __all__ = ["join", "place", "pmap_agents", "shard_agents", "split"]
 
@@ -36,10 +36,28 @@ def __dir__() -> list[str]:
     return __all__
 
 
+P = ParamSpec("P")
+T = TypeVar("T")
 _ONE_MESH = 'Pass jax.sharding.Mesh(jax.devices(), ("agents",)).'
 
 
-def shard_agents(make_algorithm: Callable, topology: Any, mesh: Mesh) -> Algorithm:
+Graphs: TypeAlias = gossips.Topologies | Levels
+"""A topology, a sequence of them taken in turn, or one of these for each level."""
+
+Gossips: TypeAlias = gossips.Gossip | Levels
+"""What becomes of them: a gossip, or one for each level."""
+
+MakeAlgorithm: TypeAlias = Callable[[Any], Algorithm]
+"""`make_algorithm(gossip) -> Algorithm`, a function of yours; it gets `Levels` of gossips for `Levels` of graphs."""
+
+
+class Check(Protocol):
+    """Raises ValueError unless the leaves of what a user passes in are laid out as the devices ask."""
+
+    def __call__(self, name: str, tree: PyTree) -> None: ...
+
+
+def shard_agents(make_algorithm: MakeAlgorithm, topology: Graphs, mesh: Mesh) -> Algorithm:
     """A method with its agents spread over the devices of a mesh, by `jax.shard_map`.
 
     It reads and returns the same pytrees as on one device. Leaves [n, ...] are sharded along their first axis and stay
@@ -80,10 +98,10 @@ def shard_agents(make_algorithm: Callable, topology: Any, mesh: Mesh) -> Algorit
     (axis,) = _mesh(mesh).axis_names
     algorithm, n = _spread(make_algorithm, topology, axis, mesh.size)
 
-    def specs(tree: Any) -> Any:
+    def specs(tree: PyTree) -> PyTree:
         return jax.tree.map(lambda leaf: PartitionSpec(axis) if jnp.ndim(leaf) else PartitionSpec(), tree)
 
-    def run(function: Callable, in_specs: tuple, *arguments: Any) -> Any:
+    def run(function: Callable[..., PyTree], in_specs: tuple[PyTree, ...], *arguments: PyTree) -> PyTree:
         # The output specs need the ranks of the outputs: a shape run that calls all of them replicated finds what one
         # device holds, for n = 8 on 4 devices leaves [2, 3] and scalars [], and specs makes [8, 3] and [] of them.
         # With check_vma=True a derivative at a constant of the method's own would be summed over the devices
@@ -92,20 +110,20 @@ def shard_agents(make_algorithm: Callable, topology: Any, mesh: Mesh) -> Algorit
         return shard(out_specs=specs(held))(*arguments)
 
     @jax.jit
-    def init(x: Any, y: Any, batch: Any) -> Any:
+    def init(x: PyTree, y: PyTree, batch: Batch | None) -> Any:
         return run(algorithm.init, specs((x, y, batch)), x, y, batch)
 
     @jax.jit
-    def step(key: Any, state: Any, batch: Any) -> Any:
+    def step(key: Key | None, state: Any, batch: Batch) -> tuple[Any, Any]:
         return run(algorithm.step, (PartitionSpec(), *specs((state, batch))), key, state, batch)
 
-    def check(name: str, tree: Any) -> None:
+    def check(name: str, tree: PyTree) -> None:
         checks.agents_axis(name, tree, n, f"Pass the rows of all agents: {mesh.size} devices share them.")
 
     return _checked(init, step, check)
 
 
-def pmap_agents(make_algorithm: Callable, topology: Any, devices: Sequence[Any]) -> Algorithm:
+def pmap_agents(make_algorithm: MakeAlgorithm, topology: Graphs, devices: Sequence[jax.Device]) -> Algorithm:
     """A method with its agents spread over the devices of one host, by `jax.pmap`.
 
     Its pytrees have the axis of the devices first: leaves [devices, n/devices, ...], and [devices] in place of scalars.
@@ -142,7 +160,7 @@ def pmap_agents(make_algorithm: Callable, topology: Any, devices: Sequence[Any])
     algorithm, n = _spread(make_algorithm, topology, "agents", len(devices))
     first = len(devices), n // len(devices)
 
-    def check(name: str, tree: Any) -> None:
+    def check(name: str, tree: PyTree) -> None:
         fix = f"Pass bx.parallel.split({name}, {first[0]})."
         _check_shapes(name, tree, f"[{first[0]}, {first[1]}, ...]", lambda shape: shape[:2] == first, fix)
 
@@ -244,7 +262,7 @@ def join(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: leaf[0] if leaf.ndim == 1 else leaf.reshape(-1, *leaf.shape[2:]), tree)
 
 
-def _spread(make_algorithm: Callable, topology: Any, axis: str, devices: int) -> tuple[Algorithm, int]:
+def _spread(make_algorithm: MakeAlgorithm, topology: Graphs, axis: str, devices: int) -> tuple[Algorithm, int]:
     """The method over a gossip whose agents are spread along a named axis, and their number."""
     checks.function("make_algorithm", make_algorithm, "gossip")
     gossip = gossip_along(topology, axis, devices)
@@ -254,9 +272,9 @@ def _spread(make_algorithm: Callable, topology: Any, axis: str, devices: int) ->
     n = levels("gossip", gossip).x.n
     form, fix = f"[{n // devices}, ...] or scalars", "Put the agents held here first, or leave it out."
 
-    def per_agent(function: Callable) -> Callable:
-        def call(*arguments: Any) -> Any:
-            result = function(*arguments)
+    def per_agent(function: Callable[P, T]) -> Callable[P, T]:
+        def call(*args: P.args, **kwargs: P.kwargs) -> T:
+            result = function(*args, **kwargs)
             _check_shapes("result", result, form, lambda shape: shape[:1] in ((), (n // devices,)), fix)
             return result
 
@@ -265,22 +283,26 @@ def _spread(make_algorithm: Callable, topology: Any, axis: str, devices: int) ->
     return Algorithm(per_agent(algorithm.init), per_agent(algorithm.step)), n
 
 
-def _checked(init: Callable, step: Callable, check: Callable) -> Algorithm:
+def _checked(
+    init: Callable[[PyTree, PyTree, Batch | None], Any],
+    step: Callable[[Key | None, Any, Batch], tuple[Any, Any]],
+    check: Check,
+) -> Algorithm:
     """The method behind a check of what the user passes in."""
 
-    def checked_init(x: Any, y: Any, batch: Any = None) -> Any:
+    def checked_init(x: PyTree, y: PyTree, batch: Batch | None = None) -> Any:
         for name, tree in (("x", x), ("y", y), ("batch", batch)):
             check(name, tree)
         return init(x, y, batch)
 
-    def checked_step(key: Any, state: Any, batch: Any) -> Any:
+    def checked_step(key: Key | None, state: Any, batch: Batch) -> tuple[Any, Any]:
         check("batch", batch)
         return step(key, state, batch)
 
     return Algorithm(checked_init, checked_step)
 
 
-def gossip_along(topology: Any, axis: str, devices: int) -> Any:
+def gossip_along(topology: Graphs, axis: str, devices: int) -> Gossips:
     """A gossip for each device of a named axis, which holds n/devices consecutive agents."""
     if isinstance(topology, Levels):
         return Levels(*(gossip_along(one, axis, devices) for one in topology))
@@ -352,7 +374,7 @@ def _held(axis: str, local: int) -> Array:
     return jax.lax.axis_index(axis) * local + jnp.arange(local, dtype=jnp.int32)
 
 
-def _mesh(mesh: Any) -> Mesh:
+def _mesh(mesh: Mesh) -> Mesh:
     checks.instance("mesh", mesh, Mesh, _ONE_MESH)
     if len(mesh.axis_names) != 1:
         raise ValueError(f"mesh must have one axis, that of the agents; got {mesh.axis_names}. {_ONE_MESH}")
@@ -367,7 +389,7 @@ def _check_rows(tree: PyTree, devices: int) -> None:
     _check_shapes("tree", tree, form, lambda shape: not shape or shape[0] % devices == 0, fix)
 
 
-def _check_shapes(name: str, tree: PyTree, form: str, fits: Callable, fix: str) -> None:
+def _check_shapes(name: str, tree: PyTree, form: str, fits: Callable[[tuple[int, ...]], bool], fix: str) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if not fits(jnp.shape(leaf)):
             where = f"{name}{jax.tree_util.keystr(path)}"

@@ -10,7 +10,7 @@ estimate is that of one device, up to the order of the sum.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import numpy as np
@@ -19,8 +19,11 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 from bilevax import checks
 from bilevax.problem import Hypergradient
 
+MakeHypergradient: TypeAlias = Callable[[str], Hypergradient]
+"""`make_hypergradient(axis) -> Hypergradient`, a function of yours."""
 
-def shard_directions(make_hypergradient: Callable[[str], Hypergradient], mesh: Mesh) -> Hypergradient:
+
+def shard_directions(make_hypergradient: MakeHypergradient, mesh: Mesh) -> Hypergradient:
     """A hypergradient whose random directions are spread over the devices of a mesh, by `jax.shard_map`.
 
     It reads and returns the same pytrees as on one device, each of them whole on every device. On several hosts call
@@ -66,7 +69,7 @@ def shard_directions(make_hypergradient: Callable[[str], Hypergradient], mesh: M
     return Hypergradient(hypergrad.init, shard(hypergrad.estimate))
 
 
-def pmap_directions(make_hypergradient: Callable[[str], Hypergradient], devices: Sequence[Any]) -> Hypergradient:
+def pmap_directions(make_hypergradient: MakeHypergradient, devices: Sequence[jax.Device]) -> Hypergradient:
     """A hypergradient whose random directions are spread over the devices of one host, by `jax.pmap`.
 
     It reads and returns the same pytrees as on one device; `estimate` is compiled, and is not to be jitted again.
@@ -106,7 +109,7 @@ def pmap_directions(make_hypergradient: Callable[[str], Hypergradient], devices:
     return Hypergradient(hypergrad.init, partial(run, here))
 
 
-def _made(make_hypergradient: Callable[[str], Hypergradient], axis: str) -> Hypergradient:
+def _made(make_hypergradient: MakeHypergradient, axis: str) -> Hypergradient:
     checks.function("make_hypergradient", make_hypergradient, "axis")
     hypergrad = make_hypergradient(axis)
     fix = "Return, say, bx.hypergradient(outer_loss, bx.inner.forward_gradient(..., axis=axis))."
