@@ -391,7 +391,7 @@ def test_flax_models():
     import flax.nnx
 
     inputs, targets = np.linspace(-1, 1, 12).reshape(4, 3), np.linspace(0, 1, 8).reshape(4, 2)
-    linen, linen_y = flax.linen.Dense(2), points.linen()[1]
+    linen, linen_y = flax.linen.Dense(2), points.POINTS["linen"]()[1]
     weights = linen_y["params"]
     graph, nnx_y = flax.nnx.split(flax.nnx.Linear(3, 2, rngs=flax.nnx.Rngs(0)))
     nnx_y.kernel.set_value(weights["kernel"])

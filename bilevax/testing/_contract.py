@@ -62,7 +62,9 @@ class Contract(NamedTuple):
             ) from error
 
 
-def contract(remedy: str, applies: Callable[..., bool] = lambda *subject: True) -> Callable[[Callable], Contract]:
+def contract(
+    remedy: str, applies: Callable[..., bool] = lambda *subject: True
+) -> Callable[[Callable[..., None]], Contract]:
     """Makes a contract of a check, which lends it its name.
 
     Args:

@@ -7,7 +7,7 @@ of it are kept, and read by one contract after the other.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,8 @@ import numpy as np
 import optax
 
 from bilevax import checks
-from bilevax.agents._gossip import Gossip
-from bilevax.problem import Algorithm, BilevelProblem
+from bilevax.agents._gossip import Gossip, Topologies
+from bilevax.problem import Algorithm, Batch, BilevelProblem
 from bilevax.sampling import Sample, minibatch
 from bilevax.single_loop._levels import Levels
 from bilevax.testing._contract import Contract, contract, hold_all, name_of
@@ -24,9 +24,36 @@ from bilevax.testing.compiled import READABLE, executed_dots, products
 from bilevax.testing.placement import LAZY_RING, N, equal, of_four_agents, on_one_device, on_two_parts
 from bilevax.testing.problems._countable import CROSS, ENTRIES_OF_Y, INNER, OUTER, countable
 from bilevax.testing.trees import same_form, truth
-from bilevax.typing import Array
+from bilevax.typing import Array, Key, PyTree
 
-Make = Callable[[BilevelProblem, Gossip, Levels, Sample], Algorithm]
+__all__ = [
+    "CONTRACTS",
+    "AlgorithmSubject",
+    "calls_are_those_declared",
+    "calls_are_those_of_the_compiled_program",
+    "check_algorithm",
+    "every_agent_moves",
+    "nan_is_reported_by_the_agent_that_has_it",
+    "placement_changes_nothing",
+    "scan_equals_a_loop",
+    "somebody_evaluates",
+    "state_keeps_its_form",
+    "ten_steps_are_one_trace",
+    "vmap_over_keys_equals_a_loop",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+class MakeAlgorithm(Protocol):
+    """A method over whatever it is given, a function of yours."""
+
+    def __call__(self, problem: BilevelProblem, gossip: Gossip, step_sizes: Levels, sample: Sample, /) -> Algorithm: ...
+
+
+Declared = Sequence[float] | Callable[[int], Sequence[float]]  # calls, or a function of the number of entries of y
 
 ARGUMENTS = ("problem", "gossip", "step_sizes", "sample")
 KEY = jax.random.key(0)
@@ -54,9 +81,9 @@ class AlgorithmSubject:
         4
     """
 
-    make: Make
-    calls: Any = None
-    topology: Any = LAZY_RING
+    make: MakeAlgorithm
+    calls: Declared | None = None
+    topology: Topologies = LAZY_RING
     counted: bool = True
 
     def __post_init__(self) -> None:
@@ -75,12 +102,13 @@ class AlgorithmSubject:
         return on_one_device(self.topology)
 
     @property
-    def declared(self) -> Any:
-        """`calls` in numbers."""
-        return self.calls(ENTRIES_OF_Y) if callable(self.calls) else self.calls
+    def declared(self) -> Sequence[float]:
+        """`calls` in numbers; none where they are random."""
+        calls = self.calls(ENTRIES_OF_Y) if callable(self.calls) else self.calls
+        return () if calls is None else calls
 
     @functools.cached_property
-    def point(self) -> tuple:
+    def point(self) -> tuple[PyTree, PyTree, Batch]:
         """x, y and the batch."""
         return countable(N)[1:]
 
@@ -106,24 +134,24 @@ class AlgorithmSubject:
             ) from error
 
     @functools.cached_property
-    def step(self) -> tuple:
+    def step(self) -> tuple[Any, list[None]]:
         """(the jitted step, a list that grows with its traces)."""
         method = self.method(self.gossip)
-        traces: list = []
+        traces: list[None] = []
 
-        def step(*arguments: Any) -> tuple:
+        def step(*arguments: Any) -> tuple[Any, Any]:
             traces.append(None)
             return method.step(*arguments)
 
         return jax.jit(step), traces
 
     @functools.cached_property
-    def history(self) -> tuple:
+    def history(self) -> tuple[Any, list[Any], list[Any]]:
         """(start, the states and the infos of ten steps) from the compiled step, in a loop."""
         *point, batch = self.point
         state = start = jax.jit(self.method(self.gossip).init)(*point, batch)
         step, states, infos = self.step[0], [], []
-        for key in keys():
+        for key in _keys():
             state, info = step(key, state, batch)
             states.append(state)
             infos.append(info)
@@ -139,12 +167,12 @@ class AlgorithmSubject:
         return outer, inner, cross
 
 
-def keys() -> Array:
+def _keys() -> Array:
     """One for each iteration."""
     return jax.random.split(KEY, ITERATIONS)
 
 
-def stacked(trees: list) -> Any:
+def _stacked(trees: list[Any]) -> Any:
     """Trees of arrays as one tree with a leading axis, by numpy."""
     return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
 
@@ -200,8 +228,8 @@ def scan_equals_a_loop(subject: AlgorithmSubject) -> None:
     """Ten steps under `jax.lax.scan`, and ten calls of the jitted step."""
     start, states, infos = subject.history
     method, batch = subject.method(subject.gossip), subject.point[-1]
-    scan = jax.jit(lambda start, batch: jax.lax.scan(lambda s, key: method.step(key, s, batch), start, keys()))
-    equal(scan(start, batch), (states[-1], stacked(infos)))
+    scan = jax.jit(lambda start, batch: jax.lax.scan(lambda s, key: method.step(key, s, batch), start, _keys()))
+    equal(scan(start, batch), (states[-1], _stacked(infos)))
 
 
 @contract("Take branches by jnp.where or jax.lax.cond on traced values, and draw with the key that step is given.")
@@ -209,8 +237,8 @@ def vmap_over_keys_equals_a_loop(subject: AlgorithmSubject) -> None:
     """One step with three keys at once."""
     _, states, _ = subject.history
     (step, _), batch = subject.step, subject.point[-1]
-    together = jax.jit(jax.vmap(step, (0, None, None)))(keys()[:3], states[0], batch)
-    equal(together, stacked([step(key, states[0], batch) for key in keys()[:3]]))
+    together = jax.jit(jax.vmap(step, (0, None, None)))(_keys()[:3], states[0], batch)
+    equal(together, _stacked([step(key, states[0], batch) for key in _keys()[:3]]))
 
 
 @contract("Set info.breakdown to ~isfinite of what each agent has: bilevax.single_loop.engine.moved does.")
@@ -233,10 +261,13 @@ def placement_changes_nothing(subject: AlgorithmSubject) -> None:
     """Two devices that hold two agents each, played by `jax.vmap` with a named axis, against one with four."""
     _, states, _ = subject.history
 
-    def run(gossip: Gossip, x: Any, y: Any, batch: Any) -> Any:
+    def run(gossip: Gossip, x: PyTree, y: PyTree, batch: Batch) -> Any:
         method = subject.method(gossip)
-        step = lambda state, key: (method.step(key, state, batch)[0], None)  # noqa: E731
-        return jax.lax.scan(step, method.init(x, y, batch), keys()[:PLACED])[0]
+
+        def step(state: Any, key: Key) -> tuple[Any, None]:
+            return method.step(key, state, batch)[0], None
+
+        return jax.lax.scan(step, method.init(x, y, batch), _keys()[:PLACED])[0]
 
     got, expected = on_two_parts(run, subject.topology, *subject.point), states[PLACED - 1]
     equal((got.x, got.y), (expected.x, expected.y))
@@ -257,7 +288,7 @@ def somebody_evaluates(subject: AlgorithmSubject) -> None:
 def calls_are_those_declared(subject: AlgorithmSubject) -> None:
     """The mean of ten iterations, the same for every agent."""
     _, _, infos = subject.history
-    got = np.asarray(stacked([info.calls for info in infos])).mean((1, 2))
+    got = np.asarray(_stacked([info.calls for info in infos])).mean((1, 2))
     expected = subject.declared
     truth(np.allclose(got, expected, rtol=1e-6), f"info.calls are {got} an iteration, declared are {expected}")
 
@@ -294,9 +325,9 @@ CONTRACTS: tuple[Contract, ...] = (
 
 
 def check_algorithm(
-    make: Make,
-    calls: Any = None,
-    topology: Any = LAZY_RING,
+    make: MakeAlgorithm,
+    calls: Declared | None = None,
+    topology: Topologies = LAZY_RING,
     contracts: Sequence[Contract] = CONTRACTS,
     counted: bool = True,
 ) -> None:

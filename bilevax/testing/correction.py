@@ -6,7 +6,7 @@ different Hessians, d_i = H_i (s_i − b_i), an unbiased correction ends where t
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevax import checks
-from bilevax.agents._gossip import Gossip
+from bilevax.agents._gossip import Gossip, Topologies
 from bilevax.single_loop.correction.correction_type import Correction, Move
 from bilevax.testing._contract import Contract, contract, hold_all, name_of
 from bilevax.testing.placement import (
@@ -28,6 +28,23 @@ from bilevax.testing.placement import (
     on_two_parts,
 )
 from bilevax.testing.trees import same_form, truth
+from bilevax.typing import Array, Key, PyTree
+
+__all__ = [
+    "CONTRACTS",
+    "CorrectionSubject",
+    "bytes_and_rounds_are_those_of_its_messages",
+    "check_correction",
+    "limit_is_that_of_the_mean_loss",
+    "mean_moves_along_the_mean_direction",
+    "placement_changes_nothing",
+    "state_keeps_its_form",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 KEY = jax.random.key(0)
 STEP, UPDATES, LONG = 0.1, 20, 4000
@@ -51,7 +68,7 @@ class CorrectionSubject:
     """
 
     correction: Correction
-    topology: Any = LAZY_RING
+    topology: Topologies = LAZY_RING
     unbiased: bool = True
 
     def __post_init__(self) -> None:
@@ -66,8 +83,8 @@ class CorrectionSubject:
         Raises:
           ValueError: if the correction refuses it, although it takes a lazy ring.
         """
-        error = refusal(self.correction, self.topology)
-        if error is not None and refusal(self.correction, LAZY_RING) is None:
+        error = _refusal(self.correction, self.topology)
+        if error is not None and _refusal(self.correction, LAZY_RING) is None:
             raise ValueError(
                 f"topologies must be graphs that the correction takes; got {self.topology!r}, which it refuses: "
                 f"{str(error).rstrip('.')}. Pass topologies=[bx.topology.lazy(bx.topology.ring({N}))]."
@@ -76,45 +93,45 @@ class CorrectionSubject:
     @functools.cached_property
     def path(self) -> Any:
         """S at the start and after each update along random directions, leaves [updates + 1, n, ...]."""
-        run = functools.partial(follow, self.correction, on_one_device(self.topology))
-        return jax.tree.map(np.asarray, jax.jit(run)(start(), directions()))
+        run = functools.partial(_follow, self.correction, on_one_device(self.topology))
+        return jax.tree.map(np.asarray, jax.jit(run)(_start(), _directions()))
 
 
-def start() -> dict:
+def _start() -> dict[str, Array]:
     """S of all agents."""
     random = np.random.default_rng(0)
     return {"w": jnp.asarray(random.normal(size=(N, 3))), "b": jnp.asarray(random.normal(size=N))}
 
 
-def directions() -> dict:
+def _directions() -> dict[str, Array]:
     """Directions, the agents' axis first, leaves [n, updates, ...]."""
     random = np.random.default_rng(1)
     return {"w": jnp.asarray(random.normal(size=(N, UPDATES, 3))), "b": jnp.asarray(random.normal(size=(N, UPDATES)))}
 
 
-def along(step: float) -> Move:
+def _along(step: float) -> Move:
     """The displacement −a t."""
     return Move(lambda s: (), lambda t, state, s: (jax.tree.map(lambda t: -step * t, t), state), linear=True)
 
 
-def follow(correction: Correction, gossip: Gossip, s: Any, d: Any) -> Any:
+def _follow(correction: Correction, gossip: Gossip, s: PyTree, d: PyTree) -> PyTree:
     """S at the start and after each update along d, leaves [n, updates, ...]."""
 
-    def update(carry: tuple, inputs: tuple) -> tuple:
+    def update(carry: tuple[PyTree, Any], inputs: tuple[Array, PyTree]) -> tuple[tuple[PyTree, Any], PyTree]:
         (s, state), (k, d) = carry, inputs
-        s, state, _ = correction.update(jax.random.fold_in(KEY, k), state, gossip, s, d, along(STEP))
+        s, state, _ = correction.update(jax.random.fold_in(KEY, k), state, gossip, s, d, _along(STEP))
         return (s, state), s
 
     first, d = s, jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), d)
-    carry = s, correction.init(gossip, s, along(STEP))
+    carry = s, correction.init(gossip, s, _along(STEP))
     path: Any
     _, path = jax.lax.scan(update, carry, (jnp.arange(UPDATES), d))
     return jax.tree.map(lambda one, many: jnp.concatenate([one[None], many]), first, path)
 
 
-def refusal(correction: Correction, topology: Any) -> ValueError | None:
+def _refusal(correction: Correction, topology: Topologies) -> ValueError | None:
     """What the correction says of a graph that it does not take."""
-    gossip, s, move = on_one_device(topology), start(), along(STEP)
+    gossip, s, move = on_one_device(topology), _start(), _along(STEP)
     try:
         jax.eval_shape(lambda s: correction.update(KEY, correction.init(gossip, s, move), gossip, s, s, move), s)
     except ValueError as error:
@@ -128,9 +145,9 @@ def refusal(correction: Correction, topology: Any) -> ValueError | None:
 )
 def state_keeps_its_form(subject: CorrectionSubject) -> None:
     """By tracing alone, for leaves in half and in double precision."""
-    gossip, s = on_one_device(subject.topology), start()
+    gossip, s = on_one_device(subject.topology), _start()
     s["w"] = s["w"].astype(jnp.bfloat16)
-    move = along(STEP)
+    move = _along(STEP)
     state = jax.eval_shape(lambda s: subject.correction.init(gossip, s, move), s)
     new, after, sent = jax.eval_shape(
         lambda state, s: subject.correction.update(KEY, state, gossip, s, s, move), state, s
@@ -148,7 +165,7 @@ def state_keeps_its_form(subject: CorrectionSubject) -> None:
 def mean_moves_along_the_mean_direction(subject: CorrectionSubject) -> None:
     """In each of twenty updates along random directions."""
     moved = _flat(jax.tree.map(lambda leaf: np.diff(leaf.mean(1), axis=0), subject.path))
-    d = _flat(jax.tree.map(lambda leaf: np.asarray(leaf).mean(0), directions()))
+    d = _flat(jax.tree.map(lambda leaf: np.asarray(leaf).mean(0), _directions()))
     share = -(moved[0] @ d[0]) / (STEP * d[0] @ d[0])
     truth(0 < share < 1 + 1e-9, f"the mean moves by {share:.3g} times the step along the mean direction")
     for k in range(UPDATES):
@@ -166,15 +183,15 @@ def limit_is_that_of_the_mean_loss(subject: CorrectionSubject) -> None:
     """Of losses (s − b_i)ᵀH_i (s − b_i) / 2 with diagonal Hessians between 0.5 and 2."""
     random = np.random.default_rng(2)
     H, b = random.uniform(0.5, 2.0, size=(N, 3)), random.normal(size=(N, 3))
-    gossip, move = on_one_device(subject.topology), along(STEP)
+    gossip, move = on_one_device(subject.topology), _along(STEP)
 
-    def update(k: Any, carry: tuple, H: Any, b: Any) -> tuple:
+    def update(k: Array, carry: tuple[Array, Any], H: Array, b: Array) -> tuple[Array, Any]:
         s, state = carry
         key = jax.random.fold_in(KEY, k)
         return subject.correction.update(key, state, gossip, s, H * (s - b), move)[:2]
 
     @jax.jit
-    def end(s: Any, H: Any, b: Any) -> Any:
+    def end(s: Array, H: Array, b: Array) -> Array:
         carry = s, subject.correction.init(gossip, s, move)
         return jax.lax.fori_loop(0, LONG, lambda k, carry: update(k, carry, H, b), carry)[0]
 
@@ -189,10 +206,10 @@ def limit_is_that_of_the_mean_loss(subject: CorrectionSubject) -> None:
 )
 def bytes_and_rounds_are_those_of_its_messages(subject: CorrectionSubject) -> None:
     """Read off the calls of the gossip in a traced update."""
-    gossip, move, sent = on_one_device(subject.topology), along(STEP), []
+    gossip, move, sent = on_one_device(subject.topology), _along(STEP), []
 
-    def spied(send: Any) -> Any:
-        def call(key: Any, state: Any, tree: Any) -> tuple:
+    def spied(send: Callable[..., tuple[PyTree, Any]]) -> Callable[..., tuple[PyTree, Any]]:
+        def call(key: Key | None, state: Any, tree: PyTree) -> tuple[PyTree, Any]:
             sent.append(gossip.bytes(state, tree))
             return send(key, state, tree)
 
@@ -201,12 +218,12 @@ def bytes_and_rounds_are_those_of_its_messages(subject: CorrectionSubject) -> No
     spy = gossip._replace(mix=spied(gossip.mix), laplacian=spied(gossip.laplacian))
 
     @jax.jit
-    def declared(s: Any) -> tuple:
+    def declared(s: PyTree) -> tuple[Array, Array]:
         state = subject.correction.init(gossip, s, move)
         _, _, size = subject.correction.update(KEY, state, spy, s, s, move)
         return size, sum(sent, start=jnp.zeros(N))
 
-    got, expected = declared(start())
+    got, expected = declared(_start())
     truth(np.allclose(got, expected), f"bytes are {got}, and the messages have {expected}")
     truth(subject.correction.rounds == len(sent), f"rounds={subject.correction.rounds} for {len(sent)} calls")
 
@@ -215,14 +232,14 @@ def bytes_and_rounds_are_those_of_its_messages(subject: CorrectionSubject) -> No
 def placement_changes_nothing(subject: CorrectionSubject) -> None:
     """Two parts with two agents each, and one with four."""
 
-    def end(gossip: Gossip, s: Any, d: Any) -> Any:
-        return jax.tree.map(lambda path: path[-1], follow(subject.correction, gossip, s, d))
+    def end(gossip: Gossip, s: PyTree, d: PyTree) -> PyTree:
+        return jax.tree.map(lambda path: path[-1], _follow(subject.correction, gossip, s, d))
 
-    got = on_two_parts(end, subject.topology, start(), directions())
+    got = on_two_parts(end, subject.topology, _start(), _directions())
     equal(got, jax.tree.map(lambda path: path[-1], subject.path))
 
 
-def _flat(tree: Any) -> np.ndarray:
+def _flat(tree: PyTree) -> np.ndarray:
     """Leaves [updates, ...] as one matrix [updates, entries]."""
     return np.concatenate([leaf.reshape(UPDATES, -1) for leaf in jax.tree.leaves(tree)], axis=1)
 
@@ -239,7 +256,7 @@ CONTRACTS: tuple[Contract, ...] = (
 def check_correction(
     correction: Correction,
     unbiased: bool = True,
-    topologies: Sequence[Any] = (LAZY_RING, DIRECTED),
+    topologies: Sequence[Topologies] = (LAZY_RING, DIRECTED),
     contracts: Sequence[Contract] = CONTRACTS,
 ) -> None:
     """Checks what every correction keeps: its form, where the mean of the agents moves, its limit, and what it sends.

@@ -21,14 +21,37 @@ from bilevax.single_loop.estimator import Estimator, Oracle
 from bilevax.testing._contract import Contract, contract, hold_all, name_of
 from bilevax.testing.placement import LAZY_RING, N, equal
 from bilevax.testing.trees import same_form, truth
+from bilevax.typing import Array, Key
+
+__all__ = [
+    "CONTRACTS",
+    "EstimatorSubject",
+    "agents_draw_apart",
+    "check_estimator",
+    "evaluations_are_those_that_were_run",
+    "first_estimate_is_unbiased",
+    "one_sample_at_both_points",
+    "placement_changes_nothing",
+    "settles_where_the_point_settles",
+    "state_keeps_its_form",
+    "who_does_not_evaluate_keeps_its_estimate",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 KEY = jax.random.key(0)
 LEVELS = ("x", "y", "v")
 POINTS, ROWS, KEYS = 200, 6, 2000
 GOSSIP = gossip(LAZY_RING)
 
+Note = Callable[[Array, Array], None]  # k, and a number for what each agent reads
+Run = tuple[Levels, np.ndarray, list[tuple[int, np.ndarray]]]  # estimates, evaluations, what was noted
 
-def directions(point: Levels, batch: Batch) -> Levels:
+
+def _directions(point: Levels, batch: Batch) -> Levels:
     """Of stacked agents, leaves [m, ...]: different at every point, and means over the examples."""
     outer, inner = batch.outer.mean(1), batch.inner.mean(1)
     return Levels(
@@ -38,55 +61,62 @@ def directions(point: Levels, batch: Batch) -> Levels:
     )
 
 
-def points() -> Levels:
+def _points() -> Levels:
     """Leaves [n, points, ...]: at first each another, from the second half on all the same."""
     random = np.random.default_rng(0)
     moving = np.arange(POINTS) < POINTS // 2
 
-    def leaf(size: int) -> Any:
+    def leaf(size: int) -> Array:
         path = random.normal(size=(N, POINTS, size))
         return jnp.asarray(np.where(moving[None, :, None], path, path[:, -1:]))
 
     return Levels(leaf(2), leaf(3), leaf(3))
 
 
-def data(alike: bool = False) -> Batch:
+def _data(alike: bool = False) -> Batch:
     """Six examples of each agent; `alike`: the same ones for all agents."""
     random = np.random.default_rng(1)
     leaves = [random.normal(size=(N, ROWS, size)) for size in (2, 3)]
     return Batch(*(jnp.asarray(np.broadcast_to(leaf[:1], leaf.shape) if alike else leaf) for leaf in leaves))
 
 
-def without_noise() -> Batch:
+def _without_noise() -> Batch:
     """Six times the same example for each agent, another one for each."""
-    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[:, :1], leaf.shape), data())
+    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[:, :1], leaf.shape), _data())
 
 
-def oracle(agents: Any, previous: Any = None, note: Callable | None = None, group: tuple = LEVELS) -> Oracle:
+def _oracle(
+    agents: Array,
+    previous: Levels | None = None,
+    note: Callable[[Array], None] | None = None,
+    group: tuple[str, ...] = LEVELS,
+) -> Oracle:
     """What the estimator may ask for, for agents with these ids; `note(marks [m])` sees what is evaluated on."""
 
     def evaluate(point: Levels, batch: Batch) -> Levels:
         if note is not None:
-            note(sum(jnp.sum(leaf, axis=(1, 2)) for leaf in batch))
-        d = directions(point, batch)
+            note(jnp.sum(batch.outer, axis=(1, 2)) + jnp.sum(batch.inner, axis=(1, 2)))
+        d = _directions(point, batch)
         return Levels(*(getattr(d, name) if name in group else None for name in LEVELS))
 
     return Oracle(evaluate, GOSSIP._replace(agents=lambda: agents), group, previous)
 
 
-def follow(estimator: Estimator, agents: Any, path: Levels, batch: Batch, note: Callable | None = None) -> tuple:
+def _follow(
+    estimator: Estimator, agents: Array, path: Levels, batch: Batch, note: Note | None = None
+) -> tuple[Levels, Array]:
     """(estimates, evaluations [points, n]) along points with leaves [n, points, ...]; `note(k, marks)`."""
     path = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), path)
     first = jax.tree.map(lambda leaf: leaf[0], path)
 
-    def one(carry: tuple, inputs: tuple) -> tuple:
+    def one(carry: tuple[Levels, Any], inputs: tuple[Array, Levels]) -> tuple[tuple[Levels, Any], tuple[Levels, Array]]:
         (previous, state), (k, point) = carry, inputs
         noted = None if note is None else lambda marks: jax.debug.callback(note, k, marks)
-        asked = oracle(agents, previous if estimator.remembers else None, noted)
+        asked = _oracle(agents, previous if estimator.remembers else None, noted)
         u, state, evaluations = estimator.update(jax.random.fold_in(KEY, k), state, asked, point, batch, k)
         return (point, state), (u, evaluations)
 
-    state = estimator.init(oracle(agents), first, batch)
+    state = estimator.init(_oracle(agents), first, batch)
     return jax.lax.scan(one, (first, state), (jnp.arange(POINTS), path))[1]
 
 
@@ -113,27 +143,27 @@ class EstimatorSubject:
         checks.instance("estimator", self.estimator, Estimator, fix)
 
     @functools.cached_property
-    def run(self) -> Callable:
+    def run(self) -> Callable[[Batch], Run]:
         """`run(batch) -> (estimates, evaluations, [(k, marks), ...])` along `points()`, jitted."""
-        noted: list = []
+        noted: list[tuple[int, np.ndarray]] = []
 
-        def note(k: Any, marks: Any) -> None:
+        def note(k: Array, marks: Array) -> None:
             noted.append((int(k), np.asarray(marks)))
 
-        follow_all = jax.jit(functools.partial(follow, self.estimator, note=note))
+        follow_all = jax.jit(functools.partial(_follow, self.estimator, note=note))
 
-        def run(batch: Batch) -> tuple:
+        def run(batch: Batch) -> Run:
             noted.clear()
-            found = jax.tree.map(np.asarray, follow_all(jnp.arange(N, dtype=jnp.int32), points(), batch))
+            u, evaluations = jax.tree.map(np.asarray, follow_all(jnp.arange(N, dtype=jnp.int32), _points(), batch))
             jax.effects_barrier()
-            return *found, list(noted)
+            return u, evaluations, list(noted)
 
         return run
 
     @functools.cached_property
-    def ordinary(self) -> tuple:
+    def ordinary(self) -> Run:
         """A run on agents that all have other examples."""
-        return self.run(data())
+        return self.run(_data())
 
 
 @contract(
@@ -142,12 +172,12 @@ class EstimatorSubject:
 )
 def state_keeps_its_form(subject: EstimatorSubject) -> None:
     """By tracing alone, for all levels and for y alone, in half and in double precision."""
-    point, batch = jax.tree.map(lambda leaf: leaf[:, 0], points()), data()
+    point, batch = jax.tree.map(lambda leaf: leaf[:, 0], _points()), _data()
     point = point._replace(y=point.y.astype(jnp.bfloat16))
     batch = batch._replace(inner=batch.inner.astype(jnp.bfloat16))
     agents = jnp.arange(N, dtype=jnp.int32)
     for group in (LEVELS, ("y",)):
-        asked = oracle(agents, point if subject.estimator.remembers else None, group=group)
+        asked = _oracle(agents, point if subject.estimator.remembers else None, group=group)
         state = jax.eval_shape(lambda point, asked=asked: subject.estimator.init(asked, point, batch), point)
         u, after, evaluations = jax.eval_shape(
             lambda state, point, asked=asked: subject.estimator.update(KEY, state, asked, point, batch, jnp.asarray(1)),
@@ -166,15 +196,15 @@ def state_keeps_its_form(subject: EstimatorSubject) -> None:
 )
 def first_estimate_is_unbiased(subject: EstimatorSubject) -> None:
     """Over two thousand keys, within five standard deviations of the mean."""
-    point, batch = jax.tree.map(lambda leaf: leaf[:, 0], points()), data()
-    asked = oracle(jnp.arange(N, dtype=jnp.int32), point if subject.estimator.remembers else None)
+    point, batch = jax.tree.map(lambda leaf: leaf[:, 0], _points()), _data()
+    asked = _oracle(jnp.arange(N, dtype=jnp.int32), point if subject.estimator.remembers else None)
 
-    def first(key: Any) -> Any:
+    def first(key: Key) -> Levels:
         state = subject.estimator.init(asked, point, batch)
         return subject.estimator.update(key, state, asked, point, batch, jnp.asarray(0))[0]
 
     draws = jax.tree.map(np.asarray, jax.jit(jax.vmap(first))(jax.random.split(KEY, KEYS)))
-    for name, u, d in zip(LEVELS, draws, directions(point, batch), strict=True):
+    for name, u, d in zip(LEVELS, draws, _directions(point, batch), strict=True):
         error, width = np.abs(u.mean(0) - d), 5 * u.std(0) / np.sqrt(KEYS) + 1e-9
         truth((error < width).all(), f"the mean of d_{name} is up to {error.max():.3g} off the direction")
 
@@ -185,8 +215,8 @@ def first_estimate_is_unbiased(subject: EstimatorSubject) -> None:
 )
 def settles_where_the_point_settles(subject: EstimatorSubject) -> None:
     """On equal examples, so that samples have no noise: at least to a twentieth of the way, in a hundred iterations."""
-    u, _, _ = subject.run(without_noise())
-    for name, estimates, path, d in zip(LEVELS, u, points(), directions(_at(-1), without_noise()), strict=True):
+    u, _, _ = subject.run(_without_noise())
+    for name, estimates, path, d in zip(LEVELS, u, _points(), _directions(_at(-1), _without_noise()), strict=True):
         scale = np.abs(np.asarray(path)).max()
         error = np.nan_to_num(np.abs(estimates[-1] - d), nan=np.inf).reshape(N, -1).max(1)
         late = np.flatnonzero(error >= 0.05 * scale)
@@ -231,10 +261,12 @@ def one_sample_at_both_points(subject: EstimatorSubject) -> None:
         truth(same, f"at iteration {k} the {len(marks)} evaluations are on different samples")
 
 
-@contract("Fold the global ids, oracle.gossip.agents(), into the key of each agent: bilevax.estimator.draw does.")
+@contract(
+    "Fold the global ids, oracle.gossip.agents(), into the key of each agent: bilevax.single_loop.estimator.draw does."
+)
 def agents_draw_apart(subject: EstimatorSubject) -> None:
     """Agents with the same examples: where samples change from iteration to iteration, they differ between agents."""
-    _, _, noted = subject.run(data(alike=True))
+    _, _, noted = subject.run(_data(alike=True))
     whole = [marks for _, marks in noted if len(marks) == N]
     random = len({float(np.round(marks[0], 9)) for marks in whole}) > 2
     apart = any(np.ptp(marks) > 1e-9 for marks in whole)
@@ -247,20 +279,20 @@ def agents_draw_apart(subject: EstimatorSubject) -> None:
 )
 def placement_changes_nothing(subject: EstimatorSubject) -> None:
     """Two agents by themselves estimate what they estimate among four."""
-    run = jax.jit(functools.partial(follow, subject.estimator))
+    run = jax.jit(functools.partial(_follow, subject.estimator))
     u, evaluations, _ = subject.ordinary
     for half in (slice(0, 2), slice(2, 4)):
-        path, batch = jax.tree.map(lambda leaf, half=half: leaf[half], (points(), data()))
+        path, batch = jax.tree.map(lambda leaf, half=half: leaf[half], (_points(), _data()))
         got = run(jnp.arange(N, dtype=jnp.int32)[half], path, batch)
         equal(got, jax.tree.map(lambda leaf, half=half: leaf[:, half], (u, evaluations)))
 
 
 def _at(k: int) -> Levels:
-    return jax.tree.map(lambda leaf: leaf[:, k], points())
+    return jax.tree.map(lambda leaf: leaf[:, k], _points())
 
 
-def _by_iteration(noted: list) -> dict[int, list]:
-    found: dict[int, list] = {}
+def _by_iteration(noted: list[tuple[int, np.ndarray]]) -> dict[int, list[np.ndarray]]:
+    found: dict[int, list[np.ndarray]] = {}
     for k, marks in noted:
         found.setdefault(k, []).append(marks)
     return found

@@ -19,6 +19,25 @@ from bilevax.agents.topology import Topology
 from bilevax.testing._contract import Contract, contract, hold_all, name_of
 from bilevax.testing.placement import directed, in_turn
 from bilevax.testing.trees import same_form, truth
+from bilevax.typing import Array, PyTree
+
+__all__ = [
+    "CONTRACTS",
+    "GossipSubject",
+    "agents_and_mean_are_all_of_them",
+    "bytes_are_those_to_all_neighbours",
+    "check_gossip",
+    "laplacian_is_the_rest",
+    "mean_is_kept",
+    "mixing_is_the_matrix",
+    "rounds_approach_the_mean",
+    "state_keeps_its_form",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 KEY = jax.random.key(0)
 ROUNDS = 60
@@ -50,25 +69,25 @@ class GossipSubject:
         checks.instance("gossip", self.gossip, Gossip, "Make one of a graph, bx.gossip(topology).")
 
     @functools.cached_property
-    def message(self) -> dict:
+    def message(self) -> dict[str, Array]:
         """What the agents have at the start."""
         random, n = np.random.default_rng(0), self.gossip.n
         return {"w": jnp.asarray(random.normal(size=(n, 3))), "b": jnp.asarray(random.normal(size=n))}
 
     @functools.cached_property
-    def rounds(self) -> tuple:
+    def rounds(self) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
         """(what the agents have, weights, bytes) at the start and after each round, leaves [rounds + 1, n, ...]."""
 
-        def record(tree: Any, state: Any) -> tuple:
+        def record(tree: PyTree, state: Any) -> tuple[PyTree, Array, Array]:
             weights = jnp.broadcast_to(jnp.asarray(self.gossip.weights(state), float), self.gossip.n)
             return tree, weights, self.gossip.bytes(state, tree)
 
-        def one(carry: tuple, k: Any) -> tuple:
+        def one(carry: tuple[PyTree, Any], k: Array) -> tuple[tuple[PyTree, Any], tuple[PyTree, Array, Array]]:
             tree, state = self.gossip.mix(jax.random.fold_in(KEY, k), carry[1], carry[0])
             return (tree, state), record(tree, state)
 
         @jax.jit
-        def run(tree: Any) -> Any:
+        def run(tree: PyTree) -> tuple[PyTree, Array, Array]:
             state = self.gossip.init(tree)
             later: Any
             _, later = jax.lax.scan(one, (tree, state), jnp.arange(ROUNDS))
@@ -144,7 +163,7 @@ def laplacian_is_the_rest(subject: GossipSubject) -> None:
     equal = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[:1] / 3, leaf.shape), tree)
 
     @jax.jit
-    def slopes(*trees: Any) -> Any:
+    def slopes(*trees: PyTree) -> list[PyTree]:
         return [gossip.laplacian(KEY, gossip.init(tree), tree)[0] for tree in trees]
 
     W = subject.graphs[0].matrix.toarray()

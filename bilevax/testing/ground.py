@@ -19,14 +19,15 @@ from bilevax.testing.compiled import executed_dots, products
 from bilevax.typing import Array, Key, PyTree, Scalar
 
 DRAWS = 16  # entries of the stream of batches
+Data = dict[str, Array]  # what a loss reads
 
 
-def _inner_loss(x: Array, y: Array, batch: dict) -> Array:
+def _inner_loss(x: Array, y: Array, batch: Data) -> Array:
     curved = jnp.sum(jax.nn.softplus(batch["A"] @ jnp.tanh(y)))
     return batch["c"] * curved + jnp.sum(y**2) + y @ (batch["B"] @ x)
 
 
-def _outer_loss(x: Array, y: Array, batch: dict) -> Array:
+def _outer_loss(x: Array, y: Array, batch: Data) -> Array:
     curved = jnp.sum(jax.nn.softplus(batch["C"] @ (y * jnp.sum(x))))
     return batch["w"] * curved + batch["s"] * (0.5 * jnp.sum((y - batch["b"]) ** 2) + 0.5 * jnp.sum(x**2))
 
@@ -49,8 +50,10 @@ def make_batch(seed: int = 100, curved: float = 1.0) -> Batch:
     return jax.tree.map(jnp.asarray, Batch(outer, inner))
 
 
-def stream(key: Key, t: Scalar, data: dict) -> dict:
+def stream(key: Key | None, t: Scalar, data: Data) -> Data:
     """A sampler whose draw depends on the step where the gains differ, and on the key where there is noise."""
+    if key is None:
+        raise ValueError("key must be a jax.random.key for a stream of draws; got None. Hand on the key of the call.")
     word = jax.random.key_data(key)[-1] * jnp.uint32(2654435769)  # scatters the seeds 1, 2, ...
     uniform = word.astype(jnp.float32) / 2**32
     gain = data["gains"][t % DRAWS] + data["noise"] * uniform.astype(data["noise"].dtype)
@@ -91,13 +94,13 @@ def exact_gradient(x: Array, batch: Batch) -> Array:
     return jnp.asarray(np.asarray(x) - np.asarray(batch.inner["B"]).T @ residual / 2)
 
 
-def _draw(data: dict, t: Scalar) -> dict:
+def _draw(data: Data, t: Scalar) -> Data:
     gain = data["gains"][t % DRAWS]
     return data | {"A": gain * data["A"], "B": gain * data["B"]}
 
 
 @functools.partial(jax.jit, static_argnames="steps")
-def descend(steps: int, rate: Scalar, x: Array, y: Array, data: dict) -> Array:
+def descend(steps: int, rate: Scalar, x: Array, y: Array, data: Data) -> Array:
     """Y after plain gradient steps on the draws of `stream` without noise."""
 
     def step(y: Array, t: Array) -> tuple[Array, None]:
@@ -113,7 +116,7 @@ def unrolled_gradient(steps: int, rate: Scalar, x: Array, y: Array, batch: Batch
 
 
 @jax.jit
-def losses(x: Array, y: Array, data: dict, last: int) -> tuple[Array, Array]:
+def losses(x: Array, y: Array, data: Data, last: int) -> tuple[Array, Array]:
     """G and ‖∇_y g‖ on draw `last` of `stream` without noise."""
     value, gradient = jax.value_and_grad(_inner_loss, 1)(x, y, _draw(data, last))
     return value, jnp.linalg.norm(gradient)

@@ -13,22 +13,66 @@ from bilevax.problem import Calls, IHVPInfo, SolverInfo
 from bilevax.testing import ground, points
 from bilevax.testing._contract import Contract, contract, hold_all, name_of
 from bilevax.testing.compiled import READABLE
-from bilevax.testing.hypergradient_subject import NEAR, RATE, HypergradientSubject, Make, keys
+from bilevax.testing.hypergradient_subject import NEAR, RATE, HypergradientSubject, MakeHypergradient, Scanned, keys
 from bilevax.testing.trees import close, differ, finite, same_form, scalars, short, truth
+from bilevax.typing import Array
+
+__all__ = [
+    "CONTRACTS",
+    "check_hypergradient",
+    "constant_outer_loss_has_no_gradient",
+    "declared_calls_are_compiled_calls",
+    "draws_depend_on_the_key_alone",
+    "exact_at_the_solution",
+    "gradient_is_like_x",
+    "gradient_is_that_of_the_steps",
+    "half_precision_is_near_double",
+    "jit_equals_eager",
+    "nan_is_reported",
+    "one_program_serves_all_steps",
+    "python_floats_are_numbers",
+    "same_gradient_form",
+    "single_precision_stays_single",
+    "state_is_read",
+    "vmap_of_scan_equals_a_loop",
+    "weak_types_are_kept",
+    "y_is_that_of_a_loop_by_hand",
+]
 
 
-def parts(info: Any) -> tuple[HypergradientInfo, ...]:
+def __dir__() -> list[str]:
+    return __all__
+
+
+def _parts(info: Any) -> tuple[HypergradientInfo, ...]:
     """The infos of the two phases, or the one."""
     return (info.first, info.second) if isinstance(info, TwoPhaseInfo) else (info,)
 
 
-def active(info: Any) -> HypergradientInfo:
+def _active(info: Any) -> HypergradientInfo:
     """The info of the estimator that ran."""
-    return parts(info)[int(info.phase)] if isinstance(info, TwoPhaseInfo) else info
+    return _parts(info)[int(info.phase)] if isinstance(info, TwoPhaseInfo) else info
 
 
-def same_gradient_form(subject: HypergradientSubject, point: points.Point) -> None:
-    """The forms of one estimate at a point, by tracing alone."""
+def same_gradient_form(subject: HypergradientSubject, point: points.Variables) -> None:
+    """Compares the forms of the gradient, of the state and of info with those that are meant, by tracing alone.
+
+    Args:
+      subject: an estimator on trial.
+      point: x and y, such as one of `testing.points.POINTS`.
+
+    Raises:
+      AssertionError: with what has another form.
+
+    Cost: two traces.
+
+    Example:
+        >>> import bilevax as bx
+        >>> from bilevax import testing
+        >>> make = lambda loss, optimizer, sample: bx.inner.reverse(loss, optimizer, steps=4, sample=sample)
+        >>> subject = testing.solver_subject(make, steps=4)
+        >>> testing.hypergradient.same_gradient_form(subject, testing.points.everything())
+    """
     x, y = point
     batch, hypergrad = points.make_batch(), subject.at(points.PROBLEM)
     state = jax.eval_shape(hypergrad.init, x, y, batch)
@@ -36,7 +80,7 @@ def same_gradient_form(subject: HypergradientSubject, point: points.Point) -> No
     same_form("the gradient", grad, "x", x)
     same_form("the state after an estimate", after, "the state of init", state)
     same_form("state.y", after.y, "y", y)
-    for part in parts(info):
+    for part in _parts(info):
         kinds = {"info": (part, HypergradientInfo), "info.inner": (part.inner, SolverInfo)}
         for name, (got, kind) in (kinds | {"info.inner.calls": (part.inner.calls, Calls)}).items():
             truth(isinstance(got, kind), f"{name} is a {type(got).__name__}; a {kind.__name__} is meant")
@@ -64,7 +108,7 @@ def python_floats_are_numbers(subject: HypergradientSubject) -> None:
 def single_precision_stays_single(subject: HypergradientSubject) -> None:
     """By tracing alone, with x64 off."""
     with jax.enable_x64(False):
-        same_gradient_form(subject, points.dictionary())
+        same_gradient_form(subject, points.POINTS["dict"]())
 
 
 @contract("Strip weak types in init (jnp.asarray(leaf, jnp.result_type(leaf))): they make a second program.")
@@ -80,7 +124,7 @@ def weak_types_are_kept(subject: HypergradientSubject) -> None:
 def one_program_serves_all_steps(subject: HypergradientSubject) -> None:
     """A compiled program takes the state of one step in the next, and all numbers are finite."""
     _, (grads, infos) = subject.run(*subject.trials["plain"])
-    last = active(jax.tree.map(lambda leaf: leaf[-1], infos))
+    last = _active(jax.tree.map(lambda leaf: leaf[-1], infos))
     finite("the gradient", grads)
     finite("info.outer_loss", last.outer_loss)
     truth(not last.inner.breakdown, "a breakdown is reported on a convex problem")
@@ -97,7 +141,7 @@ def vmap_of_scan_equals_a_loop(subject: HypergradientSubject) -> None:
         close("info", infos, loop_infos, rtol=1e-8)
 
 
-def _without_y(results: tuple) -> tuple:
+def _without_y(results: Scanned) -> tuple[tuple[Array, Any], tuple[Array, Any]]:
     carry, (grads, _, infos) = results
     return carry, (grads, infos)
 
@@ -126,7 +170,7 @@ def exact_at_the_solution(subject: HypergradientSubject) -> None:
     grad, state, info = subject.estimate(state, x, batch, rate=0.5)
     close("the gradient", grad, ground.exact_gradient(x, batch))
     close("state.y", state.y, y)
-    size = active(info).inner.gradient_norm
+    size = _active(info).inner.gradient_norm
     truth(not size > 1e-12, f"info.inner.gradient_norm is {size} at the solution")  # NaN where a black box reports none
 
 
@@ -135,12 +179,12 @@ def nan_is_reported(subject: HypergradientSubject) -> None:
     """One NaN in the data, of f or of g."""
     for loss, batch in zip("fg", ground.spoiled(ground.make_batch()), strict=True):
         grad, state, info = subject.estimate(batch=batch)
-        inner = active(info).inner
+        inner = _active(info).inner
         numbers = int(np.sum(~np.isnan(grad)))
         truth(not numbers, f"the data of {loss} hold NaN, and {numbers} of {grad.size} entries of the gradient none")
         truth(inner.breakdown, f"the data of {loss} hold NaN, and info.inner.breakdown is False")
         if loss == "f":
-            truth(np.isnan(active(info).outer_loss), f"f is NaN, and info.outer_loss {active(info).outer_loss}")
+            truth(np.isnan(_active(info).outer_loss), f"f is NaN, and info.outer_loss {_active(info).outer_loss}")
         else:
             truth(np.isnan(inner.inner_loss), f"g is NaN, and info.inner.inner_loss {inner.inner_loss}")
             truth(np.isnan(inner.gradient_norm), f"∇g is NaN, and info.inner.gradient_norm {inner.gradient_norm}")
@@ -177,7 +221,7 @@ def y_is_that_of_a_loop_by_hand(subject: HypergradientSubject) -> None:
     batch = ground.varied(plain)
     (_, ys, infos), by_hand = subject.trial("varied"), ground.descend(steps, RATE, x, y, batch.inner)
     close("y", ys[0], by_hand)
-    inner = active(jax.tree.map(lambda leaf: leaf[0], infos)).inner
+    inner = _active(jax.tree.map(lambda leaf: leaf[0], infos)).inner
     if not np.isnan(inner.inner_loss):  # which a black box may leave out
         report = ground.losses(x, by_hand, batch.inner, max(steps - 1, 0))
         close("(info.inner.inner_loss, gradient_norm)", (inner.inner_loss, inner.gradient_norm), report)
@@ -194,7 +238,7 @@ def gradient_is_that_of_the_steps(subject: HypergradientSubject) -> None:
     by_hand = ground.unrolled_gradient(subject.steps, RATE, x, y, batch)
     close("the gradient", subject.trial("varied")[0][0], by_hand)
     grads, ahead, behind = (subject.trial(name) for name in ("noisy", "ahead", "behind"))
-    losses = [active(jax.tree.map(lambda leaf: leaf[0], trial[2])).outer_loss for trial in (ahead, behind)]
+    losses = [_active(jax.tree.map(lambda leaf: leaf[0], trial[2])).outer_loss for trial in (ahead, behind)]
     slope = (losses[0] - losses[1]) / (2 * NEAR)
     close("the gradient along (1, …, 1)", np.sum(grads[0][0]), slope, rtol=1e-6)
 
@@ -226,7 +270,7 @@ def constant_outer_loss_has_no_gradient(subject: HypergradientSubject) -> None:
 )
 def declared_calls_are_compiled_calls(subject: HypergradientSubject) -> None:
     """By the matrix products of the compiled program, each of a size of its own."""
-    info = active(subject.estimate()[2])
+    info = _active(subject.estimate()[2])
     details = jax.tree.leaves(info.inner.detail, is_leaf=lambda part: isinstance(part, IHVPInfo))
     iterations = [int(part.iterations) for part in details if isinstance(part, IHVPInfo)]
     ran = ground.executed(subject.program, max(iterations, default=1))
@@ -246,8 +290,8 @@ def half_precision_is_near_double(subject: HypergradientSubject) -> None:
     same_form("the gradient", grad, "x", x)
     same_form("state.y", state.y, "y", y)
     expected_grad, expected, _ = subject.estimate(batch=ground.make_batch(curved=0.1))
-    inner = active(info).inner
-    finite("the report", (active(info).outer_loss, inner.inner_loss, inner.gradient_norm))
+    inner = _active(info).inner
+    finite("the report", (_active(info).outer_loss, inner.inner_loss, inner.gradient_norm))
     close("the gradient", grad.astype(float), expected_grad, rtol=0.05)
     close("y", state.y.astype(float), expected.y, rtol=0.05)
 
@@ -272,7 +316,7 @@ CONTRACTS: tuple[Contract, ...] = (
 )
 
 
-def check_hypergradient(make: Make, contracts: Sequence[Contract] = CONTRACTS, **declared: Any) -> None:
+def check_hypergradient(make: MakeHypergradient, contracts: Sequence[Contract] = CONTRACTS, **declared: Any) -> None:
     """Holds an estimator of hypergradients to the contracts that all of them keep.
 
     The contract `declared_calls_are_compiled_calls` is left out with JAX before 0.10, which prints

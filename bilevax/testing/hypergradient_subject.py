@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +15,24 @@ from bilevax.hypergradients._hypergradient import HypergradientInfo
 from bilevax.problem import Batch, BilevelProblem, Calls, Hypergradient, InnerSolver
 from bilevax.sampling import Sample, full
 from bilevax.testing import ground
-from bilevax.typing import Scalar
+from bilevax.typing import Array, Key, PyTree, Scalar
 
 RATE = 0.1  # of the inner optimizer
 STEPS = 5  # outer steps in one program
 NEAR = 1e-5  # of two points whose difference is a derivative
-Make = Callable[[BilevelProblem, optax.GradientTransformation, Sample], Hypergradient]
+
+Estimated = tuple[PyTree, Any, Any]  # the gradient, the state after, the info
+Seen = tuple[PyTree, PyTree, Any]  # gradients, y and infos of outer steps, stacked
+Scanned = tuple[tuple[Array, Any], Seen]  # x and the state at the end, and what was seen
+Trial = tuple[Key, Any, Array, Batch]  # the key, the state, x and the batch of what runs at once
+
+
+class MakeHypergradient(Protocol):
+    """An estimator of a problem, a function of yours; it may leave optimizer and sampler aside."""
+
+    def __call__(
+        self, problem: BilevelProblem, optimizer: optax.GradientTransformation, sample: Sample, /
+    ) -> Hypergradient: ...
 
 
 def no_more(info: HypergradientInfo) -> Calls:
@@ -55,7 +67,7 @@ class HypergradientSubject:
         4
     """
 
-    make: Make
+    make: MakeHypergradient
     steps: int | None = None
     unrolls: bool = False
     keyed: bool = True
@@ -87,7 +99,7 @@ class HypergradientSubject:
     def program(self) -> jax.stages.Compiled:
         """`estimate` on full batches, for any learning rate of the inner optimizer."""
 
-        def estimate(rate: Any, key: Any, state: Any, x: Any, batch: Batch) -> tuple:
+        def estimate(rate: Array, key: Key, state: Any, x: Array, batch: Batch) -> Estimated:
             return self.at(ground.PROBLEM, rate).estimate(key, state, x, batch)
 
         x, _ = ground.make_point()
@@ -95,15 +107,20 @@ class HypergradientSubject:
         return jax.jit(estimate).lower(*arguments).compile()
 
     def estimate(
-        self, state: Any = None, x: Any = None, batch: Batch | None = None, rate: float = RATE, key: Any = None
-    ) -> tuple:
+        self,
+        state: Any = None,
+        x: Array | None = None,
+        batch: Batch | None = None,
+        rate: float = RATE,
+        key: Key | None = None,
+    ) -> Estimated:
         """`(grad, state, info)` on the proving ground, by a program that is compiled once."""
         x = ground.make_point()[0] if x is None else x
         batch = ground.make_batch() if batch is None else batch
         state = self.start if state is None else state
         return self.program(jnp.asarray(rate), keys()[0] if key is None else key, state, x, batch)
 
-    def run(self, key: Any, state: Any, x: Any, batch: Batch) -> tuple:
+    def run(self, key: Key, state: Any, x: Array, batch: Batch) -> tuple[tuple[Array, Any], tuple[Array, Any]]:
         """Outer steps one by one: `(x, state), (gradients, infos)`."""
         seen = []
         for _ in range(STEPS):
@@ -113,17 +130,17 @@ class HypergradientSubject:
         return (x, state), jax.tree.map(lambda *leaves: np.stack(leaves), *seen)
 
     @functools.cached_property
-    def trials(self) -> dict[str, tuple]:
+    def trials(self) -> dict[str, Trial]:
         """`(key, state, x, batch)` of what runs at once."""
         return _trials(self)
 
     @functools.cached_property
-    def mapped(self) -> tuple[dict[str, int], tuple]:
+    def mapped(self) -> tuple[dict[str, int], Scanned]:
         """Outer steps in `jax.lax.scan` under `jax.vmap` over trials, on streams; and the names of the trials."""
         hypergrad = self.at(ground.PROBLEM, sample=ground.stream)
 
-        def scan(key: Any, state: Any, x: Any, batch: Batch) -> tuple:
-            def step(carry: tuple, _: None) -> tuple:
+        def scan(key: Key, state: Any, x: Array, batch: Batch) -> Scanned:
+            def step(carry: tuple[Array, Any], _: None) -> tuple[tuple[Array, Any], Seen]:
                 x, state = carry
                 grad, state, info = hypergrad.estimate(key, state, x, batch)
                 return (x - RATE * grad, state), (grad, state.y, info)
@@ -134,23 +151,23 @@ class HypergradientSubject:
         stacked = jax.jit(lambda *trials: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trials))(*named.values())
         return {name: i for i, name in enumerate(named)}, jax.jit(jax.vmap(scan))(*stacked)
 
-    def trial(self, name: str) -> tuple:
+    def trial(self, name: str) -> Seen:
         """`(grad, y, info)` of the outer steps of a trial, stacked."""
         names, (_, seen) = self.mapped
         return jax.tree.map(lambda leaf: leaf[names[name]], seen)
 
 
 @jax.jit
-def keys() -> tuple:
+def keys() -> tuple[Key, Key]:
     """The key of an ordinary estimate, and another one."""
     return jax.random.key(1), jax.random.key(2)
 
 
-def _trials(subject: HypergradientSubject) -> dict[str, tuple]:
+def _trials(subject: HypergradientSubject) -> dict[str, Trial]:
     (key, other), batch = keys(), ground.make_batch()
     constant = batch._replace(outer=jax.tree.map(lambda leaf: jnp.asarray(np.zeros(leaf.shape)), batch.outer))
 
-    def trial(key: Any, batch: Batch, seed: int = 0, ahead: float = 0.0) -> tuple:
+    def trial(key: Key, batch: Batch, seed: int = 0, ahead: float = 0.0) -> Trial:
         x, y = ground.make_point(seed)
         x = jnp.asarray(np.asarray(x) + ahead)
         return key, subject.at(ground.PROBLEM).init(x, y, batch), x, batch

@@ -10,20 +10,45 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevax import checks
-from bilevax.problem import IHVP, Batch, IHVPInfo, Loss, inner_gradient
+from bilevax.problem import IHVP, Batch, IHVPInfo, Loss, Point, inner_gradient
 from bilevax.sampling import Sample, full
 from bilevax.testing import ground, points
 from bilevax.testing._contract import Contract, contract, hold_all, name_of
 from bilevax.testing.compiled import READABLE
 from bilevax.testing.structure import as_model
 from bilevax.testing.trees import close, differ, finite, same_form, scalars, truth
-from bilevax.typing import Array, Scalar
+from bilevax.typing import Array, Key, PyTree, Scalar
+
+__all__ = [
+    "CONTRACTS",
+    "IHVPSubject",
+    "check_ihvp",
+    "declared_calls_are_compiled_calls",
+    "draws_depend_on_the_key_alone",
+    "half_precision_is_near_double",
+    "inverts_twice_the_identity",
+    "linear_means_symmetric_and_positive_definite",
+    "nan_is_reported",
+    "number_may_be_traced",
+    "one_program_serves_all_calls",
+    "same_form_of_v",
+    "single_precision_stays_single",
+    "v0_is_used",
+    "v_is_like_b",
+    "vmap_equals_a_loop",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 KEY = 0  # the seed of an ordinary draw
-MakeIHVP = Callable[[Any, Sample], IHVP]
+MakeIHVP = Callable[[Scalar, Sample], IHVP]
+Solved = tuple[PyTree, IHVPInfo, Any]  # v, what apply reports, the state after prepare
 
 
-def right_side() -> Array:
+def _right_side() -> Array:
     """A vector b like y."""
     return jnp.asarray(np.cos(np.asarray(ground.make_point()[1])))
 
@@ -87,15 +112,17 @@ class IHVPSubject:
         """The IHVP with this number, or with the one of the subject."""
         if isinstance(self.ihvp, IHVP):
             return self.ihvp
-        made = self.ihvp(self.number if number is None else number, sample)
+        chosen: Any = self.number if number is None else number
+        made = self.ihvp(chosen, sample)
         checks.instance("ihvp(number, sample)", made, IHVP, "Return IHVP(init, prepare, spd).")
         return made
 
-    def apply(self, ihvp: IHVP, loss: Loss, key: Any, state: Any, point: tuple, *b_and_v0: Any) -> tuple:
+    def apply(self, ihvp: IHVP, loss: Loss, key: Any, state: Any, point: Point, *b_and_v0: PyTree) -> Solved:
         """`(v, info, state)` of one `prepare` and one `apply`."""
         given = as_model(loss, *point[:2]) if self.structured else loss
         apply, state = ihvp.prepare(key, state, given, point)
-        return *apply(*b_and_v0), state
+        v, info = apply(*b_and_v0)
+        return v, info, state
 
     @functools.cached_property
     def start(self) -> Any:
@@ -107,7 +134,7 @@ class IHVPSubject:
     def _compiled(self, *v0: Any) -> jax.stages.Compiled:
         loss = ground.PROBLEM.inner_loss
 
-        def solve(number: Any, key: Any, state: Any, point: tuple, *b_and_v0: Any) -> tuple:
+        def solve(number: Array | None, key: Key, state: Any, point: Point, *b_and_v0: Array) -> tuple[Solved, PyTree]:
             solved = self.apply(self.make(number), loss, key, state, point, *b_and_v0)
             return solved, inner_gradient(loss, *point).gradient  # as every caller of an IHVP evaluates it
 
@@ -131,11 +158,11 @@ class IHVPSubject:
         b: Array | None = None,
         *v0: Array,
         curved: float = 1.0,
-        number: Any = None,
+        number: Scalar | None = None,
         state: Any = None,
-        data: Any = None,
+        data: ground.Data | None = None,
         y: Array | None = None,
-    ) -> tuple:
+    ) -> Solved:
         """`(v, info, state)` on the proving ground, by a program that is compiled once."""
         x, default = ground.make_point()
         data = ground.make_batch(curved=curved).inner if data is None else data
@@ -143,20 +170,20 @@ class IHVPSubject:
         program = self.warm_program if v0 else self.cold_program
         point = x, default if y is None else y, data
         state = self.start if state is None else state
-        return program(number, jax.random.key(KEY), state, point, right_side() if b is None else b, *v0)[0]
+        return program(number, jax.random.key(KEY), state, point, _right_side() if b is None else b, *v0)[0]
 
     @functools.cached_property
-    def mapped_program(self) -> Callable:
+    def mapped_program(self) -> Callable[..., Solved]:
         """`solve` under `jax.vmap` over everything, made of a concrete number, and of a stream where it samples."""
         ihvp = self.make(sample=ground.stream)
 
-        def solve(key: Any, state: Any, point: tuple, b: Any) -> tuple:
+        def solve(key: Key, state: Any, point: Point, b: Array) -> Solved:
             return self.apply(ihvp, ground.PROBLEM.inner_loss, key, state, point, b)
 
         return jax.jit(jax.vmap(solve))
 
 
-def _tasks(subject: IHVPSubject, batch: Batch, seeds: tuple[int, ...] = (KEY,)) -> tuple:
+def _tasks(subject: IHVPSubject, batch: Batch, seeds: tuple[int, ...] = (KEY,)) -> tuple[Array, Any, Point, Array]:
     """Eleven unit vectors as b, and their common point, stacked."""
     x, y = ground.make_point()
     state, place = jax.tree.map(
@@ -166,18 +193,33 @@ def _tasks(subject: IHVPSubject, batch: Batch, seeds: tuple[int, ...] = (KEY,)) 
 
 
 @jax.jit
-def _keys(seeds: Any) -> Array:
+def _keys(seeds: tuple[int, ...]) -> Array:
     return jnp.stack([jax.random.key(seed) for seed in seeds])
 
 
-def same_form_of_v(subject: IHVPSubject, point: points.Point) -> None:
-    """The forms of a cold and a warm solve at a point, by tracing alone."""
+def same_form_of_v(subject: IHVPSubject, point: points.Variables) -> None:
+    """Compares the forms of v, of the state and of info with those that are meant, at one point, by tracing alone.
+
+    Args:
+      subject: an inverse-Hessian-vector product on trial.
+      point: x and y, such as one of `testing.points.POINTS`.
+
+    Raises:
+      AssertionError: with what has another form; from a cold or from a warm start.
+
+    Cost: three traces.
+
+    Example:
+        >>> import bilevax as bx
+        >>> from bilevax import testing
+        >>> testing.ihvp.same_form_of_v(testing.IHVPSubject(bx.ihvp.cg()), testing.points.everything())
+    """
     x, y = point
     ihvp, loss, data = subject.make(), points.PROBLEM.inner_loss, points.make_batch().inner
     truth(isinstance(ihvp.spd, bool), f"spd is {ihvp.spd!r}; it is True or False")
     state = ihvp.init(x, y, data, as_model(loss, x, y) if subject.structured else loss)
 
-    def solve(state: Any, x: Any, y: Any, b: Any) -> tuple:
+    def solve(state: Any, x: PyTree, y: PyTree, b: PyTree) -> tuple[PyTree, IHVPInfo, Any, tuple[PyTree, IHVPInfo]]:
         cold, info, after = subject.apply(ihvp, loss, jax.random.key(KEY), state, (x, y, data), b)
         warm = subject.apply(ihvp, loss, jax.random.key(KEY), state, (x, y, data), b, cold)[:2]
         return cold, info, after, warm
@@ -203,7 +245,7 @@ def v_is_like_b(subject: IHVPSubject) -> None:
 def single_precision_stays_single(subject: IHVPSubject) -> None:
     """By tracing alone, with x64 off."""
     with jax.enable_x64(False):
-        same_form_of_v(subject, points.dictionary())
+        same_form_of_v(subject, points.POINTS["dict"]())
 
 
 @contract(
@@ -215,7 +257,7 @@ def half_precision_is_near_double(subject: IHVPSubject) -> None:
     ihvp, loss = subject.make(), ground.PROBLEM.inner_loss
 
     @jax.jit
-    def solve(x: Any, y: Any, data: Any) -> tuple:
+    def solve(x: Array, y: Array, data: ground.Data) -> tuple[PyTree, IHVPInfo]:
         state = ihvp.init(x, y, data, as_model(loss, x, y) if subject.structured else loss)
         return subject.apply(ihvp, loss, jax.random.key(KEY), state, (x, y, data), jnp.cos(y))[:2]
 
@@ -256,7 +298,7 @@ def inverts_twice_the_identity(subject: IHVPSubject) -> None:
     """At a minimum of g."""
     x, _ = ground.make_point()
     batch = ground.make_batch(curved=0.0)
-    b = right_side()
+    b = _right_side()
     close("v", subject.solve(b, data=batch.inner, y=ground.solution(x, batch))[0], b / 2)
 
 
@@ -275,7 +317,7 @@ def v0_is_used(subject: IHVPSubject) -> None:
 @contract("Let NaN pass into v, or set info.breakdown: an if, a where or a clip hides it.")
 def nan_is_reported(subject: IHVPSubject) -> None:
     """One NaN in b, or in the Hessian."""
-    b = np.array(right_side())
+    b = np.array(_right_side())
     b[2] = np.nan
     v, info, _ = subject.solve(jnp.asarray(b))
     has = "has NaN" if np.isnan(v).any() else "has none"
@@ -292,7 +334,7 @@ def nan_is_reported(subject: IHVPSubject) -> None:
 )
 def linear_means_symmetric_and_positive_definite(subject: IHVPSubject) -> None:
     """Also on a stream of draws, as the matrix of the eleven unit vectors."""
-    b = -20 * right_side()
+    b = -20 * _right_side()
     for batch in (ground.make_batch(), ground.varied(ground.noisy(ground.make_batch()))):
         matrix = np.asarray(subject.mapped_program(*_tasks(subject, batch))[0])
         close("the matrix of apply", matrix, matrix.T)
@@ -308,14 +350,14 @@ def linear_means_symmetric_and_positive_definite(subject: IHVPSubject) -> None:
 )
 def number_may_be_traced(subject: IHVPSubject) -> None:
     """One compiled program serves two numbers, and gives two vectors, as does `jax.vmap` over both."""
-    (x, y), data, b = ground.make_point(), ground.make_batch().inner, right_side()
+    (x, y), data, b = ground.make_point(), ground.make_batch().inner, _right_side()
     numbers = np.asarray([(subject.number or 0.0) + more for more in (0.1, 0.3)])
     one, other = (subject.solve(number=number)[0] for number in numbers)
     differ("v with two numbers", one, other, rtol=1e-3)
 
     @jax.jit
     @jax.vmap
-    def solve(number: Any) -> Any:
+    def solve(number: Array) -> PyTree:
         key = jax.random.key(KEY)
         return subject.apply(subject.make(number), ground.PROBLEM.inner_loss, key, subject.start, (x, y, data), b)[0]
 
@@ -342,7 +384,7 @@ def draws_depend_on_the_key_alone(subject: IHVPSubject) -> None:
 )
 def declared_calls_are_compiled_calls(subject: IHVPSubject) -> None:
     """By the matrix products of the compiled program, from v = 0 and from a v0."""
-    for kind, v0 in (("cold", ()), ("warm", (right_side(),)))[: 1 if subject.cold else 2]:
+    for kind, v0 in (("cold", ()), ("warm", (_right_side(),)))[: 1 if subject.cold else 2]:
         info = subject.solve(None, *v0)[1]
         program = subject.warm_program if v0 else subject.cold_program
         ran = ground.executed(program, int(info.iterations)).inner_gradients

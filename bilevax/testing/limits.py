@@ -7,10 +7,18 @@ import jax
 import numpy as np
 
 from bilevax import checks
-from bilevax.problem import Algorithm
+from bilevax.problem import Algorithm, Batch
 from bilevax.testing._contract import contract, name_of
 from bilevax.testing.problems._quadratic import Quadratic
 from bilevax.testing.trees import truth
+from bilevax.typing import Array, PyTree
+
+__all__ = ["check_limit", "last", "limit_is_the_declared_one", "x_is_finite"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 KEY = jax.random.key(0)
 
@@ -28,13 +36,13 @@ def x_is_finite(end: Any) -> None:
 )
 def limit_is_the_declared_one(end: Any, problem: Quadratic, x: np.ndarray, atol: float) -> None:
     """Every agent ends at x, to `atol`."""
-    distance = off(end.x, x)
+    distance = _off(end.x, x)
     known = {"x*": problem.x_star, "x_l": problem.x_l, "x_p": problem.x_p}
-    others = ", ".join(f"{off(end.x, point):.2g} from {name}" for name, point in known.items())
+    others = ", ".join(f"{_off(end.x, point):.2g} from {name}" for name, point in known.items())
     truth(distance <= atol, f"x ends {distance:.2g} from the declared point; {others}")
 
 
-def off(got: Any, expected: Any) -> float:
+def _off(got: Array, expected: np.ndarray) -> float:
     """The largest error of any agent; infinite where it is no number."""
     return float(np.nan_to_num(np.abs(np.asarray(got) - expected), nan=np.inf).max())
 
@@ -98,7 +106,7 @@ def last(algorithm: Algorithm, problem: Quadratic, iterations: int) -> Any:
         (4, 1)
     """
     checks.instance("algorithm", algorithm, Algorithm, "Make it with problem.problem over the agents of problem.")
-    checks.instance("problem", problem, Quadratic, "Pass, say, bilevax.testing.problems._quadratic(0).")
+    checks.instance("problem", problem, Quadratic, "Pass, say, bilevax.testing.problems.quadratic(0).")
     _takes_the_agents(algorithm, problem)
     run = jax.jit(partial(_run, algorithm, iterations))
     return jax.tree.map(np.asarray, run(*problem.start, problem.batch))
@@ -117,8 +125,8 @@ def _takes_the_agents(algorithm: Algorithm, problem: Quadratic) -> None:
         ) from error
 
 
-def _run(algorithm: Algorithm, iterations: int, x: Any, y: Any, batch: Any) -> Any:
-    def step(k: Any, state: Any) -> Any:
+def _run(algorithm: Algorithm, iterations: int, x: PyTree, y: PyTree, batch: Batch) -> Any:
+    def step(k: Array, state: Any) -> Any:
         return algorithm.step(jax.random.fold_in(KEY, k), state, batch)[0]
 
     return jax.lax.fori_loop(0, iterations, step, algorithm.init(x, y, batch))

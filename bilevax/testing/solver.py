@@ -1,7 +1,7 @@
 """What every inner solver keeps, beside what every estimator keeps that is made of it."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,25 @@ from bilevax.testing import hypergradient as hypergradient_contracts
 from bilevax.testing._contract import Contract, contract, hold_all, name_of
 from bilevax.testing.hypergradient_subject import RATE, HypergradientSubject
 from bilevax.testing.trees import close, differ, same_form, scalars, truth
+from bilevax.typing import Array, PyTree, Scalar
 
-MakeSolver = Callable[[Loss, optax.GradientTransformation, Sample], InnerSolver]
+__all__ = [
+    "CONTRACTS",
+    "check_solver",
+    "differentiable_is_the_first_estimate",
+    "forward_and_backward_return_what_they_say",
+    "solver_subject",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+class MakeSolver(Protocol):
+    """A solver of an inner loss, a function of yours; it may leave optimizer and sampler aside."""
+
+    def __call__(self, inner_loss: Loss, optimizer: optax.GradientTransformation, sample: Sample, /) -> InnerSolver: ...
 
 
 def solver_subject(make: MakeSolver, **declared: Any) -> HypergradientSubject:
@@ -52,7 +69,9 @@ def solver_subject(make: MakeSolver, **declared: Any) -> HypergradientSubject:
         checks.instance("make(inner_loss, optimizer, sample)", solver, InnerSolver, fix)
         return solver
 
-    def make_hypergradient(problem: BilevelProblem, optimizer: Any, sample: Sample) -> Hypergradient:
+    def make_hypergradient(
+        problem: BilevelProblem, optimizer: optax.GradientTransformation, sample: Sample
+    ) -> Hypergradient:
         return hypergradient(problem.outer_loss, make_solver(problem.inner_loss, optimizer, sample))
 
     return HypergradientSubject(make_hypergradient, **declared, make_solver=make_solver)
@@ -64,7 +83,9 @@ def forward_and_backward_return_what_they_say(subject: HypergradientSubject) -> 
     (x, y), batch = points.everything(), points.make_batch().inner
     solver = _solver(subject, points.PROBLEM.inner_loss)
 
-    def run(state: Any, x: Any, y: Any) -> tuple:
+    def run(
+        state: Any, x: PyTree, y: PyTree
+    ) -> tuple[Iterate, Iterate, tuple[tuple[PyTree, Iterate], Any, SolverInfo]]:
         z = solver.start(x, y)
         z_T, residual, state = solver.forward(jax.random.key(0), state, x, z, batch)
         return z, z_T, solver.backward(residual, state, Iterate(z_T.y))
@@ -90,10 +111,10 @@ def differentiable_is_the_first_estimate(subject: HypergradientSubject) -> None:
 
     @jax.jit
     @jax.vmap
-    def gradient(rate: Any) -> Any:
+    def gradient(rate: Array) -> Array:
         solve = differentiable(_solver(subject, ground.PROBLEM.inner_loss, rate))
 
-        def outer(x: Any) -> Any:
+        def outer(x: Array) -> Array:
             return ground.PROBLEM.outer_loss(x, solve(x, y, batch.inner, key), batch.outer)
 
         return jax.grad(outer)(x)
@@ -106,7 +127,7 @@ def differentiable_is_the_first_estimate(subject: HypergradientSubject) -> None:
         differ("the derivative with two learning rates", got[0], got[1], rtol=1e-3)
 
 
-def _solver(subject: HypergradientSubject, loss: Loss, rate: Any = RATE) -> InnerSolver:
+def _solver(subject: HypergradientSubject, loss: Loss, rate: Scalar = RATE) -> InnerSolver:
     if subject.make_solver is None:
         raise ValueError("subject must be one of an inner solver; got one without make_solver. Call solver_subject.")
     return subject.make_solver(loss, optax.sgd(rate), full)

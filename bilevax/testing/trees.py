@@ -66,7 +66,7 @@ def _close(name: str, got: np.ndarray, expected: np.ndarray, rtol: float, atol: 
     raise AssertionError(f"{name} differs by up to {off[at]:.3g}{percent}{_at(at)}: {pair}")
 
 
-def _at(index: Sequence) -> str:
+def _at(index: Sequence[Any]) -> str:
     """Such as ` at [1, 0]`; nothing for a scalar."""
     return f" at [{', '.join(map(str, index))}]" if len(index) else ""
 

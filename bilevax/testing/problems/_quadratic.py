@@ -22,6 +22,8 @@ import numpy as np
 from bilevax.problem import Batch, BilevelProblem
 from bilevax.typing import Array
 
+Invert = Callable[[np.ndarray], np.ndarray]  # of a Hessian, or what a method takes for it
+
 
 class Quadratic(NamedTuple):
     """The coefficients of n agents (leaves [n, ...]), of one of them, or their average, and what follows from them.
@@ -102,16 +104,16 @@ class Quadratic(NamedTuple):
         y = np.linalg.solve(m.A, m.B @ x + m.c)
         return x, y, np.linalg.solve(m.A, m.Q @ y - m.e + m.S.T @ x)
 
-    def local_inverse(self, inverse: Callable = np.linalg.inv) -> np.ndarray:
+    def local_inverse(self, inverse: Invert = np.linalg.inv) -> np.ndarray:
         """x_l with `inverse(A_i)` in place of the inverse, such as a truncated series."""
         common = _lower(self.mean)
         return _root(*(_hypergradient(a, *common, inverse(a.A)) for a in self.agents))
 
-    def personal(self, inverse: Callable = np.linalg.inv) -> np.ndarray:
+    def personal(self, inverse: Invert = np.linalg.inv) -> np.ndarray:
         """x_p with `inverse(A_i)` in place of the inverse, such as a truncated series."""
         return _root(*self.personal_hypergradients(inverse))
 
-    def personal_hypergradients(self, inverse: Callable = np.linalg.inv) -> list[tuple[np.ndarray, np.ndarray]]:
+    def personal_hypergradients(self, inverse: Invert = np.linalg.inv) -> list[tuple[np.ndarray, np.ndarray]]:
         """(G, h) of each agent's own hypergradient G x + h, with its own lower level and `inverse(A_i)`."""
         return [_hypergradient(a, *_lower(a), inverse(a.A)) for a in self.agents]
 

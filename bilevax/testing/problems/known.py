@@ -209,7 +209,7 @@ def _dense(problem: BilevelProblem, x: Any, y: Any, batch: Batch) -> Known:
         return problem.inner_loss(x, unravel(flat), batch.inner)
 
     @jax.jit
-    def answers(x: Any) -> tuple:
+    def answers(x: PyTree) -> tuple[PyTree, PyTree]:
         gradient, hessian = jax.grad(inner, 1), jax.hessian(inner, 1)
         near = jax.lax.fori_loop(0, 300, lambda _, y: y - 0.2 * gradient(x, y), flat)
         y = jax.lax.fori_loop(0, 20, lambda _, y: y - jnp.linalg.solve(hessian(x, y), gradient(x, y)), near)
@@ -218,8 +218,8 @@ def _dense(problem: BilevelProblem, x: Any, y: Any, batch: Batch) -> Known:
         cross = jax.grad(lambda x: jnp.vdot(gradient(x, y), v))(x)
         return unravel(y), jax.tree.map(lambda a, b: a - b, f_x, cross)
 
-    def answer(index: int) -> Callable:
-        def read(x: Any) -> Any:
+    def answer(index: int) -> Callable[[PyTree], PyTree]:
+        def read(x: PyTree) -> PyTree:
             with jax.enable_x64(True):
                 return jax.tree.map(np.asarray, answers(x)[index])
 
