@@ -21,11 +21,11 @@ from bilevax.testing.problems._quadratic import PROBLEM
 
 full, whole = bx.sampling.full, bx.agents.compression.top_k(1.0)
 C = 0.28  # 1 / L on the definite problem
-EXACT = 50, C  # terms of a Neumann series, of which nothing is missing
+EXACT = {"terms": 50, "inverse_step": C}  # a Neumann series of which nothing is missing
 
 
-def make(preset, *choices, gossip=LAZY_RING, steps=TOY_STEPS, **options):
-    return preset(PROBLEM, gossip, steps, *choices, **options)
+def make(preset, gossip=LAZY_RING, step_sizes=TOY_STEPS, **options):
+    return preset(PROBLEM, gossip, step_sizes, **options)
 
 
 def end(method, q=DEFINITE, iterations=2500):
@@ -35,11 +35,11 @@ def end(method, q=DEFINITE, iterations=2500):
 
 POINTS = {"x*": DEFINITE.x_star, "x_l": DEFINITE.x_l, "x_p": DEFINITE.x_p}
 LIMITS = {
-    "mdbo": ("x_l", lambda: make(decentralized.mdbo, sample=full, momentum=0.5, rate=0.5, *EXACT)),
-    "vrdbo": ("x_l", lambda: make(decentralized.vrdbo, sample=full, momentum=0.5, rate=0.5, *EXACT)),
-    "interact": ("x_p", lambda: make(decentralized.interact, *EXACT)),
-    "interact_svr": ("x_p", lambda: make(decentralized.interact_svr, *EXACT, 3, full)),
-    "diamond": ("x_p", lambda: make(decentralized.diamond, sample=full, momentum=0.3, *EXACT)),
+    "mdbo": ("x_l", lambda: make(decentralized.mdbo, sample=full, momentum=0.5, rate=0.5, **EXACT)),
+    "vrdbo": ("x_l", lambda: make(decentralized.vrdbo, sample=full, momentum=0.5, rate=0.5, **EXACT)),
+    "interact": ("x_p", lambda: make(decentralized.interact, **EXACT)),
+    "interact_svr": ("x_p", lambda: make(decentralized.interact_svr, every=3, sample=full, **EXACT)),
+    "diamond": ("x_p", lambda: make(decentralized.diamond, sample=full, momentum=0.3, **EXACT)),
     "lopa_tracking": ("x_p", lambda: make(decentralized.lopa_tracking)),
     "lopa_tracking_averaged": ("x_p", lambda: make(decentralized.lopa_tracking, momentum=0.2)),
     "gbdsbo": ("x*", lambda: make(decentralized.gbdsbo)),
@@ -129,7 +129,7 @@ def test_lopa_local_is_off_by_as_much_as_its_step():
     scales = 2.0 ** -np.arange(6)
 
     def last(scale):
-        method = make(decentralized.lopa_local, sample=full, momentum=0.5, steps=(scale * 0.05, 0.1, 0.1))
+        method = make(decentralized.lopa_local, sample=full, momentum=0.5, step_sizes=(scale * 0.05, 0.1, 0.1))
         return roll(method, DEFINITE.batch, 10_000)[0].x
 
     x = numbers(jax.jit(jax.vmap(last))(jnp.asarray(scales)))
@@ -170,16 +170,16 @@ def test_differences_of_gradients_are_off_by_delta_squared():
 
 def test_indefinite_agents_do_no_harm_where_the_mean_is_what_counts():
     methods = {
-        "gbdsbo": (make(decentralized.gbdsbo, steps=STEPS), INDEFINITE.x_star),
+        "gbdsbo": (make(decentralized.gbdsbo, step_sizes=STEPS), INDEFINITE.x_star),
         "gbdsbo_factors": (
-            make(decentralized.gbdsbo, sample=full, terms=3, inverse_step=0.25, steps=STEPS),
+            make(decentralized.gbdsbo, sample=full, terms=3, inverse_step=0.25, step_sizes=STEPS),
             Quadratic.local_inverse(
                 Quadratic(*(leaf.mean(0, keepdims=True) for leaf in INDEFINITE)), neumann(terms=3, step_size=0.25)
             ),
         ),
-        "ma_dsbo": (make(decentralized.ma_dsbo, steps=2, v_steps=2, track=True, steps=STEPS), INDEFINITE.x_star),
+        "ma_dsbo": (make(decentralized.ma_dsbo, steps=2, v_steps=2, track=True, step_sizes=STEPS), INDEFINITE.x_star),
         "c2dfb": (
-            make(decentralized.c2dfb, steps=3, multiplier=100.0, compressor=whole, gossip_step=0.5, steps=STEPS),
+            make(decentralized.c2dfb, steps=3, multiplier=100.0, compressor=whole, gossip_step=0.5, step_sizes=STEPS),
             INDEFINITE.penalized(100.0),
         ),
     }
@@ -190,11 +190,11 @@ def test_indefinite_agents_do_no_harm_where_the_mean_is_what_counts():
 def test_indefinite_agents_break_methods_that_invert_their_own_hessian():
     """A Neumann series of such a Hessian grows with its terms, and a lower level of one's own has no minimum."""
     for method in (
-        make(decentralized.mdbo, sample=full, momentum=0.5, rate=1.0, terms=20, inverse_step=0.1, steps=STEPS),
-        make(decentralized.interact, terms=20, inverse_step=0.1, steps=STEPS),
+        make(decentralized.mdbo, sample=full, momentum=0.5, rate=1.0, terms=20, inverse_step=0.1, step_sizes=STEPS),
+        make(decentralized.interact, terms=20, inverse_step=0.1, step_sizes=STEPS),
     ):
         assert not np.all(np.isfinite(end(method, INDEFINITE).x))
-    assert off(end(make(decentralized.lopa_tracking, steps=STEPS), INDEFINITE).x, 0.0) > 1e6
+    assert off(end(make(decentralized.lopa_tracking, step_sizes=STEPS), INDEFINITE).x, 0.0) > 1e6
 
 
 # Other graphs
@@ -209,12 +209,12 @@ def test_limits_over_a_directed_graph(name):
     gossip = bx.agents.push_sum(bx.topology.from_matrix(DIRECTED))
     assert np.ptp(DIRECTED.sum(1)) > 0.5
     presets = {
-        "gbdsbo": lambda: make(decentralized.gbdsbo, gossip=gossip, steps=(0.02, 0.05, 0.05)),
+        "gbdsbo": lambda: make(decentralized.gbdsbo, gossip=gossip, step_sizes=(0.02, 0.05, 0.05)),
         "ma_dsbo_tracked": lambda: make(
-            decentralized.ma_dsbo, steps=2, v_steps=2, track=True, gossip=gossip, steps=(0.02, 0.05, 0.05)
+            decentralized.ma_dsbo, steps=2, v_steps=2, track=True, gossip=gossip, step_sizes=(0.02, 0.05, 0.05)
         ),
         "mdbo": lambda: make(
-            decentralized.mdbo, sample=full, momentum=0.5, rate=1.0, *EXACT, gossip=gossip, steps=(0.02, 0.05, 0.05)
+            decentralized.mdbo, gossip, (0.02, 0.05, 0.05), sample=full, momentum=0.5, rate=1.0, **EXACT
         ),
     }
     assert off(end(presets[name]()).x, POINTS[LIMITS[name][0]]) < 1e-10
@@ -227,7 +227,7 @@ def test_limits_over_a_directed_graph(name):
 def test_lopa_follows_its_recursion(name):
     preset = getattr(decentralized, name)
     moves = [networks.none() if name == "lopa_local" else networks.semi(), networks.local(), networks.local()]
-    _, path, info = networks.run(make(preset, full, 0.3, steps=STEPS), DEFINITE.batch, 60)
+    _, path, info = networks.run(make(preset, sample=full, momentum=0.3, step_sizes=STEPS), DEFINITE.batch, 60)
     close(path, stacked(simulate(DEFINITE, moves, STEPS, W, 60, theta=0.3)), 1e-12)
     per_neighbour = 8 * 2 * (1 if name == "lopa_local" else 2)
     np.testing.assert_array_equal(info.bytes, np.full((60, 8), 2 * per_neighbour))
@@ -253,18 +253,24 @@ def test_mdbo_and_interact_follow_their_recursions():
     for method, moves, weights in (
         (
             make(
-                decentralized.mdbo, sample=full, momentum=0.3 / 0.6**2, rate=0.6, terms=4, inverse_step=0.1, steps=STEPS
+                decentralized.mdbo,
+                sample=full,
+                momentum=0.3 / 0.6**2,
+                rate=0.6,
+                terms=4,
+                inverse_step=0.1,
+                step_sizes=STEPS,
             ),
             [networks.non_atc(), networks.non_atc()],
             (0.3, 0.6),
         ),
         (
-            make(decentralized.interact, terms=4, inverse_step=0.1, steps=STEPS),
+            make(decentralized.interact, terms=4, inverse_step=0.1, step_sizes=STEPS),
             [networks.non_atc(), networks.local()],
             (1.0, 1.0),
         ),
         (
-            make(decentralized.interact, terms=4, inverse_step=0.1, correction=GT(), steps=STEPS),
+            make(decentralized.interact, terms=4, inverse_step=0.1, correction=GT(), step_sizes=STEPS),
             [networks.semi(), networks.local()],
             (1.0, 1.0),
         ),
@@ -287,7 +293,7 @@ def test_gbdsbo_follows_its_recursion():
         d = t[0] + np.einsum("nji,nj->ni", t[3], v)
         expected.append((W @ (x - STEPS[0] * d), W @ (y - STEPS[1] * t[2])))
     _, path, _ = networks.run(
-        make(decentralized.gbdsbo, sample=full, terms=2, inverse_step=0.1, steps=STEPS), q.batch, 20
+        make(decentralized.gbdsbo, sample=full, terms=2, inverse_step=0.1, step_sizes=STEPS), q.batch, 20
     )
     close(path[:2], stacked(expected), 1e-12)
 
@@ -321,6 +327,6 @@ def spread(method, iterations=1000):
 
 def test_recursive_momentum_leaves_less_noise_than_momentum():
     """At one weight of the new direction: without the lag of a moving average, which lets noise swing up."""
-    choices = noisy, 0.02, 1.0, 3, 0.2
-    got = {name: spread(make(getattr(decentralized, name), *choices)) for name in ("mdbo", "vrdbo")}
+    choices = {"sample": noisy, "momentum": 0.02, "rate": 1.0, "terms": 3, "inverse_step": 0.2}
+    got = {name: spread(make(getattr(decentralized, name), **choices)) for name in ("mdbo", "vrdbo")}
     assert 1e-4 < got["vrdbo"] < 0.3 * got["mdbo"]

@@ -1,5 +1,7 @@
 """Inverses by Kronecker factors: dense solves, cases in which they are exact, their symmetries, and refinements."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -230,10 +232,9 @@ def test_conjugate_gradients_with_factors():
     """As many steps as unknowns solve the system, and one step is the rescaled inverse."""
     inner_loss, b = make(weights=weighted), np.asarray(ravel_pytree(B)[0])
     G = gauss_newton(inner_loss, Y, BATCH, WEIGHTS) + DAMPING * np.eye(b.size)
-    cg = lambda maxiter: bx.ihvp.cg(
-        maxiter=maxiter, tol=1e-13, damping=DAMPING, curvature=curvature.gauss_newton, preconditioner=KFAC
-    )
-    solvers = KFAC, cg(1), bx.ihvp.rescaled(KFAC, damping=DAMPING), cg(b.size)
+    options = {"tol": 1e-13, "damping": DAMPING, "curvature": curvature.gauss_newton, "preconditioner": KFAC}
+    cg = functools.partial(bx.ihvp.cg, **options)
+    solvers = KFAC, cg(maxiter=1), bx.ihvp.rescaled(KFAC, damping=DAMPING), cg(maxiter=b.size)
 
     @jax.jit
     def run(x, y, batch, b):

@@ -226,12 +226,12 @@ def four_agents() -> Quadratic:
     return Quadratic(**leaves, **{name: np.array(value, float).reshape(4, 1, 1) for name, value in matrices.items()})
 
 
-def neumann(terms: int, step: float) -> Callable[[np.ndarray], np.ndarray]:
+def neumann(*, terms: int, step_size: float) -> Callable[[np.ndarray], np.ndarray]:
     """The truncated series c Σ_{j ≤ terms} (I − c A)ʲ, as a function of A, for `Quadratic.local_inverse`.
 
     Args:
       terms: the number of products with A.
-      step: c.
+      step_size: c.
 
     Returns:
       `A -> matrix`, both [d, d].
@@ -247,7 +247,7 @@ def neumann(terms: int, step: float) -> Callable[[np.ndarray], np.ndarray]:
         >>> problems.neumann(terms=1, step_size=0.25)(np.array([[2.0]])).tolist()
         [[0.375]]
     """
-    return partial(_series, terms, step)
+    return partial(_series, terms, step_size)
 
 
 def _series(terms: int, step: float, A: np.ndarray) -> np.ndarray:
