@@ -49,5 +49,5 @@ def all_directions(q, path, iterations):
     return stacked([networks.directions(q, [level[k] for level in path]) for k in range(iterations)])
 
 
-def make(preset, *choices, **options):
-    return lambda problem, gossip: preset(problem, gossip, STEPS, *choices, **options)
+def make(preset, **options):
+    return lambda problem, gossip: preset(problem, gossip, STEPS, **options)

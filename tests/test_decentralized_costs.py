@@ -21,16 +21,12 @@ LINEAR = bx.BilevelProblem(
 )
 
 
-def variance_reduced(preset):
-    return make(preset, bx.sampling.full, 0.1, 1.0)
+ALL_DATA, SERIES = {"sample": bx.sampling.full, "momentum": 0.1}, {"terms": 3, "inverse_step": 0.1}
+RECURSIVE = {**ALL_DATA, "rate": 1.0}
 
 
 def sparkle(*forms):
     return make(decentralized.sparkle, correction=bx.Levels(*(form() for form in forms)))
-
-
-def neumann(preset, *choices, terms=3):
-    return make(preset, *choices, terms, 0.1)
 
 
 FIFTH = bx.agents.compression.top_k(0.2)
@@ -39,8 +35,8 @@ COSTS = {  # bytes to each neighbour for d_x = 784 and d_y = 7840; F, G, H and J
     "sldbo_atc": (make(decentralized.sldbo, radius=None, correction=ATC()), 131_712, (1, 1, 1, 1), 2),
     "s3ldbo": (make(decentralized.s3ldbo, coins=coins.independent(0.5)), 131_712, None, 1),
     "s3ldbo_unbiased": (make(decentralized.s3ldbo_unbiased, probability=0.5), 131_712, None, 1),
-    "dsvrbgd": (variance_reduced(), 131_712, (2, 2, 2, 2), 1),
-    "dsvrbgd_alternating": (variance_reduced(alternating=True), 131_712, (2, 4, 2, 2), 3),
+    "dsvrbgd": (make(decentralized.dsvrbgd, **RECURSIVE), 131_712, (2, 2, 2, 2), 1),
+    "dsvrbgd_alternating": (make(decentralized.dsvrbgd, **RECURSIVE, alternating=True), 131_712, (2, 4, 2, 2), 3),
     "sparkle_gt": (sparkle(GT, GT, GT), 131_712, (1, 2, 1, 1), 3),
     "sparkle_ed": (sparkle(ED, ED, ED), 65_856, (1, 2, 1, 1), 3),
     "sparkle_extra": (sparkle(EXTRA, EXTRA, EXTRA), 65_856, (1, 2, 1, 1), 3),
@@ -50,16 +46,16 @@ COSTS = {  # bytes to each neighbour for d_x = 784 and d_y = 7840; F, G, H and J
     "adasdbo": (make(decentralized.adasdbo), 65_868, (1, 1, 1, 1), 1),  # three numbers more
     "ma_dsbo": (make(decentralized.ma_dsbo, steps=10, v_steps=10), 943_936, (1, 11, 10, 1), 21),
     "ma_dsbo_tracked": (make(decentralized.ma_dsbo, steps=10, v_steps=10, track=True), 1_260_672, (1, 11, 10, 1), 21),
-    "mdbo": (neumann(decentralized.mdbo, bx.sampling.full, 0.1, 1.0), 68_992, (1, 1, 3, 1), 1),
-    "vrdbo": (neumann(decentralized.vrdbo, bx.sampling.full, 0.1, 1.0), 68_992, (2, 2, 6, 2), 1),
-    "interact": (neumann(decentralized.interact), 6_272, (1, 1, 3, 1), 1),
+    "mdbo": (make(decentralized.mdbo, **RECURSIVE, **SERIES), 68_992, (1, 1, 3, 1), 1),
+    "vrdbo": (make(decentralized.vrdbo, **RECURSIVE, **SERIES), 68_992, (2, 2, 6, 2), 1),
+    "interact": (make(decentralized.interact, **SERIES), 6_272, (1, 1, 3, 1), 1),
     "interact_svr": (
-        make(decentralized.interact_svr, terms=3, inverse_step=0.1, every=2, sample=bx.sampling.full),
+        make(decentralized.interact_svr, **SERIES, every=2, sample=bx.sampling.full),
         6_272,
         (2, 2, 6, 2),
         1,
     ),
-    "diamond": (neumann(decentralized.diamond, bx.sampling.full, 0.1), 6_272, (2, 2, 6, 2), 1),
+    "diamond": (make(decentralized.diamond, **ALL_DATA, **SERIES), 6_272, (2, 2, 6, 2), 1),
     "lopa_local": (make(decentralized.lopa_local), 3_136, (1, 1, 1, 1), 1),
     "lopa_tracking": (make(decentralized.lopa_tracking), 6_272, (1, 1, 1, 1), 1),
     # 2 · 784 numbers and 40 messages of 1568 values; half of the compressed bytes are indices

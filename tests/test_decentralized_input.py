@@ -35,8 +35,8 @@ def corrected(*forms, gossip=TOY_RING):
     ).init(X, Y)
 
 
-def keyless(preset, *choices):
-    method = preset(PROBLEM, TOY_RING, TOY_STEPS, *choices)
+def keyless(preset, **choices):
+    method = preset(PROBLEM, TOY_RING, TOY_STEPS, **choices)
 
     def step():
         state = jax.eval_shape(method.init, X, Y, BATCH)
@@ -58,15 +58,21 @@ BAD = {
     "batch_at_init": (r"batch.inner\['A'\]", start(X, batch=BATCH._replace(inner={"A": X[:3]}))),
     "batch_is_no_batch": (r"bx\.Batch", start(X, batch=BATCH.inner)),
     "integer_x": ("int", start(X.astype(int))),
-    "p_zero": (r"\bp\b.*0\.0", lambda: coins.independent(0.0)),
-    "p_above_one": (r"\bp\b.*1\.5", lambda: coins.independent(1.5)),
-    "p_negative": (r"\bp\b.*-0\.1", lambda: coins.common(-0.1)),
-    "p_of_a_subset": (r"\bp\b.*1\.01", lambda: coins.subset(1.01)),
-    "p_of_one_agent": (r"\bp\b.*\(0, 1\]", lambda: coins.independent(jnp.array([0.5, 0.0]))),
-    "p_not_a_number": (r"\bp\b.*nan", lambda: coins.independent(float("nan"))),
-    "p_of_other_agents": (r"\bp\b.*\(3,\)", lambda: coins.independent(jnp.full(3, 0.5))(KEY, 0, TOY_RING)),
-    "p_common_to_nobody": (r"coins\.independent", lambda: coins.common(jnp.full(4, 0.5))),
-    "p_unbiased": (r"\bp\b", lambda: decentralized.s3ldbo_unbiased(PROBLEM, TOY_RING, TOY_STEPS, probability=0.0)),
+    "probability_zero": (r"^probability.*0\.0", lambda: coins.independent(0.0)),
+    "probability_above_one": (r"^probability.*1\.5", lambda: coins.independent(1.5)),
+    "probability_negative": (r"^probability.*-0\.1", lambda: coins.common(-0.1)),
+    "probability_of_a_subset": (r"^probability.*1\.01", lambda: coins.subset(1.01)),
+    "probability_of_one_agent": (r"^probability.*\(0, 1\]", lambda: coins.independent(jnp.array([0.5, 0.0]))),
+    "probability_not_a_number": (r"^probability.*nan", lambda: coins.independent(float("nan"))),
+    "probability_of_other_agents": (
+        r"^probability.*\(3,\)",
+        lambda: coins.independent(jnp.full(3, 0.5))(KEY, 0, TOY_RING),
+    ),
+    "probability_common_to_nobody": (r"coins\.independent", lambda: coins.common(jnp.full(4, 0.5))),
+    "probability_unbiased": (
+        r"^probability",
+        lambda: decentralized.s3ldbo_unbiased(PROBLEM, TOY_RING, TOY_STEPS, probability=0.0),
+    ),
     "blocks": ("block.*block=2", lambda: coins.subset(0.5, block=6)(KEY, 0, TOY_RING)),
     "blocks_of_nobody": ("coins.independent", lambda: coins.subset(0.5, block=3)(KEY, 0, TOY_RING)),
     "two_step_sizes": ("step_sizes.*tuple of 2", steps((0.1, 0.2))),
@@ -124,7 +130,7 @@ BAD = {
     ),
     "schedule_of_two_arguments": (r"step_sizes\.x must be a function \(k\)", steps(lambda k, n: 0.1)),
     "gradient_accumulation": ("gradient_transformation", steps(optax.MultiSteps(optax.sgd(0.1), 2))),
-    "one_damping_per_agent": ("damping must be one number", lambda: correction.tracking(jnp.ones(4))),
+    "one_rate_per_agent": ("rate must be one number", lambda: correction.tracking(jnp.ones(4))),
     "one_radius_per_agent": (
         "radius must be one number",
         lambda: decentralized.sldbo(PROBLEM, TOY_RING, TOY_STEPS, radius=jnp.ones(4)),
@@ -150,7 +156,7 @@ BAD = {
     "gossip_of_other_agents": (r"tree must have leaves \[4, ...\]", lambda: TOY_RING.mix(None, (), jnp.ones(5))),
     "gossip_of_integers": ("tree must hold floating-point", lambda: TOY_RING.mix(None, (), jnp.arange(4))),
     "rate": ("rate.*1.5", make(decentralized.dsvrbgd, sample=bx.sampling.full, momentum=0.1, rate=1.5)),
-    "theta": ("theta.*0.0", make(decentralized.dsoba, sample=bx.sampling.full, momentum=0.0)),
+    "momentum_zero": ("momentum.*0.0", make(decentralized.dsoba, sample=bx.sampling.full, momentum=0.0)),
     "order": (
         "order",
         lambda: single_loop(PROBLEM, TOY_RING, 0.1, estimator.full(), GT(), order=(("y",), ("x",))),
@@ -162,105 +168,103 @@ BAD = {
 def test_bad_input(name):
     message, call = BAD[name]
     with pytest.raises(ValueError, match=re.compile(message, re.DOTALL)) as error:
-        call(*([PROBLEM, TOY_RING] if name in ("momentum", "rate", "theta") else []))
+        call(*([PROBLEM, TOY_RING] if name in ("momentum", "rate", "momentum_zero") else []))
     assert len(str(error.value)) > 40
 
 
 # The rest of the field: each row a method, what it is given, and what the message names
 
 FULL, WHOLE, RECURSIVE = bx.sampling.full, bx.agents.compression.top_k(1.0), ("mdbo", "vrdbo")
+SERIES = {"terms": 3, "inverse_step": 0.1}
+RIGHT = {
+    **{name: {"sample": FULL, "momentum": 0.1, "rate": 0.5, **SERIES} for name in RECURSIVE},
+    "interact": SERIES,
+    "interact_svr": {"every": 2, "sample": FULL, **SERIES},
+    "diamond": {"sample": FULL, "momentum": 0.5, **SERIES},
+    "lopa_local": {"sample": FULL},
+    "lopa_tracking": {"sample": FULL},
+    "dsoba_first_order": {"sample": FULL},
+    "ma_dsbo": {"steps": 2, "v_steps": 2},
+    "gbdsbo": {"sample": FULL},
+    "c2dfb": {"steps": 2, "multiplier": 10.0, "compressor": WHOLE, "gossip_step": 0.5},
+    "adasdbo": {"sample": FULL},
+    "sldbo": {},
+}
 FIELD = {
-    **{f"{name}_momentum": ("momentum.*-0.1", name, (FULL, -0.1, 0.5, 3, 0.1)) for name in RECURSIVE},
-    **{f"{name}_rate": ("rate.*0.0", name, (FULL, 0.1, 0.0, 3, 0.1)) for name in RECURSIVE},
-    **{f"{name}_terms": ("terms.*-1", name, (FULL, 0.1, 0.5, -1, 0.1)) for name in RECURSIVE},
-    **{f"{name}_inverse_step": ("inverse_step.*0.0", name, (FULL, 0.1, 0.5, 3, 0.0)) for name in RECURSIVE},
-    **{f"{name}_sample": (r"sample must be a function \(key", name, (None, 0.1, 0.5, 3, 0.1)) for name in RECURSIVE},
-    "interact_terms": ("terms must be a static Python int.*float", "interact", (1.5, 0.1)),
-    "interact_inverse_step": ("inverse_step.*-0.1", "interact", (3, -0.1)),
-    "interact_svr_every": ("every.*0", "interact_svr", (3, 0.1, 0, FULL)),
-    "interact_svr_sample": (r"sample must be a function \(key", "interact_svr", (3, 0.1, 2, 16)),
-    "diamond_a": (r"\ba\b.*1.5", "diamond", (FULL, 1.5, 3, 0.1)),
-    "diamond_terms": ("terms", "diamond", (FULL, 0.5, "3", 0.1)),
-    "diamond_inverse_step": ("inverse_step.*nan", "diamond", (FULL, 0.5, 3, float("nan"))),
-    "diamond_correction": ("corrections.*bx.single_loop.correction", "diamond", (FULL, 0.5, 3, 0.1, 0.5)),
-    "lopa_local_theta": ("theta.*0.0", "lopa_local", (FULL, 0.0)),
-    "lopa_tracking_theta": ("theta.*1.1", "lopa_tracking", (FULL, 1.1)),
-    "dsoba_first_order_delta": ("delta.*0.0", "dsoba_first_order", (FULL, 1.0, 0.0)),
-    "dsoba_first_order_deltas": ("delta must be one number", "dsoba_first_order", (FULL, 1.0, jnp.ones(3))),
-    "dsoba_first_order_theta": ("theta.*-1", "dsoba_first_order", (FULL, -1)),
-    "ma_dsbo_inner_steps": ("inner_steps.*0", "ma_dsbo", (0, 2)),
-    "ma_dsbo_product_steps": ("product_steps.*0", "ma_dsbo", (2, 0)),
-    "ma_dsbo_sample": (r"sample must be a function \(key", "ma_dsbo", (2, 2, 8)),
-    "ma_dsbo_theta": ("theta.*0", "ma_dsbo", (2, 2, FULL, 0.0)),
-    "gbdsbo_factors": ("factors.*0", "gbdsbo", (FULL, 0, 0.1)),
-    "gbdsbo_no_inverse_step": ("inverse_step and factors go together", "gbdsbo", (FULL, 2)),
-    "gbdsbo_no_factors": ("inverse_step and factors go together", "gbdsbo", (FULL, None, 0.1)),
-    "gbdsbo_inverse_step": ("inverse_step.*-0.1", "gbdsbo", (FULL, 2, -0.1)),
-    "gbdsbo_sample": (r"sample must be a function \(key", "gbdsbo", (0.5,)),
-    "c2dfb_inner_steps": ("inner_steps.*0", "c2dfb", (0, 10.0, WHOLE, 0.5)),
-    "c2dfb_multiplier": ("multiplier.*-1.0", "c2dfb", (2, -1.0, WHOLE, 0.5)),
-    "c2dfb_multipliers": ("multiplier must be one number", "c2dfb", (2, jnp.ones(2), WHOLE, 0.5)),
-    "c2dfb_compressor": ("compressor must be a Compressor", "c2dfb", (2, 10.0, 0.2, 0.5)),
-    "c2dfb_gossip_step": ("^gossip_step.*-1", "c2dfb", (2, 10.0, WHOLE, -1)),
-    "c2dfb_gossip_steps": ("^gossip_step must be one number", "c2dfb", (2, 10.0, WHOLE, jnp.ones(4))),
-    "c2dfb_sample": (r"sample must be a function \(key", "c2dfb", (2, 10.0, WHOLE, 0.5, 3)),
+    **{f"{name}_momentum": ("momentum.*-0.1", name, {"momentum": -0.1}) for name in RECURSIVE},
+    **{f"{name}_rate": ("rate.*0.0", name, {"rate": 0.0}) for name in RECURSIVE},
+    **{f"{name}_terms": ("terms.*-1", name, {"terms": -1}) for name in RECURSIVE},
+    **{f"{name}_inverse_step": ("inverse_step.*0.0", name, {"inverse_step": 0.0}) for name in RECURSIVE},
+    **{f"{name}_sample": (r"sample must be a function \(key", name, {"sample": None}) for name in RECURSIVE},
+    "interact_terms": ("terms must be a static Python int.*float", "interact", {"terms": 1.5}),
+    "interact_inverse_step": ("inverse_step.*-0.1", "interact", {"inverse_step": -0.1}),
+    "interact_svr_every": ("every.*0", "interact_svr", {"every": 0}),
+    "interact_svr_sample": (r"sample must be a function \(key", "interact_svr", {"sample": 16}),
+    "diamond_momentum": ("momentum.*1.5", "diamond", {"momentum": 1.5}),
+    "diamond_terms": ("terms", "diamond", {"terms": "3"}),
+    "diamond_inverse_step": ("inverse_step.*nan", "diamond", {"inverse_step": float("nan")}),
+    "diamond_no_correction": ("^correction.*bx.single_loop.correction", "diamond", {"correction": 0.5}),
+    "lopa_local_momentum": ("momentum.*0.0", "lopa_local", {"momentum": 0.0}),
+    "lopa_tracking_momentum": ("momentum.*1.1", "lopa_tracking", {"momentum": 1.1}),
+    "dsoba_first_order_mu": ("^mu.*0.0", "dsoba_first_order", {"mu": 0.0}),
+    "dsoba_first_order_mus": ("^mu must be one number", "dsoba_first_order", {"mu": jnp.ones(3)}),
+    "dsoba_first_order_momentum": ("momentum.*-1", "dsoba_first_order", {"momentum": -1}),
+    "ma_dsbo_steps": ("^steps.*0", "ma_dsbo", {"steps": 0}),
+    "ma_dsbo_v_steps": ("^v_steps.*0", "ma_dsbo", {"v_steps": 0}),
+    "ma_dsbo_sample": (r"sample must be a function \(key", "ma_dsbo", {"sample": 8}),
+    "ma_dsbo_momentum": ("momentum.*0", "ma_dsbo", {"momentum": 0.0}),
+    "gbdsbo_terms": ("^terms.*0", "gbdsbo", {"terms": 0, "inverse_step": 0.1}),
+    "gbdsbo_no_inverse_step": ("inverse_step and terms go together", "gbdsbo", {"terms": 2}),
+    "gbdsbo_no_terms": ("inverse_step and terms go together", "gbdsbo", {"terms": None, "inverse_step": 0.1}),
+    "gbdsbo_inverse_step": ("inverse_step.*-0.1", "gbdsbo", {"terms": 2, "inverse_step": -0.1}),
+    "gbdsbo_sample": (r"sample must be a function \(key", "gbdsbo", {"sample": 0.5}),
+    "c2dfb_steps": ("^steps.*0", "c2dfb", {"steps": 0}),
+    "c2dfb_multiplier": ("multiplier.*-1.0", "c2dfb", {"multiplier": -1.0}),
+    "c2dfb_multipliers": ("multiplier must be one number", "c2dfb", {"multiplier": jnp.ones(2)}),
+    "c2dfb_compressor": ("compressor must be a Compressor", "c2dfb", {"compressor": 0.2}),
+    "c2dfb_gossip_step": ("^gossip_step.*-1", "c2dfb", {"gossip_step": -1}),
+    "c2dfb_gossip_steps": ("^gossip_step must be one number", "c2dfb", {"gossip_step": jnp.ones(4)}),
+    "c2dfb_sample": (r"sample must be a function \(key", "c2dfb", {"sample": 3}),
     **{
-        f"{name}_correction": ("^correction must be a Correction", name, (*choices, "gt"))
-        for name, choices in {
-            "interact": (3, 0.1),
-            "interact_svr": (3, 0.1, 2, FULL),
-            "diamond": (FULL, 0.5, 3, 0.1),
-            "sldbo": (None,),
-        }.items()
+        f"{name}_correction": ("^correction must be a Correction", name, {"correction": "gt"})
+        for name in ("interact", "interact_svr", "diamond", "sldbo")
     },
-    "adasdbo_sample": (r"sample must be a function \(key", "adasdbo", (3,)),
-    "adasdbo_accumulated": ("accumulated.*0.0", "adasdbo", (FULL, 0.0)),
+    "adasdbo_sample": (r"sample must be a function \(key", "adasdbo", {"sample": 3}),
+    "adasdbo_accumulated": ("accumulated.*0.0", "adasdbo", {"accumulated": 0.0}),
 }
 
 
 @pytest.mark.parametrize("name", FIELD)
 def test_bad_input_of_the_field(name):
-    message, method, choices = FIELD[name]
+    message, method, wrong = FIELD[name]
     with pytest.raises(ValueError, match=re.compile(message, re.DOTALL)) as error:
-        getattr(decentralized, method)(PROBLEM, TOY_RING, TOY_STEPS, *choices)
+        getattr(decentralized, method)(PROBLEM, TOY_RING, TOY_STEPS, **RIGHT[method] | wrong)
     assert len(str(error.value)) > 40
 
 
-MINIBATCH = bx.sampling.minibatch(1)
-DRAWING = {
-    "mdbo": (MINIBATCH, 0.1, 0.5, 3, 0.1),
-    "vrdbo": (MINIBATCH, 0.1, 0.5, 3, 0.1),
-    "interact_svr": (3, 0.1, 2, MINIBATCH),
-    "diamond": (MINIBATCH, 0.5, 3, 0.1),
-    "lopa_local": (MINIBATCH,),
-    "lopa_tracking": (MINIBATCH,),
-    "dsoba_first_order": (MINIBATCH,),
-    "ma_dsbo": (2, 2, MINIBATCH),
-    "gbdsbo": (MINIBATCH,),
-    "c2dfb": (2, 10.0, WHOLE, 0.5, MINIBATCH),
-    "adasdbo": (MINIBATCH,),
-}
+MINIBATCH = {"sample": bx.sampling.minibatch(1)}
+DRAWING = {name: choices | MINIBATCH for name, choices in RIGHT.items() if name not in ("interact", "sldbo")}
 
 
 @pytest.mark.parametrize("name", DRAWING)
 def test_a_minibatch_needs_a_key(name):
     with pytest.raises(ValueError, match=r"key.*jax\.random\.key"):
-        keyless(getattr(decentralized, name), *DRAWING[name])()
+        keyless(getattr(decentralized, name), **DRAWING[name])()
 
 
-INTERACTIVE = {**DRAWING, "interact": (3, 0.1)}
+INTERACTIVE = {**DRAWING, "interact": SERIES}
 
 
 @pytest.mark.parametrize("name", INTERACTIVE)
 def test_every_method_checks_what_all_methods_are_given(name):
     """A problem, a gossip, steps, a start, a state and a batch."""
     preset, choices = getattr(decentralized, name), INTERACTIVE[name]
-    method = preset(PROBLEM, TOY_RING, TOY_STEPS, *choices)
+    method = preset(PROBLEM, TOY_RING, TOY_STEPS, **choices)
     attempts = {
-        "problem must be a BilevelProblem": lambda: preset(None, TOY_RING, TOY_STEPS, *choices),
-        "gossip must be.*Gossip": lambda: preset(PROBLEM, bx.topology.ring(4), TOY_STEPS, *choices),
-        "step_sizes.*tuple of 2": lambda: preset(PROBLEM, TOY_RING, (0.1, 0.2), *choices),
-        r"step_sizes\.y.*-0\.1": lambda: preset(PROBLEM, TOY_RING, (0.1, -0.1, 0.1), *choices),
+        "problem must be a BilevelProblem": lambda: preset(None, TOY_RING, TOY_STEPS, **choices),
+        "gossip must be.*Gossip": lambda: preset(PROBLEM, bx.topology.ring(4), TOY_STEPS, **choices),
+        "step_sizes.*tuple of 2": lambda: preset(PROBLEM, TOY_RING, (0.1, 0.2), **choices),
+        r"step_sizes\.y.*-0\.1": lambda: preset(PROBLEM, TOY_RING, (0.1, -0.1, 0.1), **choices),
         r"\bx\b.*\(3, 1\)": lambda: method.init(X[:3], Y, BATCH),
         "state must be a": lambda: method.step(None, method.init(X, Y, BATCH)._asdict(), BATCH),
         r"bx\.Batch": lambda: method.step(None, method.init(X, Y, BATCH), BATCH.inner),

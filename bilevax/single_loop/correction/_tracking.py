@@ -73,9 +73,9 @@ def tracking_non_atc(rate: Scalar = 1.0) -> Correction:
     return _tracking(rate, adapt_first=False)
 
 
-def _tracking(damping: Scalar, adapt_first: bool) -> Correction:
-    checks.scalar("damping", damping)
-    checks.fraction("damping", damping)
+def _tracking(rate: Scalar, adapt_first: bool) -> Correction:
+    checks.scalar("rate", rate)
+    checks.fraction("rate", rate)
 
     def init(gossip: Gossip, s: PyTree, move: Move) -> CorrectionState:
         zeros = optax.tree.zeros_like(s)
@@ -89,7 +89,7 @@ def _tracking(damping: Scalar, adapt_first: bool) -> Correction:
         (new, m), mixing = gossip.mix(key, state.gossip, message)
         new = new if adapt_first else optax.apply_updates(new, step)
         sent = gossip.bytes(state.gossip, message)
-        return damped(damping, s, new), CorrectionState(mixing, moved, Tracker(m, d)), sent
+        return damped(rate, s, new), CorrectionState(mixing, moved, Tracker(m, d)), sent
 
     return Correction(init, update, rounds=1)
 

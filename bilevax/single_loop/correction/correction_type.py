@@ -87,8 +87,8 @@ def share(gossip: Gossip, state: Any, d: PyTree) -> PyTree:
     return d if isinstance(weights, float) else per_agent(lambda w, leaf: leaf / w, weights, d)
 
 
-def damped(damping: Scalar, s: PyTree, new: PyTree) -> PyTree:
+def damped(rate: Scalar, s: PyTree, new: PyTree) -> PyTree:
     """S + η (s⁺ − s); s⁺ itself where η is the number 1."""
-    if isinstance(damping, float | int) and damping == 1:
+    if isinstance(rate, float | int) and rate == 1:
         return new
-    return jax.tree.map(lambda s, new: (s + damping * (new - s)).astype(s.dtype), s, new)
+    return jax.tree.map(lambda s, new: (s + rate * (new - s)).astype(s.dtype), s, new)
