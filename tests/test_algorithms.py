@@ -27,8 +27,8 @@ ADAM = bx.Levels(optax.adam(0.01), 0.05, optax.sgd(0.05, momentum=0.5))
 PLAIN = (1, 1, 1, 1)
 
 
-def preset(make, *arguments, **options):
-    return lambda problem, gossip, steps, sample: make(problem, gossip, steps, *arguments, **options)
+def preset(make, **options):
+    return lambda problem, gossip, steps, sample: make(problem, gossip, steps, **options)
 
 
 def sampled(make, **options):
@@ -57,7 +57,7 @@ def newton(ihvp):
 
 MOMENTUM = {"momentum": 0.5, "rate": 0.5}
 SERIES = {"terms": 3, "inverse_step": 0.1}
-COMPRESSED = {"inner_steps": 2, "multiplier": 10.0, "compressor": bx.agents.compression.top_k(0.5), "gossip_step": 0.5}
+COMPRESSED = {"steps": 2, "multiplier": 10.0, "compressor": bx.agents.compression.top_k(0.5), "gossip_step": 0.5}
 MERGED = False  # not counted: the compiler merges products with all unit vectors of all agents
 BRANCHES = False  # not counted: both branches of a cond would be
 D = bx.decentralized
@@ -84,26 +84,16 @@ METHODS = {  # (problem, gossip, step_sizes, sample) -> method; declared calls o
     "choco": (choco, PLAIN, RING),
     "dsoba_first_order": (sampled(D.dsoba_first_order, momentum=0.5), (1, 3, 0, 0), RING),
     "ma_dsbo": (sampled(D.ma_dsbo, steps=2, v_steps=3, momentum=0.5), (1, 3, 3, 1), RING),
-    "ma_dsbo_tracked": (
-        sampled(D.ma_dsbo, steps=2, v_steps=3, track=True, restart=True),
-        (1, 3, 3, 1),
-        RING,
-    ),
+    "ma_dsbo_tracked": (sampled(D.ma_dsbo, steps=2, v_steps=3, track=True, restart=True), (1, 3, 3, 1), RING),
     "mdbo": (sampled(D.mdbo, **MOMENTUM, **SERIES), (1, 1, 3, 1), RING),
     "vrdbo": (sampled(D.vrdbo, **MOMENTUM, **SERIES), (2, 2, 6, 2), RING),
     "gbdsbo": (sampled(D.gbdsbo), lambda d: (1, 1, d, d), RING, MERGED),  # d entries of y
     "gbdsbo_factors": (sampled(D.gbdsbo, terms=2, inverse_step=0.1), lambda d: (1, 2, 2 * d, d), RING, MERGED),
     "adasdbo": (adasdbo, PLAIN, RING),
     "c2dfb": (sampled(D.c2dfb, **COMPRESSED), (3, 6, 0, 0), RING),
-    "interact": (preset(D.interact, terms=3, inverse_step=0.1), (1, 1, 3, 1), RING),
-    "interact_svr": (  # once, then twice, twice
-        *(
-            preset(D.interact_svr, terms=3, inverse_step=0.1, every=3, sample=SMALL),
-            (1.6, 1.6, 4.8, 1.6),
-            RING,
-            BRANCHES,
-        ),
-    ),
+    "interact": (preset(D.interact, **SERIES), (1, 1, 3, 1), RING),
+    # once, then twice, twice
+    "interact_svr": (preset(D.interact_svr, **SERIES, every=3, sample=SMALL), (1.6, 1.6, 4.8, 1.6), RING, BRANCHES),
     "diamond": (sampled(D.diamond, momentum=0.5, **SERIES), (2, 2, 6, 2), RING),
     "lopa_local": (sampled(D.lopa_local, momentum=0.5), PLAIN, RING),
     "lopa_tracking": (sampled(D.lopa_tracking), PLAIN, RING),

@@ -176,10 +176,10 @@ COUNTS = {
     "reverse": ("steps", 0, lambda steps: bx.inner.reverse(inner_loss, SGD, steps)),
     "implicit": ("steps", 0, lambda steps: bx.inner.implicit(inner_loss, SGD, steps)),
     "no_gradient": ("steps", 0, lambda steps: bx.inner.no_gradient(inner_loss, SGD, steps)),
-    "neumann": ("steps", 0, lambda steps: bx.ihvp.neumann(terms=steps, step_size=0.1)),
-    "cg": ("maxiter", 1, bx.ihvp.cg),
+    "neumann": ("terms", 0, lambda terms: bx.ihvp.neumann(terms=terms, step_size=0.1)),
+    "cg": ("maxiter", 1, lambda maxiter: bx.ihvp.cg(maxiter=maxiter)),
     "sgd": ("steps", 1, lambda steps: bx.ihvp.sgd(steps=steps, step_size=0.1, sample=bx.sampling.full)),
-    "nystrom": ("rank", 1, bx.ihvp.nystrom),
+    "nystrom": ("rank", 1, lambda rank: bx.ihvp.nystrom(rank=rank)),
     "minibatch": ("size", 1, bx.sampling.minibatch),
     "store_products": ("every", 1, bx.inner.store_products),
 }
@@ -197,7 +197,7 @@ def test_counts(name, minimum, make):
 
 NUMBERS = {
     "identity": ("scale", bx.ihvp.identity),
-    "exact": ("damping", bx.ihvp.exact),
+    "exact": ("damping", lambda number: bx.ihvp.exact(damping=number)),
     "neumann": ("damping", lambda number: bx.ihvp.neumann(terms=1, step_size=0.1, damping=number)),
     "cg": ("damping", lambda number: bx.ihvp.cg(damping=number)),
     "cg_tol": ("tol", lambda number: bx.ihvp.cg(tol=number)),

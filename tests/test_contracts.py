@@ -76,7 +76,7 @@ def modelled(make):
         def prepare(key, state, loss, point):
             return sound.prepare(key, state, as_model(loss, *point[:2]), point)
 
-        return bx.problem.IHVP(sound.init, prepare, sound.linear)
+        return bx.problem.IHVP(sound.init, prepare, sound.spd)
 
     return with_structure
 

@@ -33,8 +33,8 @@ def final(make, values, batch=DEFINITE.batch, iterations=1000):
 # MA-DSBO
 
 
-def ma_dsbo(inner_steps, product_steps, steps=TOY_STEPS, **options):
-    return decentralized.ma_dsbo(PROBLEM, LAZY_RING, steps, steps=inner_steps, v_steps=product_steps, **options)
+def ma_dsbo(steps, v_steps, step_sizes=TOY_STEPS, **options):
+    return decentralized.ma_dsbo(PROBLEM, LAZY_RING, step_sizes, steps=steps, v_steps=v_steps, **options)
 
 
 def ma_dsbo_recursion(q, steps, inner_steps, product_steps, theta, track, restart, iterations):
@@ -56,7 +56,7 @@ def ma_dsbo_recursion(q, steps, inner_steps, product_steps, theta, track, restar
 
 @pytest.mark.parametrize(("track", "restart"), [(False, False), (True, False), (False, True)])
 def test_ma_dsbo_follows_its_recursion(track, restart):
-    method = ma_dsbo(2, 3, STEPS, theta=0.3, track=track, restart=restart)
+    method = ma_dsbo(2, 3, STEPS, momentum=0.3, track=track, restart=restart)
     _, path, info = run(method, INDEFINITE.batch, 20)
     close(path, ma_dsbo_recursion(INDEFINITE, STEPS, 2, 3, 0.3, track, restart, 20), 1e-12)
     d_x, d_y = 2, 3
@@ -91,13 +91,13 @@ def test_ma_dsbo_without_tracking_is_off_by_about_its_step():
 # C2DFB
 
 
-def c2dfb(multiplier, fraction=1.0, gossip_step=0.5, inner_steps=10, steps=TOY_STEPS):
+def c2dfb(multiplier, fraction=1.0, gossip_step=0.5, steps=10, step_sizes=TOY_STEPS):
     compressor = bx.agents.compression.top_k(fraction)
     return decentralized.c2dfb(
         PROBLEM,
         LAZY_RING,
-        steps,
-        steps=inner_steps,
+        step_sizes,
+        steps=steps,
         multiplier=multiplier,
         compressor=compressor,
         gossip_step=gossip_step,
@@ -174,7 +174,7 @@ def c2dfb_recursion(q, steps, inner_steps, multiplier, gossip_step, fraction, it
 
 @pytest.mark.parametrize("fraction", [1.0, 0.4])
 def test_c2dfb_follows_its_recursion(fraction):
-    path, info = penalized_paths(c2dfb(10.0, fraction, 0.4, inner_steps=3), DEFINITE, 15)
+    path, info = penalized_paths(c2dfb(10.0, fraction, 0.4, steps=3), DEFINITE, 15)
     expected = c2dfb_recursion(DEFINITE, TOY_STEPS, 3, 10.0, 0.4, fraction, 15)
     close(path, [level[1:] for level in expected], 1e-12)
     value, index, kept = 8, 4, int(np.ceil(fraction * 3))
@@ -227,13 +227,13 @@ def test_adasdbo_approaches_the_solution_slowly():
 # Samples
 
 
-def noisy(key, k, data, size=0.1):
+def noisy(key, t, data, size=0.1):
     errors = {name: size * jax.random.normal(key, data[name].shape) for name in data.keys() & {"A", "e"}}
     return data | {name: data[name] + error for name, error in errors.items()}
 
 
 SAMPLED = {
-    "ma_dsbo": lambda sample: ma_dsbo(2, 2, STEPS, sample=sample, theta=0.1, track=True),
+    "ma_dsbo": lambda sample: ma_dsbo(2, 2, STEPS, sample=sample, momentum=0.1, track=True),
     "c2dfb": lambda sample: decentralized.c2dfb(
         PROBLEM,
         LAZY_RING,
@@ -258,7 +258,7 @@ def test_noise_of_the_samples_leaves_noise_around_the_limit(name):
 
     @jax.jit
     def last(keys, size):
-        method = SAMPLED[name](lambda key, k, data: noisy(key, k, data, size))
+        method = SAMPLED[name](lambda key, t, data: noisy(key, t, data, size))
         start = method.init(*networks.zeros(DEFINITE.batch), DEFINITE.batch)
         return jax.lax.scan(lambda s, key: (method.step(key, s, DEFINITE.batch)[0], ()), start, keys)[0]
 

@@ -39,7 +39,7 @@ def recursion(q, p, block, iterations):
 
 
 def test_the_agents_that_moved_farthest_refresh():
-    method = s3ldbo_adaptive(PROBLEM, LAZY_RING, STEPS, 0.25)
+    method = s3ldbo_adaptive(PROBLEM, LAZY_RING, STEPS, probability=0.25)
     _, path, info = run(method, DEFINITE.batch, 40)
     expected, chosen = recursion(DEFINITE, 0.25, 8, 40)
     close(path, expected, 1e-12)
@@ -49,7 +49,7 @@ def test_the_agents_that_moved_farthest_refresh():
 
 @pytest.mark.parametrize("q", [DEFINITE, INDEFINITE], ids=["definite", "indefinite"])
 def test_limit(q):
-    _, path, info = run(s3ldbo_adaptive(PROBLEM, LAZY_RING, STEPS, 0.25), q.batch, 2500)
+    _, path, info = run(s3ldbo_adaptive(PROBLEM, LAZY_RING, STEPS, probability=0.25), q.batch, 2500)
     at_solution(path, q)
     evaluations = np.asarray(info.calls.outer_gradients)
     assert (evaluations.sum(1) == 2).all()
@@ -61,7 +61,7 @@ def test_everybody_is_sldbo():
     paths = [
         run(method, DEFINITE.batch, 40, start)[1]
         for method in (
-            s3ldbo_adaptive(PROBLEM, LAZY_RING, STEPS, 1.0),
+            s3ldbo_adaptive(PROBLEM, LAZY_RING, STEPS, probability=1.0),
             decentralized.sldbo(PROBLEM, LAZY_RING, STEPS),
         )
     ]

@@ -92,9 +92,9 @@ CG = functools.partial(bx.ihvp.cg, curvature=bx.curvature.gauss_newton)
 @pytest.mark.parametrize(
     ("ihvp", "expected"),
     [
-        (CG(5), -1 / 12),
+        (CG(maxiter=5), -1 / 12),
         (meta_learning.factors(), -0.25 / ((2.5 + 1.25**0.5) * (1 + 0.2**0.5))),
-        (CG(1, preconditioner=meta_learning.factors()), -1 / 12),
+        (CG(maxiter=1, preconditioner=meta_learning.factors()), -1 / 12),
         (bx.ihvp.identity(2.0), -1 / 2),
     ],
 )

@@ -272,10 +272,10 @@ def test_step_sizes_that_fall():
 
 
 BAD = {
-    "period": (r"period.*0", lambda: A.srba(PROBLEM, STEPS, sample=SMALL, every=0)),
-    "period_vrbo": ("period", lambda: A.vrbo(PROBLEM, STEPS, sample=SMALL, every=0)),
+    "every": (r"every.*0", lambda: A.srba(PROBLEM, STEPS, sample=SMALL, every=0)),
+    "every_vrbo": ("every", lambda: A.vrbo(PROBLEM, STEPS, sample=SMALL, every=0)),
     "steps_vrbo": ("steps", lambda: A.vrbo(PROBLEM, STEPS, sample=SMALL, every=2, steps=0)),
-    "momentum": (r"\ba\b.*1\.5", lambda: A.fsla(PROBLEM, STEPS, sample=SMALL, momentum=1.5)),
+    "momentum": (r"^momentum.*1\.5", lambda: A.fsla(PROBLEM, STEPS, sample=SMALL, momentum=1.5)),
     "terms_mrbo": ("terms", lambda: A.mrbo(PROBLEM, STEPS, sample=SMALL, terms=-1)),
     "steps_amigo": ("steps", lambda: A.amigo(PROBLEM, STEPS, sample=SMALL, steps=0)),
     "v_steps_amigo": ("v_steps", lambda: A.amigo(PROBLEM, STEPS, sample=SMALL, v_steps=0)),
@@ -333,7 +333,10 @@ BAD = {
     ),
     "sample_f2sa": (r"^sample must be a function.*64", lambda: A.f2sa(PROBLEM, STEPS, sample=64, multiplier=10.0)),
     **{
-        f"sample_{name}": (r"^sample must be a function.*64", functools.partial(getattr(A, name), PROBLEM, STEPS, 64))
+        f"sample_{name}": (
+            "^sample must be a function.*64",
+            functools.partial(getattr(A, name), PROBLEM, STEPS, sample=64),
+        )
         for name in ("bsa", "ttsa", "stocbio", "pzobo", "amigo", "mrbo", "fsla")
     },
     "problem": ("problem", lambda: A.stocbio(outer_loss, STEPS, sample=SMALL)),

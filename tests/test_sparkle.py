@@ -19,9 +19,9 @@ W = lazy(ring(8))
 LAZY_RING = bx.gossip(topology(W))
 
 
-def sparkle(forms, theta=1.0, gossip=LAZY_RING, steps=STEPS, **choices):
+def sparkle(forms, theta=1.0, gossip=LAZY_RING, step_sizes=STEPS, **choices):
     corrections = bx.Levels(*(getattr(correction, form)() for form in forms))
-    return decentralized.sparkle(PROBLEM, gossip, steps, correction=corrections, momentum=theta, **choices)
+    return decentralized.sparkle(PROBLEM, gossip, step_sizes, correction=corrections, momentum=theta, **choices)
 
 
 FORMS = [

@@ -108,15 +108,15 @@ def test_a_tail_behind_momentum_or_adam_is_refused(optimizer):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "options", "says"),
     [
-        ((0.0, 20, 10), "step_size must be"),
-        ((0.5, 20, 0), "unrolled must be"),
-        ((0.5, 20, 21), "unrolled must be|steps must be"),
-        ((0.5, 20, 10, bx.ihvp.exact()), "ihvp must be a function"),
+        ((0.0, 20), {"unrolled": 10}, "step_size must be"),
+        ((0.5, 20), {"unrolled": 0}, "unrolled must be"),
+        ((0.5, 20), {"unrolled": 21}, "unrolled must be|steps must be"),
+        ((0.5, 20), {"unrolled": 10, "ihvp": bx.ihvp.exact()}, "ihvp must be a function"),
     ],
     ids=["step_size", "none_unrolled", "all_unrolled", "ihvp"],
 )
-def test_arguments_that_do_not_fit(arguments, says):
+def test_arguments_that_do_not_fit(arguments, options, says):
     with pytest.raises(ValueError, match=says):
-        bx.inner.unroll_with_tail(quadratic, *arguments)
+        bx.inner.unroll_with_tail(quadratic, *arguments, **options)

@@ -65,7 +65,7 @@ class Row(NamedTuple):
 
 def curved(make: Callable[..., bx.problem.IHVP]) -> Callable[[Any], Any]:
     """A step in front of which the inverse of Kronecker factors stands."""
-    ihvp = make(DAMPING, fisher=bx.curvature.fisher.exact)
+    ihvp = make(damping=DAMPING, fisher=bx.curvature.fisher.exact)
     return lambda size: bx.single_loop.preconditioned(size, ihvp)
 
 

@@ -21,11 +21,11 @@ class MovedSnapshot(NamedTuple):
     point: bx.Levels
 
 
-def moved_snapshot(p: float) -> bx.single_loop.estimator.Estimator:
+def moved_snapshot(probability: float) -> bx.single_loop.estimator.Estimator:
     """The directions of the last refresh; the agents whose point has moved farthest since then refresh now.
 
         r_i = Σ_s ‖s_i − its snapshot‖ / mean_j ‖s_j − its snapshot‖,      s = x, y, v
-        u_i = d_i, snapshot_i = (x_i, y_i, v_i)      for the ⌈p n⌉ agents of the largest r_i
+        u_i = d_i, snapshot_i = (x_i, y_i, v_i)      for the ⌈probability · n⌉ agents of the largest r_i
         u_i as it was                                otherwise
 
     In a network the agents would tell each other three numbers in each iteration, which nothing counts. The program
@@ -38,7 +38,7 @@ def moved_snapshot(p: float) -> bx.single_loop.estimator.Estimator:
     def update(key: Any, state: MovedSnapshot, oracle: Any, point: bx.Levels, batch: Any, k: Scalar) -> tuple:
         lengths = [jax.vmap(optax.tree.norm)(s) for s in optax.tree.sub(point, state.point)]
         shares = sum(r / jnp.maximum(r.mean(), jnp.finfo(r.dtype).tiny) for r in lengths)
-        _, farthest = jax.lax.top_k(shares, ceil(p * len(shares) - 1e-9))
+        _, farthest = jax.lax.top_k(shares, ceil(probability * len(shares) - 1e-9))
         chosen = jnp.zeros(len(shares), bool).at[farthest].set(True)
 
         def kept(new: Array, old: Array) -> Array:
@@ -51,8 +51,8 @@ def moved_snapshot(p: float) -> bx.single_loop.estimator.Estimator:
 
 
 def s3ldbo_adaptive(
-    problem: bx.BilevelProblem, gossip: Any, step_sizes: Any, p: float, correction: Any = None
+    problem: bx.BilevelProblem, gossip: Any, step_sizes: Any, *, probability: float, correction: Any = None
 ) -> bx.problem.Algorithm:
     """Snapshot gradient tracking with such a choice; its limit is that of `s3ldbo`."""
     corrections = bx.single_loop.correction.tracking() if correction is None else correction
-    return bx.single_loop.single_loop(problem, gossip, step_sizes, moved_snapshot(p), corrections)
+    return bx.single_loop.single_loop(problem, gossip, step_sizes, moved_snapshot(probability), corrections)

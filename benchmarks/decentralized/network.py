@@ -17,7 +17,7 @@ class Network(NamedTuple):
       problem: f_i and g_i of one agent; the same functions for all seeds, since programs are compiled once.
       batch: leaves [n, ...]; outer = what f_i reads, inner = what g_i reads.
       x, y: the first point of every agent, without the agents' axis.
-      sample: `sample(size)` draws minibatches: a function `(key, k, data of one agent) -> data`, unbiased; `by_weight`
+      sample: `sample(size)` draws minibatches: a function `(key, t, data of one agent) -> data`, unbiased; `by_weight`
         where rows fill up.
       sizes: mean numbers of examples of an agent, outer and inner: a minibatch counts as its share of them.
       curvature: L, a bound of the eigenvalues of each agent's ∇²_yy g_i.

@@ -116,7 +116,7 @@ def rows(coins: Callable, size: int) -> tuple[Row, ...]:
         Row("sldbo", preset(methods.sldbo)),
         *(Row(f"s3ldbo-{p:g}", preset(methods.s3ldbo, coins=coins(p)), at_start=1) for p in REFRESH),
         *(Row(f"s3ldbo-subset-{p:g}", preset(methods.s3ldbo, coins=bx.coins.subset(p)), at_start=1) for p in ADAPTIVE),
-        *(Row(f"s3ldbo-adaptive-{p:g}", preset(s3ldbo_adaptive, p=p), at_start=1) for p in ADAPTIVE),
+        *(Row(f"s3ldbo-adaptive-{p:g}", preset(s3ldbo_adaptive, probability=p), at_start=1) for p in ADAPTIVE),
         Row("s3ldbo-unbiased-0.2", preset(methods.s3ldbo_unbiased, probability=0.2), at_start=1),
         sampled("dsvrbgd", simultaneous, twice),
         sampled("dsvrbgd-alternating", drawn(methods.dsvrbgd, size, alternating=True, **reduced), counted(2, 4, 2, 2)),
@@ -162,13 +162,13 @@ def personal_rows(coins: Callable, size: int) -> tuple[Row, ...]:
         Row("sldbo", preset(methods.sldbo, correction=own(correction.tracking()))),
         *(Row(f"s3ldbo-{p:g}", s3ldbo(coins=coins(p)), at_start=1) for p in REFRESH),
         *(Row(f"s3ldbo-subset-{p:g}", s3ldbo(coins=bx.coins.subset(p)), at_start=1) for p in ADAPTIVE),
-        *(Row(f"s3ldbo-adaptive-{p:g}", adaptive(p=p), at_start=1) for p in ADAPTIVE),
+        *(Row(f"s3ldbo-adaptive-{p:g}", adaptive(probability=p), at_start=1) for p in ADAPTIVE),
         Row("sparkle-ed", sparkle, counted(inner=2), graphs=lazy("x"), symmetric=True, fixed=True),
         Row("lopa-local", preset(methods.lopa_local)),
         Row("lopa-tracking", preset(methods.lopa_tracking)),
         Row("interact", series(preset, methods.interact), counted(hessian=TERMS)),
         sampled("interact-svr", svr, twice, every=EVERY),
-        sampled("diamond", series(drawn, methods.diamond, size, a=MOMENTUM * RATE**2), twice),
+        sampled("diamond", series(drawn, methods.diamond, size, momentum=MOMENTUM * RATE**2), twice),
     )
 
 

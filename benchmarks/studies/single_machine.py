@@ -124,7 +124,7 @@ def recursive(make: Callable[..., bx.problem.Algorithm]) -> Callable[..., bx.pro
     def made(
         problem: bx.BilevelProblem, sizes: bx.Levels, sample: Any, rows: int, **options: Any
     ) -> bx.problem.Algorithm:
-        return make(problem, sizes, sample, period=max(1, rows // (2 * BATCH)), **options)
+        return make(problem, sizes, sample=sample, every=max(1, rows // (2 * BATCH)), **options)
 
     return made
 
@@ -135,7 +135,7 @@ def plain(make: Callable[..., bx.problem.Algorithm]) -> Callable[..., bx.problem
     def made(
         problem: bx.BilevelProblem, sizes: bx.Levels, sample: Any, rows: int, **options: Any
     ) -> bx.problem.Algorithm:
-        return make(problem, sizes, sample, **options)
+        return make(problem, sizes, sample=sample, **options)
 
     return made
 
@@ -166,10 +166,10 @@ METHODS = (
     Row("amigo-published", plain(algorithms.amigo), sizes(10 / 8, 1 / 8, x_power=0.0), tuned=False),
     Row("soba", plain(algorithms.soba), sizes(0.1, 1.0, y_power=0.2)),
     Row("saba", saba, sizes(0.1, 0.25), batch=trimmed),
-    Row("sustain", plain(algorithms.sustain), sizes(0.1, 0.25), {"a": 0.1}),
+    Row("sustain", plain(algorithms.sustain), sizes(0.1, 0.25), {"momentum": 0.1}),
     Row("srba", recursive(algorithms.srba), sizes(0.1, 0.25)),
-    Row("fsla", plain(algorithms.fsla), sizes(0.1, 0.5, y_power=0.2), {"a": 0.1}),
-    Row("mrbo", plain(algorithms.mrbo), sizes(0.1, 0.25, v=0.25), {"a": 0.1}),
+    Row("fsla", plain(algorithms.fsla), sizes(0.1, 0.5, y_power=0.2), {"momentum": 0.1}),
+    Row("mrbo", plain(algorithms.mrbo), sizes(0.1, 0.25, v=0.25), {"momentum": 0.1}),
     Row("vrbo", recursive(algorithms.vrbo), sizes(0.1, 0.25), {"steps": 3, "terms": 5}),
     Row("stocbio", plain(algorithms.stocbio), sizes(0.1, 0.25), {"steps": 3}),
     Row("amigo", plain(algorithms.amigo), sizes(0.1, 0.25), {"steps": 3}),

@@ -110,7 +110,7 @@ CG = {"maxiter": 20, "damping": 3e-4}
 KFAC = {"damping": 1e-4}
 ROWS = (
     Row("identity", functools.partial(implicit, ihvp=bx.ihvp.identity), {"scale": 0.1}),
-    Row("neumann", functools.partial(implicit, ihvp=bx.ihvp.neumann), {"steps": 20, "step_size": 0.01}),
+    Row("neumann", functools.partial(implicit, ihvp=bx.ihvp.neumann), {"terms": 20, "step_size": 0.01}),
     Row("cg", functools.partial(implicit, ihvp=cg), CG),
     Row("kfac", functools.partial(implicit, ihvp=kfac), KFAC),
     Row("truncated", truncated, {"tail": 10}),

@@ -119,7 +119,7 @@ ESTIMATORS = (
     Estimator(
         "neumann",
         functools.partial(by, bx.ihvp.neumann),
-        lambda inner: {"steps": 10, "step_size": inner.learning_rate, "curvature": inner.curvature},
+        lambda inner: {"terms": 10, "step_size": inner.learning_rate, "curvature": inner.curvature},
     ),
     Estimator("cg", functools.partial(by, bx.ihvp.cg), lambda inner: {"maxiter": 5, "curvature": inner.curvature}),
     Estimator("kfac", functools.partial(by, bx.ihvp.kfac), lambda inner: FACTORS),

@@ -195,7 +195,7 @@ def foreign(function: Function) -> Row:
 
 METHODS = (
     Row("identity", functools.partial(implicit, bx.ihvp.identity), {"scale": 1.0}),
-    Row("neumann", functools.partial(implicit, bx.ihvp.neumann), {"steps": 10, "step_size": 1.0}),
+    Row("neumann", functools.partial(implicit, bx.ihvp.neumann), {"terms": 10, "step_size": 1.0}),
     Row("cg", functools.partial(implicit, bx.ihvp.cg), {"maxiter": 10}),
     Row("truncated", truncated, {"steps": 5}),
     Row("reverse", bx.inner.reverse, {"steps": INNER_STEPS}),

@@ -211,7 +211,7 @@ METHODS = (
     Row(
         "neumann",
         functools.partial(implicit, bx.ihvp.neumann),
-        lambda problem: {"steps": 3, "step_size": problem.step_size, **GAUSS_NEWTON},
+        lambda problem: {"terms": 3, "step_size": problem.step_size, **GAUSS_NEWTON},
     ),
     Row("cg", functools.partial(implicit, bx.ihvp.cg), lambda problem: {"maxiter": 3, **GAUSS_NEWTON}),
     Row("truncated", truncated, lambda problem: {"steps": min(2, problem.steps)}),

@@ -14,7 +14,7 @@ from bilevax.single_loop.estimator import spider
 def srba(problem: BilevelProblem, step_sizes: Any, *, sample: Sample, every: int) -> Algorithm:
     """Single-loop bilevel descent along SARAH estimates of the directions.
 
-        u_s = d_s(x, y, v)                                              if k mod period = 0, on all data
+        u_s = d_s(x, y, v)                                              if k mod q = 0, on all data
         u_s ← u_s + d_s(point; ξ) − d_s(previous point; ξ)              otherwise
         s ← s − a_s u_s  for s = x, y, v, all at once
 

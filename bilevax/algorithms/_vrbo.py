@@ -45,7 +45,7 @@ def vrbo(
     """SPIDER at both levels: one step on x, then `steps` on y, and the estimates follow every move.
 
         d_y = ∇_y g          d_x = ∇_x f − ∇²_xy g · a_v Σ_{j=0}^{terms} (I − a_v ∇²_yy g)ʲ ∇_y f
-        u = d(x, y) on all data, if k mod period = 0
+        u = d(x, y) on all data, if k mod q = 0
         x ← x − a_x u_x
         `steps` times:      u ← u + d(point; ξ_t) − d(previous point; ξ_t),      y ← y − a_y u_y
         u ← u + d(point; ξ) − d(previous point; ξ)

@@ -28,7 +28,7 @@ class Tracked(NamedTuple):
       outer_y: ∇_y f, [n, d].
       inner_y: ∇_y g, [n, d].
       cross: ∂∇_y g / ∂x, leaves [n, d, ...].
-      hessians: ∇²_yy g, one for each factor, [n, factors, d, d].
+      hessians: ∇²_yy g, one for each term, [n, terms, d, d].
 
     Example:
         >>> from bilevax.decentralized._gbdsbo import Tracked
@@ -70,14 +70,14 @@ def gbdsbo(
       sample: `sample(key, t, data) -> batch` for the data of one agent, drawn anew for each Hessian factor.
       terms: b >= 1 independent Hessians of a Neumann series of b + 1 terms (j = 0..b); None for one Hessian that
         is inverted.
-      inverse_step: c > 0, usually 1 / L, with factors.
+      inverse_step: c > 0, usually 1 / L, with `terms`.
 
     Returns:
       `Algorithm(init, step)`; `state.v` is (), `state.estimators` the last q, `state.corrections` W t and the state of
       the gossip.
 
     Raises:
-      ValueError: if `terms` < 1, or `inverse_step` is missing or not positive with factors, or given without; as
+      ValueError: if `terms` < 1, or `inverse_step` is missing or not positive with `terms`, or given without; as
         `bx.single_loop.single_loop`; when it draws, if there is no key.
 
     Cost: for each agent and iteration one ∇f, max(1, b) ∇_y g, d_y max(1, b) Hessian and d_y cross products, and
@@ -105,7 +105,7 @@ def gbdsbo(
     number = 1 if terms is None else checks.count("terms", terms, minimum=1)
     if (terms is None) != (inverse_step is None):
         raise ValueError(
-            f"inverse_step and factors go together; got factors={terms!r} and inverse_step={inverse_step!r}. Pass "
+            f"inverse_step and terms go together; got terms={terms!r} and inverse_step={inverse_step!r}. Pass "
             f"both for a Neumann series, or none of them to invert the Hessian."
         )
     if inverse_step is not None:
