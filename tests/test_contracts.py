@@ -35,7 +35,7 @@ def preconditioned_cg(number, sample):
 
 
 def factored(make):
-    return lambda number, sample: make(number, fisher=EXACT_FISHER, sample=sample)
+    return lambda number, sample: make(damping=number, fisher=EXACT_FISHER, sample=sample)
 
 
 def rescaled(number, sample):
@@ -47,7 +47,7 @@ UNBIASED = {"cold": True, "biased": True}  # right in the mean alone
 EXACT = {"counted": False, "half": False}  # lineax counts iterations; half precision misses this tolerance
 IHVPS = {  # number, sample -> method; the number that inverts H = 2 I; what it declares
     "identity": (lambda number, sample: bx.ihvp.identity(number), 0.5, {"cold": True, "samples": False}),
-    "exact": (bx.ihvp.exact, 0.0, {"cold": True}),
+    "exact": (lambda number, sample: bx.ihvp.exact(damping=number, sample=sample), 0.0, {"cold": True}),
     "neumann": (lambda number, sample: bx.ihvp.neumann(terms=3, step_size=number, sample=sample), 0.5, {}),
     "cg": (lambda number, sample: bx.ihvp.cg(maxiter=3, damping=number, sample=sample), 0.0, {}),
     "cg_preconditioned": (preconditioned_cg, 0.0, {}),

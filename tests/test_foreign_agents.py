@@ -416,6 +416,10 @@ def test_a_method_with_branches_passes_if_it_says_so():
         testing.check_algorithm(branches, (1.6,) * 4, contracts=compiled)
 
 
+def by_sample(problem, gossip, step_sizes, sample):
+    return bx.decentralized.sldbo(problem, gossip, step_sizes, radius=sample)
+
+
 MISUSE = {  # none is a broken contract
     "a constructor of corrections": (
         testing.check_correction,
@@ -431,7 +435,12 @@ MISUSE = {  # none is a broken contract
     ),
     "a graph": (testing.check_gossip, (bx.topology.ring(4),), r"must be a Gossip; got Topology.*bx.gossip\(topology\)"),
     "one machine": (testing.check_algorithm, (bx.algorithms.soba,), r"function \(problem, gossip, step_sizes, sample"),
-    "no sampler": (testing.check_algorithm, (bx.decentralized.sldbo,), r"got sldbo, which says: radius.* wrap it"),
+    "a preset": (testing.check_algorithm, (bx.decentralized.sldbo,), r"function \(problem, gossip, step_sizes, sample"),
+    "no sampler": (
+        testing.check_algorithm,
+        (by_sample,),
+        "got by_sample, which says: radius.* wrap it",
+    ),
     "no method": (testing.check_algorithm, (lambda *parts: None,), "must be an Algorithm; got None"),
     "one number of calls": (testing.check_algorithm, (plain_descent, 3), "calls must be four numbers"),
     "five agents": (testing.check_algorithm, (plain_descent, None, bx.topology.ring(5)), "must have 4 agents"),

@@ -34,7 +34,7 @@ def identity(inner):
 
 
 def reverse(inner):
-    return bx.inner.reverse(inner.loss, inner.optimizer, inner.steps, inner.initial, inner.sample)
+    return bx.inner.reverse(inner.loss, inner.optimizer, inner.steps, initial=inner.initial, sample=inner.sample)
 
 
 def penalty(inner):
@@ -198,7 +198,7 @@ def agents():
 
 def test_what_an_algorithm_costs_is_counted_while_it_runs(agents):
     ring = bx.topology.lazy(bx.topology.ring(4))
-    loops = {"inner_steps": INNER_STEPS, "product_steps": INNER_STEPS}
+    loops = {"steps": INNER_STEPS, "v_steps": INNER_STEPS}
     made = functools.partial(bx.decentralized.ma_dsbo, **loops)
     own = foreign(function(made, kind="DECENTRALIZED"), agents, bx.Levels(ring, ring, ring), 8)
     row = Row(
