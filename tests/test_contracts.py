@@ -213,7 +213,7 @@ def two_phase(switch_at):
 
 
 def penalty(problem, optimizer, sample):
-    return bx.penalty(*problem, optimizer, STEPS, 10.0, sample=sample, cross_sample=sample)
+    return bx.penalty(problem, optimizer, STEPS, multiplier=10.0, sample=sample, cross_sample=sample)
 
 
 def full_zeroth_order(problem, optimizer, sample):

@@ -26,6 +26,7 @@ def outer_loss(x, y, b):
     return 0.5 * jnp.sum((y - b) ** 2) + 0.5 * jnp.sum(x**2)
 
 
+PROBLEM = bx.BilevelProblem(outer_loss, inner_loss)
 SOLUTION = np.linalg.solve(H, C @ X)
 EXACT = X + C.T @ np.linalg.solve(H, SOLUTION - B)
 
@@ -36,7 +37,7 @@ def implicit(steps=2000, ihvp=None, loss=inner_loss):
 
 def check(solver, outer_loss=outer_loss, inner_loss=inner_loss, x=X, y=Y, batch=BATCH, **options):
     hypergrad = solver if isinstance(solver, bx.problem.Hypergradient) else bx.hypergradient(outer_loss, solver)
-    return bx.check_hypergradient(outer_loss, inner_loss, x, y, batch, hypergrad, **options)
+    return bx.check_hypergradient(bx.BilevelProblem(outer_loss, inner_loss), x, y, batch, hypergrad, **options)
 
 
 def test_a_right_one():
@@ -103,7 +104,7 @@ WRONG = {
         ["such as a sum for a mean"],
     ),
     "the penalty is biased": (
-        lambda: bx.penalty(outer_loss, inner_loss, optax.sgd(0.15), 2000, 20.0),
+        lambda: bx.penalty(PROBLEM, optax.sgd(0.15), 2000, multiplier=20.0),
         ["multiplier is 20"],
     ),
     "the estimate is not finite": (
@@ -145,9 +146,8 @@ def test_the_active_phase_is_diagnosed(switch_at, verdict):
 
 
 def test_a_penalty_whose_inner_problems_are_not_solved():
-    assert (
-        check(bx.penalty(outer_loss, inner_loss, optax.sgd(0.1), 3, 1e6)).verdict == "the inner problem is not solved"
-    )
+    report = check(bx.penalty(PROBLEM, optax.sgd(0.1), 3, multiplier=1e6))
+    assert report.verdict == "the inner problem is not solved"
 
 
 def test_the_nearest_minimum_is_the_reference():
@@ -309,13 +309,14 @@ def test_pytrees_keys_and_a_warm_state():
     def outer(x, y, batch):
         return outer_loss(x["x"], y["y"], batch["b"])
 
+    problem = bx.BilevelProblem(outer, inner)
     hypergrad = bx.hypergradient(outer, bx.inner.implicit(inner, optax.sgd(STEP), 100, ihvp=bx.ihvp.cg(maxiter=3)))
     state = hypergrad.init({"x": X}, {"y": Y})
-    cold = bx.check_hypergradient(outer, inner, {"x": X}, {"y": Y}, batch, hypergrad)
+    cold = bx.check_hypergradient(problem, {"x": X}, {"y": Y}, batch, hypergrad)
     estimate = jax.jit(hypergrad.estimate)
     for _ in range(20):
         _, state, _ = estimate(None, state, {"x": X}, batch)
-    warm = bx.check_hypergradient(outer, inner, {"x": X}, {"y": Y}, batch, hypergrad, state=state)
+    warm = bx.check_hypergradient(problem, {"x": X}, {"y": Y}, batch, hypergrad, state=state)
     assert warm.ok
     assert not cold.ok
     np.testing.assert_allclose(warm.reference["x"], EXACT, rtol=1e-9)
@@ -342,18 +343,19 @@ def test_the_page_that_print_shows():
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"hypergradient": implicit()}, "hypergradient must be a Hypergradient; got implicit("),
+        ({"problem": None}, "problem must be a BilevelProblem; got None"),
+        ({"hypergrad": implicit()}, "hypergrad must be a Hypergradient; got implicit("),
         ({"batch": B}, "batch must be a Batch"),
         ({"tol": 0.0}, "tol must be a finite number > 0; got 0.0"),
         ({"x": jnp.arange(3)}, "x must hold floating-point arrays only; got int64"),
         ({"y": {}}, "y must hold at least one floating-point array"),
-        ({"inner_loss": None}, "inner_loss must be a function (x, y, batch)"),
-        ({"outer_loss": lambda x: x}, "outer_loss must be a function (x, y, batch)"),
+        ({"problem": PROBLEM._replace(inner_loss=None)}, "inner_loss must be a function (x, y, batch)"),
+        ({"problem": PROBLEM._replace(outer_loss=lambda x: x)}, "outer_loss must be a function (x, y, batch)"),
     ],
 )
 def test_mistakes(change, says):
-    good = {"outer_loss": outer_loss, "inner_loss": inner_loss, "x": X, "y": Y, "batch": BATCH}
-    good["hypergradient"] = bx.hypergradient(outer_loss, implicit())
+    good = {"problem": PROBLEM, "x": X, "y": Y, "batch": BATCH}
+    good["hypergrad"] = bx.hypergradient(outer_loss, implicit())
     with pytest.raises(ValueError, match="must") as caught:
         bx.check_hypergradient(**(good | change))
     assert says in str(caught.value)

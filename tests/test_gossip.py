@@ -202,7 +202,7 @@ def test_the_weighted_mean_moves_along_the_mean_direction(moved):
 
 
 def test_what_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match=r"columns alone sum to 1\. Take bx\.push_sum"):
+    with pytest.raises(ValueError, match=r"columns alone sum to 1\. Take bx\.agents\.push_sum"):
         bx.gossip(DIRECTED)
     gossip = bx.agents.push_sum(DIRECTED)
     with pytest.raises(ValueError, match=r"symmetric W .* bx\.correction\.tracking"):

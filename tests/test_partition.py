@@ -101,7 +101,7 @@ SEEDED = {
 
 @pytest.mark.parametrize("make", SEEDED.values(), ids=SEEDED)
 def test_another_seed_is_another_partition(make):
-    (first,), (second,) = (make(8, seed)(LABELS) for seed in (0, 1))
+    (first,), (second,) = (make(8, seed=seed)(LABELS) for seed in (0, 1))
     assert any(not np.array_equal(one, other) for one, other in zip(first, second, strict=True))
 
 
@@ -113,7 +113,7 @@ def test_iid_is_even_and_mixed():
 
 def test_dirichlet_is_the_more_skewed_the_smaller_alpha():
     def mean_entropy(make, alpha):
-        return np.mean([entropy(counts(LABELS, make(8, alpha, seed)(LABELS)[0])) for seed in range(5, 10)])
+        return np.mean([entropy(counts(LABELS, make(8, alpha=alpha, seed=seed)(LABELS)[0])) for seed in range(5, 10)])
 
     for make in (partition.dirichlet, partition.dirichlet_balanced):
         severe, moderate, mild = (mean_entropy(make, alpha) for alpha in (0.2, 1.0, 10.0))

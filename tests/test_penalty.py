@@ -26,12 +26,13 @@ def outer_loss(x, y, b):
     return 0.5 * (y - b) @ A @ (y - b) + 0.5 * x @ x
 
 
+PROBLEM = bx.BilevelProblem(outer_loss, inner_loss)
 EXACT = X + C.T @ np.linalg.solve(H, A @ (np.linalg.solve(H, C @ X) - B))
 OPTIMIZER = optax.sgd(2 / (np.linalg.eigvalsh(H)[0] + np.linalg.eigvalsh(H)[-1]))
 
 
 def estimate(multiplier, steps=3000, **options):
-    hypergrad = bx.penalty(outer_loss, inner_loss, OPTIMIZER, steps, multiplier, **options)
+    hypergrad = bx.penalty(PROBLEM, OPTIMIZER, steps, multiplier=multiplier, **options)
     return jax.jit(hypergrad.estimate)(None, hypergrad.init(X, jnp.zeros(4)), X, BATCH)
 
 
@@ -60,7 +61,7 @@ def test_the_error_is_inversely_proportional_to_the_multiplier():
 
 
 def test_a_schedule_is_asked_with_the_outer_step():
-    hypergrad = bx.penalty(outer_loss, inner_loss, OPTIMIZER, 1, optax.linear_schedule(5.0, 25.0, 4))
+    hypergrad = bx.penalty(PROBLEM, OPTIMIZER, 1, multiplier=optax.linear_schedule(5.0, 25.0, 4))
     state, multipliers, estimate = hypergrad.init(X, jnp.zeros(4)), [], jax.jit(hypergrad.estimate)
     for _ in range(3):
         _, state, info = estimate(None, state, X, BATCH)
@@ -70,7 +71,7 @@ def test_a_schedule_is_asked_with_the_outer_step():
 
 def test_both_inner_problems_stay_warm():
     _, once, _ = estimate(10.0, steps=6)
-    hypergrad = bx.penalty(outer_loss, inner_loss, OPTIMIZER, 3, 10.0)
+    hypergrad = bx.penalty(PROBLEM, OPTIMIZER, 3, multiplier=10.0)
     state, warm = hypergrad.init(X, jnp.zeros(4)), jax.jit(hypergrad.estimate)
     for _ in range(2):
         _, state, _ = warm(None, state, X, BATCH)
@@ -86,7 +87,8 @@ def test_both_inner_problems_see_the_same_batches():
 
     rows = bx.Batch(None, jnp.asarray(RANDOM.normal(size=(50, 4))))
     options = {"sample": bx.sampling.minibatch(5), "cross_sample": bx.sampling.minibatch(7)}
-    hypergrad = bx.penalty(lambda x, y, b: 0.5 * x @ x, loss, optax.sgd(0.05), 9, 10.0, **options)
+    problem = bx.BilevelProblem(lambda x, y, b: 0.5 * x @ x, loss)
+    hypergrad = bx.penalty(problem, optax.sgd(0.05), 9, multiplier=10.0, **options)
     grad, state, _ = jax.jit(hypergrad.estimate)(jax.random.key(0), hypergrad.init(X, jnp.zeros(4)), X, rows)
     np.testing.assert_allclose(grad, X, rtol=1e-12)
     np.testing.assert_allclose(state.y, state.penalized, rtol=1e-12)
@@ -99,7 +101,8 @@ def test_it_takes_a_loss_that_has_no_second_derivative():
         return 0.5 * y @ H @ y
 
     once.defvjp(lambda y: (once(y), y), lambda y, bar: (bar * jax.pure_callback(lambda y: np.asarray(H) @ y, y, y),))
-    hypergrad = bx.penalty(outer_loss, lambda x, y, batch: once(y) - y @ (C @ x), OPTIMIZER, 300, 1e3)
+    problem = PROBLEM._replace(inner_loss=lambda x, y, batch: once(y) - y @ (C @ x))
+    hypergrad = bx.penalty(problem, OPTIMIZER, 300, multiplier=1e3)
     grad, _, _ = jax.jit(hypergrad.estimate)(None, hypergrad.init(X, jnp.zeros(4)), X, BATCH)
     np.testing.assert_allclose(grad, EXACT, rtol=0.05)
 
@@ -111,22 +114,23 @@ def test_it_takes_a_loss_that_has_no_second_derivative():
         ({"multiplier": 0.0}, "multiplier must be a finite number > 0; got 0.0"),
         ({"multiplier": lambda: 1.0}, "multiplier must be a function (step)"),
         ({"optimizer": None}, "optimizer must be an optax.GradientTransformation"),
-        ({"inner_loss": 1.0}, "inner_loss must be a function (x, y, batch)"),
-        ({"outer_loss": lambda x: x}, "outer_loss must be a function (x, y, batch)"),
+        ({"problem": (outer_loss, inner_loss)}, "problem must be a BilevelProblem; got tuple"),
+        ({"problem": PROBLEM._replace(inner_loss=1.0)}, "inner_loss must be a function (x, y, batch)"),
+        ({"problem": PROBLEM._replace(outer_loss=lambda x: x)}, "outer_loss must be a function (x, y, batch)"),
         ({"sample": 3}, "sample must be a function (key, t, data)"),
         ({"outer_sample": 3}, "outer_sample must be a function (key, t, data)"),
         ({"cross_sample": 3}, "cross_sample must be a function (key, t, data)"),
     ],
 )
 def test_mistakes(change, says):
-    good = {"outer_loss": outer_loss, "inner_loss": inner_loss, "optimizer": OPTIMIZER, "steps": 1, "multiplier": 10.0}
+    good = {"problem": PROBLEM, "optimizer": OPTIMIZER, "steps": 1, "multiplier": 10.0}
     with pytest.raises(ValueError, match="must be") as caught:
         bx.penalty(**(good | change))
     assert says in str(caught.value)
 
 
 def test_arguments_that_do_not_fit():
-    hypergrad = bx.penalty(outer_loss, inner_loss, OPTIMIZER, 1, 10.0)
+    hypergrad = bx.penalty(PROBLEM, OPTIMIZER, 1, multiplier=10.0)
     state = hypergrad.init(X, jnp.zeros(4))
     with pytest.raises(ValueError, match="x must look like the x that the state was made for"):
         hypergrad.estimate(None, state, jnp.ones(2), BATCH)

@@ -38,7 +38,7 @@ def reverse(inner):
 
 
 def penalty(inner):
-    return bx.penalty(*inner.problem, inner.optimizer, inner.steps, 10.0)
+    return bx.penalty(inner.problem, inner.optimizer, inner.steps, multiplier=10.0)
 
 
 HYPERGRADIENTS = {"my-identity": identity, "my-reverse": reverse, "my-penalty": penalty}

@@ -114,7 +114,7 @@ def test_a_hidden_nan_is_told_with_the_loss_that_has_it(loss):
     """An estimator that reports no breakdown where one of the two losses is NaN."""
 
     def make(problem, optimizer, sample):
-        sound = bx.penalty(*problem, optimizer, steps=1, multiplier=10.0, sample=sample)
+        sound = bx.penalty(problem, optimizer, steps=1, multiplier=10.0, sample=sample)
 
         def estimate(*arguments):
             grad, state, info = sound.estimate(*arguments)

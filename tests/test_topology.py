@@ -418,7 +418,7 @@ REFUSED = [
     (lambda: tp.check(tp.Topology(np.eye(3))), r"(?s)topology\.matrix must be a csr_array; got .*from_matrix\(W\)"),
     (
         lambda: tp.check([tp.ring(2), tp.Topology(sparse.csr_array([[0.5, 0.2], [0.5, 0.8]]))]),
-        r"topology\[1\] must have rows .*got row 0 with sum 0\.7\. Mark it directed=True, .*bx\.push_sum",
+        r"topology\[1\] must have rows .*got row 0 with sum 0\.7\. Mark it directed=True, .*bx\.agents\.push_sum",
     ),
     (
         lambda: tp.check([tp.one_peer_exponential(8)[2]] * 2),

@@ -62,11 +62,10 @@ def f2sa(problem: BilevelProblem, step_sizes: Any, *, sample: Sample, multiplier
 
     def at_iteration(k: Array) -> Hypergradient:
         return penalty(
-            problem.outer_loss,
-            problem.inner_loss,
+            problem,
             inner_optimizer(sizes.y, k),
             steps,
-            at(k, multiplier),
+            multiplier=at(k, multiplier),
             sample=sample,
             cross_sample=sample,
         )

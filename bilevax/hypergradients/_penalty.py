@@ -11,7 +11,7 @@ from bilevax import checks
 from bilevax.hypergradients._hypergradient import HypergradientInfo, check_batch, check_call
 from bilevax.inner._optimizer_steps import Optimizer, check_point, optimizer_steps
 from bilevax.printing import as_called, by_shape
-from bilevax.problem import Batch, Calls, Hypergradient, Iterate, Loss, SolverInfo, arrays, norm
+from bilevax.problem import Batch, BilevelProblem, Calls, Hypergradient, Iterate, SolverInfo, arrays, norm
 from bilevax.sampling import Sample, fold, full, split
 from bilevax.typing import Array, Key, PyTree, Scalar
 
@@ -63,12 +63,11 @@ class PenaltyDetail(NamedTuple):
 
 @as_called
 def penalty(
-    outer_loss: Loss,
-    inner_loss: Loss,
+    problem: BilevelProblem,
     optimizer: Optimizer,
     steps: int,
-    multiplier: Scalar | Callable[[Array], Scalar],
     *,
+    multiplier: Scalar | Callable[[Array], Scalar],
     sample: Sample = full,
     outer_sample: Sample = full,
     cross_sample: Sample = full,
@@ -84,8 +83,7 @@ def penalty(
     grows: errors in y and y_λ are multiplied by λ.
 
     Args:
-      outer_loss: f, a function (x, y, batch) -> scalar.
-      inner_loss: g, a function (x, y, batch) -> scalar.
+      problem: f and g, functions (x, y, batch) -> scalar.
       optimizer: any optax transformation, or a function x ↦ transformation.
       steps: inner steps of each of the two problems for each estimate, >= 0.
       multiplier: λ > 0, or an optax schedule of the outer step (F2SA lets it grow).
@@ -99,8 +97,8 @@ def penalty(
       `PenaltyDetail`.
 
     Raises:
-      ValueError: if steps is negative, the multiplier is not positive, a loss is not scalar, or the arguments of
-        `estimate` do not fit.
+      ValueError: if problem is no `BilevelProblem`, steps is negative, the multiplier is not positive, a loss is not
+        scalar, or the arguments of `estimate` do not fit.
 
     Cost: 2 · steps + 2 gradients of g and steps + 1 of f; memory of one step, two copies of y.
 
@@ -111,13 +109,15 @@ def penalty(
     Example:
         >>> import bilevax as bx, jax, optax
         >>> inner_loss, outer_loss = lambda x, y, batch: 0.5 * (y - x) ** 2, lambda x, y, batch: 0.5 * y**2
-        >>> hypergrad = bx.penalty(outer_loss, inner_loss, optax.sgd(0.5), steps=100, multiplier=99.0)
+        >>> problem = bx.BilevelProblem(outer_loss, inner_loss)
+        >>> hypergrad = bx.penalty(problem, optax.sgd(0.5), steps=100, multiplier=99.0)
         >>> grad, _, _ = hypergrad.estimate(None, hypergrad.init(1.0, 0.0), 1.0, bx.Batch(None, None))
         >>> round(float(grad), 4)  # λ / (λ + 1)
         0.99
     """
-    outer = checks.scalar_loss("outer_loss", outer_loss)
-    inner = checks.scalar_loss("inner_loss", inner_loss)
+    checks.instance("problem", problem, BilevelProblem, "Pass bx.BilevelProblem(outer_loss, inner_loss).")
+    outer = checks.scalar_loss("outer_loss", problem.outer_loss)
+    inner = checks.scalar_loss("inner_loss", problem.inner_loss)
     steps = checks.count("steps", steps)
     if callable(multiplier):
         checks.function("multiplier", multiplier, "step")
@@ -125,7 +125,7 @@ def penalty(
         checks.positive("multiplier", multiplier)
     for name, sampler in (("outer_sample", outer_sample), ("cross_sample", cross_sample)):
         checks.function(name, sampler, "key", "t", "data")
-    plain = optimizer_steps(inner_loss, optimizer, None, sample)
+    plain = optimizer_steps(problem.inner_loss, optimizer, None, sample)
 
     def both(key: Key | None, t: Scalar, data: Batch) -> Batch:
         outer_key = fold(key, _OUTER)

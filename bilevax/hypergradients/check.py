@@ -22,7 +22,7 @@ from bilevax.hypergradients._reference import (
 )
 from bilevax.hypergradients._report import HypergradientReport
 from bilevax.hypergradients._two_phase import TwoPhaseInfo
-from bilevax.problem import Batch, Hypergradient, IHVPInfo, Loss
+from bilevax.problem import Batch, BilevelProblem, Hypergradient, IHVPInfo
 from bilevax.typing import Key, PyTree
 
 SOLVED = 1e-8  # ‖∇_y g‖ of a solved inner problem, relative to ‖∇_y g‖ + 1 at the start
@@ -38,12 +38,11 @@ def _double(tree: PyTree) -> PyTree:
 
 
 def check_hypergradient(
-    outer_loss: Loss,
-    inner_loss: Loss,
+    problem: BilevelProblem,
     x: PyTree,
     y: PyTree,
     batch: Batch,
-    hypergradient: Hypergradient,
+    hypergrad: Hypergradient,
     *,
     key: Key | None = None,
     state: Any = None,
@@ -65,22 +64,21 @@ def check_hypergradient(
     bfloat16, is not.
 
     Args:
-      outer_loss: f, a function (x, y, batch) -> scalar.
-      inner_loss: g, a function (x, y, batch) -> scalar.
+      problem: f and g, functions (x, y, batch) -> scalar.
       x: outer variable.
       y: inner variable where the estimator starts, without a `state`.
-      batch: `Batch(outer, inner)`: all the data; what `hypergradient` draws from it is its own affair.
-      hypergradient: the estimator to check, of the same losses.
+      batch: `Batch(outer, inner)`: all the data; what `hypergrad` draws from it is its own affair.
+      hypergrad: the estimator to check, of the same losses.
       key: passed to `estimate`; with a key, eight estimates tell the noise.
-      state: a state of `hypergradient` from your own loop, with its warm y and v; by default `init(x, y, batch)`.
+      state: a state of `hypergrad` from your own loop, with its warm y and v; by default `init(x, y, batch)`.
       tol: relative error up to which the hypergradient counts as right.
 
     Returns:
       A `HypergradientReport`: `print` it, or assert its `ok`.
 
     Raises:
-      ValueError: if a loss is not scalar, x or y is empty or not floating-point, the batch is no `Batch`, the
-        hypergradient is no `Hypergradient`, or tol is not positive.
+      ValueError: if problem is no `BilevelProblem`, a loss is not scalar, x or y is empty or not floating-point, the
+        batch is no `Batch`, hypergrad is no `Hypergradient`, or tol is not positive.
 
     Cost: a dense Hessian for each of some ten Newton steps, or for large y some thousand products.
 
@@ -88,23 +86,24 @@ def check_hypergradient(
 
     Example:
         >>> import bilevax as bx, optax
-        >>> inner_loss, outer_loss = lambda x, y, batch: (y - x) ** 2, lambda x, y, batch: (y - 1.0) ** 2
-        >>> solver = bx.inner.implicit(inner_loss, optax.sgd(0.1), steps=3)
-        >>> hypergrad = bx.hypergradient(outer_loss, solver)
-        >>> report = bx.check_hypergradient(outer_loss, inner_loss, 3.0, 0.0, bx.Batch(None, None), hypergrad)
+        >>> problem = bx.BilevelProblem(lambda x, y, batch: (y - 1.0) ** 2, lambda x, y, batch: (y - x) ** 2)
+        >>> solver = bx.inner.implicit(problem.inner_loss, optax.sgd(0.1), steps=3)
+        >>> hypergrad = bx.hypergradient(problem.outer_loss, solver)
+        >>> report = bx.check_hypergradient(problem, 3.0, 0.0, bx.Batch(None, None), hypergrad)
         >>> report.ok, report.verdict
         (False, 'the inner problem is not solved')
     """
-    checks.instance("hypergradient", hypergradient, Hypergradient, "Pass, say, bx.hypergradient(outer_loss, solver).")
+    checks.instance("problem", problem, BilevelProblem, "Pass bx.BilevelProblem(outer_loss, inner_loss).")
+    checks.instance("hypergrad", hypergrad, Hypergradient, "Pass, say, bx.hypergradient(outer_loss, solver).")
     checks.instance("batch", batch, Batch, "Pass bx.Batch(outer=..., inner=...).")
     checks.positive("tol", tol)
     checks.floating("x", x)
     checks.floating("y", y)
-    outer_loss = checks.scalar_loss("outer_loss", outer_loss)
-    inner_loss = checks.scalar_loss("inner_loss", inner_loss)
-    state = hypergradient.init(x, y, batch) if state is None else state
-    checks.has_y("hypergradient", state)
-    estimate = jax.jit(hypergradient.estimate)
+    outer_loss = checks.scalar_loss("outer_loss", problem.outer_loss)
+    inner_loss = checks.scalar_loss("inner_loss", problem.inner_loss)
+    state = hypergrad.init(x, y, batch) if state is None else state
+    checks.has_y("hypergrad", state)
+    estimate = jax.jit(hypergrad.estimate)
     grad, new_state, info = estimate(key, state, x, batch)
     keys = [] if key is None else [jax.random.fold_in(key, number) for number in range(7)]
     others = [estimate(key, state, x, batch)[0] for key in keys]
@@ -112,12 +111,12 @@ def check_hypergradient(
     with jax.enable_x64(True):
         wide_x, wide_y, wide_batch = _double((x, state.y, batch))
         y0, unravel = ravel_pytree(wide_y)
-        problem = flat_problem(outer_loss, inner_loss, unravel, wide_batch)
-        wide_values = [float(problem.outer(wide_x, y0)[0]), float(problem.inner(wide_x, y0)[0])]
+        flat = flat_problem(outer_loss, inner_loss, unravel, wide_batch)
+        wide_values = [float(flat.outer(wide_x, y0)[0]), float(flat.inner(wide_x, y0)[0])]
         start, y_T = np.asarray(y0), _flat(new_state.y)
-        figures = _measure(problem, wide_x, start, y_T, [_flat(tree) for tree in (grad, *others)], tol)
-        solved = SOLVED * (1 + float(np.linalg.norm(problem.inner(wide_x, start)[1])))
-        stuck = _stuck(state.y, new_state.y, unravel(problem.inner(wide_x, y_T)[1]), solved)
+        figures = _measure(flat, wide_x, start, y_T, [_flat(tree) for tree in (grad, *others)], tol)
+        solved = SOLVED * (1 + float(np.linalg.norm(flat.inner(wide_x, start)[1])))
+        stuck = _stuck(state.y, new_state.y, unravel(flat.inner(wide_x, y_T)[1]), solved)
     eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves((new_state.y, grad)))
     same = np.allclose(values, wide_values, rtol=max(1e-4, 30 * eps), atol=1e-6, equal_nan=True)
     solves, penalties = _details(info)

@@ -342,7 +342,7 @@ def check_hypergradient(make: MakeHypergradient, contracts: Sequence[Contract] =
         >>> import bilevax as bx
         >>> from bilevax import testing
         >>> def mine(problem, optimizer, sample):
-        ...     return bx.penalty(*problem, optimizer, steps=4, multiplier=10.0, sample=sample)
+        ...     return bx.penalty(problem, optimizer, steps=4, multiplier=10.0, sample=sample)
         >>> testing.check_hypergradient(mine, steps=4)  # doctest: +IGNORE_EXCEPTION_DETAIL
         Traceback (most recent call last):
         bilevax.testing._contract.ContractError: mine breaks the contract `exact_at_the_solution`.

@@ -62,7 +62,7 @@ class HypergradientSubject:
         >>> import bilevax as bx
         >>> from bilevax import testing
         >>> def make(problem, optimizer, sample):
-        ...     return bx.penalty(*problem, optimizer, steps=4, multiplier=10.0, sample=sample, cross_sample=sample)
+        ...     return bx.penalty(problem, optimizer, steps=4, multiplier=10.0, sample=sample, cross_sample=sample)
         >>> testing.HypergradientSubject(make, steps=4, biased=True).steps
         4
     """
