@@ -24,7 +24,7 @@ def fsla(problem: BilevelProblem, step_sizes: Any, *, sample: Sample, momentum: 
       problem: f and g.
       step_sizes: `Levels(x, y, v)` of numbers, schedules k -> number, or optax transformations.
       sample: `sample(key, t, data) -> batch`, such as `bx.sampling.minibatch(64)`.
-      momentum: momentum of x in [0, 1], a number or a schedule; 1 for none.
+      momentum: a in [0, 1], of x alone: a number or a schedule; 1 for none.
 
     Returns:
       `Algorithm(init, step)` on x and y without an agents' axis.

@@ -30,7 +30,7 @@ def mrbo(
       step_sizes: `Levels(x, y, v)`: of x and y numbers, schedules k -> number, or optax transformations; that of v, a
         number in (0, 2 / L), is that of the series.
       sample: `sample(key, t, data) -> batch`, such as `bx.sampling.minibatch(64)`.
-      momentum: momentum in [0, 1]: a number, a schedule, or `Levels` of them.
+      momentum: a in [0, 1]: a number, a schedule, or `Levels` of them.
       terms: Hessian products of the series, >= 0.
 
     Returns:

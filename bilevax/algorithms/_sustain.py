@@ -19,7 +19,7 @@ def sustain(problem: BilevelProblem, step_sizes: Any, *, sample: Sample, momentu
       problem: f and g.
       step_sizes: `Levels(x, y, v)` of numbers, schedules k -> number, or optax transformations.
       sample: `sample(key, t, data) -> batch`, such as `bx.sampling.minibatch(64)`.
-      momentum: momentum in [0, 1]: a number, a schedule, or `Levels` of them.
+      momentum: a in [0, 1]: a number, a schedule, or `Levels` of them.
 
     Returns:
       `Algorithm(init, step)` on x and y without an agents' axis.

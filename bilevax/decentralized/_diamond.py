@@ -34,7 +34,7 @@ def diamond(
       gossip: a `Gossip`, or `Levels` of them; that of y does not count.
       step_sizes: `Levels(x, y, v)` of numbers, schedules or optax transformations; that of v does not count.
       sample: `sample(key, t, data) -> batch` for the data of one agent; one draw serves both points and all products.
-      momentum: momentum in [0, 1]: a number, a schedule, or `Levels` of them.
+      momentum: a in [0, 1]: a number, a schedule, or `Levels` of them.
       terms: J >= 0.
       inverse_step: c > 0, usually 1 / L for L-smooth g_i.
       correction: of x; None for `bx.single_loop.correction.tracking_non_atc()`.

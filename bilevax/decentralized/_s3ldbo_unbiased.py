@@ -36,7 +36,7 @@ def s3ldbo_unbiased(
       problem: f_i and g_i.
       gossip: a `Gossip`, or `Levels` of them.
       step_sizes: `Levels(x, y, v)` of numbers, schedules or optax transformations.
-      probability: probability in (0, 1] that an agent refreshes, or one for each agent [n].
+      probability: p in (0, 1], that an agent refreshes, or one for each agent [n].
       radius: of the ball of v; None for no projection.
 
     Returns:

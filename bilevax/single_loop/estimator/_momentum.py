@@ -17,7 +17,7 @@ def momentum(momentum: Any, *, sample: Sample = all_data) -> Estimator:
         u_k = (1 − a) u_{k−1} + a d(s_k; ξ_k),      u_0 = d(s_0; ξ_0)
 
     Args:
-      momentum: weight of the new direction in [0, 1]: a number, a schedule k -> number, or `Levels` of them.
+      momentum: a in [0, 1], weight of the new direction: a number, a schedule k -> number, or `Levels` of them.
       sample: `sample(key, t, data) -> batch` for the data of one agent.
 
     Returns:

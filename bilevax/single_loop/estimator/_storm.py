@@ -28,7 +28,7 @@ def storm(momentum: Any, *, sample: Sample = all_data) -> Estimator:
     belong to one iteration.
 
     Args:
-      momentum: momentum in [0, 1] (1: plain sampling; 0: SARAH without restart): a number, a schedule k -> number, or
+      momentum: a in [0, 1] (1: plain sampling; 0: SARAH without restart): a number, a schedule k -> number, or
         `Levels`.
       sample: `sample(key, t, data) -> batch` for the data of one agent.
 
