@@ -102,9 +102,9 @@ def has_y(name: str, state: Any) -> None:
         )
 
 
-def function(name: str, value: Any, *arguments: str) -> None:
-    """Raises ValueError unless `value` is a function that takes these positional arguments."""
-    form = f"{name} must be a function ({', '.join(arguments)}) -> ..."
+def function(name: str, value: Any, *arguments: str, keywords: tuple[str, ...] = ()) -> None:
+    """Raises ValueError unless `value` is a function that takes these positional arguments and these keywords."""
+    form = f"{name} must be a function ({', '.join([*arguments, *(f'{keyword}=' for keyword in keywords)])}) -> ..."
     if not callable(value):
         raise ValueError(f"{form}; got {_describe(value)}. Pass the function itself.")
     try:
@@ -112,7 +112,7 @@ def function(name: str, value: Any, *arguments: str) -> None:
     except ValueError:  # some builtins have none
         return
     try:
-        signature.bind(*arguments)
+        signature.bind(*arguments, **dict.fromkeys(keywords))
     except TypeError as error:
         raise ValueError(f"{form}; got {_describe(value)}{signature}: {error}. Give it these arguments.") from error
 

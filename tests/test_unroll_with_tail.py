@@ -113,7 +113,7 @@ def test_a_tail_behind_momentum_or_adam_is_refused(optimizer):
         ((0.0, 20), {"unrolled": 10}, "step_size must be"),
         ((0.5, 20), {"unrolled": 0}, "unrolled must be"),
         ((0.5, 20), {"unrolled": 21}, "unrolled must be|steps must be"),
-        ((0.5, 20), {"unrolled": 10, "ihvp": bx.ihvp.exact()}, "ihvp must be a function"),
+        ((0.5, 20), {"unrolled": 10, "ihvp": bx.ihvp.exact()}, r"ihvp must be a function \(damping=\)"),
     ],
     ids=["step_size", "none_unrolled", "all_unrolled", "ihvp"],
 )

@@ -81,7 +81,7 @@ def unroll_with_tail(
     steps = checks.count("steps", steps, minimum=1)
     if unrolled > steps:
         raise ValueError(f"unrolled must be at most steps = {steps}; got {unrolled}. Pass unrolled={steps} or fewer.")
-    checks.function("ihvp", ihvp, "damping")
+    checks.function("ihvp", ihvp, keywords=("damping",))
     optimizer = optax.sgd(step_size)
     first = implicit(
         inner_loss,
