@@ -246,7 +246,9 @@ def test_an_inverse_of_a_plugin_does_what_the_same_one_does_here(run, tmp_path):
     path = tmp_path / "my_methods.py"
     path.write_text(
         "import bilevax as bx\n\n"
-        "HYPERGRADIENTS = {'mine': lambda inner: bx.ihvp.cg(maxiter=5, curvature=inner.curvature, sample=inner.ihvp_sample)}\n"
+        "def mine(inner):\n"
+        "    return bx.ihvp.cg(maxiter=5, curvature=inner.curvature, sample=inner.ihvp_sample)\n\n"
+        "HYPERGRADIENTS = {'mine': mine}\n"
     )
     code, _, records, _ = run(f"--plugin {path} --methods imaml --outer-steps 2")
     assert code == 0

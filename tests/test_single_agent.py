@@ -111,7 +111,7 @@ BAD = {
     "no_key_for_blocks": ("key", keyed(None, "saba")),
     "no_key_for_a_minibatch": ("key", keyed(None, "soba_minibatch")),
     "two_step_sizes": ("step_sizes", lambda: bx.algorithms.soba(PROBLEM, (0.1, 0.1))),
-    "momentum": (r"\ba\b.*1\.5", lambda: bx.algorithms.sustain(PROBLEM, STEPS, sample=MINIBATCH, momentum=1.5)),
+    "momentum": (r"^momentum.*1\.5", lambda: bx.algorithms.sustain(PROBLEM, STEPS, sample=MINIBATCH, momentum=1.5)),
     "integer_x": ("int", lambda: METHODS["soba"].init(jnp.zeros(2, int), START[1])),
 }
 
