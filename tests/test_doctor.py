@@ -213,7 +213,7 @@ def test_a_loss_that_is_another_function_in_float64():
 
 def test_a_state_without_y():
     nameless = bx.problem.Hypergradient(lambda x, y, batch=None: (), lambda key, state, x, batch: (x, state, ()))
-    with pytest.raises(ValueError, match=r"hypergradient.init must return a NamedTuple with a field y.* got \(\)"):
+    with pytest.raises(ValueError, match=r"hypergrad.init must return a NamedTuple with a field y.* got \(\)"):
         check(nameless)
 
 

@@ -205,7 +205,7 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"columns alone sum to 1\. Take bx\.agents\.push_sum"):
         bx.gossip(DIRECTED)
     gossip = bx.agents.push_sum(DIRECTED)
-    with pytest.raises(ValueError, match=r"symmetric W .* bx\.correction\.tracking"):
+    with pytest.raises(ValueError, match=r"symmetric W .* bx\.single_loop\.correction\.tracking"):
         gossip.laplacian(None, gossip.init(jnp.zeros(4)), jnp.zeros(4))
     with pytest.raises(ValueError, match="n must be an int >= 1; got 0"):
         bx.replicate(jnp.zeros(2), 0)

@@ -114,7 +114,7 @@ def test_it_takes_a_loss_that_has_no_second_derivative():
         ({"multiplier": 0.0}, "multiplier must be a finite number > 0; got 0.0"),
         ({"multiplier": lambda: 1.0}, "multiplier must be a function (step)"),
         ({"optimizer": None}, "optimizer must be an optax.GradientTransformation"),
-        ({"problem": (outer_loss, inner_loss)}, "problem must be a BilevelProblem; got tuple"),
+        ({"problem": (outer_loss, inner_loss)}, "problem must be a BilevelProblem; got (<function outer_loss"),
         ({"problem": PROBLEM._replace(inner_loss=1.0)}, "inner_loss must be a function (x, y, batch)"),
         ({"problem": PROBLEM._replace(outer_loss=lambda x: x)}, "outer_loss must be a function (x, y, batch)"),
         ({"sample": 3}, "sample must be a function (key, t, data)"),
