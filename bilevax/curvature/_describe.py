@@ -23,11 +23,6 @@ class ReportRow(NamedTuple):
       sizes: of the leaf, and of the factors.
       bytes: of the factors; their eigenvectors are as large.
       what: the primitives that use it; for a leaf that no rule covers, why.
-
-    Example:
-        >>> import bilevax as bx
-        >>> bx.curvature.describe.__name__
-        'describe'
     """
 
     leaves: tuple[str, ...]

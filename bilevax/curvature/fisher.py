@@ -93,9 +93,6 @@ def exact(key: Key | None, loss: OutputLoss, outputs: Array, targets: Array) -> 
     Returns:
       As many passes as one example has outputs (positions · C), and the function of their number.
 
-    Raises:
-      Nothing.
-
     Cost: that many backward passes.
 
     Reference: Botev, Ritter, Barber, arXiv 1706.03662; Dangel et al., arXiv 2507.05127, section 2.
@@ -129,9 +126,6 @@ def empirical(key: Key | None, loss: OutputLoss, outputs: Array, targets: Array)
 
     Returns:
       One pass, and the function of its number.
-
-    Raises:
-      Nothing.
 
     Cost: one backward pass.
 

@@ -347,9 +347,6 @@ def check_algorithm(
       counted: False where the compiled program does not show how often `calls` run, as with a `jax.lax.cond`: every
         branch of it counts. `calls` are then compared with `info.calls` alone.
 
-    Returns:
-      None.
-
     Raises:
       ContractError: naming the contract that the method breaks, what was seen, and what to do.
       ValueError: if make takes other arguments, fails with these, or returns no Algorithm; calls are not four numbers;

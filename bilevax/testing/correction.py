@@ -269,9 +269,6 @@ def check_correction(
         gossip is push-sum. One that needs a symmetric W gets `[bx.topology.lazy(bx.topology.ring(4))]`.
       contracts: those to be checked, of `bilevax.testing.correction.CONTRACTS`.
 
-    Returns:
-      None.
-
     Raises:
       ContractError: naming the contract that it breaks, over which graph, what was seen, and what to do.
       ValueError: if correction is none, or refuses a graph; a graph has other than four agents; topologies or contracts

@@ -318,9 +318,6 @@ def check_estimator(estimator: Estimator, contracts: Sequence[Contract] = CONTRA
         that works on blocks of agents gets blocks of two.
       contracts: those to be checked, of `bilevax.testing.estimator.CONTRACTS`.
 
-    Returns:
-      None.
-
     Raises:
       ContractError: naming the contract that it breaks, what was seen, and what to do.
       ValueError: if estimator is none; or contracts are none, or those of something else.

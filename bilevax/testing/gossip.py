@@ -224,9 +224,6 @@ def check_gossip(
       shrinks: how much closer to consensus sixty rounds are to bring the agents, a factor.
       contracts: those to be checked, of `bilevax.testing.gossip.CONTRACTS`.
 
-    Returns:
-      None.
-
     Raises:
       ContractError: naming the contract that it breaks, what was seen, and what to do.
       ValueError: if gossip is none; or contracts are none, or those of something else.

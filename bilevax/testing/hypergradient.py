@@ -327,9 +327,6 @@ def check_hypergradient(make: MakeHypergradient, contracts: Sequence[Contract] =
       contracts: those to be checked, of `bilevax.testing.hypergradient.CONTRACTS`.
       declared: `steps`, `biased` and the other properties of a `HypergradientSubject`.
 
-    Returns:
-      None.
-
     Raises:
       ContractError: with the name of the first contract that is broken, what was seen, and what to do.
       ValueError: if make takes other arguments, or returns no Hypergradient; or contracts are none, or those of

@@ -421,9 +421,6 @@ def check_ihvp(ihvp: IHVP | MakeIHVP, contracts: Sequence[Contract] = CONTRACTS,
       contracts: those to be checked, of `bilevax.testing.ihvp.CONTRACTS`.
       declared: `number`, which a constructor needs, `cold` and the other properties of an `IHVPSubject`.
 
-    Returns:
-      None.
-
     Raises:
       ContractError: with the name of the first contract that is broken, what was seen, and what to do.
       ValueError: if ihvp is neither of these, a constructor has no `number`, or returns no IHVP; an IHVP has one; or

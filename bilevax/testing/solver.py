@@ -151,9 +151,6 @@ def check_solver(make: MakeSolver, contracts: Sequence[Contract] = CONTRACTS, **
       contracts: those to be checked, of `bilevax.testing.solver.CONTRACTS`.
       declared: `steps`, `unrolls` and the other properties of a `HypergradientSubject`.
 
-    Returns:
-      None.
-
     Raises:
       ContractError: with the name of the first contract that is broken, what was seen, and what to do.
       ValueError: if make takes other arguments, or returns no InnerSolver; or contracts are none, or those of

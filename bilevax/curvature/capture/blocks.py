@@ -62,9 +62,6 @@ def error(leaves: Mapping[str, str]) -> NoReturn:
     Args:
       leaves: name of the leaf -> what the model does with it.
 
-    Returns:
-      Nothing.
-
     Raises:
       ValueError: always; it names every leaf and the primitive that uses it.
 
@@ -98,9 +95,6 @@ def diagonal(leaves: Mapping[str, str], probes: int = 32) -> dict[str, Treatment
     Returns:
       A `Treatment` for each leaf.
 
-    Raises:
-      Nothing.
-
     Cost: `probes` backward passes whenever factors are computed.
 
     Example:
@@ -120,9 +114,6 @@ def identity(leaves: Mapping[str, str]) -> dict[str, Treatment]:
     Returns:
       A `Treatment` for each leaf.
 
-    Raises:
-      Nothing.
-
     Cost: none.
 
     Example:
@@ -141,9 +132,6 @@ def zero(leaves: Mapping[str, str]) -> dict[str, Treatment]:
 
     Returns:
       A `Treatment` for each leaf.
-
-    Raises:
-      Nothing.
 
     Cost: none.
 
@@ -173,9 +161,11 @@ class Block(NamedTuple):
       what: the primitives.
 
     Example:
-        >>> import bilevax as bx
-        >>> bx.curvature.capture.Block._fields[:2]
-        ('name', 'rule')
+        >>> import bilevax as bx, jax.numpy as jnp
+        >>> y = {"b": jnp.zeros(2), "w": jnp.ones((3, 2))}
+        >>> captured = bx.curvature.capture.trace(lambda y, a: a @ y["w"] + y["b"][None], y, jnp.ones((5, 3)))
+        >>> captured.blocks[0].pack({0: y["b"], 1: y["w"]}).tolist()
+        [[1.0, 1.0], [1.0, 1.0], [1.0, 1.0], [0.0, 0.0]]
     """
 
     name: str
@@ -231,9 +221,10 @@ class Capture(NamedTuple):
       examples: N.
 
     Example:
-        >>> import bilevax as bx
-        >>> bx.curvature.capture.Capture._fields
-        ('blocks', 'run', 'examples')
+        >>> import bilevax as bx, jax.numpy as jnp
+        >>> captured = bx.curvature.capture.trace(lambda y, a: y[None] * a, jnp.ones(3), jnp.ones((5, 3)))
+        >>> captured.examples, [(block.name, block.rule) for block in captured.blocks]
+        (5, [('y', 'elementwise')])
     """
 
     blocks: Sequence[Block]

@@ -43,9 +43,6 @@ def countable(n: int) -> tuple[BilevelProblem, Any, Any, Batch]:
       `(problem, x, y, batch)`: x = ([n, 5],), y = {"w": [n, 11], "scale": [n]} of which scale is in
       single precision, and two examples for each agent.
 
-    Raises:
-      (nothing)
-
     Cost: a few thousand random numbers.
 
     Example:

@@ -204,14 +204,8 @@ def four_agents() -> Quadratic:
 
     x* = −23/79, y* = 27/79 and v* = −10/79, while x_l = −117/191 and x_p = −137/293.
 
-    Args:
-      (none)
-
     Returns:
       `Quadratic`, leaves [4, 1] and [4, 1, 1].
-
-    Raises:
-      (nothing)
 
     Cost: nothing.
 
@@ -235,9 +229,6 @@ def neumann(*, terms: int, step_size: float) -> Callable[[np.ndarray], np.ndarra
 
     Returns:
       `A -> matrix`, both [d, d].
-
-    Raises:
-      (nothing)
 
     Cost: `terms` matrix powers.
 
