@@ -114,7 +114,8 @@ def function(name: str, value: Any, *arguments: str, keywords: tuple[str, ...] =
     try:
         signature.bind(*arguments, **dict.fromkeys(keywords))
     except TypeError as error:
-        raise ValueError(f"{form}; got {_describe(value)}{signature}: {error}. Give it these arguments.") from error
+        bare = inspect.Signature([each.replace(annotation=each.empty) for each in signature.parameters.values()])
+        raise ValueError(f"{form}; got {_describe(value)}{bare}: {error}. Give it these arguments.") from error
 
 
 def _describe(value: Any) -> str:

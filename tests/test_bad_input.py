@@ -169,6 +169,22 @@ def test_batch_that_is_not_a_batch(batch):
     check(lambda: estimate_at(batch=batch), says)
 
 
+INITS = {
+    "hypergradient": lambda: bx.hypergradient(outer_loss, bx.inner.reverse(inner_loss, SGD, 1)),
+    "two_phase": lambda: bx.two_phase(1, *2 * [bx.hypergradient(outer_loss, bx.inner.reverse(inner_loss, SGD, 1))]),
+    "penalty": lambda: bx.penalty(outer_loss, inner_loss, SGD, 1, 10.0),
+    "full_zeroth_order": lambda: bx.hypergradients.full_zeroth_order(outer_loss, lambda x, y, batch: y),
+}
+
+
+@pytest.mark.parametrize("make", INITS.values(), ids=INITS)
+def test_init_takes_the_batch_of_estimate_or_none(make):
+    hypergrad = make()
+    check(lambda: hypergrad.init(POINT, POINT, POINT), ["batch must be a Batch", "Pass bx.Batch(outer=..., inner=...)"])
+    for batch in (None, bx.Batch(POINT, POINT)):
+        np.testing.assert_array_equal(hypergrad.init(POINT, POINT, batch).y, POINT)
+
+
 # Numbers
 
 

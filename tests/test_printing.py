@@ -1,5 +1,7 @@
 """What `print` shows of the values and of the states: calls and shapes, in a few lines."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import optax
 import pytest
 
 import bilevax as bx
-from bilevax import curvature, ihvp, printing
+from bilevax import curvature, ihvp, inner, printing
 from bilevax.problem import IHVP
 
 
@@ -19,6 +21,19 @@ def pair(x, batch):
     return batch
 
 
+def loss(x, y, batch):
+    return jnp.sum((y - x) ** 2)
+
+
+def solve(x, y0, batch):
+    return y0
+
+
+def tail(damping):
+    return ihvp.identity(damping)
+
+
+UNROLLED = bx.hypergradient(loss, inner.reverse(loss, optax.sgd(0.1), 1))
 LOSS = curvature.ModelLoss(affine, curvature.squared_error, pair, l2=0.1)
 Y = {"bias": jnp.ones(2, jnp.float32), "kernel": jnp.ones((3, 2), jnp.float32)}
 BATCH = jnp.ones((5, 3), jnp.float32), jnp.ones((5, 2), jnp.float32)
@@ -42,6 +57,32 @@ VALUES = {
     "rescaled(kfac(), damping=0.0)": lambda: ihvp.rescaled(ihvp.kfac(), damping=0.0),
     "sgd(steps=3, step_size=0.1, sample=full)": lambda: ihvp.sgd(steps=3, step_size=0.1, sample=bx.sampling.full),
     "ModelLoss(model=affine, loss=squared_error, split=pair, l2=0.1)": lambda: LOSS,
+    "implicit(loss, optax, steps=20, ihvp=cg(maxiter=5))": lambda: inner.implicit(
+        loss, optax.sgd(0.1), steps=20, ihvp=ihvp.cg(maxiter=5)
+    ),
+    "reverse(loss, optax, 3, sample=minibatch(4), checkpoint=store_products(every=2))": lambda: inner.reverse(
+        loss, optax.adam(0.1), 3, sample=bx.sampling.minibatch(4), checkpoint=inner.store_products(every=2)
+    ),
+    "chain(no_gradient(loss, optax, 3), reverse(loss, optax, 1, checkpoint=two_level))": lambda: inner.chain(
+        inner.no_gradient(loss, optax.sgd(0.1), 3), inner.reverse(loss, optax.sgd(0.1), 1, checkpoint=inner.two_level)
+    ),
+    "unroll_with_tail(loss, 0.5, 4, unrolled=2, ihvp=tail)": lambda: inner.unroll_with_tail(
+        loss, 0.5, 4, unrolled=2, ihvp=tail
+    ),
+    "forward_gradient(loss, optax, 3, sampler=hadamard, guide=several(blocks(4), running_mean(0.1)))": (
+        lambda: inner.forward_gradient(
+            *(loss, optax.sgd(0.1), 3),
+            sampler=inner.random_directions.hadamard,
+            guide=inner.guides.several(inner.guides.blocks(4), inner.guides.running_mean(0.1)),
+        )
+    ),
+    "zeroth_order(solve, mu=0.1, difference=central)": lambda: inner.zeroth_order(
+        solve, mu=0.1, difference=inner.central
+    ),
+    "hypergradient(loss, reverse(loss, optax, 1))": lambda: UNROLLED,
+    "two_phase(3, hypergradient(loss, reverse(loss, optax, 1)), full_zeroth_order(loss, solve))": lambda: bx.two_phase(
+        3, UNROLLED, bx.hypergradients.full_zeroth_order(loss, solve)
+    ),
     "convex(<lambda>)": lambda: curvature.convex(lambda outputs, targets: outputs.sum(-1)),
 }
 
@@ -113,6 +154,48 @@ def test_states_print_by_shapes():
         "  moments={'bias': float32[2], 'kernel': float32[3, 2]},",
         ")",
     ]
+
+
+def test_states_of_hypergradients_print_in_a_few_lines():
+    x, y = jnp.ones(3, jnp.float32), {"a": jnp.ones((2, 2), jnp.float32)}
+    implicit = bx.hypergradient(loss, inner.implicit(loss))
+    assert str(implicit.init(x, y)).splitlines() == [
+        "HypergradientState(",
+        "  y={'a': float32[2, 2]},",
+        "  solver=ImplicitState(v={'a': float32[2, 2]}, ihvp=()),",
+        "  x_shapes=PyTreeDef(*) with shapes [(3,)],",
+        ")",
+    ]
+    assert str(bx.two_phase(3, implicit, UNROLLED).init(x, y)).splitlines()[:3] == [
+        "TwoPhaseState(",
+        "  y={'a': float32[2, 2]},",
+        "  step=0,",
+    ]
+    chained = inner.chain(inner.implicit(loss, optax.sgd(0.1), 1), inner.reverse(loss, optax.sgd(0.1), 1)).init(x, y)
+    assert str(chained) == "ChainState(\n  first=ImplicitState(v={'a': float32[2, 2]}, ihvp=()),\n  last=(),\n)"
+
+
+MADE = {
+    "hypergradient": lambda: UNROLLED[:2],
+    "two_phase": lambda: bx.two_phase(1, UNROLLED, UNROLLED)[:2],
+    "penalty": lambda: bx.penalty(loss, loss, optax.sgd(0.1), 1, 10.0)[:2],
+    "full_zeroth_order": lambda: bx.hypergradients.full_zeroth_order(loss, solve)[:2],
+    "implicit": lambda: inner.implicit(loss)[:4],
+    "reverse": lambda: inner.reverse(loss, optax.sgd(0.1), 1)[:4],
+    "no_gradient": lambda: inner.no_gradient(loss, optax.sgd(0.1), 1)[:4],
+    "chain": lambda: inner.chain(inner.implicit(loss), inner.implicit(loss))[:4],
+    "zeroth_order": lambda: inner.zeroth_order(solve)[:4],
+    "differentiable": lambda: [bx.differentiable(inner.implicit(loss))],
+}
+
+
+@pytest.mark.parametrize("make", MADE.values(), ids=MADE)
+def test_help_of_the_functions_that_were_made_says_what_comes(make):
+    assert all(inspect.getdoc(function).endswith(".") for function in make())
+
+
+def test_what_differentiable_returns_is_called_solve():
+    assert bx.differentiable(inner.implicit(loss)).__name__ == "solve"
 
 
 def test_a_traced_state_prints_like_a_concrete_one():

@@ -28,7 +28,7 @@ class Product(Protocol):
     def __call__(self, x: PyTree, y: Vector, v: Vector, /) -> Array: ...
 
 
-class Inverse(Protocol):
+class DampedInverse(Protocol):
     """(H + damping I)⁻¹ b."""
 
     def __call__(self, b: np.ndarray, damping: float = 0.0) -> np.ndarray: ...
@@ -86,7 +86,7 @@ class LocalModel(NamedTuple):
     b: np.ndarray  # ∇_y f
     smallest: float
     largest: float
-    inverse: Inverse  # (b, damping=0) -> (H + damping I)⁻¹ b; damped only where H is dense
+    inverse: DampedInverse  # (b, damping=0) -> (H + damping I)⁻¹ b; damped only where H is dense
     cross: Callable[[np.ndarray], np.ndarray]  # v -> ∇²_xy g v
 
     def hypergradient(self, damping: float = 0.0) -> np.ndarray:
@@ -94,7 +94,7 @@ class LocalModel(NamedTuple):
         return self.direct - self.cross(self.inverse(self.b, damping))
 
 
-def _eigen_inverse(hessian: np.ndarray) -> tuple[np.ndarray, Inverse]:
+def _eigen_inverse(hessian: np.ndarray) -> tuple[np.ndarray, DampedInverse]:
     """The eigenvalues of a symmetric matrix, and b, damping -> (H + damping I)⁻¹ b, a pseudo-inverse."""
     eigenvalues, vectors = np.linalg.eigh(hessian)
 

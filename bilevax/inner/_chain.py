@@ -83,6 +83,7 @@ def chain(first: InnerSolver, last: InnerSolver) -> InnerSolver:
         )
 
     def init(x: PyTree, y: PyTree, batch: PyTree = None) -> ChainState:
+        """The memories of both links, for one batch of inner data."""
         state = ChainState(first.init(x, y, batch), last.init(x, y, batch))
         got, expected = jax.eval_shape(first.start, x, y).opt_state, jax.eval_shape(last.start, x, y).opt_state
         checks.same_shapes(
@@ -93,6 +94,7 @@ def chain(first: InnerSolver, last: InnerSolver) -> InnerSolver:
     def forward(
         key: Key | None, state: ChainState, x: PyTree, z: Iterate, batch: PyTree
     ) -> tuple[Iterate, ChainResidual, ChainState]:
+        """z_T of the last link, which went on from the z_m of the first."""
         z, first_residual, first_state = first.forward(key, state.first, x, z, batch)
         z, last_residual, last_state = last.forward(key, state.last, x, z, batch)
         return z, ChainResidual(first_residual, last_residual), ChainState(first_state, last_state)
@@ -100,6 +102,7 @@ def chain(first: InnerSolver, last: InnerSolver) -> InnerSolver:
     def backward(
         residual: ChainResidual, state: ChainState, z_bar: Iterate
     ) -> tuple[tuple[PyTree, Iterate], ChainState, SolverInfo]:
+        """x_bar like x, the sum of both links; z0_bar is that of the first."""
         (last_x_bar, z_bar), last_state, last_info = last.backward(residual.last, state.last, z_bar)
         (first_x_bar, z_bar), first_state, first_info = first.backward(residual.first, state.first, z_bar)
         calls = jax.tree.map(lambda a, b: a + b, first_info.calls, last_info.calls)

@@ -161,6 +161,7 @@ def make_plan(
     for name, given in (("guide", guide), ("control_variate", control_variate)):
         if given is not None:
             checks.instance(name, given, Guide, "Pass, say, bx.inner.guides.blocks(4).")
+            checks.function(f"{name}.propose", given.propose, "key", "state", "x", "solution")
     if guide is not None and guide.number >= directions:
         raise ValueError(
             f"directions must be more than the {guide.number} guesses of the guide, or the estimate is biased; got "
@@ -211,6 +212,7 @@ def directional(
     """
 
     def init(x: PyTree, y: PyTree, batch: PyTree = None) -> DirectionalState:
+        """The memories of the guides, for this inner data; what is to be pushed is checked against x."""
         check_point(x, y)
         if plan.guesses > (size := optax.tree.size(x)):
             raise ValueError(
@@ -224,6 +226,7 @@ def directional(
     def forward(
         key: Key | None, state: DirectionalState, x: PyTree, z: Iterate, batch: PyTree
     ) -> tuple[Iterate, DirectionalResidual, DirectionalState]:
+        """z_T, of the shapes of z; its tangents [b, ...] along the random directions of x, unless in chunks."""
         check_key(key)
         if key is None:
             raise ValueError("key must be a jax.random.key for random directions; got None. Pass jax.random.key(0).")
@@ -243,6 +246,7 @@ def directional(
     def backward(
         residual: DirectionalResidual, state: DirectionalState, z_bar: Iterate
     ) -> tuple[tuple[PyTree, Iterate], DirectionalState, SolverInfo]:
+        """x_bar like x, the estimate from b products ⟨z_bar, ż_T⟩; z0_bar is zeros like y."""
         key, x, z, z_T, tangents, batch = residual
         solution, (row, indices) = Solution(z, z_T, z_bar, batch), _rows(key, x, plan)
         push, zeros = prepare(key, x, z, batch, z_T), optax.tree.zeros_like(widen(x))

@@ -127,6 +127,7 @@ def implicit(
         checks.function("solve", solve, "x", "y0", "batch")
 
     def init(x: PyTree, y: PyTree, batch: PyTree = None) -> ImplicitState:
+        """The first v, 0 like y (None without warm start), and what the IHVP keeps for this inner data."""
         check_point(x, y)
         return ImplicitState(
             optax.tree.zeros_like(arrays(y)) if warm_start else None, solver.init(x, y, batch, inner_loss)
@@ -135,6 +136,7 @@ def implicit(
     def forward(
         key: Key | None, state: ImplicitState, x: PyTree, z: Iterate, batch: PyTree
     ) -> tuple[Iterate, ImplicitResidual, ImplicitState]:
+        """The z after the steps, or with the y of `solve`; the state waits for `backward`."""
         keys = step_keys(key)
         if solve is None:
             z, _ = jax.lax.scan(lambda z, _: (step(keys.steps, batch, x, z), None), z, length=steps)
@@ -147,6 +149,7 @@ def implicit(
     def backward(
         residual: ImplicitResidual, state: ImplicitState, z_bar: Iterate
     ) -> tuple[tuple[PyTree, Iterate], ImplicitState, SolverInfo]:
+        """x_bar = −∇²_xy g · v like x, and zeros like y; the state keeps v like y for the next outer step."""
         ihvp_key, cross_key, x, z, batch = residual
         x, y, y_bar = _once((x, z.y, z_bar.y))
         moments = [bar for bar in jax.tree.leaves(z_bar.opt_state) if bar.dtype != jax.dtypes.float0]

@@ -66,12 +66,14 @@ def no_gradient(
     start, step, report = optimizer_steps(inner_loss, optimizer, initial, sample)
 
     def init(x: PyTree, y: PyTree, batch: PyTree = None) -> tuple[()]:
+        """No memory; x and y are checked."""
         check_point(x, y)
         return ()
 
     def forward(
         key: Key | None, state: tuple[()], x: PyTree, z: Iterate, batch: PyTree
     ) -> tuple[Iterate, NoGradientResidual, tuple[()]]:
+        """z_T, of the shapes of z, after all steps."""
         step_key = step_keys(key).steps
         z_T, _ = jax.lax.scan(lambda z, _: (step(step_key, batch, x, z), None), z, length=steps)
         return z_T, NoGradientResidual(step_key, x, z_T, batch), state
@@ -79,6 +81,7 @@ def no_gradient(
     def backward(
         residual: NoGradientResidual, state: tuple[()], z_bar: Iterate
     ) -> tuple[tuple[PyTree, Iterate], tuple[()], SolverInfo]:
+        """Zeros like x and like y, whatever the cotangent is."""
         step_key, x, z_T, batch = residual
         value, norm = report(step_key, batch, x, z_T)
         info = SolverInfo(value, norm, ~jnp.isfinite(value + norm), Calls(inner_gradients=steps + 1), ())

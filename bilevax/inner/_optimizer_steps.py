@@ -37,7 +37,7 @@ def step_keys(key: Key | None) -> StepKeys:
     return StepKeys(*split(key, 3))
 
 
-class Step(Protocol):
+class InnerStep(Protocol):
     """One optimizer step on the batch drawn at z.t."""
 
     def __call__(self, key: Key | None, data: PyTree, x: PyTree, z: Iterate) -> Iterate: ...
@@ -59,7 +59,7 @@ class OptimizerSteps(NamedTuple):
     """
 
     start: Start
-    step: Step
+    step: InnerStep
     report: Report
 
 
@@ -87,6 +87,7 @@ def optimizer_steps(inner_loss: Loss, optimizer: Optimizer, initial: Initial | N
         return sample(fold(key, t), t, data)
 
     def start(x: PyTree, y: PyTree) -> Iterate:
+        """z_0: y like y (or `initial(x)`), a fresh optimizer state, and t = 0."""
         y0 = arrays(y if initial is None else initial(x))
         if initial is not None:
             checks.same_shapes("y under initial", y0, y, "Return from initial(x) a pytree like y.")
@@ -94,6 +95,7 @@ def optimizer_steps(inner_loss: Loss, optimizer: Optimizer, initial: Initial | N
         return Iterate(y0, make(x).init(y0), jnp.zeros((), jnp.int32))
 
     def step(key: Key | None, data: PyTree, x: PyTree, z: Iterate) -> Iterate:
+        """z_t from z_{t−1}, of the same shapes, on the batch that the key and t − 1 draw from the data."""
         batch = draw(key, data, z.t)
         value, gradient = jax.value_and_grad(loss, argnums=1)(x, z.y, batch)
         update = optax.with_extra_args_support(make(x)).update
@@ -106,6 +108,7 @@ def optimizer_steps(inner_loss: Loss, optimizer: Optimizer, initial: Initial | N
         return Iterate(optax.apply_updates(z.y, updates), opt_state, z.t + 1)
 
     def report(key: Key | None, data: PyTree, x: PyTree, z: Iterate) -> tuple[Array, Array]:
+        """Two scalars at z.y: the loss and the norm of its gradient, on the batch of the last step."""
         value, gradient = jax.value_and_grad(loss, argnums=1)(x, z.y, draw(key, data, jnp.maximum(z.t - 1, 0)))
         return value, norm(gradient)
 

@@ -160,16 +160,19 @@ def reverse(
     """
     steps = checks.count("steps", steps)
     checks.instance("checkpoint", checkpoint, Checkpoint, "Pass, say, bx.inner.every_step or two_level.")
+    checks.function("checkpoint.loop", checkpoint.loop, "step", "x", "z", "steps")
     start, step, report = optimizer_steps(inner_loss, optimizer, initial, sample)
     calls = Calls(0, checkpoint.evaluations(steps) + 1, steps, steps)
 
     def init(x: PyTree, y: PyTree, batch: PyTree = None) -> tuple[()]:
+        """No memory; x and y are checked."""
         check_point(x, y)
         return ()
 
     def forward(
         key: Key | None, state: tuple[()], x: PyTree, z: Iterate, batch: PyTree
     ) -> tuple[Iterate, ReverseResidual, tuple[()]]:
+        """z_T, of the shapes of z, after all steps, with their pull-back."""
         step_key = step_keys(key).steps
 
         def unroll(x: PyTree, z: Iterate) -> Iterate:
@@ -181,6 +184,7 @@ def reverse(
     def backward(
         residual: ReverseResidual, state: tuple[()], z_bar: Iterate
     ) -> tuple[tuple[PyTree, Iterate], tuple[()], SolverInfo]:
+        """x_bar like x and z0_bar like z_0, moments and all, from a cotangent whose missing parts are zero."""
         pull_back, step_key, x, z_T, batch = residual
         x_bar, z0_bar = pull_back(full_cotangent(z_bar, z_T))
         value, norm = report(step_key, batch, x, z_T)

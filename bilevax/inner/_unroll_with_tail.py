@@ -1,6 +1,6 @@
 """A truncated unroll whose forgotten past is made up for by an implicit tail."""
 
-from collections.abc import Callable
+from typing import Protocol
 
 import jax
 import numpy as np
@@ -18,6 +18,12 @@ from bilevax.sampling import Sample, full
 from bilevax.typing import Scalar
 
 
+class TailIHVP(Protocol):
+    """`ihvp(damping=...)`: a constructor of `bx.ihvp`, or a function of yours."""
+
+    def __call__(self, *, damping: Scalar) -> IHVP: ...
+
+
 @as_called
 def unroll_with_tail(
     inner_loss: Loss,
@@ -25,7 +31,7 @@ def unroll_with_tail(
     steps: int,
     *,
     unrolled: int,
-    ihvp: Callable[..., IHVP] = kfac,
+    ihvp: TailIHVP = kfac,
     initial: Initial | None = None,
     sample: Sample = full,
     cross_sample: Sample = full,

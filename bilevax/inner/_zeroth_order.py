@@ -129,6 +129,7 @@ def zeroth_order(
     """
     checks.function("solve", solve, "x", "y0", "batch")
     checks.instance("difference", difference, Difference, "Pass bx.inner.one_sided or bx.inner.central.")
+    checks.function("difference.change", difference.change, "function", "x", "value", "step")
     checks.scalar("mu", mu)
     checks.positive("mu", mu)
     start, _, report_on = optimizer_steps(

@@ -182,6 +182,7 @@ def check_sampler(sampler: Sampler, like: PyTree, number: int) -> None:
         >>> bx.inner.random_directions.check_sampler(bx.inner.random_directions.rademacher, 0.5, 8)
     """
     checks.instance("sampler", sampler, Sampler, "Pass, say, bx.inner.random_directions.rademacher.")
+    checks.function("sampler.draw", sampler.draw, "key", "like", "number")
     like = arrays(like)
 
     def first(key: Key, i: Scalar) -> PyTree:
