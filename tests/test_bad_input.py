@@ -172,7 +172,7 @@ def test_batch_that_is_not_a_batch(batch):
 INITS = {
     "hypergradient": lambda: bx.hypergradient(outer_loss, bx.inner.reverse(inner_loss, SGD, 1)),
     "two_phase": lambda: bx.two_phase(1, *2 * [bx.hypergradient(outer_loss, bx.inner.reverse(inner_loss, SGD, 1))]),
-    "penalty": lambda: bx.penalty(outer_loss, inner_loss, SGD, 1, 10.0),
+    "penalty": lambda: bx.penalty(bx.BilevelProblem(outer_loss, inner_loss), SGD, 1, multiplier=10.0),
     "full_zeroth_order": lambda: bx.hypergradients.full_zeroth_order(outer_loss, lambda x, y, batch: y),
 }
 
@@ -418,7 +418,7 @@ def test_solve_that_returns_no_y(wrong, says, run):
     ),
     solver_not_of_lineax=Case(
         lambda: bx.ihvp.lineax(bx.ihvp.cg()),
-        ["solver must be an AbstractLinearSolver", "got IHVP", "Pass, say, lineax.GMRES(rtol=1e-6, atol=1e-6)."],
+        ["solver must be an AbstractLinearSolver", "got cg()", "Pass, say, lineax.GMRES(rtol=1e-6, atol=1e-6)."],
     ),
     sgd_as_preconditioner=Case(
         lambda: bx.ihvp.cg(preconditioner=bx.ihvp.sgd(steps=3, step_size=0.1, sample=bx.sampling.full)),

@@ -178,7 +178,7 @@ def test_states_of_hypergradients_print_in_a_few_lines():
 MADE = {
     "hypergradient": lambda: UNROLLED[:2],
     "two_phase": lambda: bx.two_phase(1, UNROLLED, UNROLLED)[:2],
-    "penalty": lambda: bx.penalty(loss, loss, optax.sgd(0.1), 1, 10.0)[:2],
+    "penalty": lambda: bx.penalty(bx.BilevelProblem(loss, loss), optax.sgd(0.1), 1, multiplier=10.0)[:2],
     "full_zeroth_order": lambda: bx.hypergradients.full_zeroth_order(loss, solve)[:2],
     "implicit": lambda: inner.implicit(loss)[:4],
     "reverse": lambda: inner.reverse(loss, optax.sgd(0.1), 1)[:4],

@@ -27,8 +27,8 @@ def linear(x, y, batch):
 
 def estimate(solver, outer_loss=linear, x=X, y=Y, batch=None):
     hypergrad = bx.hypergradient(outer_loss, solver)
-    state = hypergrad.init(x, y, batch)
-    return jax.jit(hypergrad.estimate)(jax.random.key(0), state, x, bx.Batch(None, batch))
+    both = bx.Batch(None, batch)
+    return jax.jit(hypergrad.estimate)(jax.random.key(0), hypergrad.init(x, y, both), x, both)
 
 
 def inverse_of_diagonal(damping):

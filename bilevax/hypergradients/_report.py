@@ -32,8 +32,17 @@ class HypergradientReport(NamedTuple):
 
     Example:
         >>> import bilevax as bx
-        >>> bx.hypergradients.HypergradientReport._fields[:3]
-        ('ok', 'verdict', 'remedy')
+        >>> f, g = lambda x, y, batch: (y - 1.0) ** 2, lambda x, y, batch: (y - x) ** 2
+        >>> hypergrad = bx.hypergradient(f, bx.inner.implicit(g, ihvp=bx.ihvp.exact()))
+        >>> bx.check_hypergradient(bx.BilevelProblem(f, g), 3.0, 3.0, bx.Batch(None, None), hypergrad)
+        ... # doctest: +ELLIPSIS
+        ok: the hypergradient is right to 0.01
+          relative error      0   cosine 1.000000
+            because of y      0   of the derivative at that y 0
+          ‖∇_y g‖             0   at y* 0
+          curvature at y*     2 to 2   condition 1
+          finite differences  agree with the reference to ...e-...
+        remedy: none needed
     """
 
     ok: bool
