@@ -255,7 +255,7 @@ def subject(name):
     return solver_subject(make, **({"cold": True, "counted": False} if name in INSIDE_IMPLICIT else {}), **declared)
 
 
-LINEAR = ihvp.linear_means_symmetric_and_positive_definite
+LINEAR = ihvp.spd_is_symmetric_and_positive_definite
 EAGER = hypergradient.jit_equals_eager
 VARIANTS = (  # of others, which hand on the same forms: they differ in what they compute
     *("implicit_cold", "reverse_two_level", "reverse_store_all", "reverse_store_products"),

@@ -15,6 +15,7 @@ import numpy as np
 from bilevax import checks
 from bilevax.agents._gossip import Gossip
 from bilevax.agents.topology import Topology
+from bilevax.printing import by_shape
 from bilevax.problem import norm, widen
 from bilevax.typing import Array, PyTree, Scalar
 
@@ -228,14 +229,8 @@ def sign() -> Compressor:
 
     Contractive with δ = ‖v‖₁²/(d‖v‖²). The message holds one bit for each entry, packed, and the scale.
 
-    Args:
-      (none)
-
     Returns:
       A `Compressor` that needs no key.
-
-    Raises:
-      (nothing)
 
     Cost: one pass over the vector.
 
@@ -263,12 +258,20 @@ class ChocoState(NamedTuple):
       gossip: state of the gossip underneath.
 
     Example:
-        >>> ChocoState._fields
-        ('copies', 'gossip')
+        >>> import bilevax as bx
+        >>> gossip = choco(bx.gossip(bx.topology.ring(4)), sign(), gossip_step=0.1)
+        >>> gossip.init({"w": jnp.ones((4, 3), jnp.float32)})
+        ChocoState(
+          copies={'w': float32[4, 3]},
+          gossip=(),
+        )
     """
 
     copies: PyTree
     gossip: Any
+
+    def __repr__(self) -> str:
+        return by_shape(self)
 
 
 def choco(gossip: Gossip, compressor: Compressor, *, gossip_step: Scalar) -> Gossip:

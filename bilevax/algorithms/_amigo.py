@@ -8,6 +8,7 @@ import optax
 
 from bilevax import checks
 from bilevax.algorithms._descent import DescentInfo, stepped
+from bilevax.printing import by_shape
 from bilevax.problem import Algorithm, Batch, BilevelProblem, Calls, arrays, inner_gradient, norm
 from bilevax.sampling import Sample, check_key, fold, split
 from bilevax.single_loop._levels import Levels, at, levels
@@ -27,8 +28,15 @@ class AmigoState(NamedTuple):
 
     Example:
         >>> import bilevax as bx
-        >>> bx.algorithms.AmigoState._fields
-        ('k', 'x', 'y', 'v', 'optimizer')
+        >>> problem = bx.BilevelProblem(lambda x, y, batch: y**2, lambda x, y, batch: (y - x) ** 2)
+        >>> bx.algorithms.amigo(problem, 0.1, sample=bx.sampling.full).init(1.0, 2.0)
+        AmigoState(
+          k=0,
+          x=1,
+          y=2,
+          v=0,
+          optimizer=(),
+        )
     """
 
     k: Array
@@ -36,6 +44,9 @@ class AmigoState(NamedTuple):
     y: PyTree
     v: PyTree
     optimizer: Any
+
+    def __repr__(self) -> str:
+        return by_shape(self)
 
 
 def amigo(

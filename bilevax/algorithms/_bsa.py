@@ -29,9 +29,6 @@ def growing_steps(k: Array) -> Array:
     Returns:
       t_k, an integer.
 
-    Raises:
-      (nothing)
-
     Cost: none.
 
     Reference: Ghadimi and Wang, arXiv 1802.02246, section 2.

@@ -8,6 +8,7 @@ import optax
 
 from bilevax import checks
 from bilevax.hypergradients._hypergradient import HypergradientInfo
+from bilevax.printing import by_shape
 from bilevax.problem import Algorithm, Batch, BilevelProblem, Calls, Hypergradient, InnerSolver, Iterate, arrays, norm
 from bilevax.sampling import Sample, check_key, fold, full, split
 from bilevax.single_loop._levels import Levels, levels
@@ -26,8 +27,10 @@ class DescentState(NamedTuple):
 
     Example:
         >>> import bilevax as bx
-        >>> bx.algorithms.DescentState._fields
-        ('k', 'x', 'estimator', 'optimizer')
+        >>> problem = bx.BilevelProblem(lambda x, y, batch: y**2, lambda x, y, batch: (y - x) ** 2)
+        >>> state = bx.algorithms.stocbio(problem, 0.1, sample=bx.sampling.full).init(1.0, 2.0)
+        >>> state.k.item(), state.x.item(), state.y.item()
+        (0, 1.0, 2.0)
     """
 
     k: Array
@@ -39,6 +42,9 @@ class DescentState(NamedTuple):
     def y(self) -> PyTree:
         """The inner variable."""
         return self.estimator.y
+
+    def __repr__(self) -> str:
+        return by_shape(self)
 
 
 class DescentInfo(NamedTuple):
@@ -53,8 +59,11 @@ class DescentInfo(NamedTuple):
 
     Example:
         >>> import bilevax as bx
-        >>> bx.algorithms.DescentInfo._fields
-        ('moves', 'breakdown', 'calls', 'outer_loss', 'inner_loss')
+        >>> problem = bx.BilevelProblem(lambda x, y, batch: y**2, lambda x, y, batch: (y - x) ** 2)
+        >>> method = bx.algorithms.stocbio(problem, 0.1, sample=bx.sampling.full, steps=10)
+        >>> _, info = method.step(None, method.init(1.0, 1.0), bx.Batch(None, None))
+        >>> info.outer_loss.item(), info.calls.hessian_products
+        (1.0, 10)
     """
 
     moves: Levels

@@ -8,6 +8,7 @@ import optax
 
 from bilevax import checks
 from bilevax.algorithms._descent import DescentInfo, stepped
+from bilevax.printing import by_shape
 from bilevax.problem import Algorithm, Batch, BilevelProblem, Directions, arrays, norm
 from bilevax.sampling import Sample, check_key, fold, split
 from bilevax.single_loop._levels import Levels, at, levels
@@ -28,8 +29,15 @@ class VrboState(NamedTuple):
 
     Example:
         >>> import bilevax as bx
-        >>> bx.algorithms.VrboState._fields
-        ('k', 'x', 'y', 'u', 'optimizer')
+        >>> problem = bx.BilevelProblem(lambda x, y, batch: y**2, lambda x, y, batch: (y - x) ** 2)
+        >>> bx.algorithms.vrbo(problem, 0.1, sample=bx.sampling.full, every=3).init(1.0, 2.0)
+        VrboState(
+          k=0,
+          x=1,
+          y=2,
+          u=Directions(x=0, y=0, v=None),
+          optimizer=(),
+        )
     """
 
     k: Array
@@ -37,6 +45,9 @@ class VrboState(NamedTuple):
     y: PyTree
     u: Directions
     optimizer: Any
+
+    def __repr__(self) -> str:
+        return by_shape(self)
 
 
 def vrbo(

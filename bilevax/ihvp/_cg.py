@@ -120,7 +120,7 @@ def cg(
       An `IHVP` whose state is that of the preconditioner. `info.residual` is the recursively updated one.
 
     Raises:
-      ValueError: if maxiter < 1, tol or damping is negative, or the preconditioner is not linear.
+      ValueError: if maxiter < 1, tol or damping is negative, or the preconditioner is not `spd`.
 
     Cost: one product for each iteration and one for a warm start, and the preconditioner once more than there are
     iterations; five vectors like y.

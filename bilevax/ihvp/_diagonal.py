@@ -52,7 +52,7 @@ def diagonal(*, scale: Scalar = 1.0, decay: Scalar = 0.999, eps: Scalar = 1e-8, 
       sample: how the batch of the gradient is drawn from the inner data; it is asked with t = 0.
 
     Returns:
-      An `IHVP` with state `DiagonalState`; linear. The residual is not measured.
+      An `IHVP` with state `DiagonalState`; `spd`. The residual is not measured.
 
     Raises:
       ValueError: if scale or eps is not positive, or decay is out of range.

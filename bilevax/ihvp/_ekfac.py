@@ -45,7 +45,7 @@ def ekfac(
       sample: how the batch of the factors is drawn from the inner data; it is asked with t = 0.
 
     Returns:
-      An `IHVP`; linear; otherwise as `kfac`.
+      An `IHVP`; `spd`; otherwise as `kfac`.
 
     Raises:
       TypeError: if the inner loss is a bare function, when it is prepared.

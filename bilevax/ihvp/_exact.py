@@ -25,7 +25,7 @@ def exact(*, damping: Scalar = 0.0, sample: Sample = full) -> IHVP:
       sample: how the batch of H is drawn from the inner data; it is asked with t = 0.
 
     Returns:
-      An `IHVP` without state; linear. `info.curvature` is the smallest eigenvalue of H + damping I.
+      An `IHVP` without state; `spd`. `info.curvature` is the smallest eigenvalue of H + damping I.
 
     Raises:
       ValueError: if damping is negative.

@@ -23,7 +23,7 @@ def identity(scale: Scalar = 1.0) -> IHVP:
       scale: a number >= 0, in units of an inner step size.
 
     Returns:
-      An `IHVP` without state; linear.
+      An `IHVP` without state; `spd`.
 
     Raises:
       ValueError: if scale is negative.

@@ -52,7 +52,7 @@ def kfac(
       sample: how the batch of the factors is drawn from the inner data; it is asked with t = 0.
 
     Returns:
-      An `IHVP`; linear. Its state is () as long as ema and both periods keep their defaults, and `KFACState` otherwise:
+      An `IHVP`; `spd`. Its state is () as long as ema and both periods keep their defaults, and `KFACState` otherwise:
       `init` needs a batch then. A weight decay that varies inside a block counts with its mean. The residual is not
       measured. `info.setup_gradients` counts the backward passes.
 

@@ -40,7 +40,7 @@ def lineax(
       tags: what lineax may assume of the operator; by default that it is symmetric and positive semidefinite.
 
     Returns:
-      An `IHVP` without state; not declared linear. `info.residual` is measured by one more product, and `curvature` is
+      An `IHVP` without state; not declared `spd`. `info.residual` is measured by one more product, and `curvature` is
       vᵀHv / vᵀv at the solution. `info.products` is NaN: lineax counts iterations, not products. `info.breakdown` is
       True where lineax reports anything but success, or v is no better than zero.
 

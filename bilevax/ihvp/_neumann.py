@@ -49,7 +49,7 @@ def neumann(
       sample: how the batch of H is drawn from the inner data; it is asked with t = 0.
 
     Returns:
-      An `IHVP` without state; linear in b. `info.residual` belongs to the sum without its last term: a figure for the
+      An `IHVP` without state; `spd`. `info.residual` belongs to the sum without its last term: a figure for the
       whole sum would cost one product more.
 
     Raises:

@@ -60,7 +60,7 @@ def nystrom(
       tail: eigenvalues [rank] -> the curvature of all directions outside the sketch.
 
     Returns:
-      An `IHVP` without state; linear. The residual is not measured, since that would cost a product; `info.breakdown`
+      An `IHVP` without state; `spd`. The residual is not measured, since that would cost a product; `info.breakdown`
       says that H has negative curvature in the sketch (which is left out of the approximation).
 
     Raises:

@@ -30,7 +30,7 @@ def rescaled(ihvp: IHVP, *, damping: Scalar = 1e-3, curvature: Curvature = gauss
       sample: how the batch of the curvature is drawn from the inner data; it is asked with t = 0.
 
     Returns:
-      An `IHVP` with the state of the other; not linear. `info.curvature` is that along v; `info.residual` is measured.
+      An `IHVP` with the state of the other; not `spd`. `info.curvature` is that along v; `info.residual` is measured.
 
     Raises:
       ValueError: if ihvp is no `IHVP`, or damping is negative.

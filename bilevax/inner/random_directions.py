@@ -172,9 +172,6 @@ def check_sampler(sampler: Sampler, like: PyTree, number: int) -> None:
     Raises:
       ValueError: if it is no `Sampler`, cannot draw so many, draws other shapes or dtypes, or has another mean square.
 
-    Returns:
-      None.
-
     Cost: for a sampler that is not of this module, about 64 draws.
 
     Example:

@@ -27,12 +27,12 @@ __all__ = [
     "draws_depend_on_the_key_alone",
     "half_precision_is_near_double",
     "inverts_twice_the_identity",
-    "linear_means_symmetric_and_positive_definite",
     "nan_is_reported",
     "number_may_be_traced",
     "one_program_serves_all_calls",
     "same_form_of_v",
     "single_precision_stays_single",
+    "spd_is_symmetric_and_positive_definite",
     "v0_is_used",
     "v_is_like_b",
     "vmap_equals_a_loop",
@@ -332,7 +332,7 @@ def nan_is_reported(subject: IHVPSubject) -> None:
     "Say spd=True only where apply is linear, symmetric and positive definite in b, on ONE draw for all products.",
     applies=lambda subject: subject.make().spd,
 )
-def linear_means_symmetric_and_positive_definite(subject: IHVPSubject) -> None:
+def spd_is_symmetric_and_positive_definite(subject: IHVPSubject) -> None:
     """Also on a stream of draws, as the matrix of the eleven unit vectors."""
     b = -20 * _right_side()
     for batch in (ground.make_batch(), ground.varied(ground.noisy(ground.make_batch()))):
@@ -402,7 +402,7 @@ CONTRACTS: tuple[Contract, ...] = (
     vmap_equals_a_loop,
     v0_is_used,
     nan_is_reported,
-    linear_means_symmetric_and_positive_definite,
+    spd_is_symmetric_and_positive_definite,
     draws_depend_on_the_key_alone,
     declared_calls_are_compiled_calls,
     half_precision_is_near_double,

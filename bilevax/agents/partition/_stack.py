@@ -23,9 +23,6 @@ def pooled(sizes: np.ndarray) -> np.ndarray:
     Returns:
       The share of the loss that a row of each agent has [n].
 
-    Raises:
-      (nothing)
-
     Cost: none.
 
     Example:
@@ -46,9 +43,6 @@ def local(sizes: np.ndarray) -> np.ndarray:
 
     Returns:
       The share of the loss that a row of each agent has [n].
-
-    Raises:
-      (nothing)
 
     Cost: none.
 

@@ -173,9 +173,6 @@ def check(topology: Topologies) -> None:
     Args:
       topology: a `Topology`, or a sequence of them.
 
-    Returns:
-      None.
-
     Raises:
       ValueError: if it does not; the message names the row, the entry or the components.
 
