@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from typing import NoReturn
+import typing
 
 import pytest
 
@@ -59,7 +59,7 @@ def expected_sections(function):
     code = inspect.getsource(inspect.unwrap(function)).replace(function.__doc__, "")
     says = {
         "Args": signature.parameters,
-        "Returns": signature.return_annotation not in (None, "None", NoReturn),
+        "Returns": signature.return_annotation not in (None, "None", typing.NoReturn),
         "Raises": re.search(r"\braise\b|\bchecks\.", code),
         "Cost": function not in COSTLESS,
         "Example": True,
@@ -95,7 +95,10 @@ def test_all_is_sorted_and_complete(namespace):
     names = namespace.__all__
     assert names == sorted(names, key=lambda name: (not name.isupper(), name.islower(), name))
     public = {
-        name for name, value in vars(namespace).items() if not name.startswith("_") and not inspect.ismodule(value)
+        name
+        for name, value in vars(namespace).items()
+        if not name.startswith("_") and not inspect.ismodule(value) and value is not getattr(typing, name, None)
     }
     assert public <= set(names)
+    assert {name for name in dir(namespace) if not name.startswith("_")} == set(names)
     assert all(hasattr(namespace, name) for name in names)
