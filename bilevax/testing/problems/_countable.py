@@ -7,24 +7,23 @@
 | 5 from 11      | the pull-back of `B x`, once in each cross product             |
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from bilevax.problem import Batch, BilevelProblem
+from bilevax.typing import Array, PyTree
 
 OUTER, INNER, CROSS = (11, 13), (11, 7), (11, 5)
 ENTRIES_OF_Y = 12
 
 
-def _outer_loss(x: Any, y: Any, C: Any) -> Any:
+def _outer_loss(x: PyTree, y: PyTree, C: PyTree) -> Array:
     (w,) = x
     return jnp.sum(jax.nn.softplus(C.mean(0) @ (y["w"] * jnp.sum(w)))) + jnp.sum(y["scale"] ** 2) + 0.1 * jnp.sum(w**2)
 
 
-def _inner_loss(x: Any, y: Any, rows: Any) -> Any:
+def _inner_loss(x: PyTree, y: PyTree, rows: PyTree) -> Array:
     ((w,), (A, B)) = x, rows
     fit = jnp.sum(jax.nn.softplus(A.mean(0) @ jnp.tanh(y["w"] + jnp.sum(w)))) + y["w"] @ (B.mean(0) @ w)
     return fit + jnp.sum(y["w"] ** 2) + jnp.sum((y["scale"] - 1) ** 2)
@@ -33,7 +32,7 @@ def _inner_loss(x: Any, y: Any, rows: Any) -> Any:
 PROBLEM = BilevelProblem(_outer_loss, _inner_loss)
 
 
-def countable(n: int) -> tuple[BilevelProblem, Any, Any, Batch]:
+def countable(n: int) -> tuple[BilevelProblem, PyTree, PyTree, Batch]:
     """A smooth problem in a tuple x and a dict y, whose products `testing.executed_dots` can count.
 
     Args:

@@ -14,13 +14,13 @@ it solves.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from bilevax.problem import Batch, BilevelProblem
-from bilevax.typing import Array
+from bilevax.typing import Array, PyTree
 
 Invert = Callable[[np.ndarray], np.ndarray]  # of a Hessian, or what a method takes for it
 
@@ -127,12 +127,12 @@ class Quadratic(NamedTuple):
         return _root((G, m.r + m.S @ offset - multiplier * m.B.T @ (offset - lower_offset)))
 
 
-def outer_loss(x: Any, y: Any, b: Any) -> Any:
+def outer_loss(x: PyTree, y: PyTree, b: PyTree) -> Array:
     """F of one agent."""
     return 0.5 * (y @ b["Q"] @ y + x @ b["R"] @ x) - b["e"] @ y + b["r"] @ x + x @ b["S"] @ y
 
 
-def inner_loss(x: Any, y: Any, b: Any) -> Any:
+def inner_loss(x: PyTree, y: PyTree, b: PyTree) -> Array:
     """The loss g of one agent."""
     return 0.5 * y @ b["A"] @ y - y @ (b["B"] @ x + b["c"])
 

@@ -70,10 +70,10 @@ def twice_identity(seed: int = 0) -> Known:
     draw = np.random.default_rng(seed).normal
     M, b, x, y = draw(size=(3, 2)), draw(size=3), draw(size=2), draw(size=3)
 
-    def outer_loss(x: Any, y: Any, b: Any) -> Array:
+    def outer_loss(x: PyTree, y: PyTree, b: PyTree) -> Array:
         return 0.5 * jnp.sum((y - b) ** 2) + 0.5 * jnp.sum(x**2)
 
-    def inner_loss(x: Any, y: Any, M: Any) -> Array:
+    def inner_loss(x: PyTree, y: PyTree, M: PyTree) -> Array:
         return jnp.sum((y - M @ x) ** 2)
 
     problem = BilevelProblem(outer_loss, inner_loss)
@@ -103,17 +103,17 @@ def ridge(seed: int = 0) -> Known:
     """
     A, b, C, d = _regression(seed)
 
-    def error(y: Any, rows: Any) -> Array:
+    def error(y: PyTree, rows: PyTree) -> Array:
         return jnp.mean((rows[0] @ y - rows[1]) ** 2)
 
     problem = BilevelProblem(
         lambda x, y, rows: error(y, rows), lambda x, y, rows: error(y, rows) + jnp.exp(x) * jnp.sum(y**2)
     )
 
-    def solution(x: Any) -> np.ndarray:
+    def solution(x: PyTree) -> np.ndarray:
         return np.linalg.solve(A.T @ A / len(A) + np.exp(x) * np.eye(4), A.T @ b / len(A))
 
-    def hypergradient(x: Any) -> np.ndarray:
+    def hypergradient(x: PyTree) -> np.ndarray:
         y, hessian = solution(x), 2 * (A.T @ A / len(A) + np.exp(x) * np.eye(4))
         v = np.linalg.solve(hessian, 2 * C.T @ (C @ y - d) / len(C))
         return np.asarray(-2 * np.exp(x) * y @ v)
@@ -145,7 +145,7 @@ def logistic(seed: int = 0) -> Known:
     """
     A, b, C, d = _regression(seed)
 
-    def error(y: Any, rows: Any) -> Array:
+    def error(y: PyTree, rows: PyTree) -> Array:
         return jnp.mean(jax.nn.softplus(-rows[1] * (rows[0] @ y)))
 
     problem = BilevelProblem(
@@ -178,13 +178,13 @@ def network(seed: int = 0) -> Known:
     """
     A, b, C, d = _regression(seed)
 
-    def net(y: Any, inputs: Any) -> Array:
+    def net(y: PyTree, inputs: PyTree) -> Array:
         return jnp.tanh(inputs @ y["first"]) @ y["last"]
 
-    def outer_loss(x: Any, y: Any, rows: Any) -> Array:
+    def outer_loss(x: PyTree, y: PyTree, rows: PyTree) -> Array:
         return jnp.mean((net(y, rows[0]) - rows[1]) ** 2)
 
-    def inner_loss(x: Any, y: Any, rows: Any) -> Array:
+    def inner_loss(x: PyTree, y: PyTree, rows: PyTree) -> Array:
         size = sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(y))
         return jnp.mean(jax.nn.sigmoid(x) * (net(y, rows[0]) - rows[1]) ** 2) + 0.05 * size
 
@@ -200,12 +200,12 @@ def _regression(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarr
     return A, A @ truth + 0.5 * draw(size=20), C, C @ truth + 0.5 * draw(size=10)
 
 
-def _dense(problem: BilevelProblem, x: Any, y: Any, batch: Batch) -> Known:
+def _dense(problem: BilevelProblem, x: PyTree, y: PyTree, batch: Batch) -> Known:
     """Answers by 300 steps of gradient descent and 20 of Newton's method, and one dense solve."""
     with jax.enable_x64(True):
         flat, unravel = ravel_pytree(jax.tree.map(jnp.asarray, y))
 
-    def inner(x: Any, flat: Any) -> Any:
+    def inner(x: PyTree, flat: PyTree) -> Any:
         return problem.inner_loss(x, unravel(flat), batch.inner)
 
     @jax.jit
