@@ -57,6 +57,23 @@ def agents_axis(name: str, tree: PyTree, n: int, fix: str) -> None:
             )
 
 
+def parts(name: str, value: Any, *expected: str) -> tuple[Any, ...]:
+    """Returns what a function of somebody else returned; raises ValueError unless it is a tuple of so many parts."""
+    if not isinstance(value, tuple) or hasattr(value, "_fields") or len(value) != len(expected):
+        got = f"{len(value)} parts" if type(value) is tuple else _describe(value)
+        raise ValueError(f"{name} must return ({', '.join(expected)}); got {got}. Return a tuple of these.")
+    return value
+
+
+def one_for_each_agent(name: str, value: Any, agents: Any) -> None:
+    """Raises ValueError unless there is one number for each of the agents held here."""
+    if jnp.shape(value) != jnp.shape(agents):
+        raise ValueError(
+            f"{name} must be one number for each of the {len(agents)} agents held here; got shape {jnp.shape(value)}. "
+            f"Return, say, jnp.ones(gossip.agents().shape)."
+        )
+
+
 def _finite(value: Any) -> bool:
     array = np.asarray(value)
     real = jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)

@@ -55,7 +55,7 @@ def brief(value: Any) -> str:
     if callable(value) and not isinstance(value, tuple):
         return getattr(value, "__name__", type(value).__name__)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        if "text" in value._fields:
+        if hasattr(value, "text"):
             return repr(value)
         return _joined(
             type(value).__name__ + "(", ")", [f"{name}={brief(getattr(value, name))}" for name in value._fields]

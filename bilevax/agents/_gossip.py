@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +10,29 @@ import numpy as np
 
 from bilevax import checks
 from bilevax.agents import topology as graphs
+from bilevax.printing import as_called, by_text
 from bilevax.problem import widen
 from bilevax.typing import Array, Key, PyTree
 
 Topologies = graphs.Topology | Sequence[graphs.Topology]
+
+
+class GossipInit(Protocol):
+    """The state of one message: () for a fixed matrix; a counter, reference copies or push-sum weights otherwise."""
+
+    def __call__(self, tree: PyTree) -> Any: ...
+
+
+class Mix(Protocol):
+    """One round on leaves [n, ...]."""
+
+    def __call__(self, key: Key | None, state: Any, tree: PyTree) -> tuple[PyTree, Any]: ...
+
+
+class Bytes(Protocol):
+    """What each agent sends to all its neighbours in the next round, float [local]."""
+
+    def __call__(self, state: Any, tree: PyTree) -> Array: ...
 
 
 class Gossip(NamedTuple):
@@ -21,13 +40,14 @@ class Gossip(NamedTuple):
 
     Attributes:
       init: `init(tree) -> state`: () for a fixed matrix; a counter, reference copies or push-sum weights otherwise.
-      mix: `mix(key, state, tree) -> (tree, state)`: one round, (W s)_i = Σ_j w_ij s_j.
+      mix: `mix(key, state, tree) -> (tree, state)`: one round, (W s)_i = Σ_j w_ij s_j, which keeps Σ_i s_i. The state
+        belongs to one message: each that an agent sends in an iteration has a state of its own.
       laplacian: `laplacian(key, state, tree) -> (tree, state)`: one round, Σ_j w_ij (s_i − s_j) = ((I − W) s)_i, summed
         edge by edge, so that its rounding errors vanish with the differences.
       mean: `mean(tree) -> tree`: the average over all agents; leaves [...].
       agents: `agents() -> int32 [local]`: the global ids of the agents held here; all n of them on one device.
       bytes: `bytes(state, tree) -> float [local]`: what each agent sends to its neighbours in the next round.
-      weights: `weights(state) -> float [local]`, or 1.0: the push-sum weights ω, whose mean with s is kept.
+      weights: `weights(state) -> float [local]`, the push-sum weights ω; None where W is doubly stochastic.
       n: the number of agents.
       topology: the graph, or the sequence of graphs, that all this was made of.
 
@@ -39,24 +59,42 @@ class Gossip(NamedTuple):
         [1.0, 1.0, 0.0, 1.0]
     """
 
-    init: Callable
-    mix: Callable
-    laplacian: Callable
-    mean: Callable
-    agents: Callable
-    bytes: Callable
-    weights: Callable
+    init: GossipInit
+    mix: Mix
+    laplacian: Mix
+    mean: Callable[[PyTree], PyTree]
+    agents: Callable[[], Array]
+    bytes: Bytes
+    weights: Callable[[Any], Array | None]
     n: int
-    topology: Any
+    topology: Topologies
+    text: str = ""
+
+    def __repr__(self) -> str:
+        return by_text(self)
+
+    def weigh(self, state: Any, tree: PyTree) -> PyTree:
+        """Z = ω s, what is mixed over a directed graph; s itself where W is doubly stochastic or nothing is mixed."""
+        weights = self.weights(state) if jax.tree.leaves(state) else None
+        return tree if weights is None else per_agent(jnp.multiply, weights, tree)
+
+    def debias(self, state: Any, tree: PyTree) -> PyTree:
+        """S = z / ω, what the agents have; z itself where W is doubly stochastic or nothing is mixed."""
+        weights = self.weights(state) if jax.tree.leaves(state) else None
+        return tree if weights is None else per_agent(lambda w, leaf: leaf / w, weights, tree)
+
+
+OnLeaf = Callable[[Array], Array]
 
 
 class Form(NamedTuple):
     """One matrix as two functions of one leaf [n, ...]: `mix` is W s, `laplacian` is (I − W) s by edge differences."""
 
-    mix: Callable
-    laplacian: Callable
+    mix: OnLeaf
+    laplacian: OnLeaf
 
 
+@as_called
 def gossip(topology: Topologies) -> Gossip:
     """Averaging with the doubly stochastic matrix of a graph, or with a sequence of them in turn.
 
@@ -93,13 +131,15 @@ def gossip(topology: Topologies) -> Gossip:
     return _on_one_device(topology)
 
 
+@as_called
 def push_sum(topology: Topologies) -> Gossip:
     """Averaging over a directed graph with a column-stochastic matrix C, each agent knowing its own out-degree alone.
 
-        z = ω s,   z⁺ = C z,   ω⁺ = C ω,   s⁺ = z⁺ / ω⁺          from ω = 1
+        z⁺ = C z,   ω⁺ = C ω,   s = z / ω          from ω = 1
 
-    What is kept is Σ_i ω_i s_i, and Σ_i ω_i = n. A correction divides its directions by ω, so that
-    gradient tracking over push-sum is Push-DIGing and plain descent is stochastic gradient push.
+    What is mixed is z, whose sum is kept; what the agents have is s = `debias(state, z)`, and Σ_i ω_i = n. The engine
+    hands z = `weigh(state, s)` to each correction: gradient tracking over push-sum is then Push-DIGing, and plain
+    descent is stochastic gradient push.
 
     Args:
       topology: a `Topology` (directed or not), or a sequence of them that is taken in turn.
@@ -138,7 +178,12 @@ def _on_one_device(topology: Topologies) -> Gossip:
     return assemble(topology, by_structure, lambda n: jnp.arange(n, dtype=jnp.int32), mean)
 
 
-def assemble(topology: Topologies, form: Callable, agents: Callable, mean: Callable) -> Gossip:
+def assemble(
+    topology: Topologies,
+    form: Callable[[graphs.Topology], Form],
+    agents: Callable[[int], Array],
+    mean: Callable[[PyTree], PyTree],
+) -> Gossip:
     """A gossip out of the parts that depend on the placement of the agents.
 
     Args:
@@ -158,7 +203,7 @@ def assemble(topology: Topologies, form: Callable, agents: Callable, mean: Calla
     def init(tree: PyTree) -> Any:
         return () if period == 1 else jnp.zeros((), jnp.int32)
 
-    def round_of(functions: list[Callable]) -> Callable:
+    def round_of(functions: list[OnLeaf]) -> Mix:
         branches = [partial(jax.tree.map, function) for function in functions]
 
         def apply(key: Key | None, state: Any, tree: PyTree) -> tuple[PyTree, Any]:
@@ -182,7 +227,7 @@ def assemble(topology: Topologies, form: Callable, agents: Callable, mean: Calla
         mean,
         lambda: agents(n),
         sent,
-        lambda state: 1.0,
+        lambda state: None,
         n,
         topology,
     )
@@ -195,8 +240,8 @@ def with_push_sum(plain: Gossip) -> Gossip:
         return plain.init(tree), jnp.ones(plain.agents().shape)
 
     def mix(key: Key | None, state: Any, tree: PyTree) -> tuple[PyTree, Any]:
-        (z, omega), inner = plain.mix(key, state[0], (per_agent(jnp.multiply, state[1], tree), state[1]))
-        return per_agent(lambda w, leaf: leaf / w, omega, z), (inner, omega)
+        (z, omega), inner = plain.mix(key, state[0], (tree, state[1]))
+        return z, (inner, omega)
 
     def laplacian(key: Key | None, state: Any, tree: PyTree) -> Any:
         raise ValueError(
@@ -213,7 +258,7 @@ def with_push_sum(plain: Gossip) -> Gossip:
     )
 
 
-def per_agent(function: Callable, weights: Array, tree: PyTree) -> PyTree:
+def per_agent(function: Callable[[Array, Array], Array], weights: Array, tree: PyTree) -> PyTree:
     """Applies `function(weight, leaf)` with the weights [n] broadcast against each leaf [n, ...], dtypes kept."""
 
     def apply(leaf: Array) -> Array:
@@ -243,11 +288,11 @@ def by_structure(topology: graphs.Topology) -> Form:
 
 
 class HeldRows(NamedTuple):
-    """The rows of W held here: those of part `index()` out of `parts`; `gather(leaf)` brings the rows of all agents."""
+    """The rows of W held here: those of part `part()` out of `parts`; `gather(leaf)` brings the rows of all agents."""
 
     parts: int
-    index: Callable
-    gather: Callable
+    part: Callable[[], Any]
+    gather: OnLeaf
 
 
 ALL_ROWS = HeldRows(1, lambda: 0, lambda leaf: leaf)
@@ -266,11 +311,11 @@ def dense(topology: graphs.Topology, held: HeldRows = ALL_ROWS) -> Form:
     matrix = topology.matrix.toarray().reshape(held.parts, -1, topology.n)
 
     def mix(wide: Array, leaf: Array) -> Array:
-        w = jnp.asarray(matrix, wide.dtype)[held.index()]
+        w = jnp.asarray(matrix, wide.dtype)[held.part()]
         return jnp.tensordot(w, widen(held.gather(leaf)), 1, precision=jax.lax.Precision.HIGHEST)
 
     def laplacian(wide: Array, leaf: Array) -> Array:
-        w, every = jnp.asarray(matrix, wide.dtype)[held.index()], widen(held.gather(leaf))
+        w, every = jnp.asarray(matrix, wide.dtype)[held.part()], widen(held.gather(leaf))
         return jax.lax.map(lambda row: jnp.tensordot(row[0], row[1][None] - every, 1), (w, wide))
 
     return Form(_wide(mix), _wide(laplacian))
@@ -281,7 +326,9 @@ def shifts(topology: graphs.Topology) -> Form:
     return shifted(hop_weights(topology), lambda leaf, hop: jnp.roll(leaf, -hop, 0))
 
 
-def shifted(hops: dict[int, np.ndarray], shift: Callable, agents: Callable | None = None) -> Form:
+def shifted(
+    hops: dict[int, np.ndarray], shift: Callable[[Array, int], Array], agents: Callable[[], Array] | None = None
+) -> Form:
     """The form by shifts, given `shift(leaf, hop)` that brings row i + hop to row i.
 
     Args:
@@ -303,7 +350,8 @@ def shifted(hops: dict[int, np.ndarray], shift: Callable, agents: Callable | Non
         return _column(column if agents is None else column[agents()], leaf)
 
     def mix(wide: Array, leaf: Array) -> Array:
-        return sum(weight(hop, wide) * (widen(shift(leaf, hop)) if hop else wide) for hop in hops)
+        terms = (weight(hop, wide) * (widen(shift(leaf, hop)) if hop else wide) for hop in hops)
+        return sum(terms, start=jnp.zeros_like(wide))
 
     def laplacian(wide: Array, leaf: Array) -> Array:
         differences = (weight(hop, wide) * (wide - widen(shift(leaf, hop))) for hop in hops if hop)
@@ -328,7 +376,7 @@ def sparse(topology: graphs.Topology, held: HeldRows = ALL_ROWS) -> Form:
     senders, weights = matrix.indices[slots], np.where(inside, matrix.data[slots], 0.0)
 
     def edges(leaf: Array) -> tuple:
-        part = held.index()
+        part = held.part()
         to, sent = jnp.asarray(receivers)[part], widen(held.gather(leaf))[jnp.asarray(senders)[part]]
         return to, _column(jnp.asarray(weights, sent.dtype)[part], sent), sent
 
@@ -364,7 +412,7 @@ def _column(weights: Array, leaf: Array) -> Array:
     return weights.reshape(weights.shape + (1,) * (leaf.ndim - 1))
 
 
-def _wide(function: Callable) -> Callable:
+def _wide(function: Callable[[Array, Array], Array]) -> OnLeaf:
     """Computes in at least float32, so that half-precision leaves keep their mean; they travel as they are."""
     return lambda leaf: function(widen(leaf), leaf).astype(leaf.dtype)
 

@@ -43,6 +43,7 @@ def mix_factors(key: Key | None, gossip: Gossip, state: Any, factors: PyTree, *,
     checks.instance("gossip", gossip, Gossip, "Pass, say, bx.gossip(bx.topology.ring(8)).")
     rounds = checks.count("rounds", rounds, minimum=1)
     checks.agents_axis("factors", factors, gossip.n, "Measure them under jax.vmap, one agent for each row.")
+    sums = gossip.weigh(state, factors)
     for _ in range(rounds):
-        factors, state = gossip.mix(key, state, factors)
-    return factors, state
+        sums, state = gossip.mix(key, state, sums)
+    return gossip.debias(state, sums), state

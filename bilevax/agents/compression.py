@@ -314,7 +314,11 @@ def choco(gossip: Gossip, compressor: Compressor, *, gossip_step: Scalar) -> Gos
 
     def init(tree: PyTree) -> ChocoState:
         state = gossip.init(tree)
-        _check_weights(gossip.weights(state))
+        if jax.tree.leaves(state) and gossip.weights(state) is not None:
+            raise ValueError(
+                "gossip must be doubly stochastic to be compressed; got push-sum, whose weights the copies would lack. "
+                "Pass a gossip over an undirected or doubly stochastic graph, say bx.gossip(bx.topology.ring(8))."
+            )
         return ChocoState(jax.tree.map(jnp.zeros_like, tree), state)
 
     def laplacian(key: Any, state: ChocoState, tree: PyTree) -> tuple[PyTree, ChocoState]:
@@ -384,12 +388,4 @@ def _check_fixed(gossip: Gossip) -> None:
         raise ValueError(
             f"gossip must mix over one fixed graph to be compressed; got a sequence of {len(gossip.topology)}. Who "
             f"misses a round loses the copies: pass a gossip of one topology, say bx.gossip(bx.topology.ring(8))."
-        )
-
-
-def _check_weights(weights: Any) -> None:
-    if not isinstance(weights, float):
-        raise ValueError(
-            "gossip must be doubly stochastic to be compressed; got push-sum, whose weights the copies would lack. "
-            "Pass a gossip over an undirected or doubly stochastic graph, say bx.gossip(bx.topology.ring(8))."
         )

@@ -11,8 +11,8 @@ from bilevax.hypergradients._hypergradient import HypergradientInfo
 from bilevax.printing import by_shape
 from bilevax.problem import Algorithm, Batch, BilevelProblem, Calls, Hypergradient, InnerSolver, Iterate, arrays, norm
 from bilevax.sampling import Sample, check_key, fold, full, split
-from bilevax.single_loop._levels import Levels, levels
-from bilevax.single_loop.step_sizes import check_schedule, check_step_size, outer_step
+from bilevax.single_loop._levels import Levels
+from bilevax.single_loop.step_sizes import check_schedule, check_step_size, outer_step, read_steps
 from bilevax.typing import Array, Key, PyTree, Scalar
 
 
@@ -135,7 +135,7 @@ def descent(
         grad, memory, info = at_iteration(state.k).estimate(estimate_key, state.estimator, state.x, data)
         checks.instance("info of the estimator", info, HypergradientInfo, "Take one that is made of one solver.")
         x, optimizer = outer_step(step_size, state.k, grad, state.optimizer, state.x)
-        moves = Levels(norm(optax.tree.sub(x, state.x)), norm(optax.tree.sub(memory.y, state.y)), ())
+        moves: Levels[Any] = Levels(norm(optax.tree.sub(x, state.x)), norm(optax.tree.sub(memory.y, state.y)), ())
         breakdown = info.inner.breakdown | ~jnp.isfinite(moves.x + moves.y)
         info = DescentInfo(moves, breakdown, info.inner.calls, info.outer_loss, info.inner.inner_loss)
         return DescentState(state.k + 1, x, memory, optimizer), info
@@ -143,14 +143,13 @@ def descent(
     return Algorithm(init, step)
 
 
-def check_levels(problem: Any, step_sizes: Any, sample: Any) -> Levels:
+def check_levels(problem: Any, step_sizes: Any, sample: Any, names: tuple[str, ...] = Levels._fields) -> Levels[Any]:
     """Reads the step sizes of x and y, which may be optax transformations, and of v, which may not."""
     checks.instance("problem", problem, BilevelProblem, "Pass bx.BilevelProblem(outer_loss, inner_loss).")
     checks.function("sample", sample, "key", "t", "data")
-    sizes = levels("step_sizes", step_sizes)
-    check_step_size("step_sizes.x", sizes.x)
-    check_step_size("step_sizes.y", sizes.y)
-    check_schedule("step_sizes.v", sizes.v)
+    sizes = read_steps(step_sizes, names)
+    if "v" in names:
+        check_schedule("step_sizes.v", sizes.v)
     return sizes
 
 

@@ -24,8 +24,8 @@ def f2sa(problem: BilevelProblem, step_sizes: Any, *, sample: Sample, multiplier
 
     Args:
       problem: f and g.
-      step_sizes: `Levels(x, y, v)` of numbers, schedules k -> number, or optax transformations (that of y starts fresh
-        in each iteration); there is no v, and its step size does not count.
+      step_sizes: `Levels(x, y)` of numbers, schedules k -> number, or optax transformations (that of y starts fresh in
+        each iteration).
       sample: `sample(key, t, data) -> batch`, such as `bx.sampling.minibatch(64)`; f and g are drawn apart.
       multiplier: λ > 0, or a schedule k -> λ_k.
       steps: steps on y and y_λ in each iteration, >= 0.
@@ -47,12 +47,12 @@ def f2sa(problem: BilevelProblem, step_sizes: Any, *, sample: Sample, multiplier
     Example:
         >>> import bilevax as bx, jax
         >>> problem = bx.BilevelProblem(lambda x, y, batch: y**2, lambda x, y, batch: (y - x) ** 2)
-        >>> method = bx.algorithms.f2sa(problem, (0.25, 0.5, 0.0), sample=bx.sampling.full, multiplier=99.0, steps=9)
+        >>> method = bx.algorithms.f2sa(problem, (0.25, 0.5), sample=bx.sampling.full, multiplier=99.0, steps=9)
         >>> state, info = method.step(jax.random.key(0), method.init(1.0, 2.0), bx.Batch(None, None))
         >>> round(float(state.x), 3), float(state.y)
         (0.505, 1.0)
     """
-    sizes = check_levels(problem, step_sizes, sample)
+    sizes = check_levels(problem, step_sizes, sample, ("x", "y"))
     steps = checks.count("steps", steps)
     if callable(multiplier):
         checks.function("multiplier", multiplier, "k")

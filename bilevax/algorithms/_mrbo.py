@@ -57,4 +57,4 @@ def mrbo(
     checks.scalar("step_sizes.v", sizes.v)
     checks.positive("step_sizes.v", sizes.v)
     rule, estimator = own_neumann(terms=terms, inverse_step=sizes.v), storm(momentum, sample=sample)
-    return one_agent(lambda gossip: single_loop(problem, gossip, sizes, estimator, none(), local_directions=rule))
+    return one_agent(lambda gossip: single_loop(problem, gossip, sizes[:2], estimator, none(), local_directions=rule))

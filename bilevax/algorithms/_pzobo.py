@@ -44,8 +44,8 @@ def pzobo(
 
     Args:
       problem: f and g.
-      step_sizes: `Levels(x, y, v)` of numbers, schedules k -> number, or optax transformations (that of y starts fresh
-        in each iteration); there is no v, and its step size does not count.
+      step_sizes: `Levels(x, y)` of numbers, schedules k -> number, or optax transformations (that of y starts fresh in
+        each iteration).
       sample: `sample(key, t, data) -> batch`, such as `bx.sampling.minibatch(64)`.
       steps: N, steps of each solve, >= 1.
       directions: b >= 1.
@@ -67,12 +67,12 @@ def pzobo(
     Example:
         >>> import bilevax as bx, jax
         >>> problem = bx.BilevelProblem(lambda x, y, batch: y**2, lambda x, y, batch: (y - x) ** 2)
-        >>> method = bx.algorithms.pzobo(problem, (0.05, 0.5, 0.0), sample=bx.sampling.full, steps=1, directions=100)
+        >>> method = bx.algorithms.pzobo(problem, (0.05, 0.5), sample=bx.sampling.full, steps=1, directions=100)
         >>> state, info = method.step(jax.random.key(0), method.init(1.0, 2.0), bx.Batch(None, None))
         >>> float(state.x) < 1, float(state.y), info.calls.inner_gradients
         (True, 1.0, 101)
     """
-    sizes = check_levels(problem, step_sizes, sample)
+    sizes = check_levels(problem, step_sizes, sample, ("x", "y"))
     steps = checks.count("steps", steps, minimum=1)
     directions = checks.count("directions", directions, minimum=1)
 
@@ -90,7 +90,7 @@ def pzobo(
 
     at_iteration(jnp.zeros((), jnp.int32))
 
-    def inner_data(key: Key | None, k: Array, data: Any) -> _Draw:
+    def inner_data(key: Key | None, t: Scalar, data: Any) -> _Draw:
         return _Draw(fold(key, 0), data)
 
     return descent(at_iteration, sizes.x, outer_sample=sample, inner_data=inner_data)

@@ -138,7 +138,7 @@ def vrbo(
         carry = u, (state.x, state.y), (x, state.y)
         (u, before, (x, y)), _ = jax.lax.scan(move, carry, jnp.arange(steps))
         u = follow(jnp.asarray(steps), u, before, (x, y))
-        moves = Levels(norm(optax.tree.sub(x, state.x)), norm(optax.tree.sub(y, state.y)), ())
+        moves: Levels[Any] = Levels(norm(optax.tree.sub(x, state.x)), norm(optax.tree.sub(y, state.y)), ())
         calls = jax.tree.map(lambda one: one * (2 * (steps + 1) + refresh), unit)
         unknown = jnp.full_like(moves.x, jnp.nan)
         info = DescentInfo(moves, ~jnp.isfinite(moves.x + moves.y), calls, unknown, unknown)

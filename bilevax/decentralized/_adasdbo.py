@@ -1,6 +1,6 @@
 """AdaSDBO: step sizes from the accumulated lengths of the directions, which the agents average too."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,14 +8,39 @@ import optax
 
 from bilevax import checks
 from bilevax.agents._gossip import per_agent
+from bilevax.printing import by_shape
 from bilevax.problem import Algorithm, Batch, BilevelProblem, Calls, arrays, norm
 from bilevax.sampling import Sample, fold, full
 from bilevax.single_loop._levels import Levels, levels
-from bilevax.single_loop.correction.correction_type import share
 from bilevax.single_loop.estimator.estimator_type import draw
 from bilevax.single_loop.local_directions import second_order
-from bilevax.single_loop.method import Info, State, check_start, check_step, moved, read_gossips
-from bilevax.typing import Key, PyTree, Scalar
+from bilevax.single_loop.method import Info, check_start, check_step, moved, read_gossips
+from bilevax.typing import Array, Key, PyTree, Scalar
+
+DRAW, MIX = 0, Levels(x=1, y=2, v=3)  # what the keys of an iteration fold in
+
+
+class AdaSDBOState(NamedTuple):
+    """The state of `adasdbo`, leaves [n, ...].
+
+    Attributes:
+      k: iterations so far; scalar.
+      x: outer variables.
+      y: inner variables.
+      v: inverse-Hessian-vector products.
+      accumulated: `Levels` of m [n], the averaged squared lengths of the directions so far.
+      gossip: `Levels` of the states of the gossip, each of the message (s, m).
+    """
+
+    k: Array
+    x: PyTree
+    y: PyTree
+    v: PyTree
+    accumulated: Levels[Array]
+    gossip: Levels[Any]
+
+    def __repr__(self) -> str:
+        return by_shape(self)
 
 
 def adasdbo(
@@ -44,7 +69,7 @@ def adasdbo(
       accumulated: m_0 > 0.
 
     Returns:
-      `Algorithm(init, step)`; `state.estimators` is `Levels` of m [n].
+      `Algorithm(init, step)` with `AdaSDBOState`.
 
     Raises:
       ValueError: if a step size is no number, or `accumulated` is not positive; as `bx.single_loop.single_loop`.
@@ -74,32 +99,33 @@ def adasdbo(
     checks.scalar("accumulated", accumulated)
     checks.positive("accumulated", accumulated)
 
-    def init(x: PyTree, y: PyTree, batch: Batch | None = None) -> State:
+    def init(x: PyTree, y: PyTree, batch: Batch | None = None) -> AdaSDBOState:
         check_start(gossips.x, x, y, batch)
         point = Levels(arrays(x), arrays(y), optax.tree.zeros_like(arrays(y)))
         m = jnp.full(gossips.x.agents().shape, accumulated, jnp.result_type(norm(x), norm(y)))
         mixing = Levels(*(one.init((s, m)) for one, s in zip(gossips, point, strict=True)))
-        return State(jnp.zeros((), jnp.int32), *point, (), Levels(m, m, m), mixing)
+        return AdaSDBOState(jnp.zeros((), jnp.int32), *point, Levels(m, m, m), mixing)
 
-    def step(key: Key | None, state: State, batch: Batch) -> tuple[State, Info]:
-        check_step(gossips.x, key, state, State, batch)
+    def step(key: Key | None, state: AdaSDBOState, batch: Batch) -> tuple[AdaSDBOState, Info]:
+        check_step(gossips.x, key, state, AdaSDBOState, batch)
         agents = gossips.x.agents()
         key, start = fold(key, state.k), Levels(state.x, state.y, state.v)
-        data = draw(fold(key, 0), sample, state.k, batch, agents)
+        data = draw(fold(key, DRAW), sample, state.k, batch, agents)
         d = jax.vmap(lambda *parts: rule.evaluate(problem, *parts))(*start, data)
-        m = Levels(*(m + jax.vmap(norm)(part) ** 2 for m, part in zip(state.estimators, d, strict=True)))
+        m = Levels(*(m + jax.vmap(norm)(part) ** 2 for m, part in zip(state.accumulated, d, strict=True)))
         q = Levels(jnp.sqrt(m.x * jnp.maximum(m.y, m.v)), jnp.sqrt(m.y), jnp.sqrt(jnp.maximum(m.y, m.v)))
         results, sent = [], jnp.zeros(m.x.shape)
-        for number, one in enumerate(gossips):
-            scale, old = sizes[number] / q[number], state.corrections[number]
-            step = per_agent(jnp.multiply, scale, share(one, old, d[number]))
-            message = optax.tree.sub(start[number], step), m[number]
+        for number, one, size, scale, old, s, along, length in zip(
+            MIX, gossips, sizes, q, state.gossip, start, d, m, strict=True
+        ):
+            step = per_agent(jnp.multiply, size / scale, along)
+            message = optax.tree.sub(one.weigh(old, s), step), one.weigh(old, length)
             sent += one.bytes(old, message)
-            (s, averaged), old = one.mix(fold(key, 1 + number), old, message)
-            results.append((s, averaged, old))
+            message, old = one.mix(fold(key, number), old, message)
+            results.append((*one.debias(old, message), old))
         end, mixed, mixing = (Levels(*parts) for parts in zip(*results, strict=True))
         ones = jnp.ones_like(agents)
         calls = Calls(ones, ones, ones, ones)
-        return State(state.k + 1, *end, (), mixed, mixing), Info(*moved(start, end), calls, sent, 1)
+        return AdaSDBOState(state.k + 1, *end, mixed, mixing), Info(*moved(start, end), calls, sent, 1)
 
     return Algorithm(init, step)

@@ -7,15 +7,20 @@ import jax.numpy as jnp
 
 from bilevax import checks
 from bilevax.agents.compression import Compressor, choco
+from bilevax.printing import by_shape
 from bilevax.problem import Algorithm, Batch, BilevelProblem, Calls, arrays
 from bilevax.sampling import Sample, fold, full
 from bilevax.single_loop._levels import Levels
-from bilevax.single_loop._preconditioned import Setting
+from bilevax.single_loop._preconditioned import Place
 from bilevax.single_loop.correction._tracking import tracking_non_atc
 from bilevax.single_loop.estimator.estimator_type import draw
+from bilevax.single_loop.level import Level
 from bilevax.single_loop.method import Info, check_start, check_step, moved, read_gossips
-from bilevax.single_loop.step_sizes import move, read_steps
+from bilevax.single_loop.step_sizes import read_steps
 from bilevax.typing import Array, Key, PyTree, Scalar
+
+DRAW, INNER, MIX_X, PRECONDITION = range(4)  # what the keys of an iteration fold in
+MIX_Y, MIX_PENALIZED = 1, 2  # and those of an inner step, which draws as well
 
 
 class C2DFBState(NamedTuple):
@@ -39,6 +44,9 @@ class C2DFBState(NamedTuple):
     y: PyTree
     penalized: PyTree
     corrections: Levels
+
+    def __repr__(self) -> str:
+        return by_shape(self)
 
 
 def c2dfb(
@@ -115,7 +123,9 @@ def c2dfb(
     )
     outer_loss = checks.scalar_loss("outer_loss", problem.outer_loss)
     inner_loss = checks.scalar_loss("inner_loss", problem.inner_loss)
-    correction = tracking_non_atc()
+    levels = Levels(
+        *(Level(*one) for one in zip(("x", "y", "y_λ"), gossips, [tracking_non_atc()] * 3, sizes, strict=True))
+    )
 
     def penalized_loss(x: Any, y: Any, batch: Batch) -> Array:
         return inner_loss(x, y, batch.inner) + outer_loss(x, y, batch.outer) / multiplier
@@ -125,45 +135,38 @@ def c2dfb(
         above, below = (jax.grad(inner_loss)(x, at, batch.inner) for at in (penalized, y))
         return jax.tree.map(lambda d, a, b: (d + multiplier * (a - b)).astype(d.dtype), direct, above, below)
 
-    def setting(point: Levels, batch: Any, key: Any = None) -> Setting:
-        return Setting(problem, point, batch, key, plain.x.agents())
-
     def init(x: PyTree, y: PyTree, batch: Batch | None = None) -> C2DFBState:
         check_start(plain.x, x, y, batch)
         point = Levels(arrays(x), arrays(y), arrays(y))
-        memories = Levels(
-            *(
-                correction.init(one, s, move(step, 0, setting(point, batch)))
-                for one, s, step in zip(gossips, point, sizes, strict=True)
-            )
-        )
+        place = Place(problem, point, batch)
+        memories = Levels(*(level.init(s, place) for level, s in zip(levels, point, strict=True)))
         return C2DFBState(jnp.zeros((), jnp.int32), *point, memories)
 
     def step(key: Key | None, state: C2DFBState, batch: Batch) -> tuple[C2DFBState, Info]:
         check_step(plain.x, key, state, C2DFBState, batch)
         agents = plain.x.agents()
         key, start = fold(key, state.k), Levels(state.x, state.y, state.penalized)
-        how = [move(one, state.k, setting(start, batch, fold(key, 3))) for one in sizes]
+        place = Place(problem, start, batch, fold(key, PRECONDITION), agents)
 
         def inner(carry: tuple, t: Array) -> tuple[tuple, Array]:
             (y, of_y), (z, of_z) = carry
-            now = fold(fold(key, 1), t)
-            data = draw(fold(now, 0), sample, state.k, batch, agents)
+            now = fold(fold(key, INNER), t)
+            data = draw(fold(now, DRAW), sample, state.k, batch, agents)
             d = jax.vmap(jax.grad(inner_loss, argnums=1))(start.x, y, data.inner)
-            y, of_y, sent = correction.update(fold(now, 1), of_y, gossips.y, y, d, how[1])
+            y, of_y, sent = levels.y.update(fold(now, MIX_Y), of_y, y, d, place, state.k)
             d = jax.vmap(jax.grad(penalized_loss, argnums=1))(start.x, z, data)
-            z, of_z, more = correction.update(fold(now, 2), of_z, gossips.v, z, d, how[2])
-            return ((y, of_y), (z, of_z)), sent + more
+            z, of_z, more = levels.v.update(fold(now, MIX_PENALIZED), of_z, z, d, place, state.k)
+            return ((y, of_y), (z, of_z)), sent.bytes + more.bytes
 
         begin = (start.y, state.corrections.y), (start.v, state.corrections.v)
         ((y, of_y), (z, of_z)), sent = jax.lax.scan(inner, begin, jnp.arange(steps))
-        data = draw(fold(key, 0), sample, state.k, batch, agents)
+        data = draw(fold(key, DRAW), sample, state.k, batch, agents)
         d = jax.vmap(outer_direction)(start.x, y, z, data)
-        x, of_x, more = correction.update(fold(key, 2), state.corrections.x, plain.x, start.x, d, how[0])
+        x, of_x, more = levels.x.update(fold(key, MIX_X), state.corrections.x, start.x, d, place, state.k)
         end, ones = Levels(x, y, z), jnp.ones_like(agents)
         zeros = 0 * ones
         calls = Calls((steps + 1) * ones, (2 * steps + 2) * ones, zeros, zeros)
-        info = Info(*moved(start, end), calls, sent.sum(0) + more, steps + 1)
+        info = Info(*moved(start, end), calls, sent.sum(0) + more.bytes, steps + 1)
         return C2DFBState(state.k + 1, *end, Levels(of_x, of_y, of_z)), info
 
     return Algorithm(init, step)

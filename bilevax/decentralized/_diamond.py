@@ -32,7 +32,7 @@ def diamond(
     Args:
       problem: f_i and g_i, each strongly convex in y.
       gossip: a `Gossip`, or `Levels` of them; that of y does not count.
-      step_sizes: `Levels(x, y, v)` of numbers, schedules or optax transformations; that of v does not count.
+      step_sizes: `Levels(x, y)` of numbers, schedules or optax transformations.
       sample: `sample(key, t, data) -> batch` for the data of one agent; one draw serves both points and all products.
       momentum: a in [0, 1]: a number, a schedule, or `Levels` of them.
       terms: J >= 0.
@@ -57,7 +57,7 @@ def diamond(
         >>> problem = bx.BilevelProblem(lambda x, y, c: (y - c) ** 2, lambda x, y, c: (y - x) ** 2)
         >>> gossip, batch = bx.gossip(bx.topology.ring(4)), bx.Batch(jnp.arange(4.0), jnp.zeros(4))
         >>> options = {"sample": bx.sampling.full, "momentum": 0.1, "terms": 3, "inverse_step": 0.25}
-        >>> method = bx.decentralized.diamond(problem, gossip, (0.1, 0.2, 0), **options)
+        >>> method = bx.decentralized.diamond(problem, gossip, (0.1, 0.2), **options)
         >>> state, info = method.step(None, method.init(jnp.zeros(4), jnp.zeros(4)), batch)
         >>> int(info.calls.hessian_products[0]), float(info.bytes[0]) / state.x.dtype.itemsize
         (6, 4.0)

@@ -9,13 +9,13 @@ from jax.flatten_util import ravel_pytree
 
 from bilevax import checks
 from bilevax.agents._gossip import Gossip
+from bilevax.printing import by_shape
 from bilevax.problem import Algorithm, Batch, BilevelProblem, Calls, arrays, inner_gradient, widen
 from bilevax.sampling import Sample, fold, full
 from bilevax.single_loop._levels import Levels
-from bilevax.single_loop._preconditioned import Setting
-from bilevax.single_loop.correction.correction_type import share
+from bilevax.single_loop._preconditioned import Place
 from bilevax.single_loop.estimator.estimator_type import draw
-from bilevax.single_loop.method import Info, State, check_start, check_step, moved
+from bilevax.single_loop.method import Info, check_start, check_step, moved
 from bilevax.single_loop.step_sizes import move, read_steps
 from bilevax.typing import Array, Key, PyTree, Scalar
 
@@ -29,11 +29,6 @@ class Tracked(NamedTuple):
       inner_y: ∇_y g, [n, d].
       cross: ∂∇_y g / ∂x, leaves [n, d, ...].
       hessians: ∇²_yy g, one for each term, [n, terms, d, d].
-
-    Example:
-        >>> from bilevax.decentralized._gbdsbo import Tracked
-        >>> Tracked._fields
-        ('outer_x', 'outer_y', 'inner_y', 'cross', 'hessians')
     """
 
     outer_x: PyTree
@@ -41,6 +36,35 @@ class Tracked(NamedTuple):
     inner_y: Array
     cross: PyTree
     hessians: Array
+
+
+DRAW = 1  # and the next ones for further Hessians: what the key of an iteration folds in, after
+MIX = 0
+
+
+class GBDSBOState(NamedTuple):
+    """The state of `gbdsbo`, leaves [n, ...].
+
+    Attributes:
+      k: iterations so far; scalar.
+      x: outer variables.
+      y: inner variables.
+      last: q, what the agents evaluated in the iteration before.
+      mixed: W t, what they received of the trackers.
+      gossip: the state of the gossip of the message (x, y, t).
+      moves: the memories of the step sizes of x and y.
+    """
+
+    k: Array
+    x: PyTree
+    y: PyTree
+    last: Tracked
+    mixed: Tracked
+    gossip: Any
+    moves: tuple[Any, Any]
+
+    def __repr__(self) -> str:
+        return by_shape(self)
 
 
 def gbdsbo(
@@ -66,15 +90,14 @@ def gbdsbo(
     Args:
       problem: f_i and g_i.
       gossip: a `Gossip`, for everything.
-      step_sizes: `Levels(x, y, v)` of numbers, schedules or optax transformations; that of v does not count.
+      step_sizes: `Levels(x, y)` of numbers, schedules or optax transformations.
       sample: `sample(key, t, data) -> batch` for the data of one agent, drawn anew for each Hessian factor.
       terms: b >= 1 independent Hessians of a Neumann series of b + 1 terms (j = 0..b); None for one Hessian that
         is inverted.
       inverse_step: c > 0, usually 1 / L, with `terms`.
 
     Returns:
-      `Algorithm(init, step)`; `state.v` is (), `state.estimators` the last q, `state.corrections` W t and the state of
-      the gossip.
+      `Algorithm(init, step)` with `GBDSBOState`.
 
     Raises:
       ValueError: if `terms` < 1, or `inverse_step` is missing or not positive with `terms`, or given without; as
@@ -93,14 +116,14 @@ def gbdsbo(
         >>> import bilevax as bx, jax.numpy as jnp
         >>> problem = bx.BilevelProblem(lambda x, y, c: (y - c) ** 2, lambda x, y, c: (y - x) ** 2)
         >>> gossip, batch = bx.gossip(bx.topology.ring(4)), bx.Batch(jnp.arange(4.0), jnp.zeros(4))
-        >>> method = bx.decentralized.gbdsbo(problem, gossip, (0.1, 0.2, 0))
+        >>> method = bx.decentralized.gbdsbo(problem, gossip, (0.1, 0.2))
         >>> state, info = method.step(None, method.init(jnp.zeros(4), jnp.zeros(4)), batch)
         >>> float(info.bytes[0]) / state.x.dtype.itemsize  # to two neighbours: 2 d_x + 3 d_y + d_x d_y + d_y²
         14.0
     """
     checks.instance("problem", problem, BilevelProblem, "Pass bx.BilevelProblem(outer_loss, inner_loss).")
     checks.instance("gossip", gossip, Gossip, "Pass bx.gossip(bx.topology.ring(8)).")
-    steps = read_steps(step_sizes)
+    steps = read_steps(step_sizes, ("x", "y"))
     checks.function("sample", sample, "key", "t", "data")
     number = 1 if terms is None else checks.count("terms", terms, minimum=1)
     if (terms is None) != (inverse_step is None):
@@ -129,15 +152,15 @@ def gbdsbo(
         )
 
     def inverse(hessians: Array, b: Array) -> Array:
-        if terms is None:
+        if inverse_step is None:
             return jnp.linalg.solve(widen(hessians[0]), widen(b))
         term, v = b, b
         for hessian in hessians:
             term = term - inverse_step * hessian @ term
             v = v + term
-        return inverse_step * v
+        return jnp.asarray(inverse_step * v)
 
-    def init(x: PyTree, y: PyTree, batch: Batch | None = None) -> State:
+    def init(x: PyTree, y: PyTree, batch: Batch | None = None) -> GBDSBOState:
         check_start(gossip, x, y, batch)
         x, y = arrays(x), arrays(y)
         one = jax.tree.map(lambda leaf: leaf[0], y)
@@ -146,18 +169,17 @@ def gbdsbo(
         vector = jnp.zeros((n, d), flat.dtype)
         cross = jax.tree.map(lambda leaf: jnp.zeros((n, d, *leaf.shape[1:]), leaf.dtype), x)
         zeros = Tracked(optax.tree.zeros_like(x), vector, vector, cross, jnp.zeros((n, number, d, d), flat.dtype))
-        setting = Setting(problem, (x, y, ()), batch)
-        moves = tuple(move(step, 0, setting).init(s) for step, s in zip(steps[:2], (x, y), strict=True))
-        return State(jnp.zeros((), jnp.int32), x, y, (), (), zeros, (zeros, gossip.init((x, y, zeros)), moves))
+        place = Place(problem, (x, y, ()), batch)
+        moves = move(steps.x, 0, place).init(x), move(steps.y, 0, place).init(y)
+        return GBDSBOState(jnp.zeros((), jnp.int32), x, y, zeros, zeros, gossip.init((x, y, zeros)), moves)
 
-    def step(key: Key | None, state: State, batch: Batch) -> tuple[State, Info]:
-        check_step(gossip, key, state, State, batch)
-        agents = gossip.agents()
-        key, (mixed, mixing, moves) = fold(key, state.k), state.corrections
-        data = tuple(draw(fold(key, 1 + factor), sample, state.k, batch, agents) for factor in range(number))
+    def step(key: Key | None, state: GBDSBOState, batch: Batch) -> tuple[GBDSBOState, Info]:
+        check_step(gossip, key, state, GBDSBOState, batch)
+        agents, key, mixing = gossip.agents(), fold(key, state.k), state.gossip
+        data = tuple(draw(fold(key, DRAW + factor), sample, state.k, batch, agents) for factor in range(number))
         q = jax.vmap(evaluate)(state.x, state.y, data)
-        change = share(gossip, mixing, optax.tree.sub(q, state.estimators))
-        t = jax.tree.map(lambda m, change: m + change.astype(m.dtype), mixed, change)
+        sums = jax.tree.map(lambda m, new, old: m + (new - old).astype(m.dtype), state.mixed, q, state.last)
+        t = gossip.debias(mixing, sums)
         v = jax.vmap(inverse)(t.hessians, t.outer_y)
         unravel = ravel_pytree(jax.tree.map(lambda leaf: leaf[0], state.y))[1]
 
@@ -165,17 +187,17 @@ def gbdsbo(
             return jax.tree.map(lambda d, rows: (d - jnp.tensordot(v, rows, 1)).astype(d.dtype), direct, cross)
 
         along = jax.vmap(outer)(t.outer_x, t.cross, v), jax.vmap(unravel)(t.inner_y)
-        message, states = [], []
-        setting = Setting(problem, (state.x, state.y, ()), batch, fold(key, 1 + number), agents)
-        for s, d, size, old in zip((state.x, state.y), along, steps[:2], moves, strict=True):
-            change, new = move(size, state.k, setting).apply(d, old, s)
-            message.append(optax.apply_updates(s, change))
-            states.append(new)
-        sent = gossip.bytes(mixing, (*message, t))
-        (x, y, m), mixing = gossip.mix(fold(key, 0), mixing, (*message, t))
+        place = Place(problem, (state.x, state.y, ()), batch, fold(key, DRAW + number), agents)
+        by_x, of_x = move(steps.x, state.k, place).apply(along[0], state.moves[0], state.x)
+        by_y, of_y = move(steps.y, state.k, place).apply(along[1], state.moves[1], state.y)
+        point = optax.apply_updates(state.x, by_x), optax.apply_updates(state.y, by_y)
+        message = *gossip.weigh(mixing, point), sums
+        sent = gossip.bytes(mixing, message)
+        (*point, sums), mixing = gossip.mix(fold(key, MIX), mixing, message)
+        x, y = gossip.debias(mixing, tuple(point))
         ones = jnp.ones_like(agents)
         calls = Calls(ones, number * ones, number * t.inner_y.shape[1] * ones, t.inner_y.shape[1] * ones)
         info = Info(*moved(Levels(state.x, state.y, ()), Levels(x, y, ())), calls, sent, 1)
-        return State(state.k + 1, x, y, (), (), q, (m, mixing, tuple(states))), info
+        return GBDSBOState(state.k + 1, x, y, q, sums, mixing, (of_x, of_y)), info
 
     return Algorithm(init, step)

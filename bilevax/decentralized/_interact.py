@@ -36,7 +36,7 @@ def interact(
     Args:
       problem: f_i and g_i, each strongly convex in y.
       gossip: a `Gossip`, or `Levels` of them; that of y does not count.
-      step_sizes: `Levels(x, y, v)` of numbers, schedules or optax transformations; that of v does not count.
+      step_sizes: `Levels(x, y)` of numbers, schedules or optax transformations.
       terms: J >= 0; the limit is wrong by (1 − c μ)^(J+1).
       inverse_step: c > 0, usually 1 / L for L-smooth g_i.
       correction: of x; None for `bx.single_loop.correction.tracking_non_atc()`.
@@ -58,7 +58,7 @@ def interact(
         >>> import bilevax as bx, jax.numpy as jnp
         >>> problem = bx.BilevelProblem(lambda x, y, c: (y - c) ** 2, lambda x, y, c: (y - x) ** 2)
         >>> gossip, batch = bx.gossip(bx.topology.ring(4)), bx.Batch(jnp.arange(4.0), jnp.zeros(4))
-        >>> method = bx.decentralized.interact(problem, gossip, (0.1, 0.2, 0), terms=3, inverse_step=0.25)
+        >>> method = bx.decentralized.interact(problem, gossip, (0.1, 0.2), terms=3, inverse_step=0.25)
         >>> state, info = method.step(None, method.init(jnp.zeros(4), jnp.zeros(4)), batch)
         >>> float(info.bytes[0]) / state.x.dtype.itemsize, info.rounds
         (4.0, 1)
@@ -88,7 +88,7 @@ def interact_svr(
     Args:
       problem: f_i and g_i, each strongly convex in y.
       gossip: a `Gossip`, or `Levels` of them; that of y does not count.
-      step_sizes: `Levels(x, y, v)` of numbers, schedules or optax transformations; that of v does not count.
+      step_sizes: `Levels(x, y)` of numbers, schedules or optax transformations.
       terms: J >= 0.
       inverse_step: c > 0, usually 1 / L for L-smooth g_i.
       every: q >= 1; the paper takes the square root of the number of examples, for q and for the sample.
@@ -110,7 +110,7 @@ def interact_svr(
         >>> problem = bx.BilevelProblem(lambda x, y, c: (y - c) ** 2, lambda x, y, c: (y - x) ** 2)
         >>> gossip, batch = bx.gossip(bx.topology.ring(4)), bx.Batch(jnp.arange(4.0), jnp.zeros(4))
         >>> options = {"terms": 3, "inverse_step": 0.25, "every": 5, "sample": bx.sampling.full}
-        >>> method = bx.decentralized.interact_svr(problem, gossip, (0.1, 0.2, 0), **options)
+        >>> method = bx.decentralized.interact_svr(problem, gossip, (0.1, 0.2), **options)
         >>> state, info = method.step(None, method.init(jnp.zeros(4), jnp.zeros(4)), batch)
         >>> int(info.calls.hessian_products[0])
         3

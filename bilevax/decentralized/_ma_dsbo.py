@@ -1,22 +1,61 @@
 """MA-DSBO: inner loops for y and for the inverse-Hessian-vector product, then one averaged step of x."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from bilevax import checks
+from bilevax.printing import by_shape
 from bilevax.problem import Algorithm, Batch, BilevelProblem, Calls, arrays
 from bilevax.sampling import Sample, fold, full
 from bilevax.single_loop._levels import Levels
-from bilevax.single_loop._preconditioned import Setting
+from bilevax.single_loop._preconditioned import Place
 from bilevax.single_loop.correction._none import none
 from bilevax.single_loop.correction._tracking import tracking_non_atc
 from bilevax.single_loop.estimator.estimator_type import draw, from_one, rates_of
-from bilevax.single_loop.method import Info, State, check_start, check_step, moved, read_gossips
-from bilevax.single_loop.step_sizes import move, read_steps
+from bilevax.single_loop.level import Level
+from bilevax.single_loop.method import Info, check_start, check_step, moved, read_gossips
+from bilevax.single_loop.step_sizes import read_steps
 from bilevax.typing import Array, Key, PyTree
+
+
+class Keys(NamedTuple):
+    """What the key of an iteration folds in for the loop of one level."""
+
+    loop: int
+    precondition: int
+
+
+DRAW, KEYS = 0, Levels(x=Keys(1, 4), y=Keys(2, 5), v=Keys(3, 6))
+STEP_MIX, STEP_DRAW = 0, 1  # what the key of a step of a loop folds in
+
+Direction = Callable[[Any, PyTree], PyTree]
+
+
+class MADSBOState(NamedTuple):
+    """The state of `ma_dsbo`, leaves [n, ...].
+
+    Attributes:
+      k: iterations so far; scalar.
+      x: outer variables.
+      y: inner variables.
+      v: inverse-Hessian-vector products.
+      average: h, the moving average of the outer directions.
+      corrections: `Levels` of the memories of the corrections.
+    """
+
+    k: Array
+    x: PyTree
+    y: PyTree
+    v: PyTree
+    average: PyTree
+    corrections: Levels[Any]
+
+    def __repr__(self) -> str:
+        return by_shape(self)
 
 
 def ma_dsbo(
@@ -55,7 +94,7 @@ def ma_dsbo(
       restart: start t anew in each iteration, as published: the limit then keeps a bias that vanishes with N alone.
 
     Returns:
-      `Algorithm(init, step)`.
+      `Algorithm(init, step)` with `MADSBOState`.
 
     Raises:
       ValueError: if T or N < 1, or a concrete `momentum` is not in (0, 1]; as `bx.single_loop.single_loop`.
@@ -85,62 +124,61 @@ def ma_dsbo(
     outer_loss = checks.scalar_loss("outer_loss", problem.outer_loss)
     inner_loss = checks.scalar_loss("inner_loss", problem.inner_loss)
     plain = tracking_non_atc() if track else none()
-    corrections = Levels(plain, plain, tracking_non_atc())
+    corrections = plain, plain, tracking_non_atc()
+    levels = Levels(*(Level(*one) for one in zip(Levels._fields, gossips, corrections, sizes, strict=True)))
 
-    def memory(name: str, point: Levels, batch: Any) -> Any:
-        how = move(getattr(sizes, name), 0, Setting(problem, point, batch))
-        return getattr(corrections, name).init(getattr(gossips, name), getattr(point, name), how)
-
-    def init(x: PyTree, y: PyTree, batch: Batch | None = None) -> State:
+    def init(x: PyTree, y: PyTree, batch: Batch | None = None) -> MADSBOState:
         check_start(gossips.x, x, y, batch)
         point = Levels(arrays(x), arrays(y), optax.tree.zeros_like(arrays(y)))
-        memories = Levels(*(memory(name, point, batch) for name in Levels._fields))
-        return State(jnp.zeros((), jnp.int32), *point, (), optax.tree.zeros_like(point.x), memories)
+        place = Place(problem, point, batch)
+        memories = Levels(*(level.init(s, place) for level, s in zip(levels, point, strict=True)))
+        return MADSBOState(jnp.zeros((), jnp.int32), *point, optax.tree.zeros_like(point.x), memories)
 
-    def step(key: Key | None, state: State, batch: Batch) -> tuple[State, Info]:
-        check_step(gossips.x, key, state, State, batch)
+    def step(key: Key | None, state: MADSBOState, batch: Batch) -> tuple[MADSBOState, Info]:
+        check_step(gossips.x, key, state, MADSBOState, batch)
         agents = gossips.x.agents()
         key, start = fold(key, state.k), Levels(state.x, state.y, state.v)
-        sent = []
 
-        def loop(name: str, point: Levels, old: Any, direction: Any) -> tuple[PyTree, Any]:
-            """`counts` moves of one level, each along `direction(key, s)`."""
-            place = Levels._fields.index(name)
-            level_key = fold(key, 1 + place)
-            how = move(getattr(sizes, name), state.k, Setting(problem, point, batch, fold(key, 4 + place), agents))
+        def loop(
+            level: Level, keys: Keys, number: int, point: Levels, s: PyTree, old: Any, direction: Direction
+        ) -> tuple[PyTree, Any, Array]:
+            """So many moves of one level from s, each along `direction(key, s)`, and the bytes of all of them."""
+            place = Place(problem, point, batch, fold(key, keys.precondition), agents)
 
-            def once(carry: tuple, t: Array) -> tuple[tuple, Array]:
+            def once(carry: tuple[PyTree, Any], t: Array) -> tuple[tuple[PyTree, Any], Array]:
                 s, old = carry
-                now = fold(level_key, t)
-                s, old, sent_now = getattr(corrections, name).update(
-                    fold(now, 0), old, getattr(gossips, name), s, direction(fold(now, 1), s), how
-                )
-                return (s, old), sent_now
+                now = fold(fold(key, keys.loop), t)
+                d = direction(fold(now, STEP_DRAW), s)
+                s, old, sent = level.update(fold(now, STEP_MIX), old, s, d, place, state.k)
+                return (s, old), sent.bytes
 
-            carry, messages = jax.lax.scan(once, (getattr(point, name), old), jnp.arange(getattr(counts, name)))
-            sent.append(messages.sum(0))
-            return carry
+            (s, old), sent = jax.lax.scan(once, (s, old), jnp.arange(number))
+            return s, old, sent.sum(0)
 
         def inner_direction(now: Any, y: PyTree) -> PyTree:
             data = draw(now, sample, state.k, batch, agents).inner
             return jax.vmap(jax.grad(inner_loss, argnums=1))(start.x, y, data)
 
-        y, of_y = loop("y", start, state.corrections.y, inner_direction)
+        y, of_y, by_y = loop(levels.y, KEYS.y, counts.y, start, start.y, state.corrections.y, inner_direction)
         point = start._replace(y=y)
-        data = draw(fold(key, 0), sample, state.k, batch, agents)
+        data = draw(fold(key, DRAW), sample, state.k, batch, agents)
         outer_x, outer_y = jax.vmap(jax.grad(outer_loss, argnums=(0, 1)))(start.x, y, data.outer)
         _, pull_back = jax.vjp(lambda x, y: jax.vmap(jax.grad(inner_loss, argnums=1))(x, y, data.inner), start.x, y)
         begin = state.corrections.v
-        begin = begin._replace(memory=memory("v", point, batch).memory) if restart else begin
-        v, of_v = loop("v", point, begin, lambda now, v: optax.tree.sub(pull_back(v)[1], outer_y))
+        begin = begin._replace(memory=levels.v.init(start.v, Place(problem, point, batch)).memory) if restart else begin
+
+        def product_direction(now: Any, v: PyTree) -> PyTree:
+            return optax.tree.sub(pull_back(v)[1], outer_y)
+
+        v, of_v, by_v = loop(levels.v, KEYS.v, counts.v, point, start.v, begin, product_direction)
         d = optax.tree.sub(outer_x, pull_back(v)[0])
         a = from_one(rates, state.k).x
-        h = jax.tree.map(lambda h, d: (h + a * (d - h)).astype(h.dtype), state.estimators, d)
-        x, of_x = loop("x", point, state.corrections.x, lambda now, x: h)
+        h = jax.tree.map(lambda h, d: (h + a * (d - h)).astype(h.dtype), state.average, d)
+        x, of_x, by_x = loop(levels.x, KEYS.x, counts.x, point, start.x, state.corrections.x, lambda now, x: h)
         end = Levels(x, y, v)
         ones = jnp.ones_like(agents)
         calls = Calls(ones, (counts.y + 1) * ones, counts.v * ones, ones)
-        info = Info(*moved(start, end), calls, sum(sent), sum(counts))
-        return State(state.k + 1, *end, (), h, Levels(of_x, of_y, of_v)), info
+        info = Info(*moved(start, end), calls, by_x + by_y + by_v, sum(counts))
+        return MADSBOState(state.k + 1, *end, h, Levels(of_x, of_y, of_v)), info
 
     return Algorithm(init, step)

@@ -39,7 +39,7 @@ def mdbo(
     Args:
       problem: f_i and g_i.
       gossip: a `Gossip`, or `Levels` of them.
-      step_sizes: β, `Levels(x, y, v)` of numbers, schedules or optax transformations; that of v does not count.
+      step_sizes: β, `Levels(x, y)` of numbers, schedules or optax transformations.
       sample: `sample(key, t, data) -> batch` for the data of one agent; one draw serves all J products.
       momentum: α >= 0, a number, a schedule or `Levels`.
       rate: η in (0, 1].
@@ -65,7 +65,7 @@ def mdbo(
         >>> problem = bx.BilevelProblem(lambda x, y, c: (y - c) ** 2, lambda x, y, c: (y - x) ** 2)
         >>> gossip, batch = bx.gossip(bx.topology.ring(4)), bx.Batch(jnp.arange(4.0), jnp.zeros(4))
         >>> options = {"momentum": 0.4, "rate": 0.5, "terms": 3, "inverse_step": 0.25}
-        >>> method = bx.decentralized.mdbo(problem, gossip, (0.1, 0.2, 0), sample=bx.sampling.full, **options)
+        >>> method = bx.decentralized.mdbo(problem, gossip, (0.1, 0.2), sample=bx.sampling.full, **options)
         >>> state, info = method.step(None, method.init(jnp.zeros(4), jnp.zeros(4)), batch)
         >>> int(info.calls.hessian_products[0]), float(info.bytes[0]) / state.x.dtype.itemsize
         (3, 8.0)

@@ -10,10 +10,10 @@ from bilevax.problem import Algorithm, Batch, BilevelProblem
 from bilevax.single_loop._levels import Levels
 from bilevax.single_loop.coins import independent
 from bilevax.single_loop.correction._tracking import Tracker, tracking
-from bilevax.single_loop.correction.correction_type import Correction, CorrectionState, Move, share
+from bilevax.single_loop.correction.correction_type import Correction, CorrectionState, Move, Sent
 from bilevax.single_loop.engine import single_loop
 from bilevax.single_loop.estimator import Estimator, Oracle, lazy_snapshot
-from bilevax.typing import Scalar
+from bilevax.typing import Array, Key, PyTree, Scalar
 
 
 def s3ldbo_unbiased(
@@ -65,7 +65,9 @@ def _boosted(p: Scalar) -> Estimator:
     """For each level the pair (D', D + (D' − D) / p): what is tracked, and what is moved along."""
     snapshot = lazy_snapshot(independent(p))
 
-    def update(key: Any, state: Levels, oracle: Oracle, point: Levels, batch: Batch, k: Scalar) -> tuple:
+    def update(
+        key: Key | None, state: Levels, oracle: Oracle, point: Levels, batch: Batch, k: Scalar
+    ) -> tuple[Levels, Levels, Array]:
         new, kept, evaluations = snapshot.update(key, state, oracle, point, batch, k)
         inverse = 1 / jnp.broadcast_to(jnp.asarray(p, float), oracle.gossip.n)[oracle.gossip.agents()]
         boost = per_agent(lambda scale, change: scale * change, inverse, optax.tree.sub(new, state))
@@ -77,14 +79,17 @@ def _boosted(p: Scalar) -> Estimator:
 def _boosted_tracking() -> Correction:
     """Semi-ATC tracking of the first direction of a pair, which moves along the second."""
 
-    def update(key: Any, state: CorrectionState, gossip: Gossip, s: Any, d: Any, move: Move) -> tuple:
+    def update(
+        key: Key | None, state: CorrectionState, gossip: Gossip, s: PyTree, d: PyTree, move: Move, k: Scalar
+    ) -> tuple[PyTree, CorrectionState, Sent]:
         tracked, boosted = d
         mixed, last = state.memory
-        t = optax.tree.add(mixed, share(gossip, state.gossip, optax.tree.sub(tracked, last)))
-        along = optax.tree.add(mixed, share(gossip, state.gossip, optax.tree.sub(boosted, last)))
+        t = optax.tree.add(mixed, optax.tree.sub(tracked, last))
+        along = optax.tree.add(mixed, optax.tree.sub(boosted, last))
         step, moved = move.apply(along, state.move, s)
         message = (optax.apply_updates(s, step), t)
         (new, m), mixing = gossip.mix(key, state.gossip, message)
-        return new, CorrectionState(mixing, moved, Tracker(m, tracked)), gossip.bytes(state.gossip, message)
+        sent = Sent(gossip.bytes(state.gossip, message), 1)
+        return new, CorrectionState(mixing, moved, Tracker(m, tracked)), sent
 
-    return Correction(tracking().init, update, rounds=1)
+    return Correction(tracking().init, update)

@@ -1,16 +1,23 @@
 """One value for each of the three levels of a single-loop method."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import jax
 
 from bilevax import checks
 from bilevax.typing import Scalar
 
+T = TypeVar("T")
 
-class Levels(NamedTuple):
+
+class Levels(NamedTuple, Generic[T]):
     """One thing per level: a point, its directions, step sizes, corrections, graphs, ...
+
+    Attributes:
+      x: of the outer variables.
+      y: of the inner variables.
+      v: of the inverse-Hessian-vector products; left out in a method without them.
 
     Example:
         >>> import bilevax as bx
@@ -18,18 +25,18 @@ class Levels(NamedTuple):
         0.1
     """
 
-    x: Any
-    y: Any
-    v: Any
+    x: T
+    y: T
+    v: T = cast(Any, None)
 
 
 def levels(name: str, value: Any) -> Levels:
-    """Reads `Levels`, three values in the order x, y, v, or one value that holds for all three."""
+    """Reads `Levels`, two or three values in the order x, y, v, or one value that holds for all of them."""
     if isinstance(value, Levels):
         return value
     if type(value) not in (tuple, list, dict):
         return Levels(value, value, value)
-    if isinstance(value, dict) or len(value) != 3:
+    if isinstance(value, dict) or len(value) not in (2, 3):
         raise ValueError(
             f"{name} must be one value for all levels, or bx.Levels(x, y, v); got a {type(value).__name__} of "
             f"{len(value)}: {value!r:.80}. Pass, say, {name}=bx.Levels(x=..., y=..., v=...)."

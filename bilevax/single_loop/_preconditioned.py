@@ -70,7 +70,7 @@ def preconditioned(step_size: Any, ihvp: IHVP) -> Preconditioned:
     return Preconditioned(step_size, ihvp)
 
 
-class Setting(NamedTuple):
+class Place(NamedTuple):
     """Where the agents are when a level moves: leaves [n, ...], and what they draw with."""
 
     problem: BilevelProblem
@@ -80,19 +80,19 @@ class Setting(NamedTuple):
     agents: Any = None
 
 
-def preconditioned_move(step: Preconditioned, size: Scalar, setting: Setting) -> Move:
+def preconditioned_move(step: Preconditioned, size: Scalar, place: Place) -> Move:
     """The move −size · P_i⁻¹ t_i of each agent at its point (x, y)."""
-    inner_loss, (x, y, _), batch = setting.problem.inner_loss, setting.point, setting.batch
+    inner_loss, (x, y, _), batch = place.problem.inner_loss, place.point, place.batch
 
     def init(s: PyTree) -> Any:
         inner = None if batch is None else batch.inner
         return jax.vmap(lambda x, y, data: step.ihvp.init(x, y, data, inner_loss))(x, y, inner)
 
     def one(t: Any, state: Any, agent: Any, x: Any, y: Any, data: Any) -> tuple:
-        apply, state = step.ihvp.prepare(fold(setting.key, agent), state, inner_loss, (x, y, data))
+        apply, state = step.ihvp.prepare(fold(place.key, agent), state, inner_loss, (x, y, data))
         return jax.tree.map(lambda leaf, like: (-size * leaf).astype(like.dtype), apply(t)[0], t), state
 
     def apply(t: PyTree, state: Any, s: PyTree) -> tuple[PyTree, Any]:
-        return jax.vmap(one)(t, state, setting.agents, x, y, batch.inner)
+        return jax.vmap(one)(t, state, place.agents, x, y, batch.inner)
 
     return Move(init, apply, linear=False)

@@ -9,26 +9,30 @@ One iteration, for each group of the order: estimate the directions of the group
 them, mix and move.
 """
 
-from functools import partial
-from typing import Any
+from functools import partial, reduce
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from bilevax import checks
-from bilevax.problem import Algorithm, Batch, BilevelProblem, Calls, arrays, norm
+from bilevax.agents._gossip import Gossip
+from bilevax.problem import Algorithm, Batch, BilevelProblem, Calls, Directions, arrays
 from bilevax.sampling import fold
 from bilevax.single_loop._levels import Levels
-from bilevax.single_loop._preconditioned import Setting
-from bilevax.single_loop.correction.correction_type import Correction
+from bilevax.single_loop._preconditioned import Place
+from bilevax.single_loop.correction.correction_type import Correction, Sent
 from bilevax.single_loop.estimator import Estimator, Oracle
+from bilevax.single_loop.level import Level
 from bilevax.single_loop.local_directions import LocalDirections, second_order
 from bilevax.single_loop.method import Info, State, check_start, check_step, moved, of_kind, read_gossips
-from bilevax.single_loop.step_sizes import move, read_steps
+from bilevax.single_loop.step_sizes import read_steps
 from bilevax.typing import Key, PyTree, Scalar
 
 Order = tuple[tuple[str, ...], ...]
+
+ESTIMATE, LEVEL, PRECONDITION = 0, Levels(x=1, y=2, v=3), 4  # what the keys of an iteration fold in
 
 JACOBI: Order = (("x", "y", "v"),)
 GAUSS_SEIDEL: Order = (("y",), ("v",), ("x",))
@@ -88,91 +92,100 @@ def single_loop(
         "local_directions", rule, LocalDirections, "Pass, say, bx.single_loop.local_directions.second_order()."
     )
     gossips = read_gossips(gossip)
-    correction = of_kind("correction", correction, Correction, "Pass, say, bx.single_loop.correction.tracking().")
-    steps = read_steps(step_sizes)
-    _check_order(order)
-    order = tuple(group for group in (tuple(name for name in group if name in rule.levels) for group in order) if group)
+    corrections = of_kind("correction", correction, Correction, "Pass, say, bx.single_loop.correction.tracking().")
+    steps = read_steps(step_sizes, rule.levels)
     if radius is not None:
         checks.scalar("radius", radius)
         checks.positive("radius", radius)
-    oracles = [Oracle(partial(_evaluate, rule, problem, group), gossips.x, group) for group in order]
-    unit_calls = _unit_calls(rule, order)
+    radii = Levels(None, None, radius)
+    parts = zip(Levels._fields, gossips, corrections, steps, radii, strict=True)
+    levels = Levels(*(Level(*one) if one[0] in rule.levels else None for one in parts))
+    groups = _groups(order, levels, rule, problem, gossips.x)
 
     def init(x: PyTree, y: PyTree, batch: Batch | None = None) -> State:
         check_start(gossips.x, x, y, batch)
         x, y = arrays(x), arrays(y)
-        point = Levels(x, y, optax.tree.zeros_like(y) if "v" in rule.levels else ())
-        memories = {
-            name: getattr(correction, name).init(
-                getattr(gossips, name),
-                getattr(point, name),
-                move(getattr(steps, name), 0, Setting(problem, point, batch)),
-            )
-            for name in rule.levels
-        }
-        estimators = tuple(estimator.init(oracle, point, batch) for oracle in oracles)
+        point = Levels(x, y, () if levels.v is None else optax.tree.zeros_like(y))
+        place = Place(problem, point, batch)
+        memories = Levels(*(level.init(s, place) if level else () for level, s in zip(levels, point, strict=True)))
+        estimators = tuple(estimator.init(group.oracle, point, batch) for group in groups)
         previous = point if estimator.remembers else ()
-        start = jnp.zeros((), jnp.int32)
-        return State(start, *point, previous, estimators, Levels((), (), ())._replace(**memories))
+        return State(jnp.zeros((), jnp.int32), *point, previous, estimators, memories)
 
     def step(key: Key | None, state: State, batch: Batch) -> tuple[State, Info]:
         check_step(gossips.x, key, state, State, batch)
-        key = fold(key, state.k)
+        key, agents = fold(key, state.k), gossips.x.agents()
         start = point = Levels(state.x, state.y, state.v)
-        previous, estimators, memories, spent, sent = state.previous, [], state.corrections, [], []
-        for oracle, memory, unit in zip(oracles, state.estimators, unit_calls, strict=True):
-            oracle = oracle._replace(previous=previous)
-            d, memory, evaluations = estimator.update(fold(key, 0), memory, oracle, point, batch, state.k)
+        previous, memories = state.previous, state.corrections
+        estimators, spent, sent = [], [], []
+        for group, memory in zip(groups, state.estimators, strict=True):
+            oracle = group.oracle._replace(previous=previous)
+            parts = estimator.update(fold(key, ESTIMATE), memory, oracle, point, batch, state.k)
+            d, memory, evaluations = checks.parts("estimator.update", parts, "directions", "state", "evaluations")
+            checks.one_for_each_agent("evaluations of estimator.update", evaluations, agents)
+            place = Place(problem, point, batch, fold(key, PRECONDITION), agents)
+            moves = [
+                level.update(fold(key, number), old, s, along, place, state.k) if level else (s, old, None)
+                for number, level, old, s, along in zip(LEVEL, group.levels, memories, point, d, strict=True)
+            ]
+            point, memories = (Levels(*(move[part] for move in moves)) for part in (0, 1))
+            if estimator.remembers:
+                before = zip(group.levels, start, previous, strict=True)
+                previous = Levels(*(s if level else old for level, s, old in before))
             estimators.append(memory)
-            spent.append(jax.tree.map(lambda calls, times=evaluations: calls * times, unit))
-            here = point
-            for name in oracle.group:
-                level_key = fold(key, 1 + Levels._fields.index(name))
-                s, new, size = getattr(correction, name).update(
-                    level_key,
-                    getattr(memories, name),
-                    getattr(gossips, name),
-                    getattr(point, name),
-                    getattr(d, name),
-                    move(
-                        getattr(steps, name), state.k, Setting(problem, here, batch, fold(key, 4), gossips.x.agents())
-                    ),
-                )
-                s = _projected(s, radius) if name == "v" and radius is not None else s
-                point, memories = point._replace(**{name: s}), memories._replace(**{name: new})
-                sent.append(size)
-                previous = previous._replace(**{name: getattr(start, name)}) if estimator.remembers else ()
-        rounds = sum(max(getattr(correction, name).rounds for name in group) for group in order)
+            spent.append(jax.tree.map(lambda calls, times=evaluations: calls * times, group.calls))
+            sent.append([move[2] for move in moves if move[2]])
         calls = jax.tree.map(lambda *parts: sum(parts), *spent)
-        info = Info(*moved(start, point), calls, sum(sent), rounds)
+        size = sum((one.bytes for group in sent for one in group), start=jnp.zeros(agents.shape))
+        info = Info(*moved(start, point), calls, size, sum(map(_most_rounds, sent)))
         return State(state.k + 1, *point, previous, tuple(estimators), memories), info
 
     return Algorithm(init, step)
 
 
+class Group(NamedTuple):
+    """Levels that move at once; None at those that do not, and what one evaluation of their directions costs."""
+
+    levels: Levels[Level | None]
+    oracle: Oracle
+    calls: Calls
+
+
+def _groups(
+    order: Order, levels: Levels[Level | None], rule: LocalDirections, problem: BilevelProblem, gossip: Gossip
+) -> list[Group]:
+    """The groups of the order; what two of them read at one (x, y) is evaluated once."""
+    _check_order(order)
+    groups: list[Group] = []
+    seen: tuple[str, ...] = ()
+    for names in order:
+        names = tuple(name for name in names if name in rule.levels)
+        if names:
+            chosen = Levels(*(level if level and level.name in names else None for level in levels))
+            calls = rule.calls(names, seen)
+            checks.instance("what local_directions.calls returns", calls, Calls, "Return bx.problem.Calls(...).")
+            oracle = Oracle(partial(_evaluate, rule, problem, chosen), gossip, names)
+            groups.append(Group(chosen, oracle, calls))
+            seen = () if {"x", "y"} & {*names} else seen + names
+    return groups
+
+
 def _evaluate(
-    rule: LocalDirections, problem: BilevelProblem, group: tuple[str, ...], point: Levels, batch: Batch
+    rule: LocalDirections, problem: BilevelProblem, chosen: Levels[Level | None], point: Levels, batch: Batch
 ) -> Levels:
     d = jax.vmap(partial(rule.evaluate, problem))(point.x, point.y, point.v, batch)
-    return Levels(*(getattr(d, name) if name in group else None for name in Levels._fields))
+    checks.instance("what local_directions.evaluate returns", d, Directions, "Return bx.problem.Directions(x, y, v).")
+    for level, along, s in zip(chosen, d, point, strict=True):
+        if level:
+            fix = "Return directions like x, y and y."
+            checks.same_shapes(f"the direction of {level.name}", along, s, fix)
+    return Levels(*(along if level else None for level, along in zip(chosen, d, strict=True)))
 
 
-def _unit_calls(rule: LocalDirections, order: Order) -> list[Calls]:
-    """The calls of one evaluation of each group; what two groups read at one (x, y) is evaluated once."""
-    units: list[Calls] = []
-    seen: tuple[str, ...] = ()
-    for group in order:
-        units.append(rule.calls(group, seen))
-        seen = () if {"x", "y"} & {*group} else seen + group
-    return units
-
-
-def _projected(v: PyTree, radius: Scalar) -> PyTree:
-    def one(v: PyTree) -> PyTree:
-        scale = jnp.minimum(1.0, radius / jnp.maximum(norm(v), jnp.finfo(jnp.float32).tiny))
-        return jax.tree.map(lambda leaf: (scale * leaf).astype(leaf.dtype), v)
-
-    return jax.vmap(one)(v) if jax.tree.leaves(v) else v
+def _most_rounds(sent: list[Sent]) -> Scalar:
+    """Of levels that move at once, which send at once."""
+    rounds = [one.rounds for one in sent]
+    return max(rounds) if all(isinstance(one, int) for one in rounds) else reduce(jnp.maximum, rounds)
 
 
 def _check_order(order: Order) -> None:

@@ -1,6 +1,6 @@
 """What all single-loop methods share: their state, what an iteration reports, and the checks of what they are given."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +8,7 @@ import optax
 
 from bilevax import checks
 from bilevax.agents._gossip import Gossip
+from bilevax.printing import by_shape
 from bilevax.problem import Batch, Calls, norm
 from bilevax.sampling import check_key
 from bilevax.single_loop._levels import Levels, levels
@@ -28,9 +29,19 @@ class State(NamedTuple):
       corrections: `Levels` of the memories of the corrections.
 
     Example:
-        >>> import bilevax as bx
-        >>> bx.single_loop.State._fields
-        ('k', 'x', 'y', 'v', 'previous', 'estimators', 'corrections')
+        >>> import bilevax as bx, jax.numpy as jnp
+        >>> problem = bx.BilevelProblem(lambda x, y, batch: y**2, lambda x, y, batch: (y - x) ** 2)
+        >>> method, zeros = bx.decentralized.sldbo(problem, bx.gossip(bx.topology.ring(4)), 0.1), jnp.zeros(4, "float32")
+        >>> method.init(zeros, zeros)._replace(corrections=())
+        State(
+          k=0,
+          x=float32[4],
+          y=float32[4],
+          v=float32[4],
+          previous=(),
+          estimators=((),),
+          corrections=(),
+        )
     """
 
     k: Array
@@ -40,6 +51,9 @@ class State(NamedTuple):
     previous: Any
     estimators: Any
     corrections: Any
+
+    def __repr__(self) -> str:
+        return by_shape(self)
 
 
 class Info(NamedTuple):
@@ -55,9 +69,13 @@ class Info(NamedTuple):
       rounds: rounds of communication, one after the other; scalar.
 
     Example:
-        >>> import bilevax as bx
-        >>> bx.single_loop.Info._fields
-        ('moves', 'breakdown', 'calls', 'bytes', 'rounds')
+        >>> import bilevax as bx, jax, jax.numpy as jnp
+        >>> problem = bx.BilevelProblem(lambda x, y, batch: y**2, lambda x, y, batch: (y - x) ** 2)
+        >>> method = bx.decentralized.sldbo(problem, bx.gossip(bx.topology.ring(4)), 0.1)
+        >>> state, batch = method.init(jnp.ones(4), jnp.ones(4)), bx.Batch(jnp.zeros(4), jnp.zeros(4))
+        >>> state, infos = jax.lax.scan(lambda state, _: method.step(None, state, batch), state, length=10)
+        >>> int(infos.rounds.sum()), int(infos.calls.hessian_products[:, 0].sum())  # of agent 0
+        (10, 10)
     """
 
     moves: Levels
@@ -65,6 +83,9 @@ class Info(NamedTuple):
     calls: Calls
     bytes: Array
     rounds: Scalar
+
+    def __repr__(self) -> str:
+        return by_shape(self)
 
 
 def moved(start: Levels, end: Levels) -> tuple[Levels, Array]:
@@ -77,7 +98,10 @@ def moved(start: Levels, end: Levels) -> tuple[Levels, Array]:
     return moves, ~jnp.isfinite(sum(jax.tree.leaves(moves)))
 
 
-def of_kind(name: str, value: Any, kind: type, fix: str) -> Levels:
+K = TypeVar("K")
+
+
+def of_kind(name: str, value: Any, kind: type[K], fix: str) -> Levels[K]:
     """Reads `Levels` of values of one kind."""
     values = levels(name, value)
     for one in values:
@@ -85,7 +109,7 @@ def of_kind(name: str, value: Any, kind: type, fix: str) -> Levels:
     return values
 
 
-def read_gossips(gossip: Any) -> Levels:
+def read_gossips(gossip: Any) -> Levels[Gossip]:
     """Reads a gossip for each level, all with one number of agents."""
     gossips = of_kind("gossip", gossip, Gossip, "Pass bx.gossip(bx.topology.ring(8)).")
     if len({one.n for one in gossips}) > 1:

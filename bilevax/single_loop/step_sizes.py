@@ -1,19 +1,27 @@
 """The reader of step sizes: a number, a schedule k -> number or an optax transformation, for each level or for one."""
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, TypeAlias
 
 import jax
 import optax
 
 from bilevax import checks
 from bilevax.single_loop._levels import Levels, at, levels
-from bilevax.single_loop._preconditioned import Preconditioned, Setting, preconditioned_move
+from bilevax.single_loop._preconditioned import Place, Preconditioned, preconditioned_move
 from bilevax.single_loop.correction.correction_type import Move
 from bilevax.typing import Array, PyTree, Scalar
 
 
-def decay(start: Scalar, power: Scalar) -> Callable[[Array], Array]:
+class Schedule(Protocol):
+    """`schedule(k) -> number`, a function of yours or of optax."""
+
+    def __call__(self, k: Any, /) -> Any: ...
+
+
+StepSize: TypeAlias = Scalar | Schedule | optax.GradientTransformation | Preconditioned
+
+
+def decay(start: Scalar, power: Scalar) -> Schedule:
     """A step size that falls as a power of the iteration.
 
         a_k = start / (k + 1)^power
@@ -32,7 +40,7 @@ def decay(start: Scalar, power: Scalar) -> Callable[[Array], Array]:
 
     Example:
         >>> import bilevax as bx
-        >>> float(bx.algorithms.decay(0.5, 1.0)(3))  # at the fourth iteration
+        >>> float(bx.single_loop.decay(0.5, 1.0)(3))  # at the fourth iteration
         0.125
     """
     for name, value in (("start", start), ("power", power)):
@@ -41,30 +49,36 @@ def decay(start: Scalar, power: Scalar) -> Callable[[Array], Array]:
     return lambda k: start / (k + 1.0) ** power
 
 
-def read_steps(step_sizes: Any) -> Levels:
-    """Reads a step size, a schedule or a transformation for each level."""
-    steps = levels("step_sizes", step_sizes)
+def read_steps(step_sizes: Any, names: tuple[str, ...] = Levels._fields) -> Levels[Any]:
+    """Reads the step size of each of these levels: a number, a schedule, a transformation, or `preconditioned`.
+
+    Raises:
+      ValueError: if one is something else or missing, or if there is one for a level that the method does not have.
+    """
+    steps, for_all = levels("step_sizes", step_sizes), type(step_sizes) not in (Levels, tuple, list)
     for name, step in steps._asdict().items():
-        if isinstance(step, optax.GradientTransformation):
-            continue
-        if isinstance(step, Preconditioned):
+        if name not in names:
+            if step is not None and not for_all:
+                raise ValueError(
+                    f"step_sizes must hold no {name}, which this method does not have; got {step!r:.80}. Pass, say, "
+                    f"bx.Levels(x=0.01, y=0.1)."
+                )
+        elif isinstance(step, Preconditioned):
             if name == "x":
                 raise ValueError(
                     "step_sizes.x must be a number, a schedule or an optax transformation; got preconditioned(...), "
                     "which has the curvature of y. Precondition y and v."
                 )
-        elif callable(step):
-            checks.function(f"step_sizes.{name}", step, "k")
         elif isinstance(step, tuple | list | dict | str) or hasattr(step, "gradient_transformation") or step is None:
-            raise ValueError(
-                f"step_sizes must hold a number, a schedule or an optax transformation for each level; got "
-                f"{step!r:.80} for {name}. Pass, say, bx.Levels(x=0.01, y=0.1, v=0.1); of optax.MultiSteps its "
-                f"gradient_transformation()."
-            )
+            if not isinstance(step, optax.GradientTransformation):
+                raise ValueError(
+                    f"step_sizes must hold a number, a schedule or an optax transformation for each level; got "
+                    f"{step!r:.80} for {name}. Pass, say, bx.Levels(x=0.01, y=0.1, v=0.1); of optax.MultiSteps its "
+                    f"gradient_transformation()."
+                )
         else:
-            checks.scalar(f"step_sizes.{name}", step)
-            checks.nonnegative(f"step_sizes.{name}", step)
-    return steps
+            check_step_size(f"step_sizes.{name}", step)
+    return Levels(*(step if name in names else None for name, step in steps._asdict().items()))
 
 
 def check_step_size(name: str, step: Any) -> None:
@@ -92,14 +106,14 @@ def check_series(step: Any) -> None:
         checks.positive("step_sizes.v", step)
 
 
-def move(step: Any, k: Scalar, setting: Setting) -> Move:
+def move(step: StepSize, k: Scalar, place: Place) -> Move:
     """How a level moves along a corrected direction, for the step size of that level at iteration k."""
     if isinstance(step, Preconditioned):
-        return preconditioned_move(step, at(k, step.step_size), setting)
+        return preconditioned_move(step, at(k, step.step_size), place)
     if isinstance(step, optax.GradientTransformation):
         return Move(jax.vmap(step.init), jax.vmap(step.update), linear=False)
 
-    def apply(t: PyTree, state: tuple, s: PyTree) -> tuple[PyTree, tuple]:
+    def apply(t: PyTree, state: Any, s: PyTree) -> tuple[PyTree, Any]:
         a = at(k, step)
         return jax.tree.map(lambda leaf: (-a * leaf).astype(leaf.dtype), t), state
 
@@ -111,7 +125,7 @@ def inner_optimizer(step_size: Any, k: Array) -> optax.GradientTransformation:
     return step_size if isinstance(step_size, optax.GradientTransformation) else optax.sgd(at(k, step_size))
 
 
-def outer_step(step_size: Any, k: Array, grad: PyTree, state: Any, x: PyTree) -> tuple:
+def outer_step(step_size: Any, k: Array, grad: PyTree, state: Any, x: PyTree) -> tuple[PyTree, Any]:
     """The next x, and the next state of its optimizer."""
     if isinstance(step_size, optax.GradientTransformation):
         update, state = step_size.update(grad, state, x)

@@ -34,6 +34,11 @@ class Topology(NamedTuple):
         """Number of agents."""
         return self.matrix.shape[0]
 
+    @property
+    def text(self) -> str:
+        """What `print` shows."""
+        return repr(self)
+
     def __repr__(self) -> str:
         return f"Topology(n={self.n}, edges={len(edges(self))}, directed={self.directed})"
 

@@ -25,18 +25,18 @@ On a curvature L and an eigenvalue λ of W they are stable if
 
 from bilevax.single_loop.correction._none import local, none
 from bilevax.single_loop.correction._tracking import tracking, tracking_atc, tracking_non_atc
-from bilevax.single_loop.correction.correction_type import Correction, CorrectionState, Move, share
+from bilevax.single_loop.correction.correction_type import Correction, CorrectionState, Move, Sent
 from bilevax.single_loop.correction.primal_dual import exact_diffusion, extra
 
 __all__ = [
     "Correction",
     "CorrectionState",
     "Move",
+    "Sent",
     "exact_diffusion",
     "extra",
     "local",
     "none",
-    "share",
     "tracking",
     "tracking_atc",
     "tracking_non_atc",

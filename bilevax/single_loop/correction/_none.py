@@ -1,16 +1,16 @@
 """Corrections that correct nothing: plain descent with the neighbours, and without them."""
 
-from typing import Any
-
 import jax.numpy as jnp
 import optax
 
 from bilevax import checks
 from bilevax.agents._gossip import Gossip
-from bilevax.single_loop.correction.correction_type import Correction, CorrectionState, Move, damped, share
-from bilevax.typing import PyTree, Scalar
+from bilevax.printing import as_called
+from bilevax.single_loop.correction.correction_type import Correction, CorrectionState, Move, Sent, damped
+from bilevax.typing import Key, PyTree, Scalar
 
 
+@as_called
 def none(rate: Scalar = 1.0) -> Correction:
     """No correction: decentralized descent, adapt then combine.
 
@@ -31,8 +31,8 @@ def none(rate: Scalar = 1.0) -> Correction:
 
     Example:
         >>> import bilevax as bx
-        >>> bx.single_loop.correction.none().rounds
-        1
+        >>> bx.single_loop.correction.none(rate=0.5)
+        none(rate=0.5)
     """
     checks.scalar("rate", rate)
     checks.fraction("rate", rate)
@@ -40,42 +40,43 @@ def none(rate: Scalar = 1.0) -> Correction:
     def init(gossip: Gossip, s: PyTree, move: Move) -> CorrectionState:
         return CorrectionState(gossip.init(s), move.init(s), ())
 
-    def update(key: Any, state: CorrectionState, gossip: Gossip, s: Any, d: Any, move: Move) -> tuple:
-        step, moved = move.apply(share(gossip, state.gossip, d), state.move, s)
+    def update(
+        key: Key | None, state: CorrectionState, gossip: Gossip, s: PyTree, d: PyTree, move: Move, k: Scalar
+    ) -> tuple[PyTree, CorrectionState, Sent]:
+        step, moved = move.apply(d, state.move, s)
         message = optax.apply_updates(s, step)
         new, mixing = gossip.mix(key, state.gossip, message)
-        return damped(rate, s, new), CorrectionState(mixing, moved, ()), gossip.bytes(state.gossip, message)
+        sent = Sent(gossip.bytes(state.gossip, message), 1)
+        return damped(rate, s, new), CorrectionState(mixing, moved, ()), sent
 
-    return Correction(init, update, rounds=1)
+    return Correction(init, update)
 
 
+@as_called
 def local() -> Correction:
     """No communication: each agent descends alone, on a level of its own (a personalised lower level).
 
         s_i⁺ = s_i − a d_i
 
-    Args:
-      (none)
-
     Returns:
       `Correction` with the memory ().
-
-    Raises:
-      (nothing)
 
     Cost: nothing is sent, no round.
 
     Example:
         >>> import bilevax as bx
-        >>> bx.single_loop.correction.local().rounds
-        0
+        >>> bx.Levels(x=bx.single_loop.correction.tracking(), y=bx.single_loop.correction.local()).y  # a y of one's own
+        local()
     """
 
     def init(gossip: Gossip, s: PyTree, move: Move) -> CorrectionState:
         return CorrectionState((), move.init(s), ())
 
-    def update(key: Any, state: CorrectionState, gossip: Gossip, s: Any, d: Any, move: Move) -> tuple:
+    def update(
+        key: Key | None, state: CorrectionState, gossip: Gossip, s: PyTree, d: PyTree, move: Move, k: Scalar
+    ) -> tuple[PyTree, CorrectionState, Sent]:
         step, moved = move.apply(d, state.move, s)
-        return optax.apply_updates(s, step), state._replace(move=moved), jnp.zeros(gossip.agents().shape)
+        sent = Sent(jnp.zeros(gossip.agents().shape), 0)
+        return optax.apply_updates(s, step), state._replace(move=moved), sent
 
-    return Correction(init, update, rounds=0)
+    return Correction(init, update)

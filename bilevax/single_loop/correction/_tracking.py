@@ -6,9 +6,12 @@ import optax
 
 from bilevax import checks
 from bilevax.agents._gossip import Gossip
+from bilevax.printing import as_called
 from bilevax.sampling import fold
-from bilevax.single_loop.correction.correction_type import Correction, CorrectionState, Move, damped, share
-from bilevax.typing import PyTree, Scalar
+from bilevax.single_loop.correction.correction_type import Correction, CorrectionState, Move, Sent, damped
+from bilevax.typing import Key, PyTree, Scalar
+
+OF_TRACKER, OF_S = 0, 1  # what the keys of the two messages of `tracking_atc` fold in
 
 
 class Tracker(NamedTuple):
@@ -18,6 +21,14 @@ class Tracker(NamedTuple):
     last: PyTree
 
 
+class MixedApart(NamedTuple):
+    """Of `tracking_atc`, whose tracker is a message of its own: the tracker, and the state of its gossip."""
+
+    tracker: Tracker
+    gossip: Any
+
+
+@as_called
 def tracking(rate: Scalar = 1.0) -> Correction:
     """Gradient tracking, semi-ATC: the default. It has the widest range of steps, and takes any W, fixed or not.
 
@@ -41,12 +52,13 @@ def tracking(rate: Scalar = 1.0) -> Correction:
 
     Example:
         >>> import bilevax as bx
-        >>> bx.single_loop.correction.tracking(rate=0.5).rounds
-        1
+        >>> bx.single_loop.correction.tracking(rate=0.5)
+        tracking(rate=0.5)
     """
     return _tracking(rate, adapt_first=True)
 
 
+@as_called
 def tracking_non_atc(rate: Scalar = 1.0) -> Correction:
     """Gradient tracking, non-ATC: mixes first, then moves along the agent's own tracker.
 
@@ -67,8 +79,8 @@ def tracking_non_atc(rate: Scalar = 1.0) -> Correction:
 
     Example:
         >>> import bilevax as bx
-        >>> bx.single_loop.correction.tracking_non_atc().rounds
-        1
+        >>> bx.single_loop.correction.tracking_non_atc()
+        tracking_non_atc()
     """
     return _tracking(rate, adapt_first=False)
 
@@ -81,21 +93,23 @@ def _tracking(rate: Scalar, adapt_first: bool) -> Correction:
         zeros = optax.tree.zeros_like(s)
         return CorrectionState(gossip.init((s, zeros)), move.init(s), Tracker(zeros, zeros))
 
-    def update(key: Any, state: CorrectionState, gossip: Gossip, s: Any, d: Any, move: Move) -> tuple:
-        change = share(gossip, state.gossip, optax.tree.sub(d, state.memory.last))
-        t = optax.tree.add(state.memory.mixed, change)
+    def update(
+        key: Key | None, state: CorrectionState, gossip: Gossip, s: PyTree, d: PyTree, move: Move, k: Scalar
+    ) -> tuple[PyTree, CorrectionState, Sent]:
+        t = optax.tree.add(state.memory.mixed, optax.tree.sub(d, state.memory.last))
         step, moved = move.apply(t, state.move, s)
         message = (optax.apply_updates(s, step) if adapt_first else s, t)
         (new, m), mixing = gossip.mix(key, state.gossip, message)
         new = new if adapt_first else optax.apply_updates(new, step)
-        sent = gossip.bytes(state.gossip, message)
+        sent = Sent(gossip.bytes(state.gossip, message), 1)
         return damped(rate, s, new), CorrectionState(mixing, moved, Tracker(m, d)), sent
 
-    return Correction(init, update, rounds=1)
+    return Correction(init, update)
 
 
+@as_called
 def tracking_atc(rate: Scalar = 1.0) -> Correction:
-    """Gradient tracking, ATC: adapts, then combines, for the tracker too.
+    """Gradient tracking, ATC, also known as Aug-DGM: adapts, then combines, for the tracker too.
 
         t⁺ = W (t + d − d_last),      s⁺ = W (s − a t⁺)      s⁺ ← s + η (s⁺ − s)
 
@@ -105,35 +119,38 @@ def tracking_atc(rate: Scalar = 1.0) -> Correction:
       rate: η in (0, 1]; 1 switches it off.
 
     Returns:
-      `Correction` with the memory `Tracker(mixed, last)`.
+      `Correction` with the memory `MixedApart(Tracker(t, last), gossip)`.
 
     Raises:
       ValueError: if a concrete `rate` is not in (0, 1].
 
     Cost: two vectors in two rounds.
 
-    Reference: Alghunaim, Ryu, Yuan and Sayed, "Decentralized proximal gradient algorithms with linear convergence
-    rates", arXiv 1909.06479.
+    Reference: Xu, Zhu, Soh and Xie, "Augmented distributed gradient methods for multi-agent optimization under
+    uncoordinated constant stepsizes", CDC 2015 (Aug-DGM); Alghunaim, Ryu, Yuan and Sayed, "Decentralized proximal
+    gradient algorithms with linear convergence rates", arXiv 1909.06479.
 
     Example:
         >>> import bilevax as bx
-        >>> bx.single_loop.correction.tracking_atc().rounds
-        2
+        >>> bx.single_loop.correction.tracking_atc()
+        tracking_atc()
     """
     checks.scalar("rate", rate)
     checks.fraction("rate", rate)
 
     def init(gossip: Gossip, s: PyTree, move: Move) -> CorrectionState:
         zeros = optax.tree.zeros_like(s)
-        return CorrectionState((gossip.init(zeros), gossip.init(s)), move.init(s), Tracker(zeros, zeros))
+        memory = MixedApart(Tracker(zeros, zeros), gossip.init(zeros))
+        return CorrectionState(gossip.init(s), move.init(s), memory)
 
-    def update(key: Any, state: CorrectionState, gossip: Gossip, s: Any, d: Any, move: Move) -> tuple:
-        of_t, of_s = state.gossip
-        change = share(gossip, of_t, optax.tree.sub(d, state.memory.last))
-        sent = gossip.bytes(of_t, change) + gossip.bytes(of_s, s)
-        t, of_t = gossip.mix(fold(key, 0), of_t, optax.tree.add(state.memory.mixed, change))
+    def update(
+        key: Key | None, state: CorrectionState, gossip: Gossip, s: PyTree, d: PyTree, move: Move, k: Scalar
+    ) -> tuple[PyTree, CorrectionState, Sent]:
+        (t, last), of_t = state.memory
+        sent = Sent(gossip.bytes(of_t, t) + gossip.bytes(state.gossip, s), 2)
+        t, of_t = gossip.mix(fold(key, OF_TRACKER), of_t, optax.tree.add(t, optax.tree.sub(d, last)))
         step, moved = move.apply(t, state.move, s)
-        new, of_s = gossip.mix(fold(key, 1), of_s, optax.apply_updates(s, step))
-        return damped(rate, s, new), CorrectionState((of_t, of_s), moved, Tracker(t, d)), sent
+        new, of_s = gossip.mix(fold(key, OF_S), state.gossip, optax.apply_updates(s, step))
+        return damped(rate, s, new), CorrectionState(of_s, moved, MixedApart(Tracker(t, d), of_t)), sent
 
-    return Correction(init, update, rounds=2)
+    return Correction(init, update)

@@ -1,12 +1,24 @@
-"""What a correction is: how one level mixes, and how it moves along a corrected direction."""
+"""What a correction is: how one level mixes, how it moves along a corrected direction, and what that sends."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 
-from bilevax.agents._gossip import Gossip, per_agent
-from bilevax.typing import PyTree, Scalar
+from bilevax.agents._gossip import Gossip
+from bilevax.printing import by_shape, by_text
+from bilevax.typing import Array, Key, PyTree, Scalar
+
+
+class MoveInit(Protocol):
+    """The memory of a step size: moments of an optax transformation, factors of a curvature, or ()."""
+
+    def __call__(self, s: PyTree) -> Any: ...
+
+
+class MoveApply(Protocol):
+    """The displacement along a corrected direction t, −a t for a step size a."""
+
+    def __call__(self, t: PyTree, state: Any, s: PyTree) -> tuple[PyTree, Any]: ...
 
 
 class Move(NamedTuple):
@@ -19,36 +31,75 @@ class Move(NamedTuple):
 
     Example:
         >>> import bilevax as bx
-        >>> bx.single_loop.correction.Move._fields
-        ('init', 'apply', 'linear')
+        >>> half = bx.single_loop.correction.Move(lambda s: (), lambda t, state, s: (-0.5 * t, state), linear=True)
+        >>> half.apply(2.0, half.init(0.0), 0.0)
+        (-1.0, ())
     """
 
-    init: Callable
-    apply: Callable
+    init: MoveInit
+    apply: MoveApply
     linear: bool
+
+
+class Sent(NamedTuple):
+    """What one update sends.
+
+    Attributes:
+      bytes: of each agent [n], to all its neighbours together.
+      rounds: of communication, one after the other; scalar.
+
+    Example:
+        >>> import bilevax as bx, jax.numpy as jnp
+        >>> bx.single_loop.correction.Sent(bytes=jnp.zeros(4), rounds=0).rounds  # a level of one's own
+        0
+    """
+
+    bytes: Array
+    rounds: Scalar
+
+
+class CorrectionInit(Protocol):
+    """The first state, a NamedTuple with the field `gossip`; s and what it is added to have leaves [n, ...]."""
+
+    def __call__(self, gossip: Gossip, s: PyTree, move: Move) -> Any: ...
+
+
+class CorrectionUpdate(Protocol):
+    """One update of a level s along its direction d, at iteration k."""
+
+    def __call__(
+        self, key: Key | None, state: Any, gossip: Gossip, s: PyTree, d: PyTree, move: Move, k: Scalar
+    ) -> tuple[PyTree, Any, Sent]: ...
 
 
 class Correction(NamedTuple):
     """How one level mixes and moves, as a pair of pure functions.
 
+    It is written for doubly stochastic matrices. Over a directed graph the engine hands it z = ω s in the place of s,
+    takes s⁺ = z⁺ / ω⁺ from it, and undoes ω around a nonlinear move: nothing here divides by push-sum weights.
+
     Attributes:
-      init: `init(gossip, s, move) -> state`.
-      update: `update(key, state, gossip, s, d, move) -> (s⁺, state, bytes [n])`.
-      rounds: rounds of communication in one update.
+      init: `init(gossip, s, move) -> state`, a NamedTuple whose field `gossip` is the state of the gossip that mixes s,
+        or () where nothing is mixed. Each further message has a gossip state of its own.
+      update: `update(key, state, gossip, s, d, move, k) -> (s⁺, state, Sent(bytes [n], rounds))`, at iteration k.
+      text: what `print` shows.
 
     Example:
         >>> import bilevax as bx
-        >>> bx.single_loop.correction.tracking().rounds, bx.single_loop.correction.tracking_atc().rounds
-        (1, 2)
+        >>> bx.single_loop.correction.tracking(rate=0.5)
+        tracking(rate=0.5)
     """
 
-    init: Callable
-    update: Callable
-    rounds: int
+    init: CorrectionInit
+    update: CorrectionUpdate
+    text: str = ""
+
+    def __repr__(self) -> str:
+        return by_text(self)
 
 
 class CorrectionState(NamedTuple):
-    """What one level remembers: the states of its gossip and its move, and the memory of its correction.
+    """What one level remembers: the states of the gossip of s and of its move, and the memory of its correction.
 
     Example:
         >>> import bilevax as bx, jax.numpy as jnp
@@ -61,30 +112,8 @@ class CorrectionState(NamedTuple):
     move: Any
     memory: Any
 
-
-def share(gossip: Gossip, state: Any, d: PyTree) -> PyTree:
-    """Divides a direction by the push-sum weights ω, as every correction must, so that directed graphs may be used.
-
-    Args:
-      gossip: that of the level.
-      state: its state.
-      d: a direction, leaves [n, ...].
-
-    Returns:
-      d / ω; d itself where W is doubly stochastic.
-
-    Raises:
-      (nothing)
-
-    Cost: one division of each entry.
-
-    Example:
-        >>> import bilevax as bx, jax.numpy as jnp
-        >>> bx.single_loop.correction.share(bx.gossip(bx.topology.ring(4)), (), jnp.ones(4)).tolist()
-        [1.0, 1.0, 1.0, 1.0]
-    """
-    weights = gossip.weights(state)
-    return d if isinstance(weights, float) else per_agent(lambda w, leaf: leaf / w, weights, d)
+    def __repr__(self) -> str:
+        return by_shape(self)
 
 
 def damped(rate: Scalar, s: PyTree, new: PyTree) -> PyTree:

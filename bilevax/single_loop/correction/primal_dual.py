@@ -1,16 +1,15 @@
 """The primal-dual corrections, exact diffusion and EXTRA: one vector, no bias, one fixed symmetric W."""
 
-from collections.abc import Callable
-from typing import Any
-
 import optax
 
 from bilevax.agents import topology as graphs
 from bilevax.agents._gossip import Gossip
-from bilevax.single_loop.correction.correction_type import Correction, CorrectionState, Move
-from bilevax.typing import PyTree
+from bilevax.printing import as_called
+from bilevax.single_loop.correction.correction_type import Correction, CorrectionInit, CorrectionState, Move, Sent
+from bilevax.typing import Key, PyTree, Scalar
 
 
+@as_called
 def exact_diffusion() -> Correction:
     """Exact diffusion (D²): one vector, no bias.
 
@@ -18,9 +17,6 @@ def exact_diffusion() -> Correction:
 
     which is s⁺⁺ = W (2 s⁺ − s − a (d⁺ − d)) with s_1 = W (s_0 − a d_0). L r is summed edge by edge and P keeps the mean
     0: the recursion in s itself drifts in single precision.
-
-    Args:
-      (none)
 
     Returns:
       `Correction` with the memory P.
@@ -36,20 +32,23 @@ def exact_diffusion() -> Correction:
 
     Example:
         >>> import bilevax as bx
-        >>> bx.single_loop.correction.exact_diffusion().rounds
-        1
+        >>> bx.single_loop.correction.exact_diffusion()
+        exact_diffusion()
     """
 
-    def update(key: Any, state: CorrectionState, gossip: Gossip, s: Any, d: Any, move: Move) -> tuple:
+    def update(
+        key: Key | None, state: CorrectionState, gossip: Gossip, s: PyTree, d: PyTree, move: Move, k: Scalar
+    ) -> tuple[PyTree, CorrectionState, Sent]:
         step, moved = move.apply(d, state.move, s)
         r = optax.tree.sub(optax.apply_updates(s, step), state.memory)
         slope, mixing = gossip.laplacian(key, state.gossip, r)
         memory = optax.tree.add(state.memory, slope)
-        return optax.tree.sub(r, slope), CorrectionState(mixing, moved, memory), gossip.bytes(state.gossip, r)
+        return optax.tree.sub(r, slope), CorrectionState(mixing, moved, memory), Sent(gossip.bytes(state.gossip, r), 1)
 
-    return Correction(_primal_dual("exact_diffusion"), update, rounds=1)
+    return Correction(_primal_dual("exact_diffusion"), update)
 
 
+@as_called
 def extra() -> Correction:
     """EXTRA: one vector, no bias.
 
@@ -57,9 +56,6 @@ def extra() -> Correction:
 
     which is s⁺⁺ = W (2 s⁺ − s) − a (d⁺ − d) with s_1 = W s_0 − a d_0 from a common start. L s is summed edge by edge
     and P keeps the mean 0: the recursion in s itself drifts in single precision.
-
-    Args:
-      (none)
 
     Returns:
       `Correction` with the memory P.
@@ -75,21 +71,23 @@ def extra() -> Correction:
 
     Example:
         >>> import bilevax as bx
-        >>> bx.single_loop.correction.extra().rounds
-        1
+        >>> bx.single_loop.correction.extra()
+        extra()
     """
 
-    def update(key: Any, state: CorrectionState, gossip: Gossip, s: Any, d: Any, move: Move) -> tuple:
+    def update(
+        key: Key | None, state: CorrectionState, gossip: Gossip, s: PyTree, d: PyTree, move: Move, k: Scalar
+    ) -> tuple[PyTree, CorrectionState, Sent]:
         step, moved = move.apply(d, state.move, s)
         slope, mixing = gossip.laplacian(key, state.gossip, s)
         dual = optax.tree.add(state.memory, slope)
         new = optax.apply_updates(optax.tree.sub(s, optax.tree.add(dual, slope)), step)
-        return new, CorrectionState(mixing, moved, dual), gossip.bytes(state.gossip, s)
+        return new, CorrectionState(mixing, moved, dual), Sent(gossip.bytes(state.gossip, s), 1)
 
-    return Correction(_primal_dual("extra"), update, rounds=1)
+    return Correction(_primal_dual("extra"), update)
 
 
-def _primal_dual(name: str) -> Callable:
+def _primal_dual(name: str) -> CorrectionInit:
     def init(gossip: Gossip, s: PyTree, move: Move) -> CorrectionState:
         _check_symmetric(name, gossip)
         if not move.linear:

@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 
 from bilevax import checks
+from bilevax.printing import as_called
 from bilevax.problem import Batch
 from bilevax.single_loop._levels import Levels
 from bilevax.single_loop.estimator.estimator_type import Estimator, Oracle, everybody, where
-from bilevax.typing import Array, Scalar
+from bilevax.typing import Array, Key, Scalar
 
 
+@as_called
 def lazy_snapshot(coins: Callable) -> Estimator:
     """The directions of the last refresh; a coin says who refreshes now.
 
@@ -49,7 +51,9 @@ def lazy_snapshot(coins: Callable) -> Estimator:
             )
         return oracle.evaluate(point, batch)
 
-    def update(key: Any, state: Levels, oracle: Oracle, point: Levels, batch: Batch, k: Scalar) -> tuple:
+    def update(
+        key: Key | None, state: Levels, oracle: Oracle, point: Levels, batch: Batch, k: Scalar
+    ) -> tuple[Levels, Levels, Array]:
         chosen = jnp.asarray(coins(key, jnp.maximum(k - 1, 0), oracle.gossip))
         ones = everybody(oracle)
         if jnp.issubdtype(chosen.dtype, jnp.integer) and chosen.ndim == 1:

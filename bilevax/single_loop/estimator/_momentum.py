@@ -2,15 +2,17 @@
 
 from typing import Any
 
+from bilevax.printing import as_called
 from bilevax.problem import Batch
 from bilevax.sampling import Sample
 from bilevax.sampling import full as all_data
 from bilevax.single_loop._levels import Levels, each
 from bilevax.single_loop.estimator.estimator_type import Estimator, Oracle, from_one, rates_of, zeros_like
 from bilevax.single_loop.estimator.sampled import stochastic
-from bilevax.typing import Scalar
+from bilevax.typing import Array, Key, Scalar
 
 
+@as_called
 def momentum(momentum: Any, *, sample: Sample = all_data) -> Estimator:
     """A moving average of the directions, each taken where it was visited.
 
@@ -35,7 +37,9 @@ def momentum(momentum: Any, *, sample: Sample = all_data) -> Estimator:
     rates = rates_of("momentum", momentum, zero=True)
     plain = stochastic(sample)
 
-    def update(key: Any, state: Any, oracle: Oracle, point: Levels, batch: Batch, k: Scalar) -> tuple:
+    def update(
+        key: Key | None, state: Any, oracle: Oracle, point: Levels, batch: Batch, k: Scalar
+    ) -> tuple[Levels, Any, Array]:
         d, _, evaluations = plain.update(key, (), oracle, point, batch, k)
         u = each(lambda momentum, u, d: u + momentum * (d - u), from_one(rates, k), state, d)
         return u, u, evaluations

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import optax
 
 from bilevax import checks
+from bilevax.printing import as_called
 from bilevax.problem import Batch
 from bilevax.single_loop._levels import Levels
 from bilevax.single_loop.estimator.estimator_type import Estimator, Oracle, everybody, needed, zeros_like
-from bilevax.typing import Array, Scalar
+from bilevax.typing import Array, Key, Scalar
 
 
 class SagaState(NamedTuple):
@@ -26,6 +27,7 @@ class SagaState(NamedTuple):
     mean: Levels
 
 
+@as_called
 def saga(blocks: int) -> Estimator:
     """SAGA: a table of the last directions on each block of the data corrects a fresh block.
 
@@ -71,7 +73,9 @@ def saga(blocks: int) -> Estimator:
         table = jax.tree.map(lambda leaf: jnp.zeros((leaf.shape[0], blocks, *leaf.shape[1:]), leaf.dtype), zeros)
         return SagaState(table, zeros)
 
-    def update(key: Any, state: SagaState, oracle: Oracle, point: Levels, batch: Batch, k: Scalar) -> tuple:
+    def update(
+        key: Key | None, state: SagaState, oracle: Oracle, point: Levels, batch: Batch, k: Scalar
+    ) -> tuple[Levels, SagaState, Array]:
         agents = oracle.gossip.agents()
         keys = jax.vmap(lambda agent: jax.random.fold_in(needed(key), agent))(agents)
         chosen = jax.vmap(lambda key: jax.random.randint(key, (), 0, blocks))(keys)

@@ -1,20 +1,21 @@
 """SPIDER and PAGE: recursive differences that start again from the exact directions."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 
 from bilevax import checks
+from bilevax.printing import as_called
 from bilevax.problem import Batch
 from bilevax.sampling import Sample, split
 from bilevax.single_loop._levels import Levels
 from bilevax.single_loop.estimator._storm import storm
 from bilevax.single_loop.estimator.estimator_type import Estimator, Oracle, needed
 from bilevax.single_loop.estimator.sampled import full
-from bilevax.typing import Scalar
+from bilevax.typing import Array, Key, Scalar
 
 
+@as_called
 def spider(*, every: int, sample: Sample) -> Estimator:
     """SPIDER: differences of directions on samples, summed onto the exact directions of every q-th iteration.
 
@@ -44,6 +45,7 @@ def spider(*, every: int, sample: Sample) -> Estimator:
     return _restarted(lambda key, k: k % every == 0, sample)
 
 
+@as_called
 def page(*, probability: Scalar, sample: Sample) -> Estimator:
     """PAGE: as SPIDER, with the exact directions at random iterations, by one coin for all agents.
 
@@ -76,7 +78,9 @@ def page(*, probability: Scalar, sample: Sample) -> Estimator:
 def _restarted(restart: Callable, sample: Sample) -> Estimator:
     exact, recursive = full(), storm(0.0, sample=sample)
 
-    def update(key: Any, state: Levels, oracle: Oracle, point: Levels, batch: Batch, k: Scalar) -> tuple:
+    def update(
+        key: Key | None, state: Levels, oracle: Oracle, point: Levels, batch: Batch, k: Scalar
+    ) -> tuple[Levels, Levels, Array]:
         coin_key, sample_key = split(key, 2)
 
         def restarted() -> tuple:

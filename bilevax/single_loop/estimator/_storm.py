@@ -3,6 +3,7 @@
 from typing import Any
 
 from bilevax import checks
+from bilevax.printing import as_called
 from bilevax.problem import Batch
 from bilevax.sampling import Sample
 from bilevax.sampling import full as all_data
@@ -16,9 +17,10 @@ from bilevax.single_loop.estimator.estimator_type import (
     rates_of,
     zeros_like,
 )
-from bilevax.typing import Scalar
+from bilevax.typing import Array, Key, Scalar
 
 
+@as_called
 def storm(momentum: Any, *, sample: Sample = all_data) -> Estimator:
     """Recursive momentum (STORM): the past estimate is carried to the present point by one sample at both points.
 
@@ -49,7 +51,9 @@ def storm(momentum: Any, *, sample: Sample = all_data) -> Estimator:
     rates = rates_of("momentum", momentum, zero=True)
     checks.function("sample", sample, "key", "t", "data")
 
-    def update(key: Any, state: Levels, oracle: Oracle, point: Levels, batch: Batch, k: Scalar) -> tuple:
+    def update(
+        key: Key | None, state: Levels, oracle: Oracle, point: Levels, batch: Batch, k: Scalar
+    ) -> tuple[Levels, Levels, Array]:
         drawn = draw(key, sample, k, batch, oracle.gossip.agents())
         then, now = oracle.evaluate(oracle.previous, drawn), oracle.evaluate(point, drawn)
         u = each(lambda momentum, u, then, now: (1 - momentum) * (u - then) + now, from_one(rates, k), state, then, now)

@@ -1,7 +1,7 @@
 """What an estimator is, what it may ask for, and the small steps that estimators share."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ import optax
 
 from bilevax import checks
 from bilevax.agents._gossip import Gossip
+from bilevax.printing import by_text
 from bilevax.problem import Batch
 from bilevax.sampling import Sample, fold, split
 from bilevax.single_loop._levels import Levels, at, levels
@@ -27,15 +28,32 @@ class Oracle(NamedTuple):
         in turn, its x, y and v come from different iterations.
 
     Example:
-        >>> import bilevax as bx
-        >>> bx.single_loop.estimator.Oracle._fields
-        ('evaluate', 'gossip', 'group', 'previous')
+        >>> import bilevax as bx, jax.numpy as jnp
+        >>> gossip, levels = bx.gossip(bx.topology.ring(4)), ("x", "y", "v")
+        >>> oracle = bx.single_loop.estimator.Oracle(lambda point, batch: point, gossip, levels)  # d(s) = s
+        >>> point = bx.Levels(jnp.ones(4), jnp.ones(4), jnp.zeros(4))
+        >>> bx.single_loop.estimator.full().update(None, (), oracle, point, bx.Batch(None, None), 0)[2].tolist()
+        [1, 1, 1, 1]
     """
 
-    evaluate: Callable
+    evaluate: Callable[[Levels, Batch], Levels]
     gossip: Gossip
     group: tuple[str, ...]
     previous: Any = None
+
+
+class EstimatorInit(Protocol):
+    """The first memory; batch is None where the method was started without one."""
+
+    def __call__(self, oracle: Oracle, point: Levels, batch: Batch | None) -> Any: ...
+
+
+class EstimatorUpdate(Protocol):
+    """The directions at a point, the memory, and the evaluations of each agent [n]."""
+
+    def __call__(
+        self, key: Key | None, state: Any, oracle: Oracle, point: Levels, batch: Batch, k: Scalar
+    ) -> tuple[Levels, Any, Array]: ...
 
 
 class Estimator(NamedTuple):
@@ -45,16 +63,22 @@ class Estimator(NamedTuple):
       init: `init(oracle, point, batch) -> state`.
       update: `update(key, state, oracle, point, batch, k) -> (directions, state, evaluations [n])`, at iteration k,
         with the number of times that each agent evaluated its directions.
+      remembers: True where it reads `oracle.previous`.
+      text: what `print` shows.
 
     Example:
         >>> import bilevax as bx
-        >>> bx.single_loop.estimator.full()._fields
-        ('init', 'update', 'remembers')
+        >>> bx.single_loop.estimator.storm(0.1, sample=bx.sampling.full)
+        storm(0.1, sample=full)
     """
 
-    init: Callable
-    update: Callable
+    init: EstimatorInit
+    update: EstimatorUpdate
     remembers: bool = False
+    text: str = ""
+
+    def __repr__(self) -> str:
+        return by_text(self)
 
 
 def where(chosen: Array, new: PyTree, old: PyTree) -> PyTree:

@@ -3,21 +3,20 @@
 from typing import Any
 
 from bilevax import checks
+from bilevax.printing import as_called
 from bilevax.problem import Batch
 from bilevax.sampling import Sample
 from bilevax.sampling import full as all_data
 from bilevax.single_loop._levels import Levels
 from bilevax.single_loop.estimator.estimator_type import Estimator, Oracle, draw, everybody
-from bilevax.typing import Scalar
+from bilevax.typing import Array, Key, Scalar
 
 
+@as_called
 def full() -> Estimator:
     """The exact local directions on all local data.
 
         u_k = d(s_k)
-
-    Args:
-      (none)
 
     Returns:
       `Estimator` without a state.
@@ -35,6 +34,7 @@ def full() -> Estimator:
     return stochastic(all_data)
 
 
+@as_called
 def stochastic(sample: Sample) -> Estimator:
     """The directions on a fresh sample of the local data, drawn independently for each agent.
 
@@ -59,7 +59,9 @@ def stochastic(sample: Sample) -> Estimator:
     """
     checks.function("sample", sample, "key", "t", "data")
 
-    def update(key: Any, state: Any, oracle: Oracle, point: Levels, batch: Batch, k: Scalar) -> tuple:
+    def update(
+        key: Key | None, state: Any, oracle: Oracle, point: Levels, batch: Batch, k: Scalar
+    ) -> tuple[Levels, Any, Array]:
         drawn = draw(key, sample, k, batch, oracle.gossip.agents())
         return oracle.evaluate(point, drawn), state, everybody(oracle)
 
