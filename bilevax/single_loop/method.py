@@ -31,7 +31,8 @@ class State(NamedTuple):
     Example:
         >>> import bilevax as bx, jax.numpy as jnp
         >>> problem = bx.BilevelProblem(lambda x, y, batch: y**2, lambda x, y, batch: (y - x) ** 2)
-        >>> method, zeros = bx.decentralized.sldbo(problem, bx.gossip(bx.topology.ring(4)), 0.1), jnp.zeros(4, "float32")
+        >>> gossip, zeros = bx.gossip(bx.topology.ring(4)), jnp.zeros(4, "float32")
+        >>> method = bx.decentralized.sldbo(problem, gossip, 0.1)
         >>> method.init(zeros, zeros)._replace(corrections=())
         State(
           k=0,
