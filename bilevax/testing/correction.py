@@ -15,7 +15,9 @@ import numpy as np
 
 from bilevax import checks
 from bilevax.agents._gossip import Gossip, Topologies
-from bilevax.single_loop.correction.correction_type import Correction, Move
+from bilevax.single_loop._preconditioned import Place
+from bilevax.single_loop.correction.correction_type import Correction, Sent
+from bilevax.single_loop.level import Level
 from bilevax.testing._contract import Contract, contract, hold_all, name_of
 from bilevax.testing.placement import (
     DIRECTED,
@@ -27,6 +29,7 @@ from bilevax.testing.placement import (
     on_one_device,
     on_two_parts,
 )
+from bilevax.testing.problems._quadratic import PROBLEM
 from bilevax.testing.trees import same_form, truth
 from bilevax.typing import Array, Key, PyTree
 
@@ -48,6 +51,7 @@ def __dir__() -> list[str]:
 
 KEY = jax.random.key(0)
 STEP, UPDATES, LONG = 0.1, 20, 4000
+NOWHERE = Place(PROBLEM, None, None)  # a step size that is a number does not ask where
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -109,21 +113,22 @@ def _directions() -> dict[str, Array]:
     return {"w": jnp.asarray(random.normal(size=(N, UPDATES, 3))), "b": jnp.asarray(random.normal(size=(N, UPDATES)))}
 
 
-def _along(step: float) -> Move:
-    """The displacement −a t."""
-    return Move(lambda s: (), lambda t, state, s: (jax.tree.map(lambda t: -step * t, t), state), linear=True)
+def _level(correction: Correction, gossip: Gossip) -> Level:
+    """A level that moves by −a t, as the engine moves it: over a directed graph with the push-sum weights."""
+    return Level("s", gossip, correction, STEP)
 
 
 def _follow(correction: Correction, gossip: Gossip, s: PyTree, d: PyTree) -> PyTree:
     """S at the start and after each update along d, leaves [n, updates, ...]."""
+    level = _level(correction, gossip)
 
     def update(carry: tuple[PyTree, Any], inputs: tuple[Array, PyTree]) -> tuple[tuple[PyTree, Any], PyTree]:
         (s, state), (k, d) = carry, inputs
-        s, state, _ = correction.update(jax.random.fold_in(KEY, k), state, gossip, s, d, _along(STEP))
+        s, state, _ = level.update(jax.random.fold_in(KEY, k), state, s, d, NOWHERE, k)
         return (s, state), s
 
     first, d = s, jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), d)
-    carry = s, correction.init(gossip, s, _along(STEP))
+    carry = s, level.init(s, NOWHERE)
     path: Any
     _, path = jax.lax.scan(update, carry, (jnp.arange(UPDATES), d))
     return jax.tree.map(lambda one, many: jnp.concatenate([one[None], many]), first, path)
@@ -131,30 +136,27 @@ def _follow(correction: Correction, gossip: Gossip, s: PyTree, d: PyTree) -> PyT
 
 def _refusal(correction: Correction, topology: Topologies) -> ValueError | None:
     """What the correction says of a graph that it does not take."""
-    gossip, s, move = on_one_device(topology), _start(), _along(STEP)
+    level, s = _level(correction, on_one_device(topology)), _start()
     try:
-        jax.eval_shape(lambda s: correction.update(KEY, correction.init(gossip, s, move), gossip, s, s, move), s)
+        jax.eval_shape(lambda s: level.update(KEY, level.init(s, NOWHERE), s, s, NOWHERE, 0), s)
     except ValueError as error:
         return error
     return None
 
 
 @contract(
-    "Return from update (s⁺, state, bytes): s⁺ with the shapes and dtypes of s (cast with .astype(leaf.dtype)), the "
-    "state in the form in which init made it, and a number [n] for bytes."
+    "Return from update (s⁺, state, Sent(bytes, rounds)): s⁺ with the shapes and dtypes of s (cast with "
+    ".astype(leaf.dtype)), the state in the form in which init made it, and bytes [n]."
 )
 def state_keeps_its_form(subject: CorrectionSubject) -> None:
     """By tracing alone, for leaves in half and in double precision."""
-    gossip, s = on_one_device(subject.topology), _start()
+    level, s = _level(subject.correction, on_one_device(subject.topology)), _start()
     s["w"] = s["w"].astype(jnp.bfloat16)
-    move = _along(STEP)
-    state = jax.eval_shape(lambda s: subject.correction.init(gossip, s, move), s)
-    new, after, sent = jax.eval_shape(
-        lambda state, s: subject.correction.update(KEY, state, gossip, s, s, move), state, s
-    )
+    state = jax.eval_shape(lambda s: level.init(s, NOWHERE), s)
+    new, after, sent = jax.eval_shape(lambda state, s: level.update(KEY, state, s, s, NOWHERE, 0), state, s)
     same_form("the state after an update", after, "the state of init", state, weak=True)
     same_form("s⁺", new, "s", s)
-    truth(sent.shape == (N,), f"bytes have shape {sent.shape}")
+    truth(sent.bytes.shape == (N,), f"bytes have shape {sent.bytes.shape}")
 
 
 @contract(
@@ -175,24 +177,23 @@ def mean_moves_along_the_mean_direction(subject: CorrectionSubject) -> None:
 
 @contract(
     "Where all agents agree and their directions sum to 0, nothing may move: look for a bias of the step size, a wrong "
-    "sign, a correction that forgets, or, over a directed graph, a direction that is not divided by the push-sum "
-    "weights (bilevax.correction.share). If the correction is meant to be biased, say unbiased=False.",
+    "sign, or a correction that forgets. If the correction is meant to be biased, say unbiased=False.",
     applies=lambda subject: subject.unbiased,
 )
 def limit_is_that_of_the_mean_loss(subject: CorrectionSubject) -> None:
     """Of losses (s − b_i)ᵀH_i (s − b_i) / 2 with diagonal Hessians between 0.5 and 2."""
     random = np.random.default_rng(2)
     H, b = random.uniform(0.5, 2.0, size=(N, 3)), random.normal(size=(N, 3))
-    gossip, move = on_one_device(subject.topology), _along(STEP)
+    level = _level(subject.correction, on_one_device(subject.topology))
 
     def update(k: Array, carry: tuple[Array, Any], H: Array, b: Array) -> tuple[Array, Any]:
         s, state = carry
         key = jax.random.fold_in(KEY, k)
-        return subject.correction.update(key, state, gossip, s, H * (s - b), move)[:2]
+        return level.update(key, state, s, H * (s - b), NOWHERE, k)[:2]
 
     @jax.jit
     def end(s: Array, H: Array, b: Array) -> Array:
-        carry = s, subject.correction.init(gossip, s, move)
+        carry = s, level.init(s, NOWHERE)
         return jax.lax.fori_loop(0, LONG, lambda k, carry: update(k, carry, H, b), carry)[0]
 
     got, expected = np.asarray(end(jnp.zeros((N, 3)), H, b)), (H * b).sum(0) / H.sum(0)
@@ -202,11 +203,11 @@ def limit_is_that_of_the_mean_loss(subject: CorrectionSubject) -> None:
 
 @contract(
     "Count in bytes what is handed to gossip.mix and gossip.laplacian, by gossip.bytes(state, message), and in rounds "
-    "how often they are called in one update."
+    "how often they are called in one update: Sent(bytes, rounds)."
 )
 def bytes_and_rounds_are_those_of_its_messages(subject: CorrectionSubject) -> None:
     """Read off the calls of the gossip in a traced update."""
-    gossip, move, sent = on_one_device(subject.topology), _along(STEP), []
+    gossip, sent = on_one_device(subject.topology), []
 
     def spied(send: Callable[..., tuple[PyTree, Any]]) -> Callable[..., tuple[PyTree, Any]]:
         def call(key: Key | None, state: Any, tree: PyTree) -> tuple[PyTree, Any]:
@@ -217,15 +218,16 @@ def bytes_and_rounds_are_those_of_its_messages(subject: CorrectionSubject) -> No
 
     spy = gossip._replace(mix=spied(gossip.mix), laplacian=spied(gossip.laplacian))
 
+    level = _level(subject.correction, spy)
+
     @jax.jit
-    def declared(s: PyTree) -> tuple[Array, Array]:
-        state = subject.correction.init(gossip, s, move)
-        _, _, size = subject.correction.update(KEY, state, spy, s, s, move)
+    def declared(s: PyTree) -> tuple[Sent, Array]:
+        _, _, size = level.update(KEY, level.init(s, NOWHERE), s, s, NOWHERE, 0)
         return size, sum(sent, start=jnp.zeros(N))
 
     got, expected = declared(_start())
-    truth(np.allclose(got, expected), f"bytes are {got}, and the messages have {expected}")
-    truth(subject.correction.rounds == len(sent), f"rounds={subject.correction.rounds} for {len(sent)} calls")
+    truth(np.allclose(got.bytes, expected), f"bytes are {got.bytes}, and the messages have {expected}")
+    truth(got.rounds == len(sent), f"rounds={got.rounds} for {len(sent)} calls")
 
 
 @contract("Let nothing but gossip see more than one agent, and draw with keys into which gossip.agents() is folded.")

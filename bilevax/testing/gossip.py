@@ -79,8 +79,9 @@ class GossipSubject:
         """(what the agents have, weights, bytes) at the start and after each round, leaves [rounds + 1, n, ...]."""
 
         def record(tree: PyTree, state: Any) -> tuple[PyTree, Array, Array]:
-            weights = jnp.broadcast_to(jnp.asarray(self.gossip.weights(state), float), self.gossip.n)
-            return tree, weights, self.gossip.bytes(state, tree)
+            weights = self.gossip.weights(state)
+            weights = jnp.ones(self.gossip.n) if weights is None else weights
+            return self.gossip.debias(state, tree), weights, self.gossip.bytes(state, tree)
 
         def one(carry: tuple[PyTree, Any], k: Array) -> tuple[tuple[PyTree, Any], tuple[PyTree, Array, Array]]:
             tree, state = self.gossip.mix(jax.random.fold_in(KEY, k), carry[1], carry[0])
@@ -120,9 +121,12 @@ def state_keeps_its_form(subject: GossipSubject) -> None:
         same_form(f"the state after {name}", after, "the state of init", state, weak=True)
 
 
-@contract("What is kept is Σ ω_i s_i with the weights ω of gossip.weights, 1 unless it is push-sum, and Σ ω_i = n.")
+@contract(
+    "What is kept is the sum of what is mixed, Σ ω_i s_i with ω of gossip.weights (None for 1, unless it is push-sum), "
+    "and Σ ω_i = n."
+)
 def mean_is_kept(subject: GossipSubject) -> None:
-    """In each of sixty rounds; each agent divides by its weight after mixing."""
+    """In each of sixty rounds."""
     tree, weights, _ = subject.rounds
     truth(np.allclose(weights.sum(1), subject.gossip.n, rtol=1e-12), f"the weights sum to {weights.sum(1)}")
     for leaf in jax.tree.leaves(tree):
@@ -131,7 +135,10 @@ def mean_is_kept(subject: GossipSubject) -> None:
         truth(error.max() < 1e-12, f"the mean is {error.max():.2g} off, first in round {np.argmax(error > 1e-12)}")
 
 
-@contract("Rounds must bring the agents closer to the mean of the start: over a directed graph divide by the weights.")
+@contract(
+    "Rounds must bring the agents closer to the mean of the start: over a directed graph gossip.weights says by what "
+    "gossip.debias divides."
+)
 def rounds_approach_the_mean(subject: GossipSubject) -> None:
     """In sixty rounds by a factor."""
     for leaf in jax.tree.leaves(subject.rounds[0]):
