@@ -32,11 +32,6 @@ class C2DFBState(NamedTuple):
       y: minimizers of g.
       penalized: y_λ, minimizers of g + f / λ.
       corrections: `Levels` of the memories of tracking, of x, y and y_λ.
-
-    Example:
-        >>> from bilevax.decentralized._c2dfb import C2DFBState
-        >>> C2DFBState._fields
-        ('k', 'x', 'y', 'penalized', 'corrections')
     """
 
     k: Array

@@ -54,14 +54,8 @@ def second_order() -> LocalDirections:
 
         d_y = ∇_y g          d_v = ∇²_yy g v − ∇_y f          d_x = ∇_x f − ∇²_xy g v
 
-    Args:
-      (none)
-
     Returns:
       `LocalDirections`.
-
-    Raises:
-      (nothing)
 
     Cost: one ∇f, one ∇_y g, one Hessian and one cross product, which share a pull-back where x and v move at once.
 

@@ -19,6 +19,7 @@ from bilevax.agents._gossip import Gossip, Topologies
 from bilevax.problem import Algorithm, Batch, BilevelProblem
 from bilevax.sampling import Sample, minibatch
 from bilevax.single_loop._levels import Levels
+from bilevax.single_loop.step_sizes import StepSize
 from bilevax.testing._contract import Contract, contract, hold_all, name_of
 from bilevax.testing.compiled import READABLE, executed_dots, products
 from bilevax.testing.placement import LAZY_RING, N, equal, of_four_agents, on_one_device, on_two_parts
@@ -50,7 +51,9 @@ def __dir__() -> list[str]:
 class MakeAlgorithm(Protocol):
     """A method over whatever it is given, a function of yours."""
 
-    def __call__(self, problem: BilevelProblem, gossip: Gossip, step_sizes: Levels, sample: Sample, /) -> Algorithm: ...
+    def __call__(
+        self, problem: BilevelProblem, gossip: Gossip, step_sizes: Levels[StepSize], sample: Sample, /
+    ) -> Algorithm: ...
 
 
 Declared = Sequence[float] | Callable[[int], Sequence[float]]  # calls, or a function of the number of entries of y

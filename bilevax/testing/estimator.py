@@ -21,7 +21,7 @@ from bilevax.single_loop.estimator import Estimator, Oracle
 from bilevax.testing._contract import Contract, contract, hold_all, name_of
 from bilevax.testing.placement import LAZY_RING, N, equal
 from bilevax.testing.trees import same_form, truth
-from bilevax.typing import Array, Key
+from bilevax.typing import Array, Key, PyTree
 
 __all__ = [
     "CONTRACTS",
@@ -48,10 +48,10 @@ POINTS, ROWS, KEYS = 200, 6, 2000
 GOSSIP = gossip(LAZY_RING)
 
 Note = Callable[[Array, Array], None]  # k, and a number for what each agent reads
-Run = tuple[Levels, np.ndarray, list[tuple[int, np.ndarray]]]  # estimates, evaluations, what was noted
+Run = tuple[Levels[PyTree], np.ndarray, list[tuple[int, np.ndarray]]]  # estimates, evaluations, what was noted
 
 
-def _directions(point: Levels, batch: Batch) -> Levels:
+def _directions(point: Levels[PyTree], batch: Batch) -> Levels[PyTree]:
     """Of stacked agents, leaves [m, ...]: different at every point, and means over the examples."""
     outer, inner = batch.outer.mean(1), batch.inner.mean(1)
     return Levels(
@@ -61,7 +61,7 @@ def _directions(point: Levels, batch: Batch) -> Levels:
     )
 
 
-def _points() -> Levels:
+def _points() -> Levels[PyTree]:
     """Leaves [n, points, ...]: at first each another, from the second half on all the same."""
     random = np.random.default_rng(0)
     moving = np.arange(POINTS) < POINTS // 2
@@ -87,13 +87,13 @@ def _without_noise() -> Batch:
 
 def _oracle(
     agents: Array,
-    previous: Levels | None = None,
+    previous: Levels[PyTree] | None = None,
     note: Callable[[Array], None] | None = None,
     group: tuple[str, ...] = LEVELS,
 ) -> Oracle:
     """What the estimator may ask for, for agents with these ids; `note(marks [m])` sees what is evaluated on."""
 
-    def evaluate(point: Levels, batch: Batch) -> Levels:
+    def evaluate(point: Levels[PyTree], batch: Batch) -> Levels[PyTree]:
         if note is not None:
             note(jnp.sum(batch.outer, axis=(1, 2)) + jnp.sum(batch.inner, axis=(1, 2)))
         d = _directions(point, batch)
@@ -103,13 +103,15 @@ def _oracle(
 
 
 def _follow(
-    estimator: Estimator, agents: Array, path: Levels, batch: Batch, note: Note | None = None
-) -> tuple[Levels, Array]:
+    estimator: Estimator, agents: Array, path: Levels[PyTree], batch: Batch, note: Note | None = None
+) -> tuple[Levels[PyTree], Array]:
     """(estimates, evaluations [points, n]) along points with leaves [n, points, ...]; `note(k, marks)`."""
     path = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), path)
     first = jax.tree.map(lambda leaf: leaf[0], path)
 
-    def one(carry: tuple[Levels, Any], inputs: tuple[Array, Levels]) -> tuple[tuple[Levels, Any], tuple[Levels, Array]]:
+    def one(
+        carry: tuple[Levels[PyTree], Any], inputs: tuple[Array, Levels[PyTree]]
+    ) -> tuple[tuple[Levels[PyTree], Any], tuple[Levels[PyTree], Array]]:
         (previous, state), (k, point) = carry, inputs
         noted = None if note is None else lambda marks: jax.debug.callback(note, k, marks)
         asked = _oracle(agents, previous if estimator.remembers else None, noted)
@@ -199,7 +201,7 @@ def first_estimate_is_unbiased(subject: EstimatorSubject) -> None:
     point, batch = jax.tree.map(lambda leaf: leaf[:, 0], _points()), _data()
     asked = _oracle(jnp.arange(N, dtype=jnp.int32), point if subject.estimator.remembers else None)
 
-    def first(key: Key) -> Levels:
+    def first(key: Key) -> Levels[PyTree]:
         state = subject.estimator.init(asked, point, batch)
         return subject.estimator.update(key, state, asked, point, batch, jnp.asarray(0))[0]
 
@@ -287,7 +289,7 @@ def placement_changes_nothing(subject: EstimatorSubject) -> None:
         equal(got, jax.tree.map(lambda leaf, half=half: leaf[:, half], (u, evaluations)))
 
 
-def _at(k: int) -> Levels:
+def _at(k: int) -> Levels[PyTree]:
     return jax.tree.map(lambda leaf: leaf[:, k], _points())
 
 

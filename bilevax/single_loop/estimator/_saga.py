@@ -18,9 +18,13 @@ class SagaState(NamedTuple):
     """The last directions on each block of the data, leaves [n, blocks, ...], and their means, leaves [n, ...].
 
     Example:
-        >>> import bilevax as bx
-        >>> bx.single_loop.estimator.SagaState._fields
-        ('table', 'mean')
+        >>> import bilevax as bx, jax.numpy as jnp
+        >>> gossip, levels = bx.gossip(bx.topology.ring(4)), ("x", "y", "v")
+        >>> oracle = bx.single_loop.estimator.Oracle(lambda point, batch: point, gossip, levels)
+        >>> point = bx.Levels(jnp.ones((4, 2)), jnp.ones(4), jnp.zeros(4))
+        >>> state = bx.single_loop.estimator.saga(blocks=10).init(oracle, point, None)
+        >>> state.table.x.shape, state.mean.x.shape
+        ((4, 10, 2), (4, 2))
     """
 
     table: Levels
