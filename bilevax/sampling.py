@@ -14,6 +14,7 @@ __all__ = [
     "fold",
     "full",
     "minibatch",
+    "needed",
     "per_step",
     "split",
 ]
@@ -43,6 +44,13 @@ def check_key(key: Key | None) -> None:
                 f"key must be one jax.random.key, or None where nothing is random; got {what}. Pass jax.random.key(0); "
                 f"take several keys one by one or under jax.vmap."
             )
+
+
+def needed(key: Key | None, what: str) -> Key:
+    """Returns the key of `what`, which draws; raises ValueError where there is none."""
+    if key is None:
+        raise ValueError(f"key must be a jax.random.key for {what}; got None. Pass key=jax.random.key(0).")
+    return key
 
 
 def split(key: K, number: int) -> list[K]:
@@ -114,8 +122,7 @@ def minibatch(size: int) -> Sample:
     size = checks.count("size", size, minimum=1)
 
     def sample(key: Key | None, t: Scalar, data: PyTree) -> PyTree:
-        if key is None:
-            raise ValueError("key must be a jax.random.key for a random sampler; got None. Pass key=jax.random.key(0).")
+        key = needed(key, "a random sampler")
         lengths = {jnp.shape(leaf)[0] for leaf in jax.tree.leaves(data) if jnp.ndim(leaf)}
         if len(lengths) != 1 or 0 in lengths:
             raise ValueError(

@@ -7,6 +7,7 @@ import optax
 
 import bilevax as bx
 from benchmarks.harness.plugin import InnerProblem
+from bilevax.typing import Scalar
 
 DAMPING = 1e-3  # of the inverses that need one
 Make = Callable[["Inner"], bx.problem.IHVP]
@@ -121,7 +122,7 @@ def tail(steps: int) -> Row:
     """The same, with the inverse of Kronecker factors for all that was before."""
 
     def solver(inner: Inner) -> bx.problem.InnerSolver:
-        def kfac(damping: float) -> bx.problem.IHVP:
+        def kfac(damping: Scalar) -> bx.problem.IHVP:
             return bx.ihvp.kfac(damping=damping, sample=inner.sample)
 
         samples = {"sample": inner.sample, "cross_sample": inner.sample}

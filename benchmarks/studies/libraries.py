@@ -35,8 +35,8 @@ def _unrolled(outer_loss: Callable, run: Callable) -> bx.problem.Hypergradient:
     def value(x: Any, y: Any, batch: bx.Batch) -> Array:
         return outer_loss(x, run(x, y, batch.inner), batch.outer)
 
-    def estimate(key: Any, y: Any, x: Any, batch: bx.Batch) -> tuple:
-        return jax.grad(value)(x, y, batch), y, ()
+    def estimate(key: Any, state: Any, x: Any, batch: bx.Batch) -> tuple:
+        return jax.grad(value)(x, state, batch), state, ()
 
     return bx.problem.Hypergradient(lambda x, y, batch=None: y, estimate)
 

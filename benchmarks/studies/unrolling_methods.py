@@ -10,7 +10,7 @@ import optax
 import bilevax as bx
 from benchmarks.harness.plugin import Function
 from benchmarks.tasks.estimators import MOMENTUM, Inner, implicit, no_gradient, truncated
-from bilevax.typing import Array, PyTree
+from bilevax.typing import Array, PyTree, Scalar
 
 DAMPING = 1e-2
 LAST = 32  # steps that a truncated guess differentiates
@@ -57,7 +57,7 @@ def inverse(name: str, ihvp: Callable[[Inner], bx.problem.IHVP]) -> Row:
 def tail(inner: Inner) -> bx.problem.InnerSolver:
     """The last steps, and Kronecker factors for those before; its steps are plain ones of about the same length."""
 
-    def kfac(damping: float) -> bx.problem.IHVP:
+    def kfac(damping: Scalar) -> bx.problem.IHVP:
         return bx.ihvp.kfac(damping=damping)
 
     return bx.inner.unroll_with_tail(

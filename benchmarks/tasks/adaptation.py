@@ -180,12 +180,12 @@ class Problem(NamedTuple):
         """Each outer step draws its documents from the pool in its batch, and starts at the base model."""
         whole = finished(self.outer_loss, solver)
 
-        def estimate(key: Key, state: Any, x: PyTree, pool: Pool) -> tuple:
-            draw_key, key = jax.random.split(key)
-            grad, last, info = whole.estimate(key, state, x, self.draw(draw_key, state.y, pool))
+        def estimate(key: Key | None, state: Any, x: PyTree, batch: Any) -> tuple:  # whose batch is the pool
+            draw_key, key = jax.random.split(bx.sampling.needed(key, "random documents"))
+            grad, last, info = whole.estimate(key, state, x, self.draw(draw_key, state.y, batch))
             return grad, last._replace(y=state.y), info
 
-        return bx.problem.Hypergradient(lambda x, y, pool=None: whole.init(x, y), estimate)
+        return bx.problem.Hypergradient(lambda x, y, batch=None: whole.init(x, y), estimate)
 
 
 def adapted(model: Decoder, base: PyTree, step_sizes: Array, words: Array) -> PyTree:

@@ -94,8 +94,8 @@ def training(model: Model, rate: float, steps: int, directions: int, chunk: int 
 def renewed(hypergrad: bx.problem.Hypergradient, model: Model, minibatch: int) -> bx.problem.Hypergradient:
     """The hypergradient from a fresh network and on some of the real images, both drawn with the key."""
 
-    def estimate(key: Key, state: Any, x: Array, batch: bx.Batch) -> tuple:
-        network_key, outer_key, key = jax.random.split(key, 3)
+    def estimate(key: Key | None, state: Any, x: Array, batch: bx.Batch) -> tuple:
+        network_key, outer_key, key = jax.random.split(bx.sampling.needed(key, "a fresh network"), 3)
         state = state._replace(y=model.init(network_key, x.shape[1]))
         outer = bx.sampling.minibatch(minibatch)(outer_key, 0, batch.outer)
         return hypergrad.estimate(key, state, x, bx.Batch(outer, batch.inner))

@@ -207,8 +207,8 @@ def foreign(function: Function) -> Row:
 def renewed(hypergrad: bx.problem.Hypergradient) -> bx.problem.Hypergradient:
     """The hypergradient from a fresh network, drawn with the key."""
 
-    def estimate(key: Key, state: Any, x: Array, batch: bx.Batch) -> tuple:
-        network_key, key = jax.random.split(key)
+    def estimate(key: Key | None, state: Any, x: Array, batch: bx.Batch) -> tuple:
+        network_key, key = jax.random.split(bx.sampling.needed(key, "a fresh network"))
         pixels = batch.inner[0].shape[1]
         return hypergrad.estimate(key, state._replace(y=MODEL.init(network_key, pixels)), x, batch)
 

@@ -101,13 +101,13 @@ def over_tasks(
     starts from the first state: nothing is kept. Tasks run in one batch, or `one_by_one`.
     """
 
-    def estimate(key: Key, state: Any, x: PyTree, images: Array) -> tuple:
-        batch = draw_tasks(jax.random.split(key, tasks), images, shots)
+    def estimate(key: Key | None, state: Any, x: PyTree, batch: Any) -> tuple:  # whose batch is the images alone
+        drawn = draw_tasks(jax.random.split(bx.sampling.needed(key, "random tasks"), tasks), batch, shots)
 
         def estimate_one(task: bx.Batch) -> tuple:
             return hypergradient.estimate(None, state, x, task)
 
-        grads, _, info = jax.lax.map(estimate_one, batch) if one_by_one else jax.vmap(estimate_one)(batch)
+        grads, _, info = jax.lax.map(estimate_one, drawn) if one_by_one else jax.vmap(estimate_one)(drawn)
         inner = info.inner._replace(
             inner_loss=jnp.mean(info.inner.inner_loss),
             gradient_norm=jnp.mean(info.inner.gradient_norm),
@@ -117,7 +117,7 @@ def over_tasks(
         grad = jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), grads)
         return grad, state, bx.hypergradients.HypergradientInfo(jnp.mean(info.outer_loss), inner)
 
-    return bx.problem.Hypergradient(lambda x, y, images=None: hypergradient.init(x, y), estimate)
+    return bx.problem.Hypergradient(lambda x, y, batch=None: hypergradient.init(x, y), estimate)
 
 
 def maml(steps: int, learning_rate: float) -> bx.problem.InnerSolver:

@@ -82,7 +82,7 @@ def reverse(outer_loss: Callable, solve: Callable) -> bx.problem.Hypergradient:
     def init(x: PyTree, y: PyTree, batch: Any = None) -> Solved:
         return Solved(y)
 
-    def estimate(key: Key, state: Solved, x: PyTree, batch: bx.Batch) -> tuple:
+    def estimate(key: Key | None, state: Solved, x: PyTree, batch: bx.Batch) -> tuple:
         def loss(x: PyTree) -> tuple[Array, PyTree]:
             y = solve(x, state.y, batch.inner)
             return outer_loss(x, y, batch.outer), y
@@ -130,7 +130,7 @@ def counted(
     def init(x: PyTree, y: PyTree, batch: Any = None) -> Counted:
         return Counted(y, hypergrad.init(x, y, batch), jnp.zeros((), int))
 
-    def estimate(key: Key, state: Counted, x: PyTree, batch: bx.Batch) -> tuple:
+    def estimate(key: Key | None, state: Counted, x: PyTree, batch: bx.Batch) -> tuple:
         grad, own, info = hypergrad.estimate(key, state.own, x, batch)
         return grad, Counted(own.y, own, state.passes + passes(info.inner)), info
 

@@ -122,8 +122,8 @@ def draw_outer(hypergradient: bx.problem.Hypergradient, size: int) -> bx.problem
     """The hypergradient with a minibatch of the outer data in each outer step."""
     draw = bx.sampling.minibatch(size)
 
-    def estimate(key: Key, state: Any, x: PyTree, batch: bx.Batch) -> tuple:
-        outer_key, key = jax.random.split(key)
+    def estimate(key: Key | None, state: Any, x: PyTree, batch: bx.Batch) -> tuple:
+        outer_key, key = bx.sampling.split(key, 2)
         return hypergradient.estimate(key, state, x, batch._replace(outer=draw(outer_key, 0, batch.outer)))
 
     return bx.problem.Hypergradient(hypergradient.init, estimate)

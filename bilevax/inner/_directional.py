@@ -15,7 +15,7 @@ from bilevax.inner.guides import Guide, Solution
 from bilevax.inner.random_directions import Row, Sampler
 from bilevax.printing import by_shape
 from bilevax.problem import Calls, InnerSolver, Iterate, SolverInfo, Start, arrays, norm, widen
-from bilevax.sampling import check_key
+from bilevax.sampling import check_key, needed
 from bilevax.typing import Array, Key, PyTree, Scalar
 
 _DRAW = 2**31 - 1  # folded into the key of `forward` to draw directions, beyond every step that is folded into it
@@ -228,8 +228,7 @@ def directional(
     ) -> tuple[Iterate, DirectionalResidual, DirectionalState]:
         """z_T, of the shapes of z; its tangents [b, ...] along the random directions of x, unless in chunks."""
         check_key(key)
-        if key is None:
-            raise ValueError("key must be a jax.random.key for random directions; got None. Pass jax.random.key(0).")
+        key = needed(key, "random directions")
         x = arrays(x)
         push, (row, indices) = prepare(key, x, z, batch), _rows(key, x, plan)
         if plan.chunk is None:
