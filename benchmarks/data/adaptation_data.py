@@ -33,8 +33,8 @@ SHARES = (9 / 64, 49 / 64)  # least and most of a chunk that may be salient
 class Chunks(NamedTuple):
     """Bytes, int32 [C, length], and 1 at the salient ones, float32 [C, length]."""
 
-    words: Array
-    salient: Array
+    words: Array | np.ndarray
+    salient: Array | np.ndarray
 
 
 class Corpus(NamedTuple):

@@ -107,7 +107,7 @@ class Path(NamedTuple):
 def roll(method: bx.problem.Algorithm, problem: bx.BilevelProblem, batch: bx.Batch, key: Any, iterations: int) -> Path:
     """Runs a method from the first penalty and y = 0."""
     images = batch.inner[0]
-    start = bx.replicate((jnp.log(jnp.asarray(FIRST_PENALTY)), jnp.zeros((images.shape[-1], 10))), len(images))
+    x, y = bx.replicate((jnp.log(jnp.asarray(FIRST_PENALTY)), jnp.zeros((images.shape[-1], 10))), len(images))
 
     def lengths(state: bx.single_loop.State) -> Array:
         x, y, v = mean((state.x, state.y, state.v))
@@ -117,7 +117,7 @@ def roll(method: bx.problem.Algorithm, problem: bx.BilevelProblem, batch: bx.Bat
     def step(state: Any, _: None) -> tuple[Any, Array]:
         return method.step(key, state, batch)[0], lengths(state)
 
-    state, found = jax.lax.scan(step, method.init(*start, batch), None, iterations)
+    state, found = jax.lax.scan(step, method.init(x, y, batch), None, iterations)
     return Path(found, jnp.mean(state.x))
 
 

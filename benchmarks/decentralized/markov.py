@@ -16,7 +16,7 @@ SPREAD = 0.1  # of a Dirichlet draw for each row of transitions: a few successor
 class States(NamedTuple):
     """What f_i reads: φ of all states, [S, d]."""
 
-    features: Array
+    features: Array | np.ndarray
 
 
 class Transitions(NamedTuple):
@@ -31,12 +31,12 @@ class Transitions(NamedTuple):
       every: φ of all states, [S, d].
     """
 
-    weights: Array
-    rewards: Array
-    features: Array
-    cumulative: Array
-    table: Array
-    every: Array
+    weights: Array | np.ndarray
+    rewards: Array | np.ndarray
+    features: Array | np.ndarray
+    cumulative: Array | np.ndarray
+    table: Array | np.ndarray
+    every: Array | np.ndarray
 
 
 class Chain(NamedTuple):

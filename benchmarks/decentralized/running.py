@@ -66,7 +66,7 @@ def compiled(row: Row, placed: Placed, network: Network, size: int) -> Program:
 
     def begin(x: PyTree, y: PyTree, batch: bx.Batch) -> Carry:
         spent = {"derivatives": jnp.full((), float(row.at_start)), "megabytes": jnp.zeros(()), "rounds": jnp.zeros(())}
-        state = placed.method.init(*placed.put((x, y)), placed.put(batch))
+        state = placed.method.init(placed.put(x), placed.put(y), placed.put(batch))
         return Carry(state, *network.point(x, y), jnp.zeros(()), spent)
 
     def chunk(carry: Carry, keys: Key, batch: bx.Batch) -> tuple[Carry, Trace]:

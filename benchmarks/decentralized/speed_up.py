@@ -100,7 +100,8 @@ def errors(method: bx.problem.Algorithm, iterations: int, key: Key, batch: bx.Ba
         state, _ = method.step(key, state, batch)
         return state, jnp.sum((jnp.mean(state.x, axis=0) - solution) ** 2)
 
-    state = method.init(*bx.replicate((jnp.zeros(FEATURES), jnp.zeros(FEATURES)), n), batch)
+    zeros = bx.replicate(jnp.zeros(FEATURES), n)
+    state = method.init(zeros, zeros, batch)
     state, squares = jax.lax.scan(step, state, None, iterations)
     return state.x, squares
 

@@ -89,7 +89,7 @@ def outer_steps(
         carry, info = jax.lax.scan(step, carry, keys)
         counts = {name: jnp.sum(calls) for name, calls in info.inner.calls._asdict().items()}
         counts["breakdowns"] = jnp.sum(info.inner.breakdown)
-        return carry, Trace(info.outer_loss[-1], info.inner.gradient_norm[-1], counts)
+        return carry, Trace(info.outer_loss[-1], jnp.asarray(info.inner.gradient_norm)[-1], counts)
 
     return start, chunk
 

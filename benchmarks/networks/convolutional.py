@@ -119,7 +119,7 @@ def classifier(network: nn.Module) -> Model:
         return network.init(key, jnp.zeros((1, pixels)))["params"]
 
     def logits(y: PyTree, images: Array) -> Array:
-        return network.apply({"params": y}, images)
+        return jnp.asarray(network.apply({"params": y}, images))
 
     return Model(init, logits, bx.curvature.gauss_newton)
 

@@ -90,6 +90,7 @@ def problem(name: str, seed: int, batch: bx.Batch, hidden: int | None, l2: float
         return {"weights": jax.random.normal(key, (inputs, outputs)) / inputs**0.5, "bias": jnp.zeros(outputs)}
 
     x = jax.random.normal(x_key, (len(batch.inner[1]),))
+    y: PyTree
     if hidden is None:
         both, y = losses(linear, l2), layer(first_key, pixels, 10)
     else:

@@ -89,7 +89,7 @@ class Aim(NamedTuple):
 
 def logits(model: Decoder, y: PyTree, words: Array) -> Array:
     """Those of each byte but the first, [N, length − 1, BYTES]."""
-    return model.apply({"params": y}, _inputs(words))
+    return jnp.asarray(model.apply({"params": y}, _inputs(words)))
 
 
 def read(model: Decoder, y: PyTree, words: Array) -> tuple[Array, Array]:
@@ -105,7 +105,7 @@ def _inputs(words: Array) -> tuple[Array, Array]:
     return words[:, :-1], jnp.ones_like(words[:, :-1], jnp.float32)
 
 
-def train(model: Decoder, words: np.ndarray, steps: int, learning_rate: float, key: Key) -> PyTree:
+def train(model: Decoder, words: Array | np.ndarray, steps: int, learning_rate: float, key: Key) -> PyTree:
     """Trains a new model on chunks [C, length] in the plain way."""
     optimizer, sample = optax.adamw(learning_rate), bx.sampling.minibatch(BATCH)
     first_key, key = jax.random.split(key)
@@ -157,7 +157,7 @@ class Problem(NamedTuple):
         found = logits(self.model, y, jnp.concatenate([aim.chunks.words, aim.others]))
         there, elsewhere = jnp.split(found, [self.steps])
         marks = aim.chunks.salient[:, 1:]
-        value = jnp.sum(marks * likelihoods(there, aim.chunks.words)) / jnp.sum(marks)
+        value = jnp.sum(marks * likelihoods(there, jnp.asarray(aim.chunks.words))) / jnp.sum(marks)
         divergence = optax.losses.kl_divergence_with_log_targets(jax.nn.log_softmax(elsewhere), aim.base)
         return value, jnp.mean(divergence)
 

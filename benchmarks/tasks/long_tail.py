@@ -203,7 +203,7 @@ def draw(runs: Sequence[Run], read: Callable[[int], Data]) -> Figure:
         losses = np.linspace(0, 2, 200, dtype=np.float32)
         for run in learners:
             if run.seed == seed:
-                weight.plot(losses, learnt(run.outcome.x, losses))
+                weight.plot(losses, learnt(run.outcome.x, jnp.asarray(losses)))
         weight.set(xlabel="loss of a training image", ylabel=f"its weight before scaling, seed {seed}")
         counts = read(seed).counts
         classes.bar(np.arange(CLASSES), counts, color=COLOURS[0])

@@ -75,7 +75,7 @@ NETWORK = Network()
 
 def logits(y: PyTree, images: Array) -> Array:
     """Those of the network with the weights y, [N, WAYS]."""
-    return NETWORK.apply({"params": y}, images)
+    return jnp.asarray(NETWORK.apply({"params": y}, images))
 
 
 def loss(model: Callable, output_loss: bx.curvature.OutputLoss, strength: float = 0.0) -> bx.curvature.ModelLoss:

@@ -40,7 +40,7 @@ class Problem(NamedTuple):
         angles = np.arange(1, self.modes // 2 + 1)[:, None] * np.pi * self.equation.grid
         return self.equation.first(self.equation.grid) + x[1:] @ np.concatenate([np.sin(angles), np.cos(angles)])
 
-    def solve(self, x: Array, y0: Array, batch: None, **options: Any) -> Array:
+    def solve(self, x: Array, y0: Array | None, batch: None, **options: Any) -> Array:
         """The solution, [n times, points]; y0 and the batch are not read."""
         return solve(self.equation, jnp.exp(x[0]), self.field(x), self.observations, **options)
 

@@ -93,10 +93,15 @@ def counted(targets: Array) -> Array:
     return (targets != text.PADDING).astype(jnp.float32)
 
 
+def logits(model: Decoder, y: PyTree, inputs: Array) -> Array:
+    """Those of the next word, [N, T, words]."""
+    return jnp.asarray(model.apply({"params": y}, inputs))
+
+
 def likelihood(model: Decoder, y: PyTree, batch: tuple) -> Array:
     """The negative log-likelihood per word."""
     inputs, targets = batch
-    values = bx.curvature.softmax_cross_entropy.value(model.apply({"params": y}, inputs), targets)
+    values = bx.curvature.softmax_cross_entropy.value(logits(model, y, inputs), targets)
     return jnp.sum(values * counted(targets)) / jnp.sum(counted(targets))
 
 
@@ -168,7 +173,7 @@ class Config:
         """Both losses, and how they are minimised."""
         setting = SETTINGS[self.model]
         inner_loss = bx.curvature.ModelLoss(
-            model=lambda y, inputs: self.decoder.apply({"params": y}, inputs),
+            model=lambda y, inputs: logits(self.decoder, y, inputs),
             loss=bx.curvature.softmax_cross_entropy,
             split=lambda x, examples: (examples.inputs, examples.targets),
             weights=lambda x, examples: jax.nn.sigmoid(weighting.scores(x, examples)),

@@ -105,7 +105,7 @@ class Network(NamedTuple):
 
     def logits(self, y: PyTree, inputs: tuple[Array, Array]) -> Array:
         """[N, classes]."""
-        return self.trained.apply({"params": y}, inputs)
+        return jnp.asarray(self.trained.apply({"params": y}, inputs))
 
     def below(self, fixed: PyTree, words: tuple[np.ndarray, np.ndarray]) -> tuple[Array, Array]:
         """What the trained part reads: words, or the hidden states of the fixed part."""
