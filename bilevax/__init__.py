@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         sampling,
         single_loop,
         testing,
+        typing,
     )
     from bilevax.agents import gossip, partition, replicate, topology
     from bilevax.hypergradients import check_hypergradient, differentiable, hypergradient, penalty, two_phase
@@ -60,6 +61,7 @@ __all__ = [
     "testing",
     "topology",
     "two_phase",
+    "typing",
 ]
 
 _HOMES = {
@@ -73,7 +75,11 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
+        import difflib
+
+        near = difflib.get_close_matches(name, __all__)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(__all__)}."
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; {hint}")
     if name in _HOME:
         value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
     else:

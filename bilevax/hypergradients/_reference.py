@@ -7,8 +7,6 @@ from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.optimize
-import scipy.sparse.linalg
 from jax.flatten_util import ravel_pytree
 
 from bilevax.curvature.products import cross, hessian
@@ -133,14 +131,16 @@ def _extreme_curvatures(problem: FlatProblem, x: PyTree, y: np.ndarray) -> tuple
     """The smallest and the largest eigenvalue of the Hessian by Lanczos; NaN where that does not converge."""
     if not np.isfinite(y).all():
         return math.nan, math.nan
-    operator = scipy.sparse.linalg.LinearOperator(
+    from scipy.sparse import linalg
+
+    operator = linalg.LinearOperator(
         (y.size, y.size), matvec=lambda v: np.asarray(problem.product(x, y, v.reshape(-1))), dtype=y.dtype
     )
 
     def extreme(which: str) -> float:
         try:
-            return float(scipy.sparse.linalg.eigsh(operator, 1, which=which, tol=1e-4, return_eigenvectors=False)[0])
-        except scipy.sparse.linalg.ArpackNoConvergence:
+            return float(linalg.eigsh(operator, 1, which=which, tol=1e-4, return_eigenvectors=False)[0])
+        except linalg.ArpackNoConvergence:
             return math.nan
 
     return extreme("SA"), extreme("LA")
@@ -166,12 +166,14 @@ def newton(problem: FlatProblem, x: PyTree, y: np.ndarray) -> np.ndarray:
 
 def inner_solution(problem: FlatProblem, x: PyTree, y: np.ndarray) -> np.ndarray:
     """A minimum of g by a trust-region method, polished by Newton steps."""
+    from scipy import optimize  # as long to import as all else of bilevax, and only the doctor needs it
+
     curvature: dict[str, Any] = (
         {"method": "trust-exact", "hess": lambda y: np.asarray(problem.hessian(x, y))}
         if y.size <= DENSE
         else {"method": "trust-krylov", "hessp": lambda y, v: np.asarray(problem.product(x, y, v))}
     )
-    found = scipy.optimize.minimize(
+    found = optimize.minimize(
         lambda y: float(problem.inner(x, y)[0]),
         y,
         jac=lambda y: np.asarray(problem.inner(x, y)[1]),
@@ -217,8 +219,10 @@ def fitted_damping(point: LocalModel, grad: np.ndarray) -> tuple[float, float]:
     if grad.size < 3 or point.b.size > DENSE or not point.largest > 0:
         return math.nan, math.inf
 
+    from scipy import optimize
+
     def distance(log: float) -> float:
         return float(np.linalg.norm(grad - point.hypergradient(point.largest * math.exp(log))))
 
-    found = scipy.optimize.minimize_scalar(distance, bounds=(math.log(1e-6), math.log(100)), method="bounded")
+    found = optimize.minimize_scalar(distance, bounds=(math.log(1e-6), math.log(100)), method="bounded")
     return point.largest * math.exp(found.x), found.fun

@@ -1,0 +1,131 @@
+"""The house of the library: floors, names that are one thing, what tab completion shows, what an import costs."""
+
+import ast
+import importlib
+import inspect
+import pkgutil
+import re
+import subprocess
+import sys
+
+import pytest
+from rooms import ROOT, circles, edges, room, sources, upwards
+
+import bilevax as bx
+
+FLOORS = {  # of CONTRIBUTING; a room imports only from floors below
+    **{"typing": 0, "checks": 1, "printing": 1},
+    **{"problem": 2, "sampling": 2},
+    **{"curvature": 3, "agents": 3},
+    **{"ihvp": 4},
+    **{"inner": 5, "single_loop": 5},
+    **{"hypergradients": 6, "decentralized": 6, "parallel": 6},
+    **{"algorithms": 7},
+    **{"testing": 8},
+}
+GRAPH = edges(sources("bilevax"))
+
+
+def namespaces(module=bx, name="bx"):
+    """What a reader meets: `bx`, and the modules that are named in `__all__`, from there on."""
+    yield name, module
+    for child in getattr(module, "__all__", ()):
+        value = getattr(module, child)
+        if inspect.ismodule(value) and value.__name__.startswith(module.__name__):
+            yield from namespaces(value, f"{name}.{child}")
+
+
+PUBLIC = dict(namespaces())
+
+
+def test_rooms_import_from_floors_below_only():
+    assert {room(module) for module in GRAPH if "." in module} == {*FLOORS}
+    assert upwards(GRAPH, FLOORS) == []
+
+
+def test_no_file_imports_itself_by_way_of_others():
+    packages = {module: {other for other in others if other != "bilevax"} for module, others in GRAPH.items()}
+    assert circles(packages) == []
+
+
+@pytest.mark.parametrize(
+    ("below", "refused"),
+    [("from bilevax.inner import chain", True), ("from bilevax.agents import gossip", True), ("import numpy", False)],
+)
+def test_an_import_upwards_or_sideways_is_seen(below, refused):
+    texts = {"bilevax": "", "bilevax.curvature.x": below, "bilevax.inner": "", "bilevax.agents": ""}
+    assert bool(upwards(edges(texts), FLOORS)) == refused
+
+
+def modules():
+    return [importlib.import_module(found.name) for found in pkgutil.walk_packages(bx.__path__, "bilevax.")]
+
+
+def test_a_name_is_a_function_or_a_module():
+    """No function hides a module, and a file with a public function of its own name has an underscore."""
+    for module in modules():
+        package, _, name = module.__name__.rpartition(".")
+        assert getattr(importlib.import_module(package), name) is module
+        body = ast.parse(inspect.getsource(module)).body
+        defined = {node.name for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        assert name.startswith("_") or name not in defined, (
+            f"{module.__name__} holds a function {name}: call the file _{name}.py"
+        )
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_tab_completion_shows_what_is_meant(name):
+    module = PUBLIC[name]
+    shown = [one for one in dir(module) if one != "__version__"]
+    assert sorted(shown) == sorted(module.__all__)
+    for one in shown:
+        value = getattr(module, one)
+        assert not inspect.ismodule(value) or value.__name__.startswith("bilevax.")
+
+
+def test_an_unknown_name_is_told_which_there_are():
+    with pytest.raises(AttributeError, match=r"has no attribute 'hypergradientz'; did you mean hypergradient"):
+        bx.hypergradientz  # noqa: B018
+
+
+def loaded(code):
+    """Modules that are imported after a line of code, in a process of its own."""
+    program = f"import jax, optax, sys; before = {{*sys.modules}}; {code}; print(*({{*sys.modules}} - before))"
+    return {*subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout.split()}
+
+
+def test_whoever_wants_one_gradient_does_not_pay_for_graphs():
+    assert {one for one in loaded("import bilevax") if one.startswith("bilevax")} == {"bilevax"}
+    found = loaded("import bilevax as bx; bx.hypergradient, bx.inner.implicit, bx.ihvp.cg, bx.Batch")
+    assert not found & {"networkx", "scipy.optimize", "scipy.sparse", "lineax", "flax"}
+    assert not {one for one in found if re.match(r"bilevax\.(decentralized|agents|algorithms)", one)}
+
+
+def words():
+    """Word -> meaning, of the list in CONTRIBUTING."""
+    text = (ROOT / "CONTRIBUTING.md").read_text().partition("\n## Words\n")[2].partition("\n## ")[0]
+    return dict(re.findall(r"^\| `(\w+)` \| (.+?) \|$", text, re.M))
+
+
+def parameters():
+    """Name -> the public functions that have such a parameter."""
+    found = {}
+    for space, module in PUBLIC.items():
+        for name in module.__all__:
+            value = getattr(module, name)
+            if inspect.isfunction(value):
+                for parameter in inspect.signature(value).parameters:
+                    found.setdefault(parameter, set()).add(f"{space}.{name}")
+    return found
+
+
+def test_no_public_parameter_is_outside_of_the_word_list():
+    used, known = parameters(), words()
+    assert {name: sorted(places) for name, places in used.items() if name not in known} == {}
+    assert {*known} - {*used} == set(), "words that no function uses"
+
+
+def test_the_version_stands_in_one_place():
+    assert re.fullmatch(r"\d+\.\d+\.\d+", bx.__version__)
+    files = [ROOT / "pyproject.toml", *(ROOT / "bilevax").rglob("*.py"), ROOT / "README.md"]
+    assert [path.name for path in files if f'"{bx.__version__}"' in path.read_text()] == ["__init__.py"]
