@@ -375,7 +375,7 @@ def sparse(topology: graphs.Topology, held: HeldRows = ALL_ROWS) -> Form:
     receivers = np.where(inside, matrix.tocoo().row[slots] % local, local - 1)
     senders, weights = matrix.indices[slots], np.where(inside, matrix.data[slots], 0.0)
 
-    def edges(leaf: Array) -> tuple:
+    def edges(leaf: Array) -> tuple[Array, Array, Array]:
         part = held.part()
         to, sent = jnp.asarray(receivers)[part], widen(held.gather(leaf))[jnp.asarray(senders)[part]]
         return to, _column(jnp.asarray(weights, sent.dtype)[part], sent), sent

@@ -15,7 +15,7 @@ import numpy as np
 from bilevax import checks
 from bilevax.agents._gossip import Gossip
 from bilevax.agents.topology import Topology
-from bilevax.printing import by_shape
+from bilevax.printing import as_called, by_shape, by_text
 from bilevax.problem import norm, widen
 from bilevax.typing import Array, PyTree, Scalar
 
@@ -44,6 +44,7 @@ class Compressor(NamedTuple):
         key may be None where nothing is random.
       bytes: a function (d, dtype) -> float, bytes of that message, which a network would carry. (What devices exchange
         in a simulation are dense vectors.)
+      text: what `print` shows.
 
     Example:
         >>> from bilevax.agents.compression import top_k
@@ -53,8 +54,13 @@ class Compressor(NamedTuple):
 
     compress: Callable[[Any, Array], Array]
     bytes: Callable[[int, Any], float]
+    text: str = ""
+
+    def __repr__(self) -> str:
+        return by_text(self)
 
 
+@as_called
 def top_k(fraction: float) -> Compressor:
     """Keeps the k = ⌈fraction · d⌉ entries of the largest size.
 
@@ -87,6 +93,7 @@ def top_k(fraction: float) -> Compressor:
     return Compressor(compress, lambda size, dtype: float(_kept(fraction, size) * (_itemsize(dtype) + 4)))
 
 
+@as_called
 def random_k(fraction: float) -> Compressor:
     """Keeps k = ⌈fraction · d⌉ entries chosen at random, without replacement.
 
@@ -120,6 +127,7 @@ def random_k(fraction: float) -> Compressor:
     return Compressor(compress, lambda size, dtype: float(_kept(fraction, size) * _itemsize(dtype)))
 
 
+@as_called
 def random_k_unbiased(fraction: float) -> Compressor:
     """Keeps entries as `random_k` does, and multiplies them by d/k, so that the expectation is the vector itself.
 
@@ -151,6 +159,7 @@ def random_k_unbiased(fraction: float) -> Compressor:
     return biased._replace(compress=compress)
 
 
+@as_called
 def qsgd(bits: int) -> Compressor:
     """Rounds |v_j|/‖v‖ at random to one of s = 2^bits − 1 levels, and shrinks the result by its variance.
 
@@ -185,6 +194,7 @@ def qsgd(bits: int) -> Compressor:
     return unbiased._replace(compress=compress)
 
 
+@as_called
 def qsgd_unbiased(bits: int) -> Compressor:
     """Rounds as `qsgd` does, without τ, so that the expectation is the vector itself.
 
@@ -222,6 +232,7 @@ def qsgd_unbiased(bits: int) -> Compressor:
     return Compressor(compress, lambda size, dtype: float(math.ceil(size * (bits + 1) / 8) + _scale_bytes(dtype)))
 
 
+@as_called
 def sign() -> Compressor:
     """Sends the signs of the entries, and their mean size.
 
@@ -274,6 +285,7 @@ class ChocoState(NamedTuple):
         return by_shape(self)
 
 
+@as_called
 def choco(gossip: Gossip, compressor: Compressor, *, gossip_step: Scalar) -> Gossip:
     """Mixes by compressed messages (CHOCO-Gossip).
 

@@ -8,11 +8,11 @@ import optax
 
 from bilevax import checks
 from bilevax.algorithms._descent import DescentInfo, stepped
-from bilevax.printing import by_shape
+from bilevax.printing import as_called, by_shape
 from bilevax.problem import Algorithm, Batch, BilevelProblem, Calls, arrays, inner_gradient, norm
 from bilevax.sampling import Sample, check_key, fold, split
 from bilevax.single_loop._levels import Levels, at, levels
-from bilevax.single_loop.step_sizes import check_schedule, check_step_size, outer_step
+from bilevax.single_loop.step_sizes import StepSizes, check_schedule, check_step_size, outer_step
 from bilevax.typing import Array, Key, PyTree
 
 
@@ -49,8 +49,9 @@ class AmigoState(NamedTuple):
         return by_shape(self)
 
 
+@as_called
 def amigo(
-    problem: BilevelProblem, step_sizes: Any, *, sample: Sample, steps: int = 10, v_steps: int | None = None
+    problem: BilevelProblem, step_sizes: StepSizes, *, sample: Sample, steps: int = 10, v_steps: int | None = None
 ) -> Algorithm:
     """Amortized implicit gradient optimization: stochastic steps on y and v from where the last iteration left them.
 

@@ -11,10 +11,11 @@ from bilevax.algorithms._descent import check_levels, counting, descent
 from bilevax.hypergradients._hypergradient import hypergradient
 from bilevax.inner._implicit import implicit
 from bilevax.inner._optimizer_steps import optimizer_steps
+from bilevax.printing import as_called
 from bilevax.problem import Algorithm, BilevelProblem, Hypergradient, InnerSolver, Iterate
 from bilevax.sampling import Sample, split
 from bilevax.single_loop._levels import at
-from bilevax.single_loop.step_sizes import check_series, decay, inner_optimizer
+from bilevax.single_loop.step_sizes import StepSizes, check_series, decay, inner_optimizer
 from bilevax.typing import Array, Key, PyTree
 
 
@@ -41,9 +42,10 @@ def growing_steps(k: Array) -> Array:
     return jnp.ceil(jnp.sqrt(k + 1.0)).astype(jnp.int32)
 
 
+@as_called
 def bsa(
     problem: BilevelProblem,
-    step_sizes: Any,
+    step_sizes: StepSizes,
     *,
     sample: Sample,
     steps: int | Callable[[Array], Array] = growing_steps,
@@ -100,7 +102,7 @@ def bsa(
         last = implicit(problem.inner_loss, optimizer, 0, ihvp=series, cross_sample=sample, warm_start=False)
         run = optimizer_steps(problem.inner_loss, optimizer, None, sample)
 
-        def forward(key: Key | None, state: Any, x: PyTree, z: Iterate, batch: Any) -> tuple:
+        def forward(key: Key | None, state: Any, x: PyTree, z: Iterate, batch: Any) -> tuple[Iterate, Any, Any]:
             step_key, last_key = split(key, 2)
             z = jax.lax.fori_loop(0, number, lambda t, z: run.step(step_key, batch, x, z), z)
             return last.forward(last_key, state, x, z, batch)

@@ -8,11 +8,22 @@ import optax
 
 from bilevax import checks
 from bilevax.hypergradients._hypergradient import HypergradientInfo
-from bilevax.printing import by_shape
-from bilevax.problem import Algorithm, Batch, BilevelProblem, Calls, Hypergradient, InnerSolver, Iterate, arrays, norm
+from bilevax.printing import as_called, by_shape
+from bilevax.problem import (
+    Algorithm,
+    Batch,
+    BilevelProblem,
+    Calls,
+    Hypergradient,
+    InnerSolver,
+    Iterate,
+    SolverInfo,
+    arrays,
+    norm,
+)
 from bilevax.sampling import Sample, check_key, fold, full, split
 from bilevax.single_loop._levels import Levels
-from bilevax.single_loop.step_sizes import check_schedule, check_step_size, outer_step, read_steps
+from bilevax.single_loop.step_sizes import StepSizes, check_schedule, check_step_size, outer_step, read_steps
 from bilevax.typing import Array, Key, PyTree, Scalar
 
 
@@ -66,13 +77,17 @@ class DescentInfo(NamedTuple):
         (1.0, 10)
     """
 
-    moves: Levels
+    moves: Levels[PyTree]
     breakdown: Array
     calls: Calls
     outer_loss: Array
     inner_loss: Array
 
+    def __repr__(self) -> str:
+        return by_shape(self)
 
+
+@as_called
 def descent(
     estimator: Hypergradient | Callable[[Array], Hypergradient],
     step_size: Any,
@@ -143,7 +158,9 @@ def descent(
     return Algorithm(init, step)
 
 
-def check_levels(problem: Any, step_sizes: Any, sample: Any, names: tuple[str, ...] = Levels._fields) -> Levels[Any]:
+def check_levels(
+    problem: Any, step_sizes: StepSizes, sample: Any, names: tuple[str, ...] = Levels._fields
+) -> Levels[Any]:
     """Reads the step sizes of x and y, which may be optax transformations, and of v, which may not."""
     checks.instance("problem", problem, BilevelProblem, "Pass bx.BilevelProblem(outer_loss, inner_loss).")
     checks.function("sample", sample, "key", "t", "data")
@@ -156,7 +173,7 @@ def check_levels(problem: Any, step_sizes: Any, sample: Any, names: tuple[str, .
 def counting(solver: InnerSolver, inner_gradients: Scalar) -> InnerSolver:
     """The solver with so many evaluations of ∇_y g more in its report."""
 
-    def backward(residual: Any, state: Any, z_bar: Iterate) -> tuple:
+    def backward(residual: Any, state: Any, z_bar: Iterate) -> tuple[tuple[PyTree, Iterate], Any, SolverInfo]:
         bars, state, info = solver.backward(residual, state, z_bar)
         calls = info.calls._replace(inner_gradients=info.calls.inner_gradients + inner_gradients)
         return bars, state, info._replace(calls=calls)

@@ -5,14 +5,18 @@ from typing import Any
 from bilevax import checks
 from bilevax.algorithms._descent import check_levels, descent
 from bilevax.hypergradients._penalty import penalty
+from bilevax.printing import as_called
 from bilevax.problem import Algorithm, BilevelProblem, Hypergradient
 from bilevax.sampling import Sample
 from bilevax.single_loop._levels import at
-from bilevax.single_loop.step_sizes import inner_optimizer
+from bilevax.single_loop.step_sizes import StepSizes, inner_optimizer
 from bilevax.typing import Array
 
 
-def f2sa(problem: BilevelProblem, step_sizes: Any, *, sample: Sample, multiplier: Any, steps: int = 10) -> Algorithm:
+@as_called
+def f2sa(
+    problem: BilevelProblem, step_sizes: StepSizes, *, sample: Sample, multiplier: Any, steps: int = 10
+) -> Algorithm:
     """The fully first-order method: two warm inner problems, with and without the outer loss, whose gap is the penalty.
 
         y ← y − a_y ∇_y g(x, y; ξ_t)       y_λ ← y_λ − a_y (∇_y g(x, y_λ; ξ_t) + ∇_y f(x, y_λ; ζ) / λ)   `steps` times

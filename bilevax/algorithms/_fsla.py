@@ -1,17 +1,18 @@
 """FSLA: plain steps on y and v in turn, recursive momentum on x."""
 
-from typing import Any
-
 from bilevax.algorithms._one_agent import one_agent
+from bilevax.printing import as_called
 from bilevax.problem import Algorithm, BilevelProblem
 from bilevax.sampling import Sample
-from bilevax.single_loop._levels import Levels
+from bilevax.single_loop._levels import Levels, Rate
 from bilevax.single_loop.correction._none import none
 from bilevax.single_loop.engine import GAUSS_SEIDEL, single_loop
 from bilevax.single_loop.estimator import storm
+from bilevax.single_loop.step_sizes import StepSizes
 
 
-def fsla(problem: BilevelProblem, step_sizes: Any, *, sample: Sample, momentum: Any = 0.1) -> Algorithm:
+@as_called
+def fsla(problem: BilevelProblem, step_sizes: StepSizes, *, sample: Sample, momentum: Rate = 0.1) -> Algorithm:
     """The fully single-loop algorithm: y, then v, then x, which alone has a momentum.
 
         y ← y − a_y ∇_y g(x, y; ξ)

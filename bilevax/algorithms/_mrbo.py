@@ -1,20 +1,21 @@
 """MRBO: recursive momentum on y and on a hypergradient with its own Neumann series."""
 
-from typing import Any
-
 from bilevax import checks
 from bilevax.algorithms._one_agent import one_agent
+from bilevax.printing import as_called
 from bilevax.problem import Algorithm, BilevelProblem
 from bilevax.sampling import Sample
-from bilevax.single_loop._levels import levels
+from bilevax.single_loop._levels import PerLevel, Rate, levels
 from bilevax.single_loop.correction._none import none
 from bilevax.single_loop.engine import single_loop
 from bilevax.single_loop.estimator import storm
 from bilevax.single_loop.local_directions import own_neumann
+from bilevax.single_loop.step_sizes import StepSizes
 
 
+@as_called
 def mrbo(
-    problem: BilevelProblem, step_sizes: Any, *, sample: Sample, momentum: Any = 0.1, terms: int = 10
+    problem: BilevelProblem, step_sizes: StepSizes, *, sample: Sample, momentum: PerLevel[Rate] = 0.1, terms: int = 10
 ) -> Algorithm:
     """Single-loop bilevel descent on x and y along STORM estimates; there is no v, but a series in each evaluation.
 

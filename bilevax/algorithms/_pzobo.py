@@ -11,9 +11,10 @@ from bilevax.hypergradients._hypergradient import hypergradient
 from bilevax.inner import random_directions
 from bilevax.inner._optimizer_steps import optimizer_steps
 from bilevax.inner._zeroth_order import zeroth_order
-from bilevax.problem import Algorithm, BilevelProblem, Hypergradient
+from bilevax.printing import as_called
+from bilevax.problem import Algorithm, BilevelProblem, Hypergradient, Iterate
 from bilevax.sampling import Sample, fold
-from bilevax.single_loop.step_sizes import inner_optimizer
+from bilevax.single_loop.step_sizes import StepSizes, inner_optimizer
 from bilevax.typing import Array, Key, PyTree, Scalar
 
 
@@ -22,9 +23,10 @@ class _Draw(NamedTuple):
     data: Any
 
 
+@as_called
 def pzobo(
     problem: BilevelProblem,
-    step_sizes: Any,
+    step_sizes: StepSizes,
     *,
     sample: Sample,
     steps: int = 10,
@@ -80,7 +82,7 @@ def pzobo(
         run = optimizer_steps(problem.inner_loss, inner_optimizer(sizes.y, k), None, sample)
 
         def solve(x: PyTree, y0: PyTree, draw: _Draw) -> PyTree:
-            def step(z: Any, _: None) -> tuple:
+            def step(z: Iterate, _: None) -> tuple[Iterate, None]:
                 return run.step(draw.key, draw.data, x, z), None
 
             return jax.lax.scan(step, run.start(x, y0), length=steps)[0].y

@@ -1,15 +1,16 @@
 """SABA: SOBA with a table of past directions, which takes the noise away."""
 
-from typing import Any
-
 from bilevax.algorithms._one_agent import one_agent
+from bilevax.printing import as_called
 from bilevax.problem import Algorithm, BilevelProblem
 from bilevax.single_loop.correction._none import none
 from bilevax.single_loop.engine import single_loop
 from bilevax.single_loop.estimator import saga
+from bilevax.single_loop.step_sizes import StepSizes
 
 
-def saba(problem: BilevelProblem, step_sizes: Any, *, blocks: int) -> Algorithm:
+@as_called
+def saba(problem: BilevelProblem, step_sizes: StepSizes, *, blocks: int) -> Algorithm:
     """SOBA with SAGA estimates of the directions over fixed blocks of the data.
 
         u = d(x, y, v; b) − T_b + mean_b' T_b',      T_b ← d(x, y, v; b),      s ← s − a_s u_s  for s = x, y, v

@@ -1,16 +1,17 @@
 """SOBA: one step on each of x, y and v along sampled directions."""
 
-from typing import Any
-
 from bilevax.algorithms._one_agent import one_agent
+from bilevax.printing import as_called
 from bilevax.problem import Algorithm, BilevelProblem
 from bilevax.sampling import Sample, full
 from bilevax.single_loop.correction._none import none
 from bilevax.single_loop.engine import single_loop
 from bilevax.single_loop.estimator import stochastic
+from bilevax.single_loop.step_sizes import StepSizes
 
 
-def soba(problem: BilevelProblem, step_sizes: Any, *, sample: Sample = full) -> Algorithm:
+@as_called
+def soba(problem: BilevelProblem, step_sizes: StepSizes, *, sample: Sample = full) -> Algorithm:
     """Stochastic single-loop bilevel descent on one machine.
 
         x ← x − a_x d_x(x, y, v; ξ),      y ← y − a_y d_y(x, y, v; ξ),      v ← v − a_v d_v(x, y, v; ξ)

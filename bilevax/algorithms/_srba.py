@@ -1,17 +1,18 @@
 """SRBA: recursive differences of the three directions, from exact ones now and then."""
 
-from typing import Any
-
 from bilevax import checks
 from bilevax.algorithms._one_agent import one_agent
+from bilevax.printing import as_called
 from bilevax.problem import Algorithm, BilevelProblem
 from bilevax.sampling import Sample
 from bilevax.single_loop.correction._none import none
 from bilevax.single_loop.engine import single_loop
 from bilevax.single_loop.estimator import spider
+from bilevax.single_loop.step_sizes import StepSizes
 
 
-def srba(problem: BilevelProblem, step_sizes: Any, *, sample: Sample, every: int) -> Algorithm:
+@as_called
+def srba(problem: BilevelProblem, step_sizes: StepSizes, *, sample: Sample, every: int) -> Algorithm:
     """Single-loop bilevel descent along SARAH estimates of the directions.
 
         u_s = d_s(x, y, v)                                              if k mod q = 0, on all data

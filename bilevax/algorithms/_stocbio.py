@@ -1,19 +1,21 @@
 """stocBiO: stochastic steps on y, then a Neumann series on fresh batches."""
 
-from typing import Any
-
 from bilevax import checks, ihvp
 from bilevax.algorithms._descent import check_levels, descent
 from bilevax.hypergradients._hypergradient import hypergradient
 from bilevax.inner._implicit import implicit
+from bilevax.printing import as_called
 from bilevax.problem import Algorithm, BilevelProblem, Hypergradient
 from bilevax.sampling import Sample
 from bilevax.single_loop._levels import at
-from bilevax.single_loop.step_sizes import check_series, inner_optimizer
+from bilevax.single_loop.step_sizes import StepSizes, check_series, inner_optimizer
 from bilevax.typing import Array
 
 
-def stocbio(problem: BilevelProblem, step_sizes: Any, *, sample: Sample, steps: int = 10, terms: int = 10) -> Algorithm:
+@as_called
+def stocbio(
+    problem: BilevelProblem, step_sizes: StepSizes, *, sample: Sample, steps: int = 10, terms: int = 10
+) -> Algorithm:
     """Bilevel descent with warm stochastic steps on y and a Neumann series from zero in each iteration.
 
         y ← y − a_y ∇_y g(x, y; ξ_t)                                                          `steps` times

@@ -1,16 +1,20 @@
 """SUSTAIN: recursive momentum at both levels on one machine."""
 
-from typing import Any
-
 from bilevax.algorithms._one_agent import one_agent
+from bilevax.printing import as_called
 from bilevax.problem import Algorithm, BilevelProblem
 from bilevax.sampling import Sample
+from bilevax.single_loop._levels import PerLevel, Rate
 from bilevax.single_loop.correction._none import none
 from bilevax.single_loop.engine import single_loop
 from bilevax.single_loop.estimator import storm
+from bilevax.single_loop.step_sizes import StepSizes
 
 
-def sustain(problem: BilevelProblem, step_sizes: Any, *, sample: Sample, momentum: Any = 0.1) -> Algorithm:
+@as_called
+def sustain(
+    problem: BilevelProblem, step_sizes: StepSizes, *, sample: Sample, momentum: PerLevel[Rate] = 0.1
+) -> Algorithm:
     """Single-loop bilevel descent along STORM estimates of the directions.
 
         u_s ← (1 − a_s) (u_s − d_s(previous point; ξ)) + d_s(point; ξ),      s ← s − step_s u_s  for s = x, y, v

@@ -1,14 +1,15 @@
 """TTSA: one step on y and one on x, on two time scales."""
 
-from typing import Any
-
 from bilevax.algorithms._bsa import bsa, falling
 from bilevax.algorithms._descent import check_levels
+from bilevax.printing import as_called
 from bilevax.problem import Algorithm, BilevelProblem
 from bilevax.sampling import Sample
+from bilevax.single_loop.step_sizes import StepSizes
 
 
-def ttsa(problem: BilevelProblem, step_sizes: Any, *, sample: Sample, terms: int = 10) -> Algorithm:
+@as_called
+def ttsa(problem: BilevelProblem, step_sizes: StepSizes, *, sample: Sample, terms: int = 10) -> Algorithm:
     """Two-timescale stochastic approximation: `bsa` with one step on y, whose step sizes fall slower than those of x.
 
         y ← y − a_y ∇_y g(x, y; ξ)

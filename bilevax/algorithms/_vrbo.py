@@ -1,6 +1,6 @@
 """VRBO: recursive differences of y and of the hypergradient, with several steps on y for each on x."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -8,13 +8,15 @@ import optax
 
 from bilevax import checks
 from bilevax.algorithms._descent import DescentInfo, stepped
-from bilevax.printing import by_shape
+from bilevax.printing import as_called, by_shape
 from bilevax.problem import Algorithm, Batch, BilevelProblem, Directions, arrays, norm
 from bilevax.sampling import Sample, check_key, fold, split
 from bilevax.single_loop._levels import Levels, at, levels
 from bilevax.single_loop.local_directions import own_neumann
-from bilevax.single_loop.step_sizes import check_schedule, check_step_size, outer_step
+from bilevax.single_loop.step_sizes import StepSizes, check_schedule, check_step_size, outer_step
 from bilevax.typing import Array, Key, PyTree
+
+Followed: TypeAlias = tuple[Directions, tuple[PyTree, PyTree], tuple[PyTree, PyTree]]  # u, the point before, the point
 
 
 class VrboState(NamedTuple):
@@ -50,8 +52,9 @@ class VrboState(NamedTuple):
         return by_shape(self)
 
 
+@as_called
 def vrbo(
-    problem: BilevelProblem, step_sizes: Any, *, sample: Sample, every: int, steps: int = 10, terms: int = 10
+    problem: BilevelProblem, step_sizes: StepSizes, *, sample: Sample, every: int, steps: int = 10, terms: int = 10
 ) -> Algorithm:
     """SPIDER at both levels: one step on x, then `steps` on y, and the estimates follow every move.
 
@@ -121,13 +124,13 @@ def vrbo(
         check_key(key)
         key, k = fold(key, state.k), state.k
 
-        def follow(t: Array, u: Directions, before: tuple, after: tuple) -> Directions:
+        def follow(t: Array, u: Directions, before: tuple[PyTree, PyTree], after: tuple[PyTree, PyTree]) -> Directions:
             outer_key, inner_key = split(fold(key, t), 2)
             drawn = Batch(sample(outer_key, t, batch.outer), sample(inner_key, t, batch.inner))
             change = optax.tree.sub(*(rule.evaluate(problem, *point, (), drawn) for point in (after, before)))
             return optax.tree.cast_like(optax.tree.add(u, change), u)
 
-        def move(carry: tuple, t: Array) -> tuple[tuple, None]:
+        def move(carry: Followed, t: Array) -> tuple[Followed, None]:
             u, before, (x, y) = carry
             u = follow(t, u, before, (x, y))
             return (u, (x, y), (x, stepped(y, -at(k, sizes.y), u.y))), None

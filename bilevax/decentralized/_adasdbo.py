@@ -7,14 +7,15 @@ import jax.numpy as jnp
 import optax
 
 from bilevax import checks
-from bilevax.agents._gossip import per_agent
-from bilevax.printing import by_shape
+from bilevax.agents._gossip import Gossip, per_agent
+from bilevax.printing import as_called, by_shape
 from bilevax.problem import Algorithm, Batch, BilevelProblem, Calls, arrays, norm
 from bilevax.sampling import Sample, fold, full
-from bilevax.single_loop._levels import Levels, levels
+from bilevax.single_loop._levels import Levels, PerLevel, levels
 from bilevax.single_loop.estimator.estimator_type import draw
 from bilevax.single_loop.local_directions import second_order
 from bilevax.single_loop.method import Info, check_start, check_step, moved, read_gossips
+from bilevax.single_loop.step_sizes import StepSizes
 from bilevax.typing import Array, Key, PyTree, Scalar
 
 DRAW, MIX = 0, Levels(x=1, y=2, v=3)  # what the keys of an iteration fold in
@@ -43,10 +44,11 @@ class AdaSDBOState(NamedTuple):
         return by_shape(self)
 
 
+@as_called
 def adasdbo(
     problem: BilevelProblem,
-    gossip: Any,
-    step_sizes: Any,
+    gossip: PerLevel[Gossip],
+    step_sizes: StepSizes,
     *,
     sample: Sample = full,
     accumulated: Scalar = 1.0,

@@ -1,25 +1,27 @@
 """C2DFB: first derivatives alone by a penalty, and compressed inner loops."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
 from bilevax import checks
+from bilevax.agents._gossip import Gossip
 from bilevax.agents.compression import Compressor, choco
-from bilevax.printing import by_shape
+from bilevax.printing import as_called, by_shape
 from bilevax.problem import Algorithm, Batch, BilevelProblem, Calls, arrays
 from bilevax.sampling import Sample, fold, full
-from bilevax.single_loop._levels import Levels
+from bilevax.single_loop._levels import Levels, PerLevel
 from bilevax.single_loop._preconditioned import Place
 from bilevax.single_loop.correction._tracking import tracking_non_atc
 from bilevax.single_loop.estimator.estimator_type import draw
 from bilevax.single_loop.level import Level
 from bilevax.single_loop.method import Info, check_start, check_step, moved, read_gossips
-from bilevax.single_loop.step_sizes import read_steps
+from bilevax.single_loop.step_sizes import StepSizes, read_steps
 from bilevax.typing import Array, Key, PyTree, Scalar
 
 DRAW, INNER, MIX_X, PRECONDITION = range(4)  # what the keys of an iteration fold in
+Carry: TypeAlias = tuple[tuple[PyTree, Any], tuple[PyTree, Any]]  # y and y_λ with their memories
 MIX_Y, MIX_PENALIZED = 1, 2  # and those of an inner step, which draws as well
 
 
@@ -38,16 +40,17 @@ class C2DFBState(NamedTuple):
     x: PyTree
     y: PyTree
     penalized: PyTree
-    corrections: Levels
+    corrections: Levels[PyTree]
 
     def __repr__(self) -> str:
         return by_shape(self)
 
 
+@as_called
 def c2dfb(
     problem: BilevelProblem,
-    gossip: Any,
-    step_sizes: Any,
+    gossip: PerLevel[Gossip],
+    step_sizes: StepSizes,
     *,
     steps: int,
     multiplier: Scalar,
@@ -143,7 +146,7 @@ def c2dfb(
         key, start = fold(key, state.k), Levels(state.x, state.y, state.penalized)
         place = Place(problem, start, batch, fold(key, PRECONDITION), agents)
 
-        def inner(carry: tuple, t: Array) -> tuple[tuple, Array]:
+        def inner(carry: Carry, t: Array) -> tuple[Carry, Array]:
             (y, of_y), (z, of_z) = carry
             now = fold(fold(key, INNER), t)
             data = draw(fold(now, DRAW), sample, state.k, batch, agents)

@@ -1,22 +1,25 @@
 """DIAMOND: recursive momentum on x and y, a common x by gradient tracking, and a y of its own for every agent."""
 
-from typing import Any
-
+from bilevax.agents._gossip import Gossip
 from bilevax.decentralized._interact import personal
+from bilevax.printing import as_called
 from bilevax.problem import Algorithm, BilevelProblem
 from bilevax.sampling import Sample
+from bilevax.single_loop._levels import PerLevel, Rate
 from bilevax.single_loop.correction.correction_type import Correction
 from bilevax.single_loop.estimator import storm
+from bilevax.single_loop.step_sizes import StepSizes
 from bilevax.typing import Scalar
 
 
+@as_called
 def diamond(
     problem: BilevelProblem,
-    gossip: Any,
-    step_sizes: Any,
+    gossip: PerLevel[Gossip],
+    step_sizes: StepSizes,
     *,
     sample: Sample,
-    momentum: Any,
+    momentum: PerLevel[Rate],
     terms: int,
     inverse_step: Scalar,
     correction: Correction | None = None,

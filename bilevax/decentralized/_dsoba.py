@@ -1,17 +1,25 @@
 """D-SOBA: decentralized SOBA without a correction."""
 
-from typing import Any
-
+from bilevax.agents._gossip import Gossip
+from bilevax.printing import as_called
 from bilevax.problem import Algorithm, BilevelProblem
 from bilevax.sampling import Sample, full
+from bilevax.single_loop._levels import PerLevel, Rate
 from bilevax.single_loop.correction._none import none
 from bilevax.single_loop.engine import single_loop
 from bilevax.single_loop.estimator import Estimator, momentum
 from bilevax.single_loop.estimator.estimator_type import rates_of
+from bilevax.single_loop.step_sizes import StepSizes
 
 
+@as_called
 def dsoba(
-    problem: BilevelProblem, gossip: Any, step_sizes: Any, *, sample: Sample = full, momentum: Any = 1.0
+    problem: BilevelProblem,
+    gossip: PerLevel[Gossip],
+    step_sizes: StepSizes,
+    *,
+    sample: Sample = full,
+    momentum: Rate = 1.0,
 ) -> Algorithm:
     """Decentralized single-loop bilevel descent, second-order form.
 
@@ -53,6 +61,6 @@ def dsoba(
     return single_loop(problem, gossip, step_sizes, averaged_outer(momentum, sample), none())
 
 
-def averaged_outer(weight: Any, sample: Sample) -> Estimator:
+def averaged_outer(weight: Rate, sample: Sample) -> Estimator:
     """Plain directions of y and v, and a moving average of that of x, with weight θ in (0, 1] of the new one."""
     return momentum(rates_of("momentum", weight)._replace(y=1.0, v=1.0), sample=sample)

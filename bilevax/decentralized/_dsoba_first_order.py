@@ -1,23 +1,26 @@
 """D-SOBA-FO: decentralized SOBA whose second-order products are differences of gradients."""
 
-from typing import Any
-
+from bilevax.agents._gossip import Gossip
 from bilevax.decentralized._dsoba import averaged_outer
+from bilevax.printing import as_called
 from bilevax.problem import Algorithm, BilevelProblem
 from bilevax.sampling import Sample, full
+from bilevax.single_loop._levels import PerLevel, Rate
 from bilevax.single_loop.correction._none import none
 from bilevax.single_loop.engine import single_loop
 from bilevax.single_loop.local_directions import first_order
+from bilevax.single_loop.step_sizes import StepSizes
 from bilevax.typing import Scalar
 
 
+@as_called
 def dsoba_first_order(
     problem: BilevelProblem,
-    gossip: Any,
-    step_sizes: Any,
+    gossip: PerLevel[Gossip],
+    step_sizes: StepSizes,
     *,
     sample: Sample = full,
-    momentum: Any = 1.0,
+    momentum: Rate = 1.0,
     mu: Scalar = 1e-3,
 ) -> Algorithm:
     """Decentralized single-loop bilevel descent, first-order form: `dsoba` without second derivatives.

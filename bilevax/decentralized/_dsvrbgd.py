@@ -1,26 +1,28 @@
 """DSVRBGD: recursive momentum and gradient tracking, with levels that move at once or in turn."""
 
-from typing import Any
-
 import jax.numpy as jnp
 
 from bilevax import checks
+from bilevax.agents._gossip import Gossip
+from bilevax.printing import as_called
 from bilevax.problem import Algorithm, BilevelProblem
 from bilevax.sampling import Sample
-from bilevax.single_loop._levels import Levels, at, levels
+from bilevax.single_loop._levels import Levels, PerLevel, Rate, at, levels
 from bilevax.single_loop.correction._tracking import tracking_non_atc
 from bilevax.single_loop.engine import GAUSS_SEIDEL, JACOBI, single_loop
 from bilevax.single_loop.estimator import storm
-from bilevax.typing import Scalar
+from bilevax.single_loop.step_sizes import StepSizes
+from bilevax.typing import PyTree, Scalar
 
 
+@as_called
 def dsvrbgd(
     problem: BilevelProblem,
-    gossip: Any,
-    step_sizes: Any,
+    gossip: PerLevel[Gossip],
+    step_sizes: StepSizes,
     *,
     sample: Sample,
-    momentum: Any,
+    momentum: PerLevel[Rate],
     rate: Scalar,
     alternating: bool = False,
 ) -> Algorithm:
@@ -83,7 +85,7 @@ def dsvrbgd(
     return single_loop(problem, gossip, step_sizes, estimator, tracking_non_atc(rate=rate), order=order)
 
 
-def averaging_weights(momentum: Any, rate: Scalar) -> Levels:
+def averaging_weights(momentum: PerLevel[Rate], rate: Scalar) -> Levels[PyTree]:
     """The schedules a = min(1, α η²) of momentum α at rate η; raises ValueError where these are out of range."""
     factors = levels("momentum", momentum)
     for factor in factors:

@@ -9,14 +9,14 @@ from jax.flatten_util import ravel_pytree
 
 from bilevax import checks
 from bilevax.agents._gossip import Gossip
-from bilevax.printing import by_shape
+from bilevax.printing import as_called, by_shape
 from bilevax.problem import Algorithm, Batch, BilevelProblem, Calls, arrays, inner_gradient, widen
 from bilevax.sampling import Sample, fold, full
 from bilevax.single_loop._levels import Levels
 from bilevax.single_loop._preconditioned import Place
 from bilevax.single_loop.estimator.estimator_type import draw
 from bilevax.single_loop.method import Info, check_start, check_step, moved
-from bilevax.single_loop.step_sizes import move, read_steps
+from bilevax.single_loop.step_sizes import StepSizes, move, read_steps
 from bilevax.typing import Array, Key, PyTree, Scalar
 
 
@@ -67,10 +67,11 @@ class GBDSBOState(NamedTuple):
         return by_shape(self)
 
 
+@as_called
 def gbdsbo(
     problem: BilevelProblem,
     gossip: Gossip,
-    step_sizes: Any,
+    step_sizes: StepSizes,
     *,
     sample: Sample = full,
     terms: int | None = None,

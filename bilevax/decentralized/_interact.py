@@ -1,24 +1,26 @@
 """INTERACT and SVR-INTERACT: a common x by gradient tracking, and a y of its own for every agent."""
 
-from typing import Any
-
 from bilevax import checks
+from bilevax.agents._gossip import Gossip
+from bilevax.printing import as_called
 from bilevax.problem import Algorithm, BilevelProblem
 from bilevax.sampling import Sample
-from bilevax.single_loop._levels import Levels
+from bilevax.single_loop._levels import Levels, PerLevel
 from bilevax.single_loop.correction._none import local
 from bilevax.single_loop.correction._tracking import tracking_non_atc
 from bilevax.single_loop.correction.correction_type import Correction
 from bilevax.single_loop.engine import single_loop
 from bilevax.single_loop.estimator import Estimator, full, spider
 from bilevax.single_loop.local_directions import own_neumann
+from bilevax.single_loop.step_sizes import StepSizes
 from bilevax.typing import Scalar
 
 
+@as_called
 def interact(
     problem: BilevelProblem,
-    gossip: Any,
-    step_sizes: Any,
+    gossip: PerLevel[Gossip],
+    step_sizes: StepSizes,
     *,
     terms: int,
     inverse_step: Scalar,
@@ -66,10 +68,11 @@ def interact(
     return personal(problem, gossip, step_sizes, full(), terms, inverse_step, correction)
 
 
+@as_called
 def interact_svr(
     problem: BilevelProblem,
-    gossip: Any,
-    step_sizes: Any,
+    gossip: PerLevel[Gossip],
+    step_sizes: StepSizes,
     *,
     terms: int,
     inverse_step: Scalar,
@@ -120,8 +123,8 @@ def interact_svr(
 
 def personal(
     problem: BilevelProblem,
-    gossip: Any,
-    step_sizes: Any,
+    gossip: PerLevel[Gossip],
+    step_sizes: StepSizes,
     estimator: Estimator,
     terms: int,
     inverse_step: Scalar,

@@ -1,19 +1,26 @@
 """LoPA: loopless personalised bilevel optimization; x is common, y and v are each agent's own."""
 
-from typing import Any
-
+from bilevax.agents._gossip import Gossip
 from bilevax.decentralized._dsoba import averaged_outer
+from bilevax.printing import as_called
 from bilevax.problem import Algorithm, BilevelProblem
 from bilevax.sampling import Sample, full
-from bilevax.single_loop._levels import Levels
+from bilevax.single_loop._levels import Levels, PerLevel, Rate
 from bilevax.single_loop.correction._none import local, none
 from bilevax.single_loop.correction._tracking import tracking
 from bilevax.single_loop.correction.correction_type import Correction
 from bilevax.single_loop.engine import single_loop
+from bilevax.single_loop.step_sizes import StepSizes
 
 
+@as_called
 def lopa_local(
-    problem: BilevelProblem, gossip: Any, step_sizes: Any, *, sample: Sample = full, momentum: Any = 1.0
+    problem: BilevelProblem,
+    gossip: PerLevel[Gossip],
+    step_sizes: StepSizes,
+    *,
+    sample: Sample = full,
+    momentum: Rate = 1.0,
 ) -> Algorithm:
     """LoPA-LG: one step on each agent's own y and v, and decentralized descent of x along local gradients.
 
@@ -56,8 +63,14 @@ def lopa_local(
     return _lopa(problem, gossip, step_sizes, sample, momentum, none())
 
 
+@as_called
 def lopa_tracking(
-    problem: BilevelProblem, gossip: Any, step_sizes: Any, *, sample: Sample = full, momentum: Any = 1.0
+    problem: BilevelProblem,
+    gossip: PerLevel[Gossip],
+    step_sizes: StepSizes,
+    *,
+    sample: Sample = full,
+    momentum: Rate = 1.0,
 ) -> Algorithm:
     """LoPA-GT: as `lopa_local`, with gradient tracking of x, and so without its bias.
 
@@ -96,7 +109,12 @@ def lopa_tracking(
 
 
 def _lopa(
-    problem: BilevelProblem, gossip: Any, step_sizes: Any, sample: Sample, momentum: Any, correction: Correction
+    problem: BilevelProblem,
+    gossip: PerLevel[Gossip],
+    step_sizes: StepSizes,
+    sample: Sample,
+    momentum: Rate,
+    correction: Correction,
 ) -> Algorithm:
     averaged = averaged_outer(momentum, sample)
     return single_loop(problem, gossip, step_sizes, averaged, Levels(correction, local(), local()))

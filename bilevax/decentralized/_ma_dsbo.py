@@ -8,17 +8,18 @@ import jax.numpy as jnp
 import optax
 
 from bilevax import checks
-from bilevax.printing import by_shape
+from bilevax.agents._gossip import Gossip
+from bilevax.printing import as_called, by_shape
 from bilevax.problem import Algorithm, Batch, BilevelProblem, Calls, arrays
 from bilevax.sampling import Sample, fold, full
-from bilevax.single_loop._levels import Levels
+from bilevax.single_loop._levels import Levels, PerLevel, Rate
 from bilevax.single_loop._preconditioned import Place
 from bilevax.single_loop.correction._none import none
 from bilevax.single_loop.correction._tracking import tracking_non_atc
 from bilevax.single_loop.estimator.estimator_type import draw, from_one, rates_of
 from bilevax.single_loop.level import Level
 from bilevax.single_loop.method import Info, check_start, check_step, moved, read_gossips
-from bilevax.single_loop.step_sizes import read_steps
+from bilevax.single_loop.step_sizes import StepSizes, read_steps
 from bilevax.typing import Array, Key, PyTree
 
 
@@ -58,15 +59,16 @@ class MADSBOState(NamedTuple):
         return by_shape(self)
 
 
+@as_called
 def ma_dsbo(
     problem: BilevelProblem,
-    gossip: Any,
-    step_sizes: Any,
+    gossip: PerLevel[Gossip],
+    step_sizes: StepSizes,
     *,
     steps: int,
     v_steps: int,
     sample: Sample = full,
-    momentum: Any = 1.0,
+    momentum: Rate = 1.0,
     track: bool = False,
     restart: bool = False,
 ) -> Algorithm:
@@ -140,7 +142,7 @@ def ma_dsbo(
         key, start = fold(key, state.k), Levels(state.x, state.y, state.v)
 
         def loop(
-            level: Level, keys: Keys, number: int, point: Levels, s: PyTree, old: Any, direction: Direction
+            level: Level, keys: Keys, number: int, point: Levels[PyTree], s: PyTree, old: Any, direction: Direction
         ) -> tuple[PyTree, Any, Array]:
             """So many moves of one level from s, each along `direction(key, s)`, and the bytes of all of them."""
             place = Place(problem, point, batch, fold(key, keys.precondition), agents)

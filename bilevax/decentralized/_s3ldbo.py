@@ -1,25 +1,27 @@
 """S3LDBO: SLDBO whose agents skip their derivatives in most iterations."""
 
-from typing import Any
-
+from bilevax.agents._gossip import Gossip
 from bilevax.decentralized._sldbo import tracked
+from bilevax.printing import as_called
 from bilevax.problem import Algorithm, BilevelProblem
-from bilevax.single_loop._levels import Levels
+from bilevax.single_loop._levels import PerLevel
 from bilevax.single_loop.coins import Coins
 from bilevax.single_loop.correction.correction_type import Correction
 from bilevax.single_loop.engine import single_loop
 from bilevax.single_loop.estimator import lazy_snapshot
+from bilevax.single_loop.step_sizes import StepSizes
 from bilevax.typing import Scalar
 
 
+@as_called
 def s3ldbo(
     problem: BilevelProblem,
-    gossip: Any,
-    step_sizes: Any,
+    gossip: PerLevel[Gossip],
+    step_sizes: StepSizes,
     *,
     coins: Coins,
     radius: Scalar | None = None,
-    correction: Correction | Levels | None = None,
+    correction: PerLevel[Correction] | None = None,
 ) -> Algorithm:
     """SLDBO with snapshot gradient tracking: communication in every iteration, derivatives when a coin says so.
 

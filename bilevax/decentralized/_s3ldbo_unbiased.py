@@ -1,25 +1,26 @@
 """The other reading of snapshot tracking: an unbiased move at each iteration."""
 
-from typing import Any
-
 import jax.numpy as jnp
 import optax
 
 from bilevax.agents._gossip import Gossip, per_agent
+from bilevax.printing import as_called
 from bilevax.problem import Algorithm, Batch, BilevelProblem
-from bilevax.single_loop._levels import Levels
+from bilevax.single_loop._levels import Levels, PerLevel
 from bilevax.single_loop.coins import independent
 from bilevax.single_loop.correction._tracking import Tracker, tracking
 from bilevax.single_loop.correction.correction_type import Correction, CorrectionState, Move, Sent
 from bilevax.single_loop.engine import single_loop
 from bilevax.single_loop.estimator import Estimator, Oracle, lazy_snapshot
+from bilevax.single_loop.step_sizes import StepSizes
 from bilevax.typing import Array, Key, PyTree, Scalar
 
 
+@as_called
 def s3ldbo_unbiased(
     problem: BilevelProblem,
-    gossip: Any,
-    step_sizes: Any,
+    gossip: PerLevel[Gossip],
+    step_sizes: StepSizes,
     *,
     probability: Scalar,
     radius: Scalar | None = None,
@@ -66,8 +67,8 @@ def _boosted(p: Scalar) -> Estimator:
     snapshot = lazy_snapshot(independent(p))
 
     def update(
-        key: Key | None, state: Levels, oracle: Oracle, point: Levels, batch: Batch, k: Scalar
-    ) -> tuple[Levels, Levels, Array]:
+        key: Key | None, state: Levels[PyTree], oracle: Oracle, point: Levels[PyTree], batch: Batch, k: Scalar
+    ) -> tuple[Levels[PyTree], Levels[PyTree], Array]:
         new, kept, evaluations = snapshot.update(key, state, oracle, point, batch, k)
         inverse = 1 / jnp.broadcast_to(jnp.asarray(p, float), oracle.gossip.n)[oracle.gossip.agents()]
         boost = per_agent(lambda scale, change: scale * change, inverse, optax.tree.sub(new, state))

@@ -1,24 +1,26 @@
 """SLDBO: gradient tracking on all three levels, and a projection."""
 
-from typing import Any
-
+from bilevax.agents._gossip import Gossip
+from bilevax.printing import as_called
 from bilevax.problem import Algorithm, BilevelProblem
-from bilevax.single_loop._levels import Levels
+from bilevax.single_loop._levels import Levels, PerLevel
 from bilevax.single_loop.correction._tracking import tracking
 from bilevax.single_loop.correction.correction_type import Correction
 from bilevax.single_loop.engine import single_loop
 from bilevax.single_loop.estimator import full
 from bilevax.single_loop.method import of_kind
-from bilevax.typing import Scalar
+from bilevax.single_loop.step_sizes import StepSizes
+from bilevax.typing import PyTree, Scalar
 
 
+@as_called
 def sldbo(
     problem: BilevelProblem,
-    gossip: Any,
-    step_sizes: Any,
+    gossip: PerLevel[Gossip],
+    step_sizes: StepSizes,
     *,
     radius: Scalar | None = None,
-    correction: Correction | Levels | None = None,
+    correction: PerLevel[Correction] | None = None,
 ) -> Algorithm:
     """Single-loop decentralized bilevel optimization with exact local directions.
 
@@ -66,7 +68,7 @@ def sldbo(
     return single_loop(problem, gossip, step_sizes, full(), tracked("correction", correction), radius=radius)
 
 
-def tracked(name: str, correction: Correction | Levels | None) -> Levels:
+def tracked(name: str, correction: PerLevel[Correction] | None) -> Levels[PyTree]:
     """One correction for each level, semi-ATC tracking where there is none; raises ValueError for anything else."""
     chosen = tracking() if correction is None else correction
     return of_kind(name, chosen, Correction, "Pass, say, bx.single_loop.correction.tracking(), called.")

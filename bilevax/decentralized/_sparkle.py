@@ -1,21 +1,25 @@
 """SPARKLE: any correction at each level, levels in turn."""
 
-from typing import Any
-
+from bilevax.agents._gossip import Gossip
 from bilevax.decentralized._dsoba import averaged_outer
+from bilevax.printing import as_called
 from bilevax.problem import Algorithm, BilevelProblem
 from bilevax.sampling import Sample, full
+from bilevax.single_loop._levels import PerLevel, Rate
+from bilevax.single_loop.correction import Correction
 from bilevax.single_loop.engine import GAUSS_SEIDEL, Order, single_loop
+from bilevax.single_loop.step_sizes import StepSizes
 
 
+@as_called
 def sparkle(
     problem: BilevelProblem,
-    gossip: Any,
-    step_sizes: Any,
+    gossip: PerLevel[Gossip],
+    step_sizes: StepSizes,
     *,
-    correction: Any,
+    correction: PerLevel[Correction],
     sample: Sample = full,
-    momentum: Any = 1.0,
+    momentum: Rate = 1.0,
     order: Order = GAUSS_SEIDEL,
 ) -> Algorithm:
     """Single-loop primal-dual bilevel method with its own correction and its own graph at each level.

@@ -1,24 +1,27 @@
 """VRDBO: tracked recursive momentum at both levels, with each agent's own inverse Hessian."""
 
-from typing import Any
-
+from bilevax.agents._gossip import Gossip
 from bilevax.decentralized._dsvrbgd import averaging_weights
+from bilevax.printing import as_called
 from bilevax.problem import Algorithm, BilevelProblem
 from bilevax.sampling import Sample
+from bilevax.single_loop._levels import PerLevel, Rate
 from bilevax.single_loop.correction._tracking import tracking_non_atc
 from bilevax.single_loop.engine import single_loop
 from bilevax.single_loop.estimator import storm
 from bilevax.single_loop.local_directions import own_neumann
+from bilevax.single_loop.step_sizes import StepSizes
 from bilevax.typing import Scalar
 
 
+@as_called
 def vrdbo(
     problem: BilevelProblem,
-    gossip: Any,
-    step_sizes: Any,
+    gossip: PerLevel[Gossip],
+    step_sizes: StepSizes,
     *,
     sample: Sample,
-    momentum: Any,
+    momentum: PerLevel[Rate],
     rate: Scalar,
     terms: int,
     inverse_step: Scalar,

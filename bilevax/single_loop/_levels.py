@@ -1,12 +1,12 @@
 """One value for each of the three levels of a single-loop method."""
 
 from collections.abc import Callable
-from typing import Any, Generic, NamedTuple, TypeVar, cast
+from typing import Any, Generic, NamedTuple, Protocol, TypeAlias, TypeVar, cast
 
 import jax
 
 from bilevax import checks
-from bilevax.typing import Scalar
+from bilevax.typing import Array, PyTree, Scalar
 
 T = TypeVar("T")
 
@@ -30,7 +30,20 @@ class Levels(NamedTuple, Generic[T]):
     v: T = cast(Any, None)
 
 
-def levels(name: str, value: Any) -> Levels:
+PerLevel: TypeAlias = T | Levels[T] | tuple[T, T] | tuple[T, T, T]
+"""One for all levels, or one for each."""
+
+
+class Schedule(Protocol):
+    """`schedule(k) -> number`, a function of yours or of optax."""
+
+    def __call__(self, k: Any, /) -> Any: ...
+
+
+Rate: TypeAlias = Scalar | Schedule
+
+
+def levels(name: str, value: Any) -> Levels[PyTree]:
     """Reads `Levels`, two or three values in the order x, y, v, or one value that holds for all of them."""
     if isinstance(value, Levels):
         return value
@@ -52,10 +65,10 @@ def at(k: Scalar, value: Any) -> Any:
     return number
 
 
-def each(function: Callable, values: Levels, *trees: Levels) -> Levels:
+def each(function: Callable[..., Array], values: Levels[PyTree], *trees: Levels[PyTree]) -> Levels[PyTree]:
     """`function(value, *leaves)` on the leaves of each level that is there (not None), dtypes kept."""
 
-    def on_leaves(value: Any, parts: list) -> Any:
+    def on_leaves(value: Any, parts: list[PyTree]) -> PyTree:
         return jax.tree.map(lambda *leaves: function(value, *leaves).astype(leaves[0].dtype), *parts)
 
     return Levels(*(on_leaves(value, parts) for value, *parts in zip(values, *trees, strict=True)))

@@ -88,7 +88,7 @@ def preconditioned_move(step: Preconditioned, size: Scalar, place: Place) -> Mov
         inner = None if batch is None else batch.inner
         return jax.vmap(lambda x, y, data: step.ihvp.init(x, y, data, inner_loss))(x, y, inner)
 
-    def one(t: Any, state: Any, agent: Any, x: Any, y: Any, data: Any) -> tuple:
+    def one(t: Any, state: Any, agent: Any, x: Any, y: Any, data: Any) -> tuple[PyTree, Any]:
         apply, state = step.ihvp.prepare(fold(place.key, agent), state, inner_loss, (x, y, data))
         return jax.tree.map(lambda leaf, like: (-size * leaf).astype(like.dtype), apply(t)[0], t), state
 

@@ -6,7 +6,6 @@ finds the point of `init`. Draws fold the global id of the agent (or of its bloc
 devices changes nothing.
 """
 
-from collections.abc import Callable
 from math import ceil, gcd
 
 import jax
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 
 from bilevax import checks
 from bilevax.agents._gossip import Gossip
-from bilevax.single_loop.estimator.estimator_type import needed
+from bilevax.single_loop.estimator.estimator_type import Coins, needed
 from bilevax.typing import Array, Key, Scalar
 
 __all__ = [
@@ -26,9 +25,6 @@ __all__ = [
 
 def __dir__() -> list[str]:
     return __all__
-
-
-Coins = Callable[[Key, Scalar, Gossip], Array]
 
 
 def independent(probability: Scalar) -> Coins:
@@ -56,7 +52,7 @@ def independent(probability: Scalar) -> Coins:
     """
     checks.fraction("probability", probability)
 
-    def choose(key: Key, k: Scalar, gossip: Gossip) -> Array:
+    def choose(key: Key | None, k: Scalar, gossip: Gossip) -> Array:
         agents = gossip.agents()
         keys = jax.vmap(lambda agent: jax.random.fold_in(needed(key), agent))(agents)
         if jnp.shape(probability) not in ((), (gossip.n,)):
@@ -131,7 +127,7 @@ def subset(probability: float, *, block: int | None = None) -> Coins:
     if block is not None:
         block = checks.count("block", block, minimum=1)
 
-    def choose(key: Key, k: Scalar, gossip: Gossip) -> Array:
+    def choose(key: Key | None, k: Scalar, gossip: Gossip) -> Array:
         agents = gossip.agents()
         size = gossip.n if block is None else block
         if agents.size % size:

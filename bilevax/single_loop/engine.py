@@ -10,7 +10,7 @@ them, mix and move.
 """
 
 from functools import partial, reduce
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,16 +18,17 @@ import optax
 
 from bilevax import checks
 from bilevax.agents._gossip import Gossip
+from bilevax.printing import as_called
 from bilevax.problem import Algorithm, Batch, BilevelProblem, Calls, Directions, arrays
 from bilevax.sampling import fold
-from bilevax.single_loop._levels import Levels
+from bilevax.single_loop._levels import Levels, PerLevel
 from bilevax.single_loop._preconditioned import Place
 from bilevax.single_loop.correction.correction_type import Correction, Sent
 from bilevax.single_loop.estimator import Estimator, Oracle
 from bilevax.single_loop.level import Level
 from bilevax.single_loop.local_directions import LocalDirections, second_order
 from bilevax.single_loop.method import Info, State, check_start, check_step, moved, of_kind, read_gossips
-from bilevax.single_loop.step_sizes import read_steps
+from bilevax.single_loop.step_sizes import StepSizes, read_steps
 from bilevax.typing import Key, PyTree, Scalar
 
 Order = tuple[tuple[str, ...], ...]
@@ -38,12 +39,13 @@ JACOBI: Order = (("x", "y", "v"),)
 GAUSS_SEIDEL: Order = (("y",), ("v",), ("x",))
 
 
+@as_called
 def single_loop(
     problem: BilevelProblem,
-    gossip: Any,
-    step_sizes: Any,
+    gossip: PerLevel[Gossip],
+    step_sizes: StepSizes,
     estimator: Estimator,
-    correction: Any,
+    correction: PerLevel[Correction],
     *,
     order: Order = JACOBI,
     radius: Scalar | None = None,
@@ -171,8 +173,8 @@ def _groups(
 
 
 def _evaluate(
-    rule: LocalDirections, problem: BilevelProblem, chosen: Levels[Level | None], point: Levels, batch: Batch
-) -> Levels:
+    rule: LocalDirections, problem: BilevelProblem, chosen: Levels[Level | None], point: Levels[PyTree], batch: Batch
+) -> Levels[PyTree]:
     d = jax.vmap(partial(rule.evaluate, problem))(point.x, point.y, point.v, batch)
     checks.instance("what local_directions.evaluate returns", d, Directions, "Return bx.problem.Directions(x, y, v).")
     for level, along, s in zip(chosen, d, point, strict=True):

@@ -14,6 +14,7 @@ import jax
 import optax
 
 from bilevax import checks, ihvp
+from bilevax.printing import as_called, by_text
 from bilevax.problem import Batch, BilevelProblem, Calls, Directions, directions, inner_gradient
 from bilevax.typing import Scalar
 
@@ -37,18 +38,24 @@ class LocalDirections(NamedTuple):
       calls: `calls(group, seen) -> Calls` of one evaluation for the levels of a group, such as ("x", "y", "v"), where
         `seen` are the levels that groups since the last move of y have evaluated at the same (x, y).
       levels: those that move; without "v" it is () everywhere.
+      text: what `print` shows.
 
     Example:
         >>> import bilevax as bx
-        >>> bx.single_loop.local_directions.second_order().levels
-        ('x', 'y', 'v')
+        >>> bx.single_loop.local_directions.own_neumann(terms=3, inverse_step=0.5).levels  # there is no v
+        ('x', 'y')
     """
 
     evaluate: Callable[..., Directions]
     calls: Callable[[tuple[str, ...], tuple[str, ...]], Calls]
     levels: tuple[str, ...] = ("x", "y", "v")
+    text: str = ""
+
+    def __repr__(self) -> str:
+        return by_text(self)
 
 
+@as_called
 def second_order() -> LocalDirections:
     """The three directions, from one pull-back of v; the default of every single-loop method.
 
@@ -75,6 +82,7 @@ def second_order() -> LocalDirections:
     return LocalDirections(directions, calls)
 
 
+@as_called
 def first_order(mu: Scalar) -> LocalDirections:
     """The three directions from first derivatives alone.
 
@@ -124,6 +132,7 @@ def first_order(mu: Scalar) -> LocalDirections:
     return LocalDirections(evaluate, calls)
 
 
+@as_called
 def own_neumann(*, terms: int, inverse_step: Scalar) -> LocalDirections:
     """The hypergradient of each agent with the inverse of its OWN Hessian, by a Neumann series; there is no v.
 

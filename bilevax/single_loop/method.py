@@ -79,7 +79,7 @@ class Info(NamedTuple):
         (10, 10)
     """
 
-    moves: Levels
+    moves: Levels[PyTree]
     breakdown: Array
     calls: Calls
     bytes: Array
@@ -89,7 +89,7 @@ class Info(NamedTuple):
         return by_shape(self)
 
 
-def moved(start: Levels, end: Levels) -> tuple[Levels, Array]:
+def moved(start: Levels[PyTree], end: Levels[PyTree]) -> tuple[Levels[PyTree], Array]:
     """How far each level of each agent has moved, and which agents are no longer finite."""
 
     def distance(new: PyTree, old: PyTree) -> Any:

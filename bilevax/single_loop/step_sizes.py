@@ -1,24 +1,18 @@
 """The reader of step sizes: a number, a schedule k -> number or an optax transformation, for each level or for one."""
 
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import optax
 
 from bilevax import checks
-from bilevax.single_loop._levels import Levels, at, levels
+from bilevax.single_loop._levels import Levels, PerLevel, Rate, Schedule, at, levels
 from bilevax.single_loop._preconditioned import Place, Preconditioned, preconditioned_move
 from bilevax.single_loop.correction.correction_type import Move
 from bilevax.typing import Array, PyTree, Scalar
 
-
-class Schedule(Protocol):
-    """`schedule(k) -> number`, a function of yours or of optax."""
-
-    def __call__(self, k: Any, /) -> Any: ...
-
-
-StepSize: TypeAlias = Scalar | Schedule | optax.GradientTransformation | Preconditioned
+StepSize: TypeAlias = Rate | optax.GradientTransformation | Preconditioned
+StepSizes: TypeAlias = PerLevel[StepSize]
 
 
 def decay(start: Scalar, power: Scalar) -> Schedule:

@@ -1,6 +1,7 @@
 """Stacking the rows of all agents to one length, with weights."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -100,7 +101,7 @@ def stack(
     return jax.tree.map(lambda leaf: np.asarray(leaf)[rows], data), weights.astype(jnp.result_type(float))
 
 
-def _one_set(parts: list) -> list[np.ndarray]:
+def _one_set(parts: list[Any]) -> list[np.ndarray]:
     nested = any(isinstance(rows, list | tuple) and any(np.ndim(row) for row in rows) for rows in parts)
     arrays = [] if nested else [np.asarray(rows) for rows in parts]
     if not arrays or any(rows.ndim != 1 for rows in arrays):

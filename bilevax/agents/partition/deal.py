@@ -238,7 +238,7 @@ def quantity_skew(n: int, *, beta: float, seed: int) -> Partition:
 
 
 def _drawn(
-    labels: tuple, n: int, seed: int, shares: Shares, draws: int = 1, minimum: int = 1
+    labels: tuple[Any, ...], n: int, seed: int, shares: Shares, draws: int = 1, minimum: int = 1
 ) -> list[list[np.ndarray]]:
     """Deals the rows of each class by shares, the same in all sets; draws again while an agent has too few."""
     arrays = _arrays(labels)
@@ -266,11 +266,11 @@ def _dealt(rng: np.random.Generator, codes: np.ndarray, shares: np.ndarray) -> l
     return [np.concatenate(part) for part in parts]
 
 
-def _unlabelled(labels: tuple) -> tuple:
+def _unlabelled(labels: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(np.zeros(len(array), int) for array in _arrays(labels))
 
 
-def _arrays(labels: tuple) -> list[np.ndarray]:
+def _arrays(labels: tuple[Any, ...]) -> list[np.ndarray]:
     arrays = [np.asarray(array) for array in labels]
     if not arrays or any(array.ndim != 1 or not len(array) for array in arrays):
         raise ValueError(

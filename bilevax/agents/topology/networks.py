@@ -117,7 +117,7 @@ def _networkx() -> Any:
     return networkx
 
 
-def _connected(draw: Callable, seed: int, wanted: str, fix: str) -> Any:
+def _connected(draw: Callable[[random.Random], Any], seed: int, wanted: str, fix: str) -> Any:
     """The first connected graph of `draw`."""
     source = random.Random(checks.count("seed", seed))
     for _ in range(TRIES):

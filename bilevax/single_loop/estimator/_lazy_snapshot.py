@@ -1,6 +1,5 @@
 """The lazy snapshot: agents evaluate their directions when a coin says so."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,12 +9,12 @@ from bilevax import checks
 from bilevax.printing import as_called
 from bilevax.problem import Batch
 from bilevax.single_loop._levels import Levels
-from bilevax.single_loop.estimator.estimator_type import Estimator, Oracle, everybody, where
-from bilevax.typing import Array, Key, Scalar
+from bilevax.single_loop.estimator.estimator_type import Coins, Estimator, Oracle, everybody, where
+from bilevax.typing import Array, Key, PyTree, Scalar
 
 
 @as_called
-def lazy_snapshot(coins: Callable) -> Estimator:
+def lazy_snapshot(coins: Coins) -> Estimator:
     """The directions of the last refresh; a coin says who refreshes now.
 
         u_i = d_i(s_i) where the coin chooses agent i,      u_i as it was otherwise
@@ -43,7 +42,7 @@ def lazy_snapshot(coins: Callable) -> Estimator:
     """
     checks.function("coins", coins, "key", "k", "gossip")
 
-    def init(oracle: Oracle, point: Levels, batch: Any) -> Levels:
+    def init(oracle: Oracle, point: Levels[PyTree], batch: Any) -> Levels[PyTree]:
         if batch is None:
             raise ValueError(
                 "batch is needed at init, where every agent evaluates its first snapshot; got None. Call "
@@ -52,8 +51,8 @@ def lazy_snapshot(coins: Callable) -> Estimator:
         return oracle.evaluate(point, batch)
 
     def update(
-        key: Key | None, state: Levels, oracle: Oracle, point: Levels, batch: Batch, k: Scalar
-    ) -> tuple[Levels, Levels, Array]:
+        key: Key | None, state: Levels[PyTree], oracle: Oracle, point: Levels[PyTree], batch: Batch, k: Scalar
+    ) -> tuple[Levels[PyTree], Levels[PyTree], Array]:
         chosen = jnp.asarray(coins(key, jnp.maximum(k - 1, 0), oracle.gossip))
         ones = everybody(oracle)
         if jnp.issubdtype(chosen.dtype, jnp.integer) and chosen.ndim == 1:

@@ -6,14 +6,14 @@ from bilevax.printing import as_called
 from bilevax.problem import Batch
 from bilevax.sampling import Sample
 from bilevax.sampling import full as all_data
-from bilevax.single_loop._levels import Levels, each
+from bilevax.single_loop._levels import Levels, PerLevel, Rate, each
 from bilevax.single_loop.estimator.estimator_type import Estimator, Oracle, from_one, rates_of, zeros_like
 from bilevax.single_loop.estimator.sampled import stochastic
-from bilevax.typing import Array, Key, Scalar
+from bilevax.typing import Array, Key, PyTree, Scalar
 
 
 @as_called
-def momentum(momentum: Any, *, sample: Sample = all_data) -> Estimator:
+def momentum(momentum: PerLevel[Rate], *, sample: Sample = all_data) -> Estimator:
     """A moving average of the directions, each taken where it was visited.
 
         u_k = (1 − a) u_{k−1} + a d(s_k; ξ_k),      u_0 = d(s_0; ξ_0)
@@ -38,8 +38,8 @@ def momentum(momentum: Any, *, sample: Sample = all_data) -> Estimator:
     plain = stochastic(sample)
 
     def update(
-        key: Key | None, state: Any, oracle: Oracle, point: Levels, batch: Batch, k: Scalar
-    ) -> tuple[Levels, Any, Array]:
+        key: Key | None, state: Any, oracle: Oracle, point: Levels[PyTree], batch: Batch, k: Scalar
+    ) -> tuple[Levels[PyTree], Any, Array]:
         d, _, evaluations = plain.update(key, (), oracle, point, batch, k)
         u = each(lambda momentum, u, d: u + momentum * (d - u), from_one(rates, k), state, d)
         return u, u, evaluations

@@ -1,6 +1,7 @@
 """SPIDER and PAGE: recursive differences that start again from the exact directions."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 
@@ -12,7 +13,7 @@ from bilevax.single_loop._levels import Levels
 from bilevax.single_loop.estimator._storm import storm
 from bilevax.single_loop.estimator.estimator_type import Estimator, Oracle, needed
 from bilevax.single_loop.estimator.sampled import full
-from bilevax.typing import Array, Key, Scalar
+from bilevax.typing import Array, Key, PyTree, Scalar
 
 
 @as_called
@@ -75,19 +76,19 @@ def page(*, probability: Scalar, sample: Sample) -> Estimator:
     return _restarted(lambda key, k: (k == 0) | jax.random.bernoulli(needed(key), probability), sample)
 
 
-def _restarted(restart: Callable, sample: Sample) -> Estimator:
+def _restarted(restart: Callable[[Key | None, Scalar], Any], sample: Sample) -> Estimator:
     exact, recursive = full(), storm(0.0, sample=sample)
 
     def update(
-        key: Key | None, state: Levels, oracle: Oracle, point: Levels, batch: Batch, k: Scalar
-    ) -> tuple[Levels, Levels, Array]:
+        key: Key | None, state: Levels[PyTree], oracle: Oracle, point: Levels[PyTree], batch: Batch, k: Scalar
+    ) -> tuple[Levels[PyTree], Levels[PyTree], Array]:
         coin_key, sample_key = split(key, 2)
 
-        def restarted() -> tuple:
+        def restarted() -> tuple[Levels[PyTree], Levels[PyTree], Array]:
             u, _, evaluations = exact.update(None, (), oracle, point, batch, k)
             return u, u, evaluations
 
-        def carried() -> tuple:
+        def carried() -> tuple[Levels[PyTree], Levels[PyTree], Array]:
             return recursive.update(sample_key, state, oracle, point, batch, k)
 
         return jax.lax.cond(restart(coin_key, k), restarted, carried)

@@ -1,13 +1,11 @@
 """STORM: recursive momentum."""
 
-from typing import Any
-
 from bilevax import checks
 from bilevax.printing import as_called
 from bilevax.problem import Batch
 from bilevax.sampling import Sample
 from bilevax.sampling import full as all_data
-from bilevax.single_loop._levels import Levels, each
+from bilevax.single_loop._levels import Levels, PerLevel, Rate, each
 from bilevax.single_loop.estimator.estimator_type import (
     Estimator,
     Oracle,
@@ -17,11 +15,11 @@ from bilevax.single_loop.estimator.estimator_type import (
     rates_of,
     zeros_like,
 )
-from bilevax.typing import Array, Key, Scalar
+from bilevax.typing import Array, Key, PyTree, Scalar
 
 
 @as_called
-def storm(momentum: Any, *, sample: Sample = all_data) -> Estimator:
+def storm(momentum: PerLevel[Rate], *, sample: Sample = all_data) -> Estimator:
     """Recursive momentum (STORM): the past estimate is carried to the present point by one sample at both points.
 
         u_k = (1 − a) (u_{k−1} − d(s_{k−1}; ξ_k)) + d(s_k; ξ_k),      u_0 = d(s_0; ξ_0)
@@ -52,8 +50,8 @@ def storm(momentum: Any, *, sample: Sample = all_data) -> Estimator:
     checks.function("sample", sample, "key", "t", "data")
 
     def update(
-        key: Key | None, state: Levels, oracle: Oracle, point: Levels, batch: Batch, k: Scalar
-    ) -> tuple[Levels, Levels, Array]:
+        key: Key | None, state: Levels[PyTree], oracle: Oracle, point: Levels[PyTree], batch: Batch, k: Scalar
+    ) -> tuple[Levels[PyTree], Levels[PyTree], Array]:
         drawn = draw(key, sample, k, batch, oracle.gossip.agents())
         then, now = oracle.evaluate(oracle.previous, drawn), oracle.evaluate(point, drawn)
         u = each(lambda momentum, u, then, now: (1 - momentum) * (u - then) + now, from_one(rates, k), state, then, now)

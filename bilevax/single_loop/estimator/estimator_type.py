@@ -36,7 +36,7 @@ class Oracle(NamedTuple):
         [1, 1, 1, 1]
     """
 
-    evaluate: Callable[[Levels, Batch], Levels]
+    evaluate: Callable[[Levels[PyTree], Batch], Levels[PyTree]]
     gossip: Gossip
     group: tuple[str, ...]
     previous: Any = None
@@ -45,15 +45,15 @@ class Oracle(NamedTuple):
 class EstimatorInit(Protocol):
     """The first memory; batch is None where the method was started without one."""
 
-    def __call__(self, oracle: Oracle, point: Levels, batch: Batch | None) -> Any: ...
+    def __call__(self, oracle: Oracle, point: Levels[PyTree], batch: Batch | None) -> Any: ...
 
 
 class EstimatorUpdate(Protocol):
     """The directions at a point, the memory, and the evaluations of each agent [n]."""
 
     def __call__(
-        self, key: Key | None, state: Any, oracle: Oracle, point: Levels, batch: Batch, k: Scalar
-    ) -> tuple[Levels, Any, Array]: ...
+        self, key: Key | None, state: Any, oracle: Oracle, point: Levels[PyTree], batch: Batch, k: Scalar
+    ) -> tuple[Levels[PyTree], Any, Array]: ...
 
 
 class Estimator(NamedTuple):
@@ -79,6 +79,12 @@ class Estimator(NamedTuple):
 
     def __repr__(self) -> str:
         return by_text(self)
+
+
+class Coins(Protocol):
+    """Who refreshes: a scalar bool for all or none, a bool [n] of the agents held here, or int [m], global ids."""
+
+    def __call__(self, key: Key | None, k: Scalar, gossip: Gossip, /) -> Array: ...
 
 
 def where(chosen: Array, new: PyTree, old: PyTree) -> PyTree:
@@ -130,12 +136,12 @@ def everybody(oracle: Oracle) -> Array:
     return jnp.ones_like(oracle.gossip.agents())
 
 
-def zeros_like(oracle: Oracle, point: Levels) -> Levels:
+def zeros_like(oracle: Oracle, point: Levels[PyTree]) -> Levels[PyTree]:
     """Zero directions at the levels that are moved now, None at the others."""
     return Levels(*(optax.tree.zeros_like(s) if name in oracle.group else None for name, s in point._asdict().items()))
 
 
-def rates_of(name: str, value: Any, zero: bool = False) -> Levels:
+def rates_of(name: str, value: Any, zero: bool = False) -> Levels[PyTree]:
     """Reads a rate in (0, 1] (with `zero`: in [0, 1]) for each level: a number or a schedule."""
     rates = levels(name, value)
     for rate in rates:
@@ -147,6 +153,6 @@ def rates_of(name: str, value: Any, zero: bool = False) -> Levels:
     return rates
 
 
-def from_one(rates: Levels, k: Scalar) -> Levels:
+def from_one(rates: Levels[PyTree], k: Scalar) -> Levels[PyTree]:
     """The rates at iteration k; 1 at the first, where there is nothing to remember."""
     return Levels(*(jnp.where(k == 0, 1.0, at(k, rate)) for rate in rates))

@@ -9,7 +9,7 @@ from bilevax.sampling import Sample
 from bilevax.sampling import full as all_data
 from bilevax.single_loop._levels import Levels
 from bilevax.single_loop.estimator.estimator_type import Estimator, Oracle, draw, everybody
-from bilevax.typing import Array, Key, Scalar
+from bilevax.typing import Array, Key, PyTree, Scalar
 
 
 @as_called
@@ -60,8 +60,8 @@ def stochastic(sample: Sample) -> Estimator:
     checks.function("sample", sample, "key", "t", "data")
 
     def update(
-        key: Key | None, state: Any, oracle: Oracle, point: Levels, batch: Batch, k: Scalar
-    ) -> tuple[Levels, Any, Array]:
+        key: Key | None, state: Any, oracle: Oracle, point: Levels[PyTree], batch: Batch, k: Scalar
+    ) -> tuple[Levels[PyTree], Any, Array]:
         drawn = draw(key, sample, k, batch, oracle.gossip.agents())
         return oracle.evaluate(point, drawn), state, everybody(oracle)
 
