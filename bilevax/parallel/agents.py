@@ -41,10 +41,10 @@ T = TypeVar("T")
 _ONE_MESH = 'Pass jax.sharding.Mesh(jax.devices(), ("agents",)).'
 
 
-Graphs: TypeAlias = gossips.Topologies | Levels
+Graphs: TypeAlias = gossips.Topologies | Levels[PyTree]
 """A topology, a sequence of them taken in turn, or one of these for each level."""
 
-Gossips: TypeAlias = gossips.Gossip | Levels
+Gossips: TypeAlias = gossips.Gossip | Levels[PyTree]
 """What becomes of them: a gossip, or one for each level."""
 
 MakeAlgorithm: TypeAlias = Callable[[Any], Algorithm]

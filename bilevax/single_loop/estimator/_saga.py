@@ -11,7 +11,7 @@ from bilevax.printing import as_called
 from bilevax.problem import Batch
 from bilevax.single_loop._levels import Levels
 from bilevax.single_loop.estimator.estimator_type import Estimator, Oracle, everybody, needed, zeros_like
-from bilevax.typing import Array, Key, Scalar
+from bilevax.typing import Array, Key, PyTree, Scalar
 
 
 class SagaState(NamedTuple):
@@ -27,8 +27,8 @@ class SagaState(NamedTuple):
         ((4, 10, 2), (4, 2))
     """
 
-    table: Levels
-    mean: Levels
+    table: Levels[PyTree]
+    mean: Levels[PyTree]
 
 
 @as_called
@@ -72,14 +72,14 @@ def saga(blocks: int) -> Estimator:
 
         return jax.tree.map(rows, data)
 
-    def init(oracle: Oracle, point: Levels, batch: Any) -> SagaState:
+    def init(oracle: Oracle, point: Levels[PyTree], batch: Any) -> SagaState:
         zeros = zeros_like(oracle, point)
         table = jax.tree.map(lambda leaf: jnp.zeros((leaf.shape[0], blocks, *leaf.shape[1:]), leaf.dtype), zeros)
         return SagaState(table, zeros)
 
     def update(
-        key: Key | None, state: SagaState, oracle: Oracle, point: Levels, batch: Batch, k: Scalar
-    ) -> tuple[Levels, SagaState, Array]:
+        key: Key | None, state: SagaState, oracle: Oracle, point: Levels[PyTree], batch: Batch, k: Scalar
+    ) -> tuple[Levels[PyTree], SagaState, Array]:
         agents = oracle.gossip.agents()
         keys = jax.vmap(lambda agent: jax.random.fold_in(needed(key), agent))(agents)
         chosen = jax.vmap(lambda key: jax.random.randint(key, (), 0, blocks))(keys)
