@@ -73,19 +73,21 @@ _HOMES = {
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        import difflib
+if not TYPE_CHECKING:  # which would let any name pass
 
-        near = difflib.get_close_matches(name, __all__)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(__all__)}."
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; {hint}")
-    if name in _HOME:
-        value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    else:
-        value = importlib.import_module(f"{__name__}.{name}")
-    globals()[name] = value
-    return value
+    def __getattr__(name: str) -> Any:
+        if name not in __all__:
+            import difflib
+
+            near = difflib.get_close_matches(name, __all__)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(__all__)}."
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}; {hint}")
+        if name in _HOME:
+            value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+        else:
+            value = importlib.import_module(f"{__name__}.{name}")
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:
