@@ -46,8 +46,8 @@ def loss_with_a_gradient(x, y, batch):
 OWN_DESCENT = bx.BilevelProblem(loss_with_a_gradient, PROBLEM.inner_loss)
 
 
-def preset(name, *arguments, problem=PROBLEM, **options):
-    return lambda gossip: getattr(bx.decentralized, name)(problem, gossip, STEPS, *arguments, **options)
+def preset(name, problem=PROBLEM, **options):
+    return lambda gossip: getattr(bx.decentralized, name)(problem, gossip, STEPS, **options)
 
 
 def mixed(gossip):
@@ -72,25 +72,29 @@ def noisy(key, t, data):
     return jax.tree.map(lambda leaf: leaf + 0.01 * jax.random.normal(key, leaf.shape), data)
 
 
+COMPRESSED = {"steps": 2, "multiplier": 10.0, "compressor": bx.agents.compression.top_k(0.5), "gossip_step": 0.4}
 PARTS = {  # of about as many seconds
     "neighbours": {
         "sldbo": (RING, preset("sldbo", radius=5.0)),
         "subset, torus": (
             graphs.torus(16, rows=4, weights=graphs.self_weight(0.3)),
-            preset("s3ldbo", bx.coins.subset(0.5, block=2)),
+            preset("s3ldbo", coins=bx.coins.subset(0.5, block=2)),
         ),
-        "global ids": (RING, preset("s3ldbo", lambda key, k, gossip: jnp.array([2, 5, 9]) + k % 3)),
-        "one agent per device": (graphs.ring(8), preset("s3ldbo", bx.coins.independent(0.5), problem=OWN_DESCENT)),
+        "global ids": (RING, preset("s3ldbo", coins=lambda key, k, gossip: jnp.array([2, 5, 9]) + k % 3)),
+        "one agent per device": (
+            graphs.ring(8),
+            preset("s3ldbo", coins=bx.coins.independent(0.5), problem=OWN_DESCENT),
+        ),
     },
     "graphs": {
-        "independent, gathered": (RANDOM, preset("s3ldbo", bx.coins.independent(np.linspace(0.3, 1.0, 16)))),
-        "common, graph per level": (bx.Levels(RING, RANDOM, ONE_PEER), preset("s3ldbo", bx.coins.common(0.5))),
-        "variance-reduced, one peer": (ONE_PEER, preset("dsvrbgd", noisy, 0.3, 0.5)),
+        "independent, gathered": (RANDOM, preset("s3ldbo", coins=bx.coins.independent(np.linspace(0.3, 1.0, 16)))),
+        "common, graph per level": (bx.Levels(RING, RANDOM, ONE_PEER), preset("s3ldbo", coins=bx.coins.common(0.5))),
+        "variance-reduced, one peer": (ONE_PEER, preset("dsvrbgd", sample=noisy, momentum=0.3, rate=0.5)),
         "mixed": (bx.Levels(RING, graphs.lazy(RING), ONE_WAY), mixed),
     },
     "loops": {
-        "compressed inner loops": (RING, preset("c2dfb", 2, 10.0, bx.agents.compression.top_k(0.5), 0.4, noisy)),
-        "inner loops": (RING, preset("ma_dsbo", 2, 2, noisy, 0.5)),
+        "compressed inner loops": (RING, preset("c2dfb", sample=noisy, **COMPRESSED)),
+        "inner loops": (RING, preset("ma_dsbo", steps=2, v_steps=2, sample=noisy, momentum=0.5)),
         "accumulated": (RING, lambda gossip: bx.decentralized.adasdbo(PROBLEM, gossip, 0.5, sample=noisy)),
     },
     "matrices": {
@@ -312,7 +316,7 @@ def refused():
     make, devices = preset("sldbo"), jax.devices()
     mesh = Mesh(devices, ("agents",))
     x, y, batch = data(16)
-    spanning = bx.parallel.shard_agents(preset("s3ldbo", bx.coins.subset(0.5, block=4)), RING, mesh)
+    spanning = bx.parallel.shard_agents(preset("s3ldbo", coins=bx.coins.subset(0.5, block=4)), RING, mesh)
     whole = bx.parallel.pmap_agents(make, RING, devices)
     method = bx.parallel.shard_agents(make, RING, mesh)
     odd = bx.problem.Algorithm(lambda x, y, batch: jnp.zeros(3), lambda key, state, batch: (state, jnp.zeros(5)))

@@ -138,7 +138,7 @@ def test_an_import_upwards_and_a_circle_are_seen(below, refused):
     ("text", "names"),
     [
         ("import bilevax as bx\nbx.checks.count", ["bilevax.checks", "bilevax.checks.count"]),
-        ("from bilevax import ihvp\nihvp.cg._solve(1).x", ["bilevax.ihvp._cg._solve"]),
+        ("from bilevax import ihvp\nihvp.cg._solve(1).x", ["bilevax.ihvp.cg._solve"]),
         ("from bilevax.inner._optimizer_steps import run", ["bilevax.inner._optimizer_steps.run"]),
         ("import bilevax as bx\nbx.inner.implicit(g).start", []),
     ],
