@@ -256,10 +256,12 @@ def test_declared_calls_are_those_that_the_compiled_program_runs(name):
 
 
 def test_step_sizes_that_fall():
-    np.testing.assert_allclose(A.decay(0.3, 0.5)(jnp.arange(9))[jnp.array([0, 8])], [0.3, 0.1])
+    np.testing.assert_allclose(bx.single_loop.decay(0.3, 0.5)(jnp.arange(9))[jnp.array([0, 8])], [0.3, 0.1])
     problem = bx.BilevelProblem(lambda x, y, batch: y**2, lambda x, y, batch: 0.5 * (y - x) ** 2)
     by_number = A.ttsa(problem, (0.1, 0.5, 1.0), sample=FULL, terms=1)
-    by_schedule = A.bsa(problem, (A.decay(0.1, 0.6), A.decay(0.5, 0.4), 1.0), sample=FULL, steps=1, terms=1)
+    by_schedule = A.bsa(
+        problem, (bx.single_loop.decay(0.1, 0.6), bx.single_loop.decay(0.5, 0.4), 1.0), sample=FULL, steps=1, terms=1
+    )
     for method in (by_number, by_schedule):
         state, step = method.init(1.0, 0.0), jax.jit(method.step)
         for _ in range(2):
@@ -286,7 +288,7 @@ BAD = {
     "multiplier": ("multiplier", lambda: A.f2sa(PROBLEM, STEPS, sample=SMALL, multiplier=-1.0)),
     "directions": ("directions", lambda: A.pzobo(PROBLEM, STEPS, sample=SMALL, directions=0)),
     "mu": ("mu", lambda: A.pzobo(PROBLEM, STEPS, sample=SMALL, mu=0.0)),
-    "power": ("power", lambda: A.decay(0.1, -1.0)),
+    "power": ("power", lambda: bx.single_loop.decay(0.1, -1.0)),
     "series_mrbo": (r"step_sizes\.v.*> 0; got 0", lambda: A.mrbo(PROBLEM, (0.1, 0.1, 0), sample=SMALL)),
     "schedule_of_a_series_mrbo": (
         r"step_sizes\.v must be one number",

@@ -214,7 +214,7 @@ def start(features: int) -> tuple[Array, Array]:
 
 def method(row: Row, rows: int) -> bx.problem.Algorithm:
     """The row on data with so many inner rows."""
-    x, y, v = (bx.algorithms.decay(a, p) if p else a for a, p in row.steps)
+    x, y, v = (bx.single_loop.decay(a, p) if p else a for a, p in row.steps)
     x = boxed(optax.adam(x)) if row.tuned else x
     return row.make(PROBLEM, bx.Levels(x, y, v), (row.sample or blocks)(BATCH), rows, **row.options)
 

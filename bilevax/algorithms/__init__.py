@@ -34,7 +34,6 @@ from bilevax.algorithms._stocbio import stocbio
 from bilevax.algorithms._sustain import sustain
 from bilevax.algorithms._ttsa import ttsa
 from bilevax.algorithms._vrbo import VrboState, vrbo
-from bilevax.single_loop.step_sizes import decay
 
 __all__ = [
     "AmigoState",
@@ -43,7 +42,6 @@ __all__ = [
     "VrboState",
     "amigo",
     "bsa",
-    "decay",
     "descent",
     "f2sa",
     "fsla",

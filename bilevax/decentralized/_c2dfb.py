@@ -14,8 +14,8 @@ from bilevax.sampling import Sample, fold, full
 from bilevax.single_loop._levels import Levels, PerLevel
 from bilevax.single_loop._preconditioned import Place
 from bilevax.single_loop.correction._tracking import tracking_non_atc
+from bilevax.single_loop.engine import Level
 from bilevax.single_loop.estimator.estimator_type import draw
-from bilevax.single_loop.level import Level
 from bilevax.single_loop.method import Info, check_start, check_step, moved, read_gossips
 from bilevax.single_loop.step_sizes import StepSizes, read_steps
 from bilevax.typing import Array, Key, PyTree, Scalar

@@ -16,8 +16,8 @@ from bilevax.single_loop._levels import Levels, PerLevel, Rate
 from bilevax.single_loop._preconditioned import Place
 from bilevax.single_loop.correction._none import none
 from bilevax.single_loop.correction._tracking import tracking_non_atc
+from bilevax.single_loop.engine import Level
 from bilevax.single_loop.estimator.estimator_type import draw, from_one, rates_of
-from bilevax.single_loop.level import Level
 from bilevax.single_loop.method import Info, check_start, check_step, moved, read_gossips
 from bilevax.single_loop.step_sizes import StepSizes, read_steps
 from bilevax.typing import Array, Key, PyTree

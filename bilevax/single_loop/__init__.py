@@ -9,8 +9,8 @@ coins               who refreshes its derivatives, in a snapshot method
 
 from bilevax.single_loop import coins, correction, estimator, local_directions
 from bilevax.single_loop._levels import Levels
-from bilevax.single_loop._preconditioned import preconditioned
-from bilevax.single_loop.engine import GAUSS_SEIDEL, JACOBI, single_loop
+from bilevax.single_loop._preconditioned import Place, preconditioned
+from bilevax.single_loop.engine import GAUSS_SEIDEL, JACOBI, Level, single_loop
 from bilevax.single_loop.method import Info, State, moved
 from bilevax.single_loop.step_sizes import decay
 
@@ -18,7 +18,9 @@ __all__ = [
     "GAUSS_SEIDEL",
     "JACOBI",
     "Info",
+    "Level",
     "Levels",
+    "Place",
     "State",
     "coins",
     "correction",

@@ -71,7 +71,20 @@ def preconditioned(step_size: Any, ihvp: IHVP) -> Preconditioned:
 
 
 class Place(NamedTuple):
-    """Where the agents are when a level moves: leaves [n, ...], and what they draw with."""
+    """Where the agents are when a level moves, for a step size that looks at it: leaves [n, ...].
+
+    Attributes:
+      problem: f_i and g_i.
+      point: `Levels(x, y, v)`.
+      batch: `Batch(outer, inner)`; None at `init` without one.
+      key: what they draw with.
+      agents: their global ids [n].
+
+    Example:
+        >>> import bilevax as bx
+        >>> bx.single_loop.Place(None, bx.Levels(1.0, 2.0, 3.0), None).point.y
+        2.0
+    """
 
     problem: BilevelProblem
     point: Any

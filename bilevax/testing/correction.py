@@ -17,7 +17,7 @@ from bilevax import checks
 from bilevax.agents._gossip import Gossip, Topologies
 from bilevax.single_loop._preconditioned import Place
 from bilevax.single_loop.correction.correction_type import Correction, Sent
-from bilevax.single_loop.level import Level
+from bilevax.single_loop.engine import Level
 from bilevax.testing._contract import Contract, contract, hold_all, name_of
 from bilevax.testing.placement import (
     DIRECTED,
