@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from bilevax import checks
 from bilevax.agents._gossip import Gossip
+from bilevax.printing import brief
 from bilevax.single_loop.estimator.estimator_type import Coins, needed
 from bilevax.typing import Array, Key, Scalar
 
@@ -62,6 +63,7 @@ def independent(probability: Scalar) -> Coins:
             )
         return jax.vmap(jax.random.bernoulli)(keys, jnp.broadcast_to(jnp.asarray(probability, float), gossip.n)[agents])
 
+    choose.__name__ = f"independent({brief(probability)})"  # as print shows it
     return choose
 
 
@@ -90,7 +92,12 @@ def common(probability: Scalar) -> Coins:
             f"probability must be one number for all agents; got shape {jnp.shape(probability)}. Take "
             f"coins.independent."
         )
-    return lambda key, k, gossip: jax.random.bernoulli(needed(key), probability)
+
+    def choose(key: Key | None, k: Scalar, gossip: Gossip) -> Array:
+        return jax.random.bernoulli(needed(key), probability)
+
+    choose.__name__ = f"common({brief(probability)})"
+    return choose
 
 
 def subset(probability: float, *, block: int | None = None) -> Coins:
@@ -146,4 +153,5 @@ def subset(probability: float, *, block: int | None = None) -> Coins:
         drawn = jax.vmap(lambda key: jax.random.permutation(key, size)[: ceil(probability * size - 1e-9)])(keys)
         return (first[:, None] + drawn.astype(agents.dtype)).reshape(-1)
 
+    choose.__name__ = f"subset({probability})" if block is None else f"subset({probability}, block={block})"
     return choose
