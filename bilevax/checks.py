@@ -168,6 +168,18 @@ def same_shapes(name: str, got: PyTree, expected: PyTree, fix: str) -> None:
         raise ValueError(f"{name} must keep its structure and shapes; got {what}, expected {want}. {fix}")
 
 
+def same_form(name: str, got: PyTree, expected: PyTree, fix: str) -> None:
+    """Raises ValueError unless the two pytrees have one structure, and one shape and dtype at every leaf."""
+    same_shapes(name, got, expected, fix)
+    leaves = zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(expected), strict=True)
+    for (path, leaf), like in leaves:
+        if (dtype := jnp.result_type(leaf)) != (wanted := jnp.result_type(like)):
+            raise ValueError(
+                f"{name} must keep its dtypes; got {dtype} at {jax.tree_util.keystr(path) or 'its only leaf'}, "
+                f"expected {wanted}. {fix}"
+            )
+
+
 def scalar_loss(name: str, loss: Callable[[PyTree, PyTree, PyTree], Any]) -> Callable[[PyTree, PyTree, PyTree], Array]:
     """Returns `loss` with a check that it returns one floating-point number."""
     function(name, loss, "x", "y", "batch")

@@ -112,9 +112,10 @@ def hypergradient(outer_loss: Loss, solver: InnerSolver) -> Hypergradient:
         """
         check_call(HypergradientState, state, x, batch)
         z, pull_start = jax.vjp(solver.start, x, state.y)
-        z_T, residual, solver_state = solver.forward(key, state.solver, x, z, batch.inner)
+        z_T, residual, solver_state = _solved(solver.forward(key, state.solver, x, z, batch.inner), z)
         value, (direct, y_bar) = jax.value_and_grad(outer, argnums=(0, 1))(x, z_T.y, batch.outer)
-        (x_bar, z0_bar), solver_state, info = solver.backward(residual, solver_state, Iterate(y_bar))
+        (x_bar, z0_bar), solver_state, info = _pulled_back(solver.backward(residual, solver_state, Iterate(y_bar)))
+        checks.same_form("x_bar of solver.backward", x_bar, x, "Return a cotangent like x.")
         start_bar, _ = pull_start(full_cotangent(z0_bar, z))
         grad = jax.tree.map(lambda *parts: sum(parts), direct, x_bar, start_bar)
         info = info._replace(
@@ -124,6 +125,23 @@ def hypergradient(outer_loss: Loss, solver: InnerSolver) -> Hypergradient:
         return grad, HypergradientState(z_T.y, solver_state, state.x_shapes), HypergradientInfo(value, info)
 
     return Hypergradient(init, estimate)
+
+
+def _solved(parts: Any, z: Iterate) -> tuple[Iterate, Any, Any]:
+    """What `forward` of an inner solver returns, if it is what it should be."""
+    z_T, residual, state = checks.parts("solver.forward", parts, "z_T", "residual", "state")
+    checks.instance("z_T of solver.forward", z_T, Iterate, "Return bx.problem.Iterate(y, opt_state, t).")
+    checks.same_form("y of solver.forward", z_T.y, z.y, "Return a y like that of start.")
+    return z_T, residual, state
+
+
+def _pulled_back(parts: Any) -> tuple[tuple[PyTree, Iterate], Any, SolverInfo]:
+    """What `backward` of an inner solver returns, if it is what it should be."""
+    bars, state, info = checks.parts("solver.backward", parts, "(x_bar, z0_bar)", "state", "info")
+    x_bar, z0_bar = checks.parts("solver.backward, as the first of three,", bars, "x_bar", "z0_bar")
+    checks.instance("z0_bar of solver.backward", z0_bar, Iterate, "Return bx.problem.Iterate(y_bar).")
+    checks.instance("info of solver.backward", info, SolverInfo, "Return bx.problem.SolverInfo(...).")
+    return (x_bar, z0_bar), state, info
 
 
 def check_call(kind: type, state: Any, x: PyTree, batch: Batch) -> None:
@@ -199,7 +217,7 @@ def differentiable(solver: InnerSolver) -> DifferentiableSolve:
     def run(x: PyTree, y0: PyTree, batch: PyTree, key: Key | None) -> tuple[PyTree, _Solved]:
         state = solver.init(x, y0, batch)
         z, pull_start = jax.vjp(solver.start, x, y0)
-        z_T, residual, state = solver.forward(key, state, x, z, batch)
+        z_T, residual, state = _solved(solver.forward(key, state, x, z, batch), z)
         return z_T.y, _Solved(pull_start, z, residual, state)
 
     @jax.custom_vjp
@@ -224,7 +242,7 @@ def differentiable(solver: InnerSolver) -> DifferentiableSolve:
     def backward(solved: _Solved, y_bar: PyTree) -> tuple[PyTree, PyTree, None, None]:
         pull_start, z, residual, state = solved
         y_bar = jax.tree.map(_instantiate, y_bar, is_leaf=_is_symbolic_zero)
-        (x_bar, z0_bar), _, _ = solver.backward(residual, state, Iterate(y_bar))
+        (x_bar, z0_bar), _, _ = _pulled_back(solver.backward(residual, state, Iterate(y_bar)))
         start_x_bar, y0_bar = pull_start(full_cotangent(z0_bar, z))
         return optax.tree.add(x_bar, start_x_bar), y0_bar, None, None
 

@@ -10,7 +10,7 @@ from bilevax import checks
 from bilevax.ihvp._cg import cg
 from bilevax.inner._optimizer_steps import Initial, Optimizer, Solve, check_point, optimizer_steps, step_keys
 from bilevax.printing import as_called, by_shape
-from bilevax.problem import IHVP, Calls, InnerSolver, Iterate, Loss, SolverInfo, arrays, inner_gradient, norm
+from bilevax.problem import IHVP, Calls, IHVPInfo, InnerSolver, Iterate, Loss, SolverInfo, arrays, inner_gradient, norm
 from bilevax.sampling import Sample, full
 from bilevax.typing import Key, PyTree
 
@@ -161,8 +161,9 @@ def implicit(
             )
         t = jnp.maximum(z.t - 1, 0)
         inner = inner_gradient(inner_loss, x, y, cross_sample(cross_key, t, batch))
-        apply, ihvp_state = solver.prepare(ihvp_key, state.ihvp, inner_loss, (x, y, batch))
-        v, ihvp_info = apply(y_bar, state.v)
+        prepared = solver.prepare(ihvp_key, state.ihvp, inner_loss, (x, y, batch))
+        apply, ihvp_state = checks.parts("ihvp.prepare", prepared, "apply", "state")
+        v, ihvp_info = _checked(apply(y_bar, state.v), y_bar)
         x_bar = optax.tree.scale(-1, inner.pull_back(v)[0])
         calls = Calls(0, steps + 1 + ihvp_info.setup_gradients, ihvp_info.products + ihvp_info.setup_products, 1)
         size = norm(inner.gradient)
@@ -173,3 +174,11 @@ def implicit(
         return (x_bar, Iterate(optax.tree.zeros_like(y))), state, info
 
     return InnerSolver(init, start, forward, backward)
+
+
+def _checked(applied: Any, b: PyTree) -> tuple[PyTree, IHVPInfo]:
+    """What an inverse-Hessian-vector product returns for b, if it is what it should be."""
+    v, info = checks.parts("apply of ihvp.prepare", applied, "v", "info")
+    checks.same_form("v of ihvp.prepare", v, b, "Return v like b: optax.tree.cast_like(v, b).")
+    checks.instance("info of ihvp.prepare", info, IHVPInfo, "Return bx.problem.IHVPInfo(...) beside v.")
+    return v, info

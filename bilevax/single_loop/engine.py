@@ -28,7 +28,7 @@ from bilevax.single_loop.estimator import Estimator, Oracle
 from bilevax.single_loop.local_directions import LocalDirections, second_order
 from bilevax.single_loop.method import Info, State, check_start, check_step, moved, of_kind, read_gossips
 from bilevax.single_loop.step_sizes import StepSize, StepSizes, move, read_steps
-from bilevax.typing import Key, PyTree, Scalar
+from bilevax.typing import Array, Key, PyTree, Scalar
 
 Order = tuple[tuple[str, ...], ...]
 
@@ -122,8 +122,7 @@ def single_loop(
         for group, memory in zip(groups, state.estimators, strict=True):
             oracle = group.oracle._replace(previous=previous)
             parts = estimator.update(fold(key, ESTIMATE), memory, oracle, point, batch, state.k)
-            d, memory, evaluations = checks.parts("estimator.update", parts, "directions", "state", "evaluations")
-            checks.one_for_each_agent("evaluations of estimator.update", evaluations, agents)
+            d, memory, evaluations = _estimated(parts, memory, agents)
             place = Place(problem, point, batch, fold(key, PRECONDITION), agents)
             moves = [
                 level.update(fold(key, number), old, s, along, place, state.k) if level else (s, old, None)
@@ -184,18 +183,21 @@ class Level(NamedTuple):
         self, key: Key | None, state: Any, s: PyTree, d: PyTree, place: Place, k: Scalar
     ) -> tuple[PyTree, Any, Sent]:
         """The next s, the memory, and what was sent: the only place that knows of push-sum weights."""
+        local = len(self.gossip.agents())
+        checks.agents_axis(f"direction of {self.name}", d, local, "Return directions of all agents that are held here.")
         how = _of_sums(self.gossip, state.gossip, move(self.step_size, k, place))
         z = self.gossip.weigh(state.gossip, s)
         parts = self.correction.update(key, state, _once_each(self.gossip), z, d, how, k)
-        z_new, state, sent = checks.parts("correction.update", parts, "s⁺", "state", "Sent(bytes, rounds)")
-        checks.same_shapes(f"{self.name} after correction.update", z_new, z, "Return s⁺ like s.")
+        z_new, after, sent = checks.parts("correction.update", parts, "s⁺", "state", "Sent(bytes, rounds)")
+        checks.same_form(f"{self.name} after correction.update", z_new, z, "Return s⁺ like s.")
+        checks.same_form("state after correction.update", after, state, "Return it in the form in which init made it.")
         checks.instance(
             "what correction.update returns last", sent, Sent, "Return Sent(bytes=gossip.bytes(...), rounds=1)."
         )
         checks.one_for_each_agent("bytes of correction.update", sent.bytes, self.gossip.agents())
         checks.scalar("rounds of correction.update", sent.rounds)
-        s_new = self.gossip.debias(state.gossip, z_new)
-        return s_new if self.radius is None else _projected(s_new, self.radius), state, sent
+        s_new = self.gossip.debias(after.gossip, z_new)
+        return s_new if self.radius is None else _projected(s_new, self.radius), after, sent
 
 
 def _of_sums(gossip: Gossip, state: Any, how: Move) -> Move:
@@ -229,7 +231,7 @@ def _once_each(gossip: Gossip) -> Gossip:
                 )
             mixed, after = send(key, state, tree)
             used.extend(jax.tree.leaves((state, after)))
-            checks.same_shapes("what gossip mixes", mixed, tree, "Return from mix and laplacian a tree like theirs.")
+            checks.same_form("what gossip mixes", mixed, tree, "Return from mix and laplacian a tree like theirs.")
             return mixed, after
 
         return call
@@ -280,8 +282,17 @@ def _evaluate(
     for level, along, s in zip(chosen, d, point, strict=True):
         if level:
             fix = "Return directions like x, y and y."
-            checks.same_shapes(f"the direction of {level.name}", along, s, fix)
+            checks.same_form(f"the direction of {level.name}", along, s, fix)
     return Levels(*(along if level else None for level, along in zip(chosen, d, strict=True)))
+
+
+def _estimated(parts: Any, memory: Any, agents: Array) -> tuple[Levels[PyTree], Any, Array]:
+    """What an estimator returns, if it is what it should be."""
+    d, after, evaluations = checks.parts("estimator.update", parts, "directions", "state", "evaluations")
+    checks.instance("what estimator.update returns first", d, Levels, "Return bx.Levels, None at levels that stay.")
+    checks.same_form("state after estimator.update", after, memory, "Return it in the form in which init made it.")
+    checks.one_for_each_agent("evaluations of estimator.update", evaluations, agents)
+    return d, after, evaluations
 
 
 def _most_rounds(sent: list[Sent]) -> Scalar:
