@@ -203,31 +203,34 @@ def limit_is_that_of_the_mean_loss(subject: CorrectionSubject) -> None:
 
 @contract(
     "Count in bytes what is handed to gossip.mix and gossip.laplacian, by gossip.bytes(state, message), and in rounds "
-    "how often they are called in one update: Sent(bytes, rounds)."
+    "how often they are called in one update: Sent(bytes, rounds); both are returned by the branches of a jax.lax.cond."
 )
 def bytes_and_rounds_are_those_of_its_messages(subject: CorrectionSubject) -> None:
-    """Read off the calls of the gossip in a traced update."""
-    gossip, sent = on_one_device(subject.topology), []
+    """Read off the calls of the gossip in each of twenty updates; branches that are skipped do not call it."""
+    gossip = on_one_device(subject.topology)
+    sent: list[np.ndarray] = []
 
     def spied(send: Callable[..., tuple[PyTree, Any]]) -> Callable[..., tuple[PyTree, Any]]:
         def call(key: Key | None, state: Any, tree: PyTree) -> tuple[PyTree, Any]:
-            sent.append(gossip.bytes(state, tree))
+            jax.debug.callback(lambda size: sent.append(np.asarray(size)), gossip.bytes(state, tree))
             return send(key, state, tree)
 
         return call
 
-    spy = gossip._replace(mix=spied(gossip.mix), laplacian=spied(gossip.laplacian))
-
-    level = _level(subject.correction, spy)
+    level = _level(subject.correction, gossip._replace(mix=spied(gossip.mix), laplacian=spied(gossip.laplacian)))
 
     @jax.jit
-    def declared(s: PyTree) -> tuple[Sent, Array]:
-        _, _, size = level.update(KEY, level.init(s, NOWHERE), s, s, NOWHERE, 0)
-        return size, sum(sent, start=jnp.zeros(N))
+    def update(state: Any, s: PyTree, k: Array) -> tuple[Any, Sent]:
+        return level.update(KEY, state, s, s, NOWHERE, k)[1:]
 
-    got, expected = declared(_start())
-    truth(np.allclose(got.bytes, expected), f"bytes are {got.bytes}, and the messages have {expected}")
-    truth(got.rounds == len(sent), f"rounds={got.rounds} for {len(sent)} calls")
+    state = jax.jit(lambda s: level.init(s, NOWHERE))(_start())
+    for k in range(UPDATES):
+        sent.clear()
+        state, got = update(state, _start(), np.int32(k))
+        jax.effects_barrier()
+        expected = sum(sent, start=np.zeros(N))
+        truth(np.allclose(got.bytes, expected), f"bytes are {got.bytes}, and the messages have {expected}")
+        truth(got.rounds == len(sent), f"rounds={got.rounds} for {len(sent)} calls in update {k}")
 
 
 @contract("Let nothing but gossip see more than one agent, and draw with keys into which gossip.agents() is folded.")
