@@ -54,14 +54,48 @@ def needed(key: Key | None, what: str) -> Key:
 
 
 def split(key: K, number: int) -> list[K]:
-    """Splits a key; no key (None) stays none, for solvers that draw nothing."""
+    """Splits a key; no key (None) stays none, for what draws nothing.
+
+    Args:
+      key: of `jax.random.key`, or None.
+      number: of keys.
+
+    Returns:
+      A list of `number` keys, or of as many None.
+
+    Raises:
+      ValueError: if the key is something else.
+
+    Cost: that of `jax.random.split`.
+
+    Example:
+        >>> import bilevax as bx
+        >>> bx.sampling.split(None, 2)
+        [None, None]
+    """
     check_key(key)
     keys: Any = [None] * number if key is None else list(jax.random.split(key, number))
     return keys
 
 
 def fold(key: K, number: Scalar) -> K:
-    """Folds a number into a key; no key (None) stays none."""
+    """Folds a number into a key; no key (None) stays none, for what draws nothing.
+
+    Args:
+      key: of `jax.random.key`, or None.
+      number: a whole number, traced or not: an iteration, the number of a use, the id of an agent.
+
+    Returns:
+      Another key, or None.
+
+    Cost: that of `jax.random.fold_in`.
+
+    Example:
+        >>> import bilevax as bx, jax
+        >>> draw = bx.sampling.fold(jax.random.key(0), 1)
+        >>> jax.vmap(lambda agent: bx.sampling.fold(draw, agent))(jax.numpy.arange(4)).shape
+        (4,)
+    """
     folded: Any = None if key is None else jax.random.fold_in(key, number)
     return folded
 

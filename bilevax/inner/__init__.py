@@ -7,6 +7,7 @@ from bilevax.inner._directional import DirectionalInfo, DirectionalState
 from bilevax.inner._forward_gradient import forward_gradient
 from bilevax.inner._implicit import ImplicitState, implicit
 from bilevax.inner._no_gradient import no_gradient
+from bilevax.inner._optimizer_steps import StepKeys, step_keys
 from bilevax.inner._reverse import Checkpoint, every_step, reverse, store_all, store_products, two_level
 from bilevax.inner._unroll_with_tail import unroll_with_tail
 from bilevax.inner._zeroth_order import Difference, central, one_sided, zeroth_order
@@ -18,6 +19,7 @@ __all__ = [
     "DirectionalInfo",
     "DirectionalState",
     "ImplicitState",
+    "StepKeys",
     "black_box",
     "central",
     "chain",
@@ -29,6 +31,7 @@ __all__ = [
     "one_sided",
     "random_directions",
     "reverse",
+    "step_keys",
     "store_all",
     "store_products",
     "two_level",

@@ -25,7 +25,18 @@ class Solve(Protocol):
 
 
 class StepKeys(NamedTuple):
-    """What becomes of the key of `forward`; each inner step folds its number into the first of them."""
+    """What becomes of the key of `forward`; each of them is None where there is no key.
+
+    Attributes:
+      steps: for the batches of the inner steps: step t folds in t.
+      ihvp: for `IHVP.prepare`.
+      cross: for the batch of the cross derivative.
+
+    Example:
+        >>> import bilevax as bx
+        >>> bx.inner.StepKeys(steps=None, ihvp=None, cross=None).steps is None
+        True
+    """
 
     steps: Key | None
     ihvp: Key | None
@@ -33,7 +44,27 @@ class StepKeys(NamedTuple):
 
 
 def step_keys(key: Key | None) -> StepKeys:
-    """The split that all solvers with steps share: from one key they make the same steps, whatever their derivative."""
+    """The split that all solvers with steps share: from one key they make the same steps, whatever their derivative.
+
+        steps, ihvp, cross = split(key, 3)          step t draws with fold(steps, t)
+
+    Args:
+      key: of `forward`, or None.
+
+    Returns:
+      `StepKeys(steps, ihvp, cross)`.
+
+    Raises:
+      ValueError: if the key is none of `jax.random.key`.
+
+    Cost: one split.
+
+    Example:
+        >>> import bilevax as bx, jax
+        >>> key = jax.random.key(0)
+        >>> bool(bx.inner.step_keys(key).ihvp == jax.random.split(key, 3)[1])
+        True
+    """
     return StepKeys(*split(key, 3))
 
 

@@ -90,7 +90,26 @@ class Info(NamedTuple):
 
 
 def moved(start: Levels[PyTree], end: Levels[PyTree]) -> tuple[Levels[PyTree], Array]:
-    """How far each level of each agent has moved, and which agents are no longer finite."""
+    """How far each level of each agent has moved, and which agents are no longer finite: two fields of `Info`.
+
+        moves_i = ‖s_i⁺ − s_i‖      for s = x, y, v
+
+    Args:
+      start: `Levels` before an iteration, leaves [n, ...]; () for a level that the method does not have.
+      end: the same after it.
+
+    Returns:
+      `(moves, breakdown)`: `Levels` of [n], () where there is none, and bool [n], True where a move is not finite.
+
+    Cost: one pass over the leaves; nothing is sent.
+
+    Example:
+        >>> import bilevax as bx, jax.numpy as jnp
+        >>> start, end = (bx.Levels(jnp.full(4, s), jnp.full(4, s), ()) for s in (0.0, 0.5))
+        >>> moves, breakdown = bx.single_loop.moved(start, end)
+        >>> moves.y.tolist(), moves.v, breakdown.tolist()
+        ([0.5, 0.5, 0.5, 0.5], (), [False, False, False, False])
+    """
 
     def distance(new: PyTree, old: PyTree) -> Any:
         return jax.vmap(norm)(optax.tree.sub(new, old)) if jax.tree.leaves(new) else ()
