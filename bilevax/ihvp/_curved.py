@@ -180,27 +180,22 @@ def curved(passes: Passes, options: Options, refresh: Refresh) -> IHVP:
         first = state.step == 0
         due, invert = first | refresh.factors(state.step), first | refresh.inverse(state.step)
         measure = due if refresh.averages else invert  # factors that would be forgotten are not measured
-        counts = []
 
-        def average(old: Factors) -> Factors:
+        def average(old: Factors) -> tuple[Factors, int]:
             found, count = passes.measure(key, here)
-            counts.append(count)
             rate = jnp.where(first, 0, refresh.ema)
-            return jax.tree.map(lambda a, b: (rate * a + (1 - rate) * b).astype(a.dtype), old, found)
+            return jax.tree.map(lambda a, b: (rate * a + (1 - rate) * b).astype(a.dtype), old, found), count
 
         def decomposed(old: Parts) -> Parts:
             return decompose(here, found, decay, damping, inverse)
 
-        def correct(parts: Parts) -> Parts:
-            parts, count = corrected(key, here, parts)
-            counts.append(count)
-            return parts
+        def correct(old: Parts) -> tuple[Parts, int]:
+            return corrected(key, here, old)
 
-        found = jax.lax.cond(measure, average, lambda old: old, state.factors)
+        found, spent = jax.lax.cond(measure, average, lambda old: (old, 0), state.factors)
         parts = jax.lax.cond(invert, decomposed, lambda old: old, state.parts)
-        parts = jax.lax.cond(due | invert, correct, lambda old: old, parts)
-        spent = jnp.where(measure, counts[0], 0) + jnp.where(due | invert, counts[1], 0)
-        return found, parts, spent
+        parts, more = jax.lax.cond(due | invert, correct, lambda old: (old, 0), parts)
+        return found, parts, spent + more
 
     def init(x: PyTree, y: PyTree, batch: PyTree = None, inner_loss: Loss | None = None) -> KFACState | tuple[()]:
         if not refresh.stateful:
