@@ -49,5 +49,13 @@ def all_directions(q, path, iterations):
     return stacked([networks.directions(q, [level[k] for level in path]) for k in range(iterations)])
 
 
+WITHOUT_V = ("mdbo", "vrdbo", "gbdsbo", "interact", "interact_svr", "diamond")
+
+
+def steps_of(preset, steps):
+    """Of these steps those that a preset takes: of x and y alone, if it has no v."""
+    return steps[:2] if preset.__name__ in WITHOUT_V else steps
+
+
 def make(preset, **options):
-    return lambda problem, gossip: preset(problem, gossip, STEPS, **options)
+    return lambda problem, gossip: preset(problem, gossip, steps_of(preset, STEPS), **options)

@@ -270,11 +270,14 @@ def roll(algorithm, batch, iterations, start=None):
     """(final state, trajectory with the start in front, stacked info) of a run under one scan."""
     state = algorithm.init(*(start or zeros(batch)), batch)
 
+    def levels(state):
+        return state.x, state.y, getattr(state, "v", ())  # some methods have no v
+
     def step(state, key):
         state, info = algorithm.step(key, state, batch)
-        return state, ((state.x, state.y, state.v), info)
+        return state, (levels(state), info)
 
-    first = state.x, state.y, state.v
+    first = levels(state)
     state, (path, info) = jax.lax.scan(step, state, jax.random.split(KEY, iterations))
     return state, jax.tree.map(lambda one, many: jnp.concatenate([one[None], many]), first, path), info
 
@@ -287,6 +290,11 @@ def run(algorithm, batch, iterations, start=None):
 def numbers(tree):
     """Plain numpy, which broadcasts."""
     return jax.tree.map(np.asarray, tree)
+
+
+def off(got, expected):
+    """The largest error of any agent; infinite where it is no number."""
+    return float(np.nan_to_num(np.abs(np.asarray(got) - expected), nan=np.inf).max())
 
 
 def close(got, expected, atol):

@@ -47,7 +47,8 @@ OWN_DESCENT = bx.BilevelProblem(loss_with_a_gradient, PROBLEM.inner_loss)
 
 
 def preset(name, problem=PROBLEM, **options):
-    return lambda gossip: getattr(bx.decentralized, name)(problem, gossip, STEPS, **options)
+    steps = STEPS[:2] if name == "gbdsbo" else STEPS
+    return lambda gossip: getattr(bx.decentralized, name)(problem, gossip, steps, **options)
 
 
 def mixed(gossip):

@@ -10,6 +10,7 @@ import inspect
 import numpy as np
 import optax
 import pytest
+from cases import steps_of
 
 import bilevax as bx
 from bilevax.testing import AlgorithmSubject, algorithm, contract
@@ -28,11 +29,11 @@ PLAIN = (1, 1, 1, 1)
 
 
 def preset(make, **options):
-    return lambda problem, gossip, steps, sample: make(problem, gossip, steps, **options)
+    return lambda problem, gossip, steps, sample: make(problem, gossip, steps_of(make, steps), **options)
 
 
 def sampled(make, **options):
-    return lambda problem, gossip, steps, sample: make(problem, gossip, steps, sample=sample, **options)
+    return lambda problem, gossip, steps, sample: make(problem, gossip, steps_of(make, steps), sample=sample, **options)
 
 
 def engine(estimator, correction=GT, step_sizes=None):

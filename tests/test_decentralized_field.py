@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import networks
 import numpy as np
 import pytest
-from cases import DEFINITE, GT, INDEFINITE, LAZY_RING, LAZY_SQUARE, STEPS, TOY_STEPS, W, at
-from networks import close, lazy, numbers, ring, roll, simulate, stacked
+from cases import DEFINITE, GT, INDEFINITE, LAZY_RING, LAZY_SQUARE, STEPS, TOY_STEPS, W, at, steps_of
+from networks import close, lazy, numbers, off, ring, roll, simulate, stacked
 
 import bilevax as bx
 from bilevax import decentralized
 from bilevax.single_loop import correction, single_loop
 from bilevax.testing import check_limit
-from bilevax.testing.limits import last, off
+from bilevax.testing.limits import last
 from bilevax.testing.problems import Quadratic, four_agents, neumann
 from bilevax.testing.problems._quadratic import PROBLEM
 
@@ -25,7 +25,7 @@ EXACT = {"terms": 50, "inverse_step": C}  # a Neumann series of which nothing is
 
 
 def make(preset, gossip=LAZY_RING, step_sizes=TOY_STEPS, **options):
-    return preset(PROBLEM, gossip, step_sizes, **options)
+    return preset(PROBLEM, gossip, steps_of(preset, step_sizes), **options)
 
 
 def end(method, q=DEFINITE, iterations=2500):

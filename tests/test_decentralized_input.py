@@ -8,7 +8,23 @@ import jax.numpy as jnp
 import networks
 import optax
 import pytest
-from cases import BATCH, ED, EXTRA, GT, KEY, LAZY_RING, LAZY_SQUARE, TOY_RING, TOY_SLDBO, TOY_STEPS, X, Y, make
+from cases import (
+    BATCH,
+    ED,
+    EXTRA,
+    GT,
+    KEY,
+    LAZY_RING,
+    LAZY_SQUARE,
+    TOY_RING,
+    TOY_SLDBO,
+    TOY_STEPS,
+    WITHOUT_V,
+    X,
+    Y,
+    make,
+    steps_of,
+)
 from networks import lazy, ring
 
 import bilevax as bx
@@ -36,7 +52,7 @@ def corrected(*forms, gossip=TOY_RING):
 
 
 def keyless(preset, **choices):
-    method = preset(PROBLEM, TOY_RING, TOY_STEPS, **choices)
+    method = preset(PROBLEM, TOY_RING, steps_of(preset, TOY_STEPS), **choices)
 
     def step():
         state = jax.eval_shape(method.init, X, Y, BATCH)
@@ -75,7 +91,8 @@ BAD = {
     ),
     "blocks": ("block.*block=2", lambda: coins.subset(0.5, block=6)(KEY, 0, TOY_RING)),
     "blocks_of_nobody": ("coins.independent", lambda: coins.subset(0.5, block=3)(KEY, 0, TOY_RING)),
-    "two_step_sizes": ("step_sizes.*tuple of 2", steps((0.1, 0.2))),
+    "four_step_sizes": ("step_sizes.*tuple of 4", steps((0.1, 0.2, 0.3, 0.4))),
+    "no_step_size_of_v": ("step_sizes must hold.*got None for v", steps((0.1, 0.2))),
     "negative_step_size": (r"step_sizes\.y.*-0\.1", steps((0.1, -0.1, 0.1))),
     "step_sizes_by_name": ("step_sizes.*dict", steps({"x": 0.1, "y": 0.1, "v": 0.1})),
     "nested_step_sizes": ("step_sizes", steps((0.1, {"w": 0.1}, 0.1))),
@@ -136,7 +153,7 @@ BAD = {
         lambda: decentralized.sldbo(PROBLEM, TOY_RING, TOY_STEPS, radius=jnp.ones(4)),
     ),
     "correction_in_place_of_radius": (
-        "radius must be one number; got Correction",
+        "radius must be one number; got tracking",
         lambda: decentralized.sldbo(PROBLEM, TOY_RING, TOY_STEPS, radius=GT()),
     ),
     "one_id": (
@@ -237,8 +254,9 @@ FIELD = {
 @pytest.mark.parametrize("name", FIELD)
 def test_bad_input_of_the_field(name):
     message, method, wrong = FIELD[name]
+    preset = getattr(decentralized, method)
     with pytest.raises(ValueError, match=re.compile(message, re.DOTALL)) as error:
-        getattr(decentralized, method)(PROBLEM, TOY_RING, TOY_STEPS, **RIGHT[method] | wrong)
+        preset(PROBLEM, TOY_RING, steps_of(preset, TOY_STEPS), **RIGHT[method] | wrong)
     assert len(str(error.value)) > 40
 
 
@@ -259,12 +277,13 @@ INTERACTIVE = {**DRAWING, "interact": SERIES}
 def test_every_method_checks_what_all_methods_are_given(name):
     """A problem, a gossip, steps, a start, a state and a batch."""
     preset, choices = getattr(decentralized, name), INTERACTIVE[name]
-    method = preset(PROBLEM, TOY_RING, TOY_STEPS, **choices)
+    steps, wrong = steps_of(preset, TOY_STEPS), steps_of(preset, (0.1, -0.1, 0.1))
+    method = preset(PROBLEM, TOY_RING, steps, **choices)
     attempts = {
-        "problem must be a BilevelProblem": lambda: preset(None, TOY_RING, TOY_STEPS, **choices),
-        "gossip must be.*Gossip": lambda: preset(PROBLEM, bx.topology.ring(4), TOY_STEPS, **choices),
-        "step_sizes.*tuple of 2": lambda: preset(PROBLEM, TOY_RING, (0.1, 0.2), **choices),
-        r"step_sizes\.y.*-0\.1": lambda: preset(PROBLEM, TOY_RING, (0.1, -0.1, 0.1), **choices),
+        "problem must be a BilevelProblem": lambda: preset(None, TOY_RING, steps, **choices),
+        "gossip must be.*Gossip": lambda: preset(PROBLEM, bx.topology.ring(4), steps, **choices),
+        "step_sizes.*tuple of 4": lambda: preset(PROBLEM, TOY_RING, (0.1,) * 4, **choices),
+        r"step_sizes\.y.*-0\.1": lambda: preset(PROBLEM, TOY_RING, wrong, **choices),
         r"\bx\b.*\(3, 1\)": lambda: method.init(X[:3], Y, BATCH),
         "state must be a": lambda: method.step(None, method.init(X, Y, BATCH)._asdict(), BATCH),
         r"bx\.Batch": lambda: method.step(None, method.init(X, Y, BATCH), BATCH.inner),
@@ -273,6 +292,17 @@ def test_every_method_checks_what_all_methods_are_given(name):
     for message, attempt in attempts.items():
         with pytest.raises(ValueError, match=re.compile(message, re.DOTALL)):
             attempt()
+
+
+@pytest.mark.parametrize("name", WITHOUT_V)
+def test_a_step_of_v_is_refused_by_a_method_without_v(name):
+    """One number for all levels, a pair and `Levels` of two are not."""
+    preset, (x, y, v) = getattr(decentralized, name), TOY_STEPS
+    for steps in (0.1, (x, y), bx.Levels(x, y)):
+        preset(PROBLEM, TOY_RING, steps, **RIGHT[name])
+    for steps in ((x, y, v), bx.Levels(x, y, optax.sgd(v)), bx.Levels(x, y, lambda k: v)):
+        with pytest.raises(ValueError, match=r"^step_sizes must hold no v, .*; got .*Pass, say, bx\.Levels\(x=0"):
+            preset(PROBLEM, TOY_RING, steps, **RIGHT[name])
 
 
 def test_compressed_inner_loops_need_one_fixed_graph():
@@ -285,4 +315,4 @@ def test_compressed_inner_loops_need_one_fixed_graph():
 
 def test_gbdsbo_has_one_graph_for_everything():
     with pytest.raises(ValueError, match="gossip must be a Gossip"):
-        decentralized.gbdsbo(PROBLEM, bx.Levels(TOY_RING, TOY_RING, TOY_RING), TOY_STEPS)
+        decentralized.gbdsbo(PROBLEM, bx.Levels(TOY_RING, TOY_RING, TOY_RING), TOY_STEPS[:2])

@@ -354,7 +354,7 @@ def test_a_method_that_solves_another_problem_is_told_which():
     q = testing.problems.quadratic(0)
     ring = bx.gossip(bx.topology.lazy(bx.topology.ring(8)))
     method = bx.decentralized.mdbo(
-        q.problem, ring, (0.05, 0.1, 0.1), sample=bx.sampling.full, momentum=0.5, rate=0.5, terms=50, inverse_step=0.28
+        q.problem, ring, (0.05, 0.1), sample=bx.sampling.full, momentum=0.5, rate=0.5, terms=50, inverse_step=0.28
     )
     with pytest.raises(testing.ContractError, match=r"`limit_is_the_declared_one`[\s\S]*e-1\d from x_l"):
         testing.check_limit(method, q, q.x_star)

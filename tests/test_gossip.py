@@ -153,7 +153,8 @@ def test_push_sum_reaches_the_average_on_a_directed_graph():
     for _ in range(200):
         tree, state = mix(None, state, tree)
         np.testing.assert_allclose(gossip.weights(state).sum(), 4, rtol=1e-14)
-    assert_close(tree, bx.replicate(gossip.mean(start), 4), atol=1e-14)
+    assert_close(gossip.debias(state, tree), bx.replicate(gossip.mean(start), 4), atol=1e-14)
+    assert_close(gossip.weigh(state, gossip.debias(state, tree)), tree, atol=1e-14)
     assert not np.allclose(gossip.weights(state), 1)
     sent = gossip.bytes(state, start["b"])  # one float64, and the weight
     np.testing.assert_array_equal(sent, np.array([2, 1, 1, 1]) * 16)
@@ -189,8 +190,7 @@ def test_tracking_over_push_sum_is_exact():
 )
 def test_the_weighted_mean_moves_along_the_mean_direction(moved):
     """Σ_i ω_i s_i⁺ = Σ_i ω_i s_i − a Σ_i d_i in every update, with ω⁺ = C ω: stochastic gradient push."""
-    run = jax.jit(lambda s, d: correction.follow(moved, bx.agents.push_sum(DIRECTED), s, d))
-    path, d = run(correction.start(), correction.directions()), correction.directions()
+    path, d = correction.CorrectionSubject(moved, DIRECTED).path, correction._directions()
     before, matrix = np.ones(4), DIRECTED.matrix.toarray()
     for k in range(correction.UPDATES):
         after = matrix @ before

@@ -58,11 +58,11 @@ def test_other_coordinates_of_y_do_not_matter():
 
 OTHERS = {
     "ma_dsbo": lambda: decentralized.ma_dsbo(PROBLEM, LAZY_RING, STEPS, steps=2, v_steps=2, track=True),
-    "gbdsbo": lambda: decentralized.gbdsbo(PROBLEM, LAZY_RING, bx.Levels(0.05, NEWTON, 0.0)),
+    "gbdsbo": lambda: decentralized.gbdsbo(PROBLEM, LAZY_RING, bx.Levels(0.05, NEWTON)),
     "diamond": lambda: decentralized.diamond(
         PROBLEM,
         LAZY_RING,
-        bx.Levels(0.05, NEWTON, 0.0),
+        bx.Levels(0.05, NEWTON),
         sample=bx.sampling.full,
         momentum=0.3,
         terms=50,
@@ -99,7 +99,7 @@ def by_sldbo(problem, newton):
 
 
 def by_gbdsbo(problem, newton):
-    return decentralized.gbdsbo(problem, LAZY_SQUARE, bx.Levels(0.1, newton, 0.0))
+    return decentralized.gbdsbo(problem, LAZY_SQUARE, bx.Levels(0.1, newton))
 
 
 def one_step(make, fisher, key):

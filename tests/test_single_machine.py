@@ -48,8 +48,8 @@ MAKE = {  # (problem, sample) -> method
     "amigo": lambda problem, sample: A.amigo(problem, (optax.adam(0.1), *STEPS[1:]), sample=sample, steps=3, v_steps=2),
     "bsa": lambda problem, sample: A.bsa(problem, STEPS, sample=sample, terms=3),
     "ttsa": lambda problem, sample: A.ttsa(problem, STEPS, sample=sample, terms=3),
-    "f2sa": lambda problem, sample: A.f2sa(problem, STEPS, sample=sample, multiplier=lambda k: 10.0 + k, steps=3),
-    "pzobo": lambda problem, sample: A.pzobo(problem, STEPS, sample=sample, steps=3, directions=2),
+    "f2sa": lambda problem, sample: A.f2sa(problem, STEPS[:2], sample=sample, multiplier=lambda k: 10.0 + k, steps=3),
+    "pzobo": lambda problem, sample: A.pzobo(problem, STEPS[:2], sample=sample, steps=3, directions=2),
     "descent": exact_descent,
 }
 
@@ -116,7 +116,7 @@ def test_the_limits_of_truncated_series():
 
 def test_the_bias_of_a_constant_multiplier_is_of_order_one_over_it():
     def end(multiplier):
-        method = A.f2sa(PROBLEM, (0.1, 0.25, 0.0), sample=FULL, multiplier=multiplier, steps=10)
+        method = A.f2sa(PROBLEM, (0.1, 0.25), sample=FULL, multiplier=multiplier, steps=10)
         return run(method, 200)[0][-1]
 
     ends = np.asarray(jax.jit(jax.vmap(end))(jnp.array([50.0, 100.0, 200.0])))
@@ -128,7 +128,7 @@ def test_the_bias_of_a_constant_multiplier_is_of_order_one_over_it():
 def test_more_directions_are_less_noise():
     spread = []
     for directions in (1, 16):
-        x, _ = limit(A.pzobo(PROBLEM, (0.02, 0.3, 0.0), sample=FULL, steps=12, directions=directions), 600)
+        x, _ = limit(A.pzobo(PROBLEM, (0.02, 0.3), sample=FULL, steps=12, directions=directions), 600)
         np.testing.assert_allclose(x[200:].mean(0), EXACT[0], rtol=0, atol=0.1)
         spread.append(x[200:].std(0).mean())
     assert spread[1] < 0.5 * spread[0]
@@ -285,9 +285,9 @@ BAD = {
     "negative_step": (r"step_sizes\.x.*-1", lambda: A.stocbio(PROBLEM, (-1.0, 0.1, 0.1), sample=SMALL)),
     "two_step_sizes": ("step_sizes", lambda: A.bsa(PROBLEM, (0.1, 0.1), sample=SMALL)),
     "steps_bsa": ("steps", lambda: A.bsa(PROBLEM, STEPS, sample=SMALL, steps=-1)),
-    "multiplier": ("multiplier", lambda: A.f2sa(PROBLEM, STEPS, sample=SMALL, multiplier=-1.0)),
-    "directions": ("directions", lambda: A.pzobo(PROBLEM, STEPS, sample=SMALL, directions=0)),
-    "mu": ("mu", lambda: A.pzobo(PROBLEM, STEPS, sample=SMALL, mu=0.0)),
+    "multiplier": ("multiplier", lambda: A.f2sa(PROBLEM, STEPS[:2], sample=SMALL, multiplier=-1.0)),
+    "directions": ("directions", lambda: A.pzobo(PROBLEM, STEPS[:2], sample=SMALL, directions=0)),
+    "mu": ("mu", lambda: A.pzobo(PROBLEM, STEPS[:2], sample=SMALL, mu=0.0)),
     "power": ("power", lambda: bx.single_loop.decay(0.1, -1.0)),
     "series_mrbo": (r"step_sizes\.v.*> 0; got 0", lambda: A.mrbo(PROBLEM, (0.1, 0.1, 0), sample=SMALL)),
     "schedule_of_a_series_mrbo": (
@@ -308,14 +308,14 @@ BAD = {
     "terms_bsa": (r"^terms.*0", lambda: A.bsa(PROBLEM, STEPS, sample=SMALL, terms=0)),
     "terms_ttsa": (r"^terms.*0", lambda: A.ttsa(PROBLEM, STEPS, sample=SMALL, terms=0)),
     "steps_stocbio": (r"^steps.*-1", lambda: A.stocbio(PROBLEM, STEPS, sample=SMALL, steps=-1)),
-    "steps_f2sa": (r"^steps.*-1", lambda: A.f2sa(PROBLEM, STEPS, sample=SMALL, multiplier=10.0, steps=-1)),
+    "steps_f2sa": (r"^steps.*-1", lambda: A.f2sa(PROBLEM, STEPS[:2], sample=SMALL, multiplier=10.0, steps=-1)),
     "two_multipliers": (
         r"multiplier must be one number.*\(2,\)",
-        lambda: A.f2sa(PROBLEM, STEPS, sample=SMALL, multiplier=jnp.ones(2)),
+        lambda: A.f2sa(PROBLEM, STEPS[:2], sample=SMALL, multiplier=jnp.ones(2)),
     ),
     "multiplier_of_two": (
         r"multiplier must be a function \(k\)",
-        lambda: A.f2sa(PROBLEM, STEPS, sample=SMALL, multiplier=lambda k, n: 1.0),
+        lambda: A.f2sa(PROBLEM, STEPS[:2], sample=SMALL, multiplier=lambda k, n: 1.0),
     ),
     "steps_of_random_neumann": (
         "step_size must be one number",
@@ -333,7 +333,7 @@ BAD = {
         r"step_sizes\.y must be a number or a schedule",
         lambda: A.vrbo(PROBLEM, (0.1, optax.sgd(0.1), 0.1), sample=SMALL, every=2),
     ),
-    "sample_f2sa": (r"^sample must be a function.*64", lambda: A.f2sa(PROBLEM, STEPS, sample=64, multiplier=10.0)),
+    "sample_f2sa": (r"^sample must be a function.*64", lambda: A.f2sa(PROBLEM, STEPS[:2], sample=64, multiplier=10.0)),
     **{
         f"sample_{name}": (
             "^sample must be a function.*64",
@@ -350,6 +350,11 @@ BAD = {
         lambda: MAKE["descent"](PROBLEM, FULL).step(KEY, MAKE["descent"](PROBLEM, FULL).init(*START), 0),
     ),
     "integer_x": ("int", lambda: MAKE["vrbo"](PROBLEM, FULL).init(jnp.zeros(2, int), START[1])),
+    "no_v_in_f2sa": (
+        "step_sizes must hold no v.*got 0.3.*bx.Levels",
+        lambda: A.f2sa(PROBLEM, (0.1, 0.2, 0.3), sample=SMALL, multiplier=10.0),
+    ),
+    "no_v_in_pzobo": ("step_sizes must hold no v.*got 0.3", lambda: A.pzobo(PROBLEM, (0.1, 0.2, 0.3), sample=SMALL)),
     "no_key": ("key", lambda: keyless("ttsa")),
     "no_key_for_directions": ("key", lambda: keyless("pzobo")),
 }

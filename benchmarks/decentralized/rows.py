@@ -43,10 +43,15 @@ def drawn(method: Callable, size: int, **settings: Any) -> Callable:
     )
 
 
+def without_v(make: Callable) -> Callable:
+    """`make` of a method that has no v, and no step of it."""
+    return lambda network, gossip, steps: make(network, gossip, bx.Levels(steps.x, steps.y))
+
+
 def series(make: Callable[..., Callable], method: Callable, *size: int, **settings: Any) -> Callable:
-    """`make` by `preset` or `drawn` of a method with a Neumann series, whose step is one over the curvature."""
-    return lambda network, gossip, steps: make(
-        method, *size, terms=TERMS, inverse_step=1 / network.curvature, **settings
+    """`make` by `preset` or `drawn` of a method with a Neumann series in the place of v, of steps 1 / curvature."""
+    return lambda network, gossip, steps: without_v(
+        make(method, *size, terms=TERMS, inverse_step=1 / network.curvature, **settings)
     )(network, gossip, steps)
 
 
@@ -135,7 +140,7 @@ def rows(coins: Callable, size: int) -> tuple[Row, ...]:
         sampled("mdbo", series(drawn, methods.mdbo, size, **reduced), counted(hessian=TERMS)),
         sampled("vrdbo", series(drawn, methods.vrdbo, size, **reduced), counted(2, 2, 2 * TERMS, 2)),
         Row("c2dfb", c2dfb, counted(INNER_STEPS + 1, 2 * INNER_STEPS + 2, 0, 0), fixed=True),
-        Row("gbdsbo", preset(methods.gbdsbo), matrices, common=True, largest=LARGEST),
+        Row("gbdsbo", without_v(preset(methods.gbdsbo)), matrices, common=True, largest=LARGEST),
         *(Row(f"sldbo-top{q:g}", compressed(preset(methods.sldbo), q), fixed=True) for q in COMPRESSION),
         *(sampled(f"dsvrbgd-top{q:g}", compressed(simultaneous, q), twice, fixed=True) for q in COMPRESSION),
     )

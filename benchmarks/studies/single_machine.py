@@ -140,6 +140,11 @@ def plain(make: Callable[..., bx.problem.Algorithm]) -> Callable[..., bx.problem
     return made
 
 
+def without_v(make: Callable[..., bx.problem.Algorithm]) -> Callable[..., bx.problem.Algorithm]:
+    """A method that has no v, and no step of it."""
+    return lambda problem, sizes, **options: make(problem, bx.Levels(sizes.x, sizes.y), **options)
+
+
 def sizes(x: float, y: float, *, x_power: float = 0.5, y_power: float = 0.0, v: float | None = None) -> bx.Levels:
     """Step sizes (a, p); those of v are those of y, or a constant."""
     return bx.Levels((x, x_power), (y, y_power), (y, y_power) if v is None else (v, 0.0))
@@ -175,8 +180,8 @@ METHODS = (
     Row("amigo", plain(algorithms.amigo), sizes(0.1, 0.25), {"steps": 3}),
     Row("bsa", plain(algorithms.bsa), sizes(0.1, 0.5, y_power=0.5, v=0.25), {"steps": 3}),
     Row("ttsa", plain(algorithms.ttsa), sizes(0.1, 0.5, x_power=0.6, y_power=0.4, v=0.25)),
-    Row("f2sa", plain(algorithms.f2sa), sizes(0.1, 0.25), {"multiplier": 30.0, "steps": 3}),
-    Row("pzobo", plain(algorithms.pzobo), sizes(0.1, 0.25), {"steps": 3}),
+    Row("f2sa", plain(without_v(algorithms.f2sa)), sizes(0.1, 0.25), {"multiplier": 30.0, "steps": 3}),
+    Row("pzobo", plain(without_v(algorithms.pzobo)), sizes(0.1, 0.25), {"steps": 3}),
 )
 
 
