@@ -7,6 +7,7 @@ draw, branch and remember; on all of them by `pytest -m slow`.
 import functools
 import inspect
 
+import jax
 import numpy as np
 import optax
 import pytest
@@ -124,7 +125,7 @@ def subject(name):
 )
 def calls_are_those_of_the_chosen(subject):
     _, _, infos = subject.history
-    calls = np.asarray([info.calls for info in infos])
+    calls = np.asarray(jax.tree.map(lambda *parts: np.stack(parts), *[info.calls for info in infos]))
     assert (calls == calls[:1]).all()
     assert len(set(calls.flat)) == 2
 

@@ -203,8 +203,9 @@ def test_tracking_under_changing_matrices():
     method = single_loop(PROBLEM, gossip, STEPS, estimator.full(), forms)
     state, path, _ = numbers(run(method, INDEFINITE.batch, 40))
     mean_dynamics(path, all_directions(INDEFINITE, path, 40), STEPS)
-    for level in state.corrections:
-        np.testing.assert_allclose(level.memory.mixed.mean(0), level.memory.last.mean(0), rtol=0, atol=1e-14)
+    atc, *others = (level.memory for level in state.corrections)
+    for tracker in (atc.tracker, *others):
+        np.testing.assert_allclose(tracker.mixed.mean(0), tracker.last.mean(0), rtol=0, atol=1e-14)
     recursions = [networks.atc(), networks.non_atc(), networks.semi()]
     close(path, stacked(simulate(INDEFINITE, recursions, STEPS, [CHANGING[k % 3] for k in range(40)], 40)), 1e-12)
 
