@@ -33,6 +33,10 @@ def tail(damping):
     return ihvp.identity(damping)
 
 
+def sharded(axis):
+    return bx.hypergradient(loss, inner.zeroth_order(solve, axis=axis))
+
+
 UNROLLED = bx.hypergradient(loss, inner.reverse(loss, optax.sgd(0.1), 1))
 LOSS = curvature.ModelLoss(affine, curvature.squared_error, pair, l2=0.1)
 Y = {"bias": jnp.ones(2, jnp.float32), "kernel": jnp.ones((3, 2), jnp.float32)}
@@ -118,6 +122,11 @@ def test_lineax_prints_its_solver():
     assert text.startswith("lineax(GMRES(rtol=1e-06, ")
     assert text.endswith(", damping=0.1)")
     assert len(text) < 90
+
+
+def test_directions_over_devices_print_their_mesh():
+    mesh = jax.sharding.Mesh(jax.devices()[:1], ("parts",))
+    assert repr(bx.parallel.shard_directions(sharded, mesh)).startswith("shard_directions(sharded, Mesh(")
 
 
 def test_a_value_made_by_hand_prints_its_fields():

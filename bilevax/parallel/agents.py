@@ -41,10 +41,10 @@ T = TypeVar("T")
 _ONE_MESH = 'Pass jax.sharding.Mesh(jax.devices(), ("agents",)).'
 
 
-Graphs: TypeAlias = gossips.Topologies | Levels[PyTree]
+Graphs: TypeAlias = gossips.Topologies | Levels[gossips.Topologies]
 """A topology, a sequence of them taken in turn, or one of these for each level."""
 
-Gossips: TypeAlias = gossips.Gossip | Levels[PyTree]
+Gossips: TypeAlias = gossips.Gossip | Levels[gossips.Gossip]
 """What becomes of them: a gossip, or one for each level."""
 
 MakeAlgorithm: TypeAlias = Callable[[Any], Algorithm]
@@ -303,9 +303,13 @@ def _checked(
 
 
 def gossip_along(topology: Graphs, axis: str, devices: int) -> Gossips:
-    """A gossip for each device of a named axis, which holds n/devices consecutive agents."""
+    """A gossip (of each level) for each device of a named axis, which holds n/devices consecutive agents."""
     if isinstance(topology, Levels):
-        return Levels(*(gossip_along(one, axis, devices) for one in topology))
+        return Levels(*(_along(one, axis, devices) for one in topology))
+    return _along(topology, axis, devices)
+
+
+def _along(topology: gossips.Topologies, axis: str, devices: int) -> gossips.Gossip:
     graphs.check(topology)
     sequence = (topology,) if isinstance(topology, graphs.Topology) else tuple(topology)
     if sequence[0].n % devices:

@@ -17,12 +17,14 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from bilevax import checks
+from bilevax.printing import as_called
 from bilevax.problem import Hypergradient
 
 MakeHypergradient: TypeAlias = Callable[[str], Hypergradient]
 """`make_hypergradient(axis) -> Hypergradient`, a function of yours."""
 
 
+@as_called
 def shard_directions(make_hypergradient: MakeHypergradient, mesh: Mesh) -> Hypergradient:
     """A hypergradient whose random directions are spread over the devices of a mesh, by `jax.shard_map`.
 
@@ -69,6 +71,7 @@ def shard_directions(make_hypergradient: MakeHypergradient, mesh: Mesh) -> Hyper
     return Hypergradient(hypergrad.init, shard(hypergrad.estimate))
 
 
+@as_called
 def pmap_directions(make_hypergradient: MakeHypergradient, devices: Sequence[jax.Device]) -> Hypergradient:
     """A hypergradient whose random directions are spread over the devices of one host, by `jax.pmap`.
 
