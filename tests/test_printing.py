@@ -124,9 +124,9 @@ def test_lineax_prints_its_solver():
     assert len(text) < 90
 
 
-def test_directions_over_devices_print_their_mesh():
+def test_directions_over_devices_print_as_their_call():
     mesh = jax.sharding.Mesh(jax.devices()[:1], ("parts",))
-    assert repr(bx.parallel.shard_directions(sharded, mesh)).startswith("shard_directions(sharded, Mesh(")
+    assert repr(bx.parallel.shard_directions(sharded, mesh)) == "shard_directions(sharded, Mesh)"
 
 
 def test_a_value_made_by_hand_prints_its_fields():
