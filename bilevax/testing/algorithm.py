@@ -244,7 +244,7 @@ def vmap_over_keys_equals_a_loop(subject: AlgorithmSubject) -> None:
     equal(together, _stacked([step(key, states[0], batch) for key in _keys()[:3]]))
 
 
-@contract("Set info.breakdown to ~isfinite of what each agent has: bilevax.single_loop.engine.moved does.")
+@contract("Set info.breakdown to ~isfinite of what each agent has: bilevax.single_loop.moved does.")
 def nan_is_reported_by_the_agent_that_has_it(subject: AlgorithmSubject) -> None:
     """Agent 2 gets a y that is no number."""
     start, _, _ = subject.history

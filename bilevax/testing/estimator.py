@@ -194,7 +194,7 @@ def state_keeps_its_form(subject: EstimatorSubject) -> None:
 
 @contract(
     "At first there is nothing to remember: the mean of u_0 over samples is the direction itself. Scale samples as "
-    "means, and give the memory weight 0 at k = 0 (bilevax.single_loop.estimator.oracle.from_one)."
+    "means, and give the memory weight 0 at k = 0, by jnp.where(k == 0, 1.0, rate)."
 )
 def first_estimate_is_unbiased(subject: EstimatorSubject) -> None:
     """Over two thousand keys, within five standard deviations of the mean."""
