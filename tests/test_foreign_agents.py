@@ -62,6 +62,25 @@ def heavy_tracking(sign=1.0, divide=undivided, extra_bytes=0.0, rounds=1, wider=
     return bx.single_loop.correction.Correction(init, update)
 
 
+def one_state_for_two_messages():
+    """The same, in two messages which share the state of one gossip."""
+
+    def init(gossip, s, move):
+        zeros = optax.tree.zeros_like(s)
+        return Memory(gossip.init(s), move.init(s), zeros, zeros)
+
+    def update(key, state, gossip, s, d, move, k):
+        t = optax.tree.add(state.tracker, optax.tree.sub(d, state.last))
+        step, moved = move.apply(t, state.move, s)
+        message = optax.apply_updates(s, step)
+        new, mixing = gossip.mix(key, state.gossip, message)
+        tracker, _ = gossip.mix(key, state.gossip, t)
+        sent = gossip.bytes(state.gossip, message) + gossip.bytes(state.gossip, t)
+        return new, Memory(mixing, moved, tracker, d), bx.single_loop.correction.Sent(sent, 2)
+
+    return bx.single_loop.correction.Correction(init, update)
+
+
 def to_their_mean(s):
     return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf.mean(0), leaf.shape), s)
 
@@ -98,10 +117,18 @@ def test_a_broken_correction_is_told_over_which_graph():
         testing.check_correction(heavy_tracking(divide=divided))
 
 
+def test_a_gossip_state_for_two_messages_is_refused_where_it_is_wrong():
+    """Where W is one fixed matrix there is no state to share."""
+    testing.check_correction(one_state_for_two_messages(), topologies=[SUBSET])
+    for topology in (DIRECTED, bx.topology.one_peer_exponential(4)):
+        with pytest.raises(ValueError, match="state of a gossip must mix one message once in an update; got one that"):
+            testing.check_correction(one_state_for_two_messages(), topologies=[topology])
+
+
 CORRECTIONS = {
     "a sign in the tracker": ("mean_moves_along_the_mean_direction", {"sign": -1.0}, SUBSET),
     "a division by the weights": ("limit_is_that_of_the_mean_loss", {"divide": divided}, DIRECTED),
-    "bytes": ("bytes_and_rounds_are_those_of_its_messages", {"extra_bytes": 8.0}, SUBSET),
+    "bytes": ("bytes_and_rounds_are_those_of_its_messages", {"extra_bytes": -8.0}, SUBSET),
     "rounds": ("bytes_and_rounds_are_those_of_its_messages", {"rounds": 2}, SUBSET),
     "another dtype": ("state_keeps_its_form", {"wider": True}, SUBSET),
     "agents that meet without gossip": ("placement_changes_nothing", {"meet": to_their_mean}, SUBSET),
@@ -220,23 +247,11 @@ def then(plain, name, change):
     return plain._replace(**{name: changed})
 
 
-def unweighted():
-    """Push-sum that forgets to divide."""
-    pushed = bx.agents.push_sum(DIRECTED)
-
-    def mix(key, state, tree):
-        divided, after = pushed.mix(key, state, tree)
-        times = jax.vmap(lambda w, leaf: (w * leaf).astype(leaf.dtype))
-        return jax.tree.map(lambda leaf: times(after[1], leaf), divided), after
-
-    return pushed._replace(mix=mix)
-
-
 def test_a_foreign_gossip_passes():
     testing.check_gossip(twice(bx.gossip(bx.topology.ring(5))), compressed=True)
 
 
-RING = bx.gossip(bx.topology.ring(5))
+RING, PUSHED = bx.gossip(bx.topology.ring(5)), bx.agents.push_sum(DIRECTED)
 GOSSIPS = {
     "another dtype": ("state_keeps_its_form", then(RING, "mix", lambda tree: optax.tree.cast(tree, jnp.float32))),
     "a matrix of its own": ("mixing_is_the_matrix", twice(RING)),
@@ -245,7 +260,8 @@ GOSSIPS = {
     "a sign": ("laplacian_is_the_rest", then(RING, "laplacian", lambda tree: optax.tree.scale(-1, tree))),
     "a sum for a mean": ("agents_and_mean_are_all_of_them", RING._replace(mean=functools.partial(jax.tree.map, sum))),
     "bytes": ("bytes_are_those_to_all_neighbours", once_more(RING)),
-    "no division by the weights": ("mean_is_kept", unweighted()),
+    "no division by the weights": ("mixing_is_the_matrix", PUSHED._replace(weights=lambda state: None)),
+    "weights of another sum": ("mean_is_kept", PUSHED._replace(weights=lambda state: 2 * state[1])),
 }
 
 

@@ -147,17 +147,19 @@ def rounds_approach_the_mean(subject: GossipSubject) -> None:
 
 
 @contract(
-    "Mixing is (W s)_i = Σ_j w_ij s_j with the matrix of gossip.topology, the next of a sequence in each round. If "
-    "messages are compressed, say compressed=True.",
-    applies=lambda subject: not (subject.compressed or subject.directed),
+    "Mixing is (W s)_i = Σ_j w_ij s_j with the matrix of gossip.topology, the next of a sequence in each round; over a "
+    "directed graph that of the sums ω s, and of ω = gossip.weights. If messages are compressed, say compressed=True.",
+    applies=lambda subject: not subject.compressed,
 )
 def mixing_is_the_matrix(subject: GossipSubject) -> None:
     """Leaf by leaf, in each round."""
-    for leaf in jax.tree.leaves(subject.rounds[0]):
+    tree, weights, _ = subject.rounds
+    sums = [weights.reshape(*weights.shape, *[1] * (leaf.ndim - 2)) * leaf for leaf in jax.tree.leaves(tree)]
+    for name, leaf in (("ω", weights), *(("what the agents have", leaf) for leaf in sums)):
         for k in range(ROUNDS):
             W = subject.graphs[k % len(subject.graphs)].matrix.toarray()
             error = np.abs(leaf[k + 1] - np.tensordot(W, leaf[k], 1)).max()
-            truth(error < 1e-12, f"in round {k} what the agents have is {error:.2g} off W s")
+            truth(error < 1e-12, f"in round {k} {name} is {error:.2g} off W times that before")
 
 
 @contract(
