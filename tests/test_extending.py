@@ -8,11 +8,13 @@ import re
 import types
 
 import jax
+import networkx as nx
 import numpy as np
 import pytest
 
 import bilevax as bx
 from bilevax import testing
+from bilevax.single_loop import engine
 from bilevax.testing.placement import DIRECTED, on_one_device
 
 pytestmark = pytest.mark.compiles(130)  # a page as it stands, whichever test comes first
@@ -80,6 +82,48 @@ def test_messages_of_half_the_length_agree_to_their_digits():
     method = bx.decentralized.sldbo(q.problem, half, 0.05)
     error = np.abs(testing.limits.last(method, q, 1000).x - q.x_star).max()
     assert 1e-8 < error < 0.02
+
+
+def with_one_state():
+    """`tracking_atc`, whose two messages share the state of s."""
+    sound = bx.single_loop.correction.tracking_atc()
+
+    def init(gossip, s, move):
+        state = sound.init(gossip, s, move)
+        return state._replace(memory=state.memory._replace(gossip=()))
+
+    def update(key, state, gossip, s, d, move, k):
+        tracker, _ = state.memory
+        t, once = gossip.mix(key, state.gossip, tracker.mixed + d - tracker.last)
+        step, moving = move.apply(t, state.move, s)
+        new, twice = gossip.mix(key, once, s + step)
+        memory = state.memory._replace(tracker=type(tracker)(t, d))
+        sent = bx.single_loop.correction.Sent(2 * gossip.bytes(once, s), 2)
+        return new, state._replace(gossip=twice, move=moving, memory=memory), sent
+
+    return sound._replace(init=init, update=update)
+
+
+def changing():
+    links = [[(0, 3), (2, 6)], [(5, 1), (0, 5)], [(7, 2)]]
+    ring = [(i, (i + 1) % 8) for i in range(8)]
+    return bx.agents.push_sum([bx.topology.from_graph(nx.DiGraph(ring + more)) for more in links])
+
+
+def compressed():
+    ring = bx.gossip(bx.topology.lazy(bx.topology.ring(8)))
+    return bx.agents.compression.choco(ring, bx.agents.compression.top_k(0.5), gossip_step=0.3)
+
+
+@pytest.mark.parametrize(("make", "off"), [(changing, 0.08), (compressed, 0.15)], ids=["changing", "compressed"])
+def test_two_messages_of_one_state_would_end_elsewhere(make, off, monkeypatch):
+    """Which is why the engine refuses them; here it does not."""
+    q, gossip, full = testing.problems.quadratic(0), make(), bx.single_loop.estimator.full()
+    monkeypatch.setattr(engine, "_once_each", lambda gossip: gossip)
+    for correction, error in ((bx.single_loop.correction.tracking_atc(), 0.0), (with_one_state(), off)):
+        method = bx.single_loop.single_loop(q.problem, gossip, (0.02, 0.05, 0.05), full, correction)
+        end = testing.limits.last(method, q, 4000)
+        np.testing.assert_allclose(np.abs(end.x - q.x_star).max(), error, rtol=0.1, atol=1e-6)
 
 
 def test_links_of_the_page_are_its_headings():
