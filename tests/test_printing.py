@@ -211,3 +211,41 @@ def test_a_traced_state_prints_like_a_concrete_one():
     seen = []
     jax.eval_shape(lambda state: seen.append(str(state)), ihvp.diagonal().init(0.0, Y))
     assert seen == [str(ihvp.diagonal().init(0.0, Y)).replace("step=0", "step=int32[]")]
+
+
+FLOATS = {name: jnp.zeros((4, 2), jnp.float32) for name in "xy"}
+OWN_STATES = {
+    "adasdbo": (
+        lambda problem, gossip: bx.decentralized.adasdbo(problem, gossip, 0.1),
+        [
+            "v=float32[4, 2]",
+            "accumulated=Levels(x=float32[4], y=float32[4], v=float32[4])",
+            "gossip=Levels(x=(), y=(), v=())",
+        ],
+    ),
+    "ma_dsbo": (
+        lambda problem, gossip: bx.decentralized.ma_dsbo(problem, gossip, 0.1, steps=1, v_steps=1),
+        ["v=float32[4, 2]", "average=float32[4, 2]", "corrections=Levels("],
+    ),
+    "gbdsbo": (
+        lambda problem, gossip: bx.decentralized.gbdsbo(problem, gossip, 0.1),
+        [
+            "last=Tracked(outer_x=float32[4, 2], ",
+            "mixed=Tracked(outer_x=float32[4, 2], ",
+            "gossip=()",
+            "moves=((), ())",
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OWN_STATES)
+def test_a_state_of_its_own_says_what_it_holds(name):
+    make, parts = OWN_STATES[name]
+    problem = bx.BilevelProblem(loss, loss)
+    state = make(problem, bx.gossip(bx.topology.ring(4))).init(FLOATS["x"], FLOATS["y"])
+    first, *lines, last = str(state).splitlines()
+    assert (first.lower(), last) == (f"{name.replace('_', '')}state(", ")")
+    for line, start in zip(lines, ["k=0", "x=float32[4, 2]", "y=float32[4, 2]", *parts], strict=True):
+        assert line.startswith(f"  {start}")
+        assert len(line) < 240
