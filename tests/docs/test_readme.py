@@ -11,7 +11,7 @@ import pytest
 
 import bilevax as bx
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parent.parent.parent
 README = (ROOT / "README.md").read_text()
 SETUP, LOOP, DOCTOR, MEMORY, TASKS, PURE, AGENTS, GRAPH, CURVATURE, FORWARD, DEVICES = re.findall(
     r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL

@@ -10,7 +10,7 @@ import pytest
 
 import bilevax as bx
 
-CI = pathlib.Path(__file__).parent.parent / ".ci"
+CI = pathlib.Path(__file__).parent.parent.parent / ".ci"
 
 
 @pytest.fixture(autouse=True)

@@ -4,70 +4,12 @@ import ast
 import functools
 import importlib
 import inspect
-from pathlib import Path
 
 import pytest
+from rooms import circles, edges, imported, room, sources, upwards
 
-ROOT = Path(__file__).parent.parent
 FOLDERS = ("harness", "data", "networks", "tasks", "studies", "decentralized", "__main__")  # from the lowest up
-
-
-def sources():
-    """Module -> text of each file of the benchmarks, packages without their `__init__`."""
-    files = {path.relative_to(ROOT).with_suffix(""): path for path in (ROOT / "benchmarks").rglob("*.py")}
-    return {".".join(name.parts).removesuffix(".__init__"): path.read_text() for name, path in files.items()}
-
-
-def imported(text):
-    """Name in the file -> dotted path of all that a file imports, inside its functions too."""
-    found = {}
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.ImportFrom):
-            assert not node.level, "imports name the package"
-            found |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
-        elif isinstance(node, ast.Import):
-            for alias in node.names:
-                found[alias.asname or alias.name] = alias.name
-    return found
-
-
-def edges(texts):
-    """Module -> the modules among them that it imports from."""
-    found = {}
-    for module, text in texts.items():
-        paths = [path for path in imported(text).values() if path.partition(".")[0] == "benchmarks"]
-        owners = {path if path in texts else path.rpartition(".")[0] for path in paths}
-        assert owners <= {*texts}, f"{module} imports {owners - {*texts}}, which are no files"
-        found[module] = owners - {module}
-    return found
-
-
-def upwards(graph):
-    """Imports from a folder above, as sentences."""
-
-    def floor(module):
-        return FOLDERS.index(module.split(".")[1])
-
-    return [
-        f"{module} imports {other}"
-        for module, others in graph.items()
-        for other in others
-        if module != "benchmarks" and floor(other) > floor(module)
-    ]
-
-
-def circles(graph):
-    """Modules that reach themselves."""
-
-    def reached(module):
-        found, left = set(), [module]
-        while left:
-            new = graph[left.pop()] - found
-            found |= new
-            left += new
-        return found
-
-    return [module for module in graph if module in reached(module)]
+FLOORS = {folder: floor for floor, folder in enumerate(FOLDERS)}
 
 
 def dotted(node):
@@ -99,20 +41,21 @@ def private(path):
 
 
 def test_every_file_lies_in_a_room():
-    texts = {*sources()} - {"benchmarks", *(f"benchmarks.{folder}" for folder in FOLDERS)}
-    assert {module.split(".")[1] for module in texts} <= {*FOLDERS}
+    assert {room(module) for module in sources("benchmarks") if "." in module} == {*FOLDERS}
 
 
 def test_folders_import_from_those_below_only():
-    assert upwards(edges(sources())) == []
+    assert upwards(edges(sources("benchmarks")), FLOORS) == []
 
 
 def test_no_file_imports_itself_by_way_of_others():
-    assert circles(edges(sources())) == []
+    assert circles(edges(sources("benchmarks"))) == []
 
 
 def test_of_bilevax_only_public_names_are_used():
-    assert {module: found for module, text in sources().items() if (found := [*filter(private, uses(text))])} == {}
+    assert {
+        module: found for module, text in sources("benchmarks").items() if (found := [*filter(private, uses(text))])
+    } == {}
 
 
 @pytest.mark.parametrize(
@@ -130,7 +73,7 @@ def test_of_bilevax_only_public_names_are_used():
 def test_an_import_upwards_and_a_circle_are_seen(below, refused):
     above = "from benchmarks.harness.loop import drive"
     graph = edges({"benchmarks.harness.loop": below, "benchmarks.studies.peers": above, "benchmarks.studies": ""})
-    assert upwards(graph) == refused
+    assert upwards(graph, FLOORS) == refused
     assert bool(circles(graph)) == bool(refused)
 
 

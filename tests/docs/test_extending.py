@@ -18,7 +18,7 @@ from bilevax.single_loop import engine
 from bilevax.testing.placement import DIRECTED, on_one_device
 
 pytestmark = pytest.mark.compiles(130)  # a page as it stands, whichever test comes first
-PAGE = (pathlib.Path(__file__).parent.parent / "docs" / "extending.md").read_text()
+PAGE = (pathlib.Path(__file__).parent.parent.parent / "docs" / "extending.md").read_text()
 
 
 def blocks(language):

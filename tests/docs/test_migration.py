@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-PAGE = (pathlib.Path(__file__).parent.parent / "docs" / "migration.md").read_text()
+PAGE = (pathlib.Path(__file__).parent.parent.parent / "docs" / "migration.md").read_text()
 BLOCKS = re.findall(r"^```python\n# (\w+)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 OURS = [code for library, code in BLOCKS if library == "bilevax"]
 JAXOPT = [code for library, code in BLOCKS if library == "jaxopt"]

@@ -18,7 +18,7 @@ import pytest
 from bilevax.agents import _gossip as gossips
 from bilevax.agents import topology as graphs
 
-HERE = pathlib.Path(__file__).parent
+HERE = pathlib.Path(__file__).parent.parent / "helpers"
 SMALL = 1e-12
 MESSAGES = {
     "agents": "topology must have a number of agents that the devices divide; got 12 agents and 8 devices.*Take 4",
@@ -50,7 +50,7 @@ def start(devices, *arguments):
         "JAX_ENABLE_X64": "1",
         "JAX_NUMPY_RANK_PROMOTION": "raise",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compilation is what takes the time
-        "PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join([str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")]),
     }
     command = [sys.executable, "-W", "error", *map(str, arguments)]
     return subprocess.Popen(

@@ -11,7 +11,7 @@ import pytest
 
 from bilevax import testing
 
-PAGE = (pathlib.Path(__file__).parent.parent / "docs" / "testing.md").read_text()
+PAGE = (pathlib.Path(__file__).parent.parent.parent / "docs" / "testing.md").read_text()
 SOURCES = sorted(pathlib.Path(testing.__file__).parent.rglob("*.py"))
 
 

@@ -24,7 +24,7 @@ from benchmarks.studies.hypergradients_points import UNROLLED, Point, feedforwar
 from benchmarks.tasks import condensation_methods, learning_rates, weighting
 from benchmarks.tasks.hyper_cleaning import numbered
 
-PAGE = pathlib.Path(__file__).parent.parent / "docs" / "testing.md"
+PAGE = pathlib.Path(__file__).parent.parent.parent / "docs" / "testing.md"
 METHODS = """
 import bilevax as bx
 

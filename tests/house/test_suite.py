@@ -7,7 +7,7 @@ import sys
 
 from conftest import LEEWAY, MOST
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parent.parent.parent
 PROGRAM = """
 import pathlib
 

@@ -15,7 +15,7 @@ from jax.flatten_util import ravel_pytree
 
 import bilevax as bx
 
-PAGE = pathlib.Path(__file__).parent.parent / "docs" / "recipes.md"
+PAGE = pathlib.Path(__file__).parent.parent.parent / "docs" / "recipes.md"
 SETUP, *SECTIONS = re.split(r"^## ", PAGE.read_text(), flags=re.MULTILINE)
 SECTIONS = {section.partition("\n")[0]: section for section in SECTIONS}
 
