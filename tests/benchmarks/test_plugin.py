@@ -315,7 +315,7 @@ def test_the_name_of_an_anchor_and_a_wrong_return_are_said_before_anything_runs(
     code, output, records = run(f"hyper-cleaning --plugin {plugin(BROKEN, 'broken.py')} --methods cg mine")
     assert (code, records) == (1, {})
     assert "HYPERGRADIENTS['mine'] in" in output.err
-    assert "broken.py raised AttributeError: 'NoneType' object has no attribute" in output.err
+    assert "broken.py raised ValueError: info of ihvp.prepare must be an IHVPInfo; got None" in output.err
     assert "bilevax.testing has check_ihvp, check_solver or check_hypergradient" in output.err
 
 
