@@ -220,6 +220,13 @@ def test_limits_over_a_directed_graph(name):
     assert off(end(presets[name]()).x, POINTS[LIMITS[name][0]]) < 1e-10
 
 
+def test_a_series_over_a_directed_graph_is_that_of_the_mean_hessian():
+    """Of sums that are not divided by their weights it would be another one: (I − c ω A)^q."""
+    options = {"sample": full, "terms": 2, "inverse_step": 0.1, "step_sizes": (0.02, 0.05)}
+    method = make(decentralized.gbdsbo, gossip=bx.agents.push_sum(bx.topology.from_matrix(DIRECTED)), **options)
+    assert off(end(method).x, Quadratic.local_inverse(MEAN, neumann(terms=2, step_size=0.1))) < 1e-10
+
+
 # Trajectories
 
 
