@@ -10,7 +10,7 @@ from scipy.special import expit
 DENSE = 1000  # unknowns up to which Newton's equation is solved by a factorization
 
 
-class Rows(NamedTuple):
+class Examples(NamedTuple):
     """Examples.
 
     Attributes:
@@ -38,18 +38,18 @@ class Exact(NamedTuple):
     residual: float
 
 
-def loss(rows: Rows, y: np.ndarray) -> float:
+def loss(rows: Examples, y: np.ndarray) -> float:
     """Mean of log(1 + exp(−b aᵀy))."""
     return float(np.mean(np.logaddexp(0, -rows.labels * (rows.features @ y))))
 
 
-def gradient(rows: Rows, y: np.ndarray) -> np.ndarray:
+def gradient(rows: Examples, y: np.ndarray) -> np.ndarray:
     """Of the loss, [d]."""
     pull = rows.labels * expit(-rows.labels * (rows.features @ y))
     return -(rows.features.T @ pull) / len(pull)
 
 
-def solve_newton(rows: Rows, penalty: np.ndarray, y: np.ndarray, b: np.ndarray) -> np.ndarray:
+def solve_newton(rows: Examples, penalty: np.ndarray, y: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Solves (∇² loss(y) + diag(penalty)) v = b: by Cholesky, or by conjugate gradients if there are many unknowns."""
     p = expit(rows.features @ y)
     curvature = p * (1 - p) / len(p)
@@ -68,7 +68,9 @@ def solve_newton(rows: Rows, penalty: np.ndarray, y: np.ndarray, b: np.ndarray) 
     return root * v
 
 
-def exact(inner: Rows, outer: Rows, x: np.ndarray, y: np.ndarray, tol: float = 1e-10, steps: int = 100) -> Exact:
+def exact(
+    inner: Examples, outer: Examples, x: np.ndarray, y: np.ndarray, tol: float = 1e-10, steps: int = 100
+) -> Exact:
     """Solves the inner problem by Newton's method with backtracking, and differentiates its solution.
 
         y = argmin_y g(x, y) = loss(inner, y) + ½ Σ_j exp(x_j) y_j²        F(x) = loss(outer, y)

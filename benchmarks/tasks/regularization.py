@@ -33,7 +33,7 @@ from benchmarks.harness.plugin import Function, InnerProblem, finished
 from benchmarks.harness.report import COSTS, Run
 from benchmarks.harness.runner import Method, Options, Task, outer_loops, perform
 from benchmarks.harness.style import COLOURS, STYLE, curves
-from benchmarks.tasks.logistic import Rows, exact
+from benchmarks.tasks.logistic import Examples, exact
 from bilevax.typing import Array
 
 TASK = "regularization"
@@ -65,30 +65,30 @@ class Data(NamedTuple):
       batch: the same as JAX arrays, (features [N, d], labels [N]) twice.
     """
 
-    inner: Rows
-    outer: Rows
+    inner: Examples
+    outer: Examples
     batch: bx.Batch
 
 
-def official(name: str, features: int) -> tuple[Rows, Rows]:
+def official(name: str, features: int) -> tuple[Examples, Examples]:
     """The published training part as inner rows, and the published test part as outer rows."""
-    return Rows(*download.libsvm(name, features)), Rows(*download.libsvm(f"{name}.t", features))
+    return Examples(*download.libsvm(name, features)), Examples(*download.libsvm(f"{name}.t", features))
 
 
-def halves(rows: Rows, seed: int) -> tuple[Rows, Rows]:
+def halves(rows: Examples, seed: int) -> tuple[Examples, Examples]:
     """A random half as inner rows, and the other as outer rows."""
     order = np.random.default_rng(seed).permutation(len(rows.labels))
-    inner, outer = (Rows(rows.features[part], rows.labels[part]) for part in np.array_split(order, 2))
+    inner, outer = (Examples(rows.features[part], rows.labels[part]) for part in np.array_split(order, 2))
     return inner, outer
 
 
-def frequent_words(full: bool) -> Rows:
+def frequent_words(full: bool) -> Examples:
     """20 Newsgroups as two classes, groups 1 to 10 against 11 to 20; rows of log(1 + count) with norm one."""
     counts, groups = download.libsvm("news20", 62061)
     if not full:
         most = np.sort(np.argsort(-counts.getnnz(axis=0), kind="stable")[:WORDS])
         counts = counts[:, most]
-    return Rows(csr_matrix(normalize(counts.log1p())), np.where(groups <= 10, -1.0, 1.0))
+    return Examples(csr_matrix(normalize(counts.log1p())), np.where(groups <= 10, -1.0, 1.0))
 
 
 class Setting(NamedTuple):
@@ -100,7 +100,7 @@ class Setting(NamedTuple):
       outer_steps: of each run.
     """
 
-    rows: Callable[[int, bool], tuple[Rows, Rows]]
+    rows: Callable[[int, bool], tuple[Examples, Examples]]
     curvature: float
     outer_steps: int
 
@@ -108,7 +108,7 @@ class Setting(NamedTuple):
 SETTINGS = {
     "ijcnn1": Setting(lambda seed, full: official("ijcnn1", 22), 0.06, 100),
     "a9a": Setting(lambda seed, full: official("a9a", 123), 1.6, 60),
-    "w8a": Setting(lambda seed, full: halves(Rows(*download.libsvm("w8a", 300)), seed), 0.7, 60),
+    "w8a": Setting(lambda seed, full: halves(Examples(*download.libsvm("w8a", 300)), seed), 0.7, 60),
     "news20": Setting(lambda seed, full: halves(frequent_words(full), seed), 0.01, 60),
 }
 
@@ -116,7 +116,7 @@ SETTINGS = {
 def load(setting: Setting, full: bool, seed: int) -> Data:
     """Reads the rows, and makes arrays of them: sparse ones where most entries are zero."""
 
-    def arrays(rows: Rows) -> tuple[Any, Array]:
+    def arrays(rows: Examples) -> tuple[Any, Array]:
         dense = rows.features.nnz > DENSE * np.prod(rows.features.shape)
         features = jnp.asarray(rows.features.toarray()) if dense else BCOO.from_scipy_sparse(rows.features)
         return features, jnp.asarray(rows.labels)

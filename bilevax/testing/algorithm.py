@@ -52,13 +52,13 @@ class MakeAlgorithm(Protocol):
     """A method over whatever it is given, a function of yours."""
 
     def __call__(
-        self, problem: BilevelProblem, gossip: Gossip, step_sizes: Levels[StepSize], sample: Sample, /
+        self, problem: BilevelProblem, gossip: Gossip, step_sizes: Levels[StepSize], /, *, sample: Sample
     ) -> Algorithm: ...
 
 
 Declared = Sequence[float] | Callable[[int], Sequence[float]]  # calls, or a function of the number of entries of y
 
-ARGUMENTS = ("problem", "gossip", "step_sizes", "sample")
+ARGUMENTS = ("problem", "gossip", "step_sizes")
 KEY = jax.random.key(0)
 ITERATIONS, PLACED = 10, 3
 STEPS = Levels(0.02, 0.05, optax.constant_schedule(0.05))
@@ -69,7 +69,7 @@ class AlgorithmSubject:
     """A method, on the problem on which its contracts are checked; what has been compiled is kept.
 
     Attributes:
-      make: `make(problem, gossip, step_sizes, sample) -> Algorithm`.
+      make: `make(problem, gossip, step_sizes, sample=...) -> Algorithm`.
       calls: declared evaluations of ∇f and ∇_y g, Hessian and cross products of an agent in an iteration, the mean of
         the first ten; or a function of the number of entries of y that returns them; None where they are random.
       topology: the graph or graphs of the four agents.
@@ -91,7 +91,7 @@ class AlgorithmSubject:
 
     def __post_init__(self) -> None:
         """Raises ValueError unless make can be called, calls are four numbers, and graphs have four agents."""
-        checks.function("make", self.make, *ARGUMENTS)
+        checks.function("make", self.make, *ARGUMENTS, keywords=("sample",))
         of_four_agents(self.topology)
         if self.calls is not None and np.shape(self.declared) != (4,):
             raise ValueError(
@@ -117,8 +117,8 @@ class AlgorithmSubject:
 
     def method(self, gossip: Gossip) -> Algorithm:
         """The method over some gossip."""
-        method = self.make(countable(N)[0], gossip, STEPS, minibatch(1))
-        checks.instance(f"make({', '.join(ARGUMENTS)})", method, Algorithm, "Return Algorithm(init, step).")
+        method = self.make(countable(N)[0], gossip, STEPS, sample=minibatch(1))
+        checks.instance(f"make({', '.join(ARGUMENTS)}, sample=)", method, Algorithm, "Return Algorithm(init, step).")
         return method
 
     def made(self) -> Algorithm:
@@ -131,9 +131,9 @@ class AlgorithmSubject:
             return self.method(self.gossip)
         except (TypeError, ValueError) as error:
             raise ValueError(
-                f"make must be a function ({', '.join(ARGUMENTS)}) -> Algorithm; got {name_of(self.make)}, which says: "
-                f"{error} Where it takes other arguments, wrap it: "
-                f"lambda {', '.join(ARGUMENTS)}: my_method(problem, gossip, step_sizes)."
+                f"make must be a function ({', '.join(ARGUMENTS)}, sample=) -> Algorithm; got {name_of(self.make)}, "
+                f"which says: {error} Where it takes other arguments, wrap it: "
+                f"lambda {', '.join(ARGUMENTS)}, sample: my_method(problem, gossip, step_sizes)."
             ) from error
 
     @functools.cached_property
@@ -340,7 +340,7 @@ def check_algorithm(
     its programs in another form.
 
     Args:
-      make: `make(problem, gossip, step_sizes, sample) -> Algorithm`, the method over whatever it is given;
+      make: `make(problem, gossip, step_sizes, sample=...) -> Algorithm`, the method over whatever it is given;
         `step_sizes` are `Levels` and `sample` is a sampler of one agent's data; ignore what the method does not take.
       calls: declared evaluations of ∇f and ∇_y g, Hessian and cross products of an agent in an iteration (the mean of
         the first ten); a function of the number of entries of y, if they depend on it. With None, as where a coin
