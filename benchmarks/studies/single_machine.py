@@ -32,7 +32,7 @@ from benchmarks.harness.plugin import ALGORITHMS, Function
 from benchmarks.harness.report import COSTS, Run
 from benchmarks.harness.runner import Advance, Options, Task, perform
 from benchmarks.harness.style import STYLE, curves
-from benchmarks.tasks.logistic import Rows, exact
+from benchmarks.tasks.logistic import Examples, exact
 from benchmarks.tasks.regularization import SETTINGS
 from bilevax.typing import Array, Key, Scalar
 
@@ -56,8 +56,8 @@ PUBLISHED = "The published code ends at F(x) = {soba:.4f} (soba) and {amigo:.4f}
 class Data(NamedTuple):
     """One data set: inner and outer rows, and the same as float32 arrays, (features [N, d], labels [N]) twice."""
 
-    inner: Rows
-    outer: Rows
+    inner: Examples
+    outer: Examples
     batch: bx.Batch
 
 
@@ -203,7 +203,7 @@ def load(name: str, seed: int) -> Data:
     """Reads the rows, and makes float32 arrays of them."""
     inner, outer = SETTINGS[name].rows(seed, False)
 
-    def arrays(rows: Rows) -> tuple:
+    def arrays(rows: Examples) -> tuple:
         return jnp.asarray(rows.features.toarray(), jnp.float32), jnp.asarray(rows.labels, jnp.float32)
 
     return Data(inner, outer, bx.Batch(outer=arrays(outer), inner=arrays(inner)))

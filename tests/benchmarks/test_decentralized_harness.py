@@ -48,7 +48,7 @@ def network(divided):
 
 
 def sparse(rows):
-    return logistic.Rows(csr_matrix(rows.features.astype(float)), rows.labels.astype(float))
+    return logistic.Examples(csr_matrix(rows.features.astype(float)), rows.labels.astype(float))
 
 
 @pytest.mark.parametrize("problem", [penalties.logistic(), penalties.softmax()], ids=["logistic", "softmax"])

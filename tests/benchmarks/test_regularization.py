@@ -11,7 +11,7 @@ from scipy.sparse import csr_matrix
 import bilevax as bx
 from benchmarks.__main__ import main
 from benchmarks.tasks import logistic, regularization
-from benchmarks.tasks.logistic import Rows, exact
+from benchmarks.tasks.logistic import Examples, exact
 from benchmarks.tasks.regularization import Setting
 
 FEATURES = 5
@@ -21,7 +21,7 @@ def rows(seed, number, features=FEATURES):
     random = np.random.default_rng(seed)
     matrix = random.normal(size=(number, features)) * (random.random((number, features)) < 0.7)
     signs = np.where(matrix.sum(axis=1) + random.normal(size=number) > 0, 1.0, -1.0)
-    return Rows(csr_matrix(matrix), signs)
+    return Examples(csr_matrix(matrix), signs)
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_the_methods_solve_the_same_problem_in_scaled_unknowns(monkeypatch, x, s
 
 @pytest.mark.parametrize("features", [csr_matrix(np.eye(3)), csr_matrix(np.eye(3)[:, :0])])
 def test_separable_and_empty_rows_have_a_finite_solution(features):
-    part = Rows(features, np.array([1.0, -1.0, 1.0]))
+    part = Examples(features, np.array([1.0, -1.0, 1.0]))
     at = exact(part, part, np.full(features.shape[1], -14.0), np.zeros(features.shape[1]))
     assert at.residual <= 1e-10
     assert np.isfinite(at.value)
@@ -135,7 +135,7 @@ def test_seeds_may_have_different_numbers_of_nonzeros(monkeypatch, tmp_path):
 
 
 def test_a_seed_splits_in_halves_without_losing_a_row():
-    part = Rows(csr_matrix(np.arange(1.0, 8)[:, None]), np.ones(7))
+    part = Examples(csr_matrix(np.arange(1.0, 8)[:, None]), np.ones(7))
     first, second = regularization.halves(part, 0)
     again, _ = regularization.halves(part, 1)
     split = [*first.features.toarray()[:, 0], *second.features.toarray()[:, 0]]

@@ -11,14 +11,14 @@ from scipy.sparse import csr_matrix
 import bilevax as bx
 from benchmarks.__main__ import main
 from benchmarks.studies import single_machine
-from benchmarks.tasks.logistic import Rows
+from benchmarks.tasks.logistic import Examples
 from benchmarks.tasks.regularization import Setting
 
 
 def rows(seed, number, features=5):
     random = np.random.default_rng(seed)
     matrix = random.normal(size=(number, features))
-    return Rows(csr_matrix(matrix), np.where(matrix.sum(axis=1) + random.normal(size=number) > 0, 1.0, -1.0))
+    return Examples(csr_matrix(matrix), np.where(matrix.sum(axis=1) + random.normal(size=number) > 0, 1.0, -1.0))
 
 
 def test_blocks_are_consecutive_rows_first_in_the_order_of_the_file():
