@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_parallel import findings, start
+from processes import findings, start
 
 import bilevax as bx
 

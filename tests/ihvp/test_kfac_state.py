@@ -125,7 +125,7 @@ def outer_loop(key, x, y, batch, steps=4):
         grad, state, info = estimator.estimate(key, state, x, bx.Batch(batch, batch))
         return (x - 0.1 * grad, state), (grad, info.inner.breakdown)
 
-    return jax.lax.scan(step, (x, estimator.init(x, y, batch)), jax.random.split(key, steps))
+    return jax.lax.scan(step, (x, estimator.init(x, y, bx.Batch(batch, batch))), jax.random.split(key, steps))
 
 
 def test_agents_seeds_and_outer_steps_are_loops():
@@ -138,7 +138,7 @@ def test_agents_seeds_and_outer_steps_are_loops():
     estimate = jax.jit(estimator.estimate)
     for agent in (1, 2):
         one, own = agents[0][agent], at(agents[1:], agent)
-        memory = estimator.init(one, *own)
+        memory = estimator.init(one, own[0], bx.Batch(own[1], own[1]))
         for step, key in enumerate(jax.random.split(keys[agent], 4)):
             grad, memory, _ = estimate(key, memory, one, bx.Batch(own[1], own[1]))
             np.testing.assert_allclose(grads[agent, step], grad, rtol=1e-9, atol=1e-14)
@@ -215,10 +215,14 @@ def test_a_bare_function_gets_the_three_lines_to_write(make_ihvp):
 
 def test_memory_needs_a_batch_at_its_start():
     for choices in ({"ema": 0.5}, {"factors_every": 2}, {"inverse_every": 2}):
-        with pytest.raises(ValueError, match=r"batch(.|\n)*init\(x, y, batch"):
+        with pytest.raises(
+            ValueError, match=r"batch(.|\n)*init\(x, y, bx\.Batch\(outer, inner\)\), or ihvp\.init\(x, y, inner"
+        ):
             kfac(**choices).init(None, Y)
         solver = bx.inner.implicit(SOFTMAX, ihvp=kfac(**choices))
-        with pytest.raises(ValueError, match=r"batch(.|\n)*init\(x, y, batch"):
+        with pytest.raises(
+            ValueError, match=r"batch(.|\n)*init\(x, y, bx\.Batch\(outer, inner\)\), or ihvp\.init\(x, y, inner"
+        ):
             bx.hypergradient(outer_loss, solver).init(X, Y)
 
 

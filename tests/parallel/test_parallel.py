@@ -3,22 +3,17 @@
 Every test starts processes of its own, for a process has as many devices as it was started with.
 """
 
-import json
-import os
-import pathlib
 import re
 import socket
-import subprocess
-import sys
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from processes import findings, start
 
 from bilevax.agents import _gossip as gossips
 from bilevax.agents import topology as graphs
 
-HERE = pathlib.Path(__file__).parent.parent / "helpers"
 SMALL = 1e-12
 MESSAGES = {
     "agents": "topology must have a number of agents that the devices divide; got 12 agents and 8 devices.*Take 4",
@@ -40,34 +35,6 @@ MESSAGES = {
     "join": r"tree must have leaves \[devices, ...\]; got shape \(\)",
     "result": r"result must have leaves \[2, ...\] or scalars; got shape \(3,\)",
 }
-
-
-def start(devices, *arguments):
-    """A process with virtual devices, which prints its findings as JSON."""
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
-        "JAX_ENABLE_X64": "1",
-        "JAX_NUMPY_RANK_PROMOTION": "raise",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compilation is what takes the time
-        "PYTHONPATH": os.pathsep.join([str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")]),
-    }
-    command = [sys.executable, "-W", "error", *map(str, arguments)]
-    return subprocess.Popen(
-        command, cwd=HERE, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def findings(*processes, timeout=300):
-    """What each of the processes printed on its last line; all of them are over when this returns."""
-    try:
-        outputs = [process.communicate(timeout=timeout) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, (_, errors) in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, errors
-    return [json.loads(output.splitlines()[-1]) for output, _ in outputs]
 
 
 def received(run):

@@ -5,7 +5,7 @@ import re
 import jax
 import numpy as np
 import pytest
-from test_parallel import findings, start
+from processes import findings, start
 
 import bilevax as bx
 
