@@ -20,7 +20,7 @@ from bilevax.problem import norm, widen
 from bilevax.typing import Array, PyTree, Scalar
 
 __all__ = [
-    "ChocoState",
+    "CHOCOState",
     "Compressor",
     "choco",
     "qsgd",
@@ -261,7 +261,7 @@ def sign() -> Compressor:
     return Compressor(compress, lambda size, dtype: float(math.ceil(size / 8) + _scale_bytes(dtype)))
 
 
-class ChocoState(NamedTuple):
+class CHOCOState(NamedTuple):
     """State of compressed gossip.
 
     Attributes:
@@ -272,7 +272,7 @@ class ChocoState(NamedTuple):
         >>> import bilevax as bx
         >>> gossip = choco(bx.gossip(bx.topology.ring(4)), sign(), gossip_step=0.1)
         >>> gossip.init({"w": jnp.ones((4, 3), jnp.float32)})
-        ChocoState(
+        CHOCOState(
           copies={'w': float32[4, 3]},
           gossip=(),
         )
@@ -303,7 +303,7 @@ def choco(gossip: Gossip, compressor: Compressor, *, gossip_step: Scalar) -> Gos
       gossip_step: a number > 0, usually below 1; 1 without compression is the plain gossip.
 
     Returns:
-      A `Gossip` with a `ChocoState`; `laplacian` is x − mix(x), i.e. the step is in it, and `bytes` counts the
+      A `Gossip` with a `CHOCOState`; `laplacian` is x − mix(x), i.e. the step is in it, and `bytes` counts the
       compressed messages, one for each neighbour.
 
     Raises:
@@ -324,28 +324,28 @@ def choco(gossip: Gossip, compressor: Compressor, *, gossip_step: Scalar) -> Gos
     checks.positive("gossip_step", gossip_step)
     _check_fixed(gossip)
 
-    def init(tree: PyTree) -> ChocoState:
+    def init(tree: PyTree) -> CHOCOState:
         state = gossip.init(tree)
         if jax.tree.leaves(state) and gossip.weights(state) is not None:
             raise ValueError(
                 "gossip must be doubly stochastic to be compressed; got push-sum, whose weights the copies would lack. "
                 "Pass a gossip over an undirected or doubly stochastic graph, say bx.gossip(bx.topology.ring(8))."
             )
-        return ChocoState(jax.tree.map(jnp.zeros_like, tree), state)
+        return CHOCOState(jax.tree.map(jnp.zeros_like, tree), state)
 
-    def laplacian(key: Any, state: ChocoState, tree: PyTree) -> tuple[PyTree, ChocoState]:
+    def laplacian(key: Any, state: CHOCOState, tree: PyTree) -> tuple[PyTree, CHOCOState]:
         changes = _compressed(compressor, key, gossip.agents(), jax.tree.map(jnp.subtract, tree, state.copies))
         copies = jax.tree.map(jnp.add, state.copies, changes)
         differences, inner = gossip.laplacian(key, state.gossip, copies)
-        return jax.tree.map(lambda leaf: (gossip_step * leaf).astype(leaf.dtype), differences), ChocoState(
+        return jax.tree.map(lambda leaf: (gossip_step * leaf).astype(leaf.dtype), differences), CHOCOState(
             copies, inner
         )
 
-    def mix(key: Any, state: ChocoState, tree: PyTree) -> tuple[PyTree, ChocoState]:
+    def mix(key: Any, state: CHOCOState, tree: PyTree) -> tuple[PyTree, CHOCOState]:
         differences, state = laplacian(key, state, tree)
         return jax.tree.map(jnp.subtract, tree, differences), state
 
-    def sent(state: ChocoState, tree: PyTree) -> Array:
+    def sent(state: CHOCOState, tree: PyTree) -> Array:
         leaves = jax.tree.leaves(tree)
         neighbours = gossip.bytes(state.gossip, jnp.zeros(leaves[0].shape[:1], jnp.float32)) / 4
         return neighbours * sum(compressor.bytes(math.prod(leaf.shape[1:]), leaf.dtype) for leaf in leaves)

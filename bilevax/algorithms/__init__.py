@@ -19,7 +19,7 @@
 `descent` makes such a method out of any hypergradient.
 """
 
-from bilevax.algorithms._amigo import AmigoState, amigo
+from bilevax.algorithms._amigo import AMIGOState, amigo
 from bilevax.algorithms._bsa import bsa, growing_steps
 from bilevax.algorithms._descent import DescentInfo, DescentState, descent
 from bilevax.algorithms._f2sa import f2sa
@@ -33,13 +33,13 @@ from bilevax.algorithms._srba import srba
 from bilevax.algorithms._stocbio import stocbio
 from bilevax.algorithms._sustain import sustain
 from bilevax.algorithms._ttsa import ttsa
-from bilevax.algorithms._vrbo import VrboState, vrbo
+from bilevax.algorithms._vrbo import VRBOState, vrbo
 
 __all__ = [
-    "AmigoState",
+    "AMIGOState",
     "DescentInfo",
     "DescentState",
-    "VrboState",
+    "VRBOState",
     "amigo",
     "bsa",
     "descent",

@@ -16,7 +16,7 @@ from bilevax.single_loop.step_sizes import StepSizes, check_schedule, check_step
 from bilevax.typing import Array, Key, PyTree
 
 
-class AmigoState(NamedTuple):
+class AMIGOState(NamedTuple):
     """The state of AmIGO.
 
     Attributes:
@@ -30,7 +30,7 @@ class AmigoState(NamedTuple):
         >>> import bilevax as bx
         >>> problem = bx.BilevelProblem(lambda x, y, batch: y**2, lambda x, y, batch: (y - x) ** 2)
         >>> bx.algorithms.amigo(problem, 0.1, sample=bx.sampling.full).init(1.0, 2.0)
-        AmigoState(
+        AMIGOState(
           k=0,
           x=1,
           y=2,
@@ -73,7 +73,7 @@ def amigo(
       v_steps: steps on v, >= 1; as many as on y by default.
 
     Returns:
-      `Algorithm(init, step)` with `AmigoState` and `DescentInfo`, on x and y without an agents' axis.
+      `Algorithm(init, step)` with `AMIGOState` and `DescentInfo`, on x and y without an agents' axis.
 
     Raises:
       ValueError: if a number of steps is below 1, or a step size is negative or of another kind; when it draws,
@@ -104,15 +104,15 @@ def amigo(
     steps = checks.count("steps", steps, minimum=1)
     v_steps = steps if v_steps is None else checks.count("v_steps", v_steps, minimum=1)
 
-    def init(x: PyTree, y: PyTree, batch: Batch | None = None) -> AmigoState:
+    def init(x: PyTree, y: PyTree, batch: Batch | None = None) -> AMIGOState:
         checks.floating("x", x)
         checks.floating("y", y)
         x, y = arrays(x), arrays(y)
         optimizer = sizes.x.init(x) if isinstance(sizes.x, optax.GradientTransformation) else ()
-        return AmigoState(jnp.zeros((), jnp.int32), x, y, optax.tree.zeros_like(y), optimizer)
+        return AMIGOState(jnp.zeros((), jnp.int32), x, y, optax.tree.zeros_like(y), optimizer)
 
-    def step(key: Key | None, state: AmigoState, batch: Batch) -> tuple[AmigoState, DescentInfo]:
-        checks.instance("state", state, AmigoState, "Pass step(key, state, batch) the state of init or of a step.")
+    def step(key: Key | None, state: AMIGOState, batch: Batch) -> tuple[AMIGOState, DescentInfo]:
+        checks.instance("state", state, AMIGOState, "Pass step(key, state, batch) the state of init or of a step.")
         checks.instance("batch", batch, Batch, "Pass bx.Batch(outer=..., inner=...).")
         check_key(key)
         y_key, outer_key, v_key, x_key = split(fold(key, state.k), 4)
@@ -136,6 +136,6 @@ def amigo(
         new, optimizer = outer_step(sizes.x, state.k, direction, state.optimizer, x)
         moves = Levels(*(norm(optax.tree.sub(*pair)) for pair in ((new, x), (y, state.y), (v, state.v))))
         info = DescentInfo(moves, ~jnp.isfinite(sum(moves)), Calls(1, steps + 1, v_steps, 1), value, inner.loss)
-        return AmigoState(state.k + 1, new, y, v, optimizer), info
+        return AMIGOState(state.k + 1, new, y, v, optimizer), info
 
     return Algorithm(init, step)

@@ -19,7 +19,7 @@ from bilevax.typing import Array, Key, PyTree
 Followed: TypeAlias = tuple[Directions, tuple[PyTree, PyTree], tuple[PyTree, PyTree]]  # u, the point before, the point
 
 
-class VrboState(NamedTuple):
+class VRBOState(NamedTuple):
     """The state of VRBO.
 
     Attributes:
@@ -33,7 +33,7 @@ class VrboState(NamedTuple):
         >>> import bilevax as bx
         >>> problem = bx.BilevelProblem(lambda x, y, batch: y**2, lambda x, y, batch: (y - x) ** 2)
         >>> bx.algorithms.vrbo(problem, 0.1, sample=bx.sampling.full, every=3).init(1.0, 2.0)
-        VrboState(
+        VRBOState(
           k=0,
           x=1,
           y=2,
@@ -77,7 +77,7 @@ def vrbo(
       terms: Hessian products of each series, >= 0.
 
     Returns:
-      `Algorithm(init, step)` with `VrboState` and `DescentInfo` (whose losses are NaN), on x and y without an agents'
+      `Algorithm(init, step)` with `VRBOState` and `DescentInfo` (whose losses are NaN), on x and y without an agents'
       axis.
 
     Raises:
@@ -110,16 +110,16 @@ def vrbo(
     steps = checks.count("steps", steps, minimum=1)
     unit = rule.calls(("x", "y"), ())
 
-    def init(x: PyTree, y: PyTree, batch: Batch | None = None) -> VrboState:
+    def init(x: PyTree, y: PyTree, batch: Batch | None = None) -> VRBOState:
         checks.floating("x", x)
         checks.floating("y", y)
         x, y = arrays(x), arrays(y)
         u = Directions(optax.tree.zeros_like(x), optax.tree.zeros_like(y), None)
         optimizer = sizes.x.init(x) if isinstance(sizes.x, optax.GradientTransformation) else ()
-        return VrboState(jnp.zeros((), jnp.int32), x, y, u, optimizer)
+        return VRBOState(jnp.zeros((), jnp.int32), x, y, u, optimizer)
 
-    def step(key: Key | None, state: VrboState, batch: Batch) -> tuple[VrboState, DescentInfo]:
-        checks.instance("state", state, VrboState, "Pass step(key, state, batch) the state of init or of a step.")
+    def step(key: Key | None, state: VRBOState, batch: Batch) -> tuple[VRBOState, DescentInfo]:
+        checks.instance("state", state, VRBOState, "Pass step(key, state, batch) the state of init or of a step.")
         checks.instance("batch", batch, Batch, "Pass bx.Batch(outer=..., inner=...).")
         check_key(key)
         key, k = fold(key, state.k), state.k
@@ -145,6 +145,6 @@ def vrbo(
         calls = jax.tree.map(lambda one: one * (2 * (steps + 1) + refresh), unit)
         unknown = jnp.full_like(moves.x, jnp.nan)
         info = DescentInfo(moves, ~jnp.isfinite(moves.x + moves.y), calls, unknown, unknown)
-        return VrboState(k + 1, x, y, u, optimizer), info
+        return VRBOState(k + 1, x, y, u, optimizer), info
 
     return Algorithm(init, step)

@@ -6,7 +6,7 @@ any batch. Which data, which agents and which memory: that is the estimator.
 
 from bilevax.single_loop.estimator._lazy_snapshot import lazy_snapshot
 from bilevax.single_loop.estimator._momentum import momentum
-from bilevax.single_loop.estimator._saga import SagaState, saga
+from bilevax.single_loop.estimator._saga import SAGAState, saga
 from bilevax.single_loop.estimator._spider import page, spider
 from bilevax.single_loop.estimator._storm import storm
 from bilevax.single_loop.estimator.estimator_type import Estimator, Oracle, draw
@@ -15,7 +15,7 @@ from bilevax.single_loop.estimator.sampled import full, stochastic
 __all__ = [
     "Estimator",
     "Oracle",
-    "SagaState",
+    "SAGAState",
     "draw",
     "full",
     "lazy_snapshot",

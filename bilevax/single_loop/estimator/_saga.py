@@ -14,7 +14,7 @@ from bilevax.single_loop.estimator.estimator_type import Estimator, Oracle, ever
 from bilevax.typing import Array, Key, PyTree, Scalar
 
 
-class SagaState(NamedTuple):
+class SAGAState(NamedTuple):
     """The last directions on each block of the data, leaves [n, blocks, ...], and their means, leaves [n, ...].
 
     Example:
@@ -42,7 +42,7 @@ def saga(blocks: int) -> Estimator:
         outer data goes with block b of the inner data, and the losses must be means over the examples.
 
     Returns:
-      `Estimator` whose state is `SagaState(table, mean)`.
+      `Estimator` whose state is `SAGAState(table, mean)`.
 
     Raises:
       ValueError: if `blocks` < 1, or if the number of examples is no multiple of it; when it draws, if there is no key.
@@ -72,14 +72,14 @@ def saga(blocks: int) -> Estimator:
 
         return jax.tree.map(rows, data)
 
-    def init(oracle: Oracle, point: Levels[PyTree], batch: Any) -> SagaState:
+    def init(oracle: Oracle, point: Levels[PyTree], batch: Any) -> SAGAState:
         zeros = zeros_like(oracle, point)
         table = jax.tree.map(lambda leaf: jnp.zeros((leaf.shape[0], blocks, *leaf.shape[1:]), leaf.dtype), zeros)
-        return SagaState(table, zeros)
+        return SAGAState(table, zeros)
 
     def update(
-        key: Key | None, state: SagaState, oracle: Oracle, point: Levels[PyTree], batch: Batch, k: Scalar
-    ) -> tuple[Levels[PyTree], SagaState, Array]:
+        key: Key | None, state: SAGAState, oracle: Oracle, point: Levels[PyTree], batch: Batch, k: Scalar
+    ) -> tuple[Levels[PyTree], SAGAState, Array]:
         agents = oracle.gossip.agents()
         keys = jax.vmap(lambda agent: jax.random.fold_in(needed(key), agent))(agents)
         chosen = jax.vmap(lambda key: jax.random.randint(key, (), 0, blocks))(keys)
@@ -89,6 +89,6 @@ def saga(blocks: int) -> Estimator:
         u = optax.tree.add(change, state.mean)
         table = jax.tree.map(lambda table, d: table.at[rows, chosen].set(d), state.table, d)
         mean = jax.tree.map(lambda mean, change: mean + change / blocks, state.mean, change)
-        return u, SagaState(table, mean), everybody(oracle)
+        return u, SAGAState(table, mean), everybody(oracle)
 
     return Estimator(init, update)
