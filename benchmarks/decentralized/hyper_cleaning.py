@@ -37,7 +37,7 @@ L2 = 2e-3
 OUTER_GRID = (0.1, 0.4, 1.6, 6.4, 25.6)  # times N, since an entry of the outer gradient is of order 1/N
 
 
-class Setting(NamedTuple):
+class NetworkSetting(NamedTuple):
     """What suits a data set.
 
     Attributes:
@@ -55,7 +55,8 @@ class Setting(NamedTuple):
 
 
 LARGE_GRID, SHRUNK_GRID = (0.025, 0.05, 0.1, 0.2, 0.4), (0.1, 0.2, 0.4, 0.8, 1.6)
-SMALL, LARGE = Setting(1, 960, 320, 1500, (0.15, 0.3, 0.6, 1.2, 2.4)), Setting(1, 2000, 500, 600, LARGE_GRID)
+SMALL = NetworkSetting(1, 960, 320, 1500, (0.15, 0.3, 0.6, 1.2, 2.4))
+LARGE = NetworkSetting(1, 2000, 500, 600, LARGE_GRID)
 QUICK_ITERATIONS, SHRUNK_ITERATIONS = 200, 140
 QUICK_TRAIN, QUICK_VALIDATION = 50, 25  # images of each agent, if they are shrunk
 COLUMNS: Columns = {
@@ -170,12 +171,12 @@ class Config:
         parsed("partition", self.partition, PARTITIONS)
 
     @property
-    def setting(self) -> Setting:
+    def setting(self) -> NetworkSetting:
         """Sizes, iterations and grid; quick runs shrink images."""
         images, n = IMAGES[self.data], self.network.agents
         setting = SMALL if images.small else LARGE
         if self.common.quick and not images.small:
-            setting = Setting(2, QUICK_TRAIN * n, QUICK_VALIDATION * n, SHRUNK_ITERATIONS, SHRUNK_GRID)
+            setting = NetworkSetting(2, QUICK_TRAIN * n, QUICK_VALIDATION * n, SHRUNK_ITERATIONS, SHRUNK_GRID)
         elif self.common.quick:
             setting = setting._replace(iterations=QUICK_ITERATIONS)
         return setting._replace(iterations=self.common.outer_steps or setting.iterations)

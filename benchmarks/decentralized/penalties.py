@@ -22,7 +22,7 @@ MOST_TESTED = 10_000
 LARGEST = 1.0  # what a penalty adds to the curvature at most
 
 
-class Rows(NamedTuple):
+class Examples(NamedTuple):
     """Features [N, d] and labels [N], -1 and 1 or classes."""
 
     features: np.ndarray
@@ -39,9 +39,9 @@ class Divided(NamedTuple):
         the L rows, so weighted, have the loss on the undivided data as their mean over agents.
     """
 
-    train: Rows
-    validation: Rows
-    test: Rows
+    train: Examples
+    validation: Examples
+    test: Examples
     batch: bx.Batch
 
 
@@ -56,11 +56,11 @@ def real(name: str, seed: int, train: int, partition: Callable[..., list], times
     if not len(parts[2]):
         raise DataError(f"{name} has {len(labels)} rows; --rows {train} leaves none to test on. Pass fewer.")
 
-    def part(chosen: np.ndarray) -> Rows:
+    def part(chosen: np.ndarray) -> Examples:
         rows = features[chosen]
         dense = rows.toarray() if isinstance(rows, csr_matrix) else rows
         kind = np.int32 if name in IMAGES else np.float32
-        return Rows(dense.astype(np.float32), labels[chosen].astype(kind))
+        return Examples(dense.astype(np.float32), labels[chosen].astype(kind))
 
     inner, outer, test = part(parts[0]), part(parts[1]), part(parts[2][:MOST_TESTED])
     try:
@@ -81,13 +81,13 @@ def synthetic(n: int, seed: int, features: int, train: int, heterogeneity: float
     y = random.normal(size=features) * (np.arange(features) < features // 2)
     scales = heterogeneity * np.arange(1, n + 1)
 
-    def part(rows: int) -> Rows:
+    def part(rows: int) -> Examples:
         drawn = random.normal(size=(n, rows, features)) * scales[:, None, None]
         labels = np.sign(drawn @ y + NOISE * random.normal(size=(n, rows)))
-        return Rows(drawn.astype(np.float32), labels.astype(np.float32))
+        return Examples(drawn.astype(np.float32), labels.astype(np.float32))
 
-    def pooled(rows: Rows) -> Rows:
-        return Rows(rows.features.reshape(-1, features), rows.labels.reshape(-1))
+    def pooled(rows: Examples) -> Examples:
+        return Examples(rows.features.reshape(-1, features), rows.labels.reshape(-1))
 
     inner, outer, test = (part(rows) for rows in (train // n, train // 2 // n, train // n))
     batch = bx.Batch(*((*rows, np.ones_like(rows.labels)) for rows in (outer, inner)))

@@ -57,7 +57,7 @@ METHODS = (
 DEFAULTS = defaults(METHODS)
 
 
-class Setting(NamedTuple):
+class PenaltySetting(NamedTuple):
     """What suits a data set.
 
     Attributes:
@@ -79,11 +79,11 @@ class Setting(NamedTuple):
 
 BINARY_GRID = (10.0, 40.0, 160.0, 640.0, 2560.0)
 SETTINGS = {
-    "synthetic": Setting(1600, 125, 1000, (8.0, 32.0, 128.0, 512.0, 2048.0), -2.0),
-    "mnist": Setting(2000, 50, 400, (2.5, 10.0, 40.0, 160.0), 5.0),
-    "a9a": Setting(8000, 125, 600, BINARY_GRID, -2.0),
-    "ijcnn1": Setting(8000, 125, 1000, BINARY_GRID, -2.0),
-    "w8a": Setting(8000, 125, 600, BINARY_GRID, -2.0, partition="dirichlet:1"),  # few rows are positive
+    "synthetic": PenaltySetting(1600, 125, 1000, (8.0, 32.0, 128.0, 512.0, 2048.0), -2.0),
+    "mnist": PenaltySetting(2000, 50, 400, (2.5, 10.0, 40.0, 160.0), 5.0),
+    "a9a": PenaltySetting(8000, 125, 600, BINARY_GRID, -2.0),
+    "ijcnn1": PenaltySetting(8000, 125, 1000, BINARY_GRID, -2.0),
+    "w8a": PenaltySetting(8000, 125, 600, BINARY_GRID, -2.0, partition="dirichlet:1"),  # few rows are positive
 }
 SYNTHETIC_FEATURES = 40
 

@@ -25,7 +25,7 @@ LOCALITY = 0.5  # weight of the divergence
 BIAS = -0.8  # the first weights are softplus(-0.8) = 0.37, where adapting is safe
 
 
-class Setting(NamedTuple):
+class AdaptationSetting(NamedTuple):
     """What suits a model.
 
     Attributes:
@@ -139,7 +139,7 @@ class Problem(NamedTuple):
     """The two losses of a language model, and the draws of documents."""
 
     model: Decoder
-    setting: Setting
+    setting: AdaptationSetting
 
     @property
     def steps(self) -> int:

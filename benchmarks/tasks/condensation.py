@@ -48,7 +48,7 @@ NETWORKS = 10  # fresh ones, in each evaluation
 AT_ONCE = 500  # images that an evaluation classifies at once
 
 
-class Setting(NamedTuple):
+class CondensationSetting(NamedTuple):
     """What suits a data set.
 
     Attributes:
@@ -62,8 +62,8 @@ class Setting(NamedTuple):
     minibatch: int
 
 
-SMALL = Setting({"train": 1000, "validation": 200}, 1000, 256)
-LARGE = Setting({"train": 45_000, "validation": 5000}, 10_000, 512)
+SMALL = CondensationSetting({"train": 1000, "validation": 200}, 1000, 256)
+LARGE = CondensationSetting({"train": 45_000, "validation": 5000}, 10_000, 512)
 QUICK_SPLIT = {"train": 1000, "validation": 200, "test": 500}
 INNER_RATES = {"mlp": 0.1, "cnn": 0.01}
 
@@ -266,7 +266,7 @@ class Config:
 
         return network(QUICK_WIDTH if self.common.quick else WIDTH)
 
-    def _methods(self, setting: Setting, outer_steps: int) -> list[Method]:
+    def _methods(self, setting: CondensationSetting, outer_steps: int) -> list[Method]:
         model, quick = self._model(), self.common.quick
         rates = dict.fromkeys(self.rates[-1:] if quick else self.rates)
         lengths = dict.fromkeys(min(T, QUICK_INNER_STEPS) if quick else T for T in self.inner_steps)

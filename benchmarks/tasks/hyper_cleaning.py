@@ -38,14 +38,14 @@ OUTER = {"learning_rate": 0.1}
 CORRUPTION = 0.5
 
 
-class Setting(NamedTuple):
+class CleaningSetting(NamedTuple):
     """What suits a data set: outer steps of each run, and inner steps in each of them."""
 
     outer_steps: int
     inner_steps: int
 
 
-SMALL, LARGE = Setting(300, 20), Setting(40, 10)
+SMALL, LARGE = CleaningSetting(300, 20), CleaningSetting(40, 10)
 MINIBATCH = 200  # images of an inner step of the convolutional models; the others take all images
 MINIBATCH_STEPS = 10  # inner steps of the models that take minibatches
 # Their quick runs: outer steps, and methods unless some are named; each takes long to compile.

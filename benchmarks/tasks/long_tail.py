@@ -42,7 +42,7 @@ CLASSES, TAIL = 10, 3  # all of them, and the last ones
 HIDDEN = {"weights": 100, "mlp": 64}  # units of the weight network, and of the classifier
 
 
-class Setting(NamedTuple):
+class LongTailSetting(NamedTuple):
     """What suits a data set.
 
     Attributes:
@@ -63,7 +63,7 @@ class Setting(NamedTuple):
     l2: float
 
 
-SMALL, LARGE = Setting(120, 3, 5, None, 300, 10, 1e-2), Setting(1000, 10, 10, 2000, 60, 10, 1e-3)
+SMALL, LARGE = LongTailSetting(120, 3, 5, None, 300, 10, 1e-2), LongTailSetting(1000, 10, 10, 2000, 60, 10, 1e-3)
 CONVOLUTIONAL_RATE = 0.05  # of the inner steps of the convolutional models; the others have that of the data set
 MINIBATCH = 200  # images of an inner step of the convolutional models; the others take all
 # For a GPU: an imbalance of 100.
@@ -100,7 +100,7 @@ class Data(NamedTuple):
         return np.bincount(self.batch.inner[1], minlength=CLASSES)
 
 
-def load(name: str, setting: Setting, seed: int) -> Data:
+def load(name: str, setting: LongTailSetting, seed: int) -> Data:
     """Draws a balanced validation set and training images whose numbers fall geometrically from class to class."""
     (images, labels), others = IMAGES[name].read(1)
     random = np.random.default_rng(seed)
@@ -255,7 +255,7 @@ class Config:
         )
         return perform(task, self.common, self)
 
-    def _methods(self, setting: Setting, steps: int) -> list[Method]:
+    def _methods(self, setting: LongTailSetting, steps: int) -> list[Method]:
         model = classifier(self.model)
         if self.model == "mlp":
             model = model._replace(init=functools.partial(random_layers, HIDDEN["mlp"]))

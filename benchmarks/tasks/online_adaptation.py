@@ -36,7 +36,7 @@ from benchmarks.harness.runner import Advance, Method, Options, Task, outer_loop
 from benchmarks.harness.style import COLOURS, STYLE, curves
 from benchmarks.networks.decoder import Decoder
 from benchmarks.networks.encoder import Size
-from benchmarks.tasks.adaptation import LOCALITY, Pool, Problem, Setting, judge, start, train, weights
+from benchmarks.tasks.adaptation import LOCALITY, AdaptationSetting, Pool, Problem, judge, start, train, weights
 from bilevax.typing import Array, Key, PyTree
 
 TASK = "online_adaptation"
@@ -59,11 +59,11 @@ CAPTION = (
     "gain: how much lower the held-out loss is than that of uniform with the same seed, on the same texts.\n"
 )
 
-SMALL = Setting(Size(BYTES, 63, 48, heads=4, hidden=192, layers=2, types=1), 400, 3e-3, 16, 8, 120, 24)
-LARGE = Setting(Size(BYTES, 255, 384, heads=6, hidden=1536, layers=6, types=1), 4000, 3e-4, 24, 8, 1000, 24)
+SMALL = AdaptationSetting(Size(BYTES, 63, 48, heads=4, hidden=192, layers=2, types=1), 400, 3e-3, 16, 8, 120, 24)
+LARGE = AdaptationSetting(Size(BYTES, 255, 384, heads=6, hidden=1536, layers=6, types=1), 4000, 3e-4, 24, 8, 1000, 24)
 SETTINGS = {"small": SMALL, "large": LARGE}
 # A quick run has a smaller model, which has hardly been trained, and fewer documents.
-QUICK = Setting(Size(BYTES, 31, 16, heads=2, hidden=32, layers=1, types=1), 100, 3e-3, 8, 4, 12, 4)
+QUICK = AdaptationSetting(Size(BYTES, 31, 16, heads=2, hidden=32, layers=1, types=1), 100, 3e-3, 8, 4, 12, 4)
 
 
 class Data(NamedTuple):
@@ -249,7 +249,7 @@ class Config:
                 raise ValueError(f"{name} must be > 0; got {' '.join(map(str, rates)) or 'none'}. Pass, say, {fix}.")
 
     @property
-    def setting(self) -> Setting:
+    def setting(self) -> AdaptationSetting:
         """What suits the model."""
         return QUICK if self.common.quick else SETTINGS[self.model]
 

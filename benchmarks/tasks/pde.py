@@ -46,7 +46,7 @@ MODES = 16
 DEVIATION = 0.5  # of the modes with k = 1; others have that of k = 1 divided by k
 
 
-class Setting(NamedTuple):
+class PDESetting(NamedTuple):
     """What suits an unknown.
 
     Attributes:
@@ -60,7 +60,7 @@ class Setting(NamedTuple):
     rate: float
 
 
-SETTINGS = {"viscosity": Setting(0, 4, 0.3), "field": Setting(MODES, 16, 0.05)}
+SETTINGS = {"viscosity": PDESetting(0, 4, 0.3), "field": PDESetting(MODES, 16, 0.05)}
 OUTER_STEPS = 200
 
 COLUMNS = {
@@ -224,7 +224,7 @@ class Config:
             )
             return perform(task, self.common, self)
 
-    def _method(self, row: Row, problem: Problem, setting: Setting, start: Array, steps: int) -> Method:
+    def _method(self, row: Row, problem: Problem, setting: PDESetting, start: Array, steps: int) -> Method:
         directions = row.directions(len(start))
         y = jnp.zeros((problem.observations, problem.equation.points))
         return Method(

@@ -42,7 +42,7 @@ OUTER = {"learning_rate": 0.05}
 PICTURES = 8  # of altered images
 
 
-class Setting(NamedTuple):
+class PoisoningSetting(NamedTuple):
     """What suits a data set.
 
     Attributes:
@@ -60,10 +60,10 @@ class Setting(NamedTuple):
     anew: int
 
 
-SMALL = Setting({"train": 500, "validation": 300}, 25, 150, 20, 400)
-LARGE = Setting({"train": 2000, "validation": 1000}, 100, 60, 10, 200)
+SMALL = PoisoningSetting({"train": 500, "validation": 300}, 25, 150, 20, 400)
+LARGE = PoisoningSetting({"train": 2000, "validation": 1000}, 100, 60, 10, 200)
 # For a GPU.
-FULL = Setting({"train": 20_000, "validation": 5000}, 600, 500, 20, 1000)
+FULL = PoisoningSetting({"train": 20_000, "validation": 5000}, 600, 500, 20, 1000)
 
 COLUMNS = {
     "validation_error": ("valid.\nerror", "{:.3f}".format),
@@ -245,7 +245,7 @@ class Config:
         )
         return perform(task, self.common, self)
 
-    def _methods(self, setting: Setting) -> list[Method]:
+    def _methods(self, setting: PoisoningSetting) -> list[Method]:
         model, poisons = MODELS[self.model], setting.poisons
         inner = Inner(inner_loss(model), model.curvature, IMAGES[self.data].rates[self.model], setting.inner_steps)
         first = functools.partial(true_images, poisons)

@@ -91,7 +91,7 @@ def frequent_words(full: bool) -> Examples:
     return Examples(csr_matrix(normalize(counts.log1p())), np.where(groups <= 10, -1.0, 1.0))
 
 
-class Setting(NamedTuple):
+class RegularizationSetting(NamedTuple):
     """A data set.
 
     Attributes:
@@ -106,14 +106,14 @@ class Setting(NamedTuple):
 
 
 SETTINGS = {
-    "ijcnn1": Setting(lambda seed, full: official("ijcnn1", 22), 0.06, 100),
-    "a9a": Setting(lambda seed, full: official("a9a", 123), 1.6, 60),
-    "w8a": Setting(lambda seed, full: halves(Examples(*download.libsvm("w8a", 300)), seed), 0.7, 60),
-    "news20": Setting(lambda seed, full: halves(frequent_words(full), seed), 0.01, 60),
+    "ijcnn1": RegularizationSetting(lambda seed, full: official("ijcnn1", 22), 0.06, 100),
+    "a9a": RegularizationSetting(lambda seed, full: official("a9a", 123), 1.6, 60),
+    "w8a": RegularizationSetting(lambda seed, full: halves(Examples(*download.libsvm("w8a", 300)), seed), 0.7, 60),
+    "news20": RegularizationSetting(lambda seed, full: halves(frequent_words(full), seed), 0.01, 60),
 }
 
 
-def load(setting: Setting, full: bool, seed: int) -> Data:
+def load(setting: RegularizationSetting, full: bool, seed: int) -> Data:
     """Reads the rows, and makes arrays of them: sparse ones where most entries are zero."""
 
     def arrays(rows: Examples) -> tuple[Any, Array]:

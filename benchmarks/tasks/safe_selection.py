@@ -65,7 +65,7 @@ CAPTION = (
 )
 
 
-class Setting(NamedTuple):
+class SelectionSetting(NamedTuple):
     """What suits a model: words of a text, first training, steps of both levels, and texts in each batch."""
 
     length: int
@@ -76,9 +76,11 @@ class Setting(NamedTuple):
     sizes: Mapping[str, int]
 
 
+SMALL_SIZES = {"inner": 32, "curvature": 32, "cross": 128, "outer": 64}
+BASE_SIZES = {"inner": 64, "curvature": 64, "cross": 128, "outer": 64}
 SETTINGS = {
-    "decoder-small": Setting(24, 200, 1000, 5, 1e-3, {"inner": 32, "curvature": 32, "cross": 128, "outer": 64}),
-    "decoder-base": Setting(64, 2000, 10_000, 10, 1e-4, {"inner": 64, "curvature": 64, "cross": 128, "outer": 64}),
+    "decoder-small": SelectionSetting(24, 200, 1000, 5, 1e-3, SMALL_SIZES),
+    "decoder-base": SelectionSetting(64, 2000, 10_000, 10, 1e-4, BASE_SIZES),
 }
 
 
@@ -105,7 +107,7 @@ def likelihood(model: Decoder, y: PyTree, batch: tuple) -> Array:
     return jnp.sum(values * counted(targets)) / jnp.sum(counted(targets))
 
 
-def train(model: Decoder, y: PyTree, texts: tuple, setting: Setting, key: Key) -> PyTree:
+def train(model: Decoder, y: PyTree, texts: tuple, setting: SelectionSetting, key: Key) -> PyTree:
     """Trains on texts that nobody selects, in the plain way."""
     optimizer, sample = optax.adam(3 * setting.learning_rate), bx.sampling.minibatch(setting.sizes["inner"])
 

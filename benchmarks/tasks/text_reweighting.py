@@ -65,7 +65,7 @@ CAPTION = (
 )
 
 
-class Setting(NamedTuple):
+class ReweightingSetting(NamedTuple):
     """What suits a model.
 
     Attributes:
@@ -87,8 +87,8 @@ class Setting(NamedTuple):
     texts: int | None = None
 
 
-SMALL = Setting(2, 100, 10, 3e-4, {"inner": 32, "curvature": 64, "cross": 256, "outer": 64})
-BASE = Setting(1, 1000, 10, 2e-5, dict.fromkeys(("inner", "curvature", "cross", "outer"), 128), length=100)
+SMALL = ReweightingSetting(2, 100, 10, 3e-4, {"inner": 32, "curvature": 64, "cross": 256, "outer": 64})
+BASE = ReweightingSetting(1, 1000, 10, 2e-5, dict.fromkeys(("inner", "curvature", "cross", "outer"), 128), length=100)
 SETTINGS = {"encoder-small": SMALL, "bert-base": BASE}
 # Quick runs train one block, which compiles sooner; with the large model they tell time and memory, and no more.
 QUICK = {
@@ -165,7 +165,7 @@ class Config:
             raise ValueError(f"weights and tokenizer belong together; got no {missing}. Pass --{missing} as well.")
 
     @property
-    def setting(self) -> Setting:
+    def setting(self) -> ReweightingSetting:
         """What suits the model."""
         setting = (QUICK if self.common.quick else SETTINGS)[self.model]
         return setting._replace(blocks=self.blocks or setting.blocks, length=setting.length or LENGTHS[self.data])

@@ -85,7 +85,7 @@ def test_the_accurate_solution_is_that_of_newton_in_numpy(divided, precision, to
 
 def test_the_diagonal_is_that_of_the_inner_hessian_where_all_is_undecided():
     random, (d, classes) = np.random.default_rng(0), (3, penalties.CLASSES)
-    rows = penalties.Rows(random.normal(size=(40, d)), random.integers(0, classes, 40))
+    rows = penalties.Examples(random.normal(size=(40, d)), random.integers(0, classes, 40))
     (*stacked,), weights = bx.partition.stack(rows, [np.arange(30), np.arange(30, 40)])
     batch = (*stacked, weights)
     with jax.enable_x64(True):
@@ -119,7 +119,7 @@ def test_where_the_lower_level_is_personal_each_agent_solves_its_own(divided, ne
         found = evaluator(task, Effort())(x, np.zeros((4, 6)), batch)
     values = []
     for i in range(4):
-        outer, inner = (penalties.Rows(part[0][i], part[1][i]) for part in network.batch)
+        outer, inner = (penalties.Examples(part[0][i], part[1][i]) for part in network.batch)
         values.append(logistic.exact(sparse(inner), sparse(outer), x - np.log1p(np.exp(x)), np.zeros(6)))
     np.testing.assert_allclose(found.loss, np.mean([one.value for one in values]), rtol=1e-8)
     gradient = np.mean([one.gradient for one in values], axis=0) / (1 + np.exp(x))

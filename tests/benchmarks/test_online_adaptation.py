@@ -18,9 +18,9 @@ from benchmarks.harness.runner import Options
 from benchmarks.networks.decoder import Decoder
 from benchmarks.networks.encoder import Size
 from benchmarks.tasks import online_adaptation as task
-from benchmarks.tasks.adaptation import Pool, Problem, Setting, adapted, read, start, train, weights
+from benchmarks.tasks.adaptation import AdaptationSetting, Pool, Problem, adapted, read, start, train, weights
 
-TINY = Setting(
+TINY = AdaptationSetting(
     Size(data.BYTES, positions=7, width=4, heads=1, hidden=6, layers=1, types=1),
     first_steps=2,
     first_rate=1e-3,

@@ -158,7 +158,7 @@ def test_options_that_make_no_sense_are_refused(arguments, message):
 
 def test_a_run_in_float64_comes_closer_by_a_black_box_and_by_forward_gradients(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(EQUATIONS, "burgers", SMALL)
-    monkeypatch.setitem(pde.SETTINGS, "field", pde.Setting(4, 3, 0.05))
+    monkeypatch.setitem(pde.SETTINGS, "field", pde.PDESetting(4, 3, 0.05))
     command = f"pde --unknown field --quick --methods forward-gradient-4 zeroth-order-scipy --results {tmp_path}"
     with jax.enable_x64(False):
         assert main(command.split()) == 0

@@ -12,7 +12,7 @@ import bilevax as bx
 from benchmarks.__main__ import main
 from benchmarks.tasks import logistic, regularization
 from benchmarks.tasks.logistic import Examples, exact
-from benchmarks.tasks.regularization import Setting
+from benchmarks.tasks.regularization import RegularizationSetting
 
 FEATURES = 5
 
@@ -69,7 +69,7 @@ def test_the_exact_gradient_agrees_with_finite_differences(x):
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_the_methods_solve_the_same_problem_in_scaled_unknowns(monkeypatch, x, share):
     monkeypatch.setattr(regularization, "DENSE", share)
-    setting = Setting(lambda seed, full: (rows(0, 40), rows(1, 30)), 0.5, 100)
+    setting = RegularizationSetting(lambda seed, full: (rows(0, 40), rows(1, 30)), 0.5, 100)
     data = regularization.load(setting, False, 0)
     inner, outer = (functools.partial(loss, 0.5) for loss in (regularization.inner_loss, regularization.outer_loss))
     at = exact(data.inner, data.outer, x, np.zeros(FEATURES))
@@ -98,7 +98,7 @@ def test_x_stays_in_the_box():
 
 def test_a_run_reports_exact_numbers_whatever_the_method_did(monkeypatch, tmp_path, capsys):
     parts = rows(0, 60), rows(1, 50)
-    monkeypatch.setitem(regularization.SETTINGS, "ijcnn1", Setting(lambda seed, full: parts, 0.5, 100))
+    monkeypatch.setitem(regularization.SETTINGS, "ijcnn1", RegularizationSetting(lambda seed, full: parts, 0.5, 100))
     with jax.enable_x64(False):
         code = main(f"regularization --quick --seeds 2 --methods cg truncated --results {tmp_path}".split())
     output = capsys.readouterr().out
@@ -126,9 +126,8 @@ def test_a_run_reports_exact_numbers_whatever_the_method_did(monkeypatch, tmp_pa
 def test_seeds_may_have_different_numbers_of_nonzeros(monkeypatch, tmp_path):
     monkeypatch.setattr(regularization, "DENSE", 1.0)
     whole = rows(0, 61)
-    monkeypatch.setitem(
-        regularization.SETTINGS, "w8a", Setting(lambda seed, full: regularization.halves(whole, seed), 0.5, 2)
-    )
+    setting = RegularizationSetting(lambda seed, full: regularization.halves(whole, seed), 0.5, 2)
+    monkeypatch.setitem(regularization.SETTINGS, "w8a", setting)
     first, second = (regularization.halves(whole, seed)[0].features.nnz for seed in (0, 1))
     assert first != second
     assert main(f"regularization --data w8a --seeds 2 --methods identity --results {tmp_path}".split()) == 0

@@ -12,7 +12,7 @@ import bilevax as bx
 from benchmarks.__main__ import main
 from benchmarks.studies import single_machine
 from benchmarks.tasks.logistic import Examples
-from benchmarks.tasks.regularization import Setting
+from benchmarks.tasks.regularization import RegularizationSetting
 
 
 def rows(seed, number, features=5):
@@ -42,7 +42,7 @@ def test_the_start_is_the_published_one():
 
 
 def test_a_short_run(monkeypatch, tmp_path, capsys):
-    parts = Setting(lambda seed, full: (rows(0, 300), rows(1, 200)), 0.5, 100)
+    parts = RegularizationSetting(lambda seed, full: (rows(0, 300), rows(1, 200)), 0.5, 100)
     monkeypatch.setitem(single_machine.SETTINGS, "ijcnn1", parts)
     names = ["soba-published", "saba", "srba", "amigo", "f2sa"]
     command = ["single-machine", "--quick", "--results", str(tmp_path), "--methods", *names]
