@@ -252,9 +252,9 @@ for p in (1.0, 0.5, 0.2, 0.1, 0.05):
 
 # %% [markdown]
 # Communication goes on in every iteration: skipping saves computing, not bytes. It pays where a derivative costs more
-# than a message. `coins.independent(p)` lets each agent decide by itself, which is right on machines of their own. If
-# all agents live on one device, take `coins.subset(p)`: a fixed number of agents is drawn in each iteration, and the
-# program gathers those and evaluates no other.
+# than a message. `coins.independent(probability)` lets each agent decide by itself, which is right on machines of their
+# own. If all agents live on one device, take `coins.subset(probability)`: a fixed number of agents is drawn in each
+# iteration, and the program gathers those and evaluates no other.
 
 # %% [markdown]
 # ## 5. The same on data: wrong labels in images that nobody shares

@@ -19,7 +19,7 @@ def srba(problem: BilevelProblem, step_sizes: StepSizes, *, sample: Sample, ever
         u_s ← u_s + d_s(point; ξ) − d_s(previous point; ξ)              otherwise
         s ← s − a_s u_s  for s = x, y, v, all at once
 
-    With constant steps it converges to (x*, y*, v*). A period of about the number of batches in the data keeps the
+    With constant steps it converges to (x*, y*, v*). A q of about the number of batches in the data keeps the
     share of the full passes at a half or less. Do not use it where a pass over all data is out of reach: `sustain` and
     `fsla` read batches alone.
 

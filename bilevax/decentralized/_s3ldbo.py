@@ -30,14 +30,14 @@ def s3ldbo(
         t^s_i ← Σ_j w_ij t^s_j + D'_i − D_i,        D ← D'
 
     It converges to the same (x*, y*, v*) as `sldbo`, for any coins that choose every agent again and again, in about as
-    many iterations; with p = 1 it IS `sldbo`. Always mean t = mean D.
+    many iterations; with probability p = 1 it IS `sldbo`. Always mean t = mean D.
 
     Args:
       problem: f_i and g_i.
       gossip: a `Gossip`, or `Levels` of them.
-      step_sizes: `Levels(x, y, v)` of numbers, schedules or optax transformations; smaller p asks for smaller ones.
-      coins: who refreshes: `bx.coins.subset(p)` really skips on one device; `bx.coins.independent(p)`,
-        `bx.coins.common(p)`, or a function `(key, k, gossip) -> choice`; see `bx.coins`.
+      step_sizes: `Levels(x, y, v)` of numbers, schedules or optax transformations; rare coins ask for smaller ones.
+      coins: who refreshes, each agent with a probability p: `bx.coins.subset(probability)` really skips on one device;
+        `bx.coins.independent(probability)`, `bx.coins.common(probability)`, or a function `(key, k, gossip) -> choice`.
       radius: of the ball of v; None for no projection.
       correction: the form of gradient tracking, or `Levels` of corrections; None for the semi-ATC one,
         `bx.single_loop.correction.tracking()`. With `local()` for y and v, every agent has a

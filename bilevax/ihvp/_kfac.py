@@ -47,7 +47,7 @@ def kfac(
       factors_every: outer steps from one measurement to the next, or a function step -> bool. Without averages, those
         at every step are measured only when they are decomposed.
       inverse_every: outer steps from one decomposition to the next, or a function step -> bool. The first step always
-        does both. Under `jax.vmap` of the state, `lax.cond` runs both branches: a period saves nothing there.
+        does both. Under `jax.vmap` of the state, `lax.cond` runs both branches, which saves nothing.
       unsupported: what to do with leaves that no rule covers; `capture.error` refuses them.
       sample: how the batch of the factors is drawn from the inner data; it is asked with t = 0.
 

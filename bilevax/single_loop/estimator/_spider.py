@@ -24,7 +24,7 @@ def spider(*, every: int, sample: Sample) -> Estimator:
         u_k = u_{k−1} + d(s_k; ξ_k) − d(s_{k−1}; ξ_k)           otherwise
 
     Args:
-      every: q, the period of the exact directions, >= 1.
+      every: q >= 1, iterations from one exact evaluation to the next.
       sample: `sample(key, t, data) -> batch` for the data of one agent.
 
     Returns:
