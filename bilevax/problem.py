@@ -46,7 +46,16 @@ def __dir__() -> list[str]:
 
 
 class Loss(Protocol):
-    """`loss(x, y, batch) -> scalar`, a function of yours; batch is any pytree."""
+    """What a loss is: `loss(x, y, batch) -> scalar`, a function of yours; batch is any pytree.
+
+    Example:
+        >>> import bilevax as bx
+        >>> def ridge(x, y, batch):
+        ...     return (y - batch) ** 2 + x * y**2
+        >>> loss: bx.problem.Loss = ridge  # as a type checker sees it
+        >>> loss(0.5, 2.0, 1.0)
+        3.0
+    """
 
     def __call__(self, x: PyTree, y: PyTree, batch: PyTree, /) -> Any: ...
 

@@ -10,11 +10,9 @@ from bilevax.typing import Array, Key, PyTree, Scalar
 
 __all__ = [
     "Sample",
-    "check_key",
     "fold",
     "full",
     "minibatch",
-    "needed",
     "per_step",
     "split",
 ]
@@ -28,7 +26,16 @@ K = TypeVar("K", bound=Key | None)  # a key, or none
 
 
 class Sample(Protocol):
-    """`sample(key, t, data) -> batch`, a function of yours or of this module: what a loss reads at step t."""
+    """What a sampler is: `sample(key, t, data) -> batch`, a function of yours or of this module, read at step t.
+
+    Example:
+        >>> import bilevax as bx
+        >>> def in_turn(key, t, data):
+        ...     return data[t % len(data)]
+        >>> sample: bx.sampling.Sample = in_turn  # as a type checker sees it
+        >>> sample(None, 3, [1.0, 2.0])
+        2.0
+    """
 
     def __call__(self, key: Key | None, t: Scalar, data: PyTree, /) -> PyTree: ...
 

@@ -45,7 +45,7 @@ from bilevax.printing import by_text
 from bilevax.problem import arrays, widen
 from bilevax.typing import Key, PyTree, Scalar
 
-__all__ = ["Sampler", "check_sampler", "coordinate", "gaussian", "hadamard", "orthogonal", "rademacher", "sphere"]
+__all__ = ["Sampler", "coordinate", "gaussian", "hadamard", "orthogonal", "rademacher", "sphere"]
 
 
 def __dir__() -> list[str]:

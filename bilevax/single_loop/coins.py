@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from bilevax import checks
 from bilevax.agents._gossip import Gossip
 from bilevax.printing import brief
-from bilevax.single_loop.estimator.estimator_type import Coins, needed
+from bilevax.sampling import needed
+from bilevax.single_loop.estimator.estimator_type import Coins
 from bilevax.typing import Array, Key, Scalar
 
 __all__ = [
@@ -55,7 +56,7 @@ def independent(probability: Scalar) -> Coins:
 
     def choose(key: Key | None, k: Scalar, gossip: Gossip) -> Array:
         agents = gossip.agents()
-        keys = jax.vmap(lambda agent: jax.random.fold_in(needed(key), agent))(agents)
+        keys = jax.vmap(lambda agent: jax.random.fold_in(needed(key, "a random choice"), agent))(agents)
         if jnp.shape(probability) not in ((), (gossip.n,)):
             raise ValueError(
                 f"probability must be one number, or one for each of {gossip.n} agents; got shape "
@@ -94,7 +95,7 @@ def common(probability: Scalar) -> Coins:
         )
 
     def choose(key: Key | None, k: Scalar, gossip: Gossip) -> Array:
-        return jax.random.bernoulli(needed(key), probability)
+        return jax.random.bernoulli(needed(key, "a random choice"), probability)
 
     choose.__name__ = f"common({brief(probability)})"
     return choose
@@ -149,7 +150,7 @@ def subset(probability: float, *, block: int | None = None) -> Coins:
                 f"on each device. Take {fix}, or fewer devices."
             )
         first = agents[::size]
-        keys = jax.vmap(lambda agent: jax.random.fold_in(needed(key), agent // size))(first)
+        keys = jax.vmap(lambda agent: jax.random.fold_in(needed(key, "a random choice"), agent // size))(first)
         drawn = jax.vmap(lambda key: jax.random.permutation(key, size)[: ceil(probability * size - 1e-9)])(keys)
         return (first[:, None] + drawn.astype(agents.dtype)).reshape(-1)
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from public import NAMESPACES
 from rooms import ROOT, circles, edges, room, sources, upwards
 
 import bilevax as bx
@@ -24,18 +25,6 @@ FLOORS = {  # of CONTRIBUTING; a room imports only from floors below
     **{"testing": 8},
 }
 GRAPH = edges(sources("bilevax"))
-
-
-def namespaces(module=bx, name="bx"):
-    """What a reader meets: `bx`, and the modules that are named in `__all__`, from there on."""
-    yield name, module
-    for child in getattr(module, "__all__", ()):
-        value = getattr(module, child)
-        if inspect.ismodule(value) and value.__name__.startswith(module.__name__):
-            yield from namespaces(value, f"{name}.{child}")
-
-
-PUBLIC = dict(namespaces())
 
 
 def test_rooms_import_from_floors_below_only():
@@ -73,9 +62,9 @@ def test_a_name_is_a_function_or_a_module():
         )
 
 
-@pytest.mark.parametrize("name", PUBLIC)
+@pytest.mark.parametrize("name", NAMESPACES)
 def test_tab_completion_shows_what_is_meant(name):
-    module = PUBLIC[name]
+    module = NAMESPACES[name]
     shown = [one for one in dir(module) if one != "__version__"]
     assert sorted(shown) == sorted(module.__all__)
     for one in shown:
@@ -110,7 +99,7 @@ def words():
 def parameters():
     """Name -> the public functions that have such a parameter."""
     found = {}
-    for space, module in PUBLIC.items():
+    for space, module in NAMESPACES.items():
         for name in module.__all__:
             value = getattr(module, name)
             if inspect.isfunction(value):

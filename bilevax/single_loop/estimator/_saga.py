@@ -9,8 +9,9 @@ import optax
 from bilevax import checks
 from bilevax.printing import as_called
 from bilevax.problem import Batch
+from bilevax.sampling import needed
 from bilevax.single_loop._levels import Levels
-from bilevax.single_loop.estimator.estimator_type import Estimator, Oracle, everybody, needed, zeros_like
+from bilevax.single_loop.estimator.estimator_type import Estimator, Oracle, everybody, zeros_like
 from bilevax.typing import Array, Key, PyTree, Scalar
 
 
@@ -81,7 +82,7 @@ def saga(blocks: int) -> Estimator:
         key: Key | None, state: SAGAState, oracle: Oracle, point: Levels[PyTree], batch: Batch, k: Scalar
     ) -> tuple[Levels[PyTree], SAGAState, Array]:
         agents = oracle.gossip.agents()
-        keys = jax.vmap(lambda agent: jax.random.fold_in(needed(key), agent))(agents)
+        keys = jax.vmap(lambda agent: jax.random.fold_in(needed(key, "a random choice"), agent))(agents)
         chosen = jax.vmap(lambda key: jax.random.randint(key, (), 0, blocks))(keys)
         d = oracle.evaluate(point, jax.vmap(block)(batch, chosen))
         rows = jnp.arange(len(agents))

@@ -8,10 +8,10 @@ import jax
 from bilevax import checks
 from bilevax.printing import as_called
 from bilevax.problem import Batch
-from bilevax.sampling import Sample, split
+from bilevax.sampling import Sample, needed, split
 from bilevax.single_loop._levels import Levels
 from bilevax.single_loop.estimator._storm import storm
-from bilevax.single_loop.estimator.estimator_type import Estimator, Oracle, needed
+from bilevax.single_loop.estimator.estimator_type import Estimator, Oracle
 from bilevax.single_loop.estimator.sampled import full
 from bilevax.typing import Array, Key, PyTree, Scalar
 
@@ -73,7 +73,11 @@ def page(*, probability: Scalar, sample: Sample) -> Estimator:
         >>> estimator = bx.single_loop.estimator.page(probability=0.1, sample=bx.sampling.minibatch(32))
     """
     checks.fraction("probability", probability)
-    return _restarted(lambda key, k: (k == 0) | jax.random.bernoulli(needed(key), probability), sample)
+
+    def anew(key: Key | None, k: Scalar) -> Array:
+        return (k == 0) | jax.random.bernoulli(needed(key, "a random choice"), probability)
+
+    return _restarted(anew, sample)
 
 
 def _restarted(restart: Callable[[Key | None, Scalar], Any], sample: Sample) -> Estimator:

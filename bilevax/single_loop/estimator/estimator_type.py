@@ -92,13 +92,6 @@ def where(chosen: Array, new: PyTree, old: PyTree) -> PyTree:
     return jax.tree.map(lambda new, old: jnp.where(chosen.reshape(-1, *[1] * (new.ndim - 1)), new, old), new, old)
 
 
-def needed(key: Key | None) -> Key:
-    """Returns the key; raises ValueError if there is none."""
-    if key is None:
-        raise ValueError("key must be a jax.random.key for a random choice; got None. Pass key=jax.random.key(0).")
-    return key
-
-
 def draw(key: Any, sample: Sample, k: Scalar, batch: Batch, agents: Array) -> Batch:
     """A sample of each agent's outer and inner data, drawn with keys that fold in the id of the agent.
 
