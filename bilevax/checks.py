@@ -29,12 +29,13 @@ def positive(name: str, value: Scalar) -> None:
         raise ValueError(f"{name} must be a finite number > 0; got {value!r:.80}. Pass a small positive {name}.")
 
 
-def scalar(name: str, value: Any) -> None:
+def scalar(name: str, value: Any, fix: str = "") -> None:
     """Raises ValueError unless `value` is one real number, also when traced."""
     kinds = (int, float, np.ndarray, np.generic, jax.Array)
     if not isinstance(value, kinds) or jnp.ndim(value) or not jnp.issubdtype(jnp.result_type(value), jnp.number):
         what = f"shape {jnp.shape(value)}" if isinstance(value, kinds) and jnp.ndim(value) else _describe(value)
-        raise ValueError(f"{name} must be one number; got {what}. Pass, say, {name}=0.1; to try several, use jax.vmap.")
+        fix = fix or f"Pass, say, {name}=0.1; to try several, use jax.vmap."
+        raise ValueError(f"{name} must be one number; got {what}. {fix}")
 
 
 def fraction(name: str, value: Scalar, zero: bool = False) -> None:
@@ -65,12 +66,12 @@ def parts(name: str, value: Any, *expected: str) -> tuple[Any, ...]:
     return value
 
 
-def one_for_each_agent(name: str, value: Any, agents: Any) -> None:
+def one_for_each_agent(name: str, value: Any, agents: Any, fix: str) -> None:
     """Raises ValueError unless there is one number for each of the agents held here."""
     if jnp.shape(value) != jnp.shape(agents):
         raise ValueError(
             f"{name} must be one number for each of the {len(agents)} agents held here; got shape {jnp.shape(value)}. "
-            f"Return, say, jnp.ones(gossip.agents().shape)."
+            f"{fix}"
         )
 
 

@@ -18,16 +18,16 @@ each level and an order. Those with inner loops or matrices are built of the sam
 | `lopa_local`, `lopa_tracking` | personal    | x_p but for O(step); x_p   | d_x; 2 d_x                             |
 """
 
-from bilevax.decentralized._adasdbo import adasdbo
-from bilevax.decentralized._c2dfb import c2dfb
+from bilevax.decentralized._adasdbo import AdaSDBOState, adasdbo
+from bilevax.decentralized._c2dfb import C2DFBState, c2dfb
 from bilevax.decentralized._diamond import diamond
 from bilevax.decentralized._dsoba import dsoba
 from bilevax.decentralized._dsoba_first_order import dsoba_first_order
 from bilevax.decentralized._dsvrbgd import dsvrbgd
-from bilevax.decentralized._gbdsbo import gbdsbo
+from bilevax.decentralized._gbdsbo import GBDSBOState, gbdsbo
 from bilevax.decentralized._interact import interact, interact_svr
 from bilevax.decentralized._lopa import lopa_local, lopa_tracking
-from bilevax.decentralized._ma_dsbo import ma_dsbo
+from bilevax.decentralized._ma_dsbo import MADSBOState, ma_dsbo
 from bilevax.decentralized._mdbo import mdbo
 from bilevax.decentralized._s3ldbo import s3ldbo
 from bilevax.decentralized._s3ldbo_unbiased import s3ldbo_unbiased
@@ -36,6 +36,10 @@ from bilevax.decentralized._sparkle import sparkle
 from bilevax.decentralized._vrdbo import vrdbo
 
 __all__ = [
+    "AdaSDBOState",
+    "C2DFBState",
+    "GBDSBOState",
+    "MADSBOState",
     "adasdbo",
     "c2dfb",
     "diamond",

@@ -31,6 +31,14 @@ class AdaSDBOState(NamedTuple):
       v: inverse-Hessian-vector products.
       accumulated: `Levels` of m [n], the averaged squared lengths of the directions so far.
       gossip: `Levels` of the states of the gossip, each of the message (s, m).
+
+    Example:
+        >>> import bilevax as bx, jax.numpy as jnp
+        >>> problem = bx.BilevelProblem(lambda x, y, c: (y - c) ** 2, lambda x, y, c: (y - x) ** 2)
+        >>> gossip = bx.gossip(bx.topology.ring(4))
+        >>> method = bx.decentralized.adasdbo(problem, gossip, 1.0, accumulated=4.0)
+        >>> method.init(jnp.zeros(4), jnp.zeros(4)).accumulated.y.tolist()
+        [4.0, 4.0, 4.0, 4.0]
     """
 
     k: Array

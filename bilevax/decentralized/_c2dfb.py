@@ -1,5 +1,6 @@
 """C2DFB: first derivatives alone by a penalty, and compressed inner loops."""
 
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -34,6 +35,15 @@ class C2DFBState(NamedTuple):
       y: minimizers of g.
       penalized: y_λ, minimizers of g + f / λ.
       corrections: `Levels` of the memories of tracking, of x, y and y_λ.
+
+    Example:
+        >>> import bilevax as bx, jax.numpy as jnp
+        >>> problem = bx.BilevelProblem(lambda x, y, c: (y - c) ** 2, lambda x, y, c: (y - x) ** 2)
+        >>> gossip = bx.gossip(bx.topology.ring(4))
+        >>> options = {"multiplier": 10.0, "compressor": bx.agents.compression.sign(), "gossip_step": 0.4}
+        >>> method = bx.decentralized.c2dfb(problem, gossip, (0.1, 0.2, 0.2), steps=3, **options)
+        >>> method.init(jnp.zeros(4), jnp.ones(4)).penalized.tolist()
+        [1.0, 1.0, 1.0, 1.0]
     """
 
     k: Array
@@ -116,9 +126,8 @@ def c2dfb(
     checks.scalar("gossip_step", gossip_step)
     checks.positive("gossip_step", gossip_step)
     checks.function("sample", sample, "key", "t", "data")
-    gossips = plain._replace(
-        **{name: choco(getattr(plain, name), compressor, gossip_step=gossip_step) for name in ("y", "v")}
-    )
+    compressed = partial(choco, compressor=compressor, gossip_step=gossip_step)
+    gossips = plain._replace(y=compressed(plain.y), v=compressed(plain.v))
     outer_loss = checks.scalar_loss("outer_loss", problem.outer_loss)
     inner_loss = checks.scalar_loss("inner_loss", problem.inner_loss)
     levels = Levels(

@@ -38,8 +38,7 @@ class Tracked(NamedTuple):
     hessians: Array
 
 
-DRAW = 1  # and the next ones for further Hessians: what the key of an iteration folds in, after
-MIX = 0
+MIX, DRAW = 0, 1  # what the key of an iteration folds in; the draws of further Hessians, and the moves, follow DRAW
 
 
 class GBDSBOState(NamedTuple):
@@ -53,6 +52,14 @@ class GBDSBOState(NamedTuple):
       mixed: W t, what they received of the trackers.
       gossip: the state of the gossip of the message (x, y, t).
       moves: the memories of the step sizes of x and y.
+
+    Example:
+        >>> import bilevax as bx, jax.numpy as jnp
+        >>> problem = bx.BilevelProblem(lambda x, y, c: (y - c) ** 2, lambda x, y, c: (y - x) ** 2)
+        >>> gossip = bx.gossip(bx.topology.ring(4))
+        >>> method = bx.decentralized.gbdsbo(problem, gossip, (0.1, 0.2))
+        >>> method.init(jnp.zeros(4), jnp.zeros(4)).last.hessians.shape  # agents, Hessians, d_y, d_y
+        (4, 1, 1, 1)
     """
 
     k: Array

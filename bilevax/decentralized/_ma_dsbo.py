@@ -46,6 +46,14 @@ class MADSBOState(NamedTuple):
       v: inverse-Hessian-vector products.
       average: h, the moving average of the outer directions.
       corrections: `Levels` of the memories of the corrections.
+
+    Example:
+        >>> import bilevax as bx, jax.numpy as jnp
+        >>> problem = bx.BilevelProblem(lambda x, y, c: (y - c) ** 2, lambda x, y, c: (y - x) ** 2)
+        >>> gossip = bx.gossip(bx.topology.ring(4))
+        >>> method = bx.decentralized.ma_dsbo(problem, gossip, (0.1, 0.2, 0.2), steps=2, v_steps=3)
+        >>> method.init(jnp.zeros(4), jnp.zeros(4)).average.tolist()
+        [0.0, 0.0, 0.0, 0.0]
     """
 
     k: Array

@@ -61,7 +61,7 @@ def at(k: Scalar, value: Any) -> Any:
     """The value at iteration k of a number, or of a schedule `k -> number`."""
     if not callable(value):
         return value
-    checks.scalar("the value of a schedule", number := value(k))
+    checks.scalar("the value of a schedule", number := value(k), "Return one number for each k.")
     return number
 
 

@@ -94,6 +94,7 @@ def single_loop(
     )
     gossips = read_gossips(gossip)
     corrections = of_kind("correction", correction, Correction, "Pass, say, bx.single_loop.correction.tracking().")
+    _check_functions(rule, estimator, corrections)
     steps = read_steps(step_sizes, rule.levels)
     if radius is not None:
         checks.scalar("radius", radius)
@@ -104,6 +105,7 @@ def single_loop(
     groups = _groups(order, levels, rule, problem, gossips.x)
 
     def init(x: PyTree, y: PyTree, batch: Batch | None = None) -> State:
+        """The first state, from leaves [n, ...]; the batch where the estimator evaluates at the start."""
         check_start(gossips.x, x, y, batch)
         x, y = arrays(x), arrays(y)
         point = Levels(x, y, () if levels.v is None else optax.tree.zeros_like(y))
@@ -114,6 +116,7 @@ def single_loop(
         return State(jnp.zeros((), jnp.int32), *point, previous, estimators, memories)
 
     def step(key: Key | None, state: State, batch: Batch) -> tuple[State, Info]:
+        """One iteration, on a batch with leaves [n, ...]; state.k is folded into the key."""
         check_step(gossips.x, key, state, State, batch)
         key, agents = fold(key, state.k), gossips.x.agents()
         start = point = Levels(state.x, state.y, state.v)
@@ -122,7 +125,7 @@ def single_loop(
         for group, memory in zip(groups, state.estimators, strict=True):
             oracle = group.oracle._replace(previous=previous)
             parts = estimator.update(fold(key, ESTIMATE), memory, oracle, point, batch, state.k)
-            d, memory, evaluations = _estimated(parts, memory, agents)
+            d, memory, evaluations = _estimated(parts, memory, agents, group, point)
             place = Place(problem, point, batch, fold(key, PRECONDITION), agents)
             moves = [
                 level.update(fold(key, number), old, s, along, place, state.k) if level else (s, old, None)
@@ -187,15 +190,22 @@ class Level(NamedTuple):
         checks.agents_axis(f"direction of {self.name}", d, local, "Return directions of all agents that are held here.")
         how = _of_sums(self.gossip, state.gossip, move(self.step_size, k, place))
         z = self.gossip.weigh(state.gossip, s)
-        parts = self.correction.update(key, state, _once_each(self.gossip), z, d, how, k)
+        gossip, mixed = _once_each(self.gossip)
+        parts = self.correction.update(key, state, gossip, z, d, how, k)
         z_new, after, sent = checks.parts("correction.update", parts, "s⁺", "state", "Sent(bytes, rounds)")
         checks.same_form(f"{self.name} after correction.update", z_new, z, "Return s⁺ like s.")
         checks.same_form("state after correction.update", after, state, "Return it in the form in which init made it.")
         checks.instance(
             "what correction.update returns last", sent, Sent, "Return Sent(bytes=gossip.bytes(...), rounds=1)."
         )
-        checks.one_for_each_agent("bytes of correction.update", sent.bytes, self.gossip.agents())
-        checks.scalar("rounds of correction.update", sent.rounds)
+        fix = "Return gossip.bytes(state.gossip, message), of several messages the sum."
+        checks.one_for_each_agent("bytes of correction.update", sent.bytes, self.gossip.agents(), fix)
+        checks.scalar("rounds of correction.update", sent.rounds, "Return the number of rounds, one after the other.")
+        if any(record.state is leaf for leaf in jax.tree.leaves(after.gossip) for record in mixed if not record.tree):
+            raise ValueError(
+                "state.gossip after correction.update must be what gossip.mix returned; got one that has mixed. Keep "
+                "what mix returns: new, mixing = gossip.mix(key, state.gossip, message)."
+            )
         s_new = self.gossip.debias(after.gossip, z_new)
         return s_new if self.radius is None else _projected(s_new, self.radius), after, sent
 
@@ -214,29 +224,46 @@ def _of_sums(gossip: Gossip, state: Any, how: Move) -> Move:
     return how._replace(apply=apply)
 
 
-def _once_each(gossip: Gossip) -> Gossip:
-    """The gossip of one update, in which each state mixes one message once.
+class Mixed(NamedTuple):
+    """An array of a gossip state, and the arrays of the one message that it may mix next; () if it has mixed."""
+
+    state: Any
+    tree: tuple[Any, ...]
+
+
+def _once_each(gossip: Gossip) -> tuple[Gossip, list[Mixed]]:
+    """The gossip of one update, in which each state mixes one message, and what it has mixed.
 
     Two messages that share a state are off under push-sum, whose weights then advance twice, under compression, whose
-    copies are of one message, and over graphs that change from round to round.
+    copies are of one message, and over graphs that change from round to round. Several rounds of one message may follow
+    each other. What is compared are the arrays of a trace themselves, not their values.
     """
-    used: list[Any] = []
+    record: list[Mixed] = []
 
     def once(send: Mix) -> Mix:
         def call(key: Key | None, state: Any, tree: PyTree) -> tuple[PyTree, Any]:
-            if any(leaf is one for leaf in jax.tree.leaves(state) for one in used):
+            arrays, leaves = jax.tree.leaves(state), tuple(jax.tree.leaves(tree))
+            if not arrays and jax.tree.leaves(jax.eval_shape(gossip.init, tree)):
+                raise ValueError(
+                    f"state of a gossip must be that of gossip.init, or what mix returned; got {state!r:.80}. Keep "
+                    f"gossip.init(message) in the state of the correction."
+                )
+            if any(
+                array is one.state and [*map(id, leaves)] != [*map(id, one.tree)] for array in arrays for one in record
+            ):
                 raise ValueError(
                     "state of a gossip must mix one message once in an update; got one that has mixed already. Make a "
                     "state for each message with gossip.init, and keep them all in the state of the correction."
                 )
-            mixed, after = send(key, state, tree)
-            used.extend(jax.tree.leaves((state, after)))
-            checks.same_form("what gossip mixes", mixed, tree, "Return from mix and laplacian a tree like theirs.")
-            return mixed, after
+            parts = checks.parts("gossip.mix", send(key, state, tree), "tree", "state")
+            checks.same_form("what gossip mixes", parts[0], tree, "Return from mix and laplacian a tree like theirs.")
+            record.extend(Mixed(array, ()) for array in arrays)
+            record.extend(Mixed(array, tuple(jax.tree.leaves(parts[0]))) for array in jax.tree.leaves(parts[1]))
+            return parts[0], parts[1]
 
         return call
 
-    return gossip._replace(mix=once(gossip.mix), laplacian=once(gossip.laplacian))
+    return gossip._replace(mix=once(gossip.mix), laplacian=once(gossip.laplacian)), record
 
 
 def _projected(v: PyTree, radius: Scalar) -> PyTree:
@@ -286,12 +313,24 @@ def _evaluate(
     return Levels(*(along if level else None for level, along in zip(chosen, d, strict=True)))
 
 
-def _estimated(parts: Any, memory: Any, agents: Array) -> tuple[Levels[PyTree], Any, Array]:
-    """What an estimator returns, if it is what it should be."""
+def _estimated(
+    parts: Any, memory: Any, agents: Array, group: Group, point: Levels[PyTree]
+) -> tuple[Levels[PyTree], Any, Array]:
+    """What an estimator returns, if it is what it should be; a correction of its own may take other directions."""
     d, after, evaluations = checks.parts("estimator.update", parts, "directions", "state", "evaluations")
     checks.instance("what estimator.update returns first", d, Levels, "Return bx.Levels, None at levels that stay.")
     checks.same_form("state after estimator.update", after, memory, "Return it in the form in which init made it.")
-    checks.one_for_each_agent("evaluations of estimator.update", evaluations, agents)
+    fix = "Return how often each agent evaluated, say jnp.ones_like(oracle.gossip.agents())."
+    checks.one_for_each_agent("evaluations of estimator.update", evaluations, agents, fix)
+    for level, along, s in zip(group.levels, d, point, strict=True):
+        if level:
+            name = f"direction of {level.name} of estimator.update"
+            if along is None:
+                raise ValueError(
+                    f"{name} must be given, for this level moves now; got None. Return what evaluate does."
+                )
+            if checks.Shapes.of(along).structure == checks.Shapes.of(s).structure:
+                checks.same_form(name, along, s, "Return directions like the point: cast with .astype(leaf.dtype).")
     return d, after, evaluations
 
 
@@ -299,6 +338,17 @@ def _most_rounds(sent: list[Sent]) -> Scalar:
     """Of levels that move at once, which send at once."""
     rounds = [one.rounds for one in sent]
     return max(rounds) if all(isinstance(one, int) for one in rounds) else reduce(jnp.maximum, rounds)
+
+
+def _check_functions(rule: LocalDirections, estimator: Estimator, corrections: Levels[Correction]) -> None:
+    """Raises ValueError unless the functions of the parts take what they are given."""
+    checks.function("local_directions.evaluate", rule.evaluate, "problem", "x", "y", "v", "batch")
+    checks.function("local_directions.calls", rule.calls, "group", "seen")
+    checks.function("estimator.init", estimator.init, "oracle", "point", "batch")
+    checks.function("estimator.update", estimator.update, "key", "state", "oracle", "point", "batch", "k")
+    for correction in corrections:
+        checks.function("correction.init", correction.init, "gossip", "s", "move")
+        checks.function("correction.update", correction.update, "key", "state", "gossip", "s", "d", "move", "k")
 
 
 def _check_order(order: Order) -> None:

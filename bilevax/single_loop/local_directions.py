@@ -7,8 +7,7 @@
 | `own_neumann`    | ∇_y g  | none                      | ∇_x f − ∇²_xy g · (Neumann series of ∇_y f)    | x, y    |
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import optax
@@ -16,7 +15,7 @@ import optax
 from bilevax import checks, ihvp
 from bilevax.printing import as_called, by_text
 from bilevax.problem import Batch, BilevelProblem, Calls, Directions, directions, inner_gradient
-from bilevax.typing import Scalar
+from bilevax.typing import PyTree, Scalar
 
 __all__ = [
     "LocalDirections",
@@ -28,6 +27,18 @@ __all__ = [
 
 def __dir__() -> list[str]:
     return __all__
+
+
+class Evaluate(Protocol):
+    """The directions of one agent at a point; v is () where there is none."""
+
+    def __call__(self, problem: BilevelProblem, x: PyTree, y: PyTree, v: PyTree, batch: Batch) -> Directions: ...
+
+
+class DeclaredCalls(Protocol):
+    """What one evaluation costs, for the levels of a group, where `seen` were evaluated at the same (x, y)."""
+
+    def __call__(self, group: tuple[str, ...], seen: tuple[str, ...]) -> Calls: ...
 
 
 class LocalDirections(NamedTuple):
@@ -46,8 +57,8 @@ class LocalDirections(NamedTuple):
         ('x', 'y')
     """
 
-    evaluate: Callable[..., Directions]
-    calls: Callable[[tuple[str, ...], tuple[str, ...]], Calls]
+    evaluate: Evaluate
+    calls: DeclaredCalls
     levels: tuple[str, ...] = ("x", "y", "v")
     text: str = ""
 

@@ -119,7 +119,7 @@ def compressed():
 def test_two_messages_of_one_state_would_end_elsewhere(make, off, monkeypatch):
     """Which is why the engine refuses them; here it does not."""
     q, gossip, full = testing.problems.quadratic(0), make(), bx.single_loop.estimator.full()
-    monkeypatch.setattr(engine, "_once_each", lambda gossip: gossip)
+    monkeypatch.setattr(engine, "_once_each", lambda gossip: (gossip, []))
     for correction, error in ((bx.single_loop.correction.tracking_atc(), 0.0), (with_one_state(), off)):
         method = bx.single_loop.single_loop(q.problem, gossip, (0.02, 0.05, 0.05), full, correction)
         end = testing.limits.last(method, q, 4000)

@@ -68,7 +68,7 @@ def test_levels_that_send_at_once_take_the_rounds_of_the_longest():
 
 
 def meeting_twice(states):
-    """Two rounds on s, with a gossip state for each of them, or one for both."""
+    """Two rounds, with a gossip state for each of them, or one for both; the second on s again, or on d."""
 
     def init(gossip, s, move):
         return correction.CorrectionState(gossip.init(s), move.init(s), gossip.init(s))
@@ -76,10 +76,11 @@ def meeting_twice(states):
     def update(key, state, gossip, s, d, move, k):
         step, moved = move.apply(d, state.move, s)
         once, first = gossip.mix(key, state.gossip, optax.apply_updates(s, step))
-        second = {"one": state.gossip, "handed on": first, "two": state.memory}[states]
-        twice, last = gossip.mix(key, second, once)
+        second = {"one": state.gossip, "two": state.memory}.get(states, first)
+        twice, last = gossip.mix(key, second, d if states == "other message" else once)
+        kept = {"handed on": (last, state.memory), "two": (first, last)}.get(states, (first, state.memory))
         sent = correction.Sent(2 * gossip.bytes(state.gossip, s), 2)
-        return twice, correction.CorrectionState(first, moved, last if states == "two" else state.memory), sent
+        return twice, correction.CorrectionState(kept[0], moved, kept[1]), sent
 
     return correction.Correction(init, update)
 
@@ -92,7 +93,14 @@ GOSSIPS = {
 }
 
 
-@pytest.mark.parametrize("states", ["one", "handed on", "two"])
+REFUSED = {
+    "one": "state of a gossip must mix one message once.* Make a state for each",
+    "other message": "state of a gossip must mix one message once.* Make a state for each",
+    "left behind": "state.gossip after correction.update must be what gossip.mix returned.*Keep what mix returns",
+}
+
+
+@pytest.mark.parametrize("states", [*REFUSED, "handed on", "two"])
 @pytest.mark.parametrize("name", GOSSIPS)
 def test_a_gossip_state_that_is_shared_is_refused_where_there_is_one(name, states):
     method = single_loop(PROBLEM, GOSSIPS[name], TOY_STEPS, estimator.full(), meeting_twice(states))
@@ -100,11 +108,42 @@ def test_a_gossip_state_that_is_shared_is_refused_where_there_is_one(name, state
     def step():
         return jax.eval_shape(lambda: method.step(None, method.init(X, Y), BATCH))
 
-    if name == "ring" or states == "two":
+    if name == "ring" or states not in REFUSED:
         assert step()[1].rounds.shape == ()
     else:
-        with pytest.raises(ValueError, match=r"state of a gossip must mix one message once.* Make a state for each"):
+        with pytest.raises(ValueError, match=REFUSED[states]):
             step()
+
+
+def test_a_gossip_state_that_is_none_is_told_where_one_is_needed():
+    def init(gossip, s, move):
+        return correction.CorrectionState((), move.init(s), ())
+
+    method = single_loop(
+        PROBLEM, GOSSIPS["push_sum"], TOY_STEPS, estimator.full(), correction.none()._replace(init=init)
+    )
+    with pytest.raises(ValueError, match=r"state of a gossip must be that of gossip.init.*got \(\)"):
+        jax.eval_shape(lambda: method.step(None, method.init(X, Y), BATCH))
+
+
+@pytest.mark.parametrize(
+    ("part", "text"),
+    [
+        (
+            correction.none()._replace(update=lambda key, state, gossip, s, d, move: 0),
+            "correction.update must be a funct",
+        ),
+        (correction.none()._replace(init=lambda gossip, s: 0), r"correction.init must be a function \(gossip, s, move"),
+        (
+            estimator.full()._replace(update=lambda key, state: 0),
+            "estimator.update must be a function .key, state, orac",
+        ),
+    ],
+)
+def test_a_function_of_other_arguments_is_told_when_it_is_passed(part, text):
+    parts = (part, correction.none()) if isinstance(part, estimator.Estimator) else (estimator.full(), part)
+    with pytest.raises(ValueError, match=text):
+        single_loop(PROBLEM, TOY_RING, TOY_STEPS, *parts)
 
 
 def test_a_state_without_a_gossip_is_refused():
