@@ -73,9 +73,9 @@ def _row(block: capture.Block, names: list[str], shapes: list[tuple[int, ...]], 
     leaves = tuple(names[k] for k in (block.leaf, block.bias) if k is not None)
     shape = shapes[block.leaf]
     if block.matrix is not None:
-        a = f"A [{block.rows}]" if block.rule == "embedding" else f"A [{block.rows}, {block.rows}]"
-        sizes = f"{list(shape)}: {a}, B [{block.outputs}, {block.outputs}]"
-        numbers = (block.rows if block.rule == "embedding" else block.rows**2) + block.outputs**2
+        a, b = block.shapes
+        sizes = f"{list(shape)}: A {list(a)}, B {list(b)}"
+        numbers = math.prod(a) + math.prod(b)
         sizes += f", T = {block.positions}" if block.positions > 1 else ""
         sizes += f", {block.uses} uses" if block.uses > 1 else ""
     else:

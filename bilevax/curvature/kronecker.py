@@ -43,7 +43,7 @@ class Kronecker(NamedTuple):
     """The factors of one block as means over the data, which add up over batches and agents; leading axes: layers.
 
     Attributes:
-      a: 1/N Σ_n w_n Σ_t m_nt ā ā_ᵀ, [d_in, d_in] with the bias last; the diagonal [vocabulary] for an embedding.
+      a: 1/N Σ_n w_n Σ_t m_nt ā ā_ᵀ, [d_in, d_in] with the bias last; the diagonal [rows] for a table.
       mass: 1/N Σ_n w_n Σ_t m_nt, that of a.
       b: B, [d_out, d_out].
 
@@ -172,15 +172,15 @@ class Residual(NamedTuple):
     q: Array
     basis: Any
 
-    def activations(self, rows: RowReaders, block: capture.Block) -> tuple[Array, Array]:
-        """Rows ā [N, T, rows] (ids [N, T] of an embedding), and the mask of their positions [N, T]."""
+    def activations(self, rows: RowReaders, use: Use) -> tuple[Array, Array]:
+        """Rows ā [N, T, rows] (ids [N, T] into a table), and the mask of their positions [N, T]."""
         a, dtype = rows.inputs(self.inputs), self.q.dtype
         mask = jnp.ones(a.shape[:2], dtype)
         if self.mask is not None and self.mask.shape == mask.shape:
             mask = self.mask.astype(dtype)
-        if block.rule == "embedding":
+        if use.by_row:
             return a[..., 0], mask
-        ones = [] if block.bias is None else [jnp.ones_like(a[..., :1], dtype)]
+        ones = [] if use.bias is None else [jnp.ones_like(a[..., :1], dtype)]
         return jnp.concatenate([a.astype(dtype), *ones], axis=-1), mask
 
 
@@ -190,9 +190,7 @@ Reported = Kronecker | Array  # what leaves a block, and its dummy
 class Statistic(Protocol):
     """What one use of a block adds to it, of its rows and the cotangents u of its outputs."""
 
-    def __call__(
-        self, rows: RowReaders, block: capture.Block, sharing: Sharing, residual: Residual, u: Array, /
-    ) -> Reported: ...
+    def __call__(self, rows: RowReaders, use: Use, sharing: Sharing, residual: Residual, u: Array, /) -> Reported: ...
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -217,26 +215,26 @@ def _observed_backward(
 _observed.defvjp(_observed_forward, _observed_backward)
 
 
-def _sums(rows: RowReaders, block: capture.Block, sharing: Sharing, residual: Residual, u: Array) -> Kronecker:
-    (a, mask), q = residual.activations(rows, block), residual.q
+def _sums(rows: RowReaders, use: Use, sharing: Sharing, residual: Residual, u: Array) -> Kronecker:
+    (a, mask), q = residual.activations(rows, use), residual.q
     u = rows.outputs(u).astype(q.dtype)
-    if block.rule == "embedding":
+    if use.by_row:
         mass = q[:, None] * mask
-        square = jnp.zeros(block.inputs, q.dtype).at[a.reshape(-1)].add(mass.reshape(-1))
+        square = jnp.zeros(use.inputs, q.dtype).at[a.reshape(-1)].add(mass.reshape(-1))
         return Kronecker(square, jnp.sum(mass), jnp.einsum("nti,ntj->ij", u, u))
     a, u = sharing.inputs(a, mask), sharing.outputs(u)
     mass = q[:, None] * mask if sharing.per_position else q[:, None]
     return Kronecker(jnp.einsum("nti,nt,ntj->ij", a, mass, a), jnp.sum(mass), jnp.einsum("nti,ntj->ij", u, u))
 
 
-def _squares(rows: RowReaders, block: capture.Block, sharing: Sharing, residual: Residual, u: Array) -> Array:
+def _squares(rows: RowReaders, use: Use, sharing: Sharing, residual: Residual, u: Array) -> Array:
     """Σ_n (Q_Aᵀ Σ_t ā_nt u_ntᵀ Q_B)², element by element."""
     # a [5, 3, 7] Q_A [7, 7] and u [5, 3, 4] Q_B [4, 4]: for each example [7, 3] · [3, 4], squared. With one position
     # (a_i u_j)² = a_i² u_j²: one product [7, 5] · [5, 4] for all examples, and no loop
-    (a, _), q, basis = residual.activations(rows, block), residual.q, residual.basis
+    (a, _), q, basis = residual.activations(rows, use), residual.q, residual.basis
     u = rows.outputs(u).astype(q.dtype) @ basis.qb
-    if block.rule == "embedding":
-        return _table_squares(a, u, block.inputs)
+    if use.by_row:
+        return _table_squares(a, u, use.inputs)
     a = a @ basis.qa
     if a.shape[1] == 1:
         return jnp.einsum("ni,nj->ij", a[:, 0] ** 2, u[:, 0] ** 2)
@@ -264,16 +262,17 @@ def _passes(
     blocks = {block.leaf: block for block in here.captured.blocks}
 
     def kronecker(slot: Any, use: Use, rows: RowReaders, outputs: Array, inputs: Array) -> Array:
-        if slot is None or blocks[use.leaf].rule != use.rule:
+        if slot is None or use.explicit != (block := blocks[use.leaf]).explicit:
             return outputs
-        block = blocks[use.leaf]
         dummy, basis = slot
         residual = Residual(inputs, here.mask, here.q, basis)
-        measure = functools.partial(statistic, rows, block, here.sharing(block.name))
+        whole = use._replace(bias=block.bias)  # which the model adds elsewhere, where the use itself names none
+        measure = functools.partial(statistic, rows, whole, here.sharing(block.name))
         return _observed(measure, outputs, residual, dummy)
 
     def elementwise(slot: Any, use: Use, leaf: Array) -> Array | None:
-        return None if slot is None or blocks[use.leaf].rule != use.rule else leaf[None] + slot[0].astype(leaf.dtype)
+        counts = slot is not None and use.explicit == blocks[use.leaf].explicit
+        return leaf[None] + slot[0].astype(leaf.dtype) if counts else None
 
     visitor = Visitor({}, kronecker, elementwise, lambda use: None)
 
@@ -319,9 +318,8 @@ def measure(key: Key | None, here: TracedLoss, fisher: Fisher) -> tuple[Factors,
     dtype = here.q.dtype
 
     def zeros(block: capture.Block) -> Kronecker:
-        a = (block.inputs,) if block.rule == "embedding" else (block.rows, block.rows)
-        shapes = (a, (), (block.outputs, block.outputs))
-        return Kronecker(*(jnp.zeros((*block.stack, *shape), dtype) for shape in shapes))
+        a, b = block.shapes
+        return Kronecker(*(jnp.zeros((*block.stack, *shape), dtype) for shape in (a, (), b)))
 
     outputs, pull = _passes(here, _sums, {}, _dummies(here, zeros))
     columns, column = fisher(label_key, here.loss, outputs, here.targets)

@@ -238,6 +238,22 @@ def test_tied_dense_layers_count_double():
         assert_same(found["out/kernel"], *head)
 
 
+def test_a_kernel_of_a_convolution_and_of_a_layer_is_one_matrix():
+    """Rules may differ where rows and columns of the matrix are the same: each position is a row of A."""
+
+    def tied(y, a, observe=untapped):
+        z = jax.lax.conv_general_dilated(a, y["twice"], (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC"))
+        a = jnp.tanh(observe(z, a, y["twice"])).mean(1)
+        z = jax.lax.dot_general(a[:, :, None], y["twice"], (((1, 2), (1, 0)), ((), ())))
+        return dense(y["out"], jnp.tanh(observe(z, a, y["twice"])), observe)
+
+    y = normal(12, twice=(1, D, D)) | {"out": normal(13, kernel=(D, C), bias=(C,))}
+    (A1, B1), (A2, B2), head = by_perturbation(tied, X, y, (SEQUENCES, LABELS))
+    found = captured(tied, X, y, (SEQUENCES, LABELS))
+    assert_same(found["twice"], (T * A1 + A2) / (T + 1), B1 + B2)
+    assert_same(found["out/kernel"], *head)
+
+
 # Leaves with a diagonal block
 
 

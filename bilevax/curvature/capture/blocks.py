@@ -148,7 +148,7 @@ class Block(NamedTuple):
 
     Attributes:
       name: path of the leaf.
-      rule: dense, conv, embedding, observed, elementwise, or that of a treatment.
+      rule: its name in reports: dense, conv, embedding, observed, elementwise, or that of a treatment.
       leaf: its place among the leaves of y.
       bias: that of the bias in the last row of the matrix, or None.
       stack: leading axes of the leaf: one block for each of their elements.
@@ -156,6 +156,8 @@ class Block(NamedTuple):
       inputs: rows of that matrix.
       outputs: columns of it.
       positions: rows for each example.
+      by_row: whether the matrix is a table of which examples pick rows.
+      explicit: whether the model marked it by `observe`; uses that it did not mark are none of the block's.
       uses: how often the model uses it.
       treatment: of a leaf that no rule covers.
       what: the primitives.
@@ -177,6 +179,8 @@ class Block(NamedTuple):
     inputs: int = 0
     outputs: int = 0
     positions: int = 0
+    by_row: bool = False
+    explicit: bool = False
     uses: int = 0
     treatment: Treatment | None = None
     what: str = ""
@@ -185,6 +189,11 @@ class Block(NamedTuple):
     def rows(self) -> int:
         """Rows of the matrix, the bias included."""
         return self.inputs + (self.bias is not None)
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of the factors A and B of one element of the stack; A of a table is a diagonal."""
+        return (self.rows,) if self.by_row else (self.rows, self.rows), (self.outputs, self.outputs)
 
     def pack(self, leaves: Mapping[int, Array]) -> Array:
         """The matrix [*stack, rows, outputs] of these leaves of y, by place."""
@@ -287,18 +296,28 @@ def trace(model: Model, y: PyTree, inputs: PyTree, *, unsupported: Unsupported =
             f"{shapes[0]} and no array with {n} rows. Return outputs with one row for each example."
         )
 
-    ends: list[Axis] = []
-
-    def run(visitor: Visitor, leaves: Sequence[Array]) -> Array:
+    def follow(visitor: Visitor, leaves: Sequence[Array]) -> Value:
         held = [Value(leaf, view=View(k, 0, leaf, None, Strided.whole(leaf.shape))) for k, leaf in enumerate(leaves)]
         data = [jnp.asarray(array) for array in jax.tree.leaves(inputs)]
         examples = [Value(array, 0 if array.shape[:1] == (n,) else SHARED) for array in data]
         (value,) = walk(program, [*held, *examples], visitor, n)
         forget([value], visitor, (), "is the output")
-        ends.append(value.axis)
-        return value.array
+        return value
 
+    uses, axis = _collected(follow, leaves)
+    blocks = _blocks(names, [jnp.shape(leaf) for leaf in leaves], uses, unsupported)
+    if axis not in (0, SHARED) and any(block.treatment is None for block in blocks):
+        raise ValueError(
+            "model must return outputs [N, ..., C] whose row n belongs to example n of the inputs; got outputs in "
+            "which the examples cannot be followed to the first axis. Put them there, in their order."
+        )
+    return Capture(blocks, lambda visitor, leaves: follow(visitor, leaves).array, n)
+
+
+def _collected(follow: Callable[[Visitor, Sequence[Array]], Value], leaves: Sequence[Any]) -> tuple[list[Use], Axis]:
+    """All uses of leaves on the way to the outputs, and the axis of the examples there; nothing is computed."""
     uses: dict[tuple[Path, int], Use] = {}
+    axes: set[Axis] = set()
 
     def note(slot: Any, use: Use, *rest: Any) -> Any:
         # Called as kronecker(slot, use, rows, outputs, inputs), elementwise(slot, use, leaf) and unsupported(use): the
@@ -306,16 +325,16 @@ def trace(model: Model, y: PyTree, inputs: PyTree, *, unsupported: Unsupported =
         uses[use.path, use.leaf] = use
         return rest[1] if len(rest) == 3 else None
 
-    collector = Visitor({}, note, note, functools.partial(note, None))
-    jax.eval_shape(functools.partial(run, collector), [jnp.asarray(leaf) for leaf in leaves])
-    leaf_shapes = [jnp.shape(leaf) for leaf in leaves]
-    blocks = _blocks(names, leaf_shapes, list(uses.values()), unsupported)
-    if ends[0] not in (0, SHARED) and any(block.treatment is None for block in blocks):
-        raise ValueError(
-            "model must return outputs [N, ..., C] whose row n belongs to example n of the inputs; got outputs in "
-            "which the examples cannot be followed to the first axis. Put them there, in their order."
-        )
-    return Capture(blocks, run, n)
+    def once(leaves: Sequence[Array]) -> Array:
+        value = follow(Visitor({}, note, note, functools.partial(note, None)), leaves)
+        axes.add(value.axis)
+        return value.array
+
+    # Uses and axes are no arrays, so that a trace cannot return them. Writing them down is sound: `once` is new, hence
+    # traced here and never again, and a body that JAX traces twice writes the same use under the same path
+    jax.eval_shape(once, [jnp.asarray(leaf) for leaf in leaves])
+    (axis,) = axes
+    return list(uses.values()), axis
 
 
 def _blocks(
@@ -325,9 +344,9 @@ def _blocks(
     by_leaf = defaultdict(list)
     for use in uses:
         by_leaf[use.leaf].append(use)
-    taps = [use for use in uses if use.rule == "observed"]
+    taps = [use for use in uses if use.explicit]
     for use in taps:
-        by_leaf[use.leaf] = [other for other in by_leaf[use.leaf] if other.rule == "observed"]
+        by_leaf[use.leaf] = [other for other in by_leaf[use.leaf] if other.explicit]
     biases = _biases(by_leaf, taps)
     blocks, missing = {}, {}
     for leaf, name in enumerate(names):
@@ -372,14 +391,14 @@ def _block(name: str, leaf: int, shape: tuple[int, ...], uses: Sequence[Use], bi
     """The block of a leaf with these uses; what is wrong, where they have none."""
     if not uses:
         return "meets no examples in model"
-    wrong = [use.what for use in uses if use.rule == "unsupported"]
-    rules = {use.rule for use in uses}
-    layouts = {(use.stack, use.matrix, use.inputs, use.outputs) for use in uses}
+    wrong = [use.what for use in uses if not use.covered]
+    layouts = {(use.stack, use.matrix, use.inputs, use.outputs, use.by_row) for use in uses}
     if wrong:
         return ", ".join(dict.fromkeys(wrong))
     what = " and ".join(dict.fromkeys(use.what for use in uses))
-    if len(rules) > 1 or len(layouts) > 1:
+    if len(layouts) > 1:
         return f"used in different ways: {what}"
     use = uses[0]
-    sizes = (use.matrix, use.inputs, use.outputs, use.positions)
-    return Block(name, use.rule, leaf, bias, shape[: use.stack], *sizes, uses=len(uses), what=what)
+    rule = " and ".join(dict.fromkeys(use.rule for use in uses))
+    kind = (use.matrix, use.inputs, use.outputs, use.positions, use.by_row, use.explicit)
+    return Block(name, rule, leaf, bias, shape[: use.stack], *kind, uses=len(uses), what=what)

@@ -71,7 +71,7 @@ class Use(NamedTuple):
     """One use of a leaf.
 
     Attributes:
-      rule: what kind of use; "unsupported" where no rule fits.
+      rule: its name, for reports alone.
       path: where it is.
       leaf: of which leaf.
       stack: how many leading axes scans took off the leaf.
@@ -81,7 +81,10 @@ class Use(NamedTuple):
       outputs: length of the rows of outputs.
       positions: rows for each example.
       joins: the path of the use to whose output this one is added as a bias.
-      bias: the leaf that an explicit tap names as its bias.
+      bias: the leaf in the last row of the matrix, where the use names one.
+      by_row: whether the matrix is a table of which examples pick rows, by ids: its factor A is a diagonal over them.
+      explicit: whether the model says so by `observe`: other uses of the leaf do not count then.
+      covered: whether a rule covers it.
     """
 
     rule: str
@@ -95,13 +98,16 @@ class Use(NamedTuple):
     positions: int = 0
     joins: Path | None = None
     bias: int | None = None
+    by_row: bool = False
+    explicit: bool = False
+    covered: bool = True
 
 
 class RowReaders(NamedTuple):
     """How rows of features lie in the arrays around a Kronecker use: functions to [N, positions, features]."""
 
     # einsum("ntd,dhe->nthe") of a [5, 7, 4] and w [4, 2, 3], a matrix [4, 6]: inputs [5, 7, 4] -> [5, 7, 4], outputs
-    # [5, 7, 2, 3] -> [5, 7, 6]; on positions merged before, [35, 4] -> [5, 7, 4]
+    # [5, 7, 2, 3] -> [5, 7, 6]; on positions merged before, [35, 4] -> [5, 7, 4]; ids of rows of a table -> [5, 7, 1]
     inputs: Callable[[Array], Array]
     outputs: Callable[[Array], Array]
 
@@ -163,7 +169,11 @@ def forget(values: Sequence[Value], visitor: Visitor, path: Path, what: str) -> 
     """Tells the visitor of leaves whose further way cannot be followed."""
     for value in values:
         if value.view is not None:
-            visitor.unsupported(Use("unsupported", path, value.view.leaf, value.view.stack, what))
+            visitor.unsupported(_uncovered(path, value.view, what))
+
+
+def _uncovered(path: Path, view: View, what: str) -> Use:
+    return Use("unsupported", path, view.leaf, view.stack, what, covered=False)
 
 
 def _rows(array: Array, axis: int, features: Sequence[int], n: int) -> Array:
@@ -283,7 +293,7 @@ def _embedding(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: Pa
         ids,
         functools.partial(_rows, axis=place, features=numbers.offset_dims, n=n),
     )
-    use = Use("embedding", path, view.leaf, view.stack, "gather", view.strided, inputs=shape[0], outputs=shape[1])
+    use = Use("embedding", path, view.leaf, view.stack, "gather", view.strided, shape[0], shape[1], by_row=True)
     return [Value(_kronecker(eqn, values, visitor, n, use, rows, index.array), place)]
 
 
@@ -303,7 +313,7 @@ def elementwise(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: P
             strided = strided.broadcast(shape, range(len(strided.shape)))
         if axis == LOST or strided.shape[axis] != shape[axis] or (shape[axis] > 1 and strided.strides[axis]):
             what = "examples axis is lost" if axis == LOST else "other values for other examples"
-            visitor.unsupported(Use("unsupported", path, view.leaf, view.stack, f"{name}: {what}"))
+            visitor.unsupported(_uncovered(path, view, f"{name}: {what}"))
             continue
         joins = _joined(view, strided, values[1 - k].output) if name == "add" else None
         use = Use("elementwise", path, view.leaf, view.stack, name, joins=joins)
@@ -414,6 +424,7 @@ def tap(values: Sequence[Value], visitor: Visitor, n: int, path: Path) -> list[V
             f"Pass the activations that made these outputs."
         )
     bias = biases[0] if biases else None
-    use = Use("observed", path, view.leaf, view.stack, "observe", view.strided, width, size, positions, bias=bias)
+    sizes = (width, size, positions)
+    use = Use("observed", path, view.leaf, view.stack, "observe", view.strided, *sizes, bias=bias, explicit=True)
     array = visitor.kronecker(visitor.slots.get(use.leaf), use, rows, outputs.array, inputs.array)
     return [Value(array, outputs.axis)]
