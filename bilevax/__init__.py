@@ -10,6 +10,7 @@ A namespace is imported when it is first read.
 """
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -77,17 +78,36 @@ if not TYPE_CHECKING:  # which would let any name pass
 
     def __getattr__(name: str) -> Any:
         if name not in __all__:
-            import difflib
-
-            near = difflib.get_close_matches(name, __all__)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(__all__)}."
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}; {hint}")
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}{_hint(name)}")
         if name in _HOME:
             value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
         else:
             value = importlib.import_module(f"{__name__}.{name}")
         globals()[name] = value
         return value
+
+
+def _hint(name: str) -> str:
+    """What may have been meant; searches, and thus imports, all namespaces, unless Python asks for a file of ours."""
+    import difflib
+    import importlib.util
+    import inspect
+
+    if name.startswith("_") or importlib.util.find_spec(f"{__name__}.{name}"):
+        return ""
+    places: dict[str, list[str]] = {}
+    left, seen = [("bx", sys.modules[__name__])], set[int]()
+    for path, module in left:  # which grows, so that the shortest paths come first
+        for one in getattr(module, "__all__", ()):
+            value = getattr(module, one)
+            if id(value) not in seen:
+                seen.add(id(value))
+                places.setdefault(one, []).append(f"{path}.{one}")
+                if inspect.ismodule(value):
+                    left.append((f"{path}.{one}", value))
+    near = [name] if name in places else difflib.get_close_matches(name, places)
+    found = [place for one in near for place in places[one]][:3]
+    return f"; did you mean {' or '.join(found)}?" if found else f"; it has {', '.join(__all__)}."
 
 
 def __dir__() -> list[str]:

@@ -72,9 +72,27 @@ def test_tab_completion_shows_what_is_meant(name):
         assert not inspect.ismodule(value) or value.__name__.startswith("bilevax.")
 
 
-def test_an_unknown_name_is_told_which_there_are():
-    with pytest.raises(AttributeError, match=r"has no attribute 'hypergradientz'; did you mean hypergradient"):
-        bx.hypergradientz  # noqa: B018
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("hypergradientz", r"; did you mean bx\.hypergradient or "),
+        ("minibatch", r"; did you mean bx\.sampling\.minibatch\?"),
+        ("implicit", r"; did you mean bx\.inner\.implicit\?"),
+        ("State", r"; did you mean bx\.single_loop\.State\?"),
+        ("reverze", r"; did you mean bx\.inner\.reverse\?"),
+        ("correction", r"; did you mean bx\.single_loop\.correction or "),
+        ("zzz", r"; it has Batch, BilevelProblem, .*, typing\."),
+    ],
+)
+def test_an_unknown_name_is_told_where_it_is(name, hint):
+    with pytest.raises(AttributeError, match=f"has no attribute '{name}'{hint}"):
+        getattr(bx, name)
+
+
+@pytest.mark.parametrize("name", ["__wrapped__", "printing"])
+def test_what_python_asks_for_is_not_searched(name):
+    """Neither its own names nor the files that it imports by `from bilevax import printing` import everything."""
+    assert "bilevax.inner" not in loaded(f"import bilevax; hasattr(bilevax, {name!r})")
 
 
 def loaded(code):
