@@ -108,28 +108,73 @@ def test_whoever_wants_one_gradient_does_not_pay_for_graphs():
     assert not {one for one in found if re.match(r"bilevax\.(decentralized|agents|algorithms)", one)}
 
 
+def section():
+    """Of CONTRIBUTING: which words there are, and how they are given."""
+    return (ROOT / "CONTRIBUTING.md").read_text().partition("\n## Words\n")[2].partition("\n## ")[0]
+
+
 def words():
-    """Word -> meaning, of the list in CONTRIBUTING."""
-    text = (ROOT / "CONTRIBUTING.md").read_text().partition("\n## Words\n")[2].partition("\n## ")[0]
-    return dict(re.findall(r"^\| `(\w+)` \| (.+?) \|$", text, re.M))
+    """The words of its tables; a row may have several."""
+    firsts = re.findall(r"^\| (`.+?`) \| .+ \|$", section(), re.M)
+    return [word for first in firsts for word in re.findall(r"`(\w+)`", first)]
 
 
-def parameters():
-    """Name -> the public functions that have such a parameter."""
-    found = {}
-    for space, module in NAMESPACES.items():
-        for name in module.__all__:
-            value = getattr(module, name)
-            if inspect.isfunction(value):
-                for parameter in inspect.signature(value).parameters:
-                    found.setdefault(parameter, set()).add(f"{space}.{name}")
-    return found
+def signatures():
+    """Public function -> its parameters by their names."""
+    return {
+        f"{space}.{name}": inspect.signature(getattr(module, name)).parameters
+        for space, module in NAMESPACES.items()
+        for name in module.__all__
+        if inspect.isfunction(getattr(module, name))
+    }
 
 
-def test_no_public_parameter_is_outside_of_the_word_list():
-    used, known = parameters(), words()
+def parts():
+    """Public class that users make or read -> its fields; not what methods return."""
+    return {
+        f"{space}.{name}": list(inspect.signature(value).parameters)
+        for space, module in NAMESPACES.items()
+        for name, value in ((name, getattr(module, name)) for name in module.__all__)
+        if inspect.isclass(value) and (hasattr(value, "_fields") or value is bx.curvature.ModelLoss)
+        if not name.endswith(("State", "Info", "Report", "Detail"))
+    }
+
+
+def test_no_public_name_is_outside_of_the_word_list():
+    used = {}
+    for place, names in (signatures() | parts()).items():
+        for name in names:
+            used.setdefault(name, set()).add(place)
+    known = words()
     assert {name: sorted(places) for name, places in used.items() if name not in known} == {}
-    assert {*known} - {*used} == set(), "words that no function uses"
+    assert {*known} - {*used} == set(), "words that nothing uses"
+    assert len({*known}) == len(known), "a word with two rows"
+
+
+SIZES = ("maxiter", "tol", "terms", "rank", "steps")
+FIVE = ("step_size", "damping", "curvature", "preconditioner", "sample")
+
+
+def test_what_many_functions_take_stands_in_one_order(subtests):
+    for place, parameters in signatures().items():
+        with subtests.test(place):
+            found = [name for name in parameters if name in FIVE or (name in SIZES and place.startswith("bx.ihvp."))]
+            assert found == sorted(found, key=(*SIZES, *FIVE).index)
+
+
+def by_position(parameters):
+    return [name for name, one in parameters.items() if one.kind is not inspect.Parameter.KEYWORD_ONLY]
+
+
+def test_only_some_words_are_given_by_position():
+    sentence = re.search(r"By position may be given(.*?)Everything else", section(), re.S)[1]
+    known, used = {*re.findall(r"`(\w+)`", sentence)}, set()
+    for place, parameters in signatures().items():
+        given = by_position(parameters)
+        if len(given) > 1 and not place.startswith("bx.testing."):
+            assert {*given} <= known, f"{place}{(*given,)}: by keyword, or into the list of CONTRIBUTING"
+            used |= {*given}
+    assert known == used
 
 
 def test_the_version_stands_in_one_place():
