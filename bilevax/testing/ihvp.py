@@ -303,7 +303,8 @@ def inverts_twice_the_identity(subject: IHVPSubject) -> None:
 
 
 @contract(
-    "Begin at v0 where it is better than zero (bilevax.ihvp._start), or declare cold=True.",
+    "Begin at v0 where φ(v0) = ½ v0ᵀHv0 − bᵀv0 is below 0 and the curvature along v0 is positive, or declare "
+    "cold=True.",
     applies=lambda s: not s.cold,
 )
 def v0_is_used(subject: IHVPSubject) -> None:
