@@ -11,6 +11,7 @@ import optax
 
 P = ParamSpec("P")
 T = TypeVar("T")
+LONGEST = 110  # characters of a field that stays on one line
 
 
 def as_called(constructor: Callable[P, T]) -> Callable[P, T]:
@@ -29,6 +30,11 @@ def as_called(constructor: Callable[P, T]) -> Callable[P, T]:
     @functools.wraps(constructor)
     def construct(*args: P.args, **kwargs: P.kwargs) -> T:
         made: Any = constructor(*args, **kwargs)
+        if "text" not in getattr(made, "_fields", ()):
+            raise TypeError(
+                f"{constructor.__name__} must return a NamedTuple with a field text to print as its call; got "
+                f"{type(made).__name__}. Give it the field text: str = '', or take as_called away."
+            )
         parts = [*map(brief, args), *(f"{name}={brief(value)}" for name, value in kwargs.items())]
         return made._replace(text=f"{constructor.__name__}({', '.join(parts)})")
 
@@ -41,16 +47,29 @@ def by_text(value: Any) -> str:
 
 
 def by_shape(state: Any) -> str:
-    """The `__repr__` of a state: a line for each field, arrays by their dtype and shape."""
-    fields = "".join(f"\n  {name}={brief(value)}," for name, value in zip(state._fields, state, strict=True))
-    return f"{type(state).__name__}({fields}\n)"
+    """The `__repr__` of a state: a line for each field, arrays by their dtype and shape; long fields on several."""
+    return f"{type(state).__name__}({_lines(state, '')})"
+
+
+def _lines(value: Any, indent: str) -> str:
+    """The entries of a tuple, each on a line of its own, further in than `indent`."""
+    names = [f"{name}=" for name in value._fields] if hasattr(value, "_fields") else [""] * len(value)
+    entries = (f"\n{indent}  {name}{_entry(entry, name, indent)}," for name, entry in zip(names, value, strict=True))
+    return "".join(entries) + f"\n{indent}"
+
+
+def _entry(value: Any, name: str, indent: str) -> str:
+    text = brief(value)
+    if len(name + text) <= LONGEST or not isinstance(value, tuple) or hasattr(value, "text"):
+        return text
+    return f"{type(value).__name__ if hasattr(value, '_fields') else ''}({_lines(value, indent + '  ')})"
 
 
 def brief(value: Any) -> str:
     """A value in a few words."""
     if isinstance(value, optax.GradientTransformation):
         return "optax"
-    if isinstance(value, jax.Array | np.ndarray):
+    if isinstance(value, jax.Array | np.ndarray | np.generic):
         return _of_array(value)
     if callable(value) and not isinstance(value, tuple):
         return getattr(value, "__name__", type(value).__name__)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from bilevax import checks
-from bilevax.printing import by_text
+from bilevax.printing import brief, by_text
 from bilevax.typing import Array, Key, PyTree, Scalar
 
 __all__ = [
@@ -73,6 +73,9 @@ class BilevelProblem(NamedTuple):
     outer_loss: Loss
     inner_loss: Loss
 
+    def __repr__(self) -> str:
+        return brief(self)
+
 
 class Batch(NamedTuple):
     """What the two losses take as their `batch`: any two pytrees of arrays.
@@ -104,6 +107,9 @@ class Calls(NamedTuple):
     inner_gradients: Scalar = 0
     hessian_products: Scalar = 0
     cross_products: Scalar = 0
+
+    def __repr__(self) -> str:
+        return brief(self)
 
 
 class Directions(NamedTuple):
@@ -303,6 +309,9 @@ class IHVPInfo(NamedTuple):
     breakdown: Scalar
     setup_gradients: Scalar = 0
 
+    def __repr__(self) -> str:
+        return brief(self)
+
 
 Point = tuple[PyTree, PyTree, PyTree]  # x, y, batch
 
@@ -397,6 +406,9 @@ class SolverInfo(NamedTuple):
     breakdown: Scalar
     calls: Calls
     detail: Any
+
+    def __repr__(self) -> str:
+        return brief(self)
 
 
 class SolverInit(Protocol):

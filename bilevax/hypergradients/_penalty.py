@@ -10,7 +10,7 @@ import optax
 from bilevax import checks
 from bilevax.hypergradients._hypergradient import HypergradientInfo, check_batch, check_call
 from bilevax.inner._optimizer_steps import Optimizer, check_point, optimizer_steps
-from bilevax.printing import as_called, by_shape
+from bilevax.printing import as_called, brief, by_shape
 from bilevax.problem import Batch, BilevelProblem, Calls, Hypergradient, Iterate, SolverInfo, arrays, norm
 from bilevax.sampling import Sample, fold, full, split
 from bilevax.typing import Array, Key, PyTree, Scalar
@@ -59,6 +59,9 @@ class PenaltyDetail(NamedTuple):
     multiplier: Array
     gap: Array
     gradient_norm: Array
+
+    def __repr__(self) -> str:
+        return brief(self)
 
 
 @as_called

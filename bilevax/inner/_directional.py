@@ -13,7 +13,7 @@ from bilevax.inner import random_directions
 from bilevax.inner._optimizer_steps import Report, check_point
 from bilevax.inner.guides import Guide, Solution
 from bilevax.inner.random_directions import Row, Sampler
-from bilevax.printing import by_shape
+from bilevax.printing import brief, by_shape
 from bilevax.problem import Calls, InnerSolver, Iterate, SolverInfo, Start, arrays, norm, widen
 from bilevax.sampling import check_key, needed
 from bilevax.typing import Array, Key, PyTree, Scalar
@@ -51,6 +51,9 @@ class DirectionalInfo(NamedTuple):
     solves: Scalar
     tangents: Scalar
     refused: Scalar
+
+    def __repr__(self) -> str:
+        return brief(self)
 
 
 class DirectionalState(NamedTuple):
