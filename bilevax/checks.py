@@ -111,6 +111,13 @@ def instance(name: str, value: Any, kind: type, fix: str) -> None:
         raise ValueError(f"{name} must be {article(kind.__name__)}; got {_describe(value)}. {fix}")
 
 
+def made_of(name: str, value: Any, kind: type, fix: str, **functions: tuple[str, ...]) -> None:
+    """Raises ValueError unless `value` is a `kind` whose functions take these positional arguments."""
+    instance(name, value, kind, fix)
+    for each, arguments in functions.items():
+        function(f"{name}.{each}", getattr(value, each), *arguments)
+
+
 def has_y(name: str, state: Any) -> None:
     """Raises ValueError unless the state of an estimator is a NamedTuple with a field `y`."""
     if "y" not in getattr(state, "_fields", ()):

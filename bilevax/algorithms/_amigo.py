@@ -105,6 +105,7 @@ def amigo(
     v_steps = steps if v_steps is None else checks.count("v_steps", v_steps, minimum=1)
 
     def init(x: PyTree, y: PyTree, batch: Batch | None = None) -> AMIGOState:
+        """The first state, of k = 0 and v of zero; no batch is read."""
         checks.floating("x", x)
         checks.floating("y", y)
         x, y = arrays(x), arrays(y)
@@ -112,6 +113,7 @@ def amigo(
         return AMIGOState(jnp.zeros((), jnp.int32), x, y, optax.tree.zeros_like(y), optimizer)
 
     def step(key: Key | None, state: AMIGOState, batch: Batch) -> tuple[AMIGOState, DescentInfo]:
+        """The steps on y, those on v, and one on x: (state, info)."""
         checks.instance("state", state, AMIGOState, "Pass step(key, state, batch) the state of init or of a step.")
         checks.instance("batch", batch, Batch, "Pass bx.Batch(outer=..., inner=...).")
         check_key(key)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from bilevax import checks
+from bilevax.hypergradients._checked import check_hypergrad, estimated
 from bilevax.hypergradients._hypergradient import HypergradientInfo
 from bilevax.printing import as_called, by_shape
 from bilevax.problem import (
@@ -66,7 +67,7 @@ class DescentInfo(NamedTuple):
       breakdown: True where the estimate cannot be trusted, or x or y is not finite.
       calls: `Calls` of the iteration.
       outer_loss: f at the x before the step and at its y, on the outer batch of the iteration; NaN in `vrbo`.
-      inner_loss: g there, on a batch of the estimator; NaN where it has none.
+      inner_loss: g there, on a batch of the hypergradient; NaN where it has none.
 
     Example:
         >>> import bilevax as bx
@@ -89,31 +90,31 @@ class DescentInfo(NamedTuple):
 
 @as_called
 def descent(
-    estimator: Hypergradient | Callable[[Array], Hypergradient],
+    hypergrad: Hypergradient | Callable[[Array], Hypergradient],
     step_size: Any,
     *,
     outer_sample: Sample = full,
     inner_data: Sample = full,
 ) -> Algorithm:
-    """Descends along a hypergradient: the bridge from an estimator to a method that one `lax.scan` drives.
+    """Descends along a hypergradient: the bridge from an estimate to a method that one `lax.scan` drives.
 
-        d ≈ ∇F(x) from the estimator of iteration k,      x ← x − a d
+        d ≈ ∇F(x) from the hypergradient of iteration k,      x ← x − a d
 
     Args:
-      estimator: a `Hypergradient`, or a function k -> `Hypergradient` for step sizes or penalties that change with the
+      hypergrad: a `Hypergradient`, or a function k -> `Hypergradient` for step sizes or penalties that change with the
         iteration; k is traced, and the state must look the same for all k.
       step_size: a number, a schedule k -> number, or an optax transformation.
-      outer_sample: `sample(key, t, data) -> batch` for the data of f; all by default. The estimator draws its batches
-        of g itself.
-      inner_data: `sample(key, t, data)`, what the estimator takes for the data of g in iteration k.
+      outer_sample: `sample(key, t, data) -> batch` for the data of f; all by default. The hypergradient draws its
+        batches of g itself.
+      inner_data: `sample(key, t, data)`, what the hypergradient takes for the data of g in iteration k.
 
     Returns:
       `Algorithm(init, step)` with `DescentState` and `DescentInfo`.
 
     Raises:
-      ValueError: if an argument is of another kind; as the estimator; if its info is no `HypergradientInfo`.
+      ValueError: if an argument is of another kind; as the hypergradient; if its info is no `HypergradientInfo`.
 
-    Cost: that of the estimator.
+    Cost: that of the hypergradient.
 
     Example:
         >>> import bilevax as bx
@@ -127,28 +128,42 @@ def descent(
     check_step_size("step_size", step_size)
     for name, sample in (("outer_sample", outer_sample), ("inner_data", inner_data)):
         checks.function(name, sample, "key", "t", "data")
-    if not isinstance(estimator, Hypergradient):
-        checks.function("estimator", estimator, "k")
+    if not isinstance(hypergrad, Hypergradient) and not callable(hypergrad):
+        raise ValueError(
+            f"hypergrad must be a Hypergradient, or a function k -> Hypergradient; got {hypergrad!r:.80}. Pass, say, "
+            f"bx.hypergradient(outer_loss, solver)."
+        )
+    if isinstance(hypergrad, Hypergradient):
+        check_hypergrad("hypergrad", hypergrad)
+    else:
+        checks.function("hypergrad", hypergrad, "k")
 
     def at_iteration(k: Array) -> Hypergradient:
-        made = estimator if isinstance(estimator, Hypergradient) else estimator(k)
-        checks.instance("estimator(k)", made, Hypergradient, "Return bx.hypergradient(outer_loss, solver) from it.")
+        if isinstance(hypergrad, Hypergradient):
+            return hypergrad
+        made = hypergrad(k)
+        check_hypergrad("hypergrad(k)", made, "Return bx.hypergradient(outer_loss, solver) from it.")
         return made
 
     def init(x: PyTree, y: PyTree, batch: Batch | None = None) -> DescentState:
+        """The first state, with the warm y in that of the hypergradient, which says whether it reads the batch."""
         x, k = arrays(x), jnp.zeros((), jnp.int32)
         optimizer = step_size.init(x) if isinstance(step_size, optax.GradientTransformation) else ()
-        return DescentState(k, x, at_iteration(k).init(x, y, batch), optimizer)
+        memory = at_iteration(k).init(x, y, batch)
+        checks.has_y("hypergrad", memory)
+        return DescentState(k, x, memory, optimizer)
 
     def step(key: Key | None, state: DescentState, batch: Batch) -> tuple[DescentState, DescentInfo]:
+        """One estimate and one step on x: (state, info); the key may be None where nothing is drawn."""
         checks.instance("state", state, DescentState, "Pass step(key, state, batch) the state of init or of a step.")
         checks.instance("batch", batch, Batch, "Pass bx.Batch(outer=..., inner=...).")
         check_key(key)
         estimate_key, outer_key, inner_key = split(fold(key, state.k), 3)
         outer = outer_sample(outer_key, state.k, batch.outer)
         data = Batch(outer, inner_data(inner_key, state.k, batch.inner))
-        grad, memory, info = at_iteration(state.k).estimate(estimate_key, state.estimator, state.x, data)
-        checks.instance("info of the estimator", info, HypergradientInfo, "Take one that is made of one solver.")
+        parts = at_iteration(state.k).estimate(estimate_key, state.estimator, state.x, data)
+        grad, memory, info = estimated(parts, state.x, state.estimator)
+        checks.instance("info of hypergrad.estimate", info, HypergradientInfo, "Take one that is made of one solver.")
         x, optimizer = outer_step(step_size, state.k, grad, state.optimizer, state.x)
         moves: Levels[Any] = Levels(norm(optax.tree.sub(x, state.x)), norm(optax.tree.sub(memory.y, state.y)), ())
         breakdown = info.inner.breakdown | ~jnp.isfinite(moves.x + moves.y)

@@ -17,6 +17,8 @@ from bilevax.sampling import Sample, fold
 from bilevax.single_loop.step_sizes import StepSizes, inner_optimizer
 from bilevax.typing import Array, Key, PyTree, Scalar
 
+_SOLVE = 0  # folded into the key of the data of g, for the batches of all inner solves
+
 
 class _Draw(NamedTuple):
     key: Key | None
@@ -93,6 +95,6 @@ def pzobo(
     at_iteration(jnp.zeros((), jnp.int32))
 
     def inner_data(key: Key | None, t: Scalar, data: Any) -> _Draw:
-        return _Draw(fold(key, 0), data)
+        return _Draw(fold(key, _SOLVE), data)
 
     return descent(at_iteration, sizes.x, outer_sample=sample, inner_data=inner_data)

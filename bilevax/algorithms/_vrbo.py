@@ -111,6 +111,7 @@ def vrbo(
     unit = rule.calls(("x", "y"), ())
 
     def init(x: PyTree, y: PyTree, batch: Batch | None = None) -> VRBOState:
+        """The first state, of k = 0 and directions of zero; no batch is read."""
         checks.floating("x", x)
         checks.floating("y", y)
         x, y = arrays(x), arrays(y)
@@ -119,6 +120,7 @@ def vrbo(
         return VRBOState(jnp.zeros((), jnp.int32), x, y, u, optimizer)
 
     def step(key: Key | None, state: VRBOState, batch: Batch) -> tuple[VRBOState, DescentInfo]:
+        """One step on x, and the steps on y that follow it: (state, info)."""
         checks.instance("state", state, VRBOState, "Pass step(key, state, batch) the state of init or of a step.")
         checks.instance("batch", batch, Batch, "Pass bx.Batch(outer=..., inner=...).")
         check_key(key)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from bilevax import checks
+from bilevax.inner._checked import check_solver, pulled_back, solved, started
 from bilevax.inner._optimizer_steps import full_cotangent
 from bilevax.printing import as_called, by_shape
 from bilevax.problem import Batch, Hypergradient, InnerSolver, Iterate, Loss, SolverInfo, arrays, norm
@@ -53,6 +54,9 @@ class HypergradientInfo(NamedTuple):
     outer_loss: Array
     inner: SolverInfo
 
+    def __repr__(self) -> str:
+        return by_shape(self)
+
 
 @as_called
 def hypergradient(outer_loss: Loss, solver: InnerSolver) -> Hypergradient:
@@ -91,7 +95,7 @@ def hypergradient(outer_loss: Loss, solver: InnerSolver) -> Hypergradient:
         (2.0, 3.0, 2.0)
     """
     outer = checks.scalar_loss("outer_loss", outer_loss)
-    checks.instance("solver", solver, InnerSolver, "Pass, say, bx.inner.reverse(inner_loss, optax.sgd(0.1), steps=10).")
+    check_solver("solver", solver, "Pass, say, bx.inner.reverse(inner_loss, optax.sgd(0.1), steps=10).")
 
     def init(x: PyTree, y: PyTree, batch: Batch | None = None) -> HypergradientState:
         """The first state, with y as the warm inner variable.
@@ -112,10 +116,11 @@ def hypergradient(outer_loss: Loss, solver: InnerSolver) -> Hypergradient:
         """
         check_call(HypergradientState, state, x, batch)
         z, pull_start = jax.vjp(solver.start, x, state.y)
-        z_T, residual, solver_state = _solved(solver.forward(key, state.solver, x, z, batch.inner), z)
+        forward = solver.forward(key, state.solver, x, started(z), batch.inner)
+        z_T, residual, solver_state = solved(forward, z, state.solver)
         value, (direct, y_bar) = jax.value_and_grad(outer, argnums=(0, 1))(x, z_T.y, batch.outer)
-        (x_bar, z0_bar), solver_state, info = _pulled_back(solver.backward(residual, solver_state, Iterate(y_bar)))
-        checks.same_form("x_bar of solver.backward", x_bar, x, "Return a cotangent like x.")
+        backward = solver.backward(residual, solver_state, Iterate(y_bar))
+        (x_bar, z0_bar), solver_state, info = pulled_back(backward, x, z, solver_state)
         start_bar, _ = pull_start(full_cotangent(z0_bar, z))
         grad = jax.tree.map(lambda *parts: sum(parts), direct, x_bar, start_bar)
         info = info._replace(
@@ -125,23 +130,6 @@ def hypergradient(outer_loss: Loss, solver: InnerSolver) -> Hypergradient:
         return grad, HypergradientState(z_T.y, solver_state, state.x_shapes), HypergradientInfo(value, info)
 
     return Hypergradient(init, estimate)
-
-
-def _solved(parts: Any, z: Iterate) -> tuple[Iterate, Any, Any]:
-    """What `forward` of an inner solver returns, if it is what it should be."""
-    z_T, residual, state = checks.parts("solver.forward", parts, "z_T", "residual", "state")
-    checks.instance("z_T of solver.forward", z_T, Iterate, "Return bx.problem.Iterate(y, opt_state, t).")
-    checks.same_form("y of solver.forward", z_T.y, z.y, "Return a y like that of start.")
-    return z_T, residual, state
-
-
-def _pulled_back(parts: Any) -> tuple[tuple[PyTree, Iterate], Any, SolverInfo]:
-    """What `backward` of an inner solver returns, if it is what it should be."""
-    bars, state, info = checks.parts("solver.backward", parts, "(x_bar, z0_bar)", "state", "info")
-    x_bar, z0_bar = checks.parts("solver.backward, as the first of three,", bars, "x_bar", "z0_bar")
-    checks.instance("z0_bar of solver.backward", z0_bar, Iterate, "Return bx.problem.Iterate(y_bar).")
-    checks.instance("info of solver.backward", info, SolverInfo, "Return bx.problem.SolverInfo(...).")
-    return (x_bar, z0_bar), state, info
 
 
 def check_call(kind: type, state: Any, x: PyTree, batch: Batch) -> None:
@@ -173,6 +161,7 @@ class _Solved(NamedTuple):
     """What the pull-back of a solve needs."""
 
     pull_start: Callable[[Iterate], tuple[PyTree, PyTree]]
+    x: PyTree
     z: Iterate
     residual: Any
     state: Any
@@ -212,13 +201,13 @@ def differentiable(solver: InnerSolver) -> DifferentiableSolve:
         >>> jax.vmap(jax.grad(meta_loss), (None, 0))(1.0, jnp.array([1.0, 2.0])).tolist()
         [2.0, 2.0]
     """
-    checks.instance("solver", solver, InnerSolver, "Pass, say, bx.inner.reverse(inner_loss, optax.sgd(0.1), steps=10).")
+    check_solver("solver", solver, "Pass, say, bx.inner.reverse(inner_loss, optax.sgd(0.1), steps=10).")
 
     def run(x: PyTree, y0: PyTree, batch: PyTree, key: Key | None) -> tuple[PyTree, _Solved]:
         state = solver.init(x, y0, batch)
         z, pull_start = jax.vjp(solver.start, x, y0)
-        z_T, residual, state = _solved(solver.forward(key, state, x, z, batch), z)
-        return z_T.y, _Solved(pull_start, z, residual, state)
+        z_T, residual, state = solved(solver.forward(key, state, x, started(z), batch), z, state)
+        return z_T.y, _Solved(pull_start, x, z, residual, state)
 
     @jax.custom_vjp
     def by_rule(x: PyTree, y0: PyTree, batch: PyTree, key: Key | None) -> PyTree:
@@ -239,10 +228,10 @@ def differentiable(solver: InnerSolver) -> DifferentiableSolve:
             )
         return run(*jax.tree.map(lambda leaf: leaf.value, (x, y0, batch, key), is_leaf=_is_primal))
 
-    def backward(solved: _Solved, y_bar: PyTree) -> tuple[PyTree, PyTree, None, None]:
-        pull_start, z, residual, state = solved
+    def backward(kept: _Solved, y_bar: PyTree) -> tuple[PyTree, PyTree, None, None]:
+        pull_start, x, z, residual, state = kept
         y_bar = jax.tree.map(_instantiate, y_bar, is_leaf=_is_symbolic_zero)
-        (x_bar, z0_bar), _, _ = _pulled_back(solver.backward(residual, state, Iterate(y_bar)))
+        (x_bar, z0_bar), _, _ = pulled_back(solver.backward(residual, state, Iterate(y_bar)), x, z, state)
         start_x_bar, y0_bar = pull_start(full_cotangent(z0_bar, z))
         return optax.tree.add(x_bar, start_x_bar), y0_bar, None, None
 

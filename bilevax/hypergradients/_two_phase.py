@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevax import checks
+from bilevax.hypergradients._checked import check_hypergrad, estimated
 from bilevax.printing import as_called, by_shape
 from bilevax.problem import Batch, Hypergradient
 from bilevax.typing import Array, Key, PyTree, Scalar
@@ -52,6 +53,9 @@ class TwoPhaseInfo(NamedTuple):
     phase: Array
     first: Any
     second: Any
+
+    def __repr__(self) -> str:
+        return by_shape(self)
 
 
 class _Outcome(NamedTuple):
@@ -106,7 +110,7 @@ def two_phase(switch_at: Scalar, first: Hypergradient, second: Hypergradient) ->
     """
     checks.whole("switch_at", switch_at)
     for name, estimator in (("first", first), ("second", second)):
-        checks.instance(name, estimator, Hypergradient, "Pass, say, bx.hypergradient(outer_loss, solver).")
+        check_hypergrad(name, estimator)
 
     def init(x: PyTree, y: PyTree, batch: Batch | None = None) -> TwoPhaseState:
         """The states of both estimators with one y, before the first outer step."""
@@ -123,10 +127,12 @@ def two_phase(switch_at: Scalar, first: Hypergradient, second: Hypergradient) ->
         checks.instance("state", state, TwoPhaseState, fix)
 
         def run_first(part: Any) -> tuple[PyTree, Any, Any]:
-            return first.estimate(key, part._replace(y=state.y), x, batch)
+            part = part._replace(y=state.y)
+            return estimated(first.estimate(key, part, x, batch), x, part, "first")
 
         def run_second(part: Any) -> tuple[PyTree, Any, Any]:
-            return second.estimate(key, part._replace(y=state.y), x, batch)
+            part = part._replace(y=state.y)
+            return estimated(second.estimate(key, part, x, batch), x, part, "second")
 
         blank_first = _blank(jax.eval_shape(run_first, state.first)[2])
         blank_second = _blank(jax.eval_shape(run_second, state.second)[2])

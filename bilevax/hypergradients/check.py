@@ -10,6 +10,7 @@ from jax.flatten_util import ravel_pytree
 
 from bilevax import checks
 from bilevax.hypergradients._causes import Findings, diagnosed
+from bilevax.hypergradients._checked import check_hypergrad, estimated
 from bilevax.hypergradients._penalty import PenaltyDetail
 from bilevax.hypergradients._reference import (
     FlatProblem,
@@ -94,7 +95,7 @@ def check_hypergradient(
         (False, 'the inner problem is not solved')
     """
     checks.instance("problem", problem, BilevelProblem, "Pass bx.BilevelProblem(outer_loss, inner_loss).")
-    checks.instance("hypergrad", hypergrad, Hypergradient, "Pass, say, bx.hypergradient(outer_loss, solver).")
+    check_hypergrad("hypergrad", hypergrad)
     checks.instance("batch", batch, Batch, "Pass bx.Batch(outer=..., inner=...).")
     checks.positive("tol", tol)
     checks.floating("x", x)
@@ -104,7 +105,7 @@ def check_hypergradient(
     state = hypergrad.init(x, y, batch) if state is None else state
     checks.has_y("hypergrad", state)
     estimate = jax.jit(hypergrad.estimate)
-    grad, new_state, info = estimate(key, state, x, batch)
+    grad, new_state, info = estimated(estimate(key, state, x, batch), x, state)
     keys = [] if key is None else [jax.random.fold_in(key, number) for number in range(7)]
     others = [estimate(key, state, x, batch)[0] for key in keys]
     values = [float(loss(x, state.y, data)) for loss, data in zip((outer_loss, inner_loss), batch, strict=True)]

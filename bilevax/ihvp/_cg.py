@@ -8,6 +8,7 @@ import optax
 
 from bilevax import checks
 from bilevax.curvature.products import Curvature, Product, damped, hessian
+from bilevax.ihvp._checked import check_ihvp, prepared
 from bilevax.ihvp._start import start, stateless
 from bilevax.printing import as_called
 from bilevax.problem import IHVP, Apply, IHVPInfo, Loss, Point, norm
@@ -142,7 +143,7 @@ def cg(
     checks.function("curvature", curvature, "inner_loss", "x", "y", "batch")
     checks.function("sample", sample, "key", "t", "data")
     chosen = _NONE if preconditioner is None else preconditioner
-    checks.instance("preconditioner", chosen, IHVP, "Pass, say, bx.ihvp.identity(0.1), called.")
+    check_ihvp("preconditioner", chosen, "Pass, say, bx.ihvp.identity(0.1), called.")
     if not chosen.spd:
         raise ValueError(
             "preconditioner must be an IHVP whose apply is linear in b (spd=True); got one that is not, such as "
@@ -150,12 +151,15 @@ def cg(
         )
 
     def prepare(key: Key | None, state: Any, inner_loss: Loss, point: Point) -> tuple[Apply, Any]:
+        """Draws the batch of H and prepares the preconditioner, whose state it is: (apply, state)."""
         x, y, data = point
         batch_key, preconditioner_key = split(key, 2)
         product = damped(curvature(inner_loss, x, y, sample(batch_key, 0, data)), damping)
-        precondition, state = chosen.prepare(preconditioner_key, state, inner_loss, point)
+        parts = chosen.prepare(preconditioner_key, state, inner_loss, point)
+        precondition, state = prepared("preconditioner", parts, state)
 
         def apply(b: PyTree, v0: PyTree | None = None) -> tuple[PyTree, IHVPInfo]:
+            """V by conjugate gradients from v0, or from zero where that is better."""
             begin = start(product, b, v0)
             carry, outer = _conjugate_gradients(product, precondition, begin.v, begin.r, maxiter, tol)
             finite = jnp.isfinite(carry.norm)

@@ -198,6 +198,7 @@ def curved(passes: Passes, options: Options, refresh: Refresh) -> IHVP:
         return found, parts, spent + more
 
     def init(x: PyTree, y: PyTree, batch: PyTree = None, inner_loss: Loss | None = None) -> KFACState | tuple[()]:
+        """No factors yet, zeros of the shapes that this inner data and loss give; () where none are kept."""
         if not refresh.stateful:
             return ()
         if batch is None or inner_loss is None:
@@ -215,6 +216,7 @@ def curved(passes: Passes, options: Options, refresh: Refresh) -> IHVP:
         return KFACState(jnp.zeros((), jnp.int32), found, parts)
 
     def prepare(key: Key | None, state: Any, inner_loss: Loss, point: Point) -> tuple[Apply, Any]:
+        """Measures and inverts the factors, where they are due: (apply, state)."""
         key, here, decay = measured(key, inner_loss, point)
         spent: Scalar
         if refresh.stateful:
@@ -225,6 +227,7 @@ def curved(passes: Passes, options: Options, refresh: Refresh) -> IHVP:
             _, parts, spent = fresh(key, here, decay)
 
         def apply(b: PyTree, v0: PyTree | None = None) -> tuple[PyTree, IHVPInfo]:
+            """V from the inverted blocks; v0 is not used."""
             v, smallest = solve(here, parts, decay, damping, inverse, b)
             breakdown = ~jnp.isfinite(norm(v)) | (smallest <= 0)
             return v, IHVPInfo(0, 0, 0, jnp.nan, smallest, breakdown, spent)

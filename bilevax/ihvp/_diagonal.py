@@ -76,9 +76,11 @@ def diagonal(*, scale: Scalar = 1.0, decay: Scalar = 0.999, eps: Scalar = 1e-8, 
     checks.function("sample", sample, "key", "t", "data")
 
     def init(x: PyTree, y: PyTree, batch: PyTree = None, inner_loss: Loss | None = None) -> DiagonalState:
+        """The moments, zeros like y in at least float32."""
         return DiagonalState(jnp.zeros((), jnp.int32), optax.tree.zeros_like(arrays(widen(y))))
 
     def prepare(key: Key | None, state: DiagonalState, inner_loss: Loss, point: Point) -> tuple[Apply, DiagonalState]:
+        """Averages the squared gradient of one batch into the moments: (apply, state)."""
         x, y, data = point
         gradient = widen(inner_gradient(inner_loss, x, y, sample(key, 0, data)).gradient)
         step = state.step + 1
@@ -87,6 +89,7 @@ def diagonal(*, scale: Scalar = 1.0, decay: Scalar = 0.999, eps: Scalar = 1e-8, 
         roots = jax.tree.map(lambda m: jnp.sqrt(m / correction.astype(m.dtype)) + eps, moments)
 
         def apply(b: PyTree, v0: PyTree | None = None) -> tuple[PyTree, IHVPInfo]:
+            """B divided by the roots of the moments; v0 is not used."""
             v = jax.tree.map(lambda leaf, root: scale * leaf / root, widen(b), roots)
             smallest = jnp.min(jnp.stack([jnp.min(root) for root in jax.tree.leaves(roots)])) / scale
             return optax.tree.cast_like(v, b), IHVPInfo(0, 0, 0, jnp.nan, smallest, ~jnp.isfinite(norm(v)))

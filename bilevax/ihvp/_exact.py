@@ -44,6 +44,7 @@ def exact(*, damping: Scalar = 0.0, sample: Sample = full) -> IHVP:
     checks.function("sample", sample, "key", "t", "data")
 
     def prepare(key: Key | None, state: tuple[()], inner_loss: Loss, point: Point) -> tuple[Apply, tuple[()]]:
+        """Writes out the Hessian and factors it: (apply, state), the state as it was."""
         x, y, data = point
         loss = checks.scalar_loss("inner_loss", inner_loss)
         batch = sample(key, 0, data)
@@ -52,6 +53,7 @@ def exact(*, damping: Scalar = 0.0, sample: Sample = full) -> IHVP:
         eigenvalues, vectors = jnp.linalg.eigh(hessian + damping * jnp.eye(flat.size, dtype=hessian.dtype))
 
         def apply(b: PyTree, v0: PyTree | None = None) -> tuple[PyTree, IHVPInfo]:
+            """V by the factors of H; v0 is not used."""
             wide = ravel_pytree(b)[0].astype(hessian.dtype)
             size = norm(wide)
             scale = jnp.where(size > 0, size, 1)

@@ -41,7 +41,10 @@ def identity(scale: Scalar = 1.0) -> IHVP:
     checks.nonnegative("scale", scale)
 
     def prepare(key: Key | None, state: tuple[()], inner_loss: Loss, point: Point) -> tuple[Apply, tuple[()]]:
+        """Measures nothing: (apply, state), the state as it was."""
+
         def apply(b: PyTree, v0: PyTree | None = None) -> tuple[PyTree, IHVPInfo]:
+            """B times the scale; v0 is not used."""
             v = optax.tree.cast_like(optax.tree.scale(scale, b), b)
             return v, IHVPInfo(0, 0, 0, jnp.nan, jnp.nan, ~jnp.isfinite(norm(v)))
 

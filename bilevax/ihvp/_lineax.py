@@ -73,10 +73,12 @@ def lineax(
     tags = (lineax.symmetric_tag, lineax.positive_semidefinite_tag) if tags is None else tags
 
     def prepare(key: Key | None, state: tuple[()], inner_loss: Loss, point: Point) -> tuple[Apply, tuple[()]]:
+        """Draws the batch of H: (apply, state), the state as it was."""
         x, y, data = point
         product = damped(curvature(inner_loss, x, y, sample(key, 0, data)), damping)
 
         def apply(b: PyTree, v0: PyTree | None = None) -> tuple[PyTree, IHVPInfo]:
+            """V by the solver of lineax from v0, or from zero where that is better."""
             begin = start(product, b, v0)
             leaves, structure = jax.tree.flatten(begin.unit)  # GMRES takes no pytree with empty containers
 

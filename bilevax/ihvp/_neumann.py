@@ -74,6 +74,7 @@ def neumann(
     checks.function("sample", sample, "key", "t", "data")
 
     def prepare(key: Key | None, state: tuple[()], inner_loss: Loss, point: Point) -> tuple[Apply, tuple[()]]:
+        """Draws the batch of H: (apply, state), the state as it was."""
         x, y, data = point
         product = damped(curvature(inner_loss, x, y, sample(key, 0, data)), damping)
 
@@ -87,6 +88,7 @@ def neumann(
             return _Carry(v, r, size, jnp.fmin(carry.curvature, rayleigh), grew), None
 
         def apply(b: PyTree, v0: PyTree | None = None) -> tuple[PyTree, IHVPInfo]:
+            """V by the terms of the series from v0, or from zero where that is better."""
             begin = start(product, b, v0)
             size = norm(begin.r)
             carry = _Carry(begin.v, begin.r, size, jnp.full_like(size, jnp.nan), ~jnp.isfinite(size))

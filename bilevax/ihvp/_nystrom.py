@@ -88,6 +88,7 @@ def nystrom(
     checks.function("tail", tail, "eigenvalues")
 
     def prepare(key: Key | None, state: tuple[()], inner_loss: Loss, point: Point) -> tuple[Apply, tuple[()]]:
+        """Multiplies H by random directions, which the key draws: (apply, state), the state as it was."""
         if key is None:
             raise ValueError(
                 "key must be a jax.random.key for ihvp.nystrom, whose directions are random; got None. Pass "
@@ -109,6 +110,7 @@ def nystrom(
             )
 
         def apply(b: PyTree, v0: PyTree | None = None) -> tuple[PyTree, IHVPInfo]:
+            """V by the approximation of low rank; v0 is not used."""
             wide = ravel_pytree(widen(b))[0].astype(example.dtype)
             scale = norm(wide)
             unit = wide / jnp.where(scale > 0, scale, 1)

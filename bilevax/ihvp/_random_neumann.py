@@ -75,6 +75,7 @@ def random_neumann(
     checks.function("sample", sample, "key", "t", "data")
 
     def prepare(key: Key | None, state: tuple[()], inner_loss: Loss, point: Point) -> tuple[Apply, tuple[()]]:
+        """Draws the number of factors: (apply, state), the state as it was; the key must be given."""
         if key is None:
             raise ValueError("key must be a jax.random.key for a random series; got None. Pass jax.random.key(0).")
         x, y, data = point
@@ -91,6 +92,7 @@ def random_neumann(
             return _Carry(r, size, jnp.fmin(carry.curvature, rayleigh), grew)
 
         def apply(b: PyTree, v0: PyTree | None = None) -> tuple[PyTree, IHVPInfo]:
+            """V by one draw of the series; v0 is not used."""
             begin = start(lambda v: v, b, None)
             size = norm(begin.r)
             carry = _Carry(begin.r, size, jnp.full_like(size, jnp.nan), ~jnp.isfinite(size))

@@ -8,6 +8,7 @@ import optax
 from bilevax import checks
 from bilevax.curvature.model_loss import gauss_newton
 from bilevax.curvature.products import Curvature, damped
+from bilevax.ihvp._checked import check_ihvp, prepared
 from bilevax.printing import as_called
 from bilevax.problem import IHVP, Apply, IHVPInfo, Loss, Point
 from bilevax.sampling import Sample, full, split
@@ -44,18 +45,20 @@ def rescaled(ihvp: IHVP, *, damping: Scalar = 1e-3, curvature: Curvature = gauss
         >>> float(apply(8.0)[0])
         2.0
     """
-    checks.instance("ihvp", ihvp, IHVP, "Pass, say, bx.ihvp.kfac(), called.")
+    check_ihvp("ihvp", ihvp, "Pass, say, bx.ihvp.kfac(), called.")
     checks.nonnegative("damping", damping)
     checks.function("curvature", curvature, "inner_loss", "x", "y", "batch")
     checks.function("sample", sample, "key", "t", "data")
 
     def prepare(key: Key | None, state: Any, inner_loss: Loss, point: Point) -> tuple[Apply, Any]:
+        """Draws the batch of the product and prepares the other: (apply, state), the state that of the other."""
         x, y, data = point
         batch_key, key = split(key, 2)
         product = damped(curvature(inner_loss, x, y, sample(batch_key, 0, data)), damping)
-        inner, state = ihvp.prepare(key, state, inner_loss, point)
+        inner, state = prepared("ihvp", ihvp.prepare(key, state, inner_loss, point), state)
 
         def apply(b: PyTree, v0: PyTree | None = None) -> tuple[PyTree, IHVPInfo]:
+            """V of the other IHVP, times the number that one product gives."""
             v, info = inner(b, v0)
             hv = product(v)
             along, vhv, bb = optax.tree.vdot(v, b), optax.tree.vdot(v, hv), optax.tree.vdot(b, b)

@@ -72,6 +72,7 @@ def sgd(
     checks.function("sample", sample, "key", "t", "data")
 
     def prepare(key: Key | None, state: tuple[()], inner_loss: Loss, point: Point) -> tuple[Apply, tuple[()]]:
+        """Measures nothing yet, as each step draws its own batch: (apply, state), the state as it was."""
         x, y, data = point
         (step_key,) = split(key, 1)
 
@@ -80,6 +81,7 @@ def sgd(
             return damped(curvature(inner_loss, x, y, batch), damping)
 
         def apply(b: PyTree, v0: PyTree | None = None) -> tuple[PyTree, IHVPInfo]:
+            """V by gradient steps from v0, or from zero where that is better."""
             begin = start(product_at(0), b, v0)
             unit = begin.unit
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from bilevax import checks
+from bilevax.inner._checked import check_solver
 from bilevax.printing import as_called, by_shape
 from bilevax.problem import InnerSolver, Iterate, SolverInfo
 from bilevax.typing import Key, PyTree
@@ -75,7 +76,7 @@ def chain(first: InnerSolver, last: InnerSolver) -> InnerSolver:
         (0.875, 0.875)
     """
     for name, link in (("first", first), ("last", last)):
-        checks.instance(name, link, InnerSolver, "Pass two inner solvers; nest chains to join more.")
+        check_solver(name, link, "Pass two inner solvers; nest chains to join more.")
     if last.pushes_tangents:
         raise ValueError(
             "last must send a derivative back to the link before it; got a solver that pushes tangents from x alone, "

@@ -8,6 +8,7 @@ import optax
 
 from bilevax import checks
 from bilevax.ihvp._cg import cg
+from bilevax.ihvp._checked import check_ihvp, prepared
 from bilevax.inner._optimizer_steps import Initial, Optimizer, Solve, check_point, optimizer_steps, step_keys
 from bilevax.printing import as_called, by_shape
 from bilevax.problem import IHVP, Calls, IHVPInfo, InnerSolver, Iterate, Loss, SolverInfo, arrays, inner_gradient, norm
@@ -121,7 +122,7 @@ def implicit(
         raise ValueError(f"solve replaces the steps of the optimizer; got solve and steps={steps}. Drop one of them.")
     start, step, _ = optimizer_steps(inner_loss, optax.identity() if optimizer is None else optimizer, initial, sample)
     solver = cg() if ihvp is None else ihvp
-    checks.instance("ihvp", solver, IHVP, "Pass, say, bx.ihvp.cg(maxiter=10), called.")
+    check_ihvp("ihvp", solver, "Pass, say, bx.ihvp.cg(maxiter=10), called.")
     checks.function("cross_sample", cross_sample, "key", "t", "data")
     if solve is not None:
         checks.function("solve", solve, "x", "y0", "batch")
@@ -161,8 +162,8 @@ def implicit(
             )
         t = jnp.maximum(z.t - 1, 0)
         inner = inner_gradient(inner_loss, x, y, cross_sample(cross_key, t, batch))
-        prepared = solver.prepare(ihvp_key, state.ihvp, inner_loss, (x, y, batch))
-        apply, ihvp_state = checks.parts("ihvp.prepare", prepared, "apply", "state")
+        parts = solver.prepare(ihvp_key, state.ihvp, inner_loss, (x, y, batch))
+        apply, ihvp_state = prepared("ihvp", parts, state.ihvp)
         v, ihvp_info = _checked(apply(y_bar, state.v), y_bar)
         x_bar = optax.tree.scale(-1, inner.pull_back(v)[0])
         calls = Calls(0, steps + 1 + ihvp_info.setup_gradients, ihvp_info.products + ihvp_info.setup_products, 1)

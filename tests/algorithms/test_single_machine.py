@@ -342,8 +342,11 @@ BAD = {
         for name in ("bsa", "ttsa", "stocbio", "pzobo", "amigo", "mrbo", "fsla")
     },
     "problem": ("problem", lambda: A.stocbio(outer_loss, STEPS, sample=SMALL)),
-    "estimator": ("estimator", lambda: A.descent(3.0, 0.1)),
-    "estimator_of_k": ("estimator", lambda: A.descent(lambda k: 3.0, 0.1).init(*START)),
+    "hypergrad": (
+        "^hypergrad must be a Hypergradient, or a function k -> Hypergradient; got 3.0",
+        lambda: A.descent(3.0, 0.1),
+    ),
+    "hypergrad_of_k": (r"^hypergrad\(k\) must be a Hypergradient", lambda: A.descent(lambda k: 3.0, 0.1).init(*START)),
     "state": ("state", lambda: MAKE["amigo"](PROBLEM, FULL).step(KEY, START, DATA.batch)),
     "batch": (
         "batch",

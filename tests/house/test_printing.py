@@ -198,6 +198,36 @@ MADE = {
 }
 
 
+def of_ihvp(made):
+    functions = [made.init, made.prepare]
+
+    def prepare(key, y, batch):
+        apply, state = made.prepare(key, made.init(0.0, y, batch, LOSS), LOSS, (0.0, y, batch))
+        functions.append(apply)
+        return state
+
+    jax.eval_shape(prepare, jax.random.key(0), Y, BATCH)
+    return functions
+
+
+PROBLEM = bx.BilevelProblem(loss, loss)
+MADE |= {
+    "cg": lambda: of_ihvp(ihvp.cg()),
+    "diagonal": lambda: of_ihvp(ihvp.diagonal()),
+    "exact": lambda: of_ihvp(ihvp.exact()),
+    "identity": lambda: of_ihvp(ihvp.identity()),
+    "kfac": lambda: of_ihvp(ihvp.kfac()),
+    "neumann": lambda: of_ihvp(ihvp.neumann(terms=2, step_size=0.1)),
+    "nystrom": lambda: of_ihvp(ihvp.nystrom(rank=2)),
+    "random_neumann": lambda: of_ihvp(ihvp.random_neumann(terms=2, step_size=0.1)),
+    "rescaled": lambda: of_ihvp(ihvp.rescaled(ihvp.identity())),
+    "sgd": lambda: of_ihvp(ihvp.sgd(steps=2, step_size=0.1, sample=bx.sampling.full)),
+    "descent": lambda: bx.algorithms.descent(UNROLLED, 0.1)[:2],
+    "amigo": lambda: bx.algorithms.amigo(PROBLEM, 0.1, sample=bx.sampling.full)[:2],
+    "vrbo": lambda: bx.algorithms.vrbo(PROBLEM, 0.1, sample=bx.sampling.full, every=2, steps=1)[:2],
+}
+
+
 @pytest.mark.parametrize("make", MADE.values(), ids=MADE)
 def test_help_of_the_functions_that_were_made_says_what_comes(make):
     assert all(inspect.getdoc(function).endswith(".") for function in make())
@@ -230,8 +260,8 @@ OWN_STATES = {
     "gbdsbo": (
         lambda problem, gossip: bx.decentralized.gbdsbo(problem, gossip, 0.1),
         [
-            "last=Tracked(outer_x=float32[4, 2], ",
-            "mixed=Tracked(outer_x=float32[4, 2], ",
+            "last=Tracked(",
+            "mixed=Tracked(",
             "gossip=()",
             "moves=((), ())",
         ],
@@ -246,6 +276,65 @@ def test_a_state_of_its_own_says_what_it_holds(name):
     state = make(problem, bx.gossip(bx.topology.ring(4))).init(FLOATS["x"], FLOATS["y"])
     first, *lines, last = str(state).splitlines()
     assert (first.lower(), last) == (f"{name.replace('_', '')}state(", ")")
-    for line, start in zip(lines, ["k=0", "x=float32[4, 2]", "y=float32[4, 2]", *parts], strict=True):
+    fields = [line for line in lines if line[2] not in " )"]
+    for line, start in zip(fields, ["k=0", "x=float32[4, 2]", "y=float32[4, 2]", *parts], strict=True):
         assert line.startswith(f"  {start}")
-        assert len(line) < 240
+    assert max(map(len, lines)) < 120
+
+
+def test_a_long_field_is_broken_over_lines():
+    problem, ring = bx.BilevelProblem(loss, loss), bx.gossip(bx.topology.ring(4))
+    state = bx.decentralized.sldbo(problem, ring, 0.1).init(FLOATS["x"], FLOATS["y"])
+    lines = str(state._replace(corrections=(FLOATS, (), bx.Batch(["inner" * 20], 4 * (jnp.ones(3),))))).splitlines()
+    start = lines.index("  corrections=(")
+    assert lines[start : start + 8] == [
+        "  corrections=(",
+        "    {'x': float32[4, 2], 'y': float32[4, 2]},",
+        "    (),",
+        "    Batch(",
+        f"      outer=['{'inner' * 11}inne],",
+        "      inner=(float64[3], float64[3], float64[3], float64[3]),",
+        "    ),",
+        "  ),",
+    ]
+    assert all(len(line) < 120 for line in str(state).splitlines())
+
+
+def estimated(hypergrad):
+    x = jnp.ones(3)
+    return jax.jit(lambda x: hypergrad.estimate(None, hypergrad.init(x, x), x, bx.Batch(None, None))[2])(x)
+
+
+def test_the_info_of_an_estimate_prints_in_lines_with_its_numbers():
+    info = estimated(bx.hypergradient(loss, inner.implicit(loss, ihvp=ihvp.cg(maxiter=3))))
+    calls = "Calls(outer_gradients=1, inner_gradients=1, hessian_products=1, cross_products=1)"
+    assert repr(info.inner.calls) == calls
+    assert repr(info.inner.detail).startswith("IHVPInfo(iterations=0, products=1, setup_products=0, residual=0, ")
+    assert repr(info).splitlines()[:6] == [
+        "HypergradientInfo(",
+        "  outer_loss=0,",
+        "  inner=SolverInfo(",
+        "    inner_loss=0,",
+        "    gradient_norm=0,",
+        "    breakdown=False,",
+    ]
+    assert f"    calls={calls}," in repr(info).splitlines()
+    assert "\n" not in repr(info.inner)
+    assert "  phase=0,\n  first=HypergradientInfo(\n    outer_loss=0," in repr(
+        estimated(bx.two_phase(1, UNROLLED, UNROLLED))
+    )
+    penalty = estimated(bx.penalty(bx.BilevelProblem(loss, loss), optax.sgd(0.1), 1, multiplier=10.0))
+    assert repr(penalty.inner.detail) == "PenaltyDetail(multiplier=10, gap=0, gradient_norm=0)"
+    detail = inner.DirectionalInfo(*map(np.float32, range(7)))
+    assert repr(detail).startswith("DirectionalInfo(variance=0, relative_error=1, cosine=2, ")
+
+
+def test_a_problem_prints_its_losses_by_name():
+    assert repr(bx.BilevelProblem(loss, LOSS)) == "BilevelProblem(outer_loss=loss, inner_loss=ModelLoss)"
+    with pytest.raises(ValueError, match=r"got BilevelProblem\(outer_loss=loss, inner_loss=loss\)"):
+        bx.hypergradient(loss, bx.BilevelProblem(loss, loss))
+
+
+def test_a_constructor_of_what_has_no_text_is_told_so():
+    with pytest.raises(TypeError, match=r"^pair must return a NamedTuple with a field text.*; got int"):
+        printing.as_called(pair)(None, 3)

@@ -73,6 +73,28 @@ def directions(*arguments):
     return single(bx.problem.directions(*arguments))
 
 
+def of_hypergrad(change, use):
+    """An estimate that returns something else, in each of those who use one."""
+    return lambda: use(then(bx.hypergradient(loss, bx.inner.implicit(loss)), "estimate", change))
+
+
+def in_descent(hypergrad):
+    method = bx.algorithms.descent(hypergrad, 0.1)
+    return jax.eval_shape(lambda: method.step(None, method.init(1.0, 2.0), bx.Batch(None, None)))
+
+
+def in_two_phase(hypergrad):
+    both = bx.two_phase(1, hypergrad, hypergrad)
+    return jax.eval_shape(lambda: both.estimate(None, both.init(1.0, 2.0), 1.0, bx.Batch(None, None)))
+
+
+def in_the_doctor(hypergrad):
+    problem = bx.BilevelProblem(loss, loss)
+    return bx.check_hypergradient(problem, 1.0, 2.0, bx.Batch(None, None), hypergrad)
+
+
+HYPERGRAD, SOLVER = bx.hypergradient(loss, bx.inner.implicit(loss)), bx.inner.reverse(loss, optax.sgd(0.1), 2)
+IDENTITY = bx.ihvp.identity()
 OTHER_DIRECTIONS = bx.single_loop.local_directions.second_order()._replace(evaluate=directions)
 CASES = {
     "estimator_parts": (of_estimator(lambda u, state, n: (u, state)), r"estimator.update must return .*; got 2 parts"),
@@ -114,7 +136,71 @@ CASES = {
         "x_bar of solver.backward must keep its dtypes; got float32",
     ),
     "backward_info": (of_solver("backward", lambda bars, state, info: (bars, state, ())), "must be a SolverInfo"),
+    "forward_state": (of_solver("forward", lambda z, residual, state: (z, residual, 1.0)), "state after solver.forw"),
+    "backward_state": (of_solver("backward", lambda bars, state, info: (bars, 1.0, info)), "state after solver.backw"),
+    "backward_z0": (
+        of_solver("backward", lambda bars, *rest: ((bars[0], bx.problem.Iterate(single(bars[1].y))), *rest)),
+        "y of z0_bar of solver.backward must keep its dtypes; got float32",
+    ),
+    "start_kind": (
+        lambda: estimate(SOLVER._replace(start=lambda x, y: (y, None, None))),
+        "z of solver.start must be an Iterate",
+    ),
+    "start_kind_of_differentiable": (
+        lambda: bx.differentiable(SOLVER._replace(start=lambda x, y: (y, None, None)))(1.0, 2.0, None),
+        "z of solver.start must be an Iterate",
+    ),
+    "ihvp_state": (of_ihvp(lambda apply, state: (apply, 1.0)), "state after ihvp.prepare must keep its structure"),
+    "preconditioner_state": (
+        lambda: estimate(
+            bx.inner.implicit(
+                loss,
+                ihvp=bx.ihvp.cg(preconditioner=then(IDENTITY, "prepare", lambda apply, state: (apply, 1.0))),
+            )
+        ),
+        "state after preconditioner.prepare must keep its structure",
+    ),
+    **{
+        f"{name}_in_{use.__name__}": (of_hypergrad(change, use), message)
+        for use, part in ((in_descent, "hypergrad"), (in_two_phase, "(first|second)"), (in_the_doctor, "hypergrad"))
+        for name, change, message in (
+            ("estimate_parts", lambda grad, state, info: (grad, state), rf"{part}.estimate must return .* 2 parts"),
+            ("grad_shape", lambda grad, *rest: (jnp.ones(7), *rest), rf"grad of {part}.estimate .*\(7,\)"),
+            ("grad_dtype", lambda grad, *rest: (jnp.float16(grad), *rest), rf"grad of {part}.estimate .* float16"),
+            ("y_dtype", lambda g, s, info: (g, s._replace(y=single(s.y)), info), rf"state after {part}.* float32"),
+        )
+    },
+    "state_without_y": (
+        lambda: in_descent(HYPERGRAD._replace(init=lambda x, y, batch: y)),
+        "hypergrad.init must return a NamedTuple with a field y",
+    ),
 }
+# Each of those who take a part, with the functions of that part.
+TAKERS = {
+    "descent": ("hypergrad", HYPERGRAD, ("init", "estimate"), lambda part: bx.algorithms.descent(part, 0.1)),
+    "descent_of_k": (
+        r"hypergrad\(k\)",
+        HYPERGRAD,
+        ("init", "estimate"),
+        lambda part: bx.algorithms.descent(lambda k: part, 0.1).init(1.0, 2.0),
+    ),
+    "two_phase": ("second", HYPERGRAD, ("init", "estimate"), lambda part: bx.two_phase(1, HYPERGRAD, part)),
+    "check_hypergradient": ("hypergrad", HYPERGRAD, ("init", "estimate"), in_the_doctor),
+    "hypergradient": ("solver", SOLVER, SOLVER._fields[:4], lambda part: bx.hypergradient(loss, part)),
+    "differentiable": ("solver", SOLVER, SOLVER._fields[:4], bx.differentiable),
+    "chain": ("last", SOLVER, SOLVER._fields[:4], lambda part: bx.inner.chain(SOLVER, part)),
+    "implicit": ("ihvp", IDENTITY, ("init", "prepare"), lambda part: bx.inner.implicit(loss, ihvp=part)),
+    "rescaled": ("ihvp", IDENTITY, ("init", "prepare"), bx.ihvp.rescaled),
+    "cg": ("preconditioner", IDENTITY, ("init", "prepare"), lambda part: bx.ihvp.cg(preconditioner=part)),
+}
+
+
+@pytest.mark.parametrize("name", TAKERS)
+def test_a_function_that_takes_too_little_is_told_when_it_is_given(name):
+    word, part, functions, use = TAKERS[name]
+    for function in functions:
+        with pytest.raises(ValueError, match=rf"^{word}\.{function} must be a function \("):
+            use(part._replace(**{function: lambda x: x}))
 
 
 @pytest.mark.parametrize("name", CASES)
