@@ -257,8 +257,9 @@ def _once_each(gossip: Gossip) -> tuple[Gossip, list[Mixed]]:
                 )
             parts = checks.parts("gossip.mix", send(key, state, tree), "tree", "state")
             checks.same_form("what gossip mixes", parts[0], tree, "Return from mix and laplacian a tree like theirs.")
-            record.extend(Mixed(array, ()) for array in arrays)
-            record.extend(Mixed(array, tuple(jax.tree.leaves(parts[0]))) for array in jax.tree.leaves(parts[1]))
+            later = jax.tree.leaves(parts[1])
+            record.extend(Mixed(array, ()) for array in arrays if not any(array is one for one in later))
+            record.extend(Mixed(array, tuple(jax.tree.leaves(parts[0]))) for array in later)
             return parts[0], parts[1]
 
         return call

@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import networks
 import numpy as np
 import optax
@@ -113,6 +114,15 @@ def test_a_gossip_state_that_is_shared_is_refused_where_there_is_one(name, state
     else:
         with pytest.raises(ValueError, match=REFUSED[states]):
             step()
+
+
+def test_a_gossip_may_keep_a_constant():
+    def mix(key, state, tree):
+        return TOY_RING.mix(key, (), tree)[0], state
+
+    gossip = TOY_RING._replace(init=lambda tree: jnp.ones(3), mix=mix)
+    method = single_loop(PROBLEM, gossip, TOY_STEPS, estimator.full(), correction.tracking())
+    assert jax.eval_shape(lambda: method.step(None, method.init(X, Y), BATCH))[1].rounds.shape == ()
 
 
 def test_a_gossip_state_that_is_none_is_told_where_one_is_needed():
