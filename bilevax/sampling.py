@@ -13,6 +13,7 @@ __all__ = [
     "fold",
     "full",
     "minibatch",
+    "needed",
     "per_step",
     "split",
 ]
@@ -53,10 +54,28 @@ def check_key(key: Key | None) -> None:
             )
 
 
-def needed(key: Key | None, what: str) -> Key:
-    """Returns the key of `what`, which draws; raises ValueError where there is none."""
+def needed(key: Key | None, reason: str) -> Key:
+    """The key of something that draws, and so must have one.
+
+    Args:
+      key: of `jax.random.key`, or None.
+      reason: what draws, for the message.
+
+    Returns:
+      The key.
+
+    Raises:
+      ValueError: if there is none.
+
+    Cost: none.
+
+    Example:
+        >>> import bilevax as bx, jax
+        >>> bx.sampling.needed(jax.random.key(0), "a random choice").shape
+        ()
+    """
     if key is None:
-        raise ValueError(f"key must be a jax.random.key for {what}; got None. Pass key=jax.random.key(0).")
+        raise ValueError(f"key must be a jax.random.key for {reason}; got None. Pass key=jax.random.key(0).")
     return key
 
 
