@@ -212,10 +212,9 @@ def scalar_loss(name: str, loss: Callable[[PyTree, PyTree, PyTree], Any]) -> Cal
     return checked
 
 
-@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, repr=False)
 class Shapes:
-    """The structure and shapes of a pytree, without its numbers: a pytree node with no leaves."""
+    """The structure and shapes of a pytree, without its numbers."""
 
     structure: Hashable
     shapes: tuple[tuple[int, ...], ...]

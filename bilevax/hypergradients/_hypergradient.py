@@ -23,7 +23,6 @@ class HypergradientState(NamedTuple):
     Attributes:
       y: the warm inner variable.
       solver: the state of the inner solver (the warm v, Kronecker factors, ...).
-      x_shapes: structure and shapes of the x it was made for; holds no numbers.
 
     Example:
         >>> import bilevax as bx, optax
@@ -34,7 +33,6 @@ class HypergradientState(NamedTuple):
 
     y: PyTree
     solver: Any
-    x_shapes: checks.Shapes
 
     def __repr__(self) -> str:
         return by_shape(self)
@@ -78,8 +76,7 @@ def hypergradient(outer_loss: Loss, solver: InnerSolver) -> Hypergradient:
       nothing is drawn at random. Both are pure functions to jit, vmap and scan; without jit, each call traces anew.
 
     Raises:
-      ValueError: if a loss is not scalar, x or y is empty or not floating-point, x does not fit the state, or the batch
-        is no `Batch`.
+      ValueError: if a loss is not scalar, x or y is empty or not floating-point, or the batch is no `Batch`.
 
     Cost: one gradient of f and the cost of the solver.
 
@@ -104,7 +101,7 @@ def hypergradient(outer_loss: Loss, solver: InnerSolver) -> Hypergradient:
         """
         check_batch(batch)
         solver_state = solver.init(x, y, None if batch is None else batch.inner)
-        return HypergradientState(arrays(y), solver_state, checks.Shapes.of(x))
+        return HypergradientState(arrays(y), solver_state)
 
     def estimate(
         key: Key | None, state: HypergradientState, x: PyTree, batch: Batch
@@ -127,20 +124,15 @@ def hypergradient(outer_loss: Loss, solver: InnerSolver) -> Hypergradient:
             breakdown=info.breakdown | ~jnp.isfinite(value + norm(grad)),
             calls=info.calls._replace(outer_gradients=info.calls.outer_gradients + 1),
         )
-        return grad, HypergradientState(z_T.y, solver_state, state.x_shapes), HypergradientInfo(value, info)
+        return grad, HypergradientState(z_T.y, solver_state), HypergradientInfo(value, info)
 
     return Hypergradient(init, estimate)
 
 
 def check_call(kind: type, state: Any, x: PyTree, batch: Batch) -> None:
-    """Raises ValueError unless the arguments of `estimate` are a state of this kind, the x it was made for, a Batch."""
+    """Raises ValueError unless the arguments of `estimate` are a state of this kind, a valid x and a Batch."""
     fix = "Pass the state of init(x, y) or of the last estimate: estimate(key, state, x, batch)."
     checks.instance("state", state, kind, fix)
-    if checks.Shapes.of(x) != state.x_shapes:
-        raise ValueError(
-            f"x must look like the x that the state was made for; got {checks.Shapes.of(x)}, expected "
-            f"{state.x_shapes}. Call init(x, y) again, or pass the x that belongs to this state."
-        )
     checks.floating("x", x)
     checks.instance("batch", batch, Batch, BATCH_FIX)
 

@@ -25,18 +25,16 @@ class PenaltyState(NamedTuple):
       y: the warm minimizer of g.
       penalized: the warm minimizer y_λ of g + f / λ.
       step: number of estimates so far.
-      x_shapes: structure and shapes of the x it was made for; holds no numbers.
 
     Example:
         >>> import bilevax as bx
-        >>> bx.hypergradients.PenaltyState(y=1.0, penalized=1.5, step=0, x_shapes=None).penalized
+        >>> bx.hypergradients.PenaltyState(y=1.0, penalized=1.5, step=0).penalized
         1.5
     """
 
     y: PyTree
     penalized: PyTree
     step: Array
-    x_shapes: checks.Shapes
 
     def __repr__(self) -> str:
         return by_shape(self)
@@ -95,7 +93,7 @@ def penalty(
       cross_sample: how the batch of the two ∇_x g and of the report is drawn.
 
     Returns:
-      A `Hypergradient` with state `PenaltyState(y, penalized, step, x_shapes)`. In its `HypergradientInfo`, outer_loss
+      A `Hypergradient` with state `PenaltyState(y, penalized, step)`. In its `HypergradientInfo`, outer_loss
       is f(x, y_λ); `inner.inner_loss` and `inner.gradient_norm` are those of g at y; `inner.detail` is a
       `PenaltyDetail`.
 
@@ -138,7 +136,7 @@ def penalty(
         """The first state, with y as the warm minimizer of both problems; no batch is read."""
         check_batch(batch)
         check_point(x, y)
-        return PenaltyState(arrays(y), arrays(y), jnp.zeros((), jnp.int32), checks.Shapes.of(x))
+        return PenaltyState(arrays(y), arrays(y), jnp.zeros((), jnp.int32))
 
     def estimate(
         key: Key | None, state: PenaltyState, x: PyTree, batch: Batch
@@ -168,6 +166,6 @@ def penalty(
         size = norm(below_y)
         breakdown = ~jnp.isfinite(outer_value + above + value + size + norm(grad))
         info = SolverInfo(value, size, breakdown, Calls(steps + 1, 2 * steps + 2), detail)
-        return grad, PenaltyState(y, y_penalized, state.step + 1, state.x_shapes), HypergradientInfo(outer_value, info)
+        return grad, PenaltyState(y, y_penalized, state.step + 1), HypergradientInfo(outer_value, info)
 
     return Hypergradient(init, estimate)

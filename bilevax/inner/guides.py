@@ -248,7 +248,7 @@ def running_mean(rate: Scalar) -> Guide:
       A `Guide` with one guess. Estimates that are not finite do not enter it.
 
     Raises:
-      ValueError: if rate is not in (0, 1].
+      ValueError: if rate is not in (0, 1]; from `estimate`, if x does not look like that of `init`.
 
     Cost: one vector like x, in the state.
 
@@ -264,6 +264,7 @@ def running_mean(rate: Scalar) -> Guide:
         return optax.tree.zeros_like(arrays(x))
 
     def propose(key: Key, state: PyTree, x: PyTree, solution: Solution) -> tuple[PyTree, PyTree, Calls]:
+        checks.same_shapes("x", x, state, "Call init(x, y) again, or pass the x that belongs to this state.")
         return _single(state), state, Calls()
 
     def update(state: PyTree, estimate: PyTree) -> PyTree:

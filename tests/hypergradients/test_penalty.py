@@ -132,8 +132,8 @@ def test_mistakes(change, says):
 def test_arguments_that_do_not_fit():
     hypergrad = bx.penalty(PROBLEM, OPTIMIZER, 1, multiplier=10.0)
     state = hypergrad.init(X, jnp.zeros(4))
-    with pytest.raises(ValueError, match="x must look like the x that the state was made for"):
-        hypergrad.estimate(None, state, jnp.ones(2), BATCH)
+    with pytest.raises(ValueError, match="x must hold floating-point arrays only"):
+        hypergrad.estimate(None, state, jnp.arange(2), BATCH)
     with pytest.raises(ValueError, match="batch must be a Batch"):
         hypergrad.estimate(None, state, X, B)
     with pytest.raises(ValueError, match="state must be a PenaltyState"):

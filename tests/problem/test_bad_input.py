@@ -45,6 +45,14 @@ def estimate_at(x=POINT, batch=BATCH):
     return hypergrad.estimate(None, hypergrad.init(POINT, POINT), x, batch)
 
 
+def guided_at(x):
+    """An estimate whose guide remembers gradients like POINT."""
+    guide, number = bx.inner.guides.running_mean(0.1), lambda x, y, batch: jnp.sum(x["a"] if isinstance(x, dict) else x)
+    solver = bx.inner.forward_gradient(number, SGD, 1, directions=2, guide=guide)
+    hypergrad = bx.hypergradient(number, solver)
+    return hypergrad.estimate(jax.random.key(0), hypergrad.init(POINT, POINT), x, BATCH)
+
+
 class Case(NamedTuple):
     """A mistake, and what its message has to say."""
 
@@ -147,12 +155,12 @@ def test_point(wrong, says, run, method):
 
 @mistakes(
     shape=Case(
-        lambda: estimate_at(x=jnp.ones(4)),
-        ["x must look like the x that the state was made for", "shapes [(4,)]", "expected", "[(3,)]", "init(x, y)"],
+        lambda: guided_at(jnp.ones(4)),
+        ["x must keep its structure and shapes", "shapes [(4,)]", "expected", "[(3,)]", "init(x, y)"],
     ),
     structure=Case(
-        lambda: estimate_at(x={"a": POINT}),
-        ["x must look like the x that the state was made for", "{'a': *}", "expected PyTreeDef(*)", "init(x, y)"],
+        lambda: guided_at({"a": POINT}),
+        ["x must keep its structure and shapes", "{'a': *}", "expected PyTreeDef(*)", "init(x, y)"],
     ),
     integer=Case(
         lambda: estimate_at(x=jnp.ones(3, int)),
