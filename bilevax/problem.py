@@ -387,8 +387,9 @@ class SolverInfo(NamedTuple):
       gradient_norm: ‖∇_y g(x, y)‖ at the returned y; scalar. Implicit rules are wrong where it is not small. It and
         `inner_loss` are taken on the batch of `cross_sample` (all data by default) in `inner.implicit`, and on the
         batch of the last step in the other solvers: under minibatches those are noisy.
-      breakdown: True where the derivative cannot be trusted: the inverse-Hessian-vector product broke down, or a loss
-        or a gradient is not finite.
+      breakdown: True where the derivative cannot be trusted: the inverse-Hessian-vector product broke down, a loss or
+        a gradient is not finite, or the steps diverge: they left g larger than they found it, and ∇_y g more than ten
+        times as long.
       calls: `Calls` of the forward and the backward pass together.
       detail: `IHVPInfo` for `inner.implicit`, `DirectionalInfo` for `inner.forward_gradient` and `inner.zeroth_order`,
         the two infos for `inner.chain`, () otherwise.

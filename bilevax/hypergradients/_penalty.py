@@ -9,7 +9,7 @@ import optax
 
 from bilevax import checks
 from bilevax.hypergradients._hypergradient import HypergradientInfo, check_batch, check_call
-from bilevax.inner._optimizer_steps import Optimizer, check_point, optimizer_steps
+from bilevax.inner._optimizer_steps import Optimizer, Watched, check_point, diverged, optimizer_steps, watch
 from bilevax.printing import as_called, brief, by_shape
 from bilevax.problem import Batch, BilevelProblem, Calls, Hypergradient, Iterate, SolverInfo, arrays, norm
 from bilevax.sampling import Sample, fold, full, split
@@ -149,12 +149,13 @@ def penalty(
             lambda x, y, batch: inner(x, y, batch.inner) + outer(x, y, batch.outer) / weight, optimizer, None, both
         )
 
-        def step(pair: tuple[Iterate, Iterate], _: None) -> tuple[tuple[Iterate, Iterate], None]:
-            z, z_penalized = pair
-            return (plain.step(step_key, batch.inner, x, z), penalized.step(step_key, batch, x, z_penalized)), None
+        def step(pair: tuple[Watched, Iterate], _: None) -> tuple[tuple[Watched, Iterate], None]:
+            watched, z_penalized = pair
+            watched = plain.watched_step(step_key, batch.inner, x, watched)
+            return (watched, penalized.step(step_key, batch, x, z_penalized)), None
 
-        begin = plain.start(x, state.y), penalized.start(x, state.penalized)
-        (z, z_penalized), _ = jax.lax.scan(step, begin, length=steps)
+        start = watch(plain.start(x, state.y)), penalized.start(x, state.penalized)
+        ((z, begin), z_penalized), _ = jax.lax.scan(step, start, length=steps)
         y, y_penalized = z.y, z_penalized.y
         data = cross_sample(cross_key, jnp.maximum(z.t - 1, 0), batch.inner)
         outer_value, (direct, outer_y) = jax.value_and_grad(outer, argnums=(0, 1))(x, y_penalized, batch.outer)
@@ -164,7 +165,8 @@ def penalty(
         stationarity = norm(optax.tree.add_scale(above_y, 1 / weight, outer_y))
         detail = PenaltyDetail(jnp.asarray(weight, float), above - value, stationarity)
         size = norm(below_y)
-        breakdown = ~jnp.isfinite(outer_value + above + value + size + norm(grad))
+        lost = ~jnp.isfinite(outer_value + above + value + size + norm(grad))
+        breakdown = lost | diverged(begin, value, size)
         info = SolverInfo(value, size, breakdown, Calls(steps + 1, 2 * steps + 2), detail)
         return grad, PenaltyState(y, y_penalized, state.step + 1), HypergradientInfo(outer_value, info)
 

@@ -10,7 +10,7 @@ from jax.flatten_util import ravel_pytree
 
 from bilevax import checks
 from bilevax.inner import random_directions
-from bilevax.inner._optimizer_steps import Report, check_point
+from bilevax.inner._optimizer_steps import Begin, Report, check_point, diverged
 from bilevax.inner.guides import Guide, Solution
 from bilevax.inner.random_directions import Row, Sampler
 from bilevax.printing import brief, by_shape
@@ -208,7 +208,7 @@ def directional(
       plan: of the directions.
       solves: `solves(plan)`, runs of the inner solver.
       calls: `calls(solves, tangents) -> Calls` of these.
-      reports: whether `report` evaluates a gradient.
+      reports: whether `report` evaluates a gradient, which it does before and after the steps.
 
     Returns:
       An `InnerSolver`.
@@ -280,8 +280,10 @@ def directional(
             *(variance, jnp.sqrt(relative), cosine, 1 / (1 + relative), runs, plan.directions, refused)
         )
         value, gradient_norm = report(key, batch, x, z_T)
-        breakdown = ~jnp.isfinite(norm(tangent_leaves(z_T)) + norm(x_bar))
-        each = _add(Calls(inner_gradients=int(reports)), _add(shift.calls, guesses.calls))
+        begin = Begin(jnp.asarray(reports), *report(key, batch, x, z))
+        lost = ~jnp.isfinite(norm(tangent_leaves(z_T)) + norm(x_bar))
+        breakdown = lost | diverged(begin, value, gradient_norm)
+        each = _add(Calls(inner_gradients=2 * reports), _add(shift.calls, guesses.calls))
         total = _add(calls(runs, plan.directions), optax.tree.scale(plan.devices, each))
         states = (
             guide.update(asked.state, x_bar) if guide else ()

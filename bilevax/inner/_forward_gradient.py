@@ -108,7 +108,7 @@ def forward_gradient(
         raise ValueError(
             "inner_loss must be a function (x, y, batch) -> scalar where there is no solve; got None. Pass the loss."
         )
-    start, step, report_on = optimizer_steps(no_loss if inner_loss is None else inner_loss, smooth, initial, sample)
+    start, step, _, report_on = optimizer_steps(no_loss if inner_loss is None else inner_loss, smooth, initial, sample)
 
     def run(key: Key | None, x: PyTree, z: Iterate, batch: PyTree) -> Iterate:
         if solve is None:

@@ -9,7 +9,17 @@ import optax
 from bilevax import checks
 from bilevax.ihvp._cg import cg
 from bilevax.ihvp._checked import check_ihvp, prepared
-from bilevax.inner._optimizer_steps import Initial, Optimizer, Solve, check_point, optimizer_steps, step_keys
+from bilevax.inner._optimizer_steps import (
+    Begin,
+    Initial,
+    Optimizer,
+    Solve,
+    check_point,
+    diverged,
+    optimizer_steps,
+    run_watched,
+    step_keys,
+)
 from bilevax.printing import as_called, by_shape
 from bilevax.problem import IHVP, Calls, IHVPInfo, InnerSolver, Iterate, Loss, SolverInfo, arrays, inner_gradient, norm
 from bilevax.sampling import Sample, full
@@ -38,6 +48,7 @@ class ImplicitResidual(NamedTuple):
     ihvp_key: Key | None
     cross_key: Key | None
     x: PyTree
+    begin: Begin
     z: Iterate
     batch: PyTree
 
@@ -97,7 +108,7 @@ def implicit(
       TypeError: when the hypergradient itself is differentiated.
 
     Cost: `steps` gradients, the products of the IHVP, one gradient and one pull-back for the cross term. Memory does
-    not grow with steps. What `solve` does is not counted.
+    not grow with steps. What `solve` does is not counted; one more gradient tells whether it diverged.
 
     Reference: Pedregosa, arXiv 1602.02355; Lorraine, Vicol, Duvenaud, arXiv 1911.02590, theorem 1; Rajeswaran et al.
     (iMAML), arXiv 1909.04630.
@@ -120,12 +131,13 @@ def implicit(
         )
     if steps and solve is not None:
         raise ValueError(f"solve replaces the steps of the optimizer; got solve and steps={steps}. Drop one of them.")
-    start, step, _ = optimizer_steps(inner_loss, optax.identity() if optimizer is None else optimizer, initial, sample)
+    run = optimizer_steps(inner_loss, optax.identity() if optimizer is None else optimizer, initial, sample)
     solver = cg() if ihvp is None else ihvp
     check_ihvp("ihvp", solver, "Pass, say, bx.ihvp.cg(maxiter=10), called.")
     checks.function("cross_sample", cross_sample, "key", "t", "data")
     if solve is not None:
         checks.function("solve", solve, "x", "y0", "batch")
+    gradients = steps + 1 + (solve is not None)  # of g: in each step, and before and after those of `solve`
 
     def init(x: PyTree, y: PyTree, batch: PyTree = None) -> ImplicitState:
         """The first v, 0 like y (None without warm start), and what the IHVP keeps for this inner data."""
@@ -140,18 +152,19 @@ def implicit(
         """The z after the steps, or with the y of `solve`; the state waits for `backward`."""
         keys = step_keys(key)
         if solve is None:
-            z, _ = jax.lax.scan(lambda z, _: (step(keys.steps, batch, x, z), None), z, length=steps)
+            z, begin = run_watched(run.watched_step, keys.steps, batch, x, z, steps)
         else:
+            begin = Begin(jnp.asarray(True), *run.report(keys.steps, batch, x, z))
             y = solve(x, z.y, batch)
             checks.same_shapes("y under solve", y, z.y, "Return from solve(x, y0, batch) a pytree like y0.")
             z = z._replace(y=optax.tree.cast_like(y, z.y))
-        return z, ImplicitResidual(keys.ihvp, keys.cross, x, z, batch), state
+        return z, ImplicitResidual(keys.ihvp, keys.cross, x, begin, z, batch), state
 
     def backward(
         residual: ImplicitResidual, state: ImplicitState, z_bar: Iterate
     ) -> tuple[tuple[PyTree, Iterate], ImplicitState, SolverInfo]:
         """x_bar = −∇²_xy g · v like x, and zeros like y; the state keeps v like y for the next outer step."""
-        ihvp_key, cross_key, x, z, batch = residual
+        ihvp_key, cross_key, x, begin, z, batch = residual
         x, y, y_bar = _once((x, z.y, z_bar.y))
         moments = [bar for bar in jax.tree.leaves(z_bar.opt_state) if bar.dtype != jax.dtypes.float0]
         if moments:
@@ -166,15 +179,16 @@ def implicit(
         apply, ihvp_state = prepared("ihvp", parts, state.ihvp)
         v, ihvp_info = _checked(apply(y_bar, state.v), y_bar)
         x_bar = optax.tree.scale(-1, inner.pull_back(v)[0])
-        calls = Calls(0, steps + 1 + ihvp_info.setup_gradients, ihvp_info.products + ihvp_info.setup_products, 1)
+        calls = Calls(0, gradients + ihvp_info.setup_gradients, ihvp_info.products + ihvp_info.setup_products, 1)
         size = norm(inner.gradient)
-        breakdown = ihvp_info.breakdown | ~jnp.isfinite(inner.loss + size)
+        lost = ~jnp.isfinite(inner.loss + size) | diverged(begin, inner.loss, size)
+        breakdown = ihvp_info.breakdown | lost
         info = SolverInfo(inner.loss, size, breakdown, calls, ihvp_info)
         kept = optax.tree.where(ihvp_info.breakdown, optax.tree.zeros_like(v), v) if warm_start else None
         state = ImplicitState(kept, ihvp_state)
         return (x_bar, Iterate(optax.tree.zeros_like(y))), state, info
 
-    return InnerSolver(init, start, forward, backward)
+    return InnerSolver(init, run.start, forward, backward)
 
 
 def _checked(applied: Any, b: PyTree) -> tuple[PyTree, IHVPInfo]:

@@ -2,12 +2,20 @@
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 
 from bilevax import checks
-from bilevax.inner._optimizer_steps import Initial, Optimizer, check_point, optimizer_steps, step_keys
+from bilevax.inner._optimizer_steps import (
+    Begin,
+    Initial,
+    Optimizer,
+    check_point,
+    diverged,
+    optimizer_steps,
+    run_watched,
+    step_keys,
+)
 from bilevax.printing import as_called
 from bilevax.problem import Calls, InnerSolver, Iterate, Loss, SolverInfo
 from bilevax.sampling import Sample, full
@@ -19,6 +27,7 @@ class NoGradientResidual(NamedTuple):
 
     step_key: Key | None
     x: PyTree
+    begin: Begin
     end: Iterate
     batch: PyTree
 
@@ -63,7 +72,7 @@ def no_gradient(
         0.5
     """
     steps = checks.count("steps", steps)
-    start, step, report = optimizer_steps(inner_loss, optimizer, initial, sample)
+    start, _, step, report = optimizer_steps(inner_loss, optimizer, initial, sample)
 
     def init(x: PyTree, y: PyTree, batch: PyTree = None) -> tuple[()]:
         """No memory; x and y are checked."""
@@ -75,16 +84,17 @@ def no_gradient(
     ) -> tuple[Iterate, NoGradientResidual, tuple[()]]:
         """z_T, of the shapes of z, after all steps."""
         step_key = step_keys(key).steps
-        z_T, _ = jax.lax.scan(lambda z, _: (step(step_key, batch, x, z), None), z, length=steps)
-        return z_T, NoGradientResidual(step_key, x, z_T, batch), state
+        z_T, begin = run_watched(step, step_key, batch, x, z, steps)
+        return z_T, NoGradientResidual(step_key, x, begin, z_T, batch), state
 
     def backward(
         residual: NoGradientResidual, state: tuple[()], z_bar: Iterate
     ) -> tuple[tuple[PyTree, Iterate], tuple[()], SolverInfo]:
         """Zeros like x and like y, whatever the cotangent is."""
-        step_key, x, z_T, batch = residual
+        step_key, x, begin, z_T, batch = residual
         value, norm = report(step_key, batch, x, z_T)
-        info = SolverInfo(value, norm, ~jnp.isfinite(value + norm), Calls(inner_gradients=steps + 1), ())
+        breakdown = ~jnp.isfinite(value + norm) | diverged(begin, value, norm)
+        info = SolverInfo(value, norm, breakdown, Calls(inner_gradients=steps + 1), ())
         return (optax.tree.zeros_like(x), Iterate(optax.tree.zeros_like(z_T.y))), state, info
 
     return InnerSolver(init, start, forward, backward)

@@ -14,6 +14,8 @@ from bilevax.problem import Iterate, Loss, Start, arrays, norm
 from bilevax.sampling import Sample, fold, split
 from bilevax.typing import Array, Key, PyTree
 
+GROWTH = 10  # of ‖∇_y g‖ over the inner steps: where g grows too, they diverge
+
 Optimizer: TypeAlias = optax.GradientTransformation | Callable[[PyTree], optax.GradientTransformation]
 Initial: TypeAlias = Callable[[PyTree], PyTree]
 
@@ -68,6 +70,33 @@ def step_keys(key: Key | None) -> StepKeys:
     return StepKeys(*split(key, 3))
 
 
+class Begin(NamedTuple):
+    """What the first step of a solve saw, by which the last iterate is judged.
+
+    Attributes:
+      known: False until a step was taken.
+      loss: g at z_0.
+      gradient_norm: ‖∇_y g‖ at z_0.
+    """
+
+    known: Array
+    loss: Array
+    gradient_norm: Array
+
+
+class Watched(NamedTuple):
+    """An iterate on its way, and what its first step saw."""
+
+    z: Iterate
+    begin: Begin
+
+
+class WatchedStep(Protocol):
+    """One optimizer step, whose loss and gradient are kept where it is the first."""
+
+    def __call__(self, key: Key | None, data: PyTree, x: PyTree, watched: Watched) -> Watched: ...
+
+
 class InnerStep(Protocol):
     """One optimizer step on the batch drawn at z.t."""
 
@@ -86,11 +115,14 @@ class OptimizerSteps(NamedTuple):
     Attributes:
       start: `start(x, y) -> z`.
       step: `step(key, data, x, z) -> z`, one optimizer step on the batch drawn at z.t.
+      watched_step: `watched_step(key, data, x, watched) -> watched`, the same from `watch(z)`: what the first step saw
+        is kept, for `diverged`.
       report: `report(key, data, x, z) -> (g, ‖∇_y g‖)` at z.y, on the batch of the last step.
     """
 
     start: Start
     step: InnerStep
+    watched_step: WatchedStep
     report: Report
 
 
@@ -125,8 +157,8 @@ def optimizer_steps(inner_loss: Loss, optimizer: Optimizer, initial: Initial | N
             checks.floating("y under initial", y0)
         return Iterate(y0, make(x).init(y0), jnp.zeros((), jnp.int32))
 
-    def step(key: Key | None, data: PyTree, x: PyTree, z: Iterate) -> Iterate:
-        """z_t from z_{t−1}, of the same shapes, on the batch that the key and t − 1 draw from the data."""
+    def move(key: Key | None, data: PyTree, x: PyTree, z: Iterate) -> tuple[Iterate, Array, PyTree]:
+        """z_t from z_{t−1}, of the same shapes, on the batch that the key and t − 1 draw; with g and ∇_y g there."""
         batch = draw(key, data, z.t)
         value, gradient = jax.value_and_grad(loss, argnums=1)(x, z.y, batch)
         update = optax.with_extra_args_support(make(x)).update
@@ -136,14 +168,48 @@ def optimizer_steps(inner_loss: Loss, optimizer: Optimizer, initial: Initial | N
         fix = "Give the inner solver an optimizer whose updates look like y and whose state keeps its shapes."
         checks.same_shapes("y under the inner optimizer", updates, z.y, fix)
         checks.same_shapes("state of the inner optimizer", opt_state, z.opt_state, fix)
-        return Iterate(optax.apply_updates(z.y, updates), opt_state, z.t + 1)
+        return Iterate(optax.apply_updates(z.y, updates), opt_state, z.t + 1), value, gradient
+
+    def step(key: Key | None, data: PyTree, x: PyTree, z: Iterate) -> Iterate:
+        """z_t from z_{t−1}."""
+        return move(key, data, x, z)[0]
+
+    def watched_step(key: Key | None, data: PyTree, x: PyTree, watched: Watched) -> Watched:
+        """The same; of every step but the first, the loss and the gradient are forgotten."""
+        z, begin = watched
+        z, value, gradient = move(key, data, x, z)
+        seen = Begin(jnp.asarray(True), *jax.lax.stop_gradient((value, norm(gradient))))
+        kept = (jnp.where(begin.known, old, new.astype(old.dtype)) for old, new in zip(begin, seen, strict=True))
+        return Watched(z, Begin(*kept))
 
     def report(key: Key | None, data: PyTree, x: PyTree, z: Iterate) -> tuple[Array, Array]:
         """Two scalars at z.y: the loss and the norm of its gradient, on the batch of the last step."""
         value, gradient = jax.value_and_grad(loss, argnums=1)(x, z.y, draw(key, data, jnp.maximum(z.t - 1, 0)))
         return value, norm(gradient)
 
-    return OptimizerSteps(start, step, report)
+    return OptimizerSteps(start, step, watched_step, report)
+
+
+def watch(z: Iterate) -> Watched:
+    """Nothing is seen yet, before the first step from z."""
+    leaves = [leaf for leaf in jax.tree.leaves(z.y) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    # like y, so that in a shard_map they vary over the devices where y does
+    zero = jax.lax.stop_gradient(jnp.zeros_like(leaves[0], shape=(), dtype=jnp.result_type(jnp.float32, *leaves)))
+    return Watched(z, Begin(zero > 0, zero, zero))
+
+
+def run_watched(
+    step: WatchedStep, key: Key | None, data: PyTree, x: PyTree, z: Iterate, steps: int
+) -> tuple[Iterate, Begin]:
+    """z_T after so many steps, and what the first of them saw."""
+    return jax.lax.scan(lambda watched, _: (step(key, data, x, watched), None), watch(z), length=steps)[0]
+
+
+def diverged(begin: Begin, value: Array, gradient_norm: Array) -> Array:
+    """Whether the steps left y worse than they found it: g larger, beyond rounding, and ∇_y g more than tenfold."""
+    value = value.astype(begin.loss.dtype)
+    rounding = 8 * jnp.finfo(value.dtype).eps * (jnp.abs(value) + jnp.abs(begin.loss))
+    return begin.known & (value > begin.loss + rounding) & (gradient_norm > GROWTH * begin.gradient_norm)
 
 
 def zero_cotangent(tree: PyTree) -> PyTree:

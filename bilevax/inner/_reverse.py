@@ -8,27 +8,37 @@ import jax
 import jax.numpy as jnp
 
 from bilevax import checks
-from bilevax.inner._optimizer_steps import Initial, Optimizer, check_point, full_cotangent, optimizer_steps, step_keys
+from bilevax.inner._optimizer_steps import (
+    Begin,
+    Initial,
+    Optimizer,
+    check_point,
+    diverged,
+    full_cotangent,
+    optimizer_steps,
+    step_keys,
+    watch,
+)
 from bilevax.printing import as_called, by_text
 from bilevax.problem import Calls, InnerSolver, Iterate, Loss, SolverInfo
 from bilevax.sampling import Sample, full
 from bilevax.typing import Key, PyTree
 
-PureStep: TypeAlias = Callable[[PyTree, Iterate], Iterate]
-"""`step(x, z) -> z`, with its batch inside."""
+PureStep: TypeAlias = Callable[[PyTree, PyTree], PyTree]
+"""`step(x, z) -> z`, with its batch inside; z is any pytree."""
 
 
 class Loop(Protocol):
     """`loop(step, x, z, steps) -> z_T`, a function of yours or of this file."""
 
-    def __call__(self, step: PureStep, x: PyTree, z: Iterate, steps: int, /) -> Iterate: ...
+    def __call__(self, step: PureStep, x: PyTree, z: PyTree, steps: int, /) -> PyTree: ...
 
 
 class Checkpoint(NamedTuple):
     """How a loop of steps is stored for its reverse pass.
 
     Attributes:
-      loop: `loop(step, x, z, steps) -> z_T` for `step(x, z) -> z`.
+      loop: `loop(step, x, z, steps) -> z_T` for `step(x, z) -> z`, with z any pytree.
       evaluations: `evaluations(steps) -> number` of inner gradients in the forward and the reverse pass together.
       text: what `print` shows.
 
@@ -47,15 +57,15 @@ class Checkpoint(NamedTuple):
         return by_text(self)
 
 
-def _loop(step: PureStep, x: PyTree, z: Iterate, steps: int) -> Iterate:
+def _loop(step: PureStep, x: PyTree, z: PyTree, steps: int) -> PyTree:
     return jax.lax.scan(lambda z, _: (step(x, z), None), z, length=steps)[0]
 
 
-def _every_step(step: PureStep, x: PyTree, z: Iterate, steps: int) -> Iterate:
+def _every_step(step: PureStep, x: PyTree, z: PyTree, steps: int) -> PyTree:
     return _loop(jax.checkpoint(step, prevent_cse=False), x, z, steps)
 
 
-def _two_level(step: PureStep, x: PyTree, z: Iterate, steps: int) -> Iterate:
+def _two_level(step: PureStep, x: PyTree, z: PyTree, steps: int) -> PyTree:
     size = max(1, math.isqrt(steps))
     block = jax.checkpoint(lambda x, z: _every_step(step, x, z, size), prevent_cse=False)
     z = _loop(block, x, z, steps // size)
@@ -95,7 +105,7 @@ def store_products(every: int = 1) -> Checkpoint:
     """
     every = checks.count("every", every, minimum=1)
 
-    def loop(step: PureStep, x: PyTree, z: Iterate, steps: int) -> Iterate:
+    def loop(step: PureStep, x: PyTree, z: PyTree, steps: int) -> PyTree:
         keep = jax.checkpoint(step, prevent_cse=False, policy=jax.checkpoint_policies.dots_saveable)
         z = _loop(lambda x, z: keep(x, _every_step(step, x, z, every - 1)), x, z, steps // every)
         return _every_step(step, x, z, steps % every)
@@ -109,6 +119,7 @@ class ReverseResidual(NamedTuple):
     pull_back: Callable[[Iterate], tuple[PyTree, Iterate]]
     step_key: Key | None
     x: PyTree
+    begin: Begin
     end: Iterate
     batch: PyTree
 
@@ -161,7 +172,7 @@ def reverse(
     steps = checks.count("steps", steps)
     checks.instance("checkpoint", checkpoint, Checkpoint, "Pass, say, bx.inner.every_step or two_level.")
     checks.function("checkpoint.loop", checkpoint.loop, "step", "x", "z", "steps")
-    start, step, report = optimizer_steps(inner_loss, optimizer, initial, sample)
+    start, _, step, report = optimizer_steps(inner_loss, optimizer, initial, sample)
     calls = Calls(0, checkpoint.evaluations(steps) + 1, steps, steps)
 
     def init(x: PyTree, y: PyTree, batch: PyTree = None) -> tuple[()]:
@@ -175,19 +186,21 @@ def reverse(
         """z_T, of the shapes of z, after all steps, with their pull-back."""
         step_key = step_keys(key).steps
 
-        def unroll(x: PyTree, z: Iterate) -> Iterate:
-            return checkpoint.loop(lambda x, z: step(step_key, batch, x, z), x, z, steps)
+        def unroll(x: PyTree, z: Iterate) -> tuple[Iterate, Begin]:
+            z_T, begin = checkpoint.loop(lambda x, watched: step(step_key, batch, x, watched), x, watch(z), steps)
+            return z_T, begin
 
-        z_T, pull_back = jax.vjp(unroll, x, z)
-        return z_T, ReverseResidual(pull_back, step_key, x, z_T, batch), state
+        z_T, pull_back, begin = jax.vjp(unroll, x, z, has_aux=True)
+        return z_T, ReverseResidual(pull_back, step_key, x, begin, z_T, batch), state
 
     def backward(
         residual: ReverseResidual, state: tuple[()], z_bar: Iterate
     ) -> tuple[tuple[PyTree, Iterate], tuple[()], SolverInfo]:
         """x_bar like x and z0_bar like z_0, moments and all, from a cotangent whose missing parts are zero."""
-        pull_back, step_key, x, z_T, batch = residual
+        pull_back, step_key, x, begin, z_T, batch = residual
         x_bar, z0_bar = pull_back(full_cotangent(z_bar, z_T))
         value, norm = report(step_key, batch, x, z_T)
-        return (x_bar, z0_bar), state, SolverInfo(value, norm, ~jnp.isfinite(value + norm), calls, ())
+        breakdown = ~jnp.isfinite(value + norm) | diverged(begin, value, norm)
+        return (x_bar, z0_bar), state, SolverInfo(value, norm, breakdown, calls, ())
 
     return InnerSolver(init, start, forward, backward)

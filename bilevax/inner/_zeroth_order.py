@@ -132,7 +132,7 @@ def zeroth_order(
     checks.function("difference.change", difference.change, "function", "x", "value", "step")
     checks.scalar("mu", mu)
     checks.positive("mu", mu)
-    start, _, report_on = optimizer_steps(
+    start, _, _, report_on = optimizer_steps(
         no_loss if inner_loss is None else inner_loss, optax.identity(), initial, full
     )
 
