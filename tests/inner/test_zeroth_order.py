@@ -230,7 +230,7 @@ def test_a_loss_that_is_only_reported():
     np.testing.assert_allclose(state.y, [7, 3], rtol=1e-14)
     assert info.inner.inner_loss == pytest.approx(float(QUADRATIC.inner_loss(QUADRATIC.x, state.y, None)), rel=1e-12)
     assert info.inner.gradient_norm == pytest.approx(np.hypot(9, 2), rel=1e-12)
-    assert info.inner.calls == bx.problem.Calls(outer_gradients=1, inner_gradients=1)
+    assert info.inner.calls == bx.problem.Calls(outer_gradients=1, inner_gradients=2)
 
 
 def test_the_differentiable_solve_and_the_second_phase():
