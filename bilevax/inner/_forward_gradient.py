@@ -73,8 +73,8 @@ def forward_gradient(
         from `init`, if the sampler cannot draw so many, or draws something else; from `forward`, without a key.
 
     Cost: T gradients and b T products with the Hessian and the cross derivative at once, in one run of the primal, or
-    in one for each chunk and one more; a guide another run. The report adds two gradients. Memory of 1 + b copies of z and of one step, of 1 + chunk
-    with chunks.
+    in one for each chunk and one more; a guide another run. The report adds two gradients. Memory of 1 + b copies of
+    z and of one step, of 1 + chunk with chunks.
 
     Reference: Shen et al., "Memory-efficient gradient unrolling for large-scale bi-level optimization", arXiv
     2406.14095, section 3; Baydin et al., arXiv 2202.08587, for forward gradients.

@@ -113,8 +113,7 @@ def zeroth_order(
       ValueError: if directions < 1, or not more than the guesses; if mu is not positive; if `solve` returns a pytree
         that does not look like y0; from `init`, if the sampler cannot draw so many, or draws something else.
 
-    Cost: b + 1 solves one-sided, 2 b + 1 central; memory for b copies of y. The report adds two
-    gradients of g, at y_0 and at y_T.
+    Cost: b + 1 solves one-sided, 2 b + 1 central; memory for b copies of y. The report adds two gradients of g.
 
     Reference: Shen et al., arXiv 2406.14095, section 3.2; Feng, Wang, arXiv 2205.14737, for orthogonal directions.
 
