@@ -391,8 +391,9 @@ class SolverInfo(NamedTuple):
         a gradient is not finite, or the steps diverge: they left g larger than they found it, and ∇_y g more than ten
         times as long.
       calls: `Calls` of the forward and the backward pass together.
-      detail: `IHVPInfo` for `inner.implicit`, `DirectionalInfo` for `inner.forward_gradient` and `inner.zeroth_order`,
-        the two infos for `inner.chain`, () otherwise.
+      detail: `IHVPInfo` for `inner.implicit`, `EquationInfo` for `inner.fixed_point` and `inner.root`,
+        `DirectionalInfo` for `inner.forward_gradient` and `inner.zeroth_order`, the two infos for `inner.chain`, ()
+        otherwise.
 
     Example:
         >>> import bilevax as bx

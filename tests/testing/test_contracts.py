@@ -99,6 +99,27 @@ def solved(loss, optimizer, sample):
     return bx.inner.implicit(loss, ihvp=bx.ihvp.exact(damping=0.0, sample=sample), solve=solve, cross_sample=sample)
 
 
+def fixed_point(loss, optimizer, sample):
+    """Of a gradient step of its own length."""
+
+    def step(x, y, batch):
+        return optax.tree.cast_like(optax.tree.add_scale(y, -0.2, jax.grad(loss, 1)(x, y, batch)), y)
+
+    return bx.inner.fixed_point(step, inner_loss=loss, tol=1e-13)
+
+
+def root(loss, optimizer, sample):
+    """Of the gradient, by a loop that is long enough."""
+
+    def solve(x, y, batch):
+        return jax.lax.fori_loop(0, 60, lambda _, y: step(x, y, batch), y)
+
+    def step(x, y, batch):
+        return optax.tree.cast_like(optax.tree.add_scale(y, -0.2, jax.grad(loss, 1)(x, y, batch)), y)
+
+    return bx.inner.root(jax.grad(loss, 1), solve, inner_loss=loss, tol=1e-13)
+
+
 def reverse(steps=STEPS, **options):
     return lambda loss, optimizer, sample: bx.inner.reverse(loss, optimizer, steps, sample=sample, **options)
 
@@ -177,11 +198,14 @@ TAKES = {"steps": STEPS}
 UNROLLS = {"steps": STEPS, "unrolls": True}
 BLACK_BOX = {"steps": STEPS, "keyed": False, "uncounted": solves}
 GUIDED = UNROLLS | {"counted": False}  # their second solve, which the compiler merges with the first
+EQUATION = {"counted": False}  # gradients of g inside of T are not
 SOLVERS = {  # loss, optimizer, sample -> solver; what it declares
     "implicit_cg": (implicit("cg"), TAKES),
     "implicit_cold": (implicit("cg", warm_start=False), TAKES),
     "implicit_no_steps": (implicit("exact", steps=0), {"solves": False, "cold": True}),
     "implicit_solve": (solved, {"cold": True}),  # its one gradient is also that which the report starts with
+    "fixed_point": (fixed_point, EQUATION),
+    "root": (root, EQUATION | {"cold": True}),
     "reverse": (reverse(), UNROLLS),
     "reverse_two_level": (reverse(checkpoint=bx.inner.two_level), UNROLLS),
     "reverse_store_all": (reverse(checkpoint=bx.inner.store_all), UNROLLS),
