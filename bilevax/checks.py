@@ -191,25 +191,29 @@ def same_form(name: str, got: PyTree, expected: PyTree, fix: str) -> None:
 def scalar_loss(name: str, loss: Callable[[PyTree, PyTree, PyTree], Any]) -> Callable[[PyTree, PyTree, PyTree], Array]:
     """Returns `loss` with a check that it returns one floating-point number."""
     function(name, loss, "x", "y", "batch")
+    return lambda x, y, batch: scalar_value(name, loss(x, y, batch))
 
-    def checked(x: PyTree, y: PyTree, batch: PyTree) -> Array:
-        value = loss(x, y, batch)
-        if not hasattr(value, "dtype") and not isinstance(value, float):
-            raise ValueError(
-                f"{name} must return one floating-point number; got {type(value).__name__}. Return the loss alone."
-            )
-        if jnp.shape(value) != ():
-            raise ValueError(
-                f"{name} must return a scalar; got shape {jnp.shape(value)}. Reduce the examples with .mean()."
-            )
-        if not jnp.issubdtype(value.dtype if hasattr(value, "dtype") else float, jnp.floating):
-            raise ValueError(
-                f"{name} must return a floating-point number; got dtype {value.dtype}. Return a loss that can be "
-                f"differentiated, not a count or an index."
-            )
-        return jnp.asarray(value)
 
-    return checked
+def scalar_value(name: str, value: Any) -> Array:
+    """What the loss `name` returned, as an array; raises ValueError unless it is one floating-point number."""
+    if not hasattr(value, "dtype") and not isinstance(value, float):
+        fix = "Return the loss alone."
+        if isinstance(value, tuple):
+            fix += (
+                " If the second part is to go on to the next inner step, let y be bx.inner.Carried(params, carried) in "
+                "the inner loss of a solver of bx.inner."
+            )
+        raise ValueError(f"{name} must return one floating-point number; got {type(value).__name__}. {fix}")
+    if jnp.shape(value) != ():
+        raise ValueError(
+            f"{name} must return a scalar; got shape {jnp.shape(value)}. Reduce the examples with .mean()."
+        )
+    if not jnp.issubdtype(value.dtype if hasattr(value, "dtype") else float, jnp.floating):
+        raise ValueError(
+            f"{name} must return a floating-point number; got dtype {value.dtype}. Return a loss that can be "
+            f"differentiated, not a count or an index."
+        )
+    return jnp.asarray(value)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

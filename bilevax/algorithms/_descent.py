@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from bilevax import checks
+from bilevax.carried import parameters
 from bilevax.hypergradients._checked import check_hypergrad, estimated
 from bilevax.hypergradients._hypergradient import HypergradientInfo
 from bilevax.printing import as_called, by_shape
@@ -165,7 +166,9 @@ def descent(
         grad, memory, info = estimated(parts, state.x, state.estimator)
         checks.instance("info of hypergrad.estimate", info, HypergradientInfo, "Take one that is made of one solver.")
         x, optimizer = outer_step(step_size, state.k, grad, state.optimizer, state.x)
-        moves: Levels[Any] = Levels(norm(optax.tree.sub(x, state.x)), norm(optax.tree.sub(memory.y, state.y)), ())
+        moves: Levels[Any] = Levels(
+            norm(optax.tree.sub(x, state.x)), norm(optax.tree.sub(parameters(memory.y), parameters(state.y))), ()
+        )
         breakdown = info.inner.breakdown | ~jnp.isfinite(moves.x + moves.y)
         info = DescentInfo(moves, breakdown, info.inner.calls, info.outer_loss, info.inner.inner_loss)
         return DescentState(state.k + 1, x, memory, optimizer), info

@@ -2,12 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from bilevax import checks
+from bilevax.carried import Carried, carrying, pair, parameters, with_parameters
 from bilevax.curvature.capture.blocks import Model
 from bilevax.curvature.output_loss import OutputLoss
 from bilevax.curvature.products import Product
@@ -26,7 +28,9 @@ class ModelLoss:
     not negative, also far from a minimum, where the Hessian of a network is not: see `curvature.gauss_newton`.
 
     Args:
-      model: `model(y, inputs) -> outputs [N, ..., C]`, a function of y and inputs alone.
+      model: `model(y, inputs) -> outputs [N, ..., C]`, a function of y and inputs alone. With y a
+        `bx.inner.Carried` it returns (outputs, new carried), and so does the loss: (value, new carried). The penalty is
+        one of y.params, and curvatures are those of the params, with what is carried as it is.
       loss: an `OutputLoss`: `softmax_cross_entropy`, `sigmoid_cross_entropy` or `squared_error`.
       split: `split(x, batch) -> (inputs, targets)`; x may make the inputs (condensation, poisoning).
       weights: `weights(x, batch) -> [N]`, all >= 0; by default 1 for each example. Negative ones are neither refused
@@ -83,14 +87,18 @@ class ModelLoss:
         given = [field for field in dataclasses.fields(self) if getattr(self, field.name) is not field.default]
         return f"ModelLoss({', '.join(f'{field.name}={brief(getattr(self, field.name))}' for field in given)})"
 
-    def __call__(self, x: PyTree, y: PyTree, batch: PyTree) -> Array:
-        """The loss g(x, y) on this batch."""
+    def __call__(self, x: PyTree, y: PyTree, batch: PyTree) -> Any:
+        """The loss g(x, y) on this batch; with a `Carried` y the pair of it and what the model carries on."""
         inputs, targets = self.inputs_and_targets(x, batch)
-        values = widen(self.loss.value(self.model(y, inputs), targets))
+        params, outputs = parameters(y), self.model(y, inputs)
+        if isinstance(y, Carried):
+            outputs, carried = pair("model", "outputs", outputs)
+        values = widen(self.loss.value(outputs, targets))
         fit = jnp.sum(self.scale(values, x, batch) * values)
-        decay, center = self.penalty(x, y)
-        terms = jax.tree.map(lambda rate, leaf, middle: jnp.sum(rate * (leaf - middle) ** 2), decay, y, center)
-        return fit + 0.5 * optax.tree.sum(terms)
+        decay, center = self.penalty(x, params)
+        terms = jax.tree.map(lambda rate, leaf, middle: jnp.sum(rate * (leaf - middle) ** 2), decay, params, center)
+        value = fit + 0.5 * optax.tree.sum(terms)
+        return (value, carried) if isinstance(y, Carried) else value
 
     def inputs_and_targets(self, x: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
         """What `split` returns, which must be a pair."""
@@ -158,6 +166,21 @@ def structured(inner_loss: Loss, what: str) -> ModelLoss:
         f"    split = lambda x, batch: batch  # inputs and targets\n"
         f"    inner_loss = bx.curvature.ModelLoss(model, bx.curvature.softmax_cross_entropy, split)"
     )
+
+
+def held(inner_loss: Loss, y: PyTree) -> Loss:
+    """The loss as one of the parameters alone, with what y carries as it is; a `ModelLoss` stays one."""
+    if not isinstance(y, Carried):
+        return inner_loss
+    if isinstance(inner_loss, ModelLoss):
+        model = inner_loss.model
+
+        def outputs(params: PyTree, inputs: PyTree) -> Array:
+            return pair("model", "outputs", model(with_parameters(y, params), inputs))[0]
+
+        return dataclasses.replace(inner_loss, model=outputs)
+    loss = carrying("inner_loss", inner_loss)
+    return lambda x, params, batch: loss(x, params, y, batch)[0]
 
 
 def gauss_newton(inner_loss: Loss, x: PyTree, y: PyTree, batch: PyTree) -> Product:

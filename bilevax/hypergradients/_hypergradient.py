@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from bilevax import checks
+from bilevax.carried import parameters, with_parameters
 from bilevax.inner._checked import check_solver, pulled_back, solved, started
 from bilevax.inner._optimizer_steps import full_cotangent
 from bilevax.printing import as_called, by_shape
@@ -115,7 +116,11 @@ def hypergradient(outer_loss: Loss, solver: InnerSolver) -> Hypergradient:
         z, pull_start = jax.vjp(solver.start, x, state.y)
         forward = solver.forward(key, state.solver, x, started(z), batch.inner)
         z_T, residual, solver_state = solved(forward, z, state.solver)
-        value, (direct, y_bar) = jax.value_and_grad(outer, argnums=(0, 1))(x, z_T.y, batch.outer)
+
+        def at_params(x: PyTree, params: PyTree, data: PyTree) -> Array:
+            return outer(x, with_parameters(z_T.y, params), data)
+
+        value, (direct, y_bar) = jax.value_and_grad(at_params, argnums=(0, 1))(x, parameters(z_T.y), batch.outer)
         backward = solver.backward(residual, solver_state, Iterate(y_bar))
         (x_bar, z0_bar), solver_state, info = pulled_back(backward, x, z, solver_state)
         start_bar, _ = pull_start(full_cotangent(z0_bar, z))
@@ -212,7 +217,9 @@ def differentiable(solver: InnerSolver) -> DifferentiableSolve:
                     f"batch of a differentiable solve must not be differentiated; got a derivative with respect to "
                     f"batch{jax.tree_util.keystr(path)}. Move that array into x, or wrap it in jax.lax.stop_gradient."
                 )
-        if solver.pushes_tangents and any(leaf.perturbed for leaf in jax.tree.leaves(y0, is_leaf=_is_primal)):
+        if solver.pushes_tangents and any(
+            leaf.perturbed for leaf in jax.tree.leaves(parameters(y0), is_leaf=_is_primal)
+        ):
             raise ValueError(
                 "y0 must not be differentiated where the solver pushes tangents from x alone, such as "
                 "inner.forward_gradient; got a derivative with respect to y0. Pass initial=lambda x: ... to the "
@@ -222,7 +229,7 @@ def differentiable(solver: InnerSolver) -> DifferentiableSolve:
 
     def backward(kept: _Solved, y_bar: PyTree) -> tuple[PyTree, PyTree, None, None]:
         pull_start, x, z, residual, state = kept
-        y_bar = jax.tree.map(_instantiate, y_bar, is_leaf=_is_symbolic_zero)
+        y_bar = jax.tree.map(_instantiate, parameters(y_bar), is_leaf=_is_symbolic_zero)
         (x_bar, z0_bar), _, _ = pulled_back(solver.backward(residual, state, Iterate(y_bar)), x, z, state)
         start_x_bar, y0_bar = pull_start(full_cotangent(z0_bar, z))
         return optax.tree.add(x_bar, start_x_bar), y0_bar, None, None

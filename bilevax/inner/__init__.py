@@ -1,5 +1,6 @@
 """Inner solvers, and what they are put together from."""
 
+from bilevax.carried import Carried
 from bilevax.inner import guides, random_directions
 from bilevax.inner._black_box import black_box
 from bilevax.inner._chain import ChainState, chain
@@ -16,6 +17,7 @@ from bilevax.inner._unroll_with_tail import unroll_with_tail
 from bilevax.inner._zeroth_order import Difference, central, one_sided, zeroth_order
 
 __all__ = [
+    "Carried",
     "ChainState",
     "Checkpoint",
     "Difference",

@@ -3,6 +3,7 @@
 from typing import Any
 
 from bilevax import checks
+from bilevax.carried import parameters
 from bilevax.problem import InnerSolver, Iterate, SolverInfo
 from bilevax.typing import PyTree
 
@@ -39,7 +40,8 @@ def pulled_back(parts: Any, x: PyTree, z: Iterate, state: Any) -> tuple[tuple[Py
     x_bar, z0_bar = checks.parts("solver.backward, as the first of three,", bars, "x_bar", "z0_bar")
     checks.same_form("x_bar of solver.backward", x_bar, x, "Return a cotangent like x.")
     checks.instance("z0_bar of solver.backward", z0_bar, Iterate, "Return bx.problem.Iterate(y_bar).")
-    checks.same_form("y of z0_bar of solver.backward", z0_bar.y, z.y, "Return a cotangent like y, zeros for none.")
+    fix = "Return a cotangent like y, zeros for none; like y.params of a bx.inner.Carried."
+    checks.same_form("y of z0_bar of solver.backward", z0_bar.y, parameters(z.y), fix)
     checks.same_form("state after solver.backward", after, state, "Return a state like that of init.")
     checks.instance("info of solver.backward", info, SolverInfo, "Return bx.problem.SolverInfo(...).")
     return (x_bar, z0_bar), after, info

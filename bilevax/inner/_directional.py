@@ -9,6 +9,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from bilevax import checks
+from bilevax.carried import Carried, parameters
 from bilevax.inner import random_directions
 from bilevax.inner._optimizer_steps import Begin, Report, check_point, diverged
 from bilevax.inner.guides import Guide, Solution
@@ -179,13 +180,15 @@ def make_plan(
     return Plan(directions, sampler, guide, control_variate, chunk, axis)
 
 
-def no_loss(x: PyTree, y: PyTree, batch: PyTree) -> Array:
+def no_loss(x: PyTree, y: PyTree, batch: PyTree) -> Array | tuple[Array, PyTree]:
     """Stands for an inner loss that is not known: NaN in every report."""
-    return jnp.nan * optax.tree.sum(y)
+    value = jnp.nan * optax.tree.sum(parameters(y))
+    return (value, y.carried) if isinstance(y, Carried) else value
 
 
 def tangent_leaves(z: Iterate) -> Iterate:
-    """The floating-point leaves of each part, those that have a tangent, as lists."""
+    """The floating-point leaves of each part, those that have a tangent, as lists; none of what y carries."""
+    z = z._replace(y=parameters(z.y))
     parts = ([leaf for leaf in jax.tree.leaves(part) if jnp.issubdtype(leaf.dtype, jnp.inexact)] for part in z)
     return Iterate(*parts)
 
@@ -290,7 +293,7 @@ def directional(
             for guide, asked in ((plan.guide, guesses), (plan.control_variate, shift))
         )
         info = SolverInfo(value, gradient_norm, breakdown, total, detail)
-        return (x_bar, Iterate(optax.tree.zeros_like(z.y))), DirectionalState(*states), info
+        return (x_bar, Iterate(optax.tree.zeros_like(parameters(z.y)))), DirectionalState(*states), info
 
     return InnerSolver(init, start, forward, backward, pushes_tangents=True)
 

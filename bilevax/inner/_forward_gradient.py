@@ -5,7 +5,7 @@ import optax
 
 from bilevax import checks
 from bilevax.inner._directional import Plan, Push, directional, make_plan, no_loss, tangent_leaves
-from bilevax.inner._optimizer_steps import Initial, Optimizer, Solve, optimizer_steps, step_keys
+from bilevax.inner._optimizer_steps import Initial, Optimizer, Solve, optimizer_steps, solution, step_keys
 from bilevax.inner._smooth_roots import smooth_roots
 from bilevax.inner.guides import Guide
 from bilevax.inner.random_directions import Sampler, rademacher
@@ -113,9 +113,7 @@ def forward_gradient(
     def run(key: Key | None, x: PyTree, z: Iterate, batch: PyTree) -> Iterate:
         if solve is None:
             return jax.lax.scan(lambda z, _: (step(key, batch, x, z), None), z, length=length)[0]
-        y = solve(x, z.y, batch)
-        checks.same_shapes("y under solve", y, z.y, "Return from solve(x, y0, batch) a pytree like y0.")
-        return z._replace(y=optax.tree.cast_like(y, z.y))
+        return z._replace(y=solution(solve(x, z.y, batch), z.y))
 
     def prepare(key: Key, x: PyTree, z: Iterate, batch: PyTree, z_T: Iterate | None = None) -> Push:
         step_key = step_keys(key).steps

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import optax
 
 from bilevax import checks
+from bilevax.carried import parameters
+from bilevax.curvature.model_loss import held
 from bilevax.ihvp._cg import cg
 from bilevax.ihvp._checked import check_ihvp, prepared
 from bilevax.inner._optimizer_steps import (
@@ -18,6 +20,7 @@ from bilevax.inner._optimizer_steps import (
     diverged,
     optimizer_steps,
     run_watched,
+    solution,
     step_keys,
 )
 from bilevax.printing import as_called, by_shape
@@ -142,9 +145,9 @@ def implicit(
     def init(x: PyTree, y: PyTree, batch: PyTree = None) -> ImplicitState:
         """The first v, 0 like y (None without warm start), and what the IHVP keeps for this inner data."""
         check_point(x, y)
-        return ImplicitState(
-            optax.tree.zeros_like(arrays(y)) if warm_start else None, solver.init(x, y, batch, inner_loss)
-        )
+        params = parameters(y)
+        v = optax.tree.zeros_like(arrays(params)) if warm_start else None
+        return ImplicitState(v, solver.init(x, params, batch, held(inner_loss, y)))
 
     def forward(
         key: Key | None, state: ImplicitState, x: PyTree, z: Iterate, batch: PyTree
@@ -155,9 +158,7 @@ def implicit(
             z, begin = run_watched(run.watched_step, keys.steps, batch, x, z, steps)
         else:
             begin = Begin(jnp.asarray(True), *run.report(keys.steps, batch, x, z))
-            y = solve(x, z.y, batch)
-            checks.same_shapes("y under solve", y, z.y, "Return from solve(x, y0, batch) a pytree like y0.")
-            z = z._replace(y=optax.tree.cast_like(y, z.y))
+            z = z._replace(y=solution(solve(x, z.y, batch), z.y))
         return z, ImplicitResidual(keys.ihvp, keys.cross, x, begin, z, batch), state
 
     def backward(
@@ -165,7 +166,8 @@ def implicit(
     ) -> tuple[tuple[PyTree, Iterate], ImplicitState, SolverInfo]:
         """x_bar = −∇²_xy g · v like x, and zeros like y; the state keeps v like y for the next outer step."""
         ihvp_key, cross_key, x, begin, z, batch = residual
-        x, y, y_bar = _once((x, z.y, z_bar.y))
+        loss = held(inner_loss, z.y)
+        x, y, y_bar = _once((x, parameters(z.y), z_bar.y))
         moments = [bar for bar in jax.tree.leaves(z_bar.opt_state) if bar.dtype != jax.dtypes.float0]
         if moments:
             raise ValueError(
@@ -174,8 +176,8 @@ def implicit(
                 f"Use optax.sgd without momentum in both links, or inner.reverse."
             )
         t = jnp.maximum(z.t - 1, 0)
-        inner = inner_gradient(inner_loss, x, y, cross_sample(cross_key, t, batch))
-        parts = solver.prepare(ihvp_key, state.ihvp, inner_loss, (x, y, batch))
+        inner = inner_gradient(loss, x, y, cross_sample(cross_key, t, batch))
+        parts = solver.prepare(ihvp_key, state.ihvp, loss, (x, y, batch))
         apply, ihvp_state = prepared("ihvp", parts, state.ihvp)
         v, ihvp_info = _checked(apply(y_bar, state.v), y_bar)
         x_bar = optax.tree.scale(-1, inner.pull_back(v)[0])

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import optax
 
 from bilevax import checks
+from bilevax.carried import parameters
 from bilevax.inner._optimizer_steps import (
     Begin,
     Initial,
@@ -95,6 +96,6 @@ def no_gradient(
         value, norm = report(step_key, batch, x, z_T)
         breakdown = ~jnp.isfinite(value + norm) | diverged(begin, value, norm)
         info = SolverInfo(value, norm, breakdown, Calls(inner_gradients=steps + 1), ())
-        return (optax.tree.zeros_like(x), Iterate(optax.tree.zeros_like(z_T.y))), state, info
+        return (optax.tree.zeros_like(x), Iterate(optax.tree.zeros_like(parameters(z_T.y)))), state, info
 
     return InnerSolver(init, start, forward, backward)

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from bilevax import checks
+from bilevax.carried import Carried, carried_like, carrying, parameters, with_parameters
 from bilevax.problem import Iterate, Loss, Start, arrays, norm
 from bilevax.sampling import Sample, fold, split
 from bilevax.typing import Array, Key, PyTree
@@ -128,7 +129,8 @@ class OptimizerSteps(NamedTuple):
 
 def optimizer_steps(inner_loss: Loss, optimizer: Optimizer, initial: Initial | None, sample: Sample) -> OptimizerSteps:
     """Builds the functions from a loss, an optimizer (or a function x ↦ optimizer), a first point and a sampler."""
-    loss = checks.scalar_loss("inner_loss", inner_loss)
+    loss = carrying("inner_loss", inner_loss)
+    gradient_of = jax.value_and_grad(loss, argnums=1, has_aux=True)
     checks.function("sample", sample, "key", "t", "data")
     if initial is not None:
         checks.function("initial", initial, "x")
@@ -153,22 +155,24 @@ def optimizer_steps(inner_loss: Loss, optimizer: Optimizer, initial: Initial | N
         """z_0: y like y (or `initial(x)`), a fresh optimizer state, and t = 0."""
         y0 = arrays(y if initial is None else initial(x))
         if initial is not None:
-            checks.same_shapes("y under initial", y0, y, "Return from initial(x) a pytree like y.")
-            checks.floating("y under initial", y0)
-        return Iterate(y0, make(x).init(y0), jnp.zeros((), jnp.int32))
+            checks.same_shapes("y under initial", y0, y, f"Return from initial(x) {_like_y(y)}.")
+            checks.floating("y under initial", parameters(y0))
+        y0 = with_parameters(y0, parameters(y0))
+        return Iterate(y0, make(x).init(parameters(y0)), jnp.zeros((), jnp.int32))
 
     def move(key: Key | None, data: PyTree, x: PyTree, z: Iterate) -> tuple[Iterate, Array, PyTree]:
         """z_t from z_{t−1}, of the same shapes, on the batch that the key and t − 1 draw; with g and ∇_y g there."""
         batch = draw(key, data, z.t)
-        value, gradient = jax.value_and_grad(loss, argnums=1)(x, z.y, batch)
+        params = parameters(z.y)
+        (value, y), gradient = gradient_of(x, params, z.y, batch)
         update = optax.with_extra_args_support(make(x)).update
         updates, opt_state = update(
-            gradient, z.opt_state, z.y, value=value, grad=gradient, value_fn=lambda y: loss(x, y, batch)
+            gradient, z.opt_state, params, value=value, grad=gradient, value_fn=lambda p: loss(x, p, z.y, batch)[0]
         )
         fix = "Give the inner solver an optimizer whose updates look like y and whose state keeps its shapes."
-        checks.same_shapes("y under the inner optimizer", updates, z.y, fix)
+        checks.same_shapes("y under the inner optimizer", updates, params, fix)
         checks.same_shapes("state of the inner optimizer", opt_state, z.opt_state, fix)
-        return Iterate(optax.apply_updates(z.y, updates), opt_state, z.t + 1), value, gradient
+        return Iterate(with_parameters(y, optax.apply_updates(params, updates)), opt_state, z.t + 1), value, gradient
 
     def step(key: Key | None, data: PyTree, x: PyTree, z: Iterate) -> Iterate:
         """z_t from z_{t−1}."""
@@ -184,7 +188,7 @@ def optimizer_steps(inner_loss: Loss, optimizer: Optimizer, initial: Initial | N
 
     def report(key: Key | None, data: PyTree, x: PyTree, z: Iterate) -> tuple[Array, Array]:
         """Two scalars at z.y: the loss and the norm of its gradient, on the batch of the last step."""
-        value, gradient = jax.value_and_grad(loss, argnums=1)(x, z.y, draw(key, data, jnp.maximum(z.t - 1, 0)))
+        (value, _), gradient = gradient_of(x, parameters(z.y), z.y, draw(key, data, jnp.maximum(z.t - 1, 0)))
         return value, norm(gradient)
 
     return OptimizerSteps(start, step, watched_step, report)
@@ -192,7 +196,7 @@ def optimizer_steps(inner_loss: Loss, optimizer: Optimizer, initial: Initial | N
 
 def watch(z: Iterate) -> Watched:
     """Nothing is seen yet, before the first step from z."""
-    leaves = [leaf for leaf in jax.tree.leaves(z.y) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    leaves = [leaf for leaf in jax.tree.leaves(parameters(z.y)) if jnp.issubdtype(leaf.dtype, jnp.floating)]
     # like y, so that in a shard_map they vary over the devices where y does
     zero = jax.lax.stop_gradient(jnp.zeros_like(leaves[0], shape=(), dtype=jnp.result_type(jnp.float32, *leaves)))
     return Watched(z, Begin(zero > 0, zero, zero))
@@ -224,12 +228,28 @@ def zero_cotangent(tree: PyTree) -> PyTree:
 
 
 def full_cotangent(z_bar: Iterate, z: Iterate) -> Iterate:
-    """Writes out the parts of a cotangent that stand for zero."""
+    """Writes out the parts of a cotangent that stand for zero, and those of what y carries."""
+    if isinstance(z.y, Carried) and z_bar.y is not None:
+        z_bar = z_bar._replace(y=Carried(z_bar.y, zero_cotangent(z.y.carried)))
     parts = (zero_cotangent(part) if bar is None else bar for bar, part in zip(z_bar, z, strict=True))
     return Iterate(*parts)
 
 
+def solution(y: PyTree, y0: PyTree) -> PyTree:
+    """What a `solve` returned from y0, in the dtypes of y0, if it looks like it."""
+    fix = f"Return from solve(x, y0, batch) {_like_y(y0, 'y0')}."
+    checks.same_shapes("y under solve", y, y0, fix)
+    params = optax.tree.cast_like(parameters(y), parameters(y0))
+    if not isinstance(y0, Carried):
+        return params
+    return Carried(params, carried_like("carried under solve", y.carried, y0.carried, fix))
+
+
+def _like_y(y: PyTree, name: str = "y") -> str:
+    return f"bx.inner.Carried(params, carried), like {name}" if isinstance(y, Carried) else f"a pytree like {name}"
+
+
 def check_point(x: PyTree, y: PyTree) -> None:
-    """Raises ValueError unless x and y are nonempty pytrees of floating-point arrays."""
+    """Raises ValueError unless x and y are nonempty pytrees of floating-point arrays, but for what y carries."""
     checks.floating("x", x)
-    checks.floating("y", y)
+    checks.floating("y.params" if isinstance(y, Carried) else "y", parameters(y))

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevax import checks
+from bilevax.carried import parameters
 from bilevax.inner._optimizer_steps import (
     Begin,
     Initial,
@@ -201,6 +202,7 @@ def reverse(
         x_bar, z0_bar = pull_back(full_cotangent(z_bar, z_T))
         value, norm = report(step_key, batch, x, z_T)
         breakdown = ~jnp.isfinite(value + norm) | diverged(begin, value, norm)
+        z0_bar = z0_bar._replace(y=parameters(z0_bar.y))
         return (x_bar, z0_bar), state, SolverInfo(value, norm, breakdown, calls, ())
 
     return InnerSolver(init, start, forward, backward)

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import optax
 
 from bilevax import checks
+from bilevax.carried import parameters
 from bilevax.inner._directional import Plan, Push, directional, make_plan, no_loss, tangent_leaves
-from bilevax.inner._optimizer_steps import Initial, Solve, optimizer_steps
+from bilevax.inner._optimizer_steps import Initial, Solve, optimizer_steps, solution
 from bilevax.inner.guides import Guide
 from bilevax.inner.random_directions import Sampler, rademacher
 from bilevax.printing import as_called, by_text
@@ -139,15 +140,14 @@ def zeroth_order(
     def prepare(key: Key, x: PyTree, z: Iterate, batch: PyTree, z_T: Iterate | None = None) -> Push:
         def at(x: PyTree) -> PyTree:
             y0 = z.y if initial is None else start(x, z.y).y
-            y = solve(x, y0, batch)
-            checks.same_shapes("y under solve", y, y0, "Return from solve(x, y0, batch) a pytree like y0.")
-            return optax.tree.cast_like(y, y0)
+            return solution(solve(x, y0, batch), y0)
 
         base = z._replace(y=at(x)) if z_T is None else z_T
 
         def along(v: PyTree) -> tuple[Iterate, Iterate]:
             step = optax.tree.cast_like(optax.tree.scale(mu, v), x)
-            change = tangent_leaves(Iterate(optax.tree.scale(1 / mu, difference.change(at, x, base.y, step))))
+            change = difference.change(lambda x: parameters(at(x)), x, parameters(base.y), step)
+            change = tangent_leaves(Iterate(optax.tree.scale(1 / mu, change)))
             lost = optax.tree.max(jax.tree.map(_lost, x, step, v))
             return base, optax.tree.where(lost, optax.tree.full_like(change, jnp.nan), change)
 

@@ -16,7 +16,7 @@ import bilevax as bx
 
 FLOORS = {  # of CONTRIBUTING; a room imports only from floors below
     **{"typing": 0, "checks": 1, "printing": 1},
-    **{"problem": 2, "sampling": 2},
+    **{"problem": 2, "sampling": 2, "carried": 2},
     **{"curvature": 3, "agents": 3},
     **{"ihvp": 4},
     **{"inner": 5, "single_loop": 5},
