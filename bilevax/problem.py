@@ -95,7 +95,7 @@ class Calls(NamedTuple):
 
     One `hessian_product` and one `cross_product` at the same point and vector share a single pull-back of ∇_y g. An
     IHVP that draws a batch of its own evaluates one more gradient there; on the same batch the compiler merges them,
-    as it does with work that loops of a single step happen to share.
+    as it does with work that loops of a single step happen to share. None is a number that nobody counts.
 
     Example:
         >>> import bilevax as bx
@@ -105,11 +105,20 @@ class Calls(NamedTuple):
 
     outer_gradients: Scalar = 0
     inner_gradients: Scalar = 0
-    hessian_products: Scalar = 0
+    hessian_products: Any = 0  # or None
     cross_products: Scalar = 0
 
     def __repr__(self) -> str:
         return brief(self)
+
+
+def added(one: Any, other: Any) -> Any:
+    """The sum of two numbers, or of two `Calls` field by field; None, unknown, where one of them is."""
+
+    def add(a: Any, b: Any) -> Any:
+        return None if a is None or b is None else a + b
+
+    return jax.tree.map(add, one, other, is_leaf=lambda part: part is None)
 
 
 class Directions(NamedTuple):
@@ -252,7 +261,12 @@ def widen(tree: PyTree) -> PyTree:
         >>> bx.problem.widen({"w": jnp.zeros(3, jnp.bfloat16)})["w"].dtype
         dtype('float32')
     """
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.promote_types(jnp.result_type(leaf), jnp.float32)), tree)
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, wide_dtype(leaf)), tree)
+
+
+def wide_dtype(*leaves: Any) -> Any:
+    """The widest dtype of real leaves, float32 at least; also where JAX is asked to promote nothing by itself."""
+    return jnp.float64 if any(jnp.result_type(leaf) == jnp.float64 for leaf in leaves) else jnp.float32
 
 
 def norm(tree: PyTree) -> Array:
@@ -275,7 +289,8 @@ def norm(tree: PyTree) -> Array:
         >>> float(bx.problem.norm({"w": jnp.asarray([3e20], "float32"), "b": jnp.asarray(4e20, "float32")})) > 4.9e20
         True
     """
-    wide = widen(tree)
+    dtype = wide_dtype(*jax.tree.leaves(tree))
+    wide = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), tree)
     largest = optax.tree.max(jax.tree.map(jnp.abs, wide))
     scale = jnp.where(largest > 0, largest, 1)
     return scale * optax.tree.norm(jax.tree.map(lambda leaf: leaf / scale, wide))
@@ -284,12 +299,16 @@ def norm(tree: PyTree) -> Array:
 class IHVPInfo(NamedTuple):
     """What one application of an inverse-Hessian-vector product reports; scalars.
 
+    In every info, a number that a method never measures is None, which is no leaf of the pytree; one that it did not
+    get to measure this time is 0. Neither is NaN, so that `jax.debug_nans` stops at a NaN of yours alone.
+
     Attributes:
       iterations: iterations of the solver.
-      products: Hessian (or other curvature) products of this application.
+      products: Hessian (or other curvature) products of this application; None where nobody counts them.
       setup_products: those that `prepare` needed, once for all applications.
-      residual: ‖b − (H + damping I) v‖ / ‖b‖; NaN where the solver does not measure it.
-      curvature: the smallest pᵀ(H + damping I)p / pᵀp that was seen; NaN where none was.
+      residual: ‖b − (H + damping I) v‖ / ‖b‖; None where the solver does not measure it.
+      curvature: the smallest pᵀ(H + damping I)p / pᵀp that was seen; None where the solver does not look, 0 where it
+        looked along no direction (b = 0).
       breakdown: True where the solve was cut short or cannot be trusted: negative curvature, a preconditioner that is
         not positive definite, divergence, or numbers that are not finite.
       setup_gradients: backward passes through the inner loss that `prepare` needed, such as those of Kronecker factors.
@@ -302,10 +321,10 @@ class IHVPInfo(NamedTuple):
     """
 
     iterations: Scalar
-    products: Scalar
+    products: Scalar | None
     setup_products: Scalar
-    residual: Scalar
-    curvature: Scalar
+    residual: Scalar | None
+    curvature: Scalar | None
     breakdown: Scalar
     setup_gradients: Scalar = 0
 
@@ -383,8 +402,8 @@ class SolverInfo(NamedTuple):
     """What the backward pass of an inner solver reports.
 
     Attributes:
-      inner_loss: g(x, y) at the returned y; scalar.
-      gradient_norm: ‖∇_y g(x, y)‖ at the returned y; scalar. Implicit rules are wrong where it is not small. It and
+      inner_loss: g(x, y) at the returned y; scalar, or None where a black box is given no g.
+      gradient_norm: ‖∇_y g(x, y)‖ at the returned y; the same. Implicit rules are wrong where it is not small. It and
         `inner_loss` are taken on the batch of `cross_sample` (all data by default) in `inner.implicit`, and on the
         batch of the last step in the other solvers: under minibatches those are noisy.
       breakdown: True where the derivative cannot be trusted: the inverse-Hessian-vector product broke down, a loss or
@@ -403,8 +422,8 @@ class SolverInfo(NamedTuple):
         False
     """
 
-    inner_loss: Scalar
-    gradient_norm: Scalar
+    inner_loss: Scalar | None
+    gradient_norm: Scalar | None
     breakdown: Scalar
     calls: Calls
     detail: Any

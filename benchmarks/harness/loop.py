@@ -70,6 +70,11 @@ def active(info: Any) -> Any:
     return jax.tree.map(lambda *parts: jnp.where(info.phase == 0, *parts), first, second)
 
 
+def known(number: Any) -> Array:
+    """A number of an info; NaN, which tables leave out, where nobody measures it."""
+    return jnp.asarray(jnp.nan if number is None else number)
+
+
 def outer_steps(
     hypergrad: bx.problem.Hypergradient,
     optimizer: optax.GradientTransformation,
@@ -87,9 +92,9 @@ def outer_steps(
             return Carry(optax.apply_updates(carry.x, updates), state, estimator), active(info)
 
         carry, info = jax.lax.scan(step, carry, keys)
-        counts = {name: jnp.sum(calls) for name, calls in info.inner.calls._asdict().items()}
+        counts = {name: jnp.sum(known(calls)) for name, calls in info.inner.calls._asdict().items()}
         counts["breakdowns"] = jnp.sum(info.inner.breakdown)
-        return carry, Trace(info.outer_loss[-1], jnp.asarray(info.inner.gradient_norm)[-1], counts)
+        return carry, Trace(info.outer_loss[-1], jnp.ravel(known(info.inner.gradient_norm))[-1], counts)
 
     return start, chunk
 

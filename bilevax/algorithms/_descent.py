@@ -67,8 +67,8 @@ class DescentInfo(NamedTuple):
       moves: `Levels` of ‖s⁺ − s‖; () for the v of a hypergradient.
       breakdown: True where the estimate cannot be trusted, or x or y is not finite.
       calls: `Calls` of the iteration.
-      outer_loss: f at the x before the step and at its y, on the outer batch of the iteration; NaN in `vrbo`.
-      inner_loss: g there, on a batch of the hypergradient; NaN where it has none.
+      outer_loss: f at the x before the step and at its y, on the outer batch of the iteration; None in `vrbo`.
+      inner_loss: g there, on a batch of the hypergradient; None where it has none.
 
     Example:
         >>> import bilevax as bx
@@ -82,8 +82,8 @@ class DescentInfo(NamedTuple):
     moves: Levels[PyTree]
     breakdown: Array
     calls: Calls
-    outer_loss: Array
-    inner_loss: Array
+    outer_loss: Array | None
+    inner_loss: Array | None
 
     def __repr__(self) -> str:
         return by_shape(self)

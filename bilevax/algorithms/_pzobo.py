@@ -56,7 +56,7 @@ def pzobo(
       mu: μ > 0; about 1e-2 in float32 where x is of order 1.
 
     Returns:
-      `Algorithm(init, step)` with `DescentState` and `DescentInfo` (whose `inner_loss` is NaN), on x and y without an
+      `Algorithm(init, step)` with `DescentState` and `DescentInfo` (whose `inner_loss` is None), on x and y without an
       agents' axis.
 
     Raises:

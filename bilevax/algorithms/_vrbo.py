@@ -77,7 +77,7 @@ def vrbo(
       terms: Hessian products of each series, >= 0.
 
     Returns:
-      `Algorithm(init, step)` with `VRBOState` and `DescentInfo` (whose losses are NaN), on x and y without an agents'
+      `Algorithm(init, step)` with `VRBOState` and `DescentInfo` (whose losses are None), on x and y without an agents'
       axis.
 
     Raises:
@@ -145,8 +145,7 @@ def vrbo(
         u = follow(jnp.asarray(steps), u, before, (x, y))
         moves: Levels[Any] = Levels(norm(optax.tree.sub(x, state.x)), norm(optax.tree.sub(y, state.y)), ())
         calls = jax.tree.map(lambda one: one * (2 * (steps + 1) + refresh), unit)
-        unknown = jnp.full_like(moves.x, jnp.nan)
-        info = DescentInfo(moves, ~jnp.isfinite(moves.x + moves.y), calls, unknown, unknown)
+        info = DescentInfo(moves, ~jnp.isfinite(moves.x + moves.y), calls, None, None)
         return VRBOState(k + 1, x, y, u, optimizer), info
 
     return Algorithm(init, step)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from bilevax.curvature import capture
 from bilevax.curvature.capture.blocks import named
 from bilevax.curvature.model_loss import structured
-from bilevax.problem import Loss
+from bilevax.problem import Loss, wide_dtype
 from bilevax.typing import PyTree
 
 
@@ -120,7 +120,7 @@ def describe(
     captured = capture.trace(loss.model, y, inputs, unsupported=_listed if unsupported is None else unsupported)
     names = [name for name, _ in named(y)]
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(y)]
-    dtype = jnp.promote_types(jnp.result_type(*jax.tree.leaves(y)), jnp.float32)
+    dtype = wide_dtype(*jax.tree.leaves(y))
     rows = tuple(_row(block, names, shapes, dtype.itemsize) for block in captured.blocks)
     rates, _ = loss.penalty(x, y)
     by_leaf = jax.tree.leaves(rates)

@@ -79,8 +79,8 @@ def decompose(here: TracedLoss, found: Factors, decay: dict[str, Array], damping
 
 def solve(
     here: TracedLoss, parts: Parts, decay: dict[str, Array], damping: Damping, inverse: Inverse, b: PyTree
-) -> tuple[PyTree, Array]:
-    """The inverse applied to b, and the smallest eigenvalue that it divided by."""
+) -> tuple[PyTree, Array | None]:
+    """The inverse applied to b, and the smallest eigenvalue that it divided by, None where it knows none."""
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(b)]
     if shapes != (wanted := [leaf.shape for leaf in here.leaves]):
         raise ValueError(f"b must be a pytree like y, with leaves {wanted}; got {shapes}. Pass ∇_y f at the same y.")
@@ -102,7 +102,7 @@ def solve(
         elif block.treatment is not None and block.treatment.solve is not None:
             solved[block.leaf] = block.treatment.solve(wide[block.leaf], delta, parts.scale)
     v = jax.tree.unflatten(jax.tree.structure(b), [solved[k] for k in range(len(wide))])
-    return optax.tree.cast_like(v, b), jnp.min(jnp.stack(smallest)) if smallest else jnp.full((), jnp.nan)
+    return optax.tree.cast_like(v, b), jnp.min(jnp.stack(smallest)) if smallest else None
 
 
 def inverted(

@@ -23,7 +23,7 @@ from bilevax.curvature.inverse import Cholesky, Eigen, Inverse, factored, spectr
 from bilevax.curvature.model_loss import ModelLoss, structured
 from bilevax.curvature.output_loss import OutputLoss
 from bilevax.curvature.sharing import ChooseSharing, Sharing, expand
-from bilevax.problem import Loss, widen
+from bilevax.problem import Loss, wide_dtype, widen
 from bilevax.sampling import split
 from bilevax.typing import Array, Key, PyTree, Scalar
 
@@ -130,7 +130,7 @@ def trace_loss(
     inputs, targets = loss.inputs_and_targets(x, batch)
     captured = capture.trace(loss.model, y, inputs, unsupported=unsupported)
     leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(y)]
-    dtype = jnp.promote_types(jnp.result_type(*leaves), jnp.float32)
+    dtype = wide_dtype(*leaves)
     q = loss.example_scale(captured.examples, dtype, x, batch).astype(dtype)
     mask = _mask(loss, batch, positions, captured)
 

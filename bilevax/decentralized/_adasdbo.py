@@ -9,7 +9,7 @@ import optax
 from bilevax import checks
 from bilevax.agents._gossip import Gossip, per_agent
 from bilevax.printing import as_called, by_shape
-from bilevax.problem import Algorithm, Batch, BilevelProblem, Calls, arrays, norm
+from bilevax.problem import Algorithm, Batch, BilevelProblem, Calls, arrays, norm, wide_dtype
 from bilevax.sampling import Sample, fold, full
 from bilevax.single_loop._levels import Levels, PerLevel, levels
 from bilevax.single_loop.estimator.estimator_type import draw
@@ -112,7 +112,7 @@ def adasdbo(
     def init(x: PyTree, y: PyTree, batch: Batch | None = None) -> AdaSDBOState:
         check_start(gossips.x, x, y, batch)
         point = Levels(arrays(x), arrays(y), optax.tree.zeros_like(arrays(y)))
-        m = jnp.full(gossips.x.agents().shape, accumulated, jnp.result_type(norm(x), norm(y)))
+        m = jnp.full(gossips.x.agents().shape, accumulated, wide_dtype(*jax.tree.leaves((x, y))))
         mixing = Levels(*(one.init((s, m)) for one, s in zip(gossips, point, strict=True)))
         return AdaSDBOState(jnp.zeros((), jnp.int32), *point, Levels(m, m, m), mixing)
 
@@ -130,7 +130,7 @@ def adasdbo(
         ):
             step = per_agent(jnp.multiply, size / scale, along)
             message = optax.tree.sub(one.weigh(old, s), step), one.weigh(old, length)
-            sent += one.bytes(old, message)
+            sent += jnp.asarray(one.bytes(old, message), float)
             message, old = one.mix(fold(key, number), old, message)
             results.append((*one.debias(old, message), old))
         end, mixed, mixing = (Levels(*parts) for parts in zip(*results, strict=True))

@@ -50,7 +50,8 @@ class Findings(NamedTuple):
     @property
     def residual(self) -> float:
         """Of the linear system; NaN where the IHVP measures none."""
-        return float(self.solves[0].residual)
+        residual = self.solves[0].residual
+        return math.nan if residual is None else float(residual)
 
     @property
     def cg_iterations(self) -> float:

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from bilevax import checks
 from bilevax.hypergradients._checked import check_hypergrad, estimated
@@ -41,8 +42,8 @@ class TwoPhaseInfo(NamedTuple):
 
     Attributes:
       phase: 0 for the first estimator, 1 for the second; scalar.
-      first: the info of the first estimator; NaN, and 0 in counts and flags, in the second phase.
-      second: the info of the second estimator; NaN, and 0 in counts and flags, in the first phase.
+      first: the info of the first estimator; all 0 in the second phase.
+      second: the info of the second estimator; all 0 in the first phase.
 
     Example:
         >>> import bilevax as bx
@@ -106,7 +107,7 @@ def two_phase(switch_at: Scalar, first: Hypergradient, second: Hypergradient) ->
         >>> one, state, _ = hypergrad.estimate(None, state, 3.0, batch)
         >>> two, state, info = hypergrad.estimate(None, state, 3.0, batch)
         >>> float(one), float(two), int(info.phase), float(info.first.outer_loss)
-        (3.0, 6.0, 1, nan)
+        (3.0, 6.0, 1, 0.0)
     """
     checks.whole("switch_at", switch_at)
     for name, estimator in (("first", first), ("second", second)):
@@ -134,8 +135,8 @@ def two_phase(switch_at: Scalar, first: Hypergradient, second: Hypergradient) ->
             part = part._replace(y=state.y)
             return estimated(second.estimate(key, part, x, batch), x, part, "second")
 
-        blank_first = _blank(jax.eval_shape(run_first, state.first)[2])
-        blank_second = _blank(jax.eval_shape(run_second, state.second)[2])
+        blank_first = optax.tree.zeros_like(jax.eval_shape(run_first, state.first)[2])
+        blank_second = optax.tree.zeros_like(jax.eval_shape(run_second, state.second)[2])
 
         def in_first(state: TwoPhaseState) -> _Outcome:
             grad, part, info = run_first(state.first)
@@ -151,10 +152,3 @@ def two_phase(switch_at: Scalar, first: Hypergradient, second: Hypergradient) ->
         return done.grad, TwoPhaseState(done.y, state.step + 1, done.first, done.second), info
 
     return Hypergradient(init, estimate)
-
-
-def _blank(info: Any) -> Any:
-    def fill(leaf: jax.ShapeDtypeStruct) -> Array:
-        return jnp.full(leaf.shape, jnp.nan if jnp.issubdtype(leaf.dtype, jnp.floating) else 0, leaf.dtype)
-
-    return jax.tree.map(fill, info)

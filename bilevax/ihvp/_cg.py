@@ -9,9 +9,9 @@ import optax
 from bilevax import checks
 from bilevax.curvature.products import Curvature, Product, damped, hessian
 from bilevax.ihvp._checked import check_ihvp, prepared
-from bilevax.ihvp._start import start, stateless
+from bilevax.ihvp._start import seen, smallest, start, stateless
 from bilevax.printing import as_called
-from bilevax.problem import IHVP, Apply, IHVPInfo, Loss, Point, norm
+from bilevax.problem import IHVP, Apply, IHVPInfo, Loss, Point, added, norm
 from bilevax.sampling import Sample, full, split
 from bilevax.typing import Array, Key, PyTree, Scalar
 
@@ -30,7 +30,7 @@ class _Carry(NamedTuple):
 
 
 def _unpreconditioned(b: PyTree, v0: PyTree | None = None) -> tuple[PyTree, IHVPInfo]:
-    return b, IHVPInfo(0, 0, 0, jnp.nan, jnp.nan, False)
+    return b, IHVPInfo(0, 0, 0, None, None, False)
 
 
 def _prepare_none(key: Key | None, state: Any, inner_loss: Loss, point: Point) -> tuple[Apply, Any]:
@@ -56,7 +56,6 @@ def _conjugate_gradients(
         return z if precondition is _unpreconditioned else optax.tree.scale(gain, z)
 
     z = unit(z)
-    nan = jnp.full_like(size, jnp.nan)
     count = jnp.zeros((), jnp.int32)
     eps = jnp.finfo(size.dtype).eps
 
@@ -67,7 +66,7 @@ def _conjugate_gradients(
         hp = product(c.p)
         php, pp = optax.tree.vdot(c.p, hp), optax.tree.vdot(c.p, c.p)
         rayleigh = php / pp
-        largest = jnp.fmax(c.largest, jnp.abs(rayleigh))
+        largest = jnp.maximum(c.largest, jnp.abs(rayleigh))
         good = (rayleigh > eps * largest) & (c.rz > 0) & jnp.isfinite(php)
         alpha = jnp.where(good, c.rz / php, 0)
         v = optax.tree.add_scale(c.v, alpha, c.p)
@@ -76,14 +75,16 @@ def _conjugate_gradients(
         z = unit(z)
         rz = jnp.where(good, optax.tree.vdot(r, z), c.rz)
         p = optax.tree.add_scale(z, rz / c.rz, c.p)
-        products = c.products + 1 + info.products
-        smallest = jnp.fmin(c.smallest, rayleigh)
+        products = added(c.products, added(1, info.products))
         stop = ~good | info.breakdown
         rr = optax.tree.vdot(r, r)  # without a preconditioner the compiler finds rz here
-        return _Carry(v, r, p, rz, jnp.sqrt(rr), smallest, largest, c.iterations + 1, products, stop)
+        return _Carry(
+            v, r, p, rz, jnp.sqrt(rr), jnp.minimum(c.smallest, rayleigh), largest, c.iterations + 1, products, stop
+        )
 
-    rz, products = optax.tree.vdot(r, z), count + info.products
-    begin = _Carry(v, r, z, rz, jnp.sqrt(optax.tree.vdot(r, r)), nan, nan, count, products, jnp.asarray(info.breakdown))
+    rz, products = optax.tree.vdot(r, z), added(count, info.products)
+    length, stop = jnp.sqrt(optax.tree.vdot(r, r)), jnp.asarray(info.breakdown)
+    begin = _Carry(v, r, z, rz, length, smallest(size), jnp.zeros_like(size), count, products, stop)
     return jax.lax.while_loop(unfinished, iterate, begin), info
 
 
@@ -164,13 +165,13 @@ def cg(
             carry, outer = _conjugate_gradients(product, precondition, begin.v, begin.r, maxiter, tol)
             finite = jnp.isfinite(carry.norm)
             v = jax.tree.map(lambda leaf: jnp.where(finite, leaf * begin.scale, jnp.nan), carry.v)
-            products = begin.products + carry.products
+            products = added(begin.products, carry.products)
             info = IHVPInfo(
                 carry.iterations,
                 products,
                 outer.setup_products,
                 carry.norm,
-                carry.smallest,
+                seen(carry.smallest),
                 carry.stop | ~finite,
                 outer.setup_gradients,
             )

@@ -229,8 +229,10 @@ def curved(passes: Passes, options: Options, refresh: Refresh) -> IHVP:
         def apply(b: PyTree, v0: PyTree | None = None) -> tuple[PyTree, IHVPInfo]:
             """V from the inverted blocks; v0 is not used."""
             v, smallest = solve(here, parts, decay, damping, inverse, b)
-            breakdown = ~jnp.isfinite(norm(v)) | (smallest <= 0)
-            return v, IHVPInfo(0, 0, 0, jnp.nan, smallest, breakdown, spent)
+            breakdown = ~jnp.isfinite(norm(v))
+            if smallest is not None:
+                breakdown |= smallest <= 0
+            return v, IHVPInfo(0, 0, 0, None, smallest, breakdown, spent)
 
         return apply, state
 

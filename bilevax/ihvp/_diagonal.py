@@ -92,7 +92,7 @@ def diagonal(*, scale: Scalar = 1.0, decay: Scalar = 0.999, eps: Scalar = 1e-8, 
             """B divided by the roots of the moments; v0 is not used."""
             v = jax.tree.map(lambda leaf, root: scale * leaf / root, widen(b), roots)
             smallest = jnp.min(jnp.stack([jnp.min(root) for root in jax.tree.leaves(roots)])) / scale
-            return optax.tree.cast_like(v, b), IHVPInfo(0, 0, 0, jnp.nan, smallest, ~jnp.isfinite(norm(v)))
+            return optax.tree.cast_like(v, b), IHVPInfo(0, 0, 0, None, smallest, ~jnp.isfinite(norm(v)))
 
         return apply, DiagonalState(step, moments)
 

@@ -46,7 +46,7 @@ def identity(scale: Scalar = 1.0) -> IHVP:
         def apply(b: PyTree, v0: PyTree | None = None) -> tuple[PyTree, IHVPInfo]:
             """B times the scale; v0 is not used."""
             v = optax.tree.cast_like(optax.tree.scale(scale, b), b)
-            return v, IHVPInfo(0, 0, 0, jnp.nan, jnp.nan, ~jnp.isfinite(norm(v)))
+            return v, IHVPInfo(0, 0, 0, None, None, ~jnp.isfinite(norm(v)))
 
         return apply, state
 

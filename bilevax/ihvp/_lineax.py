@@ -8,7 +8,7 @@ import optax
 
 from bilevax import checks
 from bilevax.curvature.products import Curvature, damped, hessian
-from bilevax.ihvp._start import start, stateless
+from bilevax.ihvp._start import lower, seen, smallest, start, stateless
 from bilevax.printing import as_called
 from bilevax.problem import IHVP, Apply, IHVPInfo, Loss, Point, norm
 from bilevax.sampling import Sample, full
@@ -41,7 +41,7 @@ def lineax(
 
     Returns:
       An `IHVP` without state; not declared `spd`. `info.residual` is measured by one more product, and `curvature` is
-      vᵀHv / vᵀv at the solution. `info.products` is NaN: lineax counts iterations, not products. `info.breakdown` is
+      vᵀHv / vᵀv at the solution. `info.products` is None: lineax counts iterations, not products. `info.breakdown` is
       True where lineax reports anything but success, or v is no better than zero.
 
     Raises:
@@ -93,11 +93,11 @@ def lineax(
             v = optax.tree.where(solved, begin.v, jax.tree.unflatten(structure, solution.value))
             hv = product(v)
             residual = norm(optax.tree.sub(begin.unit, hv))
-            rayleigh = optax.tree.vdot(v, hv) / optax.tree.vdot(v, v)
+            least = lower(smallest(left), optax.tree.vdot(v, hv), optax.tree.vdot(v, v))
             failed = ~solved & (solution.result != lineax.RESULTS.successful)
             breakdown = failed | ~(residual <= 1 + 16 * jnp.finfo(left.dtype).eps)
             iterations = solution.stats.get("num_steps", 1)
-            info = IHVPInfo(iterations, jnp.nan, 0, residual, rayleigh, breakdown)
+            info = IHVPInfo(iterations, None, 0, residual, seen(least), breakdown)
             return optax.tree.cast_like(optax.tree.scale(begin.scale, v), b), info
 
         return apply, state

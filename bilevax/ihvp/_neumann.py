@@ -8,7 +8,7 @@ import optax
 
 from bilevax import checks
 from bilevax.curvature.products import Curvature, damped, hessian
-from bilevax.ihvp._start import start, stateless
+from bilevax.ihvp._start import lower, seen, smallest, start, stateless
 from bilevax.printing import as_called
 from bilevax.problem import IHVP, Apply, IHVPInfo, Loss, Point, norm
 from bilevax.sampling import Sample, full
@@ -80,22 +80,22 @@ def neumann(
 
         def term(carry: _Carry, _: None) -> tuple[_Carry, None]:
             hr = product(carry.r)
-            rayleigh = optax.tree.vdot(carry.r, hr) / carry.norm**2
+            least = lower(carry.curvature, optax.tree.vdot(carry.r, hr), carry.norm**2)
             v = optax.tree.cast_like(optax.tree.add_scale(carry.v, step_size, carry.r), carry.v)
             r = optax.tree.cast_like(optax.tree.add_scale(carry.r, -step_size, hr), carry.r)
             size = norm(r)
             grew = carry.grew | ~(size <= carry.norm * (1 + 16 * jnp.finfo(size.dtype).eps))
-            return _Carry(v, r, size, jnp.fmin(carry.curvature, rayleigh), grew), None
+            return _Carry(v, r, size, least, grew), None
 
         def apply(b: PyTree, v0: PyTree | None = None) -> tuple[PyTree, IHVPInfo]:
             """V by the terms of the series from v0, or from zero where that is better."""
             begin = start(product, b, v0)
             size = norm(begin.r)
-            carry = _Carry(begin.v, begin.r, size, jnp.full_like(size, jnp.nan), ~jnp.isfinite(size))
+            carry = _Carry(begin.v, begin.r, size, smallest(size), ~jnp.isfinite(size))
             carry, _ = jax.lax.scan(term, carry, length=terms)
             v = optax.tree.scale(begin.scale, optax.tree.add_scale(carry.v, step_size, carry.r))
             breakdown = carry.grew | (carry.curvature < 0)
-            info = IHVPInfo(terms, terms + begin.products, 0, carry.norm, carry.curvature, breakdown)
+            info = IHVPInfo(terms, terms + begin.products, 0, carry.norm, seen(carry.curvature), breakdown)
             return optax.tree.cast_like(v, b), info
 
         return apply, state

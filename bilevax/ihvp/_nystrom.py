@@ -119,7 +119,7 @@ def nystrom(
             if size < example.size:
                 v = v + (unit - vectors @ inside) / outside
             breakdown = (smallest < 0) | ~jnp.isfinite(norm(v))
-            info = IHVPInfo(0, 0, size, jnp.nan, smallest + damping, breakdown)
+            info = IHVPInfo(0, 0, size, None, smallest + damping, breakdown)
             return optax.tree.cast_like(unravel((scale * v).astype(example.dtype)), b), info
 
         return apply, state

@@ -8,7 +8,7 @@ import optax
 
 from bilevax import checks
 from bilevax.curvature.products import Curvature, damped, hessian
-from bilevax.ihvp._start import start, stateless
+from bilevax.ihvp._start import lower, seen, smallest, start, stateless
 from bilevax.printing import as_called
 from bilevax.problem import IHVP, Apply, IHVPInfo, Loss, Point, norm
 from bilevax.sampling import Sample, fold, full, split
@@ -85,21 +85,21 @@ def random_neumann(
         def factor(i: Array, carry: _Carry) -> _Carry:
             product = damped(curvature(inner_loss, x, y, sample(fold(sample_key, i), i, data)), damping)
             hr = product(carry.r)
-            rayleigh = optax.tree.vdot(carry.r, hr) / carry.norm**2
+            least = lower(carry.curvature, optax.tree.vdot(carry.r, hr), carry.norm**2)
             r = optax.tree.cast_like(optax.tree.add_scale(carry.r, -step_size, hr), carry.r)
             size = norm(r)
             grew = carry.grew | ~(size <= carry.norm * (1 + 16 * jnp.finfo(size.dtype).eps))
-            return _Carry(r, size, jnp.fmin(carry.curvature, rayleigh), grew)
+            return _Carry(r, size, least, grew)
 
         def apply(b: PyTree, v0: PyTree | None = None) -> tuple[PyTree, IHVPInfo]:
             """V by one draw of the series; v0 is not used."""
             begin = start(lambda v: v, b, None)
             size = norm(begin.r)
-            carry = _Carry(begin.r, size, jnp.full_like(size, jnp.nan), ~jnp.isfinite(size))
+            carry = _Carry(begin.r, size, smallest(size), ~jnp.isfinite(size))
             carry = jax.lax.fori_loop(0, p, factor, carry)
             v = optax.tree.scale(begin.scale * terms * step_size, carry.r)
             breakdown = carry.grew | (carry.curvature < 0)
-            return optax.tree.cast_like(v, b), IHVPInfo(p, p, 0, jnp.nan, carry.curvature, breakdown)
+            return optax.tree.cast_like(v, b), IHVPInfo(p, p, 0, None, seen(carry.curvature), breakdown)
 
         return apply, state
 

@@ -10,7 +10,7 @@ from bilevax.curvature.model_loss import gauss_newton
 from bilevax.curvature.products import Curvature, damped
 from bilevax.ihvp._checked import check_ihvp, prepared
 from bilevax.printing import as_called
-from bilevax.problem import IHVP, Apply, IHVPInfo, Loss, Point
+from bilevax.problem import IHVP, Apply, IHVPInfo, Loss, Point, added
 from bilevax.sampling import Sample, full, split
 from bilevax.typing import Key, PyTree, Scalar
 
@@ -68,7 +68,10 @@ def rescaled(ihvp: IHVP, *, damping: Scalar = 1e-3, curvature: Curvature = gauss
             broken = info.breakdown | ~jnp.isfinite(vhv) | ((vhv <= 0) & (vv > 0))
             scaled = optax.tree.cast_like(optax.tree.scale(gain, v), b)
             return scaled, info._replace(
-                products=info.products + 1, residual=rest, curvature=vhv / jnp.where(vv > 0, vv, 1), breakdown=broken
+                products=added(info.products, 1),
+                residual=rest,
+                curvature=vhv / jnp.where(vv > 0, vv, 1),
+                breakdown=broken,
             )
 
         return apply, state

@@ -8,7 +8,7 @@ import optax
 
 from bilevax import checks
 from bilevax.curvature.products import Curvature, Product, damped, hessian
-from bilevax.ihvp._start import start, stateless
+from bilevax.ihvp._start import lower, seen, smallest, start, stateless
 from bilevax.printing import as_called
 from bilevax.problem import IHVP, Apply, IHVPInfo, Loss, Point, norm
 from bilevax.sampling import Sample, fold, split
@@ -87,17 +87,17 @@ def sgd(
 
             def step(carry: _Carry, t: Array) -> tuple[_Carry, None]:
                 hv = product_at(t)(carry.v)
-                rayleigh = optax.tree.vdot(carry.v, hv) / optax.tree.vdot(carry.v, carry.v)
+                least = lower(carry.curvature, optax.tree.vdot(carry.v, hv), optax.tree.vdot(carry.v, carry.v))
                 r = optax.tree.sub(unit, hv)
                 v = optax.tree.cast_like(optax.tree.add_scale(carry.v, step_size, r), carry.v)
-                return _Carry(v, norm(r), jnp.fmin(carry.curvature, rayleigh)), None
+                return _Carry(v, norm(r), least), None
 
             size = norm(unit)
-            carry, _ = jax.lax.scan(step, _Carry(begin.v, size, jnp.full_like(size, jnp.nan)), jnp.arange(steps))
+            carry, _ = jax.lax.scan(step, _Carry(begin.v, size, smallest(size)), jnp.arange(steps))
             v = optax.tree.scale(begin.scale, carry.v)
             worse = ~(carry.norm <= 1 + 16 * jnp.finfo(size.dtype).eps)
             breakdown = worse | (carry.curvature < 0) | ~jnp.isfinite(norm(v))
-            info = IHVPInfo(steps, steps + begin.products, 0, carry.norm, carry.curvature, breakdown)
+            info = IHVPInfo(steps, steps + begin.products, 0, carry.norm, seen(carry.curvature), breakdown)
             return optax.tree.cast_like(v, b), info
 
         return apply, state

@@ -49,6 +49,22 @@ def start(product: Product, b: PyTree, v0: PyTree | None) -> UnitSolve:
     return UnitSolve(scale, unit, optax.tree.where(better, guess, zeros), optax.tree.where(better, r, unit), 1)
 
 
+def smallest(size: Array) -> Array:
+    """The smallest of no curvatures, where a search begins: the largest number like this one."""
+    return jnp.full_like(size, jnp.finfo(size.dtype).max)
+
+
+def lower(curvature: Array, php: Array, pp: Array) -> Array:
+    """The smaller of a curvature and pᵀHp / pᵀp; a p of length zero has none."""
+    none = pp == 0
+    return jnp.where(none, curvature, jnp.minimum(curvature, php / jnp.where(none, 1, pp)))
+
+
+def seen(curvature: Array) -> Array:
+    """The smallest curvature for a report: 0 where none was seen."""
+    return jnp.where(curvature == smallest(curvature), 0, curvature)
+
+
 def stateless(x: PyTree, y: PyTree, batch: PyTree = None, inner_loss: Loss | None = None) -> tuple[()]:
     """The `init` of an IHVP that keeps nothing."""
     return ()

@@ -9,7 +9,7 @@ import optax
 from bilevax import checks
 from bilevax.inner._checked import check_solver
 from bilevax.printing import as_called, by_shape
-from bilevax.problem import InnerSolver, Iterate, SolverInfo
+from bilevax.problem import InnerSolver, Iterate, SolverInfo, added
 from bilevax.typing import Key, PyTree
 
 
@@ -106,7 +106,7 @@ def chain(first: InnerSolver, last: InnerSolver) -> InnerSolver:
         """x_bar like x, the sum of both links; z0_bar is that of the first."""
         (last_x_bar, z_bar), last_state, last_info = last.backward(residual.last, state.last, z_bar)
         (first_x_bar, z_bar), first_state, first_info = first.backward(residual.first, state.first, z_bar)
-        calls = jax.tree.map(lambda a, b: a + b, first_info.calls, last_info.calls)
+        calls = added(first_info.calls, last_info.calls)
         breakdown = jnp.logical_or(first_info.breakdown, last_info.breakdown)
         info = last_info._replace(breakdown=breakdown, calls=calls, detail=(first_info, last_info))
         return (optax.tree.add(first_x_bar, last_x_bar), z_bar), ChainState(first_state, last_state), info

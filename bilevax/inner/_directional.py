@@ -15,7 +15,7 @@ from bilevax.inner._optimizer_steps import Begin, Report, check_point, diverged
 from bilevax.inner.guides import Guide, Solution
 from bilevax.inner.random_directions import Row, Sampler
 from bilevax.printing import brief, by_shape
-from bilevax.problem import Calls, InnerSolver, Iterate, SolverInfo, Start, arrays, norm, widen
+from bilevax.problem import Calls, InnerSolver, Iterate, SolverInfo, Start, added, arrays, norm, widen
 from bilevax.sampling import check_key, needed
 from bilevax.typing import Array, Key, PyTree, Scalar
 
@@ -30,7 +30,7 @@ class DirectionalInfo(NamedTuple):
         that neither guide nor control variate explains.
       relative_error: √variance / ‖u‖, with u the indirect gradient (in a chain the part that comes through this link);
         above 1 the noise is longer than the gradient. Without guide and control variate it is √noise, known beforehand.
-      cosine: that of the angle between u and the span of the guesses; NaN without a guide.
+      cosine: that of the angle between u and the span of the guesses, 0 where all are refused; None without a guide.
       step_scale: 1 / (1 + relative_error²): times the step size that suits the exact gradient, it is one that suits
         this one. (The noise shrinks with the gradient, so that convergence stays linear.)
       solves: runs of the inner solver.
@@ -47,7 +47,7 @@ class DirectionalInfo(NamedTuple):
 
     variance: Scalar
     relative_error: Scalar
-    cosine: Scalar
+    cosine: Scalar | None
     step_scale: Scalar
     solves: Scalar
     tangents: Scalar
@@ -181,9 +181,8 @@ def make_plan(
 
 
 def no_loss(x: PyTree, y: PyTree, batch: PyTree) -> Array | tuple[Array, PyTree]:
-    """Stands for an inner loss that is not known: NaN in every report."""
-    value = jnp.nan * optax.tree.sum(parameters(y))
-    return (value, y.carried) if isinstance(y, Carried) else value
+    """Stands for an inner loss that is not known, of which nothing is reported."""
+    return (jnp.zeros(()), y.carried) if isinstance(y, Carried) else jnp.zeros(())
 
 
 def tangent_leaves(z: Iterate) -> Iterate:
@@ -211,7 +210,7 @@ def directional(
       plan: of the directions.
       solves: `solves(plan)`, runs of the inner solver.
       calls: `calls(solves, tangents) -> Calls` of these.
-      reports: whether `report` evaluates a gradient, which it does before and after the steps.
+      reports: whether there is anything to report: a gradient, evaluated before and after the steps.
 
     Returns:
       An `InnerSolver`.
@@ -265,7 +264,7 @@ def directional(
         )
         basis = None if guesses.vectors is None else _orthonormal(guesses.vectors)
         known = zeros if shift.vectors is None else _outside(basis, _entry(shift.vectors, 0))
-        explained = jnp.asarray(jnp.nan)
+        explained = None
         if basis is not None:
             length = optax.tree.size(x) ** 0.5  # that of a random direction, for the sake of finite differences
             columns = optax.tree.cast_like(optax.tree.scale(length, basis), x)
@@ -275,24 +274,27 @@ def directional(
         along = derivatives(row, indices) if tangents is None else jax.vmap(lambda one: _product(z_bar, one))(tangents)
         estimate, variance, square = _estimate(known, along, basis, row, indices, plan)
         x_bar = optax.tree.cast_like(estimate, x)
-        square = jnp.maximum(square, jnp.nan_to_num(explained))
-        relative = jnp.where(variance > 0, variance / square, variance)
-        cosine = jnp.where(guesses.refused < plan.guesses, jnp.sqrt(explained / square), jnp.nan)
+        cosine = None
+        if explained is not None:
+            square = jnp.maximum(square, explained)
+            cosine = jnp.where(guesses.refused < plan.guesses, jnp.sqrt(_ratio(explained, square)), 0)
+        relative = _ratio(variance, square)
         runs, refused = solves(plan), guesses.refused + shift.refused
         detail = DirectionalInfo(
             *(variance, jnp.sqrt(relative), cosine, 1 / (1 + relative), runs, plan.directions, refused)
         )
-        value, gradient_norm = report(key, batch, x, z_T)
-        begin = Begin(jnp.asarray(reports), *report(key, batch, x, z))
-        lost = ~jnp.isfinite(norm(tangent_leaves(z_T)) + norm(x_bar))
-        breakdown = lost | diverged(begin, value, gradient_norm)
-        each = _add(Calls(inner_gradients=2 * reports), _add(shift.calls, guesses.calls))
-        total = _add(calls(runs, plan.directions), optax.tree.scale(plan.devices, each))
+        seen: tuple[Array | None, Array | None] = (None, None)
+        breakdown = ~jnp.isfinite(norm(tangent_leaves(z_T)) + norm(x_bar))
+        if reports:
+            begin, seen = Begin(jnp.asarray(True), *report(key, batch, x, z)), (end := report(key, batch, x, z_T))
+            breakdown |= diverged(begin, *end)
+        each = added(Calls(inner_gradients=2 * reports), added(shift.calls, guesses.calls))
+        total = added(calls(runs, plan.directions), optax.tree.scale(plan.devices, each))
         states = (
             guide.update(asked.state, x_bar) if guide else ()
             for guide, asked in ((plan.guide, guesses), (plan.control_variate, shift))
         )
-        info = SolverInfo(value, gradient_norm, breakdown, total, detail)
+        info = SolverInfo(*seen, breakdown, total, detail)
         return (x_bar, Iterate(optax.tree.zeros_like(parameters(z.y)))), DirectionalState(*states), info
 
     return InnerSolver(init, start, forward, backward, pushes_tangents=True)
@@ -362,8 +364,9 @@ def _entry(stacked: PyTree, i: Scalar) -> PyTree:
     return jax.tree.map(lambda leaf: leaf[i], stacked)
 
 
-def _add(one: Calls, other: Calls) -> Calls:
-    return jax.tree.map(lambda a, b: a + b, one, other)
+def _ratio(part: Array, whole: Array) -> Array:
+    """Part / whole, 0 of 0."""
+    return part / jnp.where(part == 0, 1, whole)
 
 
 def _ask(guide: Guide, key: Key, state: Any, x: PyTree, solution: Solution) -> Guesses:

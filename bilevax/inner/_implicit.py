@@ -24,7 +24,19 @@ from bilevax.inner._optimizer_steps import (
     step_keys,
 )
 from bilevax.printing import as_called, by_shape
-from bilevax.problem import IHVP, Calls, IHVPInfo, InnerSolver, Iterate, Loss, SolverInfo, arrays, inner_gradient, norm
+from bilevax.problem import (
+    IHVP,
+    Calls,
+    IHVPInfo,
+    InnerSolver,
+    Iterate,
+    Loss,
+    SolverInfo,
+    added,
+    arrays,
+    inner_gradient,
+    norm,
+)
 from bilevax.sampling import Sample, full
 from bilevax.typing import Key, PyTree
 
@@ -181,7 +193,8 @@ def implicit(
         apply, ihvp_state = prepared("ihvp", parts, state.ihvp)
         v, ihvp_info = _checked(apply(y_bar, state.v), y_bar)
         x_bar = optax.tree.scale(-1, inner.pull_back(v)[0])
-        calls = Calls(0, gradients + ihvp_info.setup_gradients, ihvp_info.products + ihvp_info.setup_products, 1)
+        products = added(ihvp_info.products, ihvp_info.setup_products)
+        calls = Calls(0, gradients + ihvp_info.setup_gradients, products, 1)
         size = norm(inner.gradient)
         lost = ~jnp.isfinite(inner.loss + size) | diverged(begin, inner.loss, size)
         breakdown = ihvp_info.breakdown | lost

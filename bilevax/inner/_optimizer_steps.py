@@ -11,7 +11,7 @@ import optax
 
 from bilevax import checks
 from bilevax.carried import Carried, carried_like, carrying, parameters, with_parameters
-from bilevax.problem import Iterate, Loss, Start, arrays, norm
+from bilevax.problem import Iterate, Loss, Start, arrays, norm, wide_dtype
 from bilevax.sampling import Sample, fold, split
 from bilevax.typing import Array, Key, PyTree
 
@@ -198,7 +198,7 @@ def watch(z: Iterate) -> Watched:
     """Nothing is seen yet, before the first step from z."""
     leaves = [leaf for leaf in jax.tree.leaves(parameters(z.y)) if jnp.issubdtype(leaf.dtype, jnp.floating)]
     # like y, so that in a shard_map they vary over the devices where y does
-    zero = jax.lax.stop_gradient(jnp.zeros_like(leaves[0], shape=(), dtype=jnp.result_type(jnp.float32, *leaves)))
+    zero = jax.lax.stop_gradient(jnp.zeros_like(leaves[0], shape=(), dtype=wide_dtype(*leaves)))
     return Watched(z, Begin(zero > 0, zero, zero))
 
 

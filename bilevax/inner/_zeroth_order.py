@@ -102,7 +102,7 @@ def zeroth_order(
       sampler: of the random directions; see `random_directions`.
       guide: proposes some of the directions; see `guides`.
       control_variate: proposes what is subtracted before the estimate and added after it.
-      inner_loss: g, for the report alone; without it the report is NaN.
+      inner_loss: g, for the report alone; without it there is none.
       initial: y_0 as a function of x; by default y_0 is the warm y, the same for all evaluations.
       chunk: how many evaluations run at once, under `jax.vmap`; by default all, with 1 one after the other.
       axis: name of the device axis whose devices share the random directions; see `parallel.shard_directions`.
@@ -148,8 +148,8 @@ def zeroth_order(
             step = optax.tree.cast_like(optax.tree.scale(mu, v), x)
             change = difference.change(lambda x: parameters(at(x)), x, parameters(base.y), step)
             change = tangent_leaves(Iterate(optax.tree.scale(1 / mu, change)))
-            lost = optax.tree.max(jax.tree.map(_lost, x, step, v))
-            return base, optax.tree.where(lost, optax.tree.full_like(change, jnp.nan), change)
+            lost = jnp.any(jnp.stack(jax.tree.leaves(jax.tree.map(_lost, x, step, v))))
+            return base, jax.tree.map(lambda leaf: jnp.where(lost, jnp.nan, leaf), change)
 
         return Push(lambda: base, along)
 

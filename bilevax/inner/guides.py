@@ -19,6 +19,7 @@ et al., arXiv 1910.05268, for search directions from guesses; Mishchenko et al.,
 as control variate (DIANA's shift).
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -30,7 +31,7 @@ from jax.flatten_util import ravel_pytree
 from bilevax import checks
 from bilevax.inner._optimizer_steps import full_cotangent
 from bilevax.printing import as_called, by_text
-from bilevax.problem import Calls, InnerSolver, Iterate, SolverInit, arrays
+from bilevax.problem import Calls, InnerSolver, Iterate, SolverInit, added, arrays
 from bilevax.typing import Key, PyTree, Scalar
 
 __all__ = ["Guide", "Solution", "at_solution", "blocks", "fixed", "from_start", "running_mean", "several"]
@@ -351,7 +352,7 @@ def several(*guides: Guide) -> Guide:
         parts = [guide.propose(key, part, x, solution) for guide, part in zip(guides, state, strict=True)]
         guesses, states, calls = zip(*parts, strict=True)
         together = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *guesses)
-        return together, states, jax.tree.map(lambda *counts: sum(counts), *calls)
+        return together, states, functools.reduce(added, calls)
 
     def update(state: tuple[Any, ...], estimate: PyTree) -> tuple[Any, ...]:
         return tuple(guide.update(part, estimate) for guide, part in zip(guides, state, strict=True))

@@ -42,7 +42,7 @@ from jax.flatten_util import ravel_pytree
 
 from bilevax import checks
 from bilevax.printing import by_text
-from bilevax.problem import arrays, widen
+from bilevax.problem import arrays, wide_dtype, widen
 from bilevax.typing import Key, PyTree, Scalar
 
 __all__ = ["Sampler", "coordinate", "gaussian", "hadamard", "orthogonal", "rademacher", "sphere"]
@@ -107,7 +107,7 @@ def _sphere(key: Key, like: PyTree, number: int) -> Row:
 def _orthogonal(key: Key, like: PyTree, number: int) -> Row:
     size = _at_most("orthogonal", number, optax.tree.size(like))
     flat, unravel = ravel_pytree(like)
-    q, r = jnp.linalg.qr(jax.random.normal(key, (size, number), jnp.promote_types(flat.dtype, jnp.float32)))
+    q, r = jnp.linalg.qr(jax.random.normal(key, (size, number), wide_dtype(flat)))
     columns = size**0.5 * q * jnp.sign(jnp.diagonal(r))[None, :]  # without the signs, q is not uniform
     return lambda i: unravel(columns[:, i].astype(flat.dtype))
 

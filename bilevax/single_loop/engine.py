@@ -139,7 +139,7 @@ def single_loop(
             spent.append(jax.tree.map(lambda calls, times=evaluations: calls * times, group.calls))
             sent.append([move[2] for move in moves if move[2]])
         calls = jax.tree.map(lambda *parts: sum(parts), *spent)
-        size = sum((one.bytes for group in sent for one in group), start=jnp.zeros(agents.shape))
+        size = sum((jnp.asarray(one.bytes, float) for group in sent for one in group), start=jnp.zeros(agents.shape))
         info = Info(*moved(start, point), calls, size, sum(map(_most_rounds, sent)))
         return State(state.k + 1, *point, previous, tuple(estimators), memories), info
 
@@ -269,7 +269,7 @@ def _once_each(gossip: Gossip) -> tuple[Gossip, list[Mixed]]:
 
 def _projected(v: PyTree, radius: Scalar) -> PyTree:
     def one(v: PyTree) -> PyTree:
-        scale = jnp.minimum(1.0, radius / jnp.maximum(norm(v), jnp.finfo(jnp.float32).tiny))
+        scale = jnp.minimum(1.0, radius / jnp.maximum(norm(v), float(jnp.finfo(jnp.float32).tiny)))
         return jax.tree.map(lambda leaf: (scale * leaf).astype(leaf.dtype), v)
 
     return jax.vmap(one)(v)

@@ -60,7 +60,7 @@ ROWS = {  # in the order of the table: the verdict, and how what is found differ
     "the unroll is too short": {"solves": []},
     "the linear solver broke down": {"solves": [SOLVE._replace(residual=2.0, breakdown=True)]},
     "the linear system is not solved: too few iterations": {"solves": [SOLVE._replace(residual=0.006)]},
-    "the inverse Hessian is replaced by a crude approximation": {"solves": [SOLVE._replace(residual=math.nan)]},
+    "the inverse Hessian is replaced by a crude approximation": {"solves": [SOLVE._replace(residual=None)]},
     "the estimate is a multiple of the hypergradient": {"cosine": -1.0},
     "another system was solved: the damping is too large": {"damping": 0.5},
     "another system was solved: the curvature is not the Hessian": {},
@@ -118,7 +118,7 @@ def test_the_last_row_always_applies():
         ({"smallest_curvature": 1e-8}, "another system was solved"),
         ({"noise": 0.15}, "another system was solved"),
         ({"penalties": [PENALTY], "inner_error": 0.25}, "the inner problem is not solved"),
-        ({"solves": [SOLVE._replace(residual=math.nan, breakdown=True)]}, "the linear solver broke down"),
+        ({"solves": [SOLVE._replace(residual=None, breakdown=True)]}, "the linear solver broke down"),
         ({"solves": [SOLVE._replace(residual=0.004)]}, "another system was solved"),
         (
             ROWS["the linear system is not solved: too few iterations"] | {"smallest_curvature": math.nan},

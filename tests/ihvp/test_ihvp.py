@@ -89,7 +89,7 @@ def test_equals_the_dense_solve(make):
 def test_identity_scales():
     v, info = solve(bx.ihvp.identity(0.25))
     np.testing.assert_array_equal(v, 0.25 * B)
-    assert np.isnan(info.residual)
+    assert info.residual is None
     assert info.products == 0
 
 
@@ -182,8 +182,9 @@ def test_reports_do_not_depend_on_the_size_of_b_in_float32(ihvp):
         b = jnp.asarray(np.repeat(sizes[:, None], 10, axis=1))
         info = jax.jit(jax.vmap(lambda b: diagonal_solve(ihvp, eigenvalues, b)[1]))(b)
         assert not info.breakdown.any()
-        np.testing.assert_allclose(info.residual, np.full(4, info.residual[0]), atol=1e-6)
-        np.testing.assert_allclose(info.curvature, np.full(4, info.curvature[0]), rtol=1e-5)
+        for number, tolerance in ((info.residual, {"atol": 1e-6}), (info.curvature, {"rtol": 1e-5})):
+            if number is not None:
+                np.testing.assert_allclose(number, np.full(4, number[0]), **tolerance)
 
 
 def test_neumann_reports_divergence():
@@ -491,7 +492,7 @@ def test_linear_reports_a_solver_that_gives_up():
     assert info.breakdown
     assert info.residual > 1e-3
     assert info.iterations == 2
-    assert np.isnan(info.products)
+    assert info.products is None
 
 
 M = np.array([[2.0, 1.0, 0.0], [0.0, 1.5, 0.7], [-0.5, 0.0, 1.0]])

@@ -35,7 +35,7 @@ def inverse_of_diagonal(damping):
     """v = b / diag(H), a poor inverse whose error is known; the damping is left out."""
 
     def prepare(key, state, inner_loss, point):
-        return lambda b, v0=None: (b / jnp.diag(H), bx.problem.IHVPInfo(0, 0, 0, jnp.nan, jnp.nan, False)), state
+        return lambda b, v0=None: (b / jnp.diag(H), bx.problem.IHVPInfo(0, 0, 0, None, None, False)), state
 
     return bx.ihvp.identity()._replace(prepare=prepare)
 

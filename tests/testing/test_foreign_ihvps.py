@@ -33,7 +33,7 @@ def richardson(step_size, sample, steps=3):
             v = jax.tree.map(lambda b: step_size * b, b) if v0 is None else v0
             v, _ = jax.lax.scan(step, optax.tree.cast_like(v, b), length=steps)
             bad = ~jnp.isfinite(sum(jnp.sum(leaf, dtype=float) for leaf in jax.tree.leaves(v)))
-            return v, bx.problem.IHVPInfo(steps, steps, 0, jnp.nan, jnp.nan, bad)
+            return v, bx.problem.IHVPInfo(steps, steps, 0, None, None, bad)
 
         return apply, state
 

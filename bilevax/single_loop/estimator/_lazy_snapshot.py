@@ -67,7 +67,7 @@ def lazy_snapshot(coins: Coins) -> Estimator:
             d = jax.lax.cond(chosen.reshape(()), lambda: oracle.evaluate(point, batch), lambda: state)
         else:
             d = where(chosen, oracle.evaluate(point, batch), state)
-        return d, d, ones * chosen
+        return d, d, jnp.where(chosen, ones, 0)
 
     return Estimator(init, update)
 

@@ -20,13 +20,14 @@ ENTRIES_OF_Y = 12
 
 def _outer_loss(x: PyTree, y: PyTree, C: PyTree) -> Array:
     (w,) = x
-    return jnp.sum(jax.nn.softplus(C.mean(0) @ (y["w"] * jnp.sum(w)))) + jnp.sum(y["scale"] ** 2) + 0.1 * jnp.sum(w**2)
+    fit = jnp.sum(jax.nn.softplus(C.mean(0) @ (y["w"] * jnp.sum(w)))) + 0.1 * jnp.sum(w**2)
+    return fit + jnp.sum(y["scale"].astype(fit.dtype) ** 2)
 
 
 def _inner_loss(x: PyTree, y: PyTree, rows: PyTree) -> Array:
     ((w,), (A, B)) = x, rows
     fit = jnp.sum(jax.nn.softplus(A.mean(0) @ jnp.tanh(y["w"] + jnp.sum(w)))) + y["w"] @ (B.mean(0) @ w)
-    return fit + jnp.sum(y["w"] ** 2) + jnp.sum((y["scale"] - 1) ** 2)
+    return fit + jnp.sum(y["w"] ** 2) + jnp.sum((y["scale"].astype(fit.dtype) - 1) ** 2)
 
 
 PROBLEM = BilevelProblem(_outer_loss, _inner_loss)
