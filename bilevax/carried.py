@@ -1,7 +1,7 @@
 """An inner variable of which a part is not optimized but moves along: running statistics, counts, keys."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from bilevax import checks
 from bilevax.typing import Array, PyTree
 
-__all__ = ["Carried", "carried_like", "carrying", "pair", "parameters", "with_parameters"]
+__all__ = ["Carried", "CarryingLoss", "carried_like", "carrying", "pair", "parameters", "with_parameters"]
 
 
 def __dir__() -> list[str]:
@@ -54,6 +54,10 @@ class Carried(NamedTuple):
     carried: PyTree
 
 
+CarryingLoss: TypeAlias = Callable[[PyTree, PyTree, PyTree, PyTree], tuple[Array, PyTree]]
+"""(x, params, y, batch) -> the loss at y with these params, and y with what it carries next."""
+
+
 def parameters(y: PyTree) -> PyTree:
     """What of y is optimized: all of it, unless it is `Carried`."""
     return y.params if isinstance(y, Carried) else y
@@ -64,9 +68,7 @@ def with_parameters(y: PyTree, params: PyTree) -> PyTree:
     return Carried(params, jax.lax.stop_gradient(y.carried)) if isinstance(y, Carried) else params
 
 
-def carrying(
-    name: str, loss: Callable[[PyTree, PyTree, PyTree], Any]
-) -> Callable[[PyTree, PyTree, PyTree, PyTree], tuple[Array, PyTree]]:
+def carrying(name: str, loss: Callable[[PyTree, PyTree, PyTree], Any]) -> CarryingLoss:
     """Returns `loss` as a checked function (x, params, y, batch) -> (value, y with what it carries next).
 
     It is the loss at y with these params, so that its derivative in y is that in params.

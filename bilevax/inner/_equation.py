@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import optax
 
 from bilevax import checks
+from bilevax.carried import CarryingLoss, carrying, parameters, with_parameters
 from bilevax.curvature.products import Product
 from bilevax.inner._gmres import gmres
-from bilevax.inner._optimizer_steps import Initial, Solve, check_point, optimizer_steps
+from bilevax.inner._optimizer_steps import Initial, Solve, check_point, optimizer_steps, solution
 from bilevax.printing import brief, by_shape
 from bilevax.problem import Calls, InnerSolver, Iterate, Loss, SolverInfo, arrays, norm
 from bilevax.sampling import full
@@ -100,20 +101,20 @@ def equation(
     checks.nonnegative("tol", tol)
     if linear_solve is not None:
         checks.function("linear_solve", linear_solve, "product", "b", "u0")
-    loss = None if inner_loss is None else checks.scalar_loss("inner_loss", inner_loss)
+    loss = None if inner_loss is None else carrying("inner_loss", inner_loss)
     start = optimizer_steps(_no_loss, optax.identity(), initial, full).start
 
     def init(x: PyTree, y: PyTree, batch: PyTree = None) -> EquationState:
         """The first u, 0 like y (None without warm start)."""
         check_point(x, y)
-        return EquationState(optax.tree.zeros_like(arrays(y)) if warm_start else None)
+        return EquationState(optax.tree.zeros_like(arrays(parameters(y))) if warm_start else None)
 
     def forward(
         key: Key | None, state: EquationState, x: PyTree, z: Iterate, batch: PyTree
     ) -> tuple[Iterate, EquationResidual, EquationState]:
         """The z with the y that solves the equation; the state waits for `backward`."""
         y, iterations = run(x, z.y, batch)
-        size = norm(z.y)
+        size = norm(parameters(z.y))
         z = z._replace(y=y)
         return z, EquationResidual(x, z, batch, jnp.asarray(iterations), size), state
 
@@ -122,15 +123,15 @@ def equation(
     ) -> tuple[tuple[PyTree, Iterate], EquationState, SolverInfo]:
         """x_bar = −(∂r/∂x)ᵀ u like x, and zeros like y; the state keeps u like y for the next outer step."""
         x, z, batch, iterations, size = residual
-        y = z.y
-        r, pull_back = jax.vjp(lambda x, y: function(x, y, batch), x, y)
+        y = parameters(z.y)
+        r, pull_back = jax.vjp(lambda x, y: function(x, with_parameters(z.y, y), batch), x, y)
         u, adjoint_residual, products = _solve(lambda u: pull_back(u)[1], z_bar.y, state.u, linear_solve, maxiter, tol)
         x_bar = optax.tree.scale(-1, pull_back(u)[0])
         left, largest = norm(r), jnp.maximum(size, norm(y))
         share = left / jnp.where(largest > 0, largest, 1) if relative else left
         enough = jnp.sqrt(jnp.asarray(tol, left.dtype))
         solved = (adjoint_residual <= enough) & (share <= enough if relative else jnp.isfinite(share))
-        value, slope = (left**2 / 2, left) if loss is None else _report(loss, x, y, batch)
+        value, slope = (left**2 / 2, left) if loss is None else _report(loss, x, z.y, batch)
         breakdown = ~(solved & jnp.isfinite(value + slope))
         calls = Calls(inner_gradients=0 if loss is None else 1)
         info = SolverInfo(value, slope, breakdown, calls, EquationInfo(share, iterations, adjoint_residual, products))
@@ -159,8 +160,8 @@ def _no_loss(x: PyTree, y: PyTree, batch: PyTree) -> Array:
     return jnp.zeros(())
 
 
-def _report(loss: Loss, x: PyTree, y: PyTree, batch: PyTree) -> tuple[Array, Array]:
-    value, gradient = jax.value_and_grad(loss, argnums=1)(x, y, batch)
+def _report(loss: CarryingLoss, x: PyTree, y: PyTree, batch: PyTree) -> tuple[Array, Array]:
+    (value, _), gradient = jax.value_and_grad(loss, argnums=1, has_aux=True)(x, parameters(y), y, batch)
     return value, norm(gradient)
 
 
@@ -169,20 +170,6 @@ def own_solve(solve: Solve) -> Run:
     checks.function("solve", solve, "x", "y0", "batch")
 
     def run(x: PyTree, y0: PyTree, batch: PyTree) -> tuple[PyTree, int]:
-        y = solve(x, y0, batch)
-        checks.same_shapes("y under solve", y, y0, "Return from solve(x, y0, batch) a pytree like y0.")
-        return optax.tree.cast_like(y, y0), 0
+        return solution(solve(x, y0, batch), y0), 0
 
     return run
-
-
-def like(name: str, function: Equation) -> Equation:
-    """The function with a check that it returns a pytree like y, and in the dtypes of y."""
-    checks.function(name, function, "x", "y", "batch")
-
-    def checked(x: PyTree, y: PyTree, batch: PyTree) -> PyTree:
-        value = function(x, y, batch)
-        checks.same_shapes(f"y under {name}", value, y, f"Return from {name}(x, y, batch) a pytree like y.")
-        return optax.tree.cast_like(value, y)
-
-    return checked

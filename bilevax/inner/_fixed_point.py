@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import optax
 
 from bilevax import checks
-from bilevax.inner._equation import Equation, LinearSolve, equation, like, own_solve
-from bilevax.inner._optimizer_steps import Initial, Solve
+from bilevax.carried import parameters, with_parameters
+from bilevax.inner._equation import Equation, LinearSolve, equation, own_solve
+from bilevax.inner._optimizer_steps import Initial, Solve, solution
 from bilevax.printing import as_called
 from bilevax.problem import InnerSolver, Loss, norm
 from bilevax.typing import Array, PyTree, Scalar
@@ -73,30 +74,34 @@ def fixed_point(
     checks.scalar("rate", rate)
     checks.fraction("rate", rate)
     maxiter = checks.count("maxiter", maxiter, minimum=1)
-    move = like("step", step)
+    checks.function("step", step, "x", "y", "batch")
 
-    def missing(x: PyTree, y: PyTree, batch: PyTree) -> PyTree:
-        return optax.tree.sub(move(x, y, batch), y)
+    def missing(x: PyTree, y: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
+        """T(x, y) − y, and y with what T carries on."""
+        moved = solution(step(x, y, batch), y, "step", "y")
+        return optax.tree.sub(parameters(moved), parameters(y)), with_parameters(moved, parameters(y))
 
     def residual(x: PyTree, y: PyTree, batch: PyTree) -> PyTree:
-        return optax.tree.scale(-1, missing(x, y, batch))
+        return optax.tree.scale(-1, missing(x, y, batch)[0])
 
     def iterate(x: PyTree, y0: PyTree, batch: PyTree) -> tuple[PyTree, Array]:
-        size = norm(y0)
+        size = norm(parameters(y0))
 
         def unfinished(carry: tuple[PyTree, PyTree, Array]) -> Array:
             y, change, iterations = carry
-            return (iterations < maxiter) & (norm(change) > tol * jnp.maximum(size, norm(y)))
+            return (iterations < maxiter) & (norm(change) > tol * jnp.maximum(size, norm(parameters(y))))
 
         def improve(carry: tuple[PyTree, PyTree, Array]) -> tuple[PyTree, PyTree, Array]:
             y, change, iterations = carry
-            y = optax.tree.cast_like(optax.tree.add_scale(y, rate, change), y)
-            return y, missing(x, y, batch), iterations + 1
+            params = optax.tree.cast_like(optax.tree.add_scale(parameters(y), rate, change), parameters(y))
+            change, y = missing(x, with_parameters(y, params), batch)
+            return y, change, iterations + 1
 
-        begin = y0, missing(x, y0, batch), jnp.zeros((), jnp.int32)
+        change, y = missing(x, y0, batch)
+        begin = y, change, jnp.zeros((), jnp.int32)
         y, change, iterations = jax.lax.while_loop(unfinished, improve, begin)
-        y = optax.tree.where(jnp.isnan(norm(change)), optax.tree.add(y, change), y)  # where it stopped for that reason
-        return y, iterations
+        params, stuck = parameters(y), jnp.isnan(norm(change))  # the reason why it stopped
+        return with_parameters(y, optax.tree.where(stuck, optax.tree.add(params, change), params)), iterations
 
     run = iterate if solve is None else own_solve(solve)
     return equation(

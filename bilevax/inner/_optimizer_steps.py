@@ -235,14 +235,14 @@ def full_cotangent(z_bar: Iterate, z: Iterate) -> Iterate:
     return Iterate(*parts)
 
 
-def solution(y: PyTree, y0: PyTree) -> PyTree:
-    """What a `solve` returned from y0, in the dtypes of y0, if it looks like it."""
-    fix = f"Return from solve(x, y0, batch) {_like_y(y0, 'y0')}."
-    checks.same_shapes("y under solve", y, y0, fix)
+def solution(y: PyTree, y0: PyTree, function: str = "solve", argument: str = "y0") -> PyTree:
+    """What a function of somebody else returned for y0, in the dtypes of y0, if it looks like it."""
+    fix = f"Return from {function}(x, {argument}, batch) {_like_y(y0, argument)}."
+    checks.same_shapes(f"y under {function}", y, y0, fix)
     params = optax.tree.cast_like(parameters(y), parameters(y0))
     if not isinstance(y0, Carried):
         return params
-    return Carried(params, carried_like("carried under solve", y.carried, y0.carried, fix))
+    return Carried(params, carried_like(f"carried under {function}", y.carried, y0.carried, fix))
 
 
 def _like_y(y: PyTree, name: str = "y") -> str:

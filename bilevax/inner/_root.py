@@ -1,11 +1,14 @@
 """The inner solution as a root of equations: optimality conditions, equilibria, discretized differential equations."""
 
+import optax
+
 from bilevax import checks
-from bilevax.inner._equation import Equation, LinearSolve, equation, like, own_solve
+from bilevax.carried import parameters
+from bilevax.inner._equation import Equation, LinearSolve, equation, own_solve
 from bilevax.inner._optimizer_steps import Initial, Solve
 from bilevax.printing import as_called
 from bilevax.problem import InnerSolver, Loss
-from bilevax.typing import Scalar
+from bilevax.typing import PyTree, Scalar
 
 
 @as_called
@@ -61,8 +64,16 @@ def root(
         0.0833
     """
     maxiter = checks.count("maxiter", maxiter, minimum=1)
+    checks.function("residual", residual, "x", "y", "batch")
+
+    def checked(x: PyTree, y: PyTree, batch: PyTree) -> PyTree:
+        value, params = residual(x, y, batch), parameters(y)
+        fix = "Return from residual(x, y, batch) a pytree like y, like y.params of a bx.inner.Carried."
+        checks.same_shapes("y under residual", value, params, fix)
+        return optax.tree.cast_like(value, params)
+
     return equation(
-        like("residual", residual),
+        checked,
         own_solve(solve),
         relative=False,
         inner_loss=inner_loss,
