@@ -383,7 +383,9 @@ class IHVP(NamedTuple):
 
 
 class Iterate(NamedTuple):
-    """The whole iterate z of an inner solver: y, the optimizer state, and the number of steps taken so far.
+    """The whole iterate z of an inner solver: y, the optimizer state, and the number t of steps taken so far.
+
+    Under `bx.hypergradient` the steps of all outer steps count.
 
     As a cotangent, `opt_state=None` and `t=None` stand for zero.
 
@@ -469,6 +471,7 @@ class InnerSolver(NamedTuple):
         (x, z_0) ↦ z_T.
       pushes_tangents: True where it pushes tangents from x through `start` itself and has no derivative with respect to
         z_0 to send back: it cannot be the last link of a chain.
+      fresh: True where y, optimizer and t start anew at each outer step, since `start` makes y out of x.
       text: what `print` shows.
 
     Example:
@@ -485,6 +488,7 @@ class InnerSolver(NamedTuple):
     forward: Forward
     backward: Backward
     pushes_tangents: bool = False
+    fresh: bool = False
     text: str = ""
 
     def __repr__(self) -> str:
@@ -497,6 +501,12 @@ class Init(Protocol):
     def __call__(self, x: PyTree, y: PyTree, batch: Batch | None = None) -> Any: ...
 
 
+class HypergradientInit(Protocol):
+    """The first state; `opt_state` is what the optimizer of y has kept so far, None for a new one."""
+
+    def __call__(self, x: PyTree, y: PyTree, batch: Batch | None = None, *, opt_state: Any = None) -> Any: ...
+
+
 class Estimate(Protocol):
     """One estimate of ∇F(x)."""
 
@@ -507,7 +517,8 @@ class Hypergradient(NamedTuple):
     """An estimator of ∇F(x) with a memory, to be fed to any optax optimizer.
 
     Attributes:
-      init: `init(x, y, batch=None) -> state`; every state is a NamedTuple with a field `y`.
+      init: `init(x, y, batch=None, *, opt_state=None) -> state`; every state is a NamedTuple with a field `y`. (One of
+        your own that has no inner optimizer need not read opt_state.)
       estimate: `estimate(key, state, x, Batch(outer, inner)) -> (grad, state, info)`; grad is a pytree like x.
       text: what `print` shows.
 
@@ -519,7 +530,7 @@ class Hypergradient(NamedTuple):
         hypergradient(loss, implicit(loss, ihvp=cg(maxiter=5)))
     """
 
-    init: Init
+    init: HypergradientInit
     estimate: Estimate
     text: str = ""
 

@@ -38,13 +38,13 @@ def _unrolled(outer_loss: Callable, run: Callable) -> bx.problem.Hypergradient:
     def estimate(key: Any, state: Any, x: Any, batch: bx.Batch) -> tuple:
         return jax.grad(value)(x, state, batch), state, ()
 
-    return bx.problem.Hypergradient(lambda x, y, batch=None: y, estimate)
+    return bx.problem.Hypergradient(lambda x, y, batch=None, *, opt_state=None: y, estimate)
 
 
 def _implicit(problem: Problem, run: Callable, indirect: Callable, warm: bool) -> bx.problem.Hypergradient:
     """Puts together `run(x, y, inner batch) -> y` and `indirect(x, y, inner batch, b, v) -> (x_bar, v)`."""
 
-    def init(x: Any, y: Any, batch: Any = None) -> tuple:
+    def init(x: Any, y: Any, batch: Any = None, *, opt_state: Any = None) -> tuple:
         return y, optax.tree.zeros_like(y) if warm else None
 
     def estimate(key: Any, state: tuple, x: Any, batch: bx.Batch) -> tuple:

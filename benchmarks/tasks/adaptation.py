@@ -183,9 +183,12 @@ class Problem(NamedTuple):
         def estimate(key: Key | None, state: Any, x: PyTree, batch: Any) -> tuple:  # whose batch is the pool
             draw_key, key = jax.random.split(bx.sampling.needed(key, "random documents"))
             grad, last, info = whole.estimate(key, state, x, self.draw(draw_key, state.y, batch))
-            return grad, last._replace(y=state.y), info
+            return grad, last._replace(y=state.y, opt_state=state.opt_state, t=state.t), info
 
-        return bx.problem.Hypergradient(lambda x, y, batch=None: whole.init(x, y), estimate)
+        def init(x: PyTree, y: PyTree, batch: Any = None, *, opt_state: Any = None) -> Any:
+            return whole.init(x, y, opt_state=opt_state)
+
+        return bx.problem.Hypergradient(init, estimate)
 
 
 def adapted(model: Decoder, base: PyTree, step_sizes: Array, words: Array) -> PyTree:

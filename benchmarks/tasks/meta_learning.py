@@ -117,7 +117,10 @@ def over_tasks(
         grad = jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), grads)
         return grad, state, bx.hypergradients.HypergradientInfo(jnp.mean(info.outer_loss), inner)
 
-    return bx.problem.Hypergradient(lambda x, y, batch=None: hypergradient.init(x, y), estimate)
+    def init(x: PyTree, y: PyTree, batch: Any = None, *, opt_state: Any = None) -> Any:
+        return hypergradient.init(x, y, opt_state=opt_state)
+
+    return bx.problem.Hypergradient(init, estimate)
 
 
 def maml(steps: int, learning_rate: float) -> bx.problem.InnerSolver:

@@ -79,7 +79,7 @@ class Solved(NamedTuple):
 def reverse(outer_loss: Callable, solve: Callable) -> bx.problem.Hypergradient:
     """The derivative of x ↦ f(x, solve(x)) by reverse mode."""
 
-    def init(x: PyTree, y: PyTree, batch: Any = None) -> Solved:
+    def init(x: PyTree, y: PyTree, batch: Any = None, *, opt_state: Any = None) -> Solved:
         return Solved(y)
 
     def estimate(key: Key | None, state: Solved, x: PyTree, batch: bx.Batch) -> tuple:
@@ -127,8 +127,8 @@ def counted(
 ) -> bx.problem.Hypergradient:
     """The hypergradient, with its passes counted in the state."""
 
-    def init(x: PyTree, y: PyTree, batch: Any = None) -> Counted:
-        return Counted(y, hypergrad.init(x, y, batch), jnp.zeros((), int))
+    def init(x: PyTree, y: PyTree, batch: Any = None, *, opt_state: Any = None) -> Counted:
+        return Counted(y, hypergrad.init(x, y, batch, opt_state=opt_state), jnp.zeros((), int))
 
     def estimate(key: Key | None, state: Counted, x: PyTree, batch: bx.Batch) -> tuple:
         grad, own, info = hypergrad.estimate(key, state.own, x, batch)

@@ -1,5 +1,7 @@
 """Hypergradients where the outer loss is a black box as well."""
 
+from typing import Any
+
 import jax.numpy as jnp
 
 from bilevax import checks
@@ -10,6 +12,7 @@ from bilevax.hypergradients._hypergradient import (
     check_call,
     hypergradient,
 )
+from bilevax.hypergradients._resume import refused
 from bilevax.inner._optimizer_steps import Initial, Solve
 from bilevax.inner._zeroth_order import Difference, central, zeroth_order
 from bilevax.inner.random_directions import Sampler, rademacher
@@ -88,9 +91,10 @@ def full_zeroth_order(
     )
     pair = hypergradient(lambda x, y_and_value, batch: y_and_value[1], solver)
 
-    def init(x: PyTree, y: PyTree, batch: Batch | None = None) -> HypergradientState:
+    def init(x: PyTree, y: PyTree, batch: Batch | None = None, *, opt_state: Any = None) -> HypergradientState:
         """The first state, with y as the warm start of the black box; no batch is read."""
         check_batch(batch)
+        refused(opt_state, "a black box solves the inner problem")
         return pair.init(x, (y, value))._replace(y=arrays(y))
 
     def estimate(

@@ -9,10 +9,12 @@ import optax
 
 from bilevax import checks
 from bilevax.carried import parameters, with_parameters
+from bilevax.hypergradients._resume import first_state, refused, resumed
 from bilevax.inner._checked import check_solver, pulled_back, solved, started
 from bilevax.inner._optimizer_steps import full_cotangent
 from bilevax.printing import as_called, by_shape
 from bilevax.problem import Batch, Hypergradient, InnerSolver, Iterate, Loss, SolverInfo, arrays, norm
+from bilevax.sampling import counted_from
 from bilevax.typing import Array, Key, PyTree
 
 BATCH_FIX = "Pass bx.Batch(outer=..., inner=...)."
@@ -24,6 +26,8 @@ class HypergradientState(NamedTuple):
     Attributes:
       y: the warm inner variable.
       solver: the state of the inner solver (the warm v, Kronecker factors, ...).
+      opt_state: the warm state of the inner optimizer; () where it starts afresh at each outer step.
+      t: inner steps so far.
 
     Example:
         >>> import bilevax as bx, optax
@@ -34,6 +38,8 @@ class HypergradientState(NamedTuple):
 
     y: PyTree
     solver: Any
+    opt_state: Any = ()
+    t: Any = 0
 
     def __repr__(self) -> str:
         return by_shape(self)
@@ -58,26 +64,38 @@ class HypergradientInfo(NamedTuple):
 
 
 @as_called
-def hypergradient(outer_loss: Loss, solver: InnerSolver) -> Hypergradient:
-    """An estimator of ∇F(x), F(x) = f(x, y(x)), that keeps y (and v) warm from one outer step to the next.
+def hypergradient(outer_loss: Loss, solver: InnerSolver, *, restart_optimizer: bool = False) -> Hypergradient:
+    """An estimator of ∇F(x), F(x) = f(x, y(x)), that keeps y, its optimizer and v warm over the outer steps.
 
-        z_0 = start(x, y)     z_T = solver.forward(z_0)     (x_bar, z0_bar) = solver.backward(∇_y f)
-        ∇F(x) ≈ ∇_x f + x_bar + [∂z_0/∂x]ᵀ z0_bar
+        z_0 = (y, o, t) of the last outer step     z_T = solver.forward(z_0)     (x_bar, y_bar) = solver.backward(∇_y f)
+        ∇F(x) ≈ ∇_x f + x_bar          and with z_0 = start(x) of `initial`:   + [∂z_0/∂x]ᵀ z0_bar
 
-    The optimizer state of the inner solver starts fresh at each outer step.
+    So y is trained as in an ordinary loop: momentum, moments and schedules o and the number t of steps run on, while x
+    moves. The derivative ends where the outer step begins, at constants y and o: it sees what x did within it. (Where
+    few steps make up an outer step, that is little of what x does in the long run: a learning rate that decays has
+    hardly an effect on f within five steps, and a weight decay not all of its own.)
+
+    An optimizer that is a function of x takes the numbers of the new x at each outer step, also where they stand in its
+    state (`optax.inject_hyperparams`): what its `init` computes from x is made anew, the rest is kept. With `initial=`
+    in the solver y, optimizer and t start afresh at each outer step. (Where you put another y into the state yourself,
+    put the `opt_state` that belongs to it beside it, or pass restart_optimizer=True.)
 
     Args:
       outer_loss: f, a function (x, y, batch) -> scalar.
       solver: an inner solver, which holds the inner loss.
+      restart_optimizer: whether the optimizer of y starts afresh at each outer step all the same; y is kept, and t runs
+        on, which only the samplers see (a schedule counts in the optimizer's own state).
 
     Returns:
-      `Hypergradient(init, estimate)`: `init(x, y, batch=None) -> state`, whose `Batch` only a solver that keeps factors
-      of the model asks for, and
+      `Hypergradient(init, estimate)`: `init(x, y, batch=None, *, opt_state=None) -> state`, whose `Batch` only a solver
+      that keeps factors of the model asks for, and which goes on with the `opt_state` of a training of y so far: that
+      of a loop by hand, of flax's `TrainState`, or of an `nnx.Optimizer`; and
       `estimate(key, state, x, Batch(outer, inner)) -> (grad, state, HypergradientInfo)`. The key may be None where
       nothing is drawn at random. Both are pure functions to jit, vmap and scan; without jit, each call traces anew.
 
     Raises:
-      ValueError: if a loss is not scalar, x or y is empty or not floating-point, or the batch is no `Batch`.
+      ValueError: if a loss is not scalar, x or y is empty or not floating-point, opt_state does not fit the optimizer
+        (or nothing would read it), or the batch is no `Batch`.
 
     Cost: one gradient of f and the cost of the solver.
 
@@ -89,47 +107,62 @@ def hypergradient(outer_loss: Loss, solver: InnerSolver) -> Hypergradient:
         >>> hypergrad = bx.hypergradient(lambda x, y, batch: 0.5 * (y - batch) ** 2, solver)
         >>> state = hypergrad.init(3.0, 0.0)
         >>> grad, state, info = hypergrad.estimate(jax.random.key(0), state, 3.0, bx.Batch(outer=1.0, inner=None))
-        >>> float(grad), float(state.y), float(info.outer_loss)
-        (2.0, 3.0, 2.0)
+        >>> float(grad), float(state.y), float(info.outer_loss), int(state.t)
+        (2.0, 3.0, 2.0, 1)
     """
     outer = checks.scalar_loss("outer_loss", outer_loss)
     check_solver("solver", solver, "Pass, say, bx.inner.reverse(inner_loss, optax.sgd(0.1), steps=10).")
+    afresh = solver.fresh or restart_optimizer
 
-    def init(x: PyTree, y: PyTree, batch: Batch | None = None) -> HypergradientState:
-        """The first state, with y as the warm inner variable.
+    def begin(state: HypergradientState, x: PyTree, y: PyTree) -> Iterate:
+        if afresh:
+            z = started(solver.start(x, y))
+            return z if solver.fresh else z._replace(t=state.t)
+        return resumed(solver.start, x, y, state.opt_state, state.t)
 
-        The batch is read where the solver keeps factors of the model, for their shapes.
+    def init(x: PyTree, y: PyTree, batch: Batch | None = None, *, opt_state: Any = None) -> HypergradientState:
+        """The first state, with y as the warm inner variable and `opt_state` as that of its optimizer.
+
+        By default the optimizer begins at y. The batch is read where the solver keeps factors of the model, for their
+        shapes.
         """
         check_batch(batch)
         solver_state = solver.init(x, y, None if batch is None else batch.inner)
-        return HypergradientState(arrays(y), solver_state)
+        if afresh:
+            refused(opt_state, "the optimizer starts afresh at each outer step (initial=, restart_optimizer=True)")
+            opt_state, t = (), jnp.zeros((), jnp.int32)
+        else:
+            opt_state, t = first_state(solver.start, x, y, opt_state)
+        return HypergradientState(arrays(y), solver_state, opt_state, t)
 
     def estimate(
         key: Key | None, state: HypergradientState, x: PyTree, batch: Batch
     ) -> tuple[PyTree, HypergradientState, HypergradientInfo]:
         """One estimate of ∇F(x): (grad, state, info), with grad a pytree like x.
 
-        The state is that of `init(x, y)` or of the last estimate; its y and v start the inner solver. The key is split
-        inside, and may be None where nothing is drawn.
+        The state is that of `init(x, y)` or of the last estimate; its y, optimizer state and v start the inner solver.
+        The key is split inside, and may be None where nothing is drawn.
         """
         check_call(HypergradientState, state, x, batch)
-        z, pull_start = jax.vjp(solver.start, x, state.y)
-        forward = solver.forward(key, state.solver, x, started(z), batch.inner)
-        z_T, residual, solver_state = solved(forward, z, state.solver)
+        z, pull_start = jax.vjp(lambda x, y: begin(state, x, y), x, state.y)
 
         def at_params(x: PyTree, params: PyTree, data: PyTree) -> Array:
             return outer(x, with_parameters(z_T.y, params), data)
 
-        value, (direct, y_bar) = jax.value_and_grad(at_params, argnums=(0, 1))(x, parameters(z_T.y), batch.outer)
-        backward = solver.backward(residual, solver_state, Iterate(y_bar))
-        (x_bar, z0_bar), solver_state, info = pulled_back(backward, x, z, solver_state)
+        with counted_from(z.t):
+            forward = solver.forward(key, state.solver, x, z, batch.inner)
+            z_T, residual, solver_state = solved(forward, z, state.solver)
+            value, (direct, y_bar) = jax.value_and_grad(at_params, argnums=(0, 1))(x, parameters(z_T.y), batch.outer)
+            backward = solver.backward(residual, solver_state, Iterate(y_bar))
+            (x_bar, z0_bar), solver_state, info = pulled_back(backward, x, z, solver_state)
         start_bar, _ = pull_start(full_cotangent(z0_bar, z))
         grad = jax.tree.map(lambda *parts: sum(parts), direct, x_bar, start_bar)
         info = info._replace(
             breakdown=info.breakdown | ~jnp.isfinite(value + norm(grad)),
             calls=info.calls._replace(outer_gradients=info.calls.outer_gradients + 1),
         )
-        return grad, HypergradientState(z_T.y, solver_state), HypergradientInfo(value, info)
+        state = HypergradientState(z_T.y, solver_state, () if afresh else z_T.opt_state, z_T.t)
+        return grad, state, HypergradientInfo(value, info)
 
     return Hypergradient(init, estimate)
 
@@ -179,7 +212,8 @@ def differentiable(solver: InnerSolver) -> DifferentiableSolve:
       solver: an inner solver.
 
     Returns:
-      `solve`. v starts cold at each call; give data, keys and whatever else is not differentiated in `batch`.
+      `solve`. v and the optimizer start afresh at each call; give data, keys and whatever else is not differentiated in
+      `batch`.
 
     Raises:
       ValueError: if a derivative with respect to `batch`, or to something that the solver closes over, is asked (it is
@@ -203,7 +237,8 @@ def differentiable(solver: InnerSolver) -> DifferentiableSolve:
     def run(x: PyTree, y0: PyTree, batch: PyTree, key: Key | None) -> tuple[PyTree, _Solved]:
         state = solver.init(x, y0, batch)
         z, pull_start = jax.vjp(solver.start, x, y0)
-        z_T, residual, state = solved(solver.forward(key, state, x, started(z), batch), z, state)
+        with counted_from(None):  # also inside a loss of another hypergradient
+            z_T, residual, state = solved(solver.forward(key, state, x, started(z), batch), z, state)
         return z_T.y, _Solved(pull_start, x, z, residual, state)
 
     @jax.custom_vjp
@@ -230,7 +265,8 @@ def differentiable(solver: InnerSolver) -> DifferentiableSolve:
     def backward(kept: _Solved, y_bar: PyTree) -> tuple[PyTree, PyTree, None, None]:
         pull_start, x, z, residual, state = kept
         y_bar = jax.tree.map(_instantiate, parameters(y_bar), is_leaf=_is_symbolic_zero)
-        (x_bar, z0_bar), _, _ = pulled_back(solver.backward(residual, state, Iterate(y_bar)), x, z, state)
+        with counted_from(None):
+            (x_bar, z0_bar), _, _ = pulled_back(solver.backward(residual, state, Iterate(y_bar)), x, z, state)
         start_x_bar, y0_bar = pull_start(full_cotangent(z0_bar, z))
         return optax.tree.add(x_bar, start_x_bar), y0_bar, None, None
 

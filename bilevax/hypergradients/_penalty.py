@@ -1,7 +1,7 @@
 """The value-function penalty: a hypergradient of first derivatives alone."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +9,11 @@ import optax
 
 from bilevax import checks
 from bilevax.hypergradients._hypergradient import HypergradientInfo, check_batch, check_call
+from bilevax.hypergradients._resume import first_state, resumed
 from bilevax.inner._optimizer_steps import Optimizer, Watched, check_point, diverged, optimizer_steps, watch
 from bilevax.printing import as_called, brief, by_shape
 from bilevax.problem import Batch, BilevelProblem, Calls, Hypergradient, Iterate, SolverInfo, arrays, norm
-from bilevax.sampling import Sample, fold, full, split
+from bilevax.sampling import Sample, counted_from, fold, full, split
 from bilevax.typing import Array, Key, PyTree, Scalar
 
 _OUTER = 1  # folded into the key of an inner step, for the batch of f beside that of g
@@ -25,6 +26,9 @@ class PenaltyState(NamedTuple):
       y: the warm minimizer of g.
       penalized: the warm minimizer y_λ of g + f / λ.
       step: number of estimates so far.
+      opt_state: the warm state of the optimizer of y.
+      penalized_opt_state: that of y_λ.
+      t: inner steps so far, of each of the two.
 
     Example:
         >>> import bilevax as bx
@@ -35,6 +39,9 @@ class PenaltyState(NamedTuple):
     y: PyTree
     penalized: PyTree
     step: Array
+    opt_state: Any = ()
+    penalized_opt_state: Any = ()
+    t: Any = 0
 
     def __repr__(self) -> str:
         return by_shape(self)
@@ -79,9 +86,9 @@ def penalty(
         ∇F(x) ≈ ∇_x f(x, y_λ) + λ (∇_x g(x, y_λ) − ∇_x g(x, y))
 
     It needs no Hessian product: for losses that can be differentiated once only, or models whose second derivatives do
-    not fit. The two inner problems run side by side with the same optimizer, both warm and on the same batches of g. λ
-    must exceed about 2 L_f / μ_g for the second one to be convex, and the difference of gradients loses digits as λ
-    grows: errors in y and y_λ are multiplied by λ.
+    not fit. The two inner problems run side by side on the same batches of g, both warm, each with a state of its own
+    of the same optimizer, which runs on as in `hypergradient`. λ must exceed about 2 L_f / μ_g for the second one to be
+    convex, and the difference of gradients loses digits as λ grows: errors in y and y_λ are multiplied by λ.
 
     Args:
       problem: f and g, functions (x, y, batch) -> scalar.
@@ -90,12 +97,12 @@ def penalty(
       multiplier: λ > 0, or an optax schedule of the outer step (F2SA lets it grow).
       sample: how inner step t draws its batch of g.
       outer_sample: how inner step t draws its batch of f.
-      cross_sample: how the batch of the two ∇_x g and of the report is drawn.
+      cross_sample: how the batch of the two ∇_x g and of the report is drawn, with the t of the last step.
 
     Returns:
-      A `Hypergradient` with state `PenaltyState(y, penalized, step)`. In its `HypergradientInfo`, outer_loss
-      is f(x, y_λ); `inner.inner_loss` and `inner.gradient_norm` are those of g at y; `inner.detail` is a
-      `PenaltyDetail`.
+      A `Hypergradient` with a `PenaltyState`; an `opt_state` that its `init` is given is taken over by both optimizers.
+      In its `HypergradientInfo`, outer_loss is f(x, y_λ); `inner.inner_loss` and `inner.gradient_norm` are of g at y;
+      `inner.detail` is a `PenaltyDetail`.
 
     Raises:
       ValueError: if problem is no `BilevelProblem`, steps is negative, the multiplier is not positive, a loss is not
@@ -132,11 +139,12 @@ def penalty(
         outer_key = fold(key, _OUTER)
         return Batch(outer_sample(outer_key, t, data.outer), sample(key, t, data.inner))
 
-    def init(x: PyTree, y: PyTree, batch: Batch | None = None) -> PenaltyState:
+    def init(x: PyTree, y: PyTree, batch: Batch | None = None, *, opt_state: Any = None) -> PenaltyState:
         """The first state, with y as the warm minimizer of both problems; no batch is read."""
         check_batch(batch)
         check_point(x, y)
-        return PenaltyState(arrays(y), arrays(y), jnp.zeros((), jnp.int32))
+        opt_state, t = first_state(plain.start, x, y, opt_state)
+        return PenaltyState(arrays(y), arrays(y), jnp.zeros((), jnp.int32), opt_state, opt_state, t)
 
     def estimate(
         key: Key | None, state: PenaltyState, x: PyTree, batch: Batch
@@ -154,10 +162,14 @@ def penalty(
             watched = plain.watched_step(step_key, batch.inner, x, watched)
             return (watched, penalized.step(step_key, batch, x, z_penalized)), None
 
-        start = watch(plain.start(x, state.y)), penalized.start(x, state.penalized)
-        ((z, begin), z_penalized), _ = jax.lax.scan(step, start, length=steps)
+        start = (
+            watch(resumed(plain.start, x, state.y, state.opt_state, state.t)),
+            resumed(plain.start, x, state.penalized, state.penalized_opt_state, state.t),
+        )
+        with counted_from(state.t):
+            ((z, begin), z_penalized), _ = jax.lax.scan(step, start, length=steps)
+            data = cross_sample(cross_key, jnp.maximum(z.t - 1, 0), batch.inner)
         y, y_penalized = z.y, z_penalized.y
-        data = cross_sample(cross_key, jnp.maximum(z.t - 1, 0), batch.inner)
         outer_value, (direct, outer_y) = jax.value_and_grad(outer, argnums=(0, 1))(x, y_penalized, batch.outer)
         above, (above_x, above_y) = jax.value_and_grad(inner, argnums=(0, 1))(x, y_penalized, data)
         value, (below_x, below_y) = jax.value_and_grad(inner, argnums=(0, 1))(x, y, data)
@@ -168,6 +180,7 @@ def penalty(
         lost = ~jnp.isfinite(outer_value + above + value + size + norm(grad))
         breakdown = lost | diverged(begin, value, size)
         info = SolverInfo(value, size, breakdown, Calls(steps + 1, 2 * steps + 2), detail)
-        return grad, PenaltyState(y, y_penalized, state.step + 1), HypergradientInfo(outer_value, info)
+        state = PenaltyState(y, y_penalized, state.step + 1, z.opt_state, z_penalized.opt_state, z.t)
+        return grad, state, HypergradientInfo(outer_value, info)
 
     return Hypergradient(init, estimate)

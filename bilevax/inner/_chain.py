@@ -111,4 +111,4 @@ def chain(first: InnerSolver, last: InnerSolver) -> InnerSolver:
         info = last_info._replace(breakdown=breakdown, calls=calls, detail=(first_info, last_info))
         return (optax.tree.add(first_x_bar, last_x_bar), z_bar), ChainState(first_state, last_state), info
 
-    return InnerSolver(init, first.start, forward, backward, first.pushes_tangents)
+    return InnerSolver(init, first.start, forward, backward, first.pushes_tangents, first.fresh)

@@ -30,6 +30,9 @@ def solved(parts: Any, z: Iterate, state: Any) -> tuple[Iterate, Any, Any]:
     z_T, residual, after = checks.parts("solver.forward", parts, "z_T", "residual", "state")
     checks.instance("z_T of solver.forward", z_T, Iterate, "Return bx.problem.Iterate(y, opt_state, t).")
     checks.same_form("y of solver.forward", z_T.y, z.y, "Return a y like that of start.")
+    fix = "Return the optimizer state and t in the form that start gives them."
+    checks.same_form("opt_state of solver.forward", z_T.opt_state, z.opt_state, fix)
+    checks.same_form("t of solver.forward", z_T.t, z.t, fix)
     checks.same_form("state after solver.forward", after, state, "Return a state like that of init.")
     return z_T, residual, after
 

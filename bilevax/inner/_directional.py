@@ -200,6 +200,7 @@ def directional(
     solves: Callable[[Plan], int],
     calls: Callable[[int, int], Calls],
     reports: bool,
+    fresh: bool,
 ) -> InnerSolver:
     """An inner solver that estimates x_bar from directional derivatives.
 
@@ -211,6 +212,7 @@ def directional(
       solves: `solves(plan)`, runs of the inner solver.
       calls: `calls(solves, tangents) -> Calls` of these.
       reports: whether there is anything to report: a gradient, evaluated before and after the steps.
+      fresh: whether `start` makes y out of x.
 
     Returns:
       An `InnerSolver`.
@@ -297,7 +299,7 @@ def directional(
         info = SolverInfo(*seen, breakdown, total, detail)
         return (x_bar, Iterate(optax.tree.zeros_like(parameters(z.y)))), DirectionalState(*states), info
 
-    return InnerSolver(init, start, forward, backward, pushes_tangents=True)
+    return InnerSolver(init, start, forward, backward, pushes_tangents=True, fresh=fresh)
 
 
 def _rows(key: Key, x: PyTree, plan: Plan) -> tuple[Row, Array]:

@@ -133,7 +133,8 @@ def forward_gradient(
         return Calls(0, solves * length, pushed, pushed)
 
     chosen = make_plan(directions, sampler, guide, control_variate, chunk, axis)
-    return directional(start, prepare, report, chosen, _solves, calls, reports=inner_loss is not None)
+    reports, fresh = inner_loss is not None, initial is not None
+    return directional(start, prepare, report, chosen, _solves, calls, reports, fresh)
 
 
 def _solves(plan: Plan) -> int:

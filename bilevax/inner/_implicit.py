@@ -24,6 +24,7 @@ from bilevax.inner._optimizer_steps import (
     step_keys,
 )
 from bilevax.printing import as_called, by_shape
+<<<<<<< HEAD
 from bilevax.problem import (
     IHVP,
     Calls,
@@ -38,6 +39,10 @@ from bilevax.problem import (
     norm,
 )
 from bilevax.sampling import Sample, full
+=======
+from bilevax.problem import IHVP, Calls, IHVPInfo, InnerSolver, Iterate, Loss, SolverInfo, arrays, inner_gradient, norm
+from bilevax.sampling import Sample, counted_from, full
+>>>>>>> 21b7e4e (The inner optimizer and the step count go on over the outer steps; reshuffled epochs)
 from bilevax.typing import Key, PyTree
 
 
@@ -111,7 +116,8 @@ def implicit(
       solve: your own solver `solve(x, y0, batch) -> y` in place of the steps; any jittable function.
       initial: y_0 as a function of x; by default y_0 is the warm y.
       sample: how inner step t draws its batch from the data.
-      cross_sample: how the batch of the cross term and of the report is drawn. The IHVP has its own.
+      cross_sample: how the batch of the cross term and of the report is drawn, with the t of the last step. The IHVP
+        has its own, which begins at t = 0.
       warm_start: whether the IHVP starts from the v of the previous outer step, unless that solve broke down.
 
     Returns:
@@ -188,10 +194,18 @@ def implicit(
                 f"Use optax.sgd without momentum in both links, or inner.reverse."
             )
         t = jnp.maximum(z.t - 1, 0)
+<<<<<<< HEAD
         inner = inner_gradient(loss, x, y, cross_sample(cross_key, t, batch))
         parts = solver.prepare(ihvp_key, state.ihvp, loss, (x, y, batch))
         apply, ihvp_state = prepared("ihvp", parts, state.ihvp)
         v, ihvp_info = _checked(apply(y_bar, state.v), y_bar)
+=======
+        inner = inner_gradient(inner_loss, x, y, cross_sample(cross_key, t, batch))
+        with counted_from(None):  # the samplers of an IHVP begin at 0
+            parts = solver.prepare(ihvp_key, state.ihvp, inner_loss, (x, y, batch))
+            apply, ihvp_state = prepared("ihvp", parts, state.ihvp)
+            v, ihvp_info = _checked(apply(y_bar, state.v), y_bar)
+>>>>>>> 21b7e4e (The inner optimizer and the step count go on over the outer steps; reshuffled epochs)
         x_bar = optax.tree.scale(-1, inner.pull_back(v)[0])
         products = added(ihvp_info.products, ihvp_info.setup_products)
         calls = Calls(0, gradients + ihvp_info.setup_gradients, products, 1)
@@ -203,7 +217,11 @@ def implicit(
         state = ImplicitState(kept, ihvp_state)
         return (x_bar, Iterate(optax.tree.zeros_like(y))), state, info
 
+<<<<<<< HEAD
     return InnerSolver(init, run.start, forward, backward)
+=======
+    return InnerSolver(init, start, forward, backward, fresh=initial is not None)
+>>>>>>> 21b7e4e (The inner optimizer and the step count go on over the outer steps; reshuffled epochs)
 
 
 def _checked(applied: Any, b: PyTree) -> tuple[PyTree, IHVPInfo]:

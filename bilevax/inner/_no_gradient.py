@@ -98,4 +98,4 @@ def no_gradient(
         info = SolverInfo(value, norm, breakdown, Calls(inner_gradients=steps + 1), ())
         return (optax.tree.zeros_like(x), Iterate(optax.tree.zeros_like(parameters(z_T.y)))), state, info
 
-    return InnerSolver(init, start, forward, backward)
+    return InnerSolver(init, start, forward, backward, fresh=initial is not None)

@@ -205,4 +205,4 @@ def reverse(
         z0_bar = z0_bar._replace(y=parameters(z0_bar.y))
         return (x_bar, z0_bar), state, SolverInfo(value, norm, breakdown, calls, ())
 
-    return InnerSolver(init, start, forward, backward)
+    return InnerSolver(init, start, forward, backward, fresh=initial is not None)

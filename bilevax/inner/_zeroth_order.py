@@ -163,7 +163,8 @@ def zeroth_order(
         return Calls()
 
     chosen = make_plan(directions, sampler, guide, control_variate, chunk, axis)
-    return directional(start, prepare, report, chosen, solves, calls, reports=inner_loss is not None)
+    reports, fresh = inner_loss is not None, initial is not None
+    return directional(start, prepare, report, chosen, solves, calls, reports, fresh)
 
 
 def _lost(x: Array, step: Array, v: Array) -> Array:
