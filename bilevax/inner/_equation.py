@@ -138,7 +138,7 @@ def equation(
         kept = optax.tree.where(adjoint_residual <= 1, u, optax.tree.zeros_like(u)) if warm_start else None
         return (x_bar, Iterate(optax.tree.zeros_like(y))), EquationState(kept), info
 
-    return InnerSolver(init, start, forward, backward)
+    return InnerSolver(init, start, forward, backward, fresh=initial is not None)
 
 
 def _solve(

@@ -24,7 +24,6 @@ from bilevax.inner._optimizer_steps import (
     step_keys,
 )
 from bilevax.printing import as_called, by_shape
-<<<<<<< HEAD
 from bilevax.problem import (
     IHVP,
     Calls,
@@ -38,11 +37,7 @@ from bilevax.problem import (
     inner_gradient,
     norm,
 )
-from bilevax.sampling import Sample, full
-=======
-from bilevax.problem import IHVP, Calls, IHVPInfo, InnerSolver, Iterate, Loss, SolverInfo, arrays, inner_gradient, norm
 from bilevax.sampling import Sample, counted_from, full
->>>>>>> 21b7e4e (The inner optimizer and the step count go on over the outer steps; reshuffled epochs)
 from bilevax.typing import Key, PyTree
 
 
@@ -194,18 +189,11 @@ def implicit(
                 f"Use optax.sgd without momentum in both links, or inner.reverse."
             )
         t = jnp.maximum(z.t - 1, 0)
-<<<<<<< HEAD
         inner = inner_gradient(loss, x, y, cross_sample(cross_key, t, batch))
-        parts = solver.prepare(ihvp_key, state.ihvp, loss, (x, y, batch))
-        apply, ihvp_state = prepared("ihvp", parts, state.ihvp)
-        v, ihvp_info = _checked(apply(y_bar, state.v), y_bar)
-=======
-        inner = inner_gradient(inner_loss, x, y, cross_sample(cross_key, t, batch))
         with counted_from(None):  # the samplers of an IHVP begin at 0
-            parts = solver.prepare(ihvp_key, state.ihvp, inner_loss, (x, y, batch))
+            parts = solver.prepare(ihvp_key, state.ihvp, loss, (x, y, batch))
             apply, ihvp_state = prepared("ihvp", parts, state.ihvp)
             v, ihvp_info = _checked(apply(y_bar, state.v), y_bar)
->>>>>>> 21b7e4e (The inner optimizer and the step count go on over the outer steps; reshuffled epochs)
         x_bar = optax.tree.scale(-1, inner.pull_back(v)[0])
         products = added(ihvp_info.products, ihvp_info.setup_products)
         calls = Calls(0, gradients + ihvp_info.setup_gradients, products, 1)
@@ -217,11 +205,7 @@ def implicit(
         state = ImplicitState(kept, ihvp_state)
         return (x_bar, Iterate(optax.tree.zeros_like(y))), state, info
 
-<<<<<<< HEAD
-    return InnerSolver(init, run.start, forward, backward)
-=======
-    return InnerSolver(init, start, forward, backward, fresh=initial is not None)
->>>>>>> 21b7e4e (The inner optimizer and the step count go on over the outer steps; reshuffled epochs)
+    return InnerSolver(init, run.start, forward, backward, fresh=initial is not None)
 
 
 def _checked(applied: Any, b: PyTree) -> tuple[PyTree, IHVPInfo]:

@@ -172,6 +172,8 @@ def test_states_of_hypergradients_print_in_a_few_lines():
         "HypergradientState(",
         "  y={'a': float32[2, 2]},",
         "  solver=ImplicitState(v={'a': float32[2, 2]}, ihvp=()),",
+        "  opt_state=EmptyState(),",
+        "  t=0,",
         ")",
     ]
     assert str(bx.two_phase(3, implicit, UNROLLED).init(x, y)).splitlines()[:3] == [

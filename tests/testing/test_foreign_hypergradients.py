@@ -27,7 +27,7 @@ class Unrolled(NamedTuple):
 
     backward_key: int = 0  # folded into the key for the steps that are differentiated
     steps_back: int = 3  # of which there are three
-    gradients: int = 10  # declared: three steps forward, twice again on the way back, and one for the report
+    gradients: int = 13  # declared: three steps forward, three times again on the way back, and one for the report
     scale: Any = one  # of each step
     z0_bar: Any = bx.problem.Iterate  # what is made of the cotangent of y
 
@@ -83,7 +83,7 @@ BROKEN_SOLVERS = {
     "a cotangent is y alone": (Unrolled(z0_bar=lambda y_bar: y_bar), "forward_and_backward_return_what_they_say"),
     "a step is not differentiated": (Unrolled(steps_back=2), "gradient_is_that_of_the_steps"),
     "a batch is drawn twice": (Unrolled(backward_key=1), "gradient_is_that_of_the_steps"),
-    "a gradient is not counted": (Unrolled(gradients=9), "declared_calls_are_compiled_calls"),
+    "a gradient is not counted": (Unrolled(gradients=12), "declared_calls_are_compiled_calls"),
     "each trace differs": (Unrolled(scale=RANDOM.uniform), "differentiable_is_the_first_estimate"),
 }
 
