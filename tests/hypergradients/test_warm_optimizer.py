@@ -86,7 +86,7 @@ def run(hypergrad, state, batch=BATCH, outer=OUTER):
 
     def outer_step(carry, key):
         x, state = carry
-        grad, state, info = hypergrad.estimate(key, state, x, batch)
+        grad, state, _ = hypergrad.estimate(key, state, x, batch)
         return (x + 0.1, state), (grad, state)
 
     keys = jax.random.split(KEY, outer)
