@@ -1,9 +1,10 @@
 """What a type checker makes of `bx`: right calls pass, wrong ones are refused, each by what is wrong with it."""
 
 import re
+import subprocess
+import sys
 
 import pytest
-from mypy import api
 
 RIGHT = """\
 import jax
@@ -56,15 +57,20 @@ WRONG = {  # line -> what mypy says
 
 @pytest.fixture(scope="module")
 def said(tmp_path_factory):
-    """Line number -> what mypy says of it, of the right lines and the wrong ones below."""
+    """Line number -> what mypy says of it, of the right lines and the wrong ones below.
+
+    By a process of its own: half a gigabyte of syntax trees would stay in this one, to be looked through at each
+    collection of garbage.
+    """
     folder = tmp_path_factory.mktemp("types")
     file = folder / "program.py"
     file.write_text(RIGHT + "\n".join(WRONG) + "\n")
     options = ["--cache-dir", str(folder / "cache"), "--config-file", "", "--disable-error-code", "import-untyped"]
-    text, trouble, _ = api.run([str(file), *options])
-    assert not trouble
+    command = [sys.executable, "-m", "mypy", str(file), *options]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert not run.stderr, run.stderr
     found = {}
-    for number, message in re.findall(r"program\.py:(\d+): error: (.*)", text):
+    for number, message in re.findall(r"program\.py:(\d+): error: (.*)", run.stdout):
         found.setdefault(int(number), []).append(message)
     return found
 
