@@ -28,7 +28,7 @@ COMPILED, FOUND = "/jax/core/compile/backend_compile_duration", "/jax/compilatio
 compiled = []  # seconds of each program, those of `found` included
 found = []  # an event for each program that lay in the persistent cache
 dropped = [0]  # number of programs when the caches were emptied
-MANY = 200  # programs that may stay in them
+MANY = 500  # programs that may stay in them
 workers = []  # of each one that has finished: programs, those found again, memory
 
 

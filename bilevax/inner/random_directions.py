@@ -43,7 +43,7 @@ from jax.flatten_util import ravel_pytree
 from bilevax import checks
 from bilevax.printing import by_text
 from bilevax.problem import arrays, wide_dtype, widen
-from bilevax.typing import Key, PyTree, Scalar
+from bilevax.typing import Array, Key, PyTree, Scalar
 
 __all__ = ["Sampler", "coordinate", "gaussian", "hadamard", "orthogonal", "rademacher", "sphere"]
 
@@ -195,15 +195,16 @@ def check_sampler(sampler: Sampler, like: PyTree, number: int) -> None:
     if sampler in (rademacher, gaussian, sphere, orthogonal, hadamard, coordinate):
         return
     draws = max(_DRAWS, -(-_ENTRIES // optax.tree.size(like)))
-    with jax.ensure_compile_time_eval():
-        keys = jax.random.split(key, draws)
-        squares = jax.lax.map(
-            lambda key: jax.vmap(lambda i: optax.tree.norm(widen(first(key, i)), squared=True))(
-                jnp.arange(number)
-            ).mean(),
-            keys,
-        )
-    if isinstance(squares, jax.core.Tracer):  # the sampler holds a traced array
+
+    def mean_square(key: Key) -> Array:
+        rows = jax.vmap(lambda i: optax.tree.norm(widen(first(key, i)), squared=True))
+        return rows(jnp.arange(number)).mean()
+
+    measure = jax.jit(lambda key: jax.lax.map(mean_square, jax.random.split(key, draws)))
+    try:
+        with jax.core.eval_context():  # one program, also while something else is traced
+            squares = measure(jax.random.key(0))
+    except jax.errors.UnexpectedTracerError:  # the sampler holds a traced array: what it draws is not known yet
         return
     squares = np.asarray(squares, float) / optax.tree.size(like)
     mean, error = squares.mean(), squares.std() / np.sqrt(draws)

@@ -164,3 +164,15 @@ def test_samplers_that_do_not(sampler, says):
     with pytest.raises(ValueError, match="sampler") as caught:
         bx.inner.random_directions.check_sampler(sampler, jnp.zeros(4), 4)
     assert [part for part in says if part not in str(caught.value)] == []
+
+
+def test_the_check_of_a_sampler_needs_its_numbers():
+    """Also where an estimate is traced; a traced factor cannot be judged."""
+
+    def check(factor):
+        bx.inner.random_directions.check_sampler(scaled(factor), jnp.zeros(4), 4)
+        return factor
+
+    assert jax.jit(check)(3.0) == 3.0
+    with pytest.raises(ValueError, match="Divide v by 3"):
+        jax.jit(lambda x: x + check(3.0))(1.0)

@@ -299,15 +299,15 @@ OFTEN = {  # of whom it is asked every day: what takes programs of its own, and 
 }
 
 
-def compiles(name, one):
-    """Programs that a contract may take: a sampler of one's own is measured eagerly, for each new shape."""
-    return 300 if one is EAGER else 100 if "forward_gradient" in name or "zeroth_order" in name else 40
+def compiles(one):
+    """Programs that a contract may take: an eager estimate takes one for each operation."""
+    return 300 if one is EAGER else 40
 
 
 def pairs(names, contracts, of, often=None):
     """Methods and contracts: all that apply, or those of every day, or those that remain."""
     return [
-        pytest.param(name, one, id=f"{name}-{one.name}", marks=pytest.mark.compiles(compiles(name, one)))
+        pytest.param(name, one, id=f"{name}-{one.name}", marks=pytest.mark.compiles(compiles(one)))
         for name in names
         for one in contracts
         if (name not in NOT_LINEAR if one is LINEAR else one.applies(of(name)))
@@ -338,7 +338,6 @@ def test_estimator(name, contract):
     contract.hold(name, subject(name))
 
 
-@pytest.mark.compiles(100)
 @pytest.mark.parametrize("point", points.POINTS)
 @pytest.mark.parametrize("name", REPRESENTATIVES)
 def test_estimate_returns_a_gradient_like_x(name, point):
