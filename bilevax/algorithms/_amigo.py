@@ -89,7 +89,7 @@ def amigo(
         >>> import bilevax as bx, jax
         >>> problem = bx.BilevelProblem(lambda x, y, batch: y**2, lambda x, y, batch: (y - x) ** 2)
         >>> method = bx.algorithms.amigo(problem, (0.1, 0.5, 0.5), sample=bx.sampling.full, steps=1)
-        >>> state, info = method.step(jax.random.key(0), method.init(1.0, 2.0), bx.Batch(None, None))
+        >>> state, info = jax.jit(method.step)(jax.random.key(0), method.init(1.0, 2.0), bx.Batch(None, None))
         >>> round(float(state.x), 6), float(state.y), float(state.v)
         (0.8, 1.0, 1.0)
     """

@@ -71,11 +71,11 @@ class DescentInfo(NamedTuple):
       inner_loss: g there, on a batch of the hypergradient; None where it has none.
 
     Example:
-        >>> import bilevax as bx
+        >>> import bilevax as bx, jax
         >>> problem = bx.BilevelProblem(lambda x, y, batch: y**2, lambda x, y, batch: (y - x) ** 2)
         >>> method = bx.algorithms.stocbio(problem, 0.1, sample=bx.sampling.full, steps=10)
-        >>> _, info = method.step(None, method.init(1.0, 1.0), bx.Batch(None, None))
-        >>> info.outer_loss.item(), info.calls.hessian_products
+        >>> _, info = jax.jit(method.step)(None, method.init(1.0, 1.0), bx.Batch(None, None))
+        >>> info.outer_loss.item(), int(info.calls.hessian_products)
         (1.0, 10)
     """
 
@@ -118,11 +118,11 @@ def descent(
     Cost: that of the hypergradient.
 
     Example:
-        >>> import bilevax as bx
+        >>> import bilevax as bx, jax
         >>> problem = bx.BilevelProblem(lambda x, y, batch: y**2, lambda x, y, batch: (y - x) ** 2)
         >>> solver = bx.inner.implicit(problem.inner_loss, ihvp=bx.ihvp.exact())
         >>> method = bx.algorithms.descent(bx.hypergradient(problem.outer_loss, solver), 0.25)
-        >>> state, info = method.step(None, method.init(1.0, 1.0), bx.Batch(None, None))
+        >>> state, info = jax.jit(method.step)(None, method.init(1.0, 1.0), bx.Batch(None, None))
         >>> float(state.x), float(state.y)
         (0.5, 1.0)
     """

@@ -52,7 +52,7 @@ def f2sa(
         >>> import bilevax as bx, jax
         >>> problem = bx.BilevelProblem(lambda x, y, batch: y**2, lambda x, y, batch: (y - x) ** 2)
         >>> method = bx.algorithms.f2sa(problem, (0.25, 0.5), sample=bx.sampling.full, multiplier=99.0, steps=9)
-        >>> state, info = method.step(jax.random.key(0), method.init(1.0, 2.0), bx.Batch(None, None))
+        >>> state, info = jax.jit(method.step)(jax.random.key(0), method.init(1.0, 2.0), bx.Batch(None, None))
         >>> round(float(state.x), 3), float(state.y)
         (0.505, 1.0)
     """

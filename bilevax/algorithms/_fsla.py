@@ -45,7 +45,7 @@ def fsla(problem: BilevelProblem, step_sizes: StepSizes, *, sample: Sample, mome
         >>> problem = bx.BilevelProblem(loss, loss)
         >>> method = bx.algorithms.fsla(problem, (0.1, 0.5, 0.5), sample=bx.sampling.minibatch(2))
         >>> data = jnp.arange(8.0)
-        >>> state, info = method.step(jax.random.key(0), method.init(1.0, 2.0), bx.Batch(data, data))
+        >>> state, info = jax.jit(method.step)(jax.random.key(0), method.init(1.0, 2.0), bx.Batch(data, data))
     """
     estimator = storm(Levels(x=momentum, y=1.0, v=1.0), sample=sample)
     return one_agent(lambda gossip: single_loop(problem, gossip, step_sizes, estimator, none(), order=GAUSS_SEIDEL))

@@ -52,7 +52,7 @@ def mrbo(
         >>> problem = bx.BilevelProblem(loss, loss)
         >>> method = bx.algorithms.mrbo(problem, (0.1, 0.5, 0.1), sample=bx.sampling.minibatch(2))
         >>> data = jnp.arange(8.0)
-        >>> state, info = method.step(jax.random.key(0), method.init(1.0, 2.0), bx.Batch(data, data))
+        >>> state, info = jax.jit(method.step)(jax.random.key(0), method.init(1.0, 2.0), bx.Batch(data, data))
     """
     sizes = levels("step_sizes", step_sizes)
     checks.scalar("step_sizes.v", sizes.v)

@@ -72,8 +72,8 @@ def pzobo(
         >>> import bilevax as bx, jax
         >>> problem = bx.BilevelProblem(lambda x, y, batch: y**2, lambda x, y, batch: (y - x) ** 2)
         >>> method = bx.algorithms.pzobo(problem, (0.05, 0.5), sample=bx.sampling.full, steps=1, directions=100)
-        >>> state, info = method.step(jax.random.key(0), method.init(1.0, 2.0), bx.Batch(None, None))
-        >>> float(state.x) < 1, float(state.y), info.calls.inner_gradients
+        >>> state, info = jax.jit(method.step)(jax.random.key(0), method.init(1.0, 2.0), bx.Batch(None, None))
+        >>> float(state.x) < 1, float(state.y), int(info.calls.inner_gradients)
         (True, 1.0, 101)
     """
     sizes = check_levels(problem, step_sizes, sample, ("x", "y"))

@@ -38,6 +38,6 @@ def saba(problem: BilevelProblem, step_sizes: StepSizes, *, blocks: int) -> Algo
         >>> loss = lambda x, y, c: ((y - x * c) ** 2).mean()
         >>> problem = bx.BilevelProblem(loss, loss)
         >>> method, data = bx.algorithms.saba(problem, (0.1, 0.5, 0.5), blocks=4), jnp.arange(8.0)
-        >>> state, info = method.step(jax.random.key(0), method.init(1.0, 2.0), bx.Batch(data, data))
+        >>> state, info = jax.jit(method.step)(jax.random.key(0), method.init(1.0, 2.0), bx.Batch(data, data))
     """
     return one_agent(lambda gossip: single_loop(problem, gossip, step_sizes, saga(blocks), none()))

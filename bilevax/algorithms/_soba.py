@@ -36,10 +36,10 @@ def soba(problem: BilevelProblem, step_sizes: StepSizes, *, sample: Sample = ful
     global variance reduction algorithms", arXiv 2201.13409; v has the opposite sign here.
 
     Example:
-        >>> import bilevax as bx
+        >>> import bilevax as bx, jax
         >>> problem = bx.BilevelProblem(lambda x, y, batch: y**2, lambda x, y, batch: (y - x) ** 2)
         >>> method = bx.algorithms.soba(problem, (0.1, 0.5, 0.5))
-        >>> state, info = method.step(None, method.init(1.0, 2.0), bx.Batch(None, None))
+        >>> state, info = jax.jit(method.step)(None, method.init(1.0, 2.0), bx.Batch(None, None))
         >>> float(state.x), float(state.y), float(state.v)
         (1.0, 1.0, 2.0)
     """

@@ -47,7 +47,7 @@ def srba(problem: BilevelProblem, step_sizes: StepSizes, *, sample: Sample, ever
         >>> problem = bx.BilevelProblem(loss, loss)
         >>> method = bx.algorithms.srba(problem, (0.1, 0.5, 0.5), sample=bx.sampling.minibatch(2), every=4)
         >>> data = jnp.arange(8.0)
-        >>> state, info = method.step(jax.random.key(0), method.init(1.0, 2.0), bx.Batch(data, data))
+        >>> state, info = jax.jit(method.step)(jax.random.key(0), method.init(1.0, 2.0), bx.Batch(data, data))
     """
     every = checks.count("every", every, minimum=1)
     return one_agent(

@@ -43,6 +43,6 @@ def sustain(
         >>> problem = bx.BilevelProblem(loss, loss)
         >>> method = bx.algorithms.sustain(problem, (0.1, 0.5, 0.5), sample=bx.sampling.minibatch(2))
         >>> data = jnp.arange(8.0)
-        >>> state, info = method.step(jax.random.key(0), method.init(1.0, 2.0), bx.Batch(data, data))
+        >>> state, info = jax.jit(method.step)(jax.random.key(0), method.init(1.0, 2.0), bx.Batch(data, data))
     """
     return one_agent(lambda gossip: single_loop(problem, gossip, step_sizes, storm(momentum, sample=sample), none()))

@@ -42,7 +42,7 @@ def ttsa(problem: BilevelProblem, step_sizes: StepSizes, *, sample: Sample, term
         >>> import bilevax as bx, jax
         >>> problem = bx.BilevelProblem(lambda x, y, batch: y**2, lambda x, y, batch: (y - x) ** 2)
         >>> method = bx.algorithms.ttsa(problem, (0.25, 0.5, 0.5), sample=bx.sampling.full, terms=1)
-        >>> state, info = method.step(jax.random.key(0), method.init(1.0, 2.0), bx.Batch(None, None))
+        >>> state, info = jax.jit(method.step)(jax.random.key(0), method.init(1.0, 2.0), bx.Batch(None, None))
         >>> float(state.x), float(state.y)
         (0.5, 1.0)
     """

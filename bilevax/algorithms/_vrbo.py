@@ -96,7 +96,7 @@ def vrbo(
         >>> problem = bx.BilevelProblem(loss, loss)
         >>> method = bx.algorithms.vrbo(problem, (0.1, 0.5, 0.1), sample=bx.sampling.minibatch(2), every=4)
         >>> data = jnp.arange(8.0)
-        >>> state, info = method.step(jax.random.key(0), method.init(1.0, 2.0), bx.Batch(data, data))
+        >>> state, info = jax.jit(method.step)(jax.random.key(0), method.init(1.0, 2.0), bx.Batch(data, data))
     """
     checks.instance("problem", problem, BilevelProblem, "Pass bx.BilevelProblem(outer_loss, inner_loss).")
     sizes = levels("step_sizes", step_sizes)

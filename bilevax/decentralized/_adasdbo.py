@@ -92,12 +92,12 @@ def adasdbo(
     is the paper's; the form of q is that of tuning-free methods on one machine, not verified.
 
     Example:
-        >>> import bilevax as bx, jax.numpy as jnp
+        >>> import bilevax as bx, jax, jax.numpy as jnp
         >>> problem = bx.BilevelProblem(lambda x, y, c: (y - c) ** 2, lambda x, y, c: (y - x) ** 2)
         >>> gossip, batch = bx.gossip(bx.topology.ring(4)), bx.Batch(jnp.arange(4.0), jnp.zeros(4))
         >>> method = bx.decentralized.adasdbo(problem, gossip, 1.0)
-        >>> state, info = method.step(None, method.init(jnp.zeros(4), jnp.zeros(4)), batch)
-        >>> float(info.bytes[0]) / state.x.dtype.itemsize, info.rounds
+        >>> state, info = jax.jit(method.step)(None, method.init(jnp.zeros(4), jnp.zeros(4)), batch)
+        >>> float(info.bytes[0]) / state.x.dtype.itemsize, int(info.rounds)
         (12.0, 1)
     """
     checks.instance("problem", problem, BilevelProblem, "Pass bx.BilevelProblem(outer_loss, inner_loss).")

@@ -109,13 +109,13 @@ def c2dfb(
     gossip of x has no step of its own.
 
     Example:
-        >>> import bilevax as bx, jax.numpy as jnp
+        >>> import bilevax as bx, jax, jax.numpy as jnp
         >>> problem = bx.BilevelProblem(lambda x, y, c: (y - c) ** 2, lambda x, y, c: (y - x) ** 2)
         >>> gossip, batch = bx.gossip(bx.topology.ring(4)), bx.Batch(jnp.arange(4.0), jnp.zeros(4))
         >>> options = {"multiplier": 100.0, "compressor": bx.agents.compression.top_k(1.0), "gossip_step": 0.4}
         >>> method = bx.decentralized.c2dfb(problem, gossip, (0.1, 0.2, 0.2), steps=3, **options)
-        >>> state, info = method.step(None, method.init(jnp.zeros(4), jnp.zeros(4)), batch)
-        >>> int(info.calls.inner_gradients[0]), int(info.calls.hessian_products[0]), info.rounds
+        >>> state, info = jax.jit(method.step)(None, method.init(jnp.zeros(4), jnp.zeros(4)), batch)
+        >>> int(info.calls.inner_gradients[0]), int(info.calls.hessian_products[0]), int(info.rounds)
         (8, 0, 4)
     """
     checks.instance("problem", problem, BilevelProblem, "Pass bx.BilevelProblem(outer_loss, inner_loss).")

@@ -56,12 +56,12 @@ def diamond(
     paper's. Deviation: all factors of the series are on one sample.
 
     Example:
-        >>> import bilevax as bx, jax.numpy as jnp
+        >>> import bilevax as bx, jax, jax.numpy as jnp
         >>> problem = bx.BilevelProblem(lambda x, y, c: (y - c) ** 2, lambda x, y, c: (y - x) ** 2)
         >>> gossip, batch = bx.gossip(bx.topology.ring(4)), bx.Batch(jnp.arange(4.0), jnp.zeros(4))
         >>> options = {"sample": bx.sampling.full, "momentum": 0.1, "terms": 3, "inverse_step": 0.25}
         >>> method = bx.decentralized.diamond(problem, gossip, (0.1, 0.2), **options)
-        >>> state, info = method.step(None, method.init(jnp.zeros(4), jnp.zeros(4)), batch)
+        >>> state, info = jax.jit(method.step)(None, method.init(jnp.zeros(4), jnp.zeros(4)), batch)
         >>> int(info.calls.hessian_products[0]), float(info.bytes[0]) / state.x.dtype.itemsize
         (6, 4.0)
     """

@@ -50,11 +50,11 @@ def dsoba(
     the new average, which starts as the first direction.
 
     Example:
-        >>> import bilevax as bx, jax.numpy as jnp
+        >>> import bilevax as bx, jax, jax.numpy as jnp
         >>> problem = bx.BilevelProblem(lambda x, y, c: (y - c) ** 2, lambda x, y, c: (y - x) ** 2)
         >>> method = bx.decentralized.dsoba(problem, bx.gossip(bx.topology.ring(4)), (0.1, 0.2, 0.2))
         >>> state = method.init(jnp.zeros(4), jnp.zeros(4))
-        >>> state, info = method.step(None, state, bx.Batch(jnp.arange(4.0), jnp.zeros(4)))
+        >>> state, info = jax.jit(method.step)(None, state, bx.Batch(jnp.arange(4.0), jnp.zeros(4)))
         >>> float(info.bytes[0]) / state.x.dtype.itemsize
         6.0
     """

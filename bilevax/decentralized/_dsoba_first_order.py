@@ -50,11 +50,11 @@ def dsoba_first_order(
     Reference: Kong et al., arXiv 2402.03167 (D-SOBA-FO), see `dsoba`.
 
     Example:
-        >>> import bilevax as bx, jax.numpy as jnp
+        >>> import bilevax as bx, jax, jax.numpy as jnp
         >>> problem = bx.BilevelProblem(lambda x, y, c: (y - c) ** 2, lambda x, y, c: (y - x) ** 2)
         >>> method = bx.decentralized.dsoba_first_order(problem, bx.gossip(bx.topology.ring(4)), (0.1, 0.2, 0.2))
         >>> state = method.init(jnp.zeros(4), jnp.zeros(4))
-        >>> state, info = method.step(None, state, bx.Batch(jnp.arange(4.0), jnp.zeros(4)))
+        >>> state, info = jax.jit(method.step)(None, state, bx.Batch(jnp.arange(4.0), jnp.zeros(4)))
         >>> int(info.calls.inner_gradients[0]), int(info.calls.hessian_products[0])
         (3, 0)
     """

@@ -76,8 +76,8 @@ def dsvrbgd(
         ...     problem, gossip, (0.1, 0.2, 0.2), sample=bx.sampling.minibatch(2), **options
         ... )
         >>> batch = bx.Batch(jnp.ones((4, 8)), jnp.zeros((4, 8)))
-        >>> state, info = method.step(jax.random.key(0), method.init(jnp.zeros(4), jnp.zeros(4)), batch)
-        >>> int(info.calls.inner_gradients[0]), info.rounds
+        >>> state, info = jax.jit(method.step)(jax.random.key(0), method.init(jnp.zeros(4), jnp.zeros(4)), batch)
+        >>> int(info.calls.inner_gradients[0]), int(info.rounds)
         (4, 3)
     """
     estimator = storm(averaging_weights(momentum, rate), sample=sample)

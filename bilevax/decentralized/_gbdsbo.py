@@ -121,11 +121,11 @@ def gbdsbo(
     3 d_y numbers, where the published count is 2 d_y.
 
     Example:
-        >>> import bilevax as bx, jax.numpy as jnp
+        >>> import bilevax as bx, jax, jax.numpy as jnp
         >>> problem = bx.BilevelProblem(lambda x, y, c: (y - c) ** 2, lambda x, y, c: (y - x) ** 2)
         >>> gossip, batch = bx.gossip(bx.topology.ring(4)), bx.Batch(jnp.arange(4.0), jnp.zeros(4))
         >>> method = bx.decentralized.gbdsbo(problem, gossip, (0.1, 0.2))
-        >>> state, info = method.step(None, method.init(jnp.zeros(4), jnp.zeros(4)), batch)
+        >>> state, info = jax.jit(method.step)(None, method.init(jnp.zeros(4), jnp.zeros(4)), batch)
         >>> float(info.bytes[0]) / state.x.dtype.itemsize  # to two neighbours: 2 d_x + 3 d_y + d_x d_y + d_y²
         14.0
     """

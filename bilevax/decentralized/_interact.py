@@ -57,12 +57,12 @@ def interact(
     Deviation: the Neumann series stands for its inverse.
 
     Example:
-        >>> import bilevax as bx, jax.numpy as jnp
+        >>> import bilevax as bx, jax, jax.numpy as jnp
         >>> problem = bx.BilevelProblem(lambda x, y, c: (y - c) ** 2, lambda x, y, c: (y - x) ** 2)
         >>> gossip, batch = bx.gossip(bx.topology.ring(4)), bx.Batch(jnp.arange(4.0), jnp.zeros(4))
         >>> method = bx.decentralized.interact(problem, gossip, (0.1, 0.2), terms=3, inverse_step=0.25)
-        >>> state, info = method.step(None, method.init(jnp.zeros(4), jnp.zeros(4)), batch)
-        >>> float(info.bytes[0]) / state.x.dtype.itemsize, info.rounds
+        >>> state, info = jax.jit(method.step)(None, method.init(jnp.zeros(4), jnp.zeros(4)), batch)
+        >>> float(info.bytes[0]) / state.x.dtype.itemsize, int(info.rounds)
         (4.0, 1)
     """
     return personal(problem, gossip, step_sizes, full(), terms, inverse_step, correction)
@@ -109,12 +109,12 @@ def interact_svr(
     Reference: arXiv 2207.13283 (SVR-INTERACT), see `interact`.
 
     Example:
-        >>> import bilevax as bx, jax.numpy as jnp
+        >>> import bilevax as bx, jax, jax.numpy as jnp
         >>> problem = bx.BilevelProblem(lambda x, y, c: (y - c) ** 2, lambda x, y, c: (y - x) ** 2)
         >>> gossip, batch = bx.gossip(bx.topology.ring(4)), bx.Batch(jnp.arange(4.0), jnp.zeros(4))
         >>> options = {"terms": 3, "inverse_step": 0.25, "every": 5, "sample": bx.sampling.full}
         >>> method = bx.decentralized.interact_svr(problem, gossip, (0.1, 0.2), **options)
-        >>> state, info = method.step(None, method.init(jnp.zeros(4), jnp.zeros(4)), batch)
+        >>> state, info = jax.jit(method.step)(None, method.init(jnp.zeros(4), jnp.zeros(4)), batch)
         >>> int(info.calls.hessian_products[0])
         3
     """

@@ -52,11 +52,11 @@ def lopa_local(
     h starts as the first direction.
 
     Example:
-        >>> import bilevax as bx, jax.numpy as jnp
+        >>> import bilevax as bx, jax, jax.numpy as jnp
         >>> problem = bx.BilevelProblem(lambda x, y, c: (y - c) ** 2, lambda x, y, c: (y - x) ** 2)
         >>> gossip, batch = bx.gossip(bx.topology.ring(4)), bx.Batch(jnp.arange(4.0), jnp.zeros(4))
         >>> method = bx.decentralized.lopa_local(problem, gossip, (0.1, 0.2, 0.2))
-        >>> state, info = method.step(None, method.init(jnp.zeros(4), jnp.zeros(4)), batch)
+        >>> state, info = jax.jit(method.step)(None, method.init(jnp.zeros(4), jnp.zeros(4)), batch)
         >>> float(info.bytes[0]) / state.x.dtype.itemsize
         2.0
     """
@@ -97,11 +97,11 @@ def lopa_tracking(
     Reference: arXiv 2312.14690, see `lopa_local`. Deviation: semi-ATC tracking.
 
     Example:
-        >>> import bilevax as bx, jax.numpy as jnp
+        >>> import bilevax as bx, jax, jax.numpy as jnp
         >>> problem = bx.BilevelProblem(lambda x, y, c: (y - c) ** 2, lambda x, y, c: (y - x) ** 2)
         >>> gossip, batch = bx.gossip(bx.topology.ring(4)), bx.Batch(jnp.arange(4.0), jnp.zeros(4))
         >>> method = bx.decentralized.lopa_tracking(problem, gossip, (0.1, 0.2, 0.2))
-        >>> state, info = method.step(None, method.init(jnp.zeros(4), jnp.zeros(4)), batch)
+        >>> state, info = jax.jit(method.step)(None, method.init(jnp.zeros(4), jnp.zeros(4)), batch)
         >>> float(info.bytes[0]) / state.x.dtype.itemsize
         4.0
     """

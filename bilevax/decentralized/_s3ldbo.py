@@ -64,7 +64,7 @@ def s3ldbo(
         >>> gossip, batch = bx.gossip(bx.topology.ring(4)), bx.Batch(jnp.arange(4.0), jnp.zeros(4))
         >>> method = bx.decentralized.s3ldbo(problem, gossip, (0.1, 0.2, 0.2), coins=bx.coins.subset(0.25))
         >>> state = method.init(jnp.zeros(4), jnp.zeros(4), batch)
-        >>> state, info = method.step(jax.random.key(0), state, batch)
+        >>> state, info = jax.jit(method.step)(jax.random.key(0), state, batch)
         >>> int(info.calls.hessian_products.sum())
         1
     """

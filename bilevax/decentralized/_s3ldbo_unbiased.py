@@ -57,7 +57,7 @@ def s3ldbo_unbiased(
         >>> problem = bx.BilevelProblem(lambda x, y, c: (y - c) ** 2, lambda x, y, c: (y - x) ** 2)
         >>> gossip, batch = bx.gossip(bx.topology.ring(4)), bx.Batch(jnp.arange(4.0), jnp.zeros(4))
         >>> method = bx.decentralized.s3ldbo_unbiased(problem, gossip, (0.1, 0.2, 0.2), probability=0.5)
-        >>> state, info = method.step(jax.random.key(0), method.init(jnp.zeros(4), jnp.zeros(4), batch), batch)
+        >>> state, info = jax.jit(method.step)(jax.random.key(0), method.init(jnp.zeros(4), jnp.zeros(4), batch), batch)
     """
     return single_loop(problem, gossip, step_sizes, _boosted(probability), _boosted_tracking(), radius=radius)
 

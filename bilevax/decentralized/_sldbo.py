@@ -57,12 +57,12 @@ def sldbo(
     W stands (here: around the step) is not verified.
 
     Example:
-        >>> import bilevax as bx, jax.numpy as jnp
+        >>> import bilevax as bx, jax, jax.numpy as jnp
         >>> problem = bx.BilevelProblem(lambda x, y, c: (y - c) ** 2, lambda x, y, c: (y - x) ** 2)
         >>> method = bx.decentralized.sldbo(problem, bx.gossip(bx.topology.ring(4)), (0.1, 0.2, 0.2))
         >>> state = method.init(jnp.zeros(4), jnp.zeros(4))
-        >>> state, info = method.step(None, state, bx.Batch(jnp.arange(4.0), jnp.zeros(4)))
-        >>> int(info.calls.hessian_products[0]), float(info.bytes[0]) / state.x.dtype.itemsize, info.rounds
+        >>> state, info = jax.jit(method.step)(None, state, bx.Batch(jnp.arange(4.0), jnp.zeros(4)))
+        >>> int(info.calls.hessian_products[0]), float(info.bytes[0]) / state.x.dtype.itemsize, int(info.rounds)
         (1, 12.0, 1)
     """
     return single_loop(problem, gossip, step_sizes, full(), tracked("correction", correction), radius=radius)

@@ -56,14 +56,14 @@ def sparkle(
     Deviation: h starts as the first direction, not as 0.
 
     Example:
-        >>> import bilevax as bx, jax.numpy as jnp
+        >>> import bilevax as bx, jax, jax.numpy as jnp
         >>> problem = bx.BilevelProblem(lambda x, y, c: (y - c) ** 2, lambda x, y, c: (y - x) ** 2)
         >>> gossip = bx.gossip(bx.topology.lazy(bx.topology.ring(4)))
         >>> corrections = bx.single_loop.correction.exact_diffusion()
         >>> method = bx.decentralized.sparkle(problem, gossip, (0.1, 0.2, 0.2), correction=corrections)
         >>> state = method.init(jnp.zeros(4), jnp.zeros(4))
-        >>> state, info = method.step(None, state, bx.Batch(jnp.arange(4.0), jnp.zeros(4)))
-        >>> float(info.bytes[0]) / state.x.dtype.itemsize, info.rounds
+        >>> state, info = jax.jit(method.step)(None, state, bx.Batch(jnp.arange(4.0), jnp.zeros(4)))
+        >>> float(info.bytes[0]) / state.x.dtype.itemsize, int(info.rounds)
         (6.0, 3)
     """
     averaged = averaged_outer(momentum, sample)

@@ -55,12 +55,12 @@ def vrdbo(
     Reference: Gao, Gu and Thai, arXiv 2206.15025. Reconstructed, see `mdbo`.
 
     Example:
-        >>> import bilevax as bx, jax.numpy as jnp
+        >>> import bilevax as bx, jax, jax.numpy as jnp
         >>> problem = bx.BilevelProblem(lambda x, y, c: (y - c) ** 2, lambda x, y, c: (y - x) ** 2)
         >>> gossip, batch = bx.gossip(bx.topology.ring(4)), bx.Batch(jnp.arange(4.0), jnp.zeros(4))
         >>> options = {"momentum": 0.4, "rate": 0.5, "terms": 3, "inverse_step": 0.25}
         >>> method = bx.decentralized.vrdbo(problem, gossip, (0.1, 0.2), sample=bx.sampling.full, **options)
-        >>> state, info = method.step(None, method.init(jnp.zeros(4), jnp.zeros(4)), batch)
+        >>> state, info = jax.jit(method.step)(None, method.init(jnp.zeros(4), jnp.zeros(4)), batch)
         >>> int(info.calls.hessian_products[0]), float(info.bytes[0]) / state.x.dtype.itemsize
         (6, 8.0)
     """

@@ -68,7 +68,7 @@ def full_zeroth_order(
         >>> cost = bx.inner.black_box(lambda x, y, batch: math.sqrt(y), returns=lambda x, y, batch: 0.0)
         >>> hypergrad = bx.hypergradients.full_zeroth_order(cost, lambda x, y0, batch: x**2, directions=1)
         >>> x, batch = jax.numpy.array(3.0), bx.Batch(None, None)
-        >>> grad, state, info = hypergrad.estimate(jax.random.key(0), hypergrad.init(x, x), x, batch)
+        >>> grad, state, info = jax.jit(hypergrad.estimate)(jax.random.key(0), hypergrad.init(x, x), x, batch)
         >>> round(float(grad), 2), float(state.y), float(info.outer_loss)
         (1.0, 9.0, 3.0)
     """

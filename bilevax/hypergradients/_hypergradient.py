@@ -105,8 +105,8 @@ def hypergradient(outer_loss: Loss, solver: InnerSolver, *, restart_optimizer: b
         >>> import bilevax as bx, jax, optax
         >>> solver = bx.inner.implicit(lambda x, y, batch: 0.5 * (y - x) ** 2, optax.sgd(1.0), steps=1)
         >>> hypergrad = bx.hypergradient(lambda x, y, batch: 0.5 * (y - batch) ** 2, solver)
-        >>> state = hypergrad.init(3.0, 0.0)
-        >>> grad, state, info = hypergrad.estimate(jax.random.key(0), state, 3.0, bx.Batch(outer=1.0, inner=None))
+        >>> state, batch = hypergrad.init(3.0, 0.0), bx.Batch(outer=1.0, inner=None)
+        >>> grad, state, info = jax.jit(hypergrad.estimate)(jax.random.key(0), state, 3.0, batch)
         >>> float(grad), float(state.y), float(info.outer_loss), int(state.t)
         (2.0, 3.0, 2.0, 1)
     """
@@ -229,7 +229,7 @@ def differentiable(solver: InnerSolver) -> DifferentiableSolve:
         >>> import bilevax as bx, jax, jax.numpy as jnp, optax
         >>> solve = bx.differentiable(bx.inner.reverse(lambda x, y, batch: batch * (y - x) ** 2, optax.sgd(0.25), 1))
         >>> meta_loss = lambda x, task: solve(x, x, task) ** 2
-        >>> jax.vmap(jax.grad(meta_loss), (None, 0))(1.0, jnp.array([1.0, 2.0])).tolist()
+        >>> jax.jit(jax.vmap(jax.grad(meta_loss), (None, 0)))(1.0, jnp.array([1.0, 2.0])).tolist()
         [2.0, 2.0]
     """
     check_solver("solver", solver, "Pass, say, bx.inner.reverse(inner_loss, optax.sgd(0.1), steps=10).")

@@ -119,7 +119,7 @@ def penalty(
         >>> inner_loss, outer_loss = lambda x, y, batch: 0.5 * (y - x) ** 2, lambda x, y, batch: 0.5 * y**2
         >>> problem = bx.BilevelProblem(outer_loss, inner_loss)
         >>> hypergrad = bx.penalty(problem, optax.sgd(0.5), steps=100, multiplier=99.0)
-        >>> grad, _, _ = hypergrad.estimate(None, hypergrad.init(1.0, 0.0), 1.0, bx.Batch(None, None))
+        >>> grad, _, _ = jax.jit(hypergrad.estimate)(None, hypergrad.init(1.0, 0.0), 1.0, bx.Batch(None, None))
         >>> round(float(grad), 4)  # λ / (λ + 1)
         0.99
     """

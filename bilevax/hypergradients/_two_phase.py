@@ -110,14 +110,14 @@ def two_phase(switch_at: Scalar, first: Hypergradient, second: Hypergradient) ->
     2406.14095, section 3.3.
 
     Example:
-        >>> import bilevax as bx, optax
+        >>> import bilevax as bx, jax, optax
         >>> inner_loss, outer_loss = lambda x, y, batch: 0.5 * (y - x) ** 2, lambda x, y, batch: y**2
         >>> cheap = bx.hypergradient(outer_loss, bx.inner.implicit(inner_loss, ihvp=bx.ihvp.identity(0.5)))
         >>> exact = bx.hypergradient(outer_loss, bx.inner.implicit(inner_loss, ihvp=bx.ihvp.exact()))
         >>> hypergrad = bx.two_phase(1, cheap, exact)
         >>> state, batch = hypergrad.init(3.0, 3.0), bx.Batch(None, None)
-        >>> one, state, _ = hypergrad.estimate(None, state, 3.0, batch)
-        >>> two, state, info = hypergrad.estimate(None, state, 3.0, batch)
+        >>> one, state, _ = jax.jit(hypergrad.estimate)(None, state, 3.0, batch)
+        >>> two, state, info = jax.jit(hypergrad.estimate)(None, state, 3.0, batch)
         >>> float(one), float(two), int(info.phase), float(info.first.outer_loss)
         (3.0, 6.0, 1, 0.0)
     """

@@ -71,9 +71,9 @@ def chain(first: InnerSolver, last: InnerSolver) -> InnerSolver:
     Example:
         >>> import bilevax as bx, jax, optax
         >>> reverse = lambda steps: bx.inner.reverse(lambda x, y, batch: 0.5 * (y - x) ** 2, optax.sgd(0.5), steps)
-        >>> solve = bx.differentiable(bx.inner.chain(reverse(1), reverse(2)))
-        >>> float(jax.grad(solve)(1.0, 0.0, None)), float(jax.grad(bx.differentiable(reverse(3)))(1.0, 0.0, None))
-        (0.875, 0.875)
+        >>> solvers = bx.inner.chain(reverse(1), reverse(2)), reverse(3)
+        >>> [float(jax.jit(jax.grad(bx.differentiable(solver)))(1.0, 0.0, None)) for solver in solvers]
+        [0.875, 0.875]
     """
     for name, link in (("first", first), ("last", last)):
         check_solver(name, link, "Pass two inner solvers; nest chains to join more.")

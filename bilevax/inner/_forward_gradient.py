@@ -86,8 +86,8 @@ def forward_gradient(
         >>> solver = bx.inner.forward_gradient(loss, optax.sgd(0.5), steps=2, directions=3, sampler=exact)
         >>> solve = bx.differentiable(solver)
         >>> x, weights = jnp.zeros(3), jnp.array([1.0, 2.0, 4.0])
-        >>> key = jax.random.key(0)
-        >>> [round(g, 4) for g in jax.grad(lambda x: jnp.sum(weights * solve(x, jnp.ones(3), None, key)))(x).tolist()]
+        >>> outer = lambda x: jnp.sum(weights * solve(x, jnp.ones(3), None, jax.random.key(0)))
+        >>> [round(g, 4) for g in jax.jit(jax.grad(outer))(x).tolist()]
         [0.75, 1.5, 3.0]
     """
     if solve is None and (optimizer is None or steps is None):

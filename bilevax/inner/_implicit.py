@@ -133,7 +133,7 @@ def implicit(
         >>> import bilevax as bx, jax, optax
         >>> loss = lambda x, y, batch: 0.5 * (y - x) ** 2
         >>> solve = bx.differentiable(bx.inner.implicit(loss, optax.sgd(1.0), steps=1, ihvp=bx.ihvp.exact()))
-        >>> float(jax.grad(lambda x: solve(x, 0.0, None) ** 2)(3.0))
+        >>> float(jax.jit(jax.grad(lambda x: solve(x, 0.0, None) ** 2))(3.0))
         6.0
     """
     if steps is None and optimizer is not None:

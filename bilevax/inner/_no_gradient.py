@@ -69,7 +69,7 @@ def no_gradient(
         >>> import bilevax as bx, jax, optax
         >>> loss = lambda x, y, batch: 0.5 * (y - x) ** 2
         >>> first, last = bx.inner.no_gradient(loss, optax.sgd(0.5), 9), bx.inner.reverse(loss, optax.sgd(0.5), 1)
-        >>> float(jax.grad(bx.differentiable(bx.inner.chain(first, last)))(1.0, 0.0, None))
+        >>> float(jax.jit(jax.grad(bx.differentiable(bx.inner.chain(first, last))))(1.0, 0.0, None))
         0.5
     """
     steps = checks.count("steps", steps)

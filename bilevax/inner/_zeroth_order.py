@@ -124,8 +124,8 @@ def zeroth_order(
         >>> solver = bx.inner.zeroth_order(cube_root, directions=1, mu=0.05, difference=bx.inner.central)
         >>> hypergrad = bx.hypergradient(lambda x, y, batch: 3 * y, solver)
         >>> x, batch = jax.numpy.array(8.0), bx.Batch(None, None)
-        >>> grad, state, info = hypergrad.estimate(jax.random.key(0), hypergrad.init(x, x), x, batch)
-        >>> round(float(grad), 3), float(state.y), info.inner.detail.solves
+        >>> grad, state, info = jax.jit(hypergrad.estimate)(jax.random.key(0), hypergrad.init(x, x), x, batch)
+        >>> round(float(grad), 3), float(state.y), int(info.inner.detail.solves)
         (0.25, 2.0, 3)
     """
     checks.function("solve", solve, "x", "y0", "batch")

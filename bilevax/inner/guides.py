@@ -141,7 +141,7 @@ def at_solution(solver: InnerSolver) -> Guide:
         >>> solver = bx.inner.forward_gradient(loss, optax.sgd(0.5), 4, directions=2, guide=guide)
         >>> hypergrad = bx.hypergradient(lambda x, y, batch: (y * batch).sum(), solver)
         >>> x, batch = jax.numpy.zeros(3), bx.Batch(jax.numpy.array([1.0, 2.0, 3.0]), None)
-        >>> grad, _, info = hypergrad.estimate(jax.random.key(0), hypergrad.init(x, x), x, batch)
+        >>> grad, _, info = jax.jit(hypergrad.estimate)(jax.random.key(0), hypergrad.init(x, x), x, batch)
         >>> [round(g, 4) for g in grad.tolist()], round(float(info.inner.detail.cosine), 4)
         ([0.9375, 1.875, 2.8125], 1.0)
     """
@@ -183,7 +183,7 @@ def from_start(solver: InnerSolver) -> Guide:
         >>> solver = bx.inner.forward_gradient(loss, sgd, 4, directions=2, guide=guide)
         >>> hypergrad = bx.hypergradient(lambda x, y, batch: (y * batch).sum(), solver)
         >>> x, batch = jax.numpy.zeros(3), bx.Batch(jax.numpy.array([1.0, 2.0, 3.0]), None)
-        >>> grad, _, _ = hypergrad.estimate(jax.random.key(0), hypergrad.init(x, x), x, batch)
+        >>> grad, _, _ = jax.jit(hypergrad.estimate)(jax.random.key(0), hypergrad.init(x, x), x, batch)
         >>> [round(g, 4) for g in grad.tolist()]
         [0.9375, 1.875, 2.8125]
     """

@@ -97,7 +97,7 @@ def pmap_directions(make_hypergradient: MakeHypergradient, devices: Sequence[jax
         >>> make = lambda axis: bx.hypergradient(f, solver(axis))
         >>> hypergrad = bx.parallel.pmap_directions(make, jax.devices()[:1])
         >>> x, batch = jnp.zeros(1), bx.Batch(None, None)
-        >>> hypergrad.estimate(jax.random.key(0), hypergrad.init(x, x), x, batch)[0].tolist()
+        >>> jax.jit(hypergrad.estimate)(jax.random.key(0), hypergrad.init(x, x), x, batch)[0].tolist()
         [1.0]
     """
     hypergrad = _made(make_hypergradient, "directions")
