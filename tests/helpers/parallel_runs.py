@@ -358,10 +358,16 @@ def report():
     return {"calls": call_by_call(), "rounds": rounds, "refused": refused()}
 
 
-def main(part, *by_pmap):
-    """A part, some of whose methods are to be run by pmap too; or everything else."""
-    methods = PARTS.get(part, ())
-    print(json.dumps({"methods": {name: compare(name, name in by_pmap) for name in methods}} if methods else report()))
+BY_PMAP = ("subset, torus", "one agent per device", "common, graph per level", "mixed", "accumulated")  # every day
+
+
+def main(part=None, *by_pmap):
+    """A part, some of whose methods are run by pmap too; or every part, with those of every day, and the calls."""
+    if part is not None:
+        found = {"methods": {name: compare(name, name in by_pmap) for name in PARTS[part]}}
+    else:
+        found = report() | {"methods": {name: compare(name, name in BY_PMAP) for name in METHODS}}
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Agents spread over devices and hosts: the same numbers, what travels, and where the results stay.
 
-Every test starts processes of its own, for a process has as many devices as it was started with.
+A process has as many devices as it was started with: one of its own, with eight, runs what is asked every day.
 """
 
 import re
@@ -43,55 +43,53 @@ def received(run):
     return sum(size * pairs for _, size, pairs in run["collectives"])
 
 
-def runs_on_eight_devices(part, *by_pmap):
-    """Of methods that are the same there."""
-    (found,) = findings(start(8, "parallel_runs.py", part, *by_pmap))
-    assert {name for name, run in found["methods"].items() if "pmap" in run} == {*by_pmap}
-    for name, run in found["methods"].items():
+@pytest.fixture(scope="module")
+def found():
+    """What one process with eight devices finds."""
+    return findings(start(8, "parallel_runs.py"))[0]
+
+
+def same_everywhere(methods, by_pmap):
+    """Whether methods are the same there."""
+    assert {name for name, run in methods.items() if "pmap" in run} == {*by_pmap}
+    for name, run in methods.items():
         assert run["moved"] > 0.1, name
         assert run["shard_map"] < SMALL, name
         assert run.get("pmap", 0.0) < SMALL, name
         assert run["kept"], name
         assert run["counters"], name
-    return found["methods"]
 
 
-def test_neighbours_on_eight_devices():
-    runs = runs_on_eight_devices("neighbours", "subset, torus", "one agent per device")
+def test_methods_on_eight_devices(found):
+    """Some of them by pmap too."""
+    assert len(found["methods"]) == 13
+    by_pmap = "subset, torus", "one agent per device", "common, graph per level", "mixed", "accumulated"
+    same_everywhere(found["methods"], by_pmap)
 
-    # Boundary agents alone travel: of two agents on a device each has one of its two neighbours elsewhere
-    assert received(runs["sldbo"]) == sum(runs["sldbo"]["bytes"]) / 2
-    lonely = runs["one agent per device"]
+
+def test_boundary_agents_alone_travel(found):
+    runs = found["methods"]
+    sldbo, lonely, torus = (runs[name] for name in ("sldbo", "one agent per device", "subset, torus"))
+    assert received(sldbo) == sum(sldbo["bytes"]) / 2  # of two agents on a device each has one neighbour elsewhere
     assert received(lonely) == sum(lonely["bytes"])
     assert lonely["branches"]
-    assert not runs["sldbo"]["branches"]
+    assert not sldbo["branches"]
 
     # Rows of the torus are pairs of devices, whose agents have three of their four neighbours elsewhere
-    assert received(runs["subset, torus"]) == sum(runs["subset, torus"]["bytes"]) * 3 / 4
-
-
-def test_other_graphs_on_eight_devices():
-    runs = runs_on_eight_devices("graphs", "common, graph per level", "mixed")
-
-    # Hops 1, 2, 4, 8 of the one-peer graph: one row of each device, then both
-    one_peer = runs["variance-reduced, one peer"]
-    assert received(one_peer) == sum(one_peer["bytes"]) * (1 / 2 + 1 + 1 + 1)
-
-    # An irregular graph gathers each leaf once: the two messages of x, y and v
-    gathered = runs["independent, gathered"]["collectives"]
-    assert sorted(gathered) == sorted([["all-gather", 16 * 8 * d, None] for d in (2, 3, 3)] * 2)
-
-
-def test_inner_loops_on_eight_devices():
-    runs = runs_on_eight_devices("loops", "accumulated")
-    assert set(runs) == {"compressed inner loops", "inner loops", "accumulated"}
-
-
-def test_matrices_on_eight_devices():
-    runs = runs_on_eight_devices("matrices")
+    assert received(torus) == sum(torus["bytes"]) * 3 / 4
 
     # Of tracked Hessians and all else half the agents' messages leave the device, and nothing more does
     assert received(runs["matrices"]) == sum(runs["matrices"]["bytes"]) / 2
+
+
+def test_what_other_graphs_send(found):
+    # Hops 1, 2, 4, 8 of the one-peer graph: one row of each device, then both
+    one_peer = found["methods"]["variance-reduced, one peer"]
+    assert received(one_peer) == sum(one_peer["bytes"]) * (1 / 2 + 1 + 1 + 1)
+
+    # An irregular graph gathers each leaf once: the two messages of x, y and v
+    gathered = found["methods"]["independent, gathered"]["collectives"]
+    assert sorted(gathered) == sorted([["all-gather", 16 * 8 * d, None] for d in (2, 3, 3)] * 2)
 
 
 @pytest.mark.slow
@@ -106,11 +104,11 @@ def test_matrices_on_eight_devices():
     ids=["neighbours", "graphs", "loops", "matrices"],
 )
 def test_other_methods_by_pmap(part, methods):
-    runs_on_eight_devices(part, *methods)
+    (found,) = findings(start(8, "parallel_runs.py", part, *methods))
+    same_everywhere(found["methods"], methods)
 
 
-def test_calls_and_bad_input():
-    (found,) = findings(start(8, "parallel_runs.py", "calls"))
+def test_calls_and_bad_input(found):
     calls = found["calls"]
     assert max(calls[name] for name in ("shard_map", "pmap", "vmap")) < SMALL
     assert calls["kept"]
