@@ -9,7 +9,7 @@ a valid x, y or v. Losses have ONE signature, `loss(x, y, batch) -> scalar`, and
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +43,9 @@ __all__ = [
 
 def __dir__() -> list[str]:
     return __all__
+
+
+T = TypeVar("T")
 
 
 class Loss(Protocol):
@@ -243,6 +246,20 @@ def arrays(tree: PyTree) -> PyTree:
         [True, False]
     """
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), tree)
+
+
+def owned(state: T) -> T:
+    """Copies all arrays, so that none shares its memory with another one or with the caller: a state may be donated.
+
+    What is traced is left as it is: a compiled program returns arrays of its own.
+    """
+
+    def copy(leaf: Any) -> Any:
+        concrete = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
+        return jax.device_put(leaf, may_alias=False) if concrete else leaf
+
+    copied: T = jax.tree.map(copy, state)
+    return copied
 
 
 def widen(tree: PyTree) -> PyTree:

@@ -9,7 +9,7 @@ import optax
 from bilevax import checks
 from bilevax.algorithms._descent import DescentInfo, stepped
 from bilevax.printing import as_called, by_shape
-from bilevax.problem import Algorithm, Batch, BilevelProblem, Calls, arrays, inner_gradient, norm
+from bilevax.problem import Algorithm, Batch, BilevelProblem, Calls, arrays, inner_gradient, norm, owned
 from bilevax.sampling import Sample, check_key, fold, split
 from bilevax.single_loop._levels import Levels, at, levels
 from bilevax.single_loop.step_sizes import StepSizes, check_schedule, check_step_size, outer_step
@@ -110,7 +110,7 @@ def amigo(
         checks.floating("y", y)
         x, y = arrays(x), arrays(y)
         optimizer = sizes.x.init(x) if isinstance(sizes.x, optax.GradientTransformation) else ()
-        return AMIGOState(jnp.zeros((), jnp.int32), x, y, optax.tree.zeros_like(y), optimizer)
+        return owned(AMIGOState(jnp.zeros((), jnp.int32), x, y, optax.tree.zeros_like(y), optimizer))
 
     def step(key: Key | None, state: AMIGOState, batch: Batch) -> tuple[AMIGOState, DescentInfo]:
         """The steps on y, those on v, and one on x: (state, info)."""

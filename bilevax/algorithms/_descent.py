@@ -22,6 +22,7 @@ from bilevax.problem import (
     SolverInfo,
     arrays,
     norm,
+    owned,
 )
 from bilevax.sampling import Sample, check_key, fold, full, split
 from bilevax.single_loop._levels import Levels
@@ -152,7 +153,7 @@ def descent(
         optimizer = step_size.init(x) if isinstance(step_size, optax.GradientTransformation) else ()
         memory = at_iteration(k).init(x, y, batch)
         checks.has_y("hypergrad", memory)
-        return DescentState(k, x, memory, optimizer)
+        return owned(DescentState(k, x, memory, optimizer))
 
     def step(key: Key | None, state: DescentState, batch: Batch) -> tuple[DescentState, DescentInfo]:
         """One estimate and one step on x: (state, info); the key may be None where nothing is drawn."""

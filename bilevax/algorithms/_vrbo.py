@@ -9,7 +9,7 @@ import optax
 from bilevax import checks
 from bilevax.algorithms._descent import DescentInfo, stepped
 from bilevax.printing import as_called, by_shape
-from bilevax.problem import Algorithm, Batch, BilevelProblem, Directions, arrays, norm
+from bilevax.problem import Algorithm, Batch, BilevelProblem, Directions, arrays, norm, owned
 from bilevax.sampling import Sample, check_key, fold, split
 from bilevax.single_loop._levels import Levels, at, levels
 from bilevax.single_loop.local_directions import own_neumann
@@ -117,7 +117,7 @@ def vrbo(
         x, y = arrays(x), arrays(y)
         u = Directions(optax.tree.zeros_like(x), optax.tree.zeros_like(y), None)
         optimizer = sizes.x.init(x) if isinstance(sizes.x, optax.GradientTransformation) else ()
-        return VRBOState(jnp.zeros((), jnp.int32), x, y, u, optimizer)
+        return owned(VRBOState(jnp.zeros((), jnp.int32), x, y, u, optimizer))
 
     def step(key: Key | None, state: VRBOState, batch: Batch) -> tuple[VRBOState, DescentInfo]:
         """One step on x, and the steps on y that follow it: (state, info)."""

@@ -9,7 +9,7 @@ import optax
 from bilevax import checks
 from bilevax.agents._gossip import Gossip, per_agent
 from bilevax.printing import as_called, by_shape
-from bilevax.problem import Algorithm, Batch, BilevelProblem, Calls, arrays, norm, wide_dtype
+from bilevax.problem import Algorithm, Batch, BilevelProblem, Calls, arrays, norm, owned, wide_dtype
 from bilevax.sampling import Sample, fold, full
 from bilevax.single_loop._levels import Levels, PerLevel, levels
 from bilevax.single_loop.estimator.estimator_type import draw
@@ -114,7 +114,7 @@ def adasdbo(
         point = Levels(arrays(x), arrays(y), optax.tree.zeros_like(arrays(y)))
         m = jnp.full(gossips.x.agents().shape, accumulated, wide_dtype(*jax.tree.leaves((x, y))))
         mixing = Levels(*(one.init((s, m)) for one, s in zip(gossips, point, strict=True)))
-        return AdaSDBOState(jnp.zeros((), jnp.int32), *point, Levels(m, m, m), mixing)
+        return owned(AdaSDBOState(jnp.zeros((), jnp.int32), *point, Levels(m, m, m), mixing))
 
     def step(key: Key | None, state: AdaSDBOState, batch: Batch) -> tuple[AdaSDBOState, Info]:
         check_step(gossips.x, key, state, AdaSDBOState, batch)

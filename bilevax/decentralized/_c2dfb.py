@@ -10,7 +10,7 @@ from bilevax import checks
 from bilevax.agents._gossip import Gossip
 from bilevax.agents.compression import Compressor, choco
 from bilevax.printing import as_called, by_shape
-from bilevax.problem import Algorithm, Batch, BilevelProblem, Calls, arrays
+from bilevax.problem import Algorithm, Batch, BilevelProblem, Calls, arrays, owned
 from bilevax.sampling import Sample, fold, full
 from bilevax.single_loop._levels import Levels, PerLevel
 from bilevax.single_loop._preconditioned import Place
@@ -147,7 +147,7 @@ def c2dfb(
         point = Levels(arrays(x), arrays(y), arrays(y))
         place = Place(problem, point, batch)
         memories = Levels(*(level.init(s, place) for level, s in zip(levels, point, strict=True)))
-        return C2DFBState(jnp.zeros((), jnp.int32), *point, memories)
+        return owned(C2DFBState(jnp.zeros((), jnp.int32), *point, memories))
 
     def step(key: Key | None, state: C2DFBState, batch: Batch) -> tuple[C2DFBState, Info]:
         check_step(plain.x, key, state, C2DFBState, batch)

@@ -10,7 +10,7 @@ from jax.flatten_util import ravel_pytree
 from bilevax import checks
 from bilevax.agents._gossip import Gossip
 from bilevax.printing import as_called, by_shape
-from bilevax.problem import Algorithm, Batch, BilevelProblem, Calls, arrays, inner_gradient, widen
+from bilevax.problem import Algorithm, Batch, BilevelProblem, Calls, arrays, inner_gradient, owned, widen
 from bilevax.sampling import Sample, fold, full
 from bilevax.single_loop._levels import Levels
 from bilevax.single_loop._preconditioned import Place
@@ -179,7 +179,7 @@ def gbdsbo(
         zeros = Tracked(optax.tree.zeros_like(x), vector, vector, cross, jnp.zeros((n, number, d, d), flat.dtype))
         place = Place(problem, (x, y, ()), batch)
         moves = move(steps.x, 0, place).init(x), move(steps.y, 0, place).init(y)
-        return GBDSBOState(jnp.zeros((), jnp.int32), x, y, zeros, zeros, gossip.init((x, y, zeros)), moves)
+        return owned(GBDSBOState(jnp.zeros((), jnp.int32), x, y, zeros, zeros, gossip.init((x, y, zeros)), moves))
 
     def step(key: Key | None, state: GBDSBOState, batch: Batch) -> tuple[GBDSBOState, Info]:
         check_step(gossip, key, state, GBDSBOState, batch)

@@ -10,7 +10,7 @@ import optax
 from bilevax import checks
 from bilevax.agents._gossip import Gossip
 from bilevax.printing import as_called, by_shape
-from bilevax.problem import Algorithm, Batch, BilevelProblem, Calls, arrays
+from bilevax.problem import Algorithm, Batch, BilevelProblem, Calls, arrays, owned
 from bilevax.sampling import Sample, fold, full
 from bilevax.single_loop._levels import Levels, PerLevel, Rate
 from bilevax.single_loop._preconditioned import Place
@@ -142,7 +142,7 @@ def ma_dsbo(
         point = Levels(arrays(x), arrays(y), optax.tree.zeros_like(arrays(y)))
         place = Place(problem, point, batch)
         memories = Levels(*(level.init(s, place) for level, s in zip(levels, point, strict=True)))
-        return MADSBOState(jnp.zeros((), jnp.int32), *point, optax.tree.zeros_like(point.x), memories)
+        return owned(MADSBOState(jnp.zeros((), jnp.int32), *point, optax.tree.zeros_like(point.x), memories))
 
     def step(key: Key | None, state: MADSBOState, batch: Batch) -> tuple[MADSBOState, Info]:
         check_step(gossips.x, key, state, MADSBOState, batch)

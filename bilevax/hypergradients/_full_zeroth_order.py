@@ -17,7 +17,7 @@ from bilevax.inner._optimizer_steps import Initial, Solve
 from bilevax.inner._zeroth_order import Difference, central, zeroth_order
 from bilevax.inner.random_directions import Sampler, rademacher
 from bilevax.printing import as_called
-from bilevax.problem import Batch, Hypergradient, Loss, arrays
+from bilevax.problem import Batch, Hypergradient, Loss, arrays, owned
 from bilevax.typing import Array, Key, PyTree, Scalar
 
 
@@ -95,7 +95,7 @@ def full_zeroth_order(
         """The first state, with y as the warm start of the black box; no batch is read."""
         check_batch(batch)
         refused(opt_state, "a black box solves the inner problem")
-        return pair.init(x, (y, value))._replace(y=arrays(y))
+        return pair.init(x, (y, value))._replace(y=owned(arrays(y)))
 
     def estimate(
         key: Key | None, state: HypergradientState, x: PyTree, batch: Batch

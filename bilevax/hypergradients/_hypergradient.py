@@ -13,7 +13,7 @@ from bilevax.hypergradients._resume import first_state, refused, resumed
 from bilevax.inner._checked import check_solver, pulled_back, solved, started
 from bilevax.inner._optimizer_steps import full_cotangent
 from bilevax.printing import as_called, by_shape
-from bilevax.problem import Batch, Hypergradient, InnerSolver, Iterate, Loss, SolverInfo, arrays, norm
+from bilevax.problem import Batch, Hypergradient, InnerSolver, Iterate, Loss, SolverInfo, arrays, norm, owned
 from bilevax.sampling import counted_from
 from bilevax.typing import Array, Key, PyTree
 
@@ -133,7 +133,7 @@ def hypergradient(outer_loss: Loss, solver: InnerSolver, *, restart_optimizer: b
             opt_state, t = (), jnp.zeros((), jnp.int32)
         else:
             opt_state, t = first_state(solver.start, x, y, opt_state)
-        return HypergradientState(arrays(y), solver_state, opt_state, t)
+        return owned(HypergradientState(arrays(y), solver_state, opt_state, t))
 
     def estimate(
         key: Key | None, state: HypergradientState, x: PyTree, batch: Batch

@@ -12,7 +12,7 @@ from bilevax.hypergradients._hypergradient import HypergradientInfo, check_batch
 from bilevax.hypergradients._resume import first_state, resumed
 from bilevax.inner._optimizer_steps import Optimizer, Watched, check_point, diverged, optimizer_steps, watch
 from bilevax.printing import as_called, brief, by_shape
-from bilevax.problem import Batch, BilevelProblem, Calls, Hypergradient, Iterate, SolverInfo, arrays, norm
+from bilevax.problem import Batch, BilevelProblem, Calls, Hypergradient, Iterate, SolverInfo, arrays, norm, owned
 from bilevax.sampling import Sample, counted_from, fold, full, split
 from bilevax.typing import Array, Key, PyTree, Scalar
 
@@ -144,7 +144,7 @@ def penalty(
         check_batch(batch)
         check_point(x, y)
         opt_state, t = first_state(plain.start, x, y, opt_state)
-        return PenaltyState(arrays(y), arrays(y), jnp.zeros((), jnp.int32), opt_state, opt_state, t)
+        return owned(PenaltyState(arrays(y), arrays(y), jnp.zeros((), jnp.int32), opt_state, opt_state, t))
 
     def estimate(
         key: Key | None, state: PenaltyState, x: PyTree, batch: Batch

@@ -19,7 +19,7 @@ import optax
 from bilevax import checks
 from bilevax.agents._gossip import Gossip, Mix
 from bilevax.printing import as_called
-from bilevax.problem import Algorithm, Batch, BilevelProblem, Calls, Directions, arrays, norm
+from bilevax.problem import Algorithm, Batch, BilevelProblem, Calls, Directions, arrays, norm, owned
 from bilevax.sampling import fold
 from bilevax.single_loop._levels import Levels, PerLevel
 from bilevax.single_loop._preconditioned import Place
@@ -113,7 +113,7 @@ def single_loop(
         memories = Levels(*(level.init(s, place) if level else () for level, s in zip(levels, point, strict=True)))
         estimators = tuple(estimator.init(group.oracle, point, batch) for group in groups)
         previous = point if estimator.remembers else ()
-        return State(jnp.zeros((), jnp.int32), *point, previous, estimators, memories)
+        return owned(State(jnp.zeros((), jnp.int32), *point, previous, estimators, memories))
 
     def step(key: Key | None, state: State, batch: Batch) -> tuple[State, Info]:
         """One iteration, on a batch with leaves [n, ...]; state.k is folded into the key."""
