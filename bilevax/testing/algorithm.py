@@ -24,7 +24,7 @@ from bilevax.testing._contract import Contract, contract, hold_all, name_of
 from bilevax.testing.compiled import READABLE, executed_dots, products
 from bilevax.testing.placement import LAZY_RING, N, equal, of_four_agents, on_one_device, on_two_parts
 from bilevax.testing.problems._countable import CROSS, ENTRIES_OF_Y, INNER, OUTER, countable
-from bilevax.testing.trees import same_form, truth
+from bilevax.testing.trees import WHAT_IS_WRITTEN, WHAT_THEY_FIND, finite, same_form, strictly, truth, writable
 from bilevax.typing import Array, Key, PyTree
 
 __all__ = [
@@ -33,11 +33,13 @@ __all__ = [
     "calls_are_those_declared",
     "calls_are_those_of_the_compiled_program",
     "check_algorithm",
+    "debuggers_find_nothing",
     "every_agent_moves",
     "nan_is_reported_by_the_agent_that_has_it",
     "placement_changes_nothing",
     "scan_equals_a_loop",
     "somebody_evaluates",
+    "state_is_made_of_arrays",
     "state_keeps_its_form",
     "ten_steps_are_one_trace",
     "vmap_over_keys_equals_a_loop",
@@ -202,6 +204,27 @@ def state_keeps_its_form(subject: AlgorithmSubject) -> None:
     truth(new.k.shape == (), "the counter state.k is no scalar")
 
 
+@contract(WHAT_THEY_FIND)
+def debuggers_find_nothing(subject: AlgorithmSubject) -> None:
+    """One trace with strict promotion and a search for leaks, in one dtype; and all numbers of ten steps are finite."""
+    method, (x, y, batch) = subject.method(subject.gossip), subject.point
+    y = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf, float)), y)
+    state = jax.eval_shape(method.init, x, y, batch)
+    with strictly():
+        jax.eval_shape(method.step, jax.eval_shape(lambda: jax.random.key(0)), state, batch)
+    _, states, infos = subject.history
+    finite("state", states[-1])
+    finite("info", infos[-1])
+
+
+@contract(WHAT_IS_WRITTEN)
+def state_is_made_of_arrays(subject: AlgorithmSubject) -> None:
+    """So that every library can write and read it, as far as it can write x and y."""
+    start, states, _ = subject.history
+    writable("state", start)
+    writable("state", states[-1])
+
+
 @contract("Let nothing in step depend on Python numbers that change, and return no weakly typed leaves.")
 def ten_steps_are_one_trace(subject: AlgorithmSubject) -> None:
     """Whatever the iteration, and `state.k` counts it."""
@@ -315,6 +338,8 @@ def calls_are_those_of_the_compiled_program(subject: AlgorithmSubject) -> None:
 
 CONTRACTS: tuple[Contract, ...] = (
     state_keeps_its_form,
+    debuggers_find_nothing,
+    state_is_made_of_arrays,
     ten_steps_are_one_trace,
     every_agent_moves,
     nan_is_reported_by_the_agent_that_has_it,

@@ -14,13 +14,26 @@ from bilevax.testing import ground, points
 from bilevax.testing._contract import Contract, contract, hold_all, name_of
 from bilevax.testing.compiled import READABLE
 from bilevax.testing.hypergradient_subject import NEAR, RATE, HypergradientSubject, MakeHypergradient, Scanned, keys
-from bilevax.testing.trees import close, differ, finite, same_form, scalars, short, truth
+from bilevax.testing.trees import (
+    WHAT_IS_WRITTEN,
+    WHAT_THEY_FIND,
+    close,
+    differ,
+    finite,
+    same_form,
+    scalars,
+    short,
+    strictly,
+    truth,
+    writable,
+)
 from bilevax.typing import Array
 
 __all__ = [
     "CONTRACTS",
     "check_hypergradient",
     "constant_outer_loss_has_no_gradient",
+    "debuggers_find_nothing",
     "declared_calls_are_compiled_calls",
     "draws_depend_on_the_key_alone",
     "exact_at_the_solution",
@@ -33,6 +46,7 @@ __all__ = [
     "python_floats_are_numbers",
     "same_gradient_form",
     "single_precision_stays_single",
+    "state_is_made_of_arrays",
     "state_is_read",
     "vmap_of_scan_equals_a_loop",
     "weak_types_are_kept",
@@ -139,6 +153,24 @@ def vmap_of_scan_equals_a_loop(subject: HypergradientSubject) -> None:
         (loop_x, loop_state), (loop_grads, loop_infos) = subject.run(*subject.trials[name])
         close("(x, gradients, state)", (x, grads, state), (loop_x, loop_grads, loop_state), rtol=1e-8)
         close("info", infos, loop_infos, rtol=1e-8)
+
+
+@contract(WHAT_THEY_FIND)
+def debuggers_find_nothing(subject: HypergradientSubject) -> None:
+    """One trace with strict promotion and a search for leaks; and all numbers of a healthy estimate are finite."""
+    x, batch, hypergrad, state = ground.make_point()[0], ground.make_batch(), subject.at(ground.PROBLEM), subject.start
+    with strictly():
+        jax.eval_shape(hypergrad.estimate, keys()[0], state, x, batch)
+    _, after, info = subject.estimate()
+    finite("state", after)
+    finite("info", info)
+
+
+@contract(WHAT_IS_WRITTEN)
+def state_is_made_of_arrays(subject: HypergradientSubject) -> None:
+    """So that every library can write and read it, as far as it can write x and y."""
+    writable("state", subject.start)
+    writable("state", subject.estimate()[1])
 
 
 def _without_y(results: Scanned) -> tuple[tuple[Array, Any], tuple[Array, Any]]:
@@ -305,6 +337,8 @@ CONTRACTS: tuple[Contract, ...] = (
     one_program_serves_all_steps,
     exact_at_the_solution,
     vmap_of_scan_equals_a_loop,
+    debuggers_find_nothing,
+    state_is_made_of_arrays,
     nan_is_reported,
     state_is_read,
     y_is_that_of_a_loop_by_hand,

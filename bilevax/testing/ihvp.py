@@ -16,13 +16,25 @@ from bilevax.testing import ground, points
 from bilevax.testing._contract import Contract, contract, hold_all, name_of
 from bilevax.testing.compiled import READABLE
 from bilevax.testing.structure import as_model
-from bilevax.testing.trees import close, differ, finite, same_form, scalars, truth
+from bilevax.testing.trees import (
+    WHAT_IS_WRITTEN,
+    WHAT_THEY_FIND,
+    close,
+    differ,
+    finite,
+    same_form,
+    scalars,
+    strictly,
+    truth,
+    writable,
+)
 from bilevax.typing import Array, Key, PyTree, Scalar
 
 __all__ = [
     "CONTRACTS",
     "IHVPSubject",
     "check_ihvp",
+    "debuggers_find_nothing",
     "declared_calls_are_compiled_calls",
     "draws_depend_on_the_key_alone",
     "half_precision_is_near_double",
@@ -33,6 +45,7 @@ __all__ = [
     "same_form_of_v",
     "single_precision_stays_single",
     "spd_is_symmetric_and_positive_definite",
+    "state_is_made_of_arrays",
     "v0_is_used",
     "v_is_like_b",
     "vmap_equals_a_loop",
@@ -279,6 +292,25 @@ def one_program_serves_all_calls(subject: IHVPSubject) -> None:
         state = after
 
 
+@contract(WHAT_THEY_FIND)
+def debuggers_find_nothing(subject: IHVPSubject) -> None:
+    """One trace with strict promotion and a search for leaks; and all numbers of a healthy solve are finite."""
+    ihvp, loss, (x, y) = subject.make(), ground.PROBLEM.inner_loss, ground.make_point()
+
+    def solve(key: Key, state: Any, point: Point, b: Array) -> Solved:
+        return subject.apply(ihvp, loss, key, state, point, b)
+
+    with strictly():
+        jax.eval_shape(solve, _keys((KEY,))[0], subject.start, (x, y, ground.make_batch().inner), y)
+    finite("(v, info, state)", subject.solve())
+
+
+@contract(WHAT_IS_WRITTEN)
+def state_is_made_of_arrays(subject: IHVPSubject) -> None:
+    """So that every library can write and read it, as far as it can write x and y."""
+    writable("state", subject.start)
+
+
 @contract("Use jax.lax.cond and jnp.where in place of `if`, and draw nothing from outside of the trace.")
 def vmap_equals_a_loop(subject: IHVPSubject) -> None:
     """And an IHVP made of a concrete number equals one made of a traced number."""
@@ -401,6 +433,8 @@ CONTRACTS: tuple[Contract, ...] = (
     number_may_be_traced,
     one_program_serves_all_calls,
     inverts_twice_the_identity,
+    debuggers_find_nothing,
+    state_is_made_of_arrays,
     vmap_equals_a_loop,
     v0_is_used,
     nan_is_reported,

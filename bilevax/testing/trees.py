@@ -1,6 +1,7 @@
 """Comparisons of pytrees: their forms, and their numbers."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -8,6 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevax.typing import PyTree
+
+WHAT_IS_WRITTEN = (
+    "Keep arrays alone, in NamedTuples, tuples, lists and dicts with strings for keys; no key but its data."
+)
+WHAT_THEY_FIND = (
+    "Cast what is of two dtypes (.astype), give arrays one rank (leaf[None]), keep no tracer, and report None, which "
+    "is no leaf, or 0 for what was not measured: NaN and infinity stop jax.debug_nans and jax.debug_infs."
+)
 
 
 def same_form(name: str, got: PyTree, like: str, expected: PyTree, weak: bool = False) -> None:
@@ -91,6 +100,28 @@ def finite(name: str, tree: PyTree) -> None:
         wrong = ~np.isfinite(np.asarray(leaf, float))
         if wrong.any():
             raise AssertionError(f"{name}{jax.tree_util.keystr(path)} is not finite{_at(np.argwhere(wrong)[0])}")
+
+
+def writable(name: str, tree: Any) -> None:
+    """Raises AssertionError unless a tree is arrays in tuples, lists and dicts: what all libraries write and read."""
+    if isinstance(tree, tuple | list):
+        names = getattr(tree, "_fields", None) or range(len(tree))
+        for part, child in zip(names, tree, strict=True):
+            writable(f"{name}.{part}" if isinstance(part, str) else f"{name}[{part}]", child)
+    elif isinstance(tree, dict):
+        for key, child in tree.items():
+            truth(isinstance(key, str), f"{name} has the key {key!r}; a string is meant")
+            writable(f"{name}[{key!r}]", child)
+    elif tree is not None:
+        truth(isinstance(tree, jax.Array), f"{name} is a {type(tree).__name__}; an array is meant")
+        truth(not jnp.issubdtype(tree.dtype, jax.dtypes.prng_key), f"{name} is a key; jax.random.key_data is meant")
+
+
+@contextlib.contextmanager
+def strictly() -> Iterator[None]:
+    """JAX promotes no dtype and no rank by itself, and looks for tracers that leave their trace."""
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"), jax.checking_leaks():
+        yield
 
 
 def short(numbers: PyTree) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 from jax.flatten_util import ravel_pytree
+from written import assert_read_back
 
 import bilevax as bx
 from bilevax.testing import HypergradientSubject, IHVPSubject, hypergradient, ihvp, points, solver, solver_subject
@@ -295,6 +296,7 @@ OFTEN = {  # of whom it is asked every day: what takes programs of its own, and 
     hypergradient.python_floats_are_numbers: OTHERS,
     hypergradient.single_precision_stays_single: OTHERS,
     hypergradient.weak_types_are_kept: OTHERS,
+    hypergradient.debuggers_find_nothing: OTHERS,
     hypergradient.vmap_of_scan_equals_a_loop: OTHERS,
 }
 
@@ -387,6 +389,19 @@ def test_every_ihvp_inside_implicit(name, contract):
 
 
 # What single methods keep
+
+
+@pytest.mark.compiles(100)
+def test_states_are_written_and_read(tmp_path):
+    """Of all estimators and inverse-Hessian-vector products, by flax, pickle, equinox and orbax."""
+    names = (*SOLVERS, *ESTIMATORS)
+    like = {name: subject(name).start for name in names} | {f"ihvp_{name}": ihvp_subject(name).start for name in IHVPS}
+    kept = bx.ihvp.kfac(ema=0.5, damping=1.0), bx.ihvp.ekfac(ema=0.5, damping=1.0)
+    y, batch = jnp.ones((3, 2)), (jnp.ones((5, 3)), jnp.ones((5, 2)))
+    loss = bx.curvature.ModelLoss(lambda y, a: a @ y, bx.curvature.squared_error, lambda x, batch: batch)
+    like["factors"] = [ihvp.init(jnp.zeros(()), y, batch, loss) for ihvp in kept]
+    other = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf) + np.ones((), leaf.dtype)), like)
+    assert_read_back(other, like, tmp_path)
 
 
 def test_linear_solver_of_lineax_in_half_precision():

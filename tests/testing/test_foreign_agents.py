@@ -327,6 +327,21 @@ def test_a_foreign_method_passes():
     testing.check_algorithm(plain_descent, calls=(1, 1, 1, 1))
 
 
+def keeping_a_key(problem, gossip, steps, sample):
+    sound = plain_descent(problem, gossip, steps, sample)
+
+    def init(x, y, batch=None):
+        state = sound.init(x, y)
+        return state._replace(gossip=(state.gossip, jax.random.key(0)))
+
+    def step(key, state, batch):
+        mixing, kept = state.gossip
+        new, info = sound.step(kept, state._replace(gossip=mixing), batch)
+        return new._replace(gossip=(new.gossip, kept)), info
+
+    return bx.problem.Algorithm(init, step)
+
+
 def nobody(problem, gossip, steps, sample):
     return bx.decentralized.s3ldbo(
         problem, gossip, steps, coins=lambda key, k, gossip: jnp.zeros(gossip.agents().shape, bool)
@@ -351,6 +366,8 @@ METHODS = {
     "a draw outside of the trace": ("scan_equals_a_loop", fault(scale=np.random.default_rng(0).uniform)),
     "one key for all": ("vmap_over_keys_equals_a_loop", other_bits),
     "another dtype": ("state_keeps_its_form", fault(count=1.0)),
+    "two dtypes": ("debuggers_find_nothing", fault(scale=lambda: np.float32(1.0))),
+    "a key in the state": ("state_is_made_of_arrays", keeping_a_key),
     "a counter that stands still": ("ten_steps_are_one_trace", fault(count=0)),
     "a coin that chooses nobody": ("somebody_evaluates", nobody),
 }

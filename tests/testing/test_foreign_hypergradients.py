@@ -197,6 +197,26 @@ def constant_floats(estimate, key, state, x, batch):
     return jax.tree.map(lambda leaf, g: g if isinstance(leaf, jax.Array) else 0 * g, x, grad), *rest
 
 
+def unmeasured(estimate, *arguments):
+    grad, state, info = estimate(*arguments)
+    return grad, state, info._replace(inner=info.inner._replace(detail=jnp.nan))
+
+
+def numbered(problem, optimizer, sample):
+    """In its state is a dict with a number for a key, which no library of checkpoints reads back."""
+    sound = penalty(problem, optimizer, sample)
+
+    def init(x, y, batch=None):
+        state = sound.init(x, y, batch)
+        return state._replace(penalized={0: state.penalized})
+
+    def estimate(key, state, *arguments):
+        grad, state, info = sound.estimate(key, state._replace(penalized=state.penalized[0]), *arguments)
+        return grad, state._replace(penalized={0: state.penalized}), info
+
+    return bx.problem.Hypergradient(init, estimate)
+
+
 BROKEN_PENALTIES = {
     "a state is not kept": (
         functools.partial(penalty, keep=lambda new, old: optax.tree.cast(new, jnp.float32)),
@@ -207,6 +227,8 @@ BROKEN_PENALTIES = {
     "a weak type is not stripped": (weak_start, "weak_types_are_kept"),
     "a breakdown is made up": (functools.partial(penalty, report=jnp.ones_like), "one_program_serves_all_steps"),
     "a breakdown is hidden": (functools.partial(penalty, report=jnp.zeros_like), "nan_is_reported"),
+    "what is not measured is NaN": (around(unmeasured), "debuggers_find_nothing"),
+    "a dict of numbered arrays": (numbered, "state_is_made_of_arrays"),
     "it draws outside of the trace": (around(random_scale), "vmap_of_scan_equals_a_loop"),
     "half of the state is not used": (around(one_start), "state_is_read"),
     "a draw is left out": (next_draw, "y_is_that_of_a_loop_by_hand"),

@@ -74,6 +74,15 @@ def hidden_nan(apply, b, v0=None):
     return jax.tree.map(jnp.nan_to_num, v), info._replace(breakdown=jnp.zeros((), bool))
 
 
+def unmeasured(apply, b, v0=None):
+    v, info = apply(b, v0)
+    return v, info._replace(residual=jnp.nan)
+
+
+def keeping_a_key(number, sample):
+    return richardson(number, sample)._replace(init=lambda *point: jax.random.key(0))
+
+
 def one_product_too_few(apply, b, v0=None):
     v, info = apply(b, v0)
     return v, info._replace(products=info.products - 1)
@@ -150,6 +159,8 @@ BROKEN = {
     "the sign is wrong": (changed(wrong_sign), "inverts_twice_the_identity"),
     "v is single precision": (changed(single_precision), "v_is_like_b"),
     "v is double precision": (changed(foreign.double), "single_precision_stays_single"),
+    "what is not measured is NaN": (changed(unmeasured), "debuggers_find_nothing"),
+    "a key in the state": (keeping_a_key, "state_is_made_of_arrays"),
     "a weak type of the state is not kept": (weak_memory, "one_program_serves_all_calls"),
     "it starts from outside of the trace": (changed(random_start), "vmap_equals_a_loop"),
     "NaN is hidden": (changed(hidden_nan), "nan_is_reported"),
