@@ -477,6 +477,12 @@ class Backward(Protocol):
     def __call__(self, residual: Any, state: Any, z_bar: Iterate) -> tuple[tuple[PyTree, Iterate], Any, SolverInfo]: ...
 
 
+class Tangent(Protocol):
+    """The tangent of the solution y along that of x, a pytree like what of y is optimized."""
+
+    def __call__(self, key: Key | None, x: PyTree, y: PyTree, batch: PyTree, x_dot: PyTree) -> PyTree: ...
+
+
 class InnerSolver(NamedTuple):
     """How the inner problem is solved AND how that solution is differentiated.
 
@@ -489,6 +495,9 @@ class InnerSolver(NamedTuple):
       pushes_tangents: True where it pushes tangents from x through `start` itself and has no derivative with respect to
         z_0 to send back: it cannot be the last link of a chain.
       fresh: True where y, optimizer and t start anew at each outer step, since `start` makes y out of x.
+      tangent: `tangent(key, x, y, batch, x_dot) -> y_dot` of the solution y, where y depends on x alone; with the key
+        of `forward`. Linear in x_dot, so that JAX can transpose it, and itself differentiable. `differentiable` takes
+        it in the place of `backward`; None where derivatives have one mode and one order.
       text: what `print` shows.
 
     Example:
@@ -506,6 +515,7 @@ class InnerSolver(NamedTuple):
     backward: Backward
     pushes_tangents: bool = False
     fresh: bool = False
+    tangent: Tangent | None = None
     text: str = ""
 
     def __repr__(self) -> str:

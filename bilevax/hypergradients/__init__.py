@@ -1,7 +1,8 @@
 """Hypergradients: estimators of ∇F(x) with a memory, the differentiable solve, and the check of an estimate."""
 
+from bilevax.hypergradients._differentiable import differentiable
 from bilevax.hypergradients._full_zeroth_order import full_zeroth_order
-from bilevax.hypergradients._hypergradient import HypergradientInfo, HypergradientState, differentiable, hypergradient
+from bilevax.hypergradients._hypergradient import HypergradientInfo, HypergradientState, hypergradient
 from bilevax.hypergradients._penalty import PenaltyDetail, PenaltyState, penalty
 from bilevax.hypergradients._report import HypergradientReport
 from bilevax.hypergradients._two_phase import TwoPhaseInfo, TwoPhaseState, two_phase

@@ -1,11 +1,9 @@
 """Hypergradients: an outer loss and an inner solver put together, with a memory or as one pure function."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from bilevax import checks
 from bilevax.carried import parameters, with_parameters
@@ -179,119 +177,3 @@ def check_batch(batch: Batch | None) -> None:
     """Raises ValueError unless the batch of `init` is that of `estimate`, or None."""
     if batch is not None:
         checks.instance("batch", batch, Batch, BATCH_FIX)
-
-
-class DifferentiableSolve(Protocol):
-    """The inner solution as a function of x and y0, differentiated by the rule of its solver."""
-
-    def __call__(self, x: PyTree, y0: PyTree, batch: PyTree, key: Key | None = None) -> PyTree: ...
-
-
-class _Solved(NamedTuple):
-    """What the pull-back of a solve needs."""
-
-    pull_start: Callable[[Iterate], tuple[PyTree, PyTree]]
-    x: PyTree
-    z: Iterate
-    residual: Any
-    state: Any
-
-
-def differentiable(solver: InnerSolver) -> DifferentiableSolve:
-    """The inner solver as one pure function that `jax.grad` differentiates by the solver's own rule.
-
-        solve(x, y0, batch, key=None) -> y_T
-
-    The derivative with respect to x comes from `solver.backward`, that with respect to y0 too (zero for an implicit
-    solver, refused for one that pushes tangents from x alone). Nothing else is differentiated: what the loss or the
-    optimizer closes over must not depend on the variable of `jax.grad`; move it into x. There is no info:
-    `hypergradient` of the same solver tells how far to trust it. vmap it over tasks and use it anywhere inside a loss;
-    jit the whole, or it is traced at each call.
-
-    Args:
-      solver: an inner solver.
-
-    Returns:
-      `solve`. v and the optimizer start afresh at each call; give data, keys and whatever else is not differentiated in
-      `batch`.
-
-    Raises:
-      ValueError: if a derivative with respect to `batch`, or to something that the solver closes over, is asked (it is
-        refused, not returned as zero), or with respect to y0 of a solver without one; if x or y0 is empty or not
-        floating-point.
-      TypeError: from JAX for forward mode (jvp), and for second derivatives of an implicit solver.
-
-    Cost: that of the solver; without a derivative, of its forward pass.
-
-    Reference: Blondel et al., "Efficient and modular implicit differentiation", arXiv 2105.15183, section 2.
-
-    Example:
-        >>> import bilevax as bx, jax, jax.numpy as jnp, optax
-        >>> solve = bx.differentiable(bx.inner.reverse(lambda x, y, batch: batch * (y - x) ** 2, optax.sgd(0.25), 1))
-        >>> meta_loss = lambda x, task: solve(x, x, task) ** 2
-        >>> jax.jit(jax.vmap(jax.grad(meta_loss), (None, 0)))(1.0, jnp.array([1.0, 2.0])).tolist()
-        [2.0, 2.0]
-    """
-    check_solver("solver", solver, "Pass, say, bx.inner.reverse(inner_loss, optax.sgd(0.1), steps=10).")
-
-    def run(x: PyTree, y0: PyTree, batch: PyTree, key: Key | None) -> tuple[PyTree, _Solved]:
-        state = solver.init(x, y0, batch)
-        z, pull_start = jax.vjp(solver.start, x, y0)
-        with counted_from(None):  # also inside a loss of another hypergradient
-            z_T, residual, state = solved(solver.forward(key, state, x, started(z), batch), z, state)
-        return z_T.y, _Solved(pull_start, x, z, residual, state)
-
-    @jax.custom_vjp
-    def by_rule(x: PyTree, y0: PyTree, batch: PyTree, key: Key | None) -> PyTree:
-        return run(x, y0, batch, key)[0]
-
-    def forward(x: PyTree, y0: PyTree, batch: PyTree, key: Any) -> tuple[PyTree, _Solved]:
-        for path, leaf in jax.tree_util.tree_leaves_with_path(batch, is_leaf=_is_primal):
-            if leaf.perturbed:
-                raise ValueError(
-                    f"batch of a differentiable solve must not be differentiated; got a derivative with respect to "
-                    f"batch{jax.tree_util.keystr(path)}. Move that array into x, or wrap it in jax.lax.stop_gradient."
-                )
-        if solver.pushes_tangents and any(
-            leaf.perturbed for leaf in jax.tree.leaves(parameters(y0), is_leaf=_is_primal)
-        ):
-            raise ValueError(
-                "y0 must not be differentiated where the solver pushes tangents from x alone, such as "
-                "inner.forward_gradient; got a derivative with respect to y0. Pass initial=lambda x: ... to the "
-                "solver, or wrap y0 in jax.lax.stop_gradient."
-            )
-        return run(*jax.tree.map(lambda leaf: leaf.value, (x, y0, batch, key), is_leaf=_is_primal))
-
-    def backward(kept: _Solved, y_bar: PyTree) -> tuple[PyTree, PyTree, None, None]:
-        pull_start, x, z, residual, state = kept
-        y_bar = jax.tree.map(_instantiate, parameters(y_bar), is_leaf=_is_symbolic_zero)
-        with counted_from(None):
-            (x_bar, z0_bar), _, _ = pulled_back(solver.backward(residual, state, Iterate(y_bar)), x, z, state)
-        start_x_bar, y0_bar = pull_start(full_cotangent(z0_bar, z))
-        return optax.tree.add(x_bar, start_x_bar), y0_bar, None, None
-
-    by_rule.defvjp(forward, backward, symbolic_zeros=True)
-
-    def solve(x: PyTree, y0: PyTree, batch: PyTree, key: Key | None = None) -> PyTree:
-        """y_T, a pytree like y0, started at y0 (or at `initial(x)`) on the inner data `batch`."""
-        try:
-            return by_rule(x, y0, batch, key)
-        except jax.errors.UnexpectedTracerError as error:
-            raise ValueError(
-                "solver must not close over a value that is differentiated; got one in its loss, optimizer, initial or "
-                "solve. Move it into x: loss(x, y, batch), optimizer=lambda x: optax.sgd(x)."
-            ) from error
-
-    return solve
-
-
-def _is_primal(leaf: Any) -> bool:
-    return isinstance(leaf, jax.custom_derivatives.CustomVJPPrimal)
-
-
-def _is_symbolic_zero(leaf: Any) -> bool:
-    return isinstance(leaf, jax.custom_derivatives.SymbolicZero)
-
-
-def _instantiate(leaf: Any) -> Any:
-    return jnp.zeros(leaf.shape, leaf.dtype) if _is_symbolic_zero(leaf) else leaf

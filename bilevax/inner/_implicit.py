@@ -9,6 +9,7 @@ import optax
 from bilevax import checks
 from bilevax.carried import parameters
 from bilevax.curvature.model_loss import held
+from bilevax.curvature.products import Product
 from bilevax.ihvp._cg import cg
 from bilevax.ihvp._checked import check_ihvp, prepared
 from bilevax.inner._optimizer_steps import (
@@ -23,11 +24,13 @@ from bilevax.inner._optimizer_steps import (
     solution,
     step_keys,
 )
+from bilevax.inner._transposed import transposed
 from bilevax.printing import as_called, by_shape
 from bilevax.problem import (
     IHVP,
     Calls,
     IHVPInfo,
+    InnerGradient,
     InnerSolver,
     Iterate,
     Loss,
@@ -205,7 +208,28 @@ def implicit(
         state = ImplicitState(kept, ihvp_state)
         return (x_bar, Iterate(optax.tree.zeros_like(y))), state, info
 
-    return InnerSolver(init, run.start, forward, backward, fresh=initial is not None)
+    def tangent(key: Key | None, x: PyTree, y: PyTree, batch: PyTree, x_dot: PyTree) -> PyTree:
+        """y_dot = −[∇²_yy g]⁻¹ ∇²_yx g x_dot by the IHVP; to be differentiated with the Hessian itself."""
+        keys, loss, params = step_keys(key), held(inner_loss, y), parameters(y)
+
+        def gradient(x: PyTree, params: PyTree, batch: PyTree) -> InnerGradient:
+            t = jnp.asarray(max(steps - 1, 0), jnp.int32)
+            return inner_gradient(loss, x, params, cross_sample(keys.cross, t, batch))
+
+        def invert(product: Product, b: PyTree) -> PyTree:
+            at = jax.lax.stop_gradient((x, params, batch))
+            kept = solver.init(*at, loss)
+            apply, _ = prepared("ihvp", solver.prepare(keys.ihvp, kept, loss, at), kept)
+            return _checked(apply(b), b)[0]
+
+        def cross(x: PyTree, params: PyTree, batch: PyTree, x_dot: PyTree) -> PyTree:
+            return transposed(lambda v: gradient(x, params, batch).pull_back(v)[0], params, x_dot)
+
+        b = jax.checkpoint(cross, prevent_cse=False)(x, params, batch, x_dot)  # nothing is kept for the way back
+        v = jax.lax.custom_linear_solve(lambda v: gradient(x, params, batch).pull_back(v)[1], b, invert, symmetric=True)
+        return optax.tree.scale(-1, v)
+
+    return InnerSolver(init, run.start, forward, backward, fresh=initial is not None, tangent=tangent)
 
 
 def _checked(applied: Any, b: PyTree) -> tuple[PyTree, IHVPInfo]:

@@ -9,7 +9,8 @@ import numpy as np
 import optax
 
 from bilevax import checks
-from bilevax.hypergradients._hypergradient import differentiable, hypergradient
+from bilevax.hypergradients._differentiable import differentiable
+from bilevax.hypergradients._hypergradient import hypergradient
 from bilevax.problem import BilevelProblem, Hypergradient, InnerSolver, Iterate, Loss, SolverInfo
 from bilevax.sampling import Sample, full
 from bilevax.testing import ground, points
