@@ -1,5 +1,6 @@
 """What `fixed_point` and `root` share: a y that solves r(x, y) = 0, and the adjoint equation of its derivative."""
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import jax
@@ -11,6 +12,7 @@ from bilevax.carried import CarryingLoss, carrying, parameters, with_parameters
 from bilevax.curvature.products import Product
 from bilevax.inner._gmres import gmres
 from bilevax.inner._optimizer_steps import Initial, Solve, check_point, optimizer_steps, solution
+from bilevax.inner._transposed import transposed
 from bilevax.printing import brief, by_shape
 from bilevax.problem import Calls, InnerSolver, Iterate, Loss, SolverInfo, arrays, norm
 from bilevax.sampling import full
@@ -138,7 +140,35 @@ def equation(
         kept = optax.tree.where(adjoint_residual <= 1, u, optax.tree.zeros_like(u)) if warm_start else None
         return (x_bar, Iterate(optax.tree.zeros_like(y))), EquationState(kept), info
 
-    return InnerSolver(init, start, forward, backward, fresh=initial is not None)
+    def tangent(key: Key | None, x: PyTree, y: PyTree, batch: PyTree, x_dot: PyTree) -> PyTree:
+        """y_dot = −[∂r/∂y]⁻¹ [∂r/∂x] x_dot."""
+
+        params = parameters(y)
+
+        def pull_back(x: PyTree, params: PyTree, batch: PyTree) -> Callable[[PyTree], tuple[PyTree, PyTree]]:
+            return jax.vjp(lambda x, params: function(x, with_parameters(y, params), batch), x, params)[1]
+
+        def along_x(x: PyTree, params: PyTree, batch: PyTree, x_dot: PyTree) -> PyTree:
+            pull = pull_back(x, params, batch)
+            return transposed(lambda u: pull(u)[0], params, x_dot)
+
+        def along_y(y_dot: PyTree) -> PyTree:
+            pull = pull_back(x, params, batch)
+            return transposed(lambda u: pull(u)[1], params, y_dot)
+
+        def invert(product: Product, b: PyTree) -> PyTree:
+            pull = pull_back(*jax.lax.stop_gradient((x, params, batch)))
+            push = lambda y_dot: transposed(lambda u: pull(u)[1], params, y_dot)  # noqa: E731
+            return _solve(push, b, None, linear_solve, maxiter, tol)[0]
+
+        def invert_transpose(product: Product, b: PyTree) -> PyTree:
+            pull = pull_back(*jax.lax.stop_gradient((x, params, batch)))
+            return _solve(lambda u: pull(u)[1], b, None, linear_solve, maxiter, tol)[0]
+
+        b = jax.checkpoint(along_x, prevent_cse=False)(x, params, batch, x_dot)  # nothing is kept for the way back
+        return optax.tree.scale(-1, jax.lax.custom_linear_solve(along_y, b, invert, invert_transpose))
+
+    return InnerSolver(init, start, forward, backward, fresh=initial is not None, tangent=tangent)
 
 
 def _solve(
