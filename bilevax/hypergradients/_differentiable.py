@@ -192,7 +192,7 @@ def _is_symbolic_zero(leaf: Any) -> bool:
 
 
 def _is_moved(tangent: Any) -> bool:
-    return not _is_symbolic_zero(tangent) and tangent.dtype != jax.dtypes.float0
+    return not _is_symbolic_zero(tangent) and getattr(tangent, "dtype", float) != jax.dtypes.float0
 
 
 def _instantiate(tree: PyTree) -> PyTree:

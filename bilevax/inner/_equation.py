@@ -142,7 +142,6 @@ def equation(
 
     def tangent(key: Key | None, x: PyTree, y: PyTree, batch: PyTree, x_dot: PyTree) -> PyTree:
         """y_dot = −[∂r/∂y]⁻¹ [∂r/∂x] x_dot."""
-
         params = parameters(y)
 
         def pull_back(x: PyTree, params: PyTree, batch: PyTree) -> Callable[[PyTree], tuple[PyTree, PyTree]]:
