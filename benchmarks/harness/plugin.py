@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
+import optax
 
 import bilevax as bx
 from benchmarks.harness.errors import DataError
@@ -156,6 +157,12 @@ class Function(NamedTuple):
 def finished(outer_loss: Callable[..., Any], solver: Any) -> bx.problem.Hypergradient:
     """The hypergradient of a row: by its inner solver, or as a function of a plugin makes it."""
     return solver(outer_loss) if callable(solver) else bx.hypergradient(outer_loss, solver)
+
+
+def restarted(state: Any, y: Any) -> Any:
+    """The state of a hypergradient with another y, and the optimizer of y as it begins: that of SGD holds zeros."""
+    kept = {"opt_state": optax.tree.zeros_like(state.opt_state)} if hasattr(state, "opt_state") else {}
+    return state._replace(y=y, **kept)
 
 
 Plugin = Mapping[str, Mapping[str, Function]]  # kind -> name -> function

@@ -25,7 +25,7 @@ from benchmarks.data.images import load
 from benchmarks.harness.clock import Spent
 from benchmarks.harness.folder import prepared
 from benchmarks.harness.loop import Outcome
-from benchmarks.harness.plugin import Function, finished
+from benchmarks.harness.plugin import Function, finished, restarted
 from benchmarks.harness.report import Columns, Run, table
 from benchmarks.harness.runner import Options
 from benchmarks.harness.timing import compiled, interleaved, relative_error
@@ -94,7 +94,7 @@ def estimates(row: Row, net: Model) -> Callable:
 
         def step(state: Any, now: tuple) -> tuple[Any, tuple]:
             key, x, y = now
-            grad, state, info = hypergrad.estimate(key, state._replace(y=y), x, batch)
+            grad, state, info = hypergrad.estimate(key, restarted(state, y), x, batch)
             return state, (grad, info.inner.calls, info.inner.breakdown)
 
         state = hypergrad.init(xs[0], jax.tree.map(lambda leaf: leaf[0], ys), batch)

@@ -28,6 +28,7 @@ import bilevax as bx
 from benchmarks.data.images import IMAGES, Data, ImageName, load
 from benchmarks.harness.grid import choice
 from benchmarks.harness.loop import Carry
+from benchmarks.harness.plugin import restarted
 from benchmarks.harness.report import COSTS, Run
 from benchmarks.harness.runner import Method, Options, Task, outer_loops, perform
 from benchmarks.networks.dense import perceptron, random_layers
@@ -96,7 +97,7 @@ def renewed(hypergrad: bx.problem.Hypergradient, model: Model, minibatch: int) -
 
     def estimate(key: Key | None, state: Any, x: Array, batch: bx.Batch) -> tuple:
         network_key, outer_key, key = jax.random.split(bx.sampling.needed(key, "a fresh network"), 3)
-        state = state._replace(y=model.init(network_key, x.shape[1]))
+        state = restarted(state, model.init(network_key, x.shape[1]))
         outer = bx.sampling.minibatch(minibatch)(outer_key, 0, batch.outer)
         return hypergrad.estimate(key, state, x, bx.Batch(outer, batch.inner))
 

@@ -32,7 +32,7 @@ from matplotlib.figure import Figure
 import bilevax as bx
 from benchmarks.data.images import Data, load
 from benchmarks.harness.grid import choice
-from benchmarks.harness.plugin import Function, InnerProblem
+from benchmarks.harness.plugin import Function, InnerProblem, restarted
 from benchmarks.harness.report import COSTS, Run
 from benchmarks.harness.runner import Method, Options, Task, outer_loops, perform
 from benchmarks.harness.style import ANCHOR_COLOURS, STYLE, curves
@@ -210,7 +210,7 @@ def renewed(hypergrad: bx.problem.Hypergradient) -> bx.problem.Hypergradient:
     def estimate(key: Key | None, state: Any, x: Array, batch: bx.Batch) -> tuple:
         network_key, key = jax.random.split(bx.sampling.needed(key, "a fresh network"))
         pixels = batch.inner[0].shape[1]
-        return hypergrad.estimate(key, state._replace(y=MODEL.init(network_key, pixels)), x, batch)
+        return hypergrad.estimate(key, restarted(state, MODEL.init(network_key, pixels)), x, batch)
 
     return bx.problem.Hypergradient(hypergrad.init, estimate)
 

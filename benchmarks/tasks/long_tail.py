@@ -157,7 +157,7 @@ def with_losses(hypergradient: bx.problem.Hypergradient, model: Model) -> bx.pro
 
     def init(x: PyTree, y: PyTree, batch: bx.Batch | None = None, *, opt_state: Any = None) -> Any:
         given = None if batch is None else bx.Batch(batch.outer, extended(y, batch.inner))
-        return hypergradient.init(x, y, given, opt_state=opt_state)
+        return hypergradient.init(x, y, given)
 
     def estimate(key: Key | None, state: Any, x: PyTree, batch: bx.Batch) -> tuple:
         return hypergradient.estimate(key, state, x, bx.Batch(batch.outer, extended(state.y, batch.inner)))
