@@ -155,19 +155,65 @@ def article(noun: str) -> str:
 
 def floating(name: str, tree: PyTree) -> None:
     """Raises ValueError unless `tree` has leaves and every leaf is a real floating-point array or number."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_nnx_module)
     if not leaves:
         raise ValueError(
             f"{name} must hold at least one floating-point array; got an empty pytree {tree!r}. "
             f"Pass the {name} that the losses read."
         )
     for path, leaf in leaves:
-        dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
-        if not jnp.issubdtype(dtype, jnp.floating):
+        got, fix = _instead(name, leaf)
+        if fix:
             raise ValueError(
-                f"{name} must hold floating-point arrays only; got {dtype} at {name}{jax.tree_util.keystr(path)}. "
-                f"Keep counts, labels and keys in the batch, or cast with .astype(float)."
+                f"{name} must hold floating-point arrays only; got {got} at {name}{jax.tree_util.keystr(path)}. {fix}"
             )
+
+
+def _is_nnx_module(node: Any) -> bool:
+    """Whether it is a module of flax nnx, in which parameters, statistics and counts lie side by side."""
+    return any(f"{kind.__module__}.{kind.__name__}" == "flax.nnx.module.Module" for kind in type(node).__mro__)
+
+
+def _instead(name: str, leaf: Any) -> tuple[Any, str]:
+    """What a leaf is, and what to pass in its place where it is not real and floating-point."""
+    kind = article(type(leaf).__name__)
+    if _is_nnx_module(leaf):
+        return kind, (
+            f"Split the module: graph, {name}, rest = nnx.split(model, nnx.Param, ...), and let the losses call "
+            f"nnx.merge(graph, {name}, rest)."
+        )
+    dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
+    if jnp.issubdtype(dtype, jnp.floating):
+        return dtype, ""
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        return dtype, (
+            "Pass its real and imaginary parts as two arrays, and let the losses put them together: jax.lax.complex."
+        )
+    if isinstance(dtype, np.dtype) and dtype.kind in "OUS":
+        return kind if dtype.hasobject else dtype, (
+            f"Leave out what is no array. Of a module of equinox pass the first part of eqx.partition(model, "
+            f"eqx.is_inexact_array), and let the losses call eqx.combine({name}, rest); of one of linen its variables."
+        )
+    cast = ", or cast with .astype(float)" if jnp.issubdtype(dtype, jnp.integer) else ""
+    return dtype, f"Keep counts, labels and keys in the batch{cast}."
+
+
+def as_arrays(name: str, tree: PyTree) -> PyTree:
+    """Makes NumPy arrays and numbers those of JAX, also under `jax.vmap`; raises ValueError where there is no such."""
+
+    def convert(path: Any, leaf: Any) -> Array:
+        if isinstance(leaf, jax.core.Tracer):
+            return jnp.copy(leaf)  # behind a tracer of vmap may be a NumPy array, which no rule of derivatives takes
+        dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
+        if isinstance(dtype, np.dtype) and dtype.kind in "OUS":
+            got = article(type(leaf).__name__) if dtype.hasobject else dtype
+            raise ValueError(
+                f"{name} must hold arrays and numbers only; got {got} at {name}{jax.tree_util.keystr(path)}. Number "
+                f"what has names, and let the losses close over what is no number."
+            )
+        return jnp.asarray(leaf)
+
+    return jax.tree_util.tree_map_with_path(convert, tree)
 
 
 def same_shapes(name: str, got: PyTree, expected: PyTree, fix: str) -> None:

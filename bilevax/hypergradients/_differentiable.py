@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from bilevax import checks
 from bilevax.carried import Carried, parameters
 from bilevax.hypergradients._closures import Closed, close
 from bilevax.inner._checked import check_solver, pulled_back, solved, started
-from bilevax.inner._optimizer_steps import full_cotangent, zero_cotangent
+from bilevax.inner._optimizer_steps import check_point, full_cotangent, zero_cotangent
 from bilevax.problem import InnerSolver, Iterate
 from bilevax.sampling import counted_from
 from bilevax.typing import Key, PyTree
@@ -96,7 +97,9 @@ def differentiable(solver: InnerSolver) -> DifferentiableSolve:
 
     def solve(x: PyTree, y0: PyTree, batch: PyTree, key: Key | None = None) -> PyTree:
         """y_T, a pytree like y0, started at y0 (or at `initial(x)`) on the inner data `batch`."""
-        arguments = x, y0, batch, key
+        check_point(x, y0)
+        parts = {"x": x, "y0": y0, "batch": batch, "key": key}
+        arguments = x, y0, batch, key = [checks.as_arrays(name, part) for name, part in parts.items()]
         primal = close(lambda *arguments: run(*arguments)[0], *arguments)
         if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((primal.held, arguments))):
             return primal.call([], *arguments)

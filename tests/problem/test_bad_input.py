@@ -2,12 +2,14 @@
 
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import lineax
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import bilevax as bx
 
@@ -397,7 +399,31 @@ def test_solve_that_returns_no_y(wrong, says, run):
     ),
     text_in_y=Case(
         lambda: estimate(bx.inner.implicit(inner_loss), y={"activation": "relu"}),
-        ["y must hold floating-point arrays only", "y['activation']"],
+        ["y must hold floating-point arrays only", "y['activation']", "Leave out what is no array"],
+    ),
+    complex_y=Case(
+        lambda: estimate(bx.inner.implicit(inner_loss), y={"w": jnp.ones(2, complex)}),
+        ["got complex128 at y['w']", "its real and imaginary parts as two arrays"],
+    ),
+    key_in_x=Case(
+        lambda: estimate(bx.inner.implicit(inner_loss), x={"w": POINT, "key": KEY}),
+        ["got key<fry> at x['key']", "Keep counts, labels and keys in the batch."],
+    ),
+    module_of_equinox=Case(
+        lambda: solve(bx.inner.implicit(inner_loss), y=eqx.nn.MLP(2, 1, 3, 1, key=KEY)),
+        ["at y.activation", "eqx.partition(model, eqx.is_inexact_array)", "eqx.combine(y, rest)"],
+    ),
+    module_of_nnx=Case(
+        lambda: solve(bx.inner.implicit(inner_loss), x=[nnx.Linear(2, 1, rngs=nnx.Rngs(0))]),
+        ["got a Linear at x[0]", "graph, x, rest = nnx.split(model, nnx.Param, ...)", "nnx.merge(graph, x, rest)"],
+    ),
+    text_in_the_batch=Case(
+        lambda: solve(bx.inner.implicit(inner_loss), batch={"names": np.array(["a", "b"])}),
+        ["batch must hold arrays and numbers only", "got <U1 at batch['names']", "Number what has names"],
+    ),
+    objects_in_the_batch=Case(
+        lambda: solve(bx.inner.implicit(inner_loss), batch=[np.array([None])]),
+        ["batch must hold arrays and numbers only", "got a ndarray at batch[0]"],
     ),
     closed_over_learning_rate=Case(
         lambda: jax.grad(
