@@ -283,7 +283,7 @@ def widen(tree: PyTree) -> PyTree:
 
 def wide_dtype(*leaves: Any) -> Any:
     """The widest dtype of real leaves, float32 at least; also where JAX is asked to promote nothing by itself."""
-    return jnp.float64 if any(jnp.result_type(leaf) == jnp.float64 for leaf in leaves) else jnp.float32
+    return jnp.dtype("float64" if any(jnp.result_type(leaf) == jnp.float64 for leaf in leaves) else "float32")
 
 
 def norm(tree: PyTree) -> Array:

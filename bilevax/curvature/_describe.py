@@ -7,9 +7,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from bilevax.carried import parameters
 from bilevax.curvature import capture
 from bilevax.curvature.capture.blocks import named
-from bilevax.curvature.model_loss import structured
+from bilevax.curvature.model_loss import held, structured
 from bilevax.problem import Loss, wide_dtype
 from bilevax.typing import PyTree
 
@@ -115,7 +116,7 @@ def describe(
         >>> [(row.leaves, row.rule, row.sizes) for row in report.rows]
         [(('unused',), 'unsupported', '[1]'), (('w',), 'dense', '[3, 2]: A [3, 3], B [2, 2]')]
     """
-    loss = structured(inner_loss, "describe")
+    loss, y = structured(held(inner_loss, y), "describe"), parameters(y)
     inputs, _ = loss.inputs_and_targets(x, batch)
     captured = capture.trace(loss.model, y, inputs, unsupported=_listed if unsupported is None else unsupported)
     names = [name for name, _ in named(y)]

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import optax
 
 from bilevax import checks
+from bilevax.carried import parameters
 from bilevax.curvature import capture
 from bilevax.curvature.inverse import Damping, Inverse, spectral, trace_mean
 from bilevax.curvature.kronecker import Diagonal, Factors, TracedLoss, trace_loss
-from bilevax.curvature.model_loss import structured
+from bilevax.curvature.model_loss import held, structured
 from bilevax.curvature.sharing import expand
 from bilevax.problem import Loss, widen
 from bilevax.typing import Array, PyTree
@@ -149,6 +150,7 @@ def inverted(
     """
     if not callable(damping):
         checks.nonnegative("damping", damping)
+    inner_loss, y = held(inner_loss, y), parameters(y)
     here = trace_loss(inner_loss, x, y, batch, expand, None, unsupported)
     wanted = {block.name for block in here.captured.blocks if block.treatment is None or block.treatment.probes}
     if wanted != set(found):

@@ -16,11 +16,12 @@ import jax.numpy as jnp
 import optax
 
 from bilevax import checks
+from bilevax.carried import parameters
 from bilevax.curvature import capture
 from bilevax.curvature.capture.uses import RowReaders, Use, Visitor
 from bilevax.curvature.fisher import Fisher, sampled
 from bilevax.curvature.inverse import Cholesky, Eigen, Inverse, factored, spectral
-from bilevax.curvature.model_loss import ModelLoss, structured
+from bilevax.curvature.model_loss import ModelLoss, held, structured
 from bilevax.curvature.output_loss import OutputLoss
 from bilevax.curvature.sharing import ChooseSharing, Sharing, expand
 from bilevax.problem import Loss, wide_dtype, widen
@@ -441,7 +442,7 @@ def factors(
         >>> bx.curvature.kronecker.factors(None, loss, 0.0, jnp.ones((1, 1)), batch, fisher=exact)["y"].A.tolist()
         [[2.5]]
     """
-    x, y = jax.lax.stop_gradient((x, y))
+    inner_loss, (x, y) = held(inner_loss, y), jax.lax.stop_gradient((x, parameters(y)))
     chosen = sampled() if fisher is None else fisher
     checks.function("fisher", chosen, "key", "loss", "outputs", "targets")
     return measure(key, trace_loss(inner_loss, x, y, batch, sharing, positions, unsupported), chosen)[0]

@@ -1,6 +1,7 @@
 """An inner loss with structure: a model, an output loss that knows its curvature, example weights, and a penalty."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -180,7 +181,12 @@ def held(inner_loss: Loss, y: PyTree) -> Loss:
 
         return dataclasses.replace(inner_loss, model=outputs)
     loss = carrying("inner_loss", inner_loss)
-    return lambda x, params, batch: loss(x, params, y, batch)[0]
+
+    @functools.wraps(inner_loss)
+    def of_parameters(x: PyTree, params: PyTree, batch: PyTree) -> Array:
+        return loss(x, params, y, batch)[0]
+
+    return of_parameters
 
 
 def gauss_newton(inner_loss: Loss, x: PyTree, y: PyTree, batch: PyTree) -> Product:
@@ -198,7 +204,7 @@ def gauss_newton(inner_loss: Loss, x: PyTree, y: PyTree, batch: PyTree) -> Produ
       batch: what g takes as its batch.
 
     Returns:
-      `product(v) = G v`, a pytree like v; v may be wider than y.
+      `product(v) = G v`, a pytree like v; v may be wider than y. Of a `bx.inner.Carried` y it is like y.params.
 
     Raises:
       TypeError: if `inner_loss` is a bare function, whose parts cannot be seen.
@@ -215,7 +221,7 @@ def gauss_newton(inner_loss: Loss, x: PyTree, y: PyTree, batch: PyTree) -> Produ
         >>> float(product(1.0))
         5.0
     """
-    inner_loss = structured(inner_loss, "a Gauss–Newton product")
+    inner_loss, y = structured(held(inner_loss, y), "a Gauss–Newton product"), parameters(y)
     inputs, targets = inner_loss.inputs_and_targets(x, batch)
     outputs, push = jax.linearize(lambda y: inner_loss.model(y, inputs), y)
     pull = jax.linear_transpose(push, y)

@@ -5,6 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from bilevax import checks
+from bilevax.carried import parameters, with_parameters
 from bilevax.hypergradients._hypergradient import (
     HypergradientInfo,
     HypergradientState,
@@ -39,7 +40,7 @@ def full_zeroth_order(
         ∇F(x) ≈ (1/b) Σ d_i v_i
 
     Where f can be differentiated, `hypergradient(outer_loss, inner.zeroth_order(...))` has less noise: it knows ∇_x f
-    and ∇_y f.
+    and ∇_y f. Here all of S(x) moves with x, also what y carries beside its parameters (`bx.inner.Carried`).
 
     Args:
       outer_loss: f, a function (x, y, batch) -> scalar; a JAX function, or a Python function in
@@ -75,9 +76,9 @@ def full_zeroth_order(
     outer = checks.scalar_loss("outer_loss", outer_loss)
     checks.function("solve", solve, "x", "y0", "batch")
 
-    def solve_and_evaluate(x: PyTree, start: tuple[PyTree, Array], batch: Batch) -> tuple[PyTree, Array]:
-        y = solve(x, start[0], batch.inner)
-        return y, outer(x, y, batch.outer)
+    def solve_and_evaluate(x: PyTree, start: PyTree, batch: Batch) -> PyTree:
+        y = solve(x, _alone(start), batch.inner)
+        return _paired(y, outer(x, with_parameters(y, parameters(y)), batch.outer))
 
     value = jnp.zeros(())
     solver = zeroth_order(
@@ -86,24 +87,33 @@ def full_zeroth_order(
         mu=mu,
         difference=difference,
         sampler=sampler,
-        initial=(lambda x: (initial(x), value)) if initial else None,
+        initial=(lambda x: _paired(initial(x), value)) if initial else None,
         chunk=chunk,
     )
-    pair = hypergradient(lambda x, y_and_value, batch: y_and_value[1], solver)
+    pair = hypergradient(lambda x, y_and_value, batch: parameters(y_and_value)[1], solver)
 
     def init(x: PyTree, y: PyTree, batch: Batch | None = None, *, opt_state: Any = None) -> HypergradientState:
         """The first state, with y as the warm start of the black box; no batch is read."""
         check_batch(batch)
         refused(opt_state, "a black box solves the inner problem")
-        return pair.init(x, (y, value))._replace(y=owned(arrays(y)))
+        return pair.init(x, _paired(y, value))._replace(y=owned(arrays(y)))
 
     def estimate(
         key: Key | None, state: HypergradientState, x: PyTree, batch: Batch
     ) -> tuple[PyTree, HypergradientState, HypergradientInfo]:
         """One estimate of ∇F(x): (grad, state, info), with grad a pytree like x; the key draws the directions."""
         check_call(HypergradientState, state, x, batch)
-        grad, state, info = pair.estimate(key, state._replace(y=(state.y, value)), x, Batch(None, batch))
+        grad, state, info = pair.estimate(key, state._replace(y=_paired(state.y, value)), x, Batch(None, batch))
         inner = info.inner._replace(calls=info.inner.calls._replace(outer_gradients=0))
-        return grad, state._replace(y=state.y[0]), info._replace(inner=inner)
+        return grad, state._replace(y=_alone(state.y)), info._replace(inner=inner)
 
     return Hypergradient(init, estimate)
+
+
+def _paired(y: PyTree, value: Array) -> PyTree:
+    """The y of the black box and f there, as one inner variable."""
+    return with_parameters(y, (parameters(y), value))
+
+
+def _alone(y_and_value: PyTree) -> PyTree:
+    return with_parameters(y_and_value, parameters(y_and_value)[0])

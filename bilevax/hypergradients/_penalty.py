@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from bilevax import checks
+from bilevax.carried import Carried, carrying, parameters, with_parameters
 from bilevax.hypergradients._hypergradient import HypergradientInfo, check_batch, check_call
 from bilevax.hypergradients._resume import first_state, resumed
 from bilevax.inner._optimizer_steps import Optimizer, Watched, check_point, diverged, optimizer_steps, watch
@@ -125,7 +126,7 @@ def penalty(
     """
     checks.instance("problem", problem, BilevelProblem, "Pass bx.BilevelProblem(outer_loss, inner_loss).")
     outer = checks.scalar_loss("outer_loss", problem.outer_loss)
-    inner = checks.scalar_loss("inner_loss", problem.inner_loss)
+    inner = carrying("inner_loss", problem.inner_loss)
     steps = checks.count("steps", steps)
     if callable(multiplier):
         checks.function("multiplier", multiplier, "step")
@@ -153,9 +154,16 @@ def penalty(
         check_call(PenaltyState, state, x, batch)
         step_key, cross_key = split(key, 2)
         weight = multiplier(state.step) if callable(multiplier) else multiplier
-        penalized = optimizer_steps(
-            lambda x, y, batch: inner(x, y, batch.inner) + outer(x, y, batch.outer) / weight, optimizer, None, both
-        )
+
+        def penalized_loss(x: PyTree, y: PyTree, batch: Batch) -> Array | tuple[Array, PyTree]:
+            value, after = inner(x, parameters(y), y, batch.inner)
+            value = value + outer(x, y, batch.outer) / weight
+            return (value, after.carried) if isinstance(y, Carried) else value
+
+        def at_penalized(x: PyTree, params: PyTree) -> Array:
+            return outer(x, with_parameters(y_penalized, params), batch.outer)
+
+        penalized = optimizer_steps(penalized_loss, optimizer, None, both)
 
         def step(pair: tuple[Watched, Iterate], _: None) -> tuple[tuple[Watched, Iterate], None]:
             watched, z_penalized = pair
@@ -170,9 +178,10 @@ def penalty(
             ((z, begin), z_penalized), _ = jax.lax.scan(step, start, length=steps)
             data = cross_sample(cross_key, jnp.maximum(z.t - 1, 0), batch.inner)
         y, y_penalized = z.y, z_penalized.y
-        outer_value, (direct, outer_y) = jax.value_and_grad(outer, argnums=(0, 1))(x, y_penalized, batch.outer)
-        above, (above_x, above_y) = jax.value_and_grad(inner, argnums=(0, 1))(x, y_penalized, data)
-        value, (below_x, below_y) = jax.value_and_grad(inner, argnums=(0, 1))(x, y, data)
+        outer_value, (direct, outer_y) = jax.value_and_grad(at_penalized, argnums=(0, 1))(x, parameters(y_penalized))
+        slopes = jax.value_and_grad(inner, argnums=(0, 1), has_aux=True)
+        (above, _), (above_x, above_y) = slopes(x, parameters(y_penalized), y_penalized, data)
+        (value, _), (below_x, below_y) = slopes(x, parameters(y), y, data)
         grad = jax.tree.map(lambda d, a, b: (d + weight * (a - b)).astype(jnp.result_type(d)), direct, above_x, below_x)
         stationarity = norm(optax.tree.add_scale(above_y, 1 / weight, outer_y))
         detail = PenaltyDetail(jnp.asarray(weight, float), above - value, stationarity)

@@ -98,9 +98,6 @@ def of_equinox():
     return train, evaluate, Carried(params, statistics)
 
 
-LIBRARIES = {"nnx": of_nnx, "linen": of_linen, "equinox": of_equinox}
-
-
 def losses(train, evaluate):
     def inner_loss(x, y, batch):
         outputs, statistics = train(y, batch[0])
@@ -108,17 +105,17 @@ def losses(train, evaluate):
         return jnp.mean((outputs - batch[1]) ** 2) + decay, statistics
 
     def outer_loss(x, y, batch):
-        return jnp.mean((evaluate(y, batch[0]) - batch[1]) ** 2)
+        return jnp.mean((evaluate(y, batch[0]) - batch[1]) ** 2) + 0.1 * x**2
 
     return outer_loss, inner_loss
 
 
-def hand_loop(outer_loss, inner_loss, optimizer, x, y, outer_steps, steps):
-    """Unrolls the inner steps, drops the derivative of what is carried, and descends on x."""
+def hand_loop(outer_loss, inner_loss, optimizer, differentiate, x, y, outer_steps, steps):
+    """Unrolls the inner steps, drops the derivative of what is carried, and descends on x; the optimizer goes on."""
 
-    def unroll(x, y, key):
-        def step(carry, t):
-            (params, carried), opt_state = carry
+    def unroll(x, z, key):
+        def step(z, _):
+            (params, carried), opt_state, t = z
             batch = SAMPLE(jax.random.fold_in(bx.inner.step_keys(key).steps, t), t, BATCH.inner)
 
             def loss(params):
@@ -126,17 +123,20 @@ def hand_loop(outer_loss, inner_loss, optimizer, x, y, outer_steps, steps):
 
             grad, new = jax.grad(loss, has_aux=True)(params)
             updates, opt_state = optimizer.update(grad, opt_state, params)
-            return (Carried(optax.apply_updates(params, updates), jax.lax.stop_gradient(new)), opt_state), None
+            y = Carried(optax.apply_updates(params, updates), jax.lax.stop_gradient(new))
+            return (y, opt_state, t + 1), None
 
-        (y, _), _ = jax.lax.scan(step, (y, optimizer.init(y.params)), jnp.arange(steps))
-        return outer_loss(x, y, BATCH.outer), y
+        z, _ = jax.lax.scan(step, z, length=steps)
+        end = z[0] if differentiate else jax.lax.stop_gradient(z[0])
+        return outer_loss(x, end, BATCH.outer), z
 
     def turn(carry, k):
-        x, y = carry
-        grad, y = jax.grad(unroll, has_aux=True)(x, y, jax.random.fold_in(KEY, k))
-        return (x - 0.1 * grad, y), grad
+        x, z = carry
+        grad, z = jax.grad(unroll, has_aux=True)(x, z, jax.random.fold_in(KEY, k))
+        return (x - 0.1 * grad, z), grad
 
-    return jax.lax.scan(turn, (x, y), jnp.arange(outer_steps))
+    (x, z), grads = jax.lax.scan(turn, (x, (y, optimizer.init(y.params), 0)), jnp.arange(outer_steps))
+    return (x, z[0]), grads
 
 
 def library_loop(hypergrad, x, y, outer_steps):
@@ -149,14 +149,19 @@ def library_loop(hypergrad, x, y, outer_steps):
     return (x, state.y), grads
 
 
-@pytest.mark.parametrize("library", LIBRARIES)
-def test_statistics_of_a_whole_run_are_those_of_a_loop_by_hand(library):
-    train, evaluate, y = LIBRARIES[library]()
+@pytest.mark.parametrize(
+    ("library", "make"),
+    [(of_nnx, bx.inner.reverse), (of_linen, bx.inner.no_gradient), (of_equinox, bx.inner.no_gradient)],
+)
+def test_statistics_of_a_whole_run_are_those_of_a_loop_by_hand(library, make):
+    train, evaluate, y = library()
     outer_loss, inner_loss = losses(train, evaluate)
-    optimizer, x = optax.sgd(0.05), jnp.asarray(-2.0)
-    hypergrad = bx.hypergradient(outer_loss, bx.inner.reverse(inner_loss, optimizer, 5, sample=SAMPLE))
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 0.1, 10, 100)
+    optimizer, x = optax.adamw(schedule, eps_root=1e-6), jnp.asarray(-2.0)
+    hypergrad = bx.hypergradient(outer_loss, make(inner_loss, optimizer, 5, sample=SAMPLE))
     got = jax.jit(library_loop, static_argnums=(0, 3))(hypergrad, x, y, 20)
-    expected = jax.jit(hand_loop, static_argnums=(0, 1, 2, 5, 6))(outer_loss, inner_loss, optimizer, x, y, 20, 5)
+    arguments = outer_loss, inner_loss, optimizer, make is bx.inner.reverse, x, y, 20, 5
+    expected = jax.jit(hand_loop, static_argnums=(0, 1, 2, 3, 6, 7))(*arguments)
     close(got, expected, rtol=1e-12)
     moved = jax.tree.map(lambda new, old: jnp.abs(new * 1.0 - old).max(), got[0][1].carried, y.carried)
     assert optax.tree.max(moved) > 0.1
@@ -189,11 +194,11 @@ Y = Carried(
     {"mean": jnp.asarray(0.4), "count": jnp.asarray(2), "key": jax.random.key(5)},
 )
 MOMENTUM = optax.sgd(0.1, momentum=0.9)
-STEPS = 4
+STEPS = 3
 
 
-def descend(x, y, optimizer=MOMENTUM, steps=STEPS):
-    gradient = jax.grad(lambda params, held, x: model_loss(x, Carried(params, held), BATCH.inner), has_aux=True)
+def descend(x, y, optimizer=MOMENTUM, steps=STEPS, loss=model_loss):
+    gradient = jax.grad(lambda params, held, x: loss(x, Carried(params, held), BATCH.inner), has_aux=True)
     opt_state = optimizer.init(y.params)
     for _ in range(steps):
         grad, carried = gradient(y.params, y.carried, x)
@@ -286,6 +291,67 @@ def test_a_solve_inside_a_loss_is_differentiated_in_params_and_twice():
     *got, mean_bar = jax.jit(jax.grad(value, (0, 1, 2)))(X, Y.params, Y.carried["mean"])
     close(tuple(got), jax.jit(jax.grad(value_by_hand, (0, 1)))(X, Y.params), rtol=1e-12)
     assert mean_bar == 0
+
+
+# Hypergradients of their own
+
+
+MULTIPLIER = 7.0
+
+
+def penalty_by_hand(x, y, steps=3):
+    def penalized(x, y, batch):
+        value, carried = model_loss(x, y, BATCH.inner)
+        return value + evaluation_loss(x, y, BATCH.outer) / MULTIPLIER, carried
+
+    below, above = (descend(x, y, optax.sgd(0.1), steps, loss=loss) for loss in (model_loss, penalized))
+    direct = jax.grad(evaluation_loss)(x, above, BATCH.outer)
+    slope_above, slope_below = (jax.grad(model_loss, has_aux=True)(x, y, BATCH.inner)[0] for y in (above, below))
+    return direct + MULTIPLIER * (slope_above - slope_below), below, above
+
+
+def test_a_penalty_carries_for_each_of_its_two_problems():
+    problem = bx.BilevelProblem(evaluation_loss, model_loss)
+    hypergrad = bx.penalty(problem, optax.sgd(0.1), 3, multiplier=MULTIPLIER)
+    run = jax.jit(lambda: hypergrad.estimate(KEY, hypergrad.init(X, Y), X, BATCH))
+    grad, state, info = run()
+    expected, below, above = jax.jit(penalty_by_hand)(X, Y)
+    close((grad, raw(state.y), raw(state.penalized)), (expected, raw(below), raw(above)), rtol=1e-12)
+    assert raw(above)[1]["mean"] != raw(below)[1]["mean"]
+    assert not info.inner.breakdown
+
+
+def test_two_phases_hand_over_what_is_carried():
+    first = bx.hypergradient(evaluation_loss, bx.inner.no_gradient(model_loss, MOMENTUM, STEPS))
+    second = bx.hypergradient(evaluation_loss, SOLVERS["reverse"])
+
+    @jax.jit
+    def run():
+        found = []
+        for hypergrad in (bx.two_phase(1, first, second), second):
+            state = hypergrad.init(X, Y)
+            for _ in range(2):
+                grad, state, _ = hypergrad.estimate(KEY, state, X, BATCH)
+            found.append((grad, raw(state.y)))
+        return found
+
+    got, expected = run()
+    close(got, expected, rtol=1e-12)
+    assert got[1][1]["count"] == 2 + 2 * STEPS
+
+
+def test_where_all_is_a_black_box_the_statistics_move_too():
+    hypergrad = bx.hypergradients.full_zeroth_order(evaluation_loss, own_loop, directions=1, mu=1e-4, sampler=EXACT)
+
+    @jax.jit
+    def run():
+        grad, state, _ = hypergrad.estimate(KEY, hypergrad.init(X, Y), X, BATCH)
+        ahead, behind = (evaluation_loss(x, descend(x, Y), BATCH.outer) for x in (X + 1e-4, X - 1e-4))
+        return grad, raw(state.y), (ahead - behind) / 2e-4
+
+    grad, y, expected = run()
+    np.testing.assert_allclose(grad, expected, rtol=1e-6)
+    close(y, by_hand()[1], rtol=1e-12)
 
 
 # The implicit rule, whose inner problem is that of the params with the statistics of y_T
@@ -398,3 +464,69 @@ def test_a_solve_or_initial_that_forgets_what_is_carried_is_refused():
     ):
         with pytest.raises(ValueError, match=message):
             jax.eval_shape(bx.differentiable(solver), X, QUADRATIC_Y, None)
+
+
+# Equations, whose step or residual may carry too
+
+
+def contraction(x, y, batch):
+    return Carried(0.5 * jnp.cos(y.params) + x * y.carried["mean"], y.carried | {"count": y.carried["count"] + 1})
+
+
+def equation(x, y, batch):
+    return y.params - 0.5 * jnp.cos(y.params) - x * y.carried["mean"]
+
+
+def newton(x, y, batch):
+    params = y.params
+    for _ in range(8):
+        params = params - equation(x, y._replace(params=params), batch) / (1 + 0.5 * jnp.sin(params))
+    return Carried(params, y.carried | {"count": y.carried["count"] + 8})
+
+
+@pytest.mark.parametrize(
+    ("solver", "evaluations"),
+    [(bx.inner.fixed_point(contraction, tol=1e-13, inner_loss=quadratic), None), (bx.inner.root(equation, newton), 8)],
+)
+def test_equations_hold_what_is_carried(solver, evaluations):
+    hypergrad = bx.hypergradient(squares, solver)
+    run = jax.jit(lambda: hypergrad.estimate(None, hypergrad.init(X, QUADRATIC_Y), X, bx.Batch(None, None)))
+    grad, state, info = run()
+    mean, y = QUADRATIC_Y.carried["mean"], state.y.params
+    np.testing.assert_allclose(y, 0.5 * jnp.cos(y) + X * mean, rtol=1e-10)
+    np.testing.assert_allclose(grad, jnp.sum(2 * (y + 2 * mean) * mean / (1 + 0.5 * jnp.sin(y))), rtol=1e-6)
+    assert state.y.carried["count"] == (evaluations or info.inner.detail.iterations + 1)
+
+
+# Curvature of a model with batch norm, at the params with the statistics of the last step
+
+
+def test_kronecker_factors_hold_the_statistics():
+    ihvp = bx.ihvp.kfac(fisher=bx.curvature.fisher.exact, ema=0.9)
+    train, evaluate, y = of_nnx()
+    outer_loss, _ = losses(train, evaluate)
+    parts = bx.curvature.squared_error, lambda x, batch: batch
+    carrying = bx.curvature.ModelLoss(train, *parts, l2=jnp.exp)
+
+    def estimate(loss, solver, y):
+        hypergrad = bx.hypergradient(loss, solver)
+        grad, state, info = hypergrad.estimate(KEY, hypergrad.init(X, y, BATCH), X, BATCH)
+        return grad, state, info.inner.inner_loss
+
+    @jax.jit
+    def run():
+        solver = bx.inner.implicit(carrying, optax.sgd(0.1), 3, ihvp=ihvp)
+        grad, state, value = estimate(outer_loss, solver, y)
+
+        def at(params):
+            return Carried(params, jax.tree.map(jnp.copy, state.y.carried))
+
+        alone = bx.curvature.ModelLoss(lambda params, inputs: train(at(params), inputs)[0], *parts, l2=jnp.exp)
+        alone = bx.inner.implicit(alone, ihvp=ihvp)
+        expected = estimate(lambda x, params, batch: outer_loss(x, at(params), batch), alone, state.y.params)
+        return (grad, value), (expected[0], expected[2]), state
+
+    got, expected, state = run()
+    close(got, expected, rtol=1e-8)
+    described = bx.curvature.describe(carrying, X, state.y, BATCH.inner)
+    assert {row.rule for row in described.rows} == {"dense", "elementwise"}
