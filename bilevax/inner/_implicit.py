@@ -17,12 +17,13 @@ from bilevax.inner._optimizer_steps import (
     Initial,
     Optimizer,
     Solve,
+    Watched,
     check_point,
     diverged,
     optimizer_steps,
-    run_watched,
     solution,
     step_keys,
+    watch,
 )
 from bilevax.inner._transposed import transposed
 from bilevax.printing import as_called, by_shape
@@ -41,7 +42,10 @@ from bilevax.problem import (
     norm,
 )
 from bilevax.sampling import Sample, counted_from, full
-from bilevax.typing import Key, PyTree
+from bilevax.typing import Array, Key, PyTree
+
+FAR = 1e-2  # of ‖y‖: at such a distance from a stationary point the implicit rule is wrong
+NEAR = 1e-4  # of that distance: steps that go no further have stopped
 
 
 class ImplicitState(NamedTuple):
@@ -68,6 +72,7 @@ class ImplicitResidual(NamedTuple):
     x: PyTree
     begin: Begin
     z: Iterate
+    moved: Array | None
     batch: PyTree
 
 
@@ -103,7 +108,10 @@ def implicit(
         y ≈ y*(x)          [∇²_yy g] v = y_bar          x_bar = −∇²_xy g · v,   z0_bar = 0
 
     Right where ∇_y g(x, y) = 0 and ∇²_yy g is positive definite; `info.gradient_norm` and `info.detail` say how far
-    that is from true. Only x in g counts: derivatives with respect to a learned step size, or to `initial`, are zero.
+    that is from true. Where y stops at a constraint or a kink instead (its last step is next to nothing, while ∇_y g
+    points far away), `info.breakdown` is True: there take `inner.fixed_point` of the step. A `solve` is seen to stop
+    when it is called again from the y that it found, in the second outer step at the earliest. Only x in g counts:
+    derivatives with respect to a learned step size, or to `initial`, are zero.
 
     Args:
       inner_loss: g, a function (x, y, batch) -> scalar.
@@ -170,18 +178,24 @@ def implicit(
     ) -> tuple[Iterate, ImplicitResidual, ImplicitState]:
         """The z after the steps, or with the y of `solve`; the state waits for `backward`."""
         keys = step_keys(key)
+        before = parameters(z.y)
         if solve is None:
-            z, begin = run_watched(run.watched_step, keys.steps, batch, x, z, steps)
+
+            def step(carry: tuple[Watched, PyTree], _: None) -> tuple[tuple[Watched, PyTree], None]:
+                return (run.watched_step(keys.steps, batch, x, carry[0]), parameters(carry[0].z.y)), None
+
+            ((z, begin), before), _ = jax.lax.scan(step, (watch(z), before), length=steps)
         else:
             begin = Begin(jnp.asarray(True), *run.report(keys.steps, batch, x, z))
             z = z._replace(y=solution(solve(x, z.y, batch), z.y))
-        return z, ImplicitResidual(keys.ihvp, keys.cross, x, begin, z, batch), state
+        moved = norm(optax.tree.sub(parameters(z.y), before)) if steps or solve is not None else None
+        return z, ImplicitResidual(keys.ihvp, keys.cross, x, begin, z, moved, batch), state
 
     def backward(
         residual: ImplicitResidual, state: ImplicitState, z_bar: Iterate
     ) -> tuple[tuple[PyTree, Iterate], ImplicitState, SolverInfo]:
         """x_bar = −∇²_xy g · v like x, and zeros like y; the state keeps v like y for the next outer step."""
-        ihvp_key, cross_key, x, begin, z, batch = residual
+        ihvp_key, cross_key, x, begin, z, moved, batch = residual
         loss = held(inner_loss, z.y)
         x, y, y_bar = _once((x, parameters(z.y), z_bar.y))
         moments = [bar for bar in jax.tree.leaves(z_bar.opt_state) if bar.dtype != jax.dtypes.float0]
@@ -202,6 +216,8 @@ def implicit(
         calls = Calls(0, gradients + ihvp_info.setup_gradients, products, 1)
         size = norm(inner.gradient)
         lost = ~jnp.isfinite(inner.loss + size) | diverged(begin, inner.loss, size)
+        if moved is not None:
+            lost |= _stuck(moved, norm(y), size * norm(v), norm(y_bar), by_steps=solve is None)
         breakdown = ihvp_info.breakdown | lost
         info = SolverInfo(inner.loss, size, breakdown, calls, ihvp_info)
         kept = optax.tree.where(ihvp_info.breakdown, optax.tree.zeros_like(v), v) if warm_start else None
@@ -230,6 +246,18 @@ def implicit(
         return optax.tree.scale(-1, v)
 
     return InnerSolver(init, run.start, forward, backward, fresh=initial is not None, tangent=tangent)
+
+
+def _stuck(moved: Array, size: Array, steepness: Array, curved: Array, by_steps: bool) -> Array:
+    """Whether y stays where it is although ∇_y g points away from there, as at a constraint or a kink.
+
+    By the curvature along v, ‖y_bar‖ / ‖v‖, the stationary point is ‖∇_y g‖ ‖v‖ / ‖y_bar‖ away: here more than 1 % of
+    ‖y‖, of which the last step went less than one part in 10⁴, and 10⁻⁶ ‖y‖. A `solve` is judged by the whole way from
+    its y0, which is all that costs nothing.
+    """
+    far = steepness > FAR * size * curved
+    near = moved <= NEAR * FAR * size if by_steps else moved * curved <= NEAR * steepness
+    return far & near
 
 
 def _checked(applied: Any, b: PyTree) -> tuple[PyTree, IHVPInfo]:

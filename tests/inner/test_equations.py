@@ -263,3 +263,32 @@ def test_tasks_under_vmap():
 def test_bad_input(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+NONNEGATIVE = optax.chain(optax.sgd(RATE), optax.keep_params_nonnegative())
+
+
+def descended(x, y0, batch):
+    return jax.lax.fori_loop(0, 3000, lambda _, y: STEPS["nonnegative"](x, y, batch), y0)
+
+
+def free(x, y0, batch):
+    return jnp.linalg.solve(A.T @ A + jnp.exp(x) * jnp.eye(6), A.T @ b)
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda: bx.inner.implicit(ridge, NONNEGATIVE, 3000), [True, True]),
+        (lambda: bx.inner.implicit(ridge, solve=descended), [False, True]),
+        (lambda: bx.inner.implicit(ridge, optax.sgd(RATE), 3000), [False, False]),
+        (lambda: bx.inner.implicit(ridge, optax.sgd(RATE), 1), [False, False]),
+        (lambda: bx.inner.implicit(ridge, solve=free), [False, False]),
+        (lambda: bx.inner.implicit(ridge), [False, False]),
+    ],
+    ids=["steps", "solve", "free_steps", "few_steps", "free_solve", "no_steps"],
+)
+def test_implicit_says_that_steps_stop_at_a_constraint(make, expected):
+    """Where ∇_y g is not small: a solver of one's own is seen to stop when it starts from there."""
+    infos = [info.inner for _, _, info in estimate(make(), -0.5, -0.5)]
+    assert [bool(info.breakdown) for info in infos] == expected
