@@ -11,6 +11,7 @@ from bilevax import checks
 from bilevax.carried import CarryingLoss, carrying, parameters, with_parameters
 from bilevax.curvature.products import Product
 from bilevax.inner._gmres import gmres
+from bilevax.inner._once import once
 from bilevax.inner._optimizer_steps import Initial, Solve, check_point, optimizer_steps, solution
 from bilevax.inner._transposed import transposed
 from bilevax.printing import brief, by_shape
@@ -125,9 +126,9 @@ def equation(
     ) -> tuple[tuple[PyTree, Iterate], EquationState, SolverInfo]:
         """x_bar = −(∂r/∂x)ᵀ u like x, and zeros like y; the state keeps u like y for the next outer step."""
         x, z, batch, iterations, size = residual
-        y = parameters(z.y)
+        x, y, y_bar = once("an implicit solution", (x, parameters(z.y), z_bar.y))
         r, pull_back = jax.vjp(lambda x, y: function(x, with_parameters(z.y, y), batch), x, y)
-        u, adjoint_residual, products = _solve(lambda u: pull_back(u)[1], z_bar.y, state.u, linear_solve, maxiter, tol)
+        u, adjoint_residual, products = _solve(lambda u: pull_back(u)[1], y_bar, state.u, linear_solve, maxiter, tol)
         x_bar = optax.tree.scale(-1, pull_back(u)[0])
         left, largest = norm(r), jnp.maximum(size, norm(y))
         share = left / jnp.where(largest > 0, largest, 1) if relative else left

@@ -1,6 +1,6 @@
 """Implicit differentiation of the inner solution."""
 
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from bilevax.curvature.model_loss import held
 from bilevax.curvature.products import Product
 from bilevax.ihvp._cg import cg
 from bilevax.ihvp._checked import check_ihvp, prepared
+from bilevax.inner._once import once
 from bilevax.inner._optimizer_steps import (
     Begin,
     Initial,
@@ -76,20 +77,6 @@ class ImplicitResidual(NamedTuple):
     batch: PyTree
 
 
-@jax.custom_jvp
-def _once(tree: PyTree) -> PyTree:
-    """The identity, which refuses to be differentiated."""
-    return tree
-
-
-@_once.defjvp
-def _twice(primals: tuple[PyTree], tangents: tuple[PyTree]) -> NoReturn:
-    raise TypeError(
-        "inner.implicit is differentiable once; got a derivative of its derivative. Use inner.reverse for second "
-        "derivatives, or jax.lax.stop_gradient on the hypergradient."
-    )
-
-
 @as_called
 def implicit(
     inner_loss: Loss,
@@ -132,7 +119,7 @@ def implicit(
     Raises:
       ValueError: if steps is negative, steps or the optimizer comes without the other, both `solve` and steps are
         given, or a later link of a `chain` sends back a derivative of a momentum or another optimizer state.
-      TypeError: when the hypergradient itself is differentiated.
+      TypeError: when an estimate of `hypergradient` is differentiated; the solve of `differentiable` can be.
 
     Cost: `steps` gradients, the products of the IHVP, one gradient and one pull-back for the cross term. Memory does
     not grow with steps. What `solve` does is not counted; one more gradient tells whether it diverged.
@@ -197,7 +184,7 @@ def implicit(
         """x_bar = −∇²_xy g · v like x, and zeros like y; the state keeps v like y for the next outer step."""
         ihvp_key, cross_key, x, begin, z, moved, batch = residual
         loss = held(inner_loss, z.y)
-        x, y, y_bar = _once((x, parameters(z.y), z_bar.y))
+        x, y, y_bar = once("inner.implicit", (x, parameters(z.y), z_bar.y))
         moments = [bar for bar in jax.tree.leaves(z_bar.opt_state) if bar.dtype != jax.dtypes.float0]
         if moments:
             raise ValueError(
