@@ -4,14 +4,16 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import numpy as np
-from jax.flatten_util import ravel_pytree
 
 from bilevax.hypergradients._penalty import PenaltyDetail
-from bilevax.hypergradients._report import HypergradientReport
+from bilevax.hypergradients._reference import FLAT
+from bilevax.hypergradients._report import EXACT, GOOD, UNKNOWN, WRONG, HypergradientReport
 from bilevax.problem import IHVPInfo
+from bilevax.typing import PyTree
 
-FLAT = 1e-10  # a smaller ratio of the curvatures is no minimum that is unique
+COSINE, LENGTH = 0.9, 2.0  # of an estimate that is good enough to descend: at least, and at most (or one over it)
 
 
 class Findings(NamedTuple):
@@ -26,16 +28,44 @@ class Findings(NamedTuple):
     stuck: list[str]  # leaves of y that do not move, though their gradient is not zero
     solves: list[IHVPInfo]  # what the IHVPs of the estimate report
     penalties: list[PenaltyDetail]  # what a penalty reports
+    lost: str = ""  # what is not finite first, of the losses and their gradients
+    zeros: int = 0  # entries of ∇_y g that are exactly zero
+    finite: bool = True  # whether the estimate is
+    diverged: bool = False  # whether the inner steps leave g larger, and its gradient much longer
+    uphill: bool = False  # whether they lead away from y* where g is flattest, too
+    stops: bool = False  # whether they come to rest
+    bottomless: bool = False  # whether g falls for ever
+    in_time: bool = True  # whether the inner problem was given all the time that it takes
+    unread: tuple[str, ...] = ()  # leaves of x that g does not contain, and that the run depends on all the same
+    same_memory_error: float = math.nan  # relative error with v and the optimizer afresh, at the same y
+    cold_error: float = math.nan  # the same from the y that was passed, instead of that of the state
+
+    @property
+    def believed(self) -> bool:
+        """Whether the implicit reference is one: y* is a minimum, and differences of F confirm it."""
+        figures = self.figures
+        solved = figures.reference_gradient_norm <= self.solved
+        return (
+            solved
+            and not figures.smallest_curvature <= self.least_curvature
+            and not figures.finite_difference_error > self.tol
+        )
 
     @property
     def close(self) -> bool:
         """Whether the estimate is right, as far as the reference is."""
-        return self.figures.relative_error <= self.tol
+        return self.believed and self.figures.relative_error <= self.tol
 
     @property
-    def finite(self) -> bool:
-        """Whether the estimate is."""
-        return math.isfinite(self.figures.relative_error)
+    def own(self) -> bool:
+        """Whether it is the derivative of the steps that run."""
+        return self.figures.own_error <= self.tol
+
+    @property
+    def descends(self) -> bool:
+        """Whether it is near enough to the reference for a descent."""
+        length = _norm(self.figures.grad) / (_norm(self.figures.reference) or 1.0)
+        return self.believed and self.figures.cosine >= COSINE and 1 / LENGTH <= length <= LENGTH
 
     @property
     def least_curvature(self) -> float:
@@ -62,7 +92,19 @@ class Findings(NamedTuple):
     @property
     def parallel(self) -> bool:
         """Whether the estimate is a multiple of the reference; of one or two numbers that says nothing."""
-        return self.figures.cosine**2 > 1 - 1e-6 and np.size(ravel_pytree(self.figures.reference)[0]) >= 3
+        return self.figures.cosine**2 > 1 - 1e-6 and sum(map(np.size, jax.tree.leaves(self.figures.reference))) >= 3
+
+    @property
+    def multipliers(self) -> str:
+        """The multiplier of a penalty: what it reports, and what the estimate looks like."""
+        reported = [f"multiplier is {float(detail.multiplier):.3g}" for detail in self.penalties]
+        fitted = self.figures.multiplier
+        like = [f"the estimate is that of a multiplier of {fitted:.2g}"] if math.isfinite(fitted) else []
+        return ", ".join(reported + like)
+
+
+def _norm(tree: PyTree) -> float:
+    return float(np.linalg.norm([np.linalg.norm(np.ravel(np.asarray(leaf, float))) for leaf in jax.tree.leaves(tree)]))
 
 
 class Cause(NamedTuple):
@@ -72,9 +114,19 @@ class Cause(NamedTuple):
     verdict: Callable[[Findings], str]
     remedy: Callable[[Findings], str]
     trusted: bool = False  # whether an estimate that is close to the reference counts as right
+    known: bool = True  # whether there is a verdict at all
 
 
-CAUSES = (  # the loss and the problem first, then success, then the larger part of the error
+CAUSES = (  # what is not finite, the loss and the problem, then success, then the larger part of the error
+    Cause(
+        applies=lambda found: bool(found.lost),
+        verdict=lambda found: f"{found.lost} is not finite",
+        remedy=lambda found: (
+            "Nothing that comes after it can be. Look there for roots, logarithms and divisions (jnp.where hides a NaN "
+            "from the value alone, not from the gradient: put it around their argument too), and for numbers that are "
+            "too large; start y elsewhere, or with a smaller step."
+        ),
+    ),
     Cause(
         applies=lambda found: not found.same_values,
         verdict=lambda found: "a loss is another function in float64, so that the reference is not its own",
@@ -85,6 +137,114 @@ CAUSES = (  # the loss and the problem first, then success, then the larger part
             f"a model that computes in half precision."
         ),
         trusted=True,
+    ),
+    Cause(
+        applies=lambda found: found.diverged and found.uphill,
+        verdict=lambda found: (
+            "the inner steps diverge, uphill: the optimizer has the wrong sign, or far too large steps"
+        ),
+        remedy=lambda found: (
+            f"They lead away from y* in every direction. The optimizer should subtract the gradient: optax.sgd of a "
+            f"positive number, or optax.scale of a negative one; and gradient descent takes a step size below "
+            f"{found.step_limit}."
+        ),
+    ),
+    Cause(
+        applies=lambda found: found.diverged,
+        verdict=lambda found: "the inner steps diverge: their step size is too large",
+        remedy=lambda found: (
+            f"They leave g larger than they found it, and ‖∇_y g‖ is {found.figures.gradient_norm:.2g}. Lower the step "
+            f"size: gradient descent takes one below {found.step_limit}, with momentum or moments less."
+        ),
+    ),
+    Cause(
+        applies=lambda found: not found.finite and bool(found.solves),
+        verdict=lambda found: "the estimate is not finite, though y is: v is lost first",
+        remedy=lambda found: (
+            f"The linear solve diverges. A step size of ihvp must be below {found.step_limit}. Look at "
+            f"info.inner.detail, or take ihvp.cg."
+        ),
+    ),
+    Cause(
+        applies=lambda found: not found.finite,
+        verdict=lambda found: (
+            "the estimate is not finite, though y is: the derivative of the inner steps is lost first"
+        ),
+        remedy=lambda found: (
+            f"{found.zeros} entries of ∇_y g are exactly 0. The square roots of adam, adamw, rmsprop and their like "
+            f"have no derivative there: give the optimizer an eps_root, or look for such a root in a step of your own."
+            if found.zeros
+            else "Look for roots, logarithms and divisions in g and in the optimizer, and for a derivative that grows "
+            "from step to step: take fewer or smaller steps."
+        ),
+    ),
+    Cause(
+        applies=lambda found: bool(found.unread) and not found.figures.finite_difference_error > found.tol,
+        verdict=lambda found: (
+            f"the derivative of {', '.join(found.unread)} is zero, because x enters the optimizer only, not g"
+        ),
+        remedy=lambda found: (
+            "The implicit rule knows what g contains, and nothing of a learning rate, a schedule or a decoupled decay. "
+            "Differentiate the steps: inner.reverse, or inner.forward_gradient for a handful of numbers; or put the "
+            "decay into g."
+        ),
+    ),
+    Cause(
+        applies=lambda found: found.close,
+        verdict=lambda found: f"the hypergradient is right to {found.tol:g}",
+        remedy=lambda found: "none needed",
+        trusted=True,
+    ),
+    Cause(
+        applies=lambda found: found.own,
+        verdict=lambda found: (
+            f"the hypergradient is right to {found.tol:g}: it is the derivative of the steps that run"
+        ),
+        remedy=lambda found: "none needed",
+        trusted=True,
+    ),
+    Cause(
+        applies=lambda found: found.believed and found.figures.noise > 0.5 * found.figures.relative_error,
+        verdict=lambda found: "the noise of random draws is most of the error",
+        remedy=lambda found: (
+            "Draw larger batches (sample= of the inner steps and of the IHVP, cross_sample=), take smaller inner "
+            "steps, more directions of a forward gradient or a guide for them, or average: a small outer step size "
+            "does that too."
+        ),
+    ),
+    Cause(
+        applies=lambda found: bool(found.stuck),
+        verdict=lambda found: f"{', '.join(found.stuck)} does not move, but g depends on it",
+        remedy=lambda found: (
+            "The implicit rule takes all of y for solved. Leave frozen parts out of y (docs/recipes.md), or "
+            "differentiate the program that you run: inner.reverse."
+        ),
+    ),
+    Cause(
+        applies=lambda found: found.stops,
+        verdict=lambda found: (
+            "the inner steps stop where ∇_y g is not 0: at a constraint, a kink, or for want of a step"
+        ),
+        remedy=lambda found: (
+            f"‖∇_y g‖ is {found.figures.gradient_norm:.2g} where they come to rest, so that the implicit rule does not "
+            f"hold there. For a projection, a proximal step or a decay of the optimizer take inner.fixed_point with "
+            f"that step, for other equations inner.root, or differentiate the program that you run: inner.reverse. "
+            f"Where a schedule has come to its end, let it last."
+        ),
+    ),
+    Cause(
+        applies=lambda found: found.bottomless,
+        verdict=lambda found: "g is not bounded below: it has no minimum",
+        remedy=lambda found: "It falls for ever along a ray. Look for a lost or a wrong sign in g.",
+    ),
+    Cause(
+        applies=lambda found: not found.figures.reference_gradient_norm <= found.solved and not found.in_time,
+        verdict=lambda found: "the budget was over before the inner problem was solved",
+        remedy=lambda found: (
+            "Give more seconds as budget=, start from a y that is nearly solved, or check a smaller instance of the "
+            "problem."
+        ),
+        known=False,
     ),
     Cause(
         applies=lambda found: not found.figures.reference_gradient_norm <= found.solved,
@@ -118,30 +278,28 @@ CAUSES = (  # the loss and the problem first, then success, then the larger part
         applies=lambda found: found.figures.finite_difference_error > found.tol,
         verdict=lambda found: "the implicit hypergradient and a finite difference of F do not agree",
         remedy=lambda found: (
-            "Check that f and g are smooth at y*, that g draws nothing at random, and that x enters g by no "
-            "stop_gradient, rounding or sorting."
+            f"They differ by {found.figures.finite_difference_error:.2g}, so that there is no reference to compare "
+            f"with. Check that f and g are smooth at y*, that g draws nothing at random, and that x enters g by no "
+            f"stop_gradient, rounding or sorting."
         ),
     ),
     Cause(
-        applies=lambda found: found.close,
-        verdict=lambda found: f"the hypergradient is right to {found.tol:g}",
-        remedy=lambda found: "none needed",
-        trusted=True,
-    ),
-    Cause(
-        applies=lambda found: not found.finite and math.isfinite(found.figures.gradient_norm),
-        verdict=lambda found: "the estimate is not finite, though y is",
+        applies=lambda found: found.same_memory_error <= max(found.tol, 0.5 * found.figures.relative_error),
+        verdict=lambda found: (
+            f"the warm {'v' if found.solves else 'state of the optimizer'} is stale: without it the error is smaller"
+        ),
         remedy=lambda found: (
-            f"The linear solve diverges, or f is not finite. A step size of ihvp must be below {found.step_limit}. "
-            f"Look at info.inner.detail, or take ihvp.cg."
+            f"Afresh at the same y, the relative error is {found.same_memory_error:.2g} instead of "
+            f"{found.figures.relative_error:.2g}. Where x or the data jump, call init(x, state.y) again, or pass "
+            f"warm_start=False (restart_optimizer=True) to the solver (to hypergradient)."
         ),
     ),
     Cause(
-        applies=lambda found: not found.finite,
-        verdict=lambda found: "the estimate is not finite",
+        applies=lambda found: found.cold_error <= max(found.tol, 0.5 * found.figures.relative_error),
+        verdict=lambda found: "the warm start is wrong: from the y that was passed the error is smaller",
         remedy=lambda found: (
-            f"The inner steps diverge, or a loss is not finite: take a step size below {found.step_limit} for plain "
-            f"gradient descent, and look at info.inner."
+            f"From there the relative error is {found.cold_error:.2g} instead of {found.figures.relative_error:.2g}. "
+            f"The y of the state is that of another x, of other data, or of another minimum: call init(x, y) again."
         ),
     ),
     Cause(
@@ -154,29 +312,14 @@ CAUSES = (  # the loss and the problem first, then success, then the larger part
         ),
     ),
     Cause(
-        applies=lambda found: found.figures.noise > 0.5 * found.figures.relative_error,
-        verdict=lambda found: "the noise of random draws is most of the error",
-        remedy=lambda found: (
-            "Draw larger batches (sample= of the inner steps and of the IHVP, cross_sample=), take smaller inner "
-            "steps, more directions of a forward gradient or a guide for them, or average: a small outer step size "
-            "does that too."
+        applies=lambda found: (
+            (math.isfinite(found.figures.multiplier) or bool(found.penalties))
+            and not found.figures.inner_error > found.figures.solver_error
         ),
-    ),
-    Cause(
-        applies=lambda found: bool(found.stuck),
-        verdict=lambda found: f"{', '.join(found.stuck)} does not move, but g depends on it",
-        remedy=lambda found: (
-            "The implicit rule takes all of y for solved. Leave frozen parts out of y (docs/recipes.md), or "
-            "differentiate the program that you run: inner.reverse."
-        ),
-    ),
-    Cause(
-        applies=lambda found: bool(found.penalties) and found.figures.inner_error <= found.figures.solver_error,
         verdict=lambda found: "the penalty is biased",
         remedy=lambda found: (
-            f"Its error is of order 1 / multiplier, and errors in y are multiplied by it: multiplier is "
-            f"{float(found.penalties[0].multiplier):.3g}, ‖∇_y g‖ {found.figures.gradient_norm:.2g}. Raise it, and the "
-            f"steps with it."
+            f"Its error is of order 1 / multiplier, and errors in y are multiplied by it: {found.multipliers}, ‖∇_y g‖ "
+            f"is {found.figures.gradient_norm:.2g}. Raise it, and the steps with it."
         ),
     ),
     Cause(
@@ -184,7 +327,8 @@ CAUSES = (  # the loss and the problem first, then success, then the larger part
         verdict=lambda found: "the inner problem is not solved",
         remedy=lambda found: (
             f"‖∇_y g‖ is {found.figures.gradient_norm:.2g}. Take more inner steps, keep y warm over the outer steps, "
-            f"or raise the step size: plain gradient descent takes up to {found.step_limit}."
+            f"or take larger ones where they are far smaller than plain gradient descent allows: below "
+            f"{found.step_limit}."
         ),
     ),
     Cause(
@@ -248,6 +392,11 @@ CAUSES = (  # the loss and the problem first, then success, then the larger part
 def diagnosed(found: Findings) -> HypergradientReport:
     """The figures with the verdict and the remedy of the first cause that applies."""
     cause = next(cause for cause in CAUSES if cause.applies(found))
-    return found.figures._replace(
-        ok=cause.trusted and found.close, verdict=cause.verdict(found), remedy=cause.remedy(found)
-    )
+    ok = cause.trusted and (found.close or found.own)
+    grade = EXACT if ok else GOOD if found.descends and not found.diverged else WRONG if cause.known else UNKNOWN
+    figures = found.figures
+    if not (found.believed or found.own):  # no distance to a reference that is none
+        figures = figures._replace(
+            relative_error=math.nan, cosine=math.nan, inner_error=math.nan, solver_error=math.nan
+        )
+    return figures._replace(ok=ok, grade=grade, verdict=cause.verdict(found), remedy=cause.remedy(found))

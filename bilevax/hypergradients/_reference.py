@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
+from typing import NamedTuple, Protocol, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +10,15 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from bilevax.curvature.products import cross, hessian
+from bilevax.hypergradients._trust_region import STEPS, Ground, descend
 from bilevax.ihvp._cg import cg
 from bilevax.problem import Batch, Loss
 from bilevax.typing import Array, PyTree
 
 DENSE = 1000  # up to so many inner unknowns the Hessian is formed
+FLAT = 1e-10  # a curvature below so many times the largest is none
+UNSEEN = 1e-6  # a share of b and of the cross term below this is rounding
+LANCZOS = 64  # products for the ends of a spectrum, where the Hessian is not formed
 
 Vector: TypeAlias = Array | np.ndarray
 T = TypeVar("T")
@@ -36,14 +40,22 @@ class FlatProblem(NamedTuple):
     """The problem in float64 numbers, with y a flat vector; jitted functions of (x, y)."""
 
     inner: Callable[[PyTree, Vector], tuple[Array, Array]]  # g and ∇_y g
-    product: Product  # (x, y, v) -> H v
     hessian: Callable[[PyTree, Vector], Array]  # the dense H
     outer: Callable[[PyTree, Vector], tuple[Array, tuple[PyTree, Array]]]  # f, (∇_x f, ∇_y f)
     cross: Product  # (x, y, v) -> ∇²_xy g v, flat
     solve: Product  # (x, y, b) -> H⁻¹ b by conjugate gradients
+    descend: Callable[[PyTree, Ground], Ground]  # some trust-region steps on g
+    ends: Callable[[PyTree, Vector], tuple[Array, Array]]  # the smallest and the largest eigenvalue of H, by Lanczos
+    values: Callable[[PyTree, Vector, Vector], tuple[Array, Array]]  # stacked x, y*, H⁻¹ -> F and ‖∇_y g‖
 
 
-def flat_problem(outer_loss: Loss, inner_loss: Loss, unravel: Callable[[Array], PyTree], batch: Batch) -> FlatProblem:
+def flat_problem(
+    outer_loss: Loss,
+    inner_loss: Loss,
+    unravel: Callable[[Array], PyTree],
+    batch: Batch,
+    unravel_x: Callable[[Array], PyTree],
+) -> FlatProblem:
     """Jits the functions of a problem whose y is `unravel` of a vector; the batch stays an argument of the programs."""
 
     def inner(x: PyTree, y: Array, data: PyTree) -> Array:
@@ -53,14 +65,33 @@ def flat_problem(outer_loss: Loss, inner_loss: Loss, unravel: Callable[[Array], 
         return outer_loss(x, unravel(y), data)
 
     def solve(x: PyTree, y: Array, b: Array, data: PyTree) -> Array:
-        apply, _ = cg(maxiter=20 * y.size, tol=1e-12).prepare(None, (), inner, (x, y, data))
+        apply, _ = cg(maxiter=min(20 * y.size, 5000), tol=1e-12).prepare(None, (), inner, (x, y, data))
         return apply(b)[0]
-
-    def product(x: PyTree, y: Array, v: Array, data: PyTree) -> Array:
-        return hessian(inner, x, y, data)(v)
 
     def crossed(x: PyTree, y: Array, v: Array, data: PyTree) -> Array:
         return ravel_pytree(cross(inner, x, y, data)(v))[0]
+
+    def descent(x: PyTree, ground: Ground, data: PyTree) -> Ground:
+        return descend(lambda y: inner(x, y, data), ground)
+
+    def ends(x: PyTree, y: Array, data: PyTree) -> tuple[Array, Array]:
+        return _lanczos(hessian(inner, x, y, data), y.size)
+
+    def values(xs: Array, y: Array, inverse: Array, data: Batch) -> tuple[Array, Array]:
+        """Chord steps from y*(x) to y* of each nearby x, a row of xs, and F there."""
+
+        def value(row: Array) -> tuple[Array, Array]:
+            x = unravel_x(row)
+            slope = jax.grad(inner, argnums=1)
+
+            def chord(_: Array, y: Array) -> Array:
+                gradient = slope(x, y, data.inner)
+                return y - (inverse @ gradient if inverse.ndim == 2 else solve(x, y, gradient, data.inner))
+
+            near = jax.lax.fori_loop(0, 8 if inverse.ndim == 2 else 3, chord, y)
+            return outer(x, near, data.outer), jnp.linalg.norm(slope(x, near, data.inner))
+
+        return jax.lax.map(value, xs)
 
     def bind(function: Callable[..., T], data: PyTree) -> Callable[..., T]:
         compiled = jax.jit(function)
@@ -68,23 +99,54 @@ def flat_problem(outer_loss: Loss, inner_loss: Loss, unravel: Callable[[Array], 
 
     return FlatProblem(
         inner=bind(jax.value_and_grad(inner, argnums=1), batch.inner),
-        product=bind(product, batch.inner),
         hessian=bind(jax.hessian(inner, argnums=1), batch.inner),
         outer=bind(jax.value_and_grad(outer, argnums=(0, 1)), batch.outer),
         cross=bind(crossed, batch.inner),
         solve=bind(solve, batch.inner),
+        descend=bind(descent, batch.inner),
+        ends=bind(ends, batch.inner),
+        values=bind(values, batch),
     )
 
 
-class LocalModel(NamedTuple):
-    """What is known at one (x, y): gradients, the ends of the spectrum of H, and its inverse."""
+def _lanczos(product: Callable[[Array], Array], size: int) -> tuple[Array, Array]:
+    """The ends of the spectrum of a symmetric matrix, with all vectors kept orthogonal."""
+    number = min(size, LANCZOS)
+    first = jax.random.normal(jax.random.key(0), (size,), float)
 
+    def step(carry: tuple[Array, Array], k: Array) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+        basis, v = carry  # [number, size], [size]
+        length = jnp.linalg.norm(v)
+        v = jnp.where(length > 1e-12, v / length, 0.0)
+        basis = basis.at[k].set(v)
+        w = product(v)
+        diagonal = v @ w
+        w = w - basis.T @ (basis @ w)
+        w = w - basis.T @ (basis @ w)
+        return (basis, w), (diagonal, length)
+
+    start = jnp.zeros((number, size)), first / jnp.linalg.norm(first)
+    _, (diagonal, lengths) = jax.lax.scan(step, start, jnp.arange(number))
+    alive = jnp.cumprod(jnp.where(jnp.arange(number) > 0, lengths > 1e-12, True))
+    off = lengths[1:] * alive[1:]
+    matrix = jnp.diag(jnp.where(alive, diagonal, diagonal[0])) + jnp.diag(off, 1) + jnp.diag(off, -1)
+    eigenvalues = jnp.linalg.eigvalsh(matrix)
+    return eigenvalues[0], eigenvalues[-1]
+
+
+class LocalModel(NamedTuple):
+    """What is known at one (x, y): gradients, the spectrum of H, and its inverse."""
+
+    y: np.ndarray
     gradient: np.ndarray  # ∇_y g
     direct: np.ndarray  # ∇_x f
     b: np.ndarray  # ∇_y f
-    smallest: float
+    smallest: float  # eigenvalue of H, of the directions that b and the cross term see
     largest: float
+    flat: int  # directions without curvature that neither of them sees
+    weakest: np.ndarray  # the eigenvector of the smallest eigenvalue; empty where H is not dense
     inverse: DampedInverse  # (b, damping=0) -> (H + damping I)⁻¹ b; damped only where H is dense
+    matrix: np.ndarray  # H⁻¹; empty where H is not dense
     cross: Callable[[np.ndarray], np.ndarray]  # v -> ∇²_xy g v
 
     def hypergradient(self, damping: float = 0.0) -> np.ndarray:
@@ -92,137 +154,92 @@ class LocalModel(NamedTuple):
         return self.direct - self.cross(self.inverse(self.b, damping))
 
 
-def _eigen_inverse(hessian: np.ndarray) -> tuple[np.ndarray, DampedInverse]:
-    """The eigenvalues of a symmetric matrix, and b, damping -> (H + damping I)⁻¹ b, a pseudo-inverse."""
-    eigenvalues, vectors = np.linalg.eigh(hessian)
-
-    def inverse(b: np.ndarray, damping: float = 0.0) -> np.ndarray:
-        damped = eigenvalues + damping
-        regular = np.abs(damped) > len(b) * np.finfo(float).eps * np.abs(damped).max(initial=0)
-        return vectors @ np.where(regular, vectors.T @ b / np.where(regular, damped, 1), 0)
-
-    return eigenvalues, inverse
-
-
 def local_model(problem: FlatProblem, x: PyTree, y: np.ndarray) -> LocalModel:
     """Evaluates everything at one (x, y)."""
     _, (direct, b) = problem.outer(x, y)
-    if y.size <= DENSE and np.isfinite(y).all():
-        eigenvalues, inverse = _eigen_inverse(np.asarray(problem.hessian(x, y)))
-        smallest, largest = eigenvalues[0], eigenvalues[-1]
-    else:
-        smallest, largest = _extreme_curvatures(problem, x, y)
+    gradient = np.asarray(problem.inner(x, y)[1])
 
-        def inverse(b: np.ndarray, damping: float = 0.0) -> np.ndarray:
+    def crossed(v: np.ndarray) -> np.ndarray:
+        return np.asarray(problem.cross(x, y, v))
+
+    known = (y, gradient, np.asarray(ravel_pytree(direct)[0]), np.asarray(b))
+    matrix = np.asarray(problem.hessian(x, y)) if y.size <= DENSE else None
+    if matrix is None or not np.isfinite(matrix).all():
+        smallest, largest = (float(end) for end in problem.ends(x, y))
+
+        def iterated(b: np.ndarray, damping: float = 0.0) -> np.ndarray:
             return np.asarray(problem.solve(x, y, b))
 
-    return LocalModel(
-        np.asarray(problem.inner(x, y)[1]),
-        np.asarray(ravel_pytree(direct)[0]),
-        np.asarray(b),
-        float(smallest),
-        float(largest),
-        inverse,
-        lambda v: np.asarray(problem.cross(x, y, v)),
-    )
+        return LocalModel(*known, smallest, largest, 0, np.zeros(0), iterated, np.zeros(0), crossed)
+    eigenvalues, vectors = np.linalg.eigh(matrix)
+    largest = float(eigenvalues[-1])
+    flat = np.abs(eigenvalues) <= FLAT * np.abs(eigenvalues).max()
+    unseen = flat if flat.any() and _unseen(vectors[:, flat], known[-1], crossed) else np.zeros_like(flat)
+    weakest = int(np.argmin(np.where(unseen, np.inf, eigenvalues)))
+
+    def inverse(b: np.ndarray, damping: float = 0.0) -> np.ndarray:
+        damped = eigenvalues + damping
+        regular = np.abs(damped) > FLAT * np.abs(damped).max()
+        return vectors @ np.where(regular, vectors.T @ b / np.where(regular, damped, 1), 0)
+
+    full = (vectors[:, ~flat] / eigenvalues[~flat]) @ vectors[:, ~flat].T
+    curvatures = float(eigenvalues[weakest]), largest, int(unseen.sum())
+    return LocalModel(*known, *curvatures, vectors[:, weakest], inverse, full, crossed)
 
 
-def _extreme_curvatures(problem: FlatProblem, x: PyTree, y: np.ndarray) -> tuple[float, float]:
-    """The smallest and the largest eigenvalue of the Hessian by Lanczos; NaN where that does not converge."""
-    if not np.isfinite(y).all():
-        return math.nan, math.nan
-    from scipy.sparse import linalg
-
-    operator = linalg.LinearOperator(
-        (y.size, y.size), matvec=lambda v: np.asarray(problem.product(x, y, v.reshape(-1))), dtype=y.dtype
-    )
-
-    def extreme(which: str) -> float:
-        try:
-            return float(linalg.eigsh(operator, 1, which=which, tol=1e-4, return_eigenvectors=False)[0])
-        except linalg.ArpackNoConvergence:
-            return math.nan
-
-    return extreme("SA"), extreme("LA")
+def _unseen(flat: np.ndarray, b: np.ndarray, crossed: Callable[[np.ndarray], np.ndarray]) -> bool:
+    """Whether neither b nor the cross term has a part in the span of these columns."""
+    random = np.random.default_rng(0).normal(size=(2, b.size))
+    inside = flat @ (flat.T @ random[0])
+    sizes = [np.linalg.norm(crossed(v / np.linalg.norm(v))) for v in (inside, random[1])]
+    return bool(np.linalg.norm(flat.T @ b) <= UNSEEN * np.linalg.norm(b) and sizes[0] <= UNSEEN * sizes[1])
 
 
-def newton(problem: FlatProblem, x: PyTree, y: np.ndarray) -> np.ndarray:
-    """Newton steps as long as they shrink ‖∇_y g‖."""
-    gradient = np.asarray(problem.inner(x, y)[1])
-    for _ in range(20):
-        if y.size <= DENSE:
-            hessian = np.asarray(problem.hessian(x, y))
-            if not (np.isfinite(hessian).all() and np.isfinite(gradient).all()):
-                break
-            step = _eigen_inverse(hessian)[1](gradient)
-        else:
-            step = np.asarray(problem.solve(x, y, gradient))
+def inner_solution(
+    problem: FlatProblem, x: PyTree, y: np.ndarray, enough: float, waiting: Callable[[str], bool]
+) -> np.ndarray:
+    """A minimum of g by a trust-region method, until ‖∇_y g‖ <= enough, or nothing moves, or the time is over."""
+    value, gradient = problem.inner(x, y)
+    ground = Ground.at(y, value, gradient, enough)
+    for number in range(40):
+        if bool(ground.done) or not waiting(
+            f"inner problem: ‖∇_y g‖ = {float(ground.norm):.2g} after {STEPS * number}"
+        ):
+            break
+        ground = problem.descend(x, ground)
+    return np.asarray(ground.y)
+
+
+def polished(problem: FlatProblem, x: PyTree, model: LocalModel) -> LocalModel:
+    """Newton steps with this inverse, as long as they halve ‖∇_y g‖; the model at the last one, with the same H.
+
+    None where the curvature is negative: they would lead to a saddle, or up to a maximum.
+    """
+    if model.smallest < -FLAT * abs(model.largest):
+        return model
+    y, gradient = model.y, model.gradient
+    for _ in range(10):
+        step = model.inverse(gradient)
         new = np.asarray(problem.inner(x, y - step)[1])
-        if not np.linalg.norm(new) < np.linalg.norm(gradient):
+        if not np.linalg.norm(new) < 0.5 * np.linalg.norm(gradient):
             break
         y, gradient = y - step, new
-    return y
-
-
-def inner_solution(problem: FlatProblem, x: PyTree, y: np.ndarray) -> np.ndarray:
-    """A minimum of g by a trust-region method, polished by Newton steps."""
-    from scipy import optimize  # as long to import as all else of bilevax, and only the doctor needs it
-
-    curvature: dict[str, Any] = (
-        {"method": "trust-exact", "hess": lambda y: np.asarray(problem.hessian(x, y))}
-        if y.size <= DENSE
-        else {"method": "trust-krylov", "hessp": lambda y, v: np.asarray(problem.product(x, y, v))}
+    if y is model.y:
+        return model
+    _, (direct, b) = problem.outer(x, y)
+    return model._replace(
+        y=y,
+        gradient=gradient,
+        direct=np.asarray(ravel_pytree(direct)[0]),
+        b=np.asarray(b),
+        cross=lambda v: np.asarray(problem.cross(x, y, v)),
     )
-    found = optimize.minimize(
-        lambda y: float(problem.inner(x, y)[0]),
-        y,
-        jac=lambda y: np.asarray(problem.inner(x, y)[1]),
-        tol=1e-6,
-        **curvature,
-    )
-    return newton(problem, x, found.x)
 
 
-def finite_difference_error(problem: FlatProblem, x: PyTree, y: np.ndarray, reference: np.ndarray, tol: float) -> float:
-    """How far the slope of F along a direction is from that of the reference, relative to ‖reference‖.
-
-    Each coordinate moves in proportion to itself, and the inner problem is solved anew on both sides. The best of four
-    step sizes counts; NaN where F is not finite.
-    """
-    start, unravel = ravel_pytree(x)
-    flat = np.asarray(start)
-    moves = np.where(flat == 0, 1.0, np.abs(flat))
-    size = float(np.linalg.norm(moves * reference)) or 1.0
-    random = np.random.default_rng(0).normal(size=flat.shape) / math.sqrt(flat.size)
-    direction = moves * reference / size + random
-    direction /= np.linalg.norm(direction)
-
-    def value(step: float) -> float:
-        near = unravel(jnp.asarray(flat + step * moves * direction))
-        return float(problem.outer(near, newton(problem, near, y))[0])
-
-    best = math.nan
-    for step in (1e-4, 1e-5, 1e-3, 1e-6):
-        slope = (value(step) - value(-step)) / (2 * step)
-        best = float(np.fmin(best, abs(slope - reference @ (moves * direction)) / size))
-        if best <= 0.1 * tol:
-            break
-    return best
-
-
-def fitted_damping(point: LocalModel, grad: np.ndarray) -> tuple[float, float]:
-    """The damping whose implicit hypergradient at this point is nearest to grad, and the distance that is left.
-
-    NaN at an infinite distance where none can be told: some damping always matches one or two numbers, the inverse of a
-    large Hessian cannot be damped, and one without positive curvature gives no scale.
-    """
-    if grad.size < 3 or point.b.size > DENSE or not point.largest > 0:
-        return math.nan, math.inf
-
-    from scipy import optimize
-
-    def distance(log: float) -> float:
-        return float(np.linalg.norm(grad - point.hypergradient(point.largest * math.exp(log))))
-
-    found = optimize.minimize_scalar(distance, bounds=(math.log(1e-6), math.log(100)), method="bounded")
-    return point.largest * math.exp(found.x), found.fun
+def unbounded(problem: FlatProblem, x: PyTree, start: np.ndarray, end: np.ndarray) -> bool:
+    """Whether g keeps falling, at least in proportion, on the ray from the start through the end."""
+    direction = end - start
+    values = [float(problem.inner(x, start + scale * direction)[0]) for scale in (0.0, 1e3, 1e6)]
+    if not np.isfinite(values).all():
+        return values[1] == -math.inf or values[2] == -math.inf
+    return values[1] - values[2] > 500 * (values[0] - values[1]) > 0

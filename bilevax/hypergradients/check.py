@@ -1,41 +1,21 @@
 """The doctor: is this hypergradient right, and if not, why not?"""
 
-import math
+import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.flatten_util import ravel_pytree
 
 from bilevax import checks
-from bilevax.hypergradients._causes import Findings, diagnosed
+from bilevax.carried import carrying, parameters
+from bilevax.hypergradients._causes import diagnosed
 from bilevax.hypergradients._checked import check_hypergrad, estimated
-from bilevax.hypergradients._penalty import PenaltyDetail
-from bilevax.hypergradients._reference import (
-    FlatProblem,
-    LocalModel,
-    finite_difference_error,
-    fitted_damping,
-    flat_problem,
-    inner_solution,
-    local_model,
-)
+from bilevax.hypergradients._examination import examined
+from bilevax.hypergradients._patient import Clock, Patient
 from bilevax.hypergradients._report import HypergradientReport
-from bilevax.hypergradients._two_phase import TwoPhaseInfo
-from bilevax.problem import Batch, BilevelProblem, Hypergradient, IHVPInfo
-from bilevax.typing import Key, PyTree
-
-SOLVED = 1e-8  # ‖∇_y g‖ of a solved inner problem, relative to ‖∇_y g‖ + 1 at the start
-
-
-def _double(tree: PyTree) -> PyTree:
-    """The tree with every floating-point leaf in float64."""
-
-    def widen(leaf: Any) -> Any:
-        return jnp.asarray(leaf, float) if jnp.issubdtype(jnp.result_type(leaf), jnp.floating) else leaf
-
-    return jax.tree.map(widen, tree)
+from bilevax.problem import Batch, BilevelProblem, Hypergradient
+from bilevax.typing import Array, Key, PyTree
 
 
 def check_hypergradient(
@@ -48,6 +28,8 @@ def check_hypergradient(
     key: Key | None = None,
     state: Any = None,
     tol: float = 0.01,
+    budget: float = 60.0,
+    progress: Callable[[str], Any] | None = None,
 ) -> HypergradientReport:
     """Compares an estimate with the exact hypergradient, and tells what makes the difference.
 
@@ -56,13 +38,16 @@ def check_hypergradient(
 
     What `jax.test_util.check_grads` is to gradients: the first thing to run when a bilevel loop does not learn. In
     float64, whatever your numbers are, it solves the inner problem by a trust-region method from the y of the
-    estimator, solves the linear system directly (above 1,000 inner unknowns by conjugate gradients), confirms the
-    result by a central difference of F(x) = f(x, y*(x)), and then looks for the cause: an inner problem that is not
-    solved, an indefinite or flat curvature, too few iterations, a damping or another curvature, an unroll that is too
-    short, a penalty that is too weak, noise of random draws. It is meant for a small instance of your problem: no jit
-    around it. The measure is y*(x): an unroll that is meant to stop early (MAML) is right in its own way, and wrong
-    here. A loss must be the same function in float64: one that draws random numbers without a dtype, or computes in
-    bfloat16, is not.
+    estimator, solves the linear system directly (above 1,000 inner unknowns by conjugate gradients), and confirms the
+    result by central differences of F(x) = f(x, y*(x)). An estimate may be right in its own way: it is also compared
+    with central differences of f(x, y_T(x)), the run itself, of which an unroll is the exact derivative, whether it
+    stops early (MAML) or at a constraint. Where neither fits, it looks for the cause: what is not finite first, steps
+    that diverge, an inner problem that is not solved, an indefinite or flat curvature, too few iterations, a damping or
+    another curvature, an unroll that is too short, a penalty that is too weak, a stale memory, noise of random draws.
+    Differences have the last word: there is no relative error to a reference that they contradict.
+
+    It is meant for a small instance of your problem: no jit around it. A loss must be the same function in float64: one
+    that draws random numbers without a dtype, or computes in bfloat16, is not.
 
     Args:
       problem: f and g, functions (x, y, batch) -> scalar.
@@ -71,17 +56,22 @@ def check_hypergradient(
       batch: `Batch(outer, inner)`: all the data; what `hypergrad` draws from it is its own affair.
       hypergrad: the estimator to check, of the same losses.
       key: passed to `estimate`; with a key, eight estimates tell the noise.
-      state: a state of `hypergrad` from your own loop, with its warm y and v; by default `init(x, y, batch)`.
+      state: a state of `hypergrad` from your own loop, with its warm y, v and optimizer; by default
+        `init(x, y, batch)`.
       tol: relative error up to which the hypergradient counts as right.
+      budget: seconds after which no further part is begun; what is left out is NaN in the report.
+      progress: called with a line about each part before it begins: `print`.
 
     Returns:
       A `HypergradientReport`: `print` it, or assert its `ok`.
 
     Raises:
       ValueError: if problem is no `BilevelProblem`, a loss is not scalar, x or y is empty or not floating-point, the
-        batch is no `Batch`, hypergrad is no `Hypergradient`, or tol is not positive.
+        batch is no `Batch`, hypergrad is no `Hypergradient`, tol or budget is not positive, or progress cannot be
+        called.
 
-    Cost: a dense Hessian for each of some ten Newton steps, or for large y some thousand products.
+    Cost: some ten compiled programs, some tens of runs of the inner steps, two dense Hessians; for large y some
+    thousand products.
 
     Reference: Grazzi et al., arXiv 2006.16218, for the split of the error into these two parts.
 
@@ -98,103 +88,30 @@ def check_hypergradient(
     check_hypergrad("hypergrad", hypergrad)
     checks.instance("batch", batch, Batch, "Pass bx.Batch(outer=..., inner=...).")
     checks.positive("tol", tol)
+    checks.positive("budget", budget)
+    if progress is not None:
+        checks.function("progress", progress, "text")
     checks.floating("x", x)
-    checks.floating("y", y)
+    checks.floating("y", parameters(y))
     outer_loss = checks.scalar_loss("outer_loss", problem.outer_loss)
-    inner_loss = checks.scalar_loss("inner_loss", problem.inner_loss)
-    state = hypergrad.init(x, y, batch) if state is None else state
+    inner_loss = carrying("inner_loss", problem.inner_loss)
+    clock = Clock(time.monotonic(), budget, progress)
+    given = state is not None
+    state = state if given else hypergrad.init(x, y, batch)
     checks.has_y("hypergrad", state)
+    clock.waiting("the estimate")
     estimate = jax.jit(hypergrad.estimate)
-    grad, new_state, info = estimated(estimate(key, state, x, batch), x, state)
+    grad, after, info = estimated(estimate(key, state, x, batch), x, state)
     keys = [] if key is None else [jax.random.fold_in(key, number) for number in range(7)]
     others = [estimate(key, state, x, batch)[0] for key in keys]
-    values = [float(loss(x, state.y, data)) for loss, data in zip((outer_loss, inner_loss), batch, strict=True)]
+
+    @jax.jit
+    def losses(x: PyTree, y: PyTree, batch: Batch) -> tuple[Array, Array]:
+        return outer_loss(x, y, batch.outer), inner_loss(x, parameters(y), y, batch.inner)[0]
+
+    values = [float(value) for value in losses(x, state.y, batch)]
+    wide = jnp.zeros(()).dtype == "float64"
+    patient = Patient(estimate, hypergrad, key, x, y, batch, state, given, grad, after, info, others, wide)
     with jax.enable_x64(True):
-        wide_x, wide_y, wide_batch = _double((x, state.y, batch))
-        y0, unravel = ravel_pytree(wide_y)
-        flat = flat_problem(outer_loss, inner_loss, unravel, wide_batch)
-        wide_values = [float(flat.outer(wide_x, y0)[0]), float(flat.inner(wide_x, y0)[0])]
-        start, y_T = np.asarray(y0), _flat(new_state.y)
-        figures = _measure(flat, wide_x, start, y_T, [_flat(tree) for tree in (grad, *others)], tol)
-        solved = SOLVED * (1 + float(np.linalg.norm(flat.inner(wide_x, start)[1])))
-        stuck = _stuck(state.y, new_state.y, unravel(flat.inner(wide_x, y_T)[1]), solved)
-    eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves((new_state.y, grad)))
-    same = np.allclose(values, wide_values, rtol=max(1e-4, 30 * eps), atol=1e-6, equal_nan=True)
-    solves, penalties = _details(info)
-    figures = figures._replace(grad=grad)
-    return diagnosed(Findings(figures, tol, solved, values, wide_values, same, stuck, solves, penalties))
-
-
-def _flat(tree: PyTree) -> np.ndarray:
-    return np.asarray(ravel_pytree(_double(tree))[0])
-
-
-def _stuck(before: PyTree, after: PyTree, gradient: PyTree, threshold: float) -> list[str]:
-    """The leaves of y that no inner step moved although their gradient is not zero, where others moved."""
-    leaves = jax.tree_util.tree_leaves_with_path(after)
-    pairs = zip(leaves, jax.tree.leaves(before), jax.tree.leaves(gradient), strict=True)
-    still = [
-        (f"y{jax.tree_util.keystr(path)}", np.array_equal(new, old), float(np.linalg.norm(np.ravel(slope))))
-        for (path, new), old, slope in pairs
-    ]
-    if all(equal for _, equal, _ in still):
-        return []
-    return [name for name, equal, slope in still if equal and slope > threshold]
-
-
-def _details(info: Any) -> tuple[list[IHVPInfo], list[PenaltyDetail]]:
-    """What the IHVPs and the penalties of the estimator report; of two phases, those of the one that ran."""
-    while isinstance(info, TwoPhaseInfo):
-        info = info.second if info.phase else info.first
-    details = jax.tree.leaves(info, is_leaf=lambda node: isinstance(node, IHVPInfo | PenaltyDetail))
-    solves = [detail for detail in details if isinstance(detail, IHVPInfo)]
-    return solves, [detail for detail in details if isinstance(detail, PenaltyDetail)]
-
-
-def _measure(
-    problem: FlatProblem, x: PyTree, y0: np.ndarray, y_T: np.ndarray, estimates: list[np.ndarray], tol: float
-) -> HypergradientReport:
-    """All figures of the report."""
-    lower = float(problem.inner(x, y_T)[0]) <= float(problem.inner(x, y0)[0])
-    solution = inner_solution(problem, x, y_T if lower else y0)
-    at_solution, at_y_T = local_model(problem, x, solution), local_model(problem, x, y_T)
-    reference, there, flat = at_solution.hypergradient(), at_y_T.hypergradient(), estimates[0]
-    # Near a stationary x the two parts of the reference cancel: their rounding is no error of the estimate.
-    scale = float(np.linalg.norm(reference) + 1e-6 * np.linalg.norm(at_solution.direct - reference)) or 1.0
-
-    def distance(a: np.ndarray, b: np.ndarray) -> float:
-        return float(np.linalg.norm(a - b)) / scale
-
-    return HypergradientReport(
-        ok=False,
-        verdict="",
-        remedy="",
-        relative_error=distance(flat, reference),
-        cosine=float(flat @ reference / (np.linalg.norm(flat) * np.linalg.norm(reference) or 1.0)),
-        inner_error=distance(there, reference),
-        solver_error=distance(flat, there),
-        noise=_deviation(estimates) / scale,
-        gradient_norm=float(np.linalg.norm(at_y_T.gradient)),
-        reference_gradient_norm=float(np.linalg.norm(at_solution.gradient)),
-        smallest_curvature=at_solution.smallest,
-        largest_curvature=at_solution.largest,
-        estimator_curvature=at_y_T.smallest,
-        finite_difference_error=finite_difference_error(problem, x, solution, reference, tol),
-        damping=_damping(at_y_T, flat, scale, tol) if distance(flat, there) > tol else math.nan,
-        grad=(),
-        reference=jax.tree.map(np.asarray, ravel_pytree(x)[1](jnp.asarray(reference))),
-    )
-
-
-def _deviation(estimates: list[np.ndarray]) -> float:
-    """The standard deviation of estimates around their mean; NaN of a single one."""
-    if len(estimates) == 1:
-        return math.nan
-    deviations = [float(np.linalg.norm(each - np.mean(estimates, axis=0))) for each in estimates]
-    return float(np.linalg.norm(deviations)) / math.sqrt(len(estimates) - 1)
-
-
-def _damping(point: LocalModel, grad: np.ndarray, scale: float, tol: float) -> float:
-    """The damping whose implicit hypergradient at this point is that estimate, to the tolerance; NaN where none is."""
-    damping, left = fitted_damping(point, grad)
-    return damping if left / scale < tol else math.nan
+        found = examined(problem, patient, values, tol, clock)
+    return diagnosed(found)

@@ -1,0 +1,245 @@
+"""The examination of an estimate: beside the implicit reference, beside its own run, and what else may be wrong."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bilevax.carried import parameters
+from bilevax.hypergradients._bias import fitted_damping, fitted_multiplier
+from bilevax.hypergradients._causes import Findings
+from bilevax.hypergradients._differences import Directions, OwnRun, measure
+from bilevax.hypergradients._measures import (
+    details,
+    deviation,
+    leads_uphill,
+    like_x,
+    lost,
+    nothing,
+    repeated,
+    split_error,
+    stuck_leaves,
+    unread_leaves,
+    values_of_f,
+)
+from bilevax.hypergradients._patient import Clock, Patient, Room, flat, furnished
+from bilevax.hypergradients._reference import LocalModel, inner_solution, local_model, polished, unbounded
+from bilevax.hypergradients._report import HypergradientReport
+from bilevax.inner._optimizer_steps import GROWTH
+from bilevax.problem import BilevelProblem
+from bilevax.typing import PyTree
+
+SOLVED = 1e-8  # ‖∇_y g‖ of a solved inner problem, relative to ‖∇_y g‖ + 1 at the start
+STILL = 1e-3  # of the way of the inner steps: when they are run again and move y by less, they have come to rest
+WARM = 10  # further estimates at the same x, to see what a warm memory yields
+
+
+def examined(problem: BilevelProblem, patient: Patient, values: list[float], tol: float, clock: Clock) -> Findings:
+    """All findings; to be called where float64 is on."""
+    room = furnished(problem, patient)
+    flat_g, x = room.problem, room.x
+    points = [(room.first, "the first y")] + ([(room.last, "y_T")] if np.isfinite(room.last).all() else [])
+    evaluated = [(flat_g.inner(x, point), flat_g.outer(x, point)) for point, _ in points]
+    (g0, slope0), (f0, _) = evaluated[0]
+    wide = [float(f0), float(g0)]
+    eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves((parameters(patient.after.y), patient.grad)))
+    same = np.allclose(values, wide, rtol=max(1e-4, 30 * eps), atol=1e-6, equal_nan=True)
+    solves, penalties, broken = details(patient.info)
+    grad, first = flat(patient.grad), float(np.linalg.norm(slope0))
+    (g_T, slope_T), _ = evaluated[-1]
+    last = float(np.linalg.norm(slope_T)) if len(points) > 1 else math.nan
+    grown = float(g_T) > float(g0) and last > GROWTH * first
+    found = Findings(
+        nothing(patient, last),
+        tol,
+        solved=SOLVED * (1 + first),
+        values=values,
+        wide_values=wide,
+        same_values=bool(same),
+        stuck=[],
+        solves=solves,
+        penalties=penalties,
+        lost=lost(patient, points, evaluated),
+        zeros=int(np.sum(np.asarray(slope_T) == 0)),
+        finite=bool(np.isfinite(grad).all()),
+        diverged=len(points) == 1 or (grown and broken),
+    )
+    if found.lost:
+        return found
+    lower = len(points) > 1 and float(g_T) <= float(g0)
+    start = room.last if lower else room.first
+    solution = inner_solution(flat_g, x, start, 1e-3 * found.solved, clock.waiting)
+    in_time = clock.waiting("curvature at y*")
+    at = local_model(flat_g, x, solution) if in_time else None
+    for _ in range(3):  # a few more Newton steps with a new Hessian, where the old one does not lead on
+        if at is None or not at.matrix.size:
+            break
+        at = polished(flat_g, x, at)
+        if np.linalg.norm(at.gradient) <= found.solved or not clock.waiting("curvature at y*"):
+            break
+        at = local_model(flat_g, x, at.y)
+    found = found._replace(in_time=in_time, solved=found.solved)
+    return _compared(room, patient, found, at, start, grad, clock)
+
+
+def _compared(
+    room: Room,
+    patient: Patient,
+    found: Findings,
+    at: LocalModel | None,
+    start: np.ndarray,
+    grad: np.ndarray,
+    clock: Clock,
+) -> Findings:
+    """The estimate beside the implicit reference, and both beside differences."""
+    problem, x, tol, nowhere = room.problem, room.x, found.tol, np.full_like(grad, math.nan)
+    reference = nowhere if at is None else at.hypergradient()
+    figures = found.figures
+    if at is not None:
+        # Near a stationary x the two parts of the reference cancel: their rounding is no error of the estimate.
+        scale = float(np.linalg.norm(reference) + 1e-6 * np.linalg.norm(at.direct - reference)) or 1.0
+        product = float(np.linalg.norm(grad) * np.linalg.norm(reference)) or 1.0
+        figures = figures._replace(
+            relative_error=float(np.linalg.norm(grad - reference)) / scale,
+            cosine=float(grad @ reference) / product,
+            noise=deviation([grad, *map(flat, patient.others)]) / scale,
+            reference_gradient_norm=float(np.linalg.norm(at.gradient)),
+            smallest_curvature=at.smallest,
+            largest_curvature=at.largest,
+            flat_directions=at.flat,
+            reference=like_x(room, reference),
+        )
+        bottomless = not np.linalg.norm(at.gradient) <= found.solved and unbounded(problem, x, start, at.y)
+        found = found._replace(figures=figures, bottomless=bottomless)
+    if not found.finite:
+        return found
+    mask, names = unread_leaves(room, patient)
+    directions = Directions.make(flat(x), grad, reference, mask)
+    if at is not None and clock.waiting("differences of F"):
+        level = float(problem.outer(x, at.y)[0])
+        values = values_of_f(room, at, found.solved)
+        size = directions.size(reference, level)
+        errors, _ = measure(values, directions, reference, size, tol)
+        figures = figures._replace(finite_difference_error=float(np.max(errors)))
+    found = found._replace(figures=figures)
+    if found.diverged:
+        return found._replace(uphill=leads_uphill(room, patient, at, clock))
+    if at is not None and found.close and not names:
+        return found._replace(figures=split_error(room, found.figures, at, grad, clock))
+    return _run_again(room, patient, found, at, directions, names, grad, clock)
+
+
+def _run_again(
+    room: Room,
+    patient: Patient,
+    found: Findings,
+    at: LocalModel | None,
+    directions: Directions,
+    names: tuple[str, ...],
+    grad: np.ndarray,
+    clock: Clock,
+) -> Findings:
+    """The estimate beside differences of its own run; then, where it is neither derivative, what else may be wrong."""
+    if clock.waiting("differences of the run itself"):
+        run = repeated(room, patient)
+        level = float(run.values(np.tile(directions.x, (2 * len(directions.rows), 1)))[0])
+        size = directions.size(grad, level)
+        errors, slopes = measure(run.values, directions, grad, size, found.tol)
+        figures = found.figures._replace(own_error=float(np.max(errors)))
+        apart = abs(slopes[3] - directions.rows[3] @ grad)
+        if names and apart > max(found.tol * abs(slopes[3]), 1e-6 * abs(level)):
+            found = found._replace(unread=names)
+        else:
+            figures = _by_own_run(room, patient, found._replace(figures=figures), run, directions, slopes, grad, size)
+        found = found._replace(figures=figures)
+    if found.own or found.unread or at is None:
+        return found
+    figures = split_error(room, found.figures, at, grad, clock)
+    scale = float(np.linalg.norm(at.hypergradient())) or 1.0
+    if figures.solver_error > found.tol and found.believed and clock.waiting("what else would give this estimate"):
+        if found.solves:
+            damping, left = fitted_damping(local_model(room.problem, room.x, room.last), grad)
+            figures = figures._replace(damping=damping if left / scale < found.tol else math.nan)
+        else:
+            multiplier, left = fitted_multiplier(room.losses, room.unravel, room.batch, room.x, at, grad)
+            near = left / scale < max(found.tol, 0.1 * figures.relative_error)
+            figures = figures._replace(multiplier=multiplier if near else math.nan)
+    return _later(room, patient, found._replace(figures=figures), at, scale)
+
+
+def _by_own_run(
+    room: Room,
+    patient: Patient,
+    found: Findings,
+    run: OwnRun,
+    at: Directions,
+    slopes: np.ndarray,
+    grad: np.ndarray,
+    size: float,
+) -> HypergradientReport:
+    """The figures with the run in float64 as the reference, where the estimate there is its derivative.
+
+    Draws of random numbers, and long unrolls, are others in float64: where the estimate is not, its like in float64 is
+    asked.
+    """
+    figures, dtypes = found.figures, {leaf.dtype for leaf in jax.tree.leaves(patient.grad)}
+    single = dtypes != {np.dtype(float)}
+    if not found.own and not (single and (patient.key is not None or figures.own_error < 0.5)):
+        return figures
+    gradient = run.gradient() if single else grad
+    errors = np.abs(slopes - at.rows @ gradient) / np.maximum(size, np.abs(slopes))
+    if not np.max(errors) <= found.tol:
+        return figures
+    length = float(np.linalg.norm(gradient)) or 1.0
+    distance = float(np.linalg.norm(grad - gradient)) / length
+    own = float(np.max(errors)) if patient.key is not None else max(float(np.max(errors)), distance)
+    note = ""
+    if found.believed and not found.close:
+        note = (
+            f"With the inner problem solved, the hypergradient is another one: relative distance "
+            f"{figures.relative_error:.2g}, cosine {figures.cosine:.3f}. Few steps from a warm y see less of it; more "
+            f"of them, or inner.implicit, see all."
+        )
+    product = float(np.linalg.norm(grad)) * length
+    return figures._replace(
+        own_error=own,
+        note=note,
+        relative_error=distance if patient.key is None else own,
+        cosine=float(grad @ gradient) / (product or 1.0),
+        reference=like_x(room, gradient),
+    )
+
+
+def _later(room: Room, patient: Patient, found: Findings, at: LocalModel, scale: float) -> Findings:
+    """What becomes of y and of the error where the estimate is repeated, or starts afresh."""
+    estimate, reference = patient.estimate, at.hypergradient()
+
+    def error(tree: PyTree) -> float:
+        return float(np.linalg.norm(flat(tree) - reference)) / scale
+
+    with jax.enable_x64(patient.wide):
+        grad, state, _ = estimate(patient.key, patient.after, patient.x, patient.batch)
+        moved = float(np.linalg.norm(flat(state.y) - room.last))
+        way = float(np.linalg.norm(room.last - room.first))
+        rests = moved <= STILL * way or moved <= 1e-7 * float(np.linalg.norm(room.last))
+        far = float(np.linalg.norm(room.last - at.y)) > 100 * moved + 1e-3 * float(np.linalg.norm(at.y))
+        stuck = stuck_leaves(patient, room, found.solved)
+        found = found._replace(stuck=stuck, stops=rests and far and found.figures.gradient_norm > found.solved)
+        if not found.believed:
+            return found
+        if patient.given:
+            afresh = patient.hypergrad.init(patient.x, patient.state.y, patient.batch)
+            cold = patient.hypergrad.init(patient.x, patient.y, patient.batch)
+            errors = [error(estimate(patient.key, start, patient.x, patient.batch)[0]) for start in (afresh, cold)]
+            return found._replace(same_memory_error=errors[0], cold_error=errors[1])
+        for _ in range(WARM - 1):
+            grad, state, _ = estimate(patient.key, state, patient.x, patient.batch)
+        warm = error(grad)
+    if warm < 0.5 * found.figures.relative_error:
+        note = (
+            f"After {WARM} more estimates at this x, the memory being warm, the relative error is {warm:.2g}. If your "
+            f"loop has such a state, pass it: state=state."
+        )
+        found = found._replace(figures=found.figures._replace(note=note))
+    return found
