@@ -31,6 +31,7 @@ class Findings(NamedTuple):
     lost: str = ""  # what is not finite first, of the losses and their gradients
     zeros: int = 0  # entries of ∇_y g that are exactly zero
     finite: bool = True  # whether the estimate is
+    broken: bool = False  # whether a solver reports a breakdown
     diverged: bool = False  # whether the inner steps leave g larger, and its gradient much longer
     uphill: bool = False  # whether they lead away from y* where g is flattest, too
     stops: bool = False  # whether they come to rest

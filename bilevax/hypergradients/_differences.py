@@ -82,11 +82,13 @@ class OwnRun(NamedTuple):
 
     Attributes:
       values: stacked x -> f(x, y_T(x)), each from the state that was given.
+      both: the same with the y_T, flat.
       ends: stacked x and y_0 -> y_T, flat.
       gradient: the estimate in float64, flat.
     """
 
     values: Values
+    both: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
     ends: Callable[[np.ndarray, np.ndarray], np.ndarray]
     gradient: Callable[[], np.ndarray]
 
@@ -117,11 +119,10 @@ def own_run(hypergrad: Hypergradient, outer_loss: Loss, key: Key | None, state: 
         estimate = jax.jit(hypergrad.estimate)
         return np.asarray(ravel_pytree(estimate(key, state, x, batch)[0])[0], float)
 
-    return OwnRun(
-        lambda xs: run(xs, np.tile(y, (len(xs), 1)))[0],
-        lambda xs, ys: run(xs, ys)[1],
-        gradient,
-    )
+    def both(xs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return run(xs, np.tile(y, (len(xs), 1)))
+
+    return OwnRun(lambda xs: both(xs)[0], both, lambda xs, ys: run(xs, ys)[1], gradient)
 
 
 def widened(state: Any, like: Any) -> Any:

@@ -45,7 +45,7 @@ def examined(problem: BilevelProblem, patient: Patient, values: list[float], tol
     wide = [float(f0), float(g0)]
     eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves((parameters(patient.after.y), patient.grad)))
     same = np.allclose(values, wide, rtol=max(1e-4, 30 * eps), atol=1e-6, equal_nan=True)
-    solves, penalties, broken = details(patient.info)
+    solves, penalties, reports = details(patient.info)
     grad, first = flat(patient.grad), float(np.linalg.norm(slope0))
     (g_T, slope_T), _ = evaluated[-1]
     last = float(np.linalg.norm(slope_T)) if len(points) > 1 else math.nan
@@ -63,7 +63,8 @@ def examined(problem: BilevelProblem, patient: Patient, values: list[float], tol
         lost=lost(patient, points, evaluated),
         zeros=int(np.sum(np.asarray(slope_T) == 0)),
         finite=bool(np.isfinite(grad).all()),
-        diverged=len(points) == 1 or (grown and broken),
+        broken=any(reports),
+        diverged=len(points) == 1 or (grown and (any(reports) or not reports)),
     )
     if found.lost:
         return found
@@ -141,31 +142,50 @@ def _run_again(
     clock: Clock,
 ) -> Findings:
     """The estimate beside differences of its own run; then, where it is neither derivative, what else may be wrong."""
-    if clock.waiting("differences of the run itself"):
+    found = _settled(room, patient, found, at)
+    # what an IHVP gives is meant for a solution: that of g, or another point at which the steps come to rest
+    asked = not found.broken and (not found.solves or found.stops or not found.believed)
+    if (asked or names) and clock.waiting("differences of the run itself"):
         run = repeated(room, patient)
-        level = float(run.values(np.tile(directions.x, (2 * len(directions.rows), 1)))[0])
+        values, ends = run.both(np.concatenate([directions.x + 1e-3 * directions.rows] * 2))
+        level, depends = float(values[0]), np.ptp(ends, axis=0).max() > 1e-12 * (1 + np.abs(ends).max())
         size = directions.size(grad, level)
         errors, slopes = measure(run.values, directions, grad, size, found.tol)
-        figures = found.figures._replace(own_error=float(np.max(errors)))
         apart = abs(slopes[3] - directions.rows[3] @ grad)
         if names and apart > max(found.tol * abs(slopes[3]), 1e-6 * abs(level)):
             found = found._replace(unread=names)
-        else:
-            figures = _by_own_run(room, patient, found._replace(figures=figures), run, directions, slopes, grad, size)
-        found = found._replace(figures=figures)
-    if found.own or found.unread or at is None:
+        elif asked and depends:
+            found = found._replace(figures=found.figures._replace(own_error=float(np.max(errors))))
+            found = found._replace(figures=_by_own_run(room, patient, found, run, directions, slopes, grad, size))
+    if found.own or found.unread or found.close or at is None:
         return found
     figures = split_error(room, found.figures, at, grad, clock)
-    scale = float(np.linalg.norm(at.hypergradient())) or 1.0
     if figures.solver_error > found.tol and found.believed and clock.waiting("what else would give this estimate"):
-        if found.solves:
-            damping, left = fitted_damping(local_model(room.problem, room.x, room.last), grad)
-            figures = figures._replace(damping=damping if left / scale < found.tol else math.nan)
-        else:
-            multiplier, left = fitted_multiplier(room.losses, room.unravel, room.batch, room.x, at, grad)
-            near = left / scale < max(found.tol, 0.1 * figures.relative_error)
-            figures = figures._replace(multiplier=multiplier if near else math.nan)
-    return _later(room, patient, found._replace(figures=figures), at, scale)
+        figures = _likened(room, found._replace(figures=figures), at, grad)
+    return _later(room, patient, found._replace(figures=figures), at)
+
+
+def _settled(room: Room, patient: Patient, found: Findings, at: LocalModel | None) -> Findings:
+    """Whether the steps have come to rest away from y*, by running them once more; and the leaves that never moved."""
+    with jax.enable_x64(patient.wide):
+        again = flat(patient.estimate(patient.key, patient.after, patient.x, patient.batch)[1].y)
+    moved, way = (float(np.linalg.norm(end - room.last)) for end in (again, room.first))
+    length = float(np.linalg.norm(room.last))
+    rests = moved <= STILL * way or moved <= 1e-7 * length
+    distance = math.inf if at is None else float(np.linalg.norm(room.last - at.y)) - 1e-3 * float(np.linalg.norm(at.y))
+    stops = way > 0 and rests and distance > 100 * moved and found.figures.gradient_norm > found.solved
+    return found._replace(stops=stops, stuck=stuck_leaves(patient, room, found.solved))
+
+
+def _likened(room: Room, found: Findings, at: LocalModel, grad: np.ndarray) -> HypergradientReport:
+    """The damping, or without a linear solve the multiplier of a penalty, that would give this estimate."""
+    figures, scale = found.figures, float(np.linalg.norm(at.hypergradient())) or 1.0
+    if found.solves:
+        damping, left = fitted_damping(local_model(room.problem, room.x, room.last), grad)
+        return figures._replace(damping=damping if left / scale < found.tol else math.nan)
+    multiplier, left = fitted_multiplier(room.losses, room.unravel, room.batch, room.x, at, grad)
+    near = left / scale < max(found.tol, 0.1 * figures.relative_error)
+    return figures._replace(multiplier=multiplier if near else math.nan)
 
 
 def _by_own_run(
@@ -211,29 +231,24 @@ def _by_own_run(
     )
 
 
-def _later(room: Room, patient: Patient, found: Findings, at: LocalModel, scale: float) -> Findings:
-    """What becomes of y and of the error where the estimate is repeated, or starts afresh."""
+def _later(room: Room, patient: Patient, found: Findings, at: LocalModel) -> Findings:
+    """What becomes of the error where the estimate starts afresh, or is repeated."""
     estimate, reference = patient.estimate, at.hypergradient()
+    scale = float(np.linalg.norm(reference)) or 1.0
+    if not found.believed:
+        return found
 
     def error(tree: PyTree) -> float:
         return float(np.linalg.norm(flat(tree) - reference)) / scale
 
     with jax.enable_x64(patient.wide):
-        grad, state, _ = estimate(patient.key, patient.after, patient.x, patient.batch)
-        moved = float(np.linalg.norm(flat(state.y) - room.last))
-        way = float(np.linalg.norm(room.last - room.first))
-        rests = moved <= STILL * way or moved <= 1e-7 * float(np.linalg.norm(room.last))
-        far = float(np.linalg.norm(room.last - at.y)) > 100 * moved + 1e-3 * float(np.linalg.norm(at.y))
-        stuck = stuck_leaves(patient, room, found.solved)
-        found = found._replace(stuck=stuck, stops=rests and far and found.figures.gradient_norm > found.solved)
-        if not found.believed:
-            return found
         if patient.given:
             afresh = patient.hypergrad.init(patient.x, patient.state.y, patient.batch)
             cold = patient.hypergrad.init(patient.x, patient.y, patient.batch)
             errors = [error(estimate(patient.key, start, patient.x, patient.batch)[0]) for start in (afresh, cold)]
             return found._replace(same_memory_error=errors[0], cold_error=errors[1])
-        for _ in range(WARM - 1):
+        state = patient.after
+        for _ in range(WARM):
             grad, state, _ = estimate(patient.key, state, patient.x, patient.batch)
         warm = error(grad)
     if warm < 0.5 * found.figures.relative_error:

@@ -46,18 +46,15 @@ def nothing(patient: Patient, gradient_norm: float) -> HypergradientReport:
     )
 
 
-def details(info: Any) -> tuple[list[IHVPInfo], list[PenaltyDetail], bool]:
-    """What the IHVPs and the penalties of the estimator report, of two phases those of the one that ran.
-
-    And whether a solver reports a breakdown; True where none reports.
-    """
+def details(info: Any) -> tuple[list[IHVPInfo], list[PenaltyDetail], list[bool]]:
+    """What the IHVPs, the penalties and the solvers (a breakdown) report; of two phases those of the one that ran."""
     while isinstance(info, TwoPhaseInfo):
         info = info.second if info.phase else info.first
     leaves = jax.tree.leaves(info, is_leaf=lambda node: isinstance(node, IHVPInfo | PenaltyDetail))
     solves = [leaf for leaf in leaves if isinstance(leaf, IHVPInfo)]
     reports = jax.tree.leaves(info, is_leaf=lambda node: isinstance(node, SolverInfo))
     broken = [bool(report.breakdown) for report in reports if isinstance(report, SolverInfo)]
-    return solves, [leaf for leaf in leaves if isinstance(leaf, PenaltyDetail)], any(broken) or not broken
+    return solves, [leaf for leaf in leaves if isinstance(leaf, PenaltyDetail)], broken
 
 
 def lost(patient: Patient, points: list[tuple[np.ndarray, str]], evaluated: list[Any]) -> str:
