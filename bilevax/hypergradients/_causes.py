@@ -180,7 +180,7 @@ CAUSES = (  # what is not finite, the loss and the problem, then success, then t
         ),
     ),
     Cause(
-        applies=lambda found: bool(found.unread) and not found.figures.finite_difference_error > found.tol,
+        applies=lambda found: bool(found.unread),
         verdict=lambda found: (
             f"the derivative of {', '.join(found.unread)} is zero, because x enters the optimizer only, not g"
         ),
@@ -191,27 +191,12 @@ CAUSES = (  # what is not finite, the loss and the problem, then success, then t
         ),
     ),
     Cause(
-        applies=lambda found: found.close,
-        verdict=lambda found: f"the hypergradient is right to {found.tol:g}",
-        remedy=lambda found: "none needed",
-        trusted=True,
-    ),
-    Cause(
         applies=lambda found: found.own,
         verdict=lambda found: (
             f"the hypergradient is right to {found.tol:g}: it is the derivative of the steps that run"
         ),
         remedy=lambda found: "none needed",
         trusted=True,
-    ),
-    Cause(
-        applies=lambda found: found.believed and found.figures.noise > 0.5 * found.figures.relative_error,
-        verdict=lambda found: "the noise of random draws is most of the error",
-        remedy=lambda found: (
-            "Draw larger batches (sample= of the inner steps and of the IHVP, cross_sample=), take smaller inner "
-            "steps, more directions of a forward gradient or a guide for them, or average: a small outer step size "
-            "does that too."
-        ),
     ),
     Cause(
         applies=lambda found: bool(found.stuck),
@@ -282,6 +267,21 @@ CAUSES = (  # what is not finite, the loss and the problem, then success, then t
             f"They differ by {found.figures.finite_difference_error:.2g}, so that there is no reference to compare "
             f"with. Check that f and g are smooth at y*, that g draws nothing at random, and that x enters g by no "
             f"stop_gradient, rounding or sorting."
+        ),
+    ),
+    Cause(
+        applies=lambda found: found.close,
+        verdict=lambda found: f"the hypergradient is right to {found.tol:g}",
+        remedy=lambda found: "none needed",
+        trusted=True,
+    ),
+    Cause(
+        applies=lambda found: found.figures.noise > 0.5 * found.figures.relative_error,
+        verdict=lambda found: "the noise of random draws is most of the error",
+        remedy=lambda found: (
+            "Draw larger batches (sample= of the inner steps and of the IHVP, cross_sample=), take smaller inner "
+            "steps, more directions of a forward gradient or a guide for them, or average: a small outer step size "
+            "does that too."
         ),
     ),
     Cause(

@@ -111,6 +111,12 @@ def _compared(
             flat_directions=at.flat,
             reference=like_x(room, reference),
         )
+        if at.flat:
+            note = (
+                f"{at.flat} directions of y have no curvature, such as a bias that changes nothing or a leaf without "
+                f"use. The hypergradient does not see them."
+            )
+            figures = figures._replace(note=note)
         bottomless = not np.linalg.norm(at.gradient) <= found.solved and unbounded(problem, x, start, at.y)
         found = found._replace(figures=figures, bottomless=bottomless)
     if not found.finite:
@@ -142,7 +148,8 @@ def _run_again(
     clock: Clock,
 ) -> Findings:
     """The estimate beside differences of its own run; then, where it is neither derivative, what else may be wrong."""
-    found = _settled(room, patient, found, at)
+    if not found.close:
+        found = _settled(room, patient, found, at)
     # what an IHVP gives is meant for a solution: that of g, or another point at which the steps come to rest
     asked = not found.broken and (not found.solves or found.stops or not found.believed)
     if (asked or names) and clock.waiting("differences of the run itself"):
@@ -152,9 +159,10 @@ def _run_again(
         size = directions.size(grad, level)
         errors, slopes = measure(run.values, directions, grad, size, found.tol)
         apart = abs(slopes[3] - directions.rows[3] @ grad)
-        if names and apart > max(found.tol * abs(slopes[3]), 1e-6 * abs(level)):
+        named = names and not found.figures.finite_difference_error > found.tol
+        if named and apart > max(found.tol * abs(slopes[3]), 1e-6 * abs(level)):
             found = found._replace(unread=names)
-        elif asked and depends:
+        elif asked and depends and not found.close:
             found = found._replace(figures=found.figures._replace(own_error=float(np.max(errors))))
             found = found._replace(figures=_by_own_run(room, patient, found, run, directions, slopes, grad, size))
     if found.own or found.unread or found.close or at is None:
@@ -184,8 +192,7 @@ def _likened(room: Room, found: Findings, at: LocalModel, grad: np.ndarray) -> H
         damping, left = fitted_damping(local_model(room.problem, room.x, room.last), grad)
         return figures._replace(damping=damping if left / scale < found.tol else math.nan)
     multiplier, left = fitted_multiplier(room.losses, room.unravel, room.batch, room.x, at, grad)
-    near = left / scale < max(found.tol, 0.1 * figures.relative_error)
-    return figures._replace(multiplier=multiplier if near else math.nan)
+    return figures._replace(multiplier=multiplier if left / scale < 0.1 * found.tol else math.nan)
 
 
 def _by_own_run(

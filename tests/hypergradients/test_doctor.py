@@ -95,7 +95,7 @@ WRONG = {
         lambda: implicit(ihvp=bx.ihvp.neumann(terms=5, step_size=1.0)),
         ["A step size of ihvp must be below 2 / 10 = 0.2"],
     ),
-    "the estimate is not finite, though y is": (
+    "the estimate is not finite, though y is: v is lost first": (
         lambda: implicit(ihvp=bx.ihvp.neumann(terms=3000, step_size=1.0)),
         ["A step size of ihvp must be below 2 / 10 = 0.2"],
     ),
@@ -107,9 +107,9 @@ WRONG = {
         lambda: bx.penalty(PROBLEM, optax.sgd(0.15), 2000, multiplier=20.0),
         ["multiplier is 20"],
     ),
-    "the estimate is not finite": (
+    "the inner steps diverge: their step size is too large": (
         lambda: bx.inner.implicit(inner_loss, optax.sgd(1e3), 200),
-        ["inner steps diverge", "= 0.2"],
+        ["Lower the step size", "below 2 / 10 = 0.2"],
     ),
 }
 
@@ -183,10 +183,10 @@ def test_x_near_the_edge_of_its_domain():
 
 def test_a_leaf_that_the_optimizer_freezes_is_named():
     def two_leaves(x, y, h):
-        return inner_loss(x, y["free"] + y["frozen"], h) + 0.5 * jnp.sum(y["frozen"] ** 2)
+        return inner_loss(x, y["free"] + y["frozen"], h) + 0.5 * jnp.sum((y["frozen"] - jnp.sum(x)) ** 2)
 
     def outer(x, y, b):
-        return outer_loss(x, y["free"], b)
+        return outer_loss(x, y["free"] + 2 * y["frozen"], b)
 
     optimizer = optax.partition({"a": optax.sgd(0.15), "b": optax.set_to_zero()}, {"free": "a", "frozen": "b"})
     solver = bx.inner.implicit(two_leaves, optimizer, 2000)
@@ -269,11 +269,11 @@ def test_a_flat_minimum():
 
 
 def test_no_minimum():
-    report = check(
-        bx.inner.implicit(lambda x, y, batch: jnp.sum(x) * jnp.sum(y), optax.sgd(0.1), 1),
-        inner_loss=lambda x, y, batch: jnp.sum(x) * jnp.sum(y),
-    )
-    assert report.verdict == "the inner problem has no minimum that could be found"
+    def kink(x, y, batch):
+        return jnp.sum(jnp.abs(y - jnp.sum(x)))
+
+    report = check(bx.inner.implicit(kink, optax.sgd(0.1), 1), inner_loss=kink)
+    assert report.verdict == "the inner problem has no minimum that could be found", str(report)
 
 
 def test_a_reference_that_finite_differences_do_not_confirm():
@@ -335,9 +335,212 @@ def test_the_page_that_print_shows():
     page = str(check(implicit(steps=5)))
     assert page.startswith("WRONG: the inner problem is not solved\n")
     assert "condition 100" in page
-    assert page.splitlines()[6].startswith("remedy: ")
+    assert page.splitlines()[6].startswith("note: After 10 more estimates")
+    assert page.splitlines()[8].startswith("remedy: ")
     assert max(map(len, page.splitlines())) <= 100
     assert str(check(implicit())).startswith("ok: the hypergradient is right")
+
+
+def test_steps_that_lead_uphill():
+    """Of the wrong sign in every direction; too large where g is steep alone."""
+    report = check(bx.inner.implicit(inner_loss, optax.sgd(-0.1), 20))
+    assert report.verdict.startswith("the inner steps diverge, uphill"), str(report)
+    assert "subtract the gradient" in report.remedy
+    assert "raise" not in report.remedy.lower()
+    large = check(bx.inner.implicit(inner_loss, optax.sgd(1.1 * 2 / 10), 40))
+    assert large.verdict == "the inner steps diverge: their step size is too large", str(large)
+    assert check(bx.inner.implicit(inner_loss, optax.sgd(0.9 * 2 / 10), 600)).ok  # the remedy of both
+
+
+def test_a_g_with_the_wrong_sign():
+    def minus(x, y, h):
+        return -inner_loss(x, y, h)
+
+    report = check(bx.inner.implicit(minus, optax.sgd(0.1), 30), inner_loss=minus)
+    assert report.verdict == "g is not bounded below: it has no minimum"
+    assert "sign" in report.remedy
+    assert np.isnan([report.relative_error, report.cosine, report.inner_error]).all()
+
+
+@pytest.mark.parametrize("part", ["x", "y", "g", "gradient of g", "f", "steps"])
+def test_what_is_not_finite_first_is_named(part):
+    """Instead of an error of a library, or of the doctor's own numbers."""
+    x, y, h = (np.nan * value if part == name else value for name, value in zip("xyh", (X, Y, 0 * H), strict=True))
+
+    def inner(x, y, h):
+        root = {"g": jnp.sqrt(y[0] - 5.0), "gradient of g": jnp.sqrt(jnp.abs(y[0]))}
+        return inner_loss(x, y, h) + root.get(part, 0.0)
+
+    def outer(x, y, b):
+        return outer_loss(x, y, b) + (jnp.log(-1 - y[1] ** 2) if part == "f" else 0.0)
+
+    def steps(x):  # y grows tenfold and more: beyond all numbers
+        return optax.scale_by_learning_rate(-1e200 if part == "steps" else 0.1)
+
+    report = check(bx.inner.reverse(inner, steps, 3), outer, inner, x, y, bx.Batch(B, h + H * (part == "steps")))
+    says = {
+        "y": "y, where the steps start, is not finite",
+        "gradient of g": "the gradient of g at the first y is not finite",
+        "f": "f at the last y is not finite",
+        "steps": "the inner steps diverge",
+    }
+    assert report.verdict.startswith(says.get(part, part)), str(report)
+    assert not report.ok
+
+
+def test_a_root_in_the_optimizer_is_named():
+    """Its derivative is lost where an entry of the gradient is exactly zero, and nothing else is."""
+    root = optax.stateless(lambda updates, params: jax.tree.map(lambda u: -0.1 * jnp.sqrt(u**2), updates))
+
+    def inner(x, y, h):
+        return inner_loss(x, y, h) * 0 + jnp.sum((y[:3] - x) ** 2)
+
+    report = check(bx.inner.reverse(inner, root, 3), inner_loss=inner)
+    assert report.verdict == "the estimate is not finite, though y is: the derivative of the inner steps is lost first"
+    assert "3 entries of ∇_y g are exactly 0" in report.remedy
+    assert "adam" in report.remedy
+
+
+def test_x_in_the_optimizer_alone():
+    """A decoupled decay: the implicit rule knows nothing of it, the unroll does."""
+
+    def outer(x, y, b):
+        return jnp.sum((y - b) ** 2)
+
+    def inner(x, y, h):
+        return 0.5 * y @ h @ y - jnp.sum(y) * x["in g"]
+
+    def decayed(x):
+        return optax.chain(optax.add_decayed_weights(jnp.exp(x["decay"])), optax.sgd(0.15))
+
+    x = {"decay": jnp.asarray(-1.0), "in g": jnp.asarray(2.0)}
+    report = check(bx.inner.implicit(inner, decayed, 100), outer, inner, x)
+    assert report.verdict == "the derivative of x['decay'] is zero, because x enters the optimizer only, not g"
+    assert "inner.reverse" in report.remedy
+    assert not report.ok
+    assert check(bx.inner.reverse(inner, decayed, 100), outer, inner, x).ok
+
+
+def test_steps_that_stop_at_a_constraint():
+    """Where ∇_y g is not zero; the derivative of the projected steps themselves is right."""
+
+    def nonnegative(y):
+        return jnp.maximum(y, 0)
+
+    def projected(x, y0, h):
+        return jax.lax.fori_loop(0, 2000, lambda _, y: nonnegative(y - 0.1 * jax.grad(inner_loss, 1)(x, y, h)), y0)
+
+    report = check(bx.inner.implicit(inner_loss, solve=projected, ihvp=bx.ihvp.exact()))
+    assert report.verdict.startswith("the inner steps stop where ∇_y g is not 0: at a constraint"), str(report)
+    assert "more inner steps" not in report.remedy
+    steps = bx.inner.fixed_point(lambda x, y, h: nonnegative(y - 0.1 * jax.grad(inner_loss, 1)(x, y, h)), maxiter=2000)
+    for remedy in (
+        steps,
+        bx.inner.reverse(inner_loss, optax.chain(optax.sgd(0.1), optax.keep_params_nonnegative()), 2000),
+    ):
+        remedied = check(remedy)
+        assert remedied.ok, str(remedied)
+        assert remedied.verdict.endswith("the derivative of the steps that run")
+
+
+def test_an_unroll_that_stops_early_is_right_in_its_own_way():
+    """As in MAML; what the solved inner problem would give is a note."""
+    solver = bx.inner.reverse(inner_loss, optax.sgd(0.05), 5, initial=lambda x: jnp.concatenate([x, x]))
+    report = check(solver)
+    assert report.ok
+    assert report.grade == "exact"
+    assert report.verdict.endswith("it is the derivative of the steps that run")
+    assert report.own_error < 1e-6
+    assert "With the inner problem solved, the hypergradient is another one" in report.note
+
+
+def test_directions_that_the_hypergradient_does_not_see():
+    """A leaf of y without use, and a shift that changes nothing; one that f sees is another matter."""
+
+    def inner(x, y, h):
+        y = y["w"] - jnp.mean(y["w"])
+        return inner_loss(x, y, h)
+
+    def outer(x, y, b):
+        return outer_loss(x, y["w"] - jnp.mean(y["w"]), b)
+
+    y = {"w": Y, "unused": jnp.ones(2)}
+    report = check(bx.inner.implicit(inner, optax.sgd(0.19), 2000, ihvp=bx.ihvp.cg(maxiter=50)), outer, inner, y=y)
+    assert report.ok, str(report)
+    assert report.flat_directions == 3
+    assert report.smallest_curvature > 0
+    assert "3 directions" in report.note
+
+
+def test_a_stale_memory_and_a_wrong_start():
+    def prepare(key, state, loss, point):  # no IHVP of the package: those leave a v0 that is worse than zero
+        product = bx.curvature.hessian(loss, *point)
+
+        def apply(b, v0=None):
+            v = jax.lax.fori_loop(0, 300, lambda _, v: v - 0.19 * (product(v) - b), v0)
+            residual = jnp.linalg.norm(product(v) - b) / jnp.linalg.norm(b)
+            return v, bx.problem.IHVPInfo(300, 301, 0, residual, jnp.nan, jnp.isnan(residual))
+
+        return apply, state
+
+    ihvp = bx.problem.IHVP(lambda x, y, batch=None, inner_loss=None: (), prepare)
+    hypergrad = bx.hypergradient(outer_loss, implicit(ihvp=ihvp))
+    state = hypergrad.init(X, SOLUTION)
+    stale = state._replace(solver=state.solver._replace(v=jnp.full(6, 1e4)))
+    report = check(hypergrad, state=stale)
+    assert report.verdict == "the warm v is stale: without it the error is smaller", str(report)
+    assert check(hypergrad, state=hypergrad.init(X, stale.y)).ok
+    few = bx.hypergradient(outer_loss, implicit(10))
+    report = check(few, y=SOLUTION, state=few.init(X, SOLUTION + 1e3))
+    assert report.verdict == "the warm start is wrong: from the y that was passed the error is smaller", str(report)
+    assert check(few, y=SOLUTION).ok
+
+
+def test_a_penalty_is_known_by_what_it_returns():
+    """One that is not ours: y and y_λ are solved exactly, and nothing is reported but y."""
+
+    def biased(multiplier):
+        def estimate(key, state, x, batch):
+            h, shifted = batch.inner, batch.inner + jnp.eye(6) / multiplier
+            y, y_above = jnp.linalg.solve(h, C @ x), jnp.linalg.solve(shifted, C @ x + batch.outer / multiplier)
+            return x - multiplier * C.T @ (y_above - y), state._replace(y=y), ()
+
+        return bx.problem.Hypergradient(bx.hypergradient(outer_loss, implicit(1)).init, estimate)
+
+    report = check(biased(20.0))
+    assert report.verdict == "the penalty is biased", str(report)
+    np.testing.assert_allclose(report.multiplier, 20, rtol=0.05)
+    assert "multiplier of 20" in report.remedy
+    assert check(biased(1e5)).ok
+
+
+def test_three_grades():
+    grades = [check(implicit(ihvp=bx.ihvp.cg(maxiter=20, damping=damping))).grade for damping in (0.0, 0.01, 1.0)]
+    assert grades == ["exact", "good enough to descend", "wrong"]
+    page = str(check(implicit(ihvp=bx.ihvp.cg(maxiter=20, damping=0.01))))
+    assert page.startswith("GOOD ENOUGH TO DESCEND (cosine "), page
+
+
+def test_what_is_carried_is_not_differentiated():
+    def inner(x, y, h):
+        mean, count = y.carried
+        return inner_loss(x, y.params, h), (0.9 * mean + 0.1 * y.params, count + 1)
+
+    def outer(x, y, b):
+        return outer_loss(x, y.params, b) + jnp.sum(y.carried[0] * y.params)
+
+    y = bx.inner.Carried(Y, (Y, 0))
+    assert check(bx.inner.implicit(inner, optax.sgd(STEP), 2000), outer, inner, y=y).ok
+
+
+def test_the_budget_and_the_progress():
+    lines = []
+    report = check(implicit(5), budget=1e-9, progress=lines.append)
+    assert report.grade == "not known"
+    assert report.verdict == "the budget was over before the inner problem was solved"
+    assert str(report).startswith("NOT KNOWN: ")
+    assert np.isnan(report.relative_error)
+    assert any("left out" in line for line in lines)
 
 
 @pytest.mark.parametrize(
@@ -347,6 +550,8 @@ def test_the_page_that_print_shows():
         ({"hypergrad": implicit()}, "hypergrad must be a Hypergradient; got implicit("),
         ({"batch": B}, "batch must be a Batch"),
         ({"tol": 0.0}, "tol must be a finite number > 0; got 0.0"),
+        ({"budget": 0.0}, "budget must be a finite number > 0; got 0.0"),
+        ({"progress": 3}, "progress must be a function (text)"),
         ({"x": jnp.arange(3)}, "x must hold floating-point arrays only; got int64"),
         ({"y": {}}, "y must hold at least one floating-point array"),
         ({"problem": PROBLEM._replace(inner_loss=None)}, "inner_loss must be a function (x, y, batch)"),
