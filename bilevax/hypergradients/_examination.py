@@ -154,7 +154,7 @@ def _run_again(
     asked = not found.broken and (not found.solves or found.stops or not found.believed)
     if (asked or names) and clock.waiting("differences of the run itself"):
         run = repeated(room, patient)
-        values, ends = run.both(np.concatenate([directions.x + 1e-3 * directions.rows] * 2))
+        values, ends = run.both(np.concatenate([directions.x + step * directions.rows for step in (0, 1e-3)]))
         level, depends = float(values[0]), np.ptp(ends, axis=0).max() > 1e-12 * (1 + np.abs(ends).max())
         size = directions.size(grad, level)
         errors, slopes = measure(run.values, directions, grad, size, found.tol)

@@ -55,7 +55,7 @@ class HypergradientReport(NamedTuple):
             because of y      0   of the derivative at that y 0
           ‖∇_y g‖             0   at y* 0
           curvature at y*     2 to 2   condition 1
-          differences         of F: the reference to ...e-...; of the run itself: the estimate to 1
+          differences         of F: the reference to ...e-...
         remedy: none needed
     """
 
