@@ -221,8 +221,10 @@ def _by_own_run(
     length = float(np.linalg.norm(gradient)) or 1.0
     distance = float(np.linalg.norm(grad - gradient)) / length
     own = float(np.max(errors)) if patient.key is not None else max(float(np.max(errors)), distance)
-    note = ""
-    if found.believed and not found.close:
+    note = figures.note
+    if found.stops:
+        note = "The inner steps stop where ∇_y g is not 0, at a constraint or a kink: the implicit rule would be wrong."
+    elif found.believed:
         note = (
             f"With the inner problem solved, the hypergradient is another one: relative distance "
             f"{figures.relative_error:.2g}, cosine {figures.cosine:.3f}. Few steps from a warm y see less of it; more "
