@@ -6,6 +6,7 @@ from bilevax.inner._black_box import black_box
 from bilevax.inner._chain import ChainState, chain
 from bilevax.inner._directional import DirectionalInfo, DirectionalState
 from bilevax.inner._equation import EquationInfo, EquationState
+from bilevax.inner._first_order import first_order
 from bilevax.inner._fixed_point import fixed_point
 from bilevax.inner._forward_gradient import forward_gradient
 from bilevax.inner._implicit import ImplicitState, implicit
@@ -31,6 +32,7 @@ __all__ = [
     "central",
     "chain",
     "every_step",
+    "first_order",
     "fixed_point",
     "forward_gradient",
     "guides",

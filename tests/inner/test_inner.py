@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -183,6 +184,40 @@ def test_initial_sends_the_derivative_of_the_first_iterate():
         expected, _ = by_hand(name, initial=initial)
         for solver in solvers:
             assert_trees_close(estimate(solver)[0], expected, rtol=1e-12, atol=1e-14)
+
+
+def test_first_order_takes_the_derivative_in_y0_for_the_identity():
+    """∇_y f at y_T for the start, through `initial` and through the earlier link of a chain too; nothing for x."""
+
+    def initial(x):
+        return {"weights": x["scale"] ** 2, "bias": x["log_l2"]}
+
+    last = bx.inner.first_order(inner_loss, OPTIMIZERS["sgd"], 4)
+    made = bx.inner.first_order(inner_loss, OPTIMIZERS["sgd"], 4, initial=initial)
+    chained = bx.inner.chain(bx.inner.reverse(inner_loss, OPTIMIZERS["sgd"], 2), last)
+    hypergrad = bx.hypergradient(outer_loss, made)
+
+    @jax.jit
+    def run(x, y):
+        def solved(solver):
+            return jax.grad(lambda x, y: outer_loss(X, bx.differentiable(solver)(x, y, DATA), 2.0), (0, 1))(x, y)
+
+        by_hand, at = jax.vjp(lambda y: hand_unroll(x, y, OPTIMIZERS["sgd"], 2), y)
+        y_bar = [
+            jax.grad(outer_loss, 1)(X, hand_unroll(x, start, OPTIMIZERS["sgd"], 4), 2.0)
+            for start in (y, by_hand, initial(x))
+        ]
+        estimate = hypergrad.estimate(None, hypergrad.init(x, y), x, bx.Batch(2.0, DATA))[0]
+        through = jax.vjp(initial, x)[1](y_bar[2])[0]
+        direct = jax.grad(outer_loss)(x, y, 2.0)
+        return (
+            (solved(last), (jax.tree.map(jnp.zeros_like, x), y_bar[0])),
+            (solved(chained)[1], at(y_bar[1])[0]),
+            (estimate, jax.tree.map(jnp.add, through, direct)),
+        )
+
+    for got, expected in run(X, Y):
+        chex.assert_trees_all_close(got, expected, rtol=1e-5)
 
 
 def test_per_step_reads_one_batch_for_each_step():

@@ -129,6 +129,10 @@ def no_gradient(steps=STEPS):
     return lambda loss, optimizer, sample: bx.inner.no_gradient(loss, optimizer, steps, sample=sample)
 
 
+def first_order(loss, optimizer, sample):
+    return bx.inner.first_order(loss, optimizer, STEPS, sample=sample)
+
+
 def chain(first, last):
     return lambda *parts: bx.inner.chain(first(*parts), last(*parts))
 
@@ -212,6 +216,7 @@ SOLVERS = {  # loss, optimizer, sample -> solver; what it declares
     "reverse_store_all": (reverse(checkpoint=bx.inner.store_all), UNROLLS),
     "reverse_store_products": (reverse(checkpoint=bx.inner.store_products()), UNROLLS),
     "no_gradient": (no_gradient(), TAKES | {"biased": True}),
+    "first_order": (first_order, TAKES | {"biased": True}),
     "chain_no_gradient_reverse": (chain(no_gradient(2), reverse(2)), TAKES),
     "chain_reverse_reverse": (chain(reverse(2), reverse(2)), UNROLLS),
     "chain_implicit_reverse": (chain(implicit("cg", 2), reverse(2)), TAKES),
@@ -285,7 +290,7 @@ EAGER = hypergradient.jit_equals_eager
 VARIANTS = (  # of others, which hand on the same forms: they differ in what they compute
     *("implicit_cold", "reverse_two_level", "reverse_store_all", "reverse_store_products"),
     *("chain_reverse_reverse", "chain_reverse_implicit", "chain_forward_gradient_reverse"),
-    *("forward_gradient_guide", "forward_gradient_control_variate", "two_phase_second"),
+    *("first_order", "forward_gradient_guide", "forward_gradient_control_variate", "two_phase_second"),
 )
 OTHERS = tuple(name for name in SOLVERS | ESTIMATORS if name not in VARIANTS)
 OFTEN = {  # of whom it is asked every day: what takes programs of its own, and what is about forms alone
