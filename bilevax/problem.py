@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from bilevax import checks
+from bilevax.meshes import like
 from bilevax.printing import brief, by_text
 from bilevax.typing import Array, Key, PyTree, Scalar
 
@@ -184,7 +185,7 @@ def inner_gradient(inner_loss: Loss, x: PyTree, y: PyTree, batch: Any) -> InnerG
         return gradient, value
 
     gradient, pull_back, value = jax.vjp(gradient_and_value, x, y, has_aux=True)
-    return InnerGradient(value, gradient, pull_back)
+    return InnerGradient(value, gradient, lambda v: pull_back(like(v, gradient)))
 
 
 def directions(problem: BilevelProblem, x: PyTree, y: PyTree, v: PyTree, batch: Batch) -> Directions:

@@ -171,14 +171,14 @@ def per_step(key: Key | None, t: Scalar, data: PyTree) -> PyTree:
     began = _BEGAN.get()
     row = t if began is None else jnp.maximum(t - began, 0)
 
-    def entry(leaf: Array) -> Array:
+    def read(leaf: Array) -> Array:
         if jnp.ndim(leaf) == 0:
             return leaf
         if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key):  # which older JAX cannot fill
-            return jax.random.wrap_key_data(entry(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
-        return jnp.asarray(leaf).at[row].get(mode="fill")
+            return jax.random.wrap_key_data(read(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
+        return entry(jnp.asarray(leaf), row)
 
-    return jax.tree.map(entry, data)
+    return jax.tree.map(read, data)
 
 
 def minibatch(size: int) -> Sample:
@@ -283,5 +283,5 @@ def _length(data: PyTree) -> int:
     return int(lengths.pop())
 
 
-def _rows(data: PyTree, rows: Array) -> PyTree:
-    return jax.tree.map(lambda leaf: leaf if jnp.ndim(leaf) == 0 else jnp.asarray(leaf)[rows], data)
+def _rows(data: PyTree, places: Array) -> PyTree:
+    return jax.tree.map(lambda leaf: leaf if jnp.ndim(leaf) == 0 else rows(jnp.asarray(leaf), places), data)

@@ -14,6 +14,7 @@ from bilevax.curvature.inverse import Damping, Inverse, spectral, trace_mean
 from bilevax.curvature.kronecker import Diagonal, Factors, TracedLoss, trace_loss
 from bilevax.curvature.model_loss import held, structured
 from bilevax.curvature.sharing import expand
+from bilevax.meshes import like, whole
 from bilevax.problem import Loss, widen
 from bilevax.typing import Array, PyTree
 
@@ -85,7 +86,7 @@ def solve(
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(b)]
     if shapes != (wanted := [leaf.shape for leaf in here.leaves]):
         raise ValueError(f"b must be a pytree like y, with leaves {wanted}; got {shapes}. Pass ∇_y f at the same y.")
-    wide = dict(enumerate(jax.tree.leaves(widen(b))))
+    wide = dict(enumerate(jax.tree.leaves(whole(widen(b)))))
     solved: dict[int, Array] = {}
     smallest = []
     for block in here.captured.blocks:
@@ -103,7 +104,7 @@ def solve(
         elif block.treatment is not None and block.treatment.solve is not None:
             solved[block.leaf] = block.treatment.solve(wide[block.leaf], delta, parts.scale)
     v = jax.tree.unflatten(jax.tree.structure(b), [solved[k] for k in range(len(wide))])
-    return optax.tree.cast_like(v, b), jnp.min(jnp.stack(smallest)) if smallest else None
+    return like(optax.tree.cast_like(v, b), b), jnp.min(jnp.stack(smallest)) if smallest else None
 
 
 def inverted(

@@ -24,6 +24,7 @@ from bilevax.curvature.inverse import Cholesky, Eigen, Inverse, factored, spectr
 from bilevax.curvature.model_loss import ModelLoss, held, structured
 from bilevax.curvature.output_loss import OutputLoss
 from bilevax.curvature.sharing import ChooseSharing, Sharing, expand
+from bilevax.meshes import by_compiler, like, zeros_like
 from bilevax.problem import Loss, wide_dtype, widen
 from bilevax.sampling import split
 from bilevax.typing import Array, Key, PyTree, Scalar
@@ -210,7 +211,7 @@ def _observed_forward(
 def _observed_backward(
     statistic: Callable[[Residual, Array], Reported], residual: Residual, u: Array
 ) -> tuple[Array, None, Reported]:
-    return u, None, statistic(residual, u)
+    return u, None, by_compiler(statistic)(residual, u)
 
 
 _observed.defvjp(_observed_forward, _observed_backward)
@@ -327,7 +328,7 @@ def measure(key: Key | None, here: TracedLoss, fisher: Fisher) -> tuple[Factors,
     root = jnp.sqrt(here.scale(outputs))[..., None]
 
     def term(k: Scalar) -> tuple[dict[int, Array], dict[int, Array]]:
-        cotangent = (column(k) * root).astype(outputs.dtype)
+        cotangent = like((column(k) * root).astype(outputs.dtype), outputs)
         found, _ = pull(cotangent)
         return {leaf: _curved(blocks[leaf], value) for leaf, value in found.items()}, _probe(
             sign_key, k, blocks, pull, cotangent
@@ -335,7 +336,7 @@ def measure(key: Key | None, here: TracedLoss, fisher: Fisher) -> tuple[Factors,
 
     seen, probed = _total(columns, term)
     # `seen` adds B up over the columns alone: A and its mass would be counted once for each, and do not depend on u
-    flat, _ = pull(jnp.zeros_like(outputs))
+    flat, _ = pull(zeros_like(outputs))
     result: Factors = {}
     for leaf, block in blocks.items():
         if block.matrix is not None:
@@ -386,7 +387,7 @@ def curvatures(
     outputs, pull = _passes(here, _squares, by_leaf, dummies)
     columns, column = fisher(label_key, here.loss, outputs, here.targets)
     root = jnp.sqrt(here.scale(outputs))[..., None]
-    found = _total(columns, lambda k: pull((column(k) * root).astype(outputs.dtype))[0])
+    found = _total(columns, lambda k: pull(like((column(k) * root).astype(outputs.dtype), outputs))[0])
     return {block.name: by_leaf[leaf]._replace(eigenvalues=found[leaf]) for leaf, block in blocks.items()}, columns
 
 

@@ -14,6 +14,7 @@ from bilevax.carried import Carried, carrying, pair, parameters, with_parameters
 from bilevax.curvature.capture.blocks import Model
 from bilevax.curvature.output_loss import OutputLoss
 from bilevax.curvature.products import Product
+from bilevax.meshes import like
 from bilevax.printing import brief
 from bilevax.problem import Loss, widen
 from bilevax.typing import Array, PyTree, Scalar
@@ -229,9 +230,9 @@ def gauss_newton(inner_loss: Loss, x: PyTree, y: PyTree, batch: PyTree) -> Produ
     rate, _ = inner_loss.penalty(x, y)
 
     def product(v: PyTree) -> PyTree:
-        narrow = optax.tree.cast_like(v, y)
+        narrow = like(optax.tree.cast_like(v, y), y)
         curved = scale[..., None] * inner_loss.loss.product(outputs, targets, push(narrow))
-        (fit,) = pull(curved.astype(outputs.dtype))
+        (fit,) = pull(like(curved.astype(outputs.dtype), outputs))
         total = jax.tree.map(lambda a, r, leaf: a + r * leaf, fit, rate, narrow)
         return optax.tree.cast_like(total, v)
 

@@ -10,6 +10,7 @@ import jax
 import optax
 
 from bilevax import checks
+from bilevax.meshes import like
 from bilevax.problem import Loss, inner_gradient
 from bilevax.typing import PyTree, Scalar
 
@@ -50,7 +51,7 @@ def hessian(inner_loss: Loss, x: PyTree, y: PyTree, batch: PyTree) -> Product:
     """
     loss = checks.scalar_loss("inner_loss", inner_loss)
     _, push = jax.linearize(lambda y: jax.grad(loss, argnums=1)(x, y, batch), y)
-    return lambda v: optax.tree.cast_like(push(optax.tree.cast_like(v, y)), v)
+    return lambda v: optax.tree.cast_like(push(like(optax.tree.cast_like(v, y), y)), v)
 
 
 def cross(inner_loss: Loss, x: PyTree, y: PyTree, batch: PyTree) -> Product:

@@ -10,6 +10,7 @@ from bilevax import checks
 from bilevax.curvature.products import Curvature, Product, damped, hessian
 from bilevax.ihvp._checked import check_ihvp, prepared
 from bilevax.ihvp._start import seen, smallest, start, stateless
+from bilevax.meshes import dot
 from bilevax.printing import as_called
 from bilevax.problem import IHVP, Apply, IHVPInfo, Loss, Point, added, norm
 from bilevax.sampling import Sample, full, split
@@ -64,7 +65,7 @@ def _conjugate_gradients(
 
     def iterate(c: _Carry) -> _Carry:
         hp = product(c.p)
-        php, pp = optax.tree.vdot(c.p, hp), optax.tree.vdot(c.p, c.p)
+        php, pp = dot(c.p, hp), dot(c.p, c.p)
         rayleigh = php / pp
         largest = jnp.maximum(c.largest, jnp.abs(rayleigh))
         good = (rayleigh > eps * largest) & (c.rz > 0) & jnp.isfinite(php)
@@ -73,17 +74,17 @@ def _conjugate_gradients(
         r = optax.tree.add_scale(c.r, -alpha, hp)
         z, info = precondition(r)
         z = unit(z)
-        rz = jnp.where(good, optax.tree.vdot(r, z), c.rz)
+        rz = jnp.where(good, dot(r, z), c.rz)
         p = optax.tree.add_scale(z, rz / c.rz, c.p)
         products = added(c.products, added(1, info.products))
         stop = ~good | info.breakdown
-        rr = optax.tree.vdot(r, r)  # without a preconditioner the compiler finds rz here
+        rr = dot(r, r)  # without a preconditioner the compiler finds rz here
         return _Carry(
             v, r, p, rz, jnp.sqrt(rr), jnp.minimum(c.smallest, rayleigh), largest, c.iterations + 1, products, stop
         )
 
-    rz, products = optax.tree.vdot(r, z), added(count, info.products)
-    length, stop = jnp.sqrt(optax.tree.vdot(r, r)), jnp.asarray(info.breakdown)
+    rz, products = dot(r, z), added(count, info.products)
+    length, stop = jnp.sqrt(dot(r, r)), jnp.asarray(info.breakdown)
     begin = _Carry(v, r, z, rz, length, smallest(size), jnp.zeros_like(size), count, products, stop)
     return jax.lax.while_loop(unfinished, iterate, begin), info
 

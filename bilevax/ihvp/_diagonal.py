@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from bilevax import checks
+from bilevax.meshes import zeros_like
 from bilevax.printing import as_called, by_shape
 from bilevax.problem import IHVP, Apply, IHVPInfo, Loss, Point, arrays, inner_gradient, norm, widen
 from bilevax.sampling import Sample, full
@@ -77,7 +78,7 @@ def diagonal(*, scale: Scalar = 1.0, decay: Scalar = 0.999, eps: Scalar = 1e-8, 
 
     def init(x: PyTree, y: PyTree, batch: PyTree = None, inner_loss: Loss | None = None) -> DiagonalState:
         """The moments, zeros like y in at least float32."""
-        return DiagonalState(jnp.zeros((), jnp.int32), optax.tree.zeros_like(arrays(widen(y))))
+        return DiagonalState(jnp.zeros((), jnp.int32), zeros_like(arrays(widen(y))))
 
     def prepare(key: Key | None, state: DiagonalState, inner_loss: Loss, point: Point) -> tuple[Apply, DiagonalState]:
         """Averages the squared gradient of one batch into the moments: (apply, state)."""

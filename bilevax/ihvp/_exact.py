@@ -2,10 +2,10 @@
 
 import jax
 import jax.numpy as jnp
-from jax.flatten_util import ravel_pytree
 
 from bilevax import checks
 from bilevax.ihvp._start import stateless
+from bilevax.meshes import ravel
 from bilevax.printing import as_called
 from bilevax.problem import IHVP, Apply, IHVPInfo, Loss, Point, norm, widen
 from bilevax.sampling import Sample, full
@@ -48,13 +48,13 @@ def exact(*, damping: Scalar = 0.0, sample: Sample = full) -> IHVP:
         x, y, data = point
         loss = checks.scalar_loss("inner_loss", inner_loss)
         batch = sample(key, 0, data)
-        flat, unravel = ravel_pytree(y)
+        flat, unravel = ravel(y)
         hessian = jax.hessian(lambda wide: loss(x, unravel(wide.astype(flat.dtype)), batch))(widen(flat))
         eigenvalues, vectors = jnp.linalg.eigh(hessian + damping * jnp.eye(flat.size, dtype=hessian.dtype))
 
         def apply(b: PyTree, v0: PyTree | None = None) -> tuple[PyTree, IHVPInfo]:
             """V by the factors of H; v0 is not used."""
-            wide = ravel_pytree(b)[0].astype(hessian.dtype)
+            wide = ravel(b)[0].astype(hessian.dtype)
             size = norm(wide)
             scale = jnp.where(size > 0, size, 1)
             unit = wide / scale

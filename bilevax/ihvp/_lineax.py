@@ -9,6 +9,7 @@ import optax
 from bilevax import checks
 from bilevax.curvature.products import Curvature, damped, hessian
 from bilevax.ihvp._start import lower, seen, smallest, start, stateless
+from bilevax.meshes import as_spread, by_compiler, dot
 from bilevax.printing import as_called
 from bilevax.problem import IHVP, Apply, IHVPInfo, Loss, Point, norm
 from bilevax.sampling import Sample, full
@@ -85,18 +86,24 @@ def lineax(
             def flat_product(leaves: list[Array]) -> list[Array]:
                 return jax.tree.leaves(product(jax.tree.unflatten(structure, leaves)))
 
-            operator = lineax.FunctionLinearOperator(flat_product, jax.eval_shape(lambda: leaves), tags)
-            options = {} if v0 is None else {"y0": jax.tree.leaves(begin.v)}
-            solution = lineax.linear_solve(operator, leaves, solver, options=options, throw=False)
+            multiply = as_spread(flat_product, leaves)
+
+            def solve(unit: list[Array], v: list[Array]) -> tuple[list[Array], tuple[Scalar, Array]]:
+                operator = lineax.FunctionLinearOperator(multiply, jax.eval_shape(lambda: unit), tags)
+                options = {} if v0 is None else {"y0": v}
+                solution = lineax.linear_solve(operator, unit, solver, options=options, throw=False)
+                failed = solution.result != lineax.RESULTS.successful
+                return solution.value, (solution.stats.get("num_steps", 1), failed)
+
+            by_lineax = by_compiler(solve, (leaves, None))
+            flat, (iterations, failed) = by_lineax(leaves, jax.tree.leaves(begin.v))
             left = norm(begin.r)
             solved = left <= jnp.finfo(left.dtype).eps  # BiCGStab divides zero by zero there
-            v = optax.tree.where(solved, begin.v, jax.tree.unflatten(structure, solution.value))
+            v = optax.tree.where(solved, begin.v, jax.tree.unflatten(structure, flat))
             hv = product(v)
             residual = norm(optax.tree.sub(begin.unit, hv))
-            least = lower(smallest(left), optax.tree.vdot(v, hv), optax.tree.vdot(v, v))
-            failed = ~solved & (solution.result != lineax.RESULTS.successful)
-            breakdown = failed | ~(residual <= 1 + 16 * jnp.finfo(left.dtype).eps)
-            iterations = solution.stats.get("num_steps", 1)
+            least = lower(smallest(left), dot(v, hv), dot(v, v))
+            breakdown = (~solved & failed) | ~(residual <= 1 + 16 * jnp.finfo(left.dtype).eps)
             info = IHVPInfo(iterations, None, 0, residual, seen(least), breakdown)
             return optax.tree.cast_like(optax.tree.scale(begin.scale, v), b), info
 

@@ -9,6 +9,7 @@ import optax
 from bilevax import checks
 from bilevax.curvature.products import Curvature, damped, hessian
 from bilevax.ihvp._start import lower, seen, smallest, start, stateless
+from bilevax.meshes import dot
 from bilevax.printing import as_called
 from bilevax.problem import IHVP, Apply, IHVPInfo, Loss, Point, norm
 from bilevax.sampling import Sample, full
@@ -80,7 +81,7 @@ def neumann(
 
         def term(carry: _Carry, _: None) -> tuple[_Carry, None]:
             hr = product(carry.r)
-            least = lower(carry.curvature, optax.tree.vdot(carry.r, hr), carry.norm**2)
+            least = lower(carry.curvature, dot(carry.r, hr), carry.norm**2)
             v = optax.tree.cast_like(optax.tree.add_scale(carry.v, step_size, carry.r), carry.v)
             r = optax.tree.cast_like(optax.tree.add_scale(carry.r, -step_size, hr), carry.r)
             size = norm(r)

@@ -5,11 +5,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
-from jax.flatten_util import ravel_pytree
 
 from bilevax import checks
 from bilevax.curvature.products import Curvature, Product, hessian
 from bilevax.ihvp._start import stateless
+from bilevax.meshes import ravel
 from bilevax.printing import as_called
 from bilevax.problem import IHVP, Apply, IHVPInfo, Loss, Point, norm, widen
 from bilevax.sampling import Sample, full, split
@@ -97,10 +97,10 @@ def nystrom(
         x, y, data = point
         sketch_key, batch_key = split(key, 2)
         product = curvature(inner_loss, x, y, sample(batch_key, 0, data))
-        example, unravel = ravel_pytree(widen(y))
+        example, unravel = ravel(widen(y))
         size = min(rank, example.size)
         vectors, eigenvalues, smallest = _sketch(
-            lambda column: ravel_pytree(product(unravel(column)))[0], sketch_key, example, size
+            lambda column: ravel(product(unravel(column)))[0], sketch_key, example, size
         )
         outside = tail(eigenvalues) + damping
         if jnp.shape(outside) != ():
@@ -111,7 +111,7 @@ def nystrom(
 
         def apply(b: PyTree, v0: PyTree | None = None) -> tuple[PyTree, IHVPInfo]:
             """V by the approximation of low rank; v0 is not used."""
-            wide = ravel_pytree(widen(b))[0].astype(example.dtype)
+            wide = ravel(widen(b))[0].astype(example.dtype)
             scale = norm(wide)
             unit = wide / jnp.where(scale > 0, scale, 1)
             inside = vectors.T @ unit

@@ -9,6 +9,7 @@ import optax
 from bilevax import checks
 from bilevax.curvature.products import Curvature, damped, hessian
 from bilevax.ihvp._start import lower, seen, smallest, start, stateless
+from bilevax.meshes import dot
 from bilevax.printing import as_called
 from bilevax.problem import IHVP, Apply, IHVPInfo, Loss, Point, norm
 from bilevax.sampling import Sample, fold, full, split
@@ -85,7 +86,7 @@ def random_neumann(
         def factor(i: Array, carry: _Carry) -> _Carry:
             product = damped(curvature(inner_loss, x, y, sample(fold(sample_key, i), i, data)), damping)
             hr = product(carry.r)
-            least = lower(carry.curvature, optax.tree.vdot(carry.r, hr), carry.norm**2)
+            least = lower(carry.curvature, dot(carry.r, hr), carry.norm**2)
             r = optax.tree.cast_like(optax.tree.add_scale(carry.r, -step_size, hr), carry.r)
             size = norm(r)
             grew = carry.grew | ~(size <= carry.norm * (1 + 16 * jnp.finfo(size.dtype).eps))

@@ -9,6 +9,7 @@ from bilevax import checks
 from bilevax.curvature.model_loss import gauss_newton
 from bilevax.curvature.products import Curvature, damped
 from bilevax.ihvp._checked import check_ihvp, prepared
+from bilevax.meshes import dot
 from bilevax.printing import as_called
 from bilevax.problem import IHVP, Apply, IHVPInfo, Loss, Point, added
 from bilevax.sampling import Sample, full, split
@@ -61,10 +62,10 @@ def rescaled(ihvp: IHVP, *, damping: Scalar = 1e-3, curvature: Curvature = gauss
             """V of the other IHVP, times the number that one product gives."""
             v, info = inner(b, v0)
             hv = product(v)
-            along, vhv, bb = optax.tree.vdot(v, b), optax.tree.vdot(v, hv), optax.tree.vdot(b, b)
+            along, vhv, bb = dot(v, b), dot(v, hv), dot(b, b)
             gain = jnp.where(vhv > 0, along / jnp.where(vhv > 0, vhv, 1), 1.0)
             rest = optax.tree.norm(optax.tree.add_scale(b, -gain, hv)) / jnp.where(bb > 0, jnp.sqrt(bb), 1)
-            vv = optax.tree.vdot(v, v)
+            vv = dot(v, v)
             broken = info.breakdown | ~jnp.isfinite(vhv) | ((vhv <= 0) & (vv > 0))
             scaled = optax.tree.cast_like(optax.tree.scale(gain, v), b)
             return scaled, info._replace(

@@ -9,6 +9,7 @@ import optax
 from bilevax import checks
 from bilevax.curvature.products import Curvature, Product, damped, hessian
 from bilevax.ihvp._start import lower, seen, smallest, start, stateless
+from bilevax.meshes import dot
 from bilevax.printing import as_called
 from bilevax.problem import IHVP, Apply, IHVPInfo, Loss, Point, norm
 from bilevax.sampling import Sample, fold, split
@@ -87,7 +88,7 @@ def sgd(
 
             def step(carry: _Carry, t: Array) -> tuple[_Carry, None]:
                 hv = product_at(t)(carry.v)
-                least = lower(carry.curvature, optax.tree.vdot(carry.v, hv), optax.tree.vdot(carry.v, carry.v))
+                least = lower(carry.curvature, dot(carry.v, hv), dot(carry.v, carry.v))
                 r = optax.tree.sub(unit, hv)
                 v = optax.tree.cast_like(optax.tree.add_scale(carry.v, step_size, r), carry.v)
                 return _Carry(v, norm(r), least), None

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from bilevax.curvature.products import Product
+from bilevax.meshes import dot, like, zeros_like
 from bilevax.problem import Loss, norm, widen
 from bilevax.typing import Array, PyTree
 
@@ -38,13 +39,13 @@ def start(product: Product, b: PyTree, v0: PyTree | None) -> UnitSolve:
     size = norm(b)
     scale = jnp.where(size > 0, size, 1)
     unit = jax.tree.map(lambda leaf: leaf / scale, widen(b))
-    zeros = optax.tree.zeros_like(unit)
+    zeros = zeros_like(unit)
     if v0 is None:
         return UnitSolve(scale, unit, zeros, unit, 0)
-    guess = jax.tree.map(lambda leaf: leaf / scale, widen(v0))
+    guess = like(jax.tree.map(lambda leaf: leaf / scale, widen(v0)), unit)
     r = optax.tree.sub(unit, product(guess))
-    lower = optax.tree.vdot(guess, optax.tree.add(unit, r)) > 0
-    convex = optax.tree.vdot(guess, optax.tree.sub(unit, r)) > 0
+    lower = dot(guess, optax.tree.add(unit, r)) > 0
+    convex = dot(guess, optax.tree.sub(unit, r)) > 0
     better = lower & convex
     return UnitSolve(scale, unit, optax.tree.where(better, guess, zeros), optax.tree.where(better, r, unit), 1)
 

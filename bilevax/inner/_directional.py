@@ -6,7 +6,6 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import optax
-from jax.flatten_util import ravel_pytree
 
 from bilevax import checks
 from bilevax.carried import Carried, parameters
@@ -14,6 +13,7 @@ from bilevax.inner import random_directions
 from bilevax.inner._optimizer_steps import Begin, Report, check_point, diverged
 from bilevax.inner.guides import Guide, Solution
 from bilevax.inner.random_directions import Row, Sampler
+from bilevax.meshes import bare, dot, like, ravel, zeros_like
 from bilevax.printing import brief, by_shape
 from bilevax.problem import Calls, InnerSolver, Iterate, SolverInfo, Start, added, arrays, norm, widen
 from bilevax.sampling import check_key, needed
@@ -255,7 +255,7 @@ def directional(
         """x_bar like x, the estimate from b products ⟨z_bar, ż_T⟩; z0_bar is zeros like y."""
         key, x, z, z_T, tangents, batch = residual
         solution, (row, indices) = Solution(z, z_T, z_bar, batch), _rows(key, x, plan)
-        push, zeros = prepare(key, x, z, batch, z_T), optax.tree.zeros_like(widen(x))
+        push, zeros = prepare(key, x, z, batch, z_T), zeros_like(widen(x))
 
         def derivatives(row: Row, indices: Array) -> Array:
             return _over(lambda i: _product(z_bar, push.along(row(i))[1]), indices, plan.chunk)
@@ -297,7 +297,7 @@ def directional(
             for guide, asked in ((plan.guide, guesses), (plan.control_variate, shift))
         )
         info = SolverInfo(*seen, breakdown, total, detail)
-        return (x_bar, Iterate(optax.tree.zeros_like(parameters(z.y)))), DirectionalState(*states), info
+        return (x_bar, Iterate(zeros_like(parameters(z.y)))), DirectionalState(*states), info
 
     return InnerSolver(init, start, forward, backward, pushes_tangents=True, fresh=fresh)
 
@@ -319,7 +319,8 @@ def _rows(key: Key, x: PyTree, plan: Plan) -> tuple[Row, Array]:
                 f"at values that all devices share would be summed over them. Use bx.parallel.shard_directions."
             )
         indices += device * local
-    return plan.sampler.draw(jax.random.fold_in(key, _DRAW), x, plan.random), indices
+    row = plan.sampler.draw(jax.random.fold_in(key, _DRAW), bare(x), plan.random)
+    return lambda i: like(row(i), x), indices
 
 
 def _over(function: Callable[[Array], PyTree], indices: Array, chunk: int | None) -> PyTree:
@@ -337,7 +338,7 @@ def _product(z_bar: Iterate, z_dot: Iterate) -> Array:
         if bar is not None
         for pair in zip(tangent_leaves(Iterate(bar)).y, dots, strict=True)
     )
-    products = (jnp.vdot(widen(bar), widen(dot), precision=jax.lax.Precision.HIGHEST) for bar, dot in pairs)
+    products = (dot(widen(bar), widen(tangent)) for bar, tangent in pairs)
     return jnp.asarray(sum(products))
 
 
@@ -377,6 +378,7 @@ def _ask(guide: Guide, key: Key, state: Any, x: PyTree, solution: Solution) -> G
     expected = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((guide.number, *leaf.shape), leaf.dtype), x)
     fix = "Return from propose(key, state, x, solution) leaves [number, *x], the state, and bx.problem.Calls()."
     checks.same_shapes("guesses of a guide", vectors, expected, fix)
+    vectors = jax.vmap(lambda one: like(one, x))(vectors)
     lengths = jax.vmap(norm)(vectors)
 
     def clean(leaf: Array) -> Array:
@@ -395,12 +397,12 @@ def _orthonormal(guesses: PyTree) -> PyTree:
     # columns are orthonormal also where the guesses are not independent -> [2, 8] -> w [2, 3, 2], b [2, 2]
     lengths = jax.vmap(norm)(guesses)
     unit = jax.vmap(optax.tree.scale)(1 / jnp.where(lengths > 0, lengths, 1), guesses)
-    unravel = ravel_pytree(_entry(unit, 0))[1]
-    return jax.vmap(unravel)(jnp.linalg.qr(jax.vmap(lambda one: ravel_pytree(one)[0])(unit).T)[0].T)
+    unravel = ravel(_entry(unit, 0))[1]
+    return jax.vmap(unravel)(jnp.linalg.qr(jax.vmap(lambda one: ravel(one)[0])(unit).T)[0].T)
 
 
 def _inside(basis: PyTree, tree: PyTree) -> Array:
-    return jax.vmap(lambda one: optax.tree.vdot(one, tree))(basis)
+    return jax.vmap(lambda one: dot(one, tree))(basis)
 
 
 def _outside(basis: PyTree | None, tree: PyTree) -> PyTree:
@@ -414,7 +416,7 @@ def _estimate(
     """Estimates of u, of its own variance and of ‖u‖², from what is known and what the rows say beyond it."""
     # 4 random rows: along [4] is u · v_i, unknown [4] what known · v_i leaves of it, rest = 1/4 Σ unknown_i v_i without
     # its part in the basis. E v vᵀ = I, so E unknown_i² = ‖u − known‖², and `unexplained` is their mean [].
-    unknown = along - _over(lambda i: optax.tree.vdot(widen(row(i)), known), indices, plan.chunk)
+    unknown = along - _over(lambda i: dot(widen(row(i)), known), indices, plan.chunk)
     rest, unexplained = _mean((_sum(unknown, row, indices, plan.chunk), jnp.sum(unknown**2)), plan)
     rest = _outside(basis, rest)
     share = jnp.ones(()) if basis is None else _share_outside(basis, unknown, row, indices, plan)
@@ -422,7 +424,7 @@ def _estimate(
     # u = known + (u − known), whose second part has the length √unexplained: that bounds their product
     length = optax.tree.norm(known)
     most = length * jnp.sqrt(unexplained)
-    square = length**2 + 2 * jnp.clip(optax.tree.vdot(known, rest), -most, most) + unexplained
+    square = length**2 + 2 * jnp.clip(dot(known, rest), -most, most) + unexplained
     return optax.tree.add(known, rest), variance, square
 
 

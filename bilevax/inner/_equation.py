@@ -14,6 +14,7 @@ from bilevax.inner._gmres import gmres
 from bilevax.inner._once import once
 from bilevax.inner._optimizer_steps import Initial, Solve, check_point, optimizer_steps, solution
 from bilevax.inner._transposed import transposed
+from bilevax.meshes import zeros_like
 from bilevax.printing import brief, by_shape
 from bilevax.problem import Calls, InnerSolver, Iterate, Loss, SolverInfo, arrays, norm
 from bilevax.sampling import full
@@ -110,7 +111,7 @@ def equation(
     def init(x: PyTree, y: PyTree, batch: PyTree = None) -> EquationState:
         """The first u, 0 like y (None without warm start)."""
         check_point(x, y)
-        return EquationState(optax.tree.zeros_like(arrays(parameters(y))) if warm_start else None)
+        return EquationState(zeros_like(arrays(parameters(y))) if warm_start else None)
 
     def forward(
         key: Key | None, state: EquationState, x: PyTree, z: Iterate, batch: PyTree
@@ -138,8 +139,8 @@ def equation(
         breakdown = ~(solved & jnp.isfinite(value + slope))
         calls = Calls(inner_gradients=0 if loss is None else 1)
         info = SolverInfo(value, slope, breakdown, calls, EquationInfo(share, iterations, adjoint_residual, products))
-        kept = optax.tree.where(adjoint_residual <= 1, u, optax.tree.zeros_like(u)) if warm_start else None
-        return (x_bar, Iterate(optax.tree.zeros_like(y))), EquationState(kept), info
+        kept = optax.tree.where(adjoint_residual <= 1, u, zeros_like(u)) if warm_start else None
+        return (x_bar, Iterate(zeros_like(y))), EquationState(kept), info
 
     def tangent(key: Key | None, x: PyTree, y: PyTree, batch: PyTree, x_dot: PyTree) -> PyTree:
         """y_dot = −[∂r/∂y]⁻¹ [∂r/∂x] x_dot."""

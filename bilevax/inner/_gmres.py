@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from bilevax.curvature.products import Product
+from bilevax.meshes import like, zeros_like
 from bilevax.problem import norm, widen
 from bilevax.typing import Array, PyTree, Scalar
 
@@ -68,9 +69,9 @@ def gmres(product: Product, b: PyTree, u0: PyTree | None, maxiter: int, tol: Sca
     def wide(u: PyTree) -> PyTree:
         return optax.tree.cast_like(product(optax.tree.cast_like(u, b)), u)
 
-    u, r, products = optax.tree.zeros_like(unit), unit, jnp.zeros((), jnp.int32)
+    u, r, products = zeros_like(unit), unit, jnp.zeros((), jnp.int32)
     if u0 is not None:
-        guess = jax.tree.map(lambda leaf: leaf / scale.astype(leaf.dtype), widen(u0))
+        guess = like(jax.tree.map(lambda leaf: leaf / scale.astype(leaf.dtype), widen(u0)), unit)
         rest = optax.tree.sub(unit, wide(guess))
         better = norm(rest) < norm(unit)
         u, r, products = optax.tree.where(better, guess, u), optax.tree.where(better, rest, r), products + 1

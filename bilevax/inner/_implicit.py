@@ -27,6 +27,7 @@ from bilevax.inner._optimizer_steps import (
     watch,
 )
 from bilevax.inner._transposed import transposed
+from bilevax.meshes import zeros_like
 from bilevax.printing import as_called, by_shape
 from bilevax.problem import (
     IHVP,
@@ -157,7 +158,7 @@ def implicit(
         """The first v, 0 like y (None without warm start), and what the IHVP keeps for this inner data."""
         check_point(x, y)
         params = parameters(y)
-        v = optax.tree.zeros_like(arrays(params)) if warm_start else None
+        v = zeros_like(arrays(params)) if warm_start else None
         return ImplicitState(v, solver.init(x, params, batch, held(inner_loss, y)))
 
     def forward(
@@ -207,9 +208,9 @@ def implicit(
             lost |= _stuck(moved, norm(y), size * norm(v), norm(y_bar), by_steps=solve is None)
         breakdown = ihvp_info.breakdown | lost
         info = SolverInfo(inner.loss, size, breakdown, calls, ihvp_info)
-        kept = optax.tree.where(ihvp_info.breakdown, optax.tree.zeros_like(v), v) if warm_start else None
+        kept = optax.tree.where(ihvp_info.breakdown, zeros_like(v), v) if warm_start else None
         state = ImplicitState(kept, ihvp_state)
-        return (x_bar, Iterate(optax.tree.zeros_like(y))), state, info
+        return (x_bar, Iterate(zeros_like(y))), state, info
 
     def tangent(key: Key | None, x: PyTree, y: PyTree, batch: PyTree, x_dot: PyTree) -> PyTree:
         """y_dot = −[∇²_yy g]⁻¹ ∇²_yx g x_dot by the IHVP; to be differentiated with the Hessian itself."""

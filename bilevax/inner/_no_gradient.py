@@ -3,7 +3,6 @@
 from typing import NamedTuple
 
 import jax.numpy as jnp
-import optax
 
 from bilevax import checks
 from bilevax.carried import parameters
@@ -17,6 +16,7 @@ from bilevax.inner._optimizer_steps import (
     run_watched,
     step_keys,
 )
+from bilevax.meshes import zeros_like
 from bilevax.printing import as_called
 from bilevax.problem import Calls, InnerSolver, Iterate, Loss, SolverInfo
 from bilevax.sampling import Sample, full
@@ -96,6 +96,6 @@ def no_gradient(
         value, norm = report(step_key, batch, x, z_T)
         breakdown = ~jnp.isfinite(value + norm) | diverged(begin, value, norm)
         info = SolverInfo(value, norm, breakdown, Calls(inner_gradients=steps + 1), ())
-        return (optax.tree.zeros_like(x), Iterate(optax.tree.zeros_like(parameters(z_T.y)))), state, info
+        return (zeros_like(x), Iterate(zeros_like(parameters(z_T.y)))), state, info
 
     return InnerSolver(init, start, forward, backward, fresh=initial is not None)

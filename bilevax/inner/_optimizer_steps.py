@@ -11,6 +11,7 @@ import optax
 
 from bilevax import checks
 from bilevax.carried import Carried, carried_like, carrying, parameters, with_parameters
+from bilevax.meshes import on_mesh, zeros_like
 from bilevax.problem import Iterate, Loss, Start, arrays, norm, wide_dtype
 from bilevax.sampling import Sample, fold, split
 from bilevax.typing import Array, Key, PyTree
@@ -158,7 +159,7 @@ def optimizer_steps(inner_loss: Loss, optimizer: Optimizer, initial: Initial | N
             checks.same_shapes("y under initial", y0, y, f"Return from initial(x) {_like_y(y)}.")
             checks.floating("y under initial", parameters(y0))
         y0 = with_parameters(y0, parameters(y0))
-        return Iterate(y0, make(x).init(parameters(y0)), jnp.zeros((), jnp.int32))
+        return Iterate(y0, on_mesh(make(x).init)(parameters(y0)), jnp.zeros((), jnp.int32))
 
     def move(key: Key | None, data: PyTree, x: PyTree, z: Iterate) -> tuple[Iterate, Array, PyTree]:
         """z_t from z_{t−1}, of the same shapes, on the batch that the key and t − 1 draw; with g and ∇_y g there."""
@@ -221,7 +222,7 @@ def zero_cotangent(tree: PyTree) -> PyTree:
 
     def zero(leaf: Any) -> Any:
         if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
-            return jnp.zeros_like(leaf)
+            return zeros_like(leaf)
         return np.zeros(jnp.shape(leaf), jax.dtypes.float0)
 
     return jax.tree.map(zero, tree)

@@ -30,6 +30,7 @@ from jax.flatten_util import ravel_pytree
 
 from bilevax import checks
 from bilevax.inner._optimizer_steps import full_cotangent
+from bilevax.meshes import bare, zeros_like
 from bilevax.printing import as_called, by_text
 from bilevax.problem import Calls, InnerSolver, Iterate, SolverInit, added, arrays
 from bilevax.typing import Key, PyTree, Scalar
@@ -229,7 +230,7 @@ def blocks(number: int) -> Guide:
         return ()
 
     def propose(key: Key, state: tuple[()], x: PyTree, solution: Solution) -> tuple[PyTree, tuple[()], Calls]:
-        flat, unravel = ravel_pytree(arrays(x))
+        flat, unravel = ravel_pytree(bare(x))
         block = jnp.arange(flat.size) * number // flat.size
         return jax.vmap(lambda i: unravel((block == i).astype(flat.dtype)))(jnp.arange(number)), state, Calls()
 
@@ -262,7 +263,7 @@ def running_mean(rate: Scalar) -> Guide:
     checks.fraction("rate", rate)
 
     def init(x: PyTree, y: PyTree, batch: PyTree = None) -> PyTree:
-        return optax.tree.zeros_like(arrays(x))
+        return zeros_like(arrays(x))
 
     def propose(key: Key, state: PyTree, x: PyTree, solution: Solution) -> tuple[PyTree, PyTree, Calls]:
         checks.same_shapes("x", x, state, "Call init(x, y) again, or pass the x that belongs to this state.")

@@ -41,6 +41,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from bilevax import checks
+from bilevax.meshes import bare
 from bilevax.printing import by_text
 from bilevax.problem import arrays, wide_dtype, widen
 from bilevax.typing import Array, Key, PyTree, Scalar
@@ -183,7 +184,7 @@ def check_sampler(sampler: Sampler, like: PyTree, number: int) -> None:
     like = arrays(like)
 
     def first(key: Key, i: Scalar) -> PyTree:
-        return sampler.draw(key, optax.tree.zeros_like(like), number)(i)
+        return sampler.draw(key, bare(like), number)(i)
 
     fix = "Return from draw(key, like, number) a function row(i) -> v, a pytree like `like`."
     key = jax.random.key(0)

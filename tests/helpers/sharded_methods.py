@@ -1,0 +1,82 @@
+"""Every IHVP, solver and estimator of the contracts on a problem that may be spread over a mesh with Explicit axes.
+
+    rows      one axis: rows of the data are spread, x and y are whole on each device
+    both      two axes: rows over the first, entries of x and columns of y over the second
+
+As a program it compares some of them on eight devices with one, and prints as JSON how far they are off.
+"""
+
+import json
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import bilevax as bx
+
+sys.path.append(str(pathlib.Path(__file__).parent.parent / "testing"))  # where the lists are
+from test_contracts import ESTIMATORS, IHVPS, SOLVERS
+
+KEY = jax.random.key(0)
+ROWS, INPUTS, OUTPUTS = 32, 4, 8
+INNER_LOSS = bx.curvature.ModelLoss(
+    lambda y, inputs: inputs @ y["w"] + y["b"][None],
+    bx.curvature.squared_error,
+    lambda x, batch: batch[:2],
+    weights=lambda x, batch: batch[2],
+    l2=lambda x: {"w": jnp.exp(x)[None] * jnp.ones((INPUTS, 1)), "b": jnp.exp(x)},
+)
+LAYOUTS = {  # axes of the mesh, and how x, y and the rows lie on it
+    "rows": ((8,), P(), {"w": P(), "b": P()}, (P("a"), P("a"), P("a"))),
+    "both": ((4, 2), P("b"), {"w": P(None, "b"), "b": P("b")}, (P("a"), P("a", "b"), P("a"))),
+}
+
+
+def outer_loss(x, y, batch):
+    return INNER_LOSS(x - 9, y, batch) + 0.1 * jnp.sum(x**2) + jnp.sum(jnp.sin(y["b"]))
+
+
+def point():
+    """x, y and the rows."""
+    draw = np.random.default_rng(0).normal
+    x, y = draw(size=OUTPUTS) / 3, {"w": draw(size=(INPUTS, OUTPUTS)) / 3, "b": draw(size=OUTPUTS) / 3}
+    return x, y, (draw(size=(ROWS, INPUTS)), draw(size=(ROWS, OUTPUTS)), np.linspace(0.5, 1.5, ROWS))
+
+
+def laid(layout, make_mesh, kind, put):
+    """The point, each leaf put on the mesh."""
+    axes, *specs = LAYOUTS[layout]
+    mesh = make_mesh(axes, ("a", "b")[: len(axes)], axis_types=(kind,) * len(axes))
+    return jax.tree.map(lambda leaf, spec: put(leaf, NamedSharding(mesh, spec)), point(), tuple(specs))
+
+
+def kept_factors(number, sample):
+    return bx.ihvp.kfac(damping=number, ema=0.5, inverse_every=2, sample=sample)
+
+
+def hypergradients():
+    """Name -> estimator: momentum in the inner optimizer, minibatches of the spread rows everywhere."""
+    problem, optimizer = bx.BilevelProblem(outer_loss, INNER_LOSS), optax.sgd(0.2, momentum=0.5)
+    sample, plain = bx.sampling.minibatch(16), optax.sgd(0.2)
+    ihvps = IHVPS | {"kfac_kept": (kept_factors, 0.0, {})}
+    solvers = {
+        f"ihvp_{name}": bx.inner.implicit(INNER_LOSS, ihvp=ihvps[name][0](ihvps[name][1] + 0.1, sample))
+        for name in ihvps
+    }
+    for name, (make, _) in SOLVERS.items():
+        solvers[name] = make(INNER_LOSS, plain if "implicit" in name else optimizer, sample)
+    found = {name: bx.hypergradient(outer_loss, solver) for name, solver in solvers.items()}
+    return found | {name: make(problem, plain, sample) for name, (make, _) in ESTIMATORS.items()}
+
+
+def estimate(hypergrad, x, y, rows):
+    """The gradient and the state, and x and the state before."""
+    batch = bx.Batch(rows, rows)
+    state = hypergrad.init(x, y, batch)
+    grad, after, _ = hypergrad.estimate(KEY, state, x, batch)
+    return (grad, after), (x, state)
