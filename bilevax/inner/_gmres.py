@@ -98,14 +98,14 @@ def gmres(product: Product, b: PyTree, u0: PyTree | None, maxiter: int, tol: Sca
 def _cycle(product: Product, r: PyTree, beta: Array, most: int, tol: Scalar) -> tuple[PyTree, Array]:
     """The step that minimizes the residual over at most `most` directions, and their number."""
     first = jax.tree.map(lambda leaf: leaf / beta.astype(leaf.dtype), r)
-    basis = jax.tree.map(lambda leaf: jnp.zeros((most + 1, *leaf.shape), leaf.dtype).at[0].set(leaf), first)
+    basis = jax.tree.map(lambda leaf: jnp.pad(leaf[None], [(0, most), *[(0, 0)] * leaf.ndim]), first)
     H, w = jnp.zeros((most + 1, most), beta.dtype), jnp.zeros(most + 1, beta.dtype).at[0].set(1)
 
     def unfinished(c: _Cycle) -> Array:
         return (c.k < most) & (c.left * beta > tol)
 
     def extend(c: _Cycle) -> _Cycle:
-        q = product(jax.tree.map(lambda leaf: leaf[c.k], c.basis))
+        q = product(jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, c.k, keepdims=False), c.basis))
         before = norm(q)
         h, q = _orthogonal(c.basis, q)
         again, q = _orthogonal(c.basis, q)  # twice is enough
@@ -113,7 +113,7 @@ def _cycle(product: Product, r: PyTree, beta: Array, most: int, tol: Scalar) -> 
         new = beyond > jnp.finfo(beta.dtype).eps * before  # or the directions span all of A's
         divisor = jnp.where(new, beyond, 1)
         unit = jax.tree.map(lambda leaf: jnp.where(new, leaf / divisor.astype(leaf.dtype), 0), q)
-        basis = jax.tree.map(lambda kept, leaf: kept.at[c.k + 1].set(leaf), c.basis, unit)
+        basis = jax.tree.map(lambda kept, q: jax.lax.dynamic_update_index_in_dim(kept, q, c.k + 1, 0), c.basis, unit)
         H = c.H.at[:, c.k].set(h.at[c.k + 1].set(jnp.where(new, beyond, 0)))
         w = c.w.at[c.k + 1].set(-jnp.sum(c.w * h) / divisor)
         left = jnp.where(new, 1 / norm(w), 0)
