@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevax import checks
+from bilevax.meshes import entry, rows
 from bilevax.typing import Array, Key, PyTree, Scalar
 
 __all__ = [
