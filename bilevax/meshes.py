@@ -25,7 +25,7 @@ def spread(leaf: Any) -> NamedSharding | None:
     """How an array lies on a mesh with Explicit axes; None for any other, and for numbers."""
     if leaf is None:
         return None
-    sharding = jax.typeof(leaf).sharding
+    sharding: NamedSharding = jax.typeof(leaf).sharding
     return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
 
 
@@ -65,7 +65,7 @@ def on_mesh(function: Callable[P, T]) -> Callable[P, T]:
             return function(*args, **kwargs)
 
         def inside(*args: P.args, **kwargs: P.kwargs) -> T:
-            with jax.sharding.use_abstract_mesh(sharding.mesh):
+            with jax.sharding.use_abstract_mesh(sharding.mesh.abstract_mesh):
                 return function(*args, **kwargs)
 
         return jax.jit(inside, keep_unused=True)(*args, **kwargs)
@@ -99,7 +99,7 @@ def rows(leaf: Array, indices: Array) -> Array:
     sharding = spread(leaf)
     if sharding is None:
         return leaf[indices]
-    first, *others = *sharding.spec, *[None] * (leaf.ndim - len(sharding.spec))
+    first, *others = sharding.spec or (None,)
     names = first if isinstance(first, tuple) else () if first is None else (first,)
     devices = math.prod(sharding.mesh.shape[name] for name in names)
     spec = PartitionSpec(None if len(indices) % devices else first, *others)
