@@ -24,8 +24,9 @@ class Carried(NamedTuple):
 
     With such a y the inner loss returns a pair, its value and the new carried. The optimizer, inverse-Hessian-vector
     products and cotangents know the params alone; no derivative passes through what is carried. The outer loss gets the
-    whole y of the last step, so that a model in evaluation mode finds its statistics, and the state keeps the whole y.
-    In the implicit rule and in every report the statistics stay as they are at the last step. With flax nnx:
+    whole y of the last step, so that a model in evaluation mode finds its statistics, and the state keeps the whole y;
+    `initial` and `solve` return a `Carried` as well. In the implicit rule and in every report the statistics stay as
+    they are at the last step. With flax nnx:
 
         graphdef, params, statistics = nnx.split(model, nnx.Param, nnx.BatchStat)
 

@@ -246,8 +246,8 @@ def scalar_value(name: str, value: Any) -> Array:
         fix = "Return the loss alone."
         if isinstance(value, tuple):
             fix += (
-                " If the second part is to go on to the next inner step, let y be bx.inner.Carried(params, carried) in "
-                "the inner loss of a solver of bx.inner."
+                " What goes on to the next inner step beside it, such as statistics, is returned where y is a "
+                "bx.inner.Carried(params, carried), which hypergradients take and single-loop methods do not."
             )
         raise ValueError(f"{name} must return one floating-point number; got {type(value).__name__}. {fix}")
     if jnp.shape(value) != ():

@@ -5,7 +5,8 @@
 
 `x` is the outer variable, `y` the inner variable, `f` the outer loss, `g` the inner loss and `v` the
 inverse-Hessian-vector product; outer means upper level, inner means lower level. Any pytree of floating-point arrays is
-a valid x, y or v. Losses have ONE signature, `loss(x, y, batch) -> scalar`, and `batch` is any pytree.
+a valid x, y or v. Losses have ONE signature, `loss(x, y, batch) -> scalar`, and `batch` is any pytree. (Where y is a
+`bx.inner.Carried(params, carried)`, the inner loss returns `(scalar, new carried)`.)
 """
 
 from collections.abc import Callable
@@ -405,7 +406,7 @@ class Iterate(NamedTuple):
 
     Under `bx.hypergradient` the steps of all outer steps count.
 
-    As a cotangent, `opt_state=None` and `t=None` stand for zero.
+    As a cotangent, `opt_state=None` and `t=None` stand for zero, and y is like `y.params` of a `bx.inner.Carried`.
 
     Example:
         >>> import bilevax as bx

@@ -442,7 +442,7 @@ def a_pair(x, y, batch):
         (
             a_pair,
             jnp.ones(3),
-            r"inner_loss must return one .* number; got tuple. .* let y be bx.inner.Carried\(params, ",
+            r"inner_loss must return one .* number; got tuple. .* where y is a bx.inner.Carried\(params, ",
         ),
         (quadratic, Carried({}, 1.0), r"y.params must hold at least one floating-point array; got an empty"),
         (quadratic, Carried(1, 1.0), r"y.params must hold floating-point arrays only; got int"),
