@@ -207,6 +207,7 @@ COUNTS = {
     "sgd": ("steps", 1, lambda steps: bx.ihvp.sgd(steps=steps, step_size=0.1, sample=bx.sampling.full)),
     "nystrom": ("rank", 1, lambda rank: bx.ihvp.nystrom(rank=rank)),
     "minibatch": ("size", 1, bx.sampling.minibatch),
+    "epochs": ("size", 1, bx.sampling.epochs),
     "store_products": ("every", 1, bx.inner.store_products),
 }
 
@@ -498,6 +499,18 @@ def test_solve_that_returns_no_y(wrong, says, run):
     ),
     minibatch_of_unequal_lengths=Case(
         lambda: bx.sampling.minibatch(2)(KEY, 0, (jnp.ones((5, 3)), jnp.ones(4))),
+        ["arrays with one common leading axis", "got leading axes [4, 5]", "one row per example"],
+    ),
+    epochs_of_fewer_rows=Case(
+        lambda: bx.sampling.epochs(6)(KEY, 0, jnp.ones((5, 3))),
+        ["size of epochs must be at most the 5 examples", "got 6", "Pass mask=lambda batch, weights"],
+    ),
+    epochs_with_weights_for_a_mask=Case(
+        lambda: bx.sampling.epochs(6, mask=jnp.ones(6)),
+        ["mask must be a function (batch, weights)", "Pass the function itself"],
+    ),
+    epochs_of_unequal_lengths=Case(
+        lambda: bx.sampling.epochs(2)(KEY, 0, (jnp.ones((5, 3)), jnp.ones(4))),
         ["arrays with one common leading axis", "got leading axes [4, 5]", "one row per example"],
     ),
     minibatch_of_scalars=Case(
