@@ -66,7 +66,8 @@ def active(info: Any) -> Any:
     """The info of the estimator that ran: of two phases its losses, norms and counts, without the details."""
     if not isinstance(info, bx.hypergradients.TwoPhaseInfo):
         return info
-    first, second = (part._replace(inner=part.inner._replace(detail=())) for part in map(active, info[1:]))
+    parts = map(active, (info.first, info.second))
+    first, second = (part._replace(inner=part.inner._replace(detail=())) for part in parts)
     return jax.tree.map(lambda *parts: jnp.where(info.phase == 0, *parts), first, second)
 
 
