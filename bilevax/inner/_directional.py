@@ -439,7 +439,8 @@ def _share_outside(basis: PyTree, unknown: Array, row: Row, indices: Array, plan
 
     inside, all_but_one = (unknown**2 @ part for part in _over(squares, indices, plan.chunk))
     inside, all_but_one = _mean((inside, all_but_one), plan)
-    return 1 - jnp.where(all_but_one > 0, inside / all_but_one, 0)
+    some = all_but_one > 0
+    return 1 - jnp.where(some, inside / jnp.where(some, all_but_one, 1), 0)
 
 
 def _mean(sums: PyTree, plan: Plan) -> PyTree:
