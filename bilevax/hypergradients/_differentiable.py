@@ -106,6 +106,8 @@ def differentiable(solver: InnerSolver) -> DifferentiableSolve:
         if solver.tangent is not None:
             with counted_from(None):
                 push = close(solver.tangent, key, x, primal.shapes, batch, x)
+            fix = "Return the tangent of what of y is optimized."
+            checks.same_form("y_dot of solver.tangent", push.shapes, parameters(primal.shapes), fix)
             return _both_modes(primal.call, push.call)(*arguments, (primal.held, push.held))
         if primal.held:
             forward = close(run, *arguments)

@@ -17,6 +17,8 @@ def check_solver(name: str, solver: Any, fix: str) -> None:
         forward=("key", "state", "x", "z", "batch"),
         backward=("residual", "state", "z_bar"),
     )
+    if solver.tangent is not None:
+        checks.function(f"{name}.tangent", solver.tangent, "key", "x", "y", "batch", "x_dot")
 
 
 def started(z: Any) -> Iterate:

@@ -51,7 +51,7 @@ def gmres(product: Product, b: PyTree, u0: PyTree | None, maxiter: int, tol: Sca
       product: u -> A u, linear.
       b: the right-hand side, any pytree.
       u0: where to start, a pytree like b; None for zero.
-      maxiter: largest number of iterations; each is one product.
+      maxiter: largest number of iterations, each of which is one product.
       tol: stops at ‖b − A u‖ <= tol ‖b‖.
 
     Returns:
@@ -75,13 +75,14 @@ def gmres(product: Product, b: PyTree, u0: PyTree | None, maxiter: int, tol: Sca
         rest = optax.tree.sub(unit, wide(guess))
         better = norm(rest) < norm(unit)
         u, r, products = optax.tree.where(better, guess, u), optax.tree.where(better, rest, r), products + 1
+    most_products = products + maxiter
     most = min(RESTART, maxiter, sum(leaf.size for leaf in jax.tree.leaves(unit)))
 
     def unfinished(c: _Carry) -> Array:
-        return (c.left > tol) & (c.products < maxiter) & ~c.stop
+        return (c.left > tol) & (c.products < most_products) & ~c.stop
 
     def improve(c: _Carry) -> _Carry:
-        step, k = _cycle(wide, c.r, c.left, most, tol)
+        step, k = _cycle(wide, c.r, c.left, most, most_products - c.products, tol)
         u = optax.tree.add(c.u, step)
         r = optax.tree.sub(unit, wide(u))
         left = norm(r)
@@ -95,14 +96,14 @@ def gmres(product: Product, b: PyTree, u0: PyTree | None, maxiter: int, tol: Sca
     return LinearSolution(optax.tree.cast_like(u, b), left, c.products)
 
 
-def _cycle(product: Product, r: PyTree, beta: Array, most: int, tol: Scalar) -> tuple[PyTree, Array]:
-    """The step that minimizes the residual over at most `most` directions, and their number."""
+def _cycle(product: Product, r: PyTree, beta: Array, most: int, rest: Array, tol: Scalar) -> tuple[PyTree, Array]:
+    """The step that minimizes the residual over at most `most` directions, or `rest`, and their number."""
     first = jax.tree.map(lambda leaf: leaf / beta.astype(leaf.dtype), r)
     basis = jax.tree.map(lambda leaf: jnp.pad(leaf[None], [(0, most), *[(0, 0)] * leaf.ndim]), first)
     H, w = jnp.zeros((most + 1, most), beta.dtype), jnp.zeros(most + 1, beta.dtype).at[0].set(1)
 
     def unfinished(c: _Cycle) -> Array:
-        return (c.k < most) & (c.left * beta > tol)
+        return (c.k < jnp.minimum(most, rest)) & (c.left * beta > tol)
 
     def extend(c: _Cycle) -> _Cycle:
         q = product(jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, c.k, keepdims=False), c.basis))

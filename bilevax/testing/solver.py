@@ -78,9 +78,11 @@ def solver_subject(make: MakeSolver, **declared: Any) -> HypergradientSubject:
     return HypergradientSubject(make_hypergradient, **declared, make_solver=make_solver)
 
 
-@contract("Return (z_T, residual, state) from forward and ((x_bar, z0_bar), state, SolverInfo) from backward.")
+@contract(
+    "Return (z_T, residual, state) from forward, ((x_bar, z0_bar), state, SolverInfo) from backward, a tangent like y."
+)
 def forward_and_backward_return_what_they_say(subject: HypergradientSubject) -> None:
-    """At a point with everything in it, for a cotangent of y alone."""
+    """At a point with everything in it, for a cotangent of y alone, and for a tangent of x where the solver has one."""
     (x, y), batch = points.everything(), points.make_batch().inner
     solver = _solver(subject, points.PROBLEM.inner_loss)
 
@@ -102,6 +104,9 @@ def forward_and_backward_return_what_they_say(subject: HypergradientSubject) -> 
     same_form("x_bar", x_bar, "x", x)
     same_form("z0_bar.y", z0_bar.y, "y", y)
     same_form("the state after both", after, "the state of init", state)
+    if solver.tangent is not None:
+        y_dot = jax.eval_shape(solver.tangent, jax.random.key(0), x, z_T.y, batch, x)
+        same_form("y_dot of tangent", y_dot, "y", y)
 
 
 @contract("Take what depends on x from the arguments, and start cold in init: bx.differentiable does so at each call.")

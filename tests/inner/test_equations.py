@@ -221,6 +221,19 @@ def test_gmres_beyond_one_cycle_and_in_single_precision():
         assert 20 < info.inner.detail.products < 60
 
 
+@pytest.mark.parametrize("maxiter", [1, 20, 25])
+def test_gmres_stops_after_so_many_products(maxiter):
+    """One more for the residual after each cycle of 20."""
+    M = jnp.asarray(np.random.default_rng(3).normal(size=(60, 60)) + 3 * np.eye(60))
+    solver = bx.inner.root(lambda x, y, batch: M @ y - x, lambda x, y0, batch: y0, maxiter=maxiter, tol=1e-13)
+    x = jnp.asarray(0.0)
+    hypergrad = bx.hypergradient(lambda x, y, batch: jnp.sum(y), solver)
+    _, _, info = jax.jit(hypergrad.estimate)(None, hypergrad.init(x, jnp.zeros(60)), x, NONE)
+    assert maxiter < info.inner.detail.products <= maxiter + 2
+    assert info.inner.detail.adjoint_residual < 1
+    assert info.inner.breakdown
+
+
 def test_tasks_under_vmap():
     solve = bx.differentiable(bx.inner.fixed_point(lambda x, y, batch: {"y": batch * jnp.sin(y["y"]) + x}, tol=1e-13))
 
@@ -229,7 +242,7 @@ def test_tasks_under_vmap():
 
     a = jnp.array([0.1, 0.5, -0.4])
     grads = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(jnp.asarray(0.7), a)
-    y = jax.vmap(lambda a: solve(jnp.asarray(0.7), {"y": jnp.zeros(())}, a)["y"])(a)
+    y = jax.jit(jax.vmap(lambda a: solve(jnp.asarray(0.7), {"y": jnp.zeros(())}, a)["y"]))(a)
     np.testing.assert_allclose(grads, 2 * y / (1 - a * jnp.cos(y)), rtol=1e-10)
 
 
