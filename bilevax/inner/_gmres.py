@@ -45,7 +45,8 @@ def gmres(product: Product, b: PyTree, u0: PyTree | None, maxiter: int, tol: Sca
 
     b is scaled to norm one first, half-precision leaves are solved in float32, a u0 that is no better than zero is
     replaced by zero, and cycles that no longer help end the solve. Inner products are sums of elementwise products, so
-    that leaves may be sharded in any way.
+    that leaves may be sharded in any way. (`jax.scipy.sparse.linalg.gmres` counts nothing, refuses leaves that are
+    sharded over explicit axes, and transposes `product` in any case, which a rule of somebody else may not allow.)
 
     Args:
       product: u -> A u, linear.
