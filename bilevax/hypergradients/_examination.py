@@ -133,7 +133,7 @@ def _compared(
     if found.diverged:
         return found._replace(uphill=leads_uphill(room, patient, at, clock))
     if at is not None and found.close and not names:
-        return found._replace(figures=split_error(room, found.figures, at, grad, clock))
+        return found._replace(figures=split_error(room, found.figures, at, grad, clock)[0])
     return _run_again(room, patient, found, at, directions, names, grad, clock)
 
 
@@ -167,9 +167,10 @@ def _run_again(
             found = found._replace(figures=_by_own_run(room, patient, found, run, directions, slopes, grad, size))
     if found.own or found.unread or found.close or at is None:
         return found
-    figures = split_error(room, found.figures, at, grad, clock)
-    if figures.solver_error > found.tol and found.believed and clock.waiting("what else would give this estimate"):
-        figures = _likened(room, found._replace(figures=figures), at, grad)
+    figures, there = split_error(room, found.figures, at, grad, clock)
+    other = figures.solver_error > max(found.tol, figures.inner_error) and found.believed
+    if other and clock.waiting("what else would give this estimate"):
+        figures = _likened(room, found._replace(figures=figures), at, there, grad)
     return _later(room, patient, found._replace(figures=figures), at)
 
 
@@ -185,11 +186,11 @@ def _settled(room: Room, patient: Patient, found: Findings, at: LocalModel | Non
     return found._replace(stops=stops, stuck=stuck_leaves(patient, room, found.solved))
 
 
-def _likened(room: Room, found: Findings, at: LocalModel, grad: np.ndarray) -> HypergradientReport:
+def _likened(room: Room, found: Findings, at: LocalModel, there: LocalModel, grad: np.ndarray) -> HypergradientReport:
     """The damping, or without a linear solve the multiplier of a penalty, that would give this estimate."""
     figures, scale = found.figures, float(np.linalg.norm(at.hypergradient())) or 1.0
     if found.solves:
-        damping, left = fitted_damping(local_model(room.problem, room.x, room.last), grad)
+        damping, left = fitted_damping(there, grad)
         return figures._replace(damping=damping if left / scale < found.tol else math.nan)
     multiplier, left = fitted_multiplier(room.losses, room.unravel, room.batch, room.x, at, grad)
     return figures._replace(multiplier=multiplier if left / scale < 0.1 * found.tol else math.nan)

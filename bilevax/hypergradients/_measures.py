@@ -128,19 +128,20 @@ def leads_uphill(room: Room, patient: Patient, at: LocalModel | None, clock: Clo
 
 def split_error(
     room: Room, figures: HypergradientReport, at: LocalModel, grad: np.ndarray, clock: Clock
-) -> HypergradientReport:
-    """What of the error is due to y, and what to the derivative at that y."""
+) -> tuple[HypergradientReport, LocalModel]:
+    """What of the error is due to y, and what to the derivative at that y; with the model there."""
     same = np.linalg.norm(room.last - at.y) <= 1e-9 * (1 + np.linalg.norm(at.y))
     if not (same or clock.waiting("curvature at the y of the estimator")):
-        return figures
+        return figures, at
     there = at if same else local_model(room.problem, room.x, room.last)
     reference, exact = at.hypergradient(), there.hypergradient()
     scale = float(np.linalg.norm(reference) + 1e-6 * np.linalg.norm(at.direct - reference)) or 1.0
-    return figures._replace(
+    figures = figures._replace(
         inner_error=float(np.linalg.norm(exact - reference)) / scale,
         solver_error=float(np.linalg.norm(grad - exact)) / scale,
         estimator_curvature=there.smallest,
     )
+    return figures, there
 
 
 def stuck_leaves(patient: Patient, room: Room, threshold: float) -> list[str]:
