@@ -287,7 +287,7 @@ CAUSES = (  # what is not finite, the loss and the problem, then success, then t
     Cause(
         applies=lambda found: found.same_memory_error <= max(found.tol, 0.5 * found.figures.relative_error),
         verdict=lambda found: (
-            f"the warm {'v' if found.solves else 'state of the optimizer'} is stale: without it the error is smaller"
+            f"the warm {'v, or the state of the optimizer,' if found.solves else 'state of the optimizer'} is stale: afresh the error is smaller"
         ),
         remedy=lambda found: (
             f"Afresh at the same y, the relative error is {found.same_memory_error:.2g} instead of "

@@ -488,7 +488,7 @@ def test_a_stale_memory_and_a_wrong_start():
     state = hypergrad.init(X, SOLUTION)
     stale = state._replace(solver=state.solver._replace(v=jnp.full(6, 1e4)))
     report = check(hypergrad, state=stale)
-    assert report.verdict == "the warm v is stale: without it the error is smaller", str(report)
+    assert report.verdict == "the warm v, or the state of the optimizer, is stale: afresh the error is smaller", str(report)
     assert check(hypergrad, state=hypergrad.init(X, stale.y)).ok
     few = bx.hypergradient(outer_loss, implicit(10))
     report = check(few, y=SOLUTION, state=few.init(X, SOLUTION + 1e3))
