@@ -96,6 +96,11 @@ class Findings(NamedTuple):
         return self.figures.cosine**2 > 1 - 1e-6 and sum(map(np.size, jax.tree.leaves(self.figures.reference))) >= 3
 
     @property
+    def memory(self) -> str:
+        """What is kept beside y."""
+        return "v, or the state of the optimizer," if self.solves else "state of the optimizer"
+
+    @property
     def multipliers(self) -> str:
         """The multiplier of a penalty: what it reports, and what the estimate looks like."""
         reported = [f"multiplier is {float(detail.multiplier):.3g}" for detail in self.penalties]
@@ -286,9 +291,7 @@ CAUSES = (  # what is not finite, the loss and the problem, then success, then t
     ),
     Cause(
         applies=lambda found: found.same_memory_error <= max(found.tol, 0.5 * found.figures.relative_error),
-        verdict=lambda found: (
-            f"the warm {'v, or the state of the optimizer,' if found.solves else 'state of the optimizer'} is stale: afresh the error is smaller"
-        ),
+        verdict=lambda found: f"the warm {found.memory} is stale: afresh the error is smaller",
         remedy=lambda found: (
             f"Afresh at the same y, the relative error is {found.same_memory_error:.2g} instead of "
             f"{found.figures.relative_error:.2g}. Where x or the data jump, call init(x, state.y) again, or pass "

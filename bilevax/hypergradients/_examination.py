@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevax.carried import parameters
+from bilevax.carried import parameters, with_parameters
 from bilevax.hypergradients._bias import fitted_damping, fitted_multiplier
 from bilevax.hypergradients._causes import Findings
 from bilevax.hypergradients._differences import Directions, OwnRun, measure
@@ -175,12 +175,17 @@ def _run_again(
 
 
 def _settled(room: Room, patient: Patient, found: Findings, at: LocalModel | None) -> Findings:
-    """Whether the steps have come to rest away from y*, by running them once more; and the leaves that never moved."""
-    with jax.enable_x64(patient.wide):
-        again = flat(patient.estimate(patient.key, patient.after, patient.x, patient.batch)[1].y)
+    """Whether the steps have come to rest away from y*, by running them once more; and the leaves that never moved.
+
+    A run from a y that is no number tells whether they start at the y of the state at all, or at `initial(x)`.
+    """
+    lost = with_parameters(patient.after.y, jax.tree.map(lambda leaf: leaf * math.nan, parameters(patient.after.y)))
+    with jax.enable_x64(patient.wide), jax.debug_nans(False):
+        states = patient.after, patient.after._replace(y=lost)
+        again, other = (flat(patient.estimate(patient.key, start, patient.x, patient.batch)[1].y) for start in states)
     moved, way = (float(np.linalg.norm(end - room.last)) for end in (again, room.first))
     length = float(np.linalg.norm(room.last))
-    rests = moved <= STILL * way or moved <= 1e-7 * length
+    rests = (moved <= STILL * way or moved <= 1e-7 * length) and not np.isfinite(other).all()
     distance = math.inf if at is None else float(np.linalg.norm(room.last - at.y)) - 1e-3 * float(np.linalg.norm(at.y))
     stops = way > 0 and rests and distance > 100 * moved and found.figures.gradient_norm > found.solved
     return found._replace(stops=stops, stuck=stuck_leaves(patient, room, found.solved))

@@ -452,6 +452,10 @@ def test_an_unroll_that_stops_early_is_right_in_its_own_way():
     assert report.verdict.endswith("it is the derivative of the steps that run")
     assert report.own_error < 1e-6
     assert "With the inner problem solved, the hypergradient is another one" in report.note
+    again = bx.inner.implicit(inner_loss, optax.sgd(0.05), 5, initial=lambda x: jnp.concatenate([x, x]))
+    assert (
+        check(again).verdict == "the inner problem is not solved"
+    )  # though a second run moves nothing: it starts anew
 
 
 def test_directions_that_the_hypergradient_does_not_see():
@@ -488,7 +492,9 @@ def test_a_stale_memory_and_a_wrong_start():
     state = hypergrad.init(X, SOLUTION)
     stale = state._replace(solver=state.solver._replace(v=jnp.full(6, 1e4)))
     report = check(hypergrad, state=stale)
-    assert report.verdict == "the warm v, or the state of the optimizer, is stale: afresh the error is smaller", str(report)
+    assert report.verdict == "the warm v, or the state of the optimizer, is stale: afresh the error is smaller", str(
+        report
+    )
     assert check(hypergrad, state=hypergrad.init(X, stale.y)).ok
     few = bx.hypergradient(outer_loss, implicit(10))
     report = check(few, y=SOLUTION, state=few.init(X, SOLUTION + 1e3))
