@@ -6,7 +6,6 @@ import optax
 from bilevax import checks
 from bilevax.inner._directional import Plan, Push, directional, make_plan, no_loss, tangent_leaves
 from bilevax.inner._optimizer_steps import Initial, Optimizer, Solve, optimizer_steps, solution, step_keys
-from bilevax.inner._smooth_roots import smooth_roots
 from bilevax.inner.guides import Guide
 from bilevax.inner.random_directions import Sampler, rademacher
 from bilevax.printing import as_called
@@ -103,12 +102,12 @@ def forward_gradient(
             )
         checks.function("solve", solve, "x", "y0", "batch")
     length = 0 if solve else checks.count("steps", steps)
-    smooth = optax.identity() if optimizer is None else smooth_roots(optimizer)
     if inner_loss is None and solve is None:
         raise ValueError(
             "inner_loss must be a function (x, y, batch) -> scalar where there is no solve; got None. Pass the loss."
         )
-    start, step, _, report_on = optimizer_steps(no_loss if inner_loss is None else inner_loss, smooth, initial, sample)
+    loss = no_loss if inner_loss is None else inner_loss
+    start, step, _, report_on = optimizer_steps(loss, optimizer or optax.identity(), initial, sample)
 
     def run(key: Key | None, x: PyTree, z: Iterate, batch: PyTree) -> Iterate:
         if solve is None:

@@ -1,5 +1,6 @@
 """The start, the step and the report that all first-order inner solvers share."""
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, TypeAlias
@@ -11,6 +12,7 @@ import optax
 
 from bilevax import checks
 from bilevax.carried import Carried, carried_like, carrying, parameters, with_parameters
+from bilevax.inner._smooth_roots import smooth_roots
 from bilevax.meshes import on_mesh, zeros_like
 from bilevax.problem import Iterate, Loss, Start, arrays, norm, wide_dtype
 from bilevax.sampling import Sample, fold, split
@@ -167,9 +169,8 @@ def optimizer_steps(inner_loss: Loss, optimizer: Optimizer, initial: Initial | N
         params = parameters(z.y)
         (value, y), gradient = gradient_of(x, params, z.y, batch)
         update = optax.with_extra_args_support(make(x)).update
-        updates, opt_state = update(
-            gradient, z.opt_state, params, value=value, grad=gradient, value_fn=lambda p: loss(x, p, z.y, batch)[0]
-        )
+        extra = {"value": value, "grad": gradient, "value_fn": lambda p: loss(x, p, z.y, batch)[0]}
+        updates, opt_state = smooth_roots(functools.partial(update, **extra))(gradient, z.opt_state, params)
         fix = "Give the inner solver an optimizer whose updates look like y and whose state keeps its shapes."
         checks.same_shapes("y under the inner optimizer", updates, params, fix)
         checks.same_shapes("state of the inner optimizer", opt_state, z.opt_state, fix)
