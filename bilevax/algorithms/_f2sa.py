@@ -28,8 +28,8 @@ def f2sa(
 
     Args:
       problem: f and g.
-      step_sizes: `Levels(x, y)` of numbers, schedules k -> number, or optax transformations (that of y starts fresh in
-        each iteration).
+      step_sizes: `Levels(x, y)` of numbers, schedules k -> number, or optax transformations (that of y keeps a
+        state for each of the two problems).
       sample: `sample(key, t, data) -> batch`, such as `bx.sampling.minibatch(64)`; f and g are drawn apart.
       multiplier: λ > 0, or a schedule k -> λ_k.
       steps: steps on y and y_λ in each iteration, >= 0.

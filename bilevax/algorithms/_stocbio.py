@@ -26,8 +26,8 @@ def stocbio(
 
     Args:
       problem: f and g.
-      step_sizes: `Levels(x, y, v)` of numbers or schedules k -> number; those of x and y may be optax transformations
-        (that of y starts fresh in each iteration).
+      step_sizes: `Levels(x, y, v)` of numbers or schedules k -> number; those of x and y may be optax
+        transformations.
       sample: `sample(key, t, data) -> batch`, such as `bx.sampling.minibatch(64)`; each use has its own draw.
       steps: steps on y in each iteration, >= 0.
       terms: of the series, >= 1.
