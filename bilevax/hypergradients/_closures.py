@@ -27,13 +27,14 @@ def close(function: Callable[..., PyTree], *args: PyTree) -> Closed:
     """Traces the function once, for arguments of these shapes."""
     closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
     structure = jax.tree.structure(shapes)
-    traced = [isinstance(const, jax.core.Tracer) for const in closed.consts]
+    held = [const for const in closed.consts if isinstance(const, jax.core.Tracer)]
+    kept = [None if isinstance(const, jax.core.Tracer) else const for const in closed.consts]  # no traced value leaks
+    jaxpr = closed.jaxpr
 
     def call(held: list[Any], *args: PyTree) -> PyTree:
         given = iter(held)
-        consts = [next(given) if is_traced else const for const, is_traced in zip(closed.consts, traced, strict=True)]
-        program = core.jaxpr_as_fun(core.ClosedJaxpr(closed.jaxpr, consts))
+        consts = [next(given) if const is None else const for const in kept]
+        program = core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, consts))
         return jax.tree.unflatten(structure, program(*jax.tree.leaves(args)))
 
-    held = [const for const, is_traced in zip(closed.consts, traced, strict=True) if is_traced]
     return Closed(call, held, shapes)

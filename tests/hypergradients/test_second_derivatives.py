@@ -239,7 +239,8 @@ def test_a_closure_that_is_not_differentiated_is_welcome(kind):
     expected = 2 * y * (y / 0.7 if kind == "reverse" else 1)
     mapped = jax.jit(jax.vmap(jax.grad(loss), (None, None), axis_size=1))
     for way in (jax.jit(jax.grad(loss)), jax.grad(jax.jit(loss)), mapped):
-        np.testing.assert_allclose(way(0.7, 0.9), expected, rtol=1e-5)
+        with jax.checking_leaks():
+            np.testing.assert_allclose(way(0.7, 0.9), expected, rtol=1e-5)
 
 
 def test_a_derivative_in_the_batch_is_refused_in_both_modes():
