@@ -39,7 +39,7 @@ def growing_steps(k: Array) -> Array:
         >>> bx.algorithms.growing_steps(jnp.arange(6)).tolist()
         [1, 2, 2, 2, 3, 3]
     """
-    return jnp.ceil(jnp.sqrt(k + 1.0)).astype(jnp.int32)
+    return jnp.ceil(jnp.sqrt(jnp.asarray(k, float) + 1.0)).astype(jnp.int32)
 
 
 @as_called

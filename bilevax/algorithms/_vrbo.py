@@ -144,7 +144,7 @@ def vrbo(
         (u, before, (x, y)), _ = jax.lax.scan(move, carry, jnp.arange(steps))
         u = follow(jnp.asarray(steps), u, before, (x, y))
         moves: Levels[Any] = Levels(norm(optax.tree.sub(x, state.x)), norm(optax.tree.sub(y, state.y)), ())
-        calls = jax.tree.map(lambda one: one * (2 * (steps + 1) + refresh), unit)
+        calls = jax.tree.map(lambda one: one * (2 * (steps + 1) + jnp.asarray(refresh, int)), unit)
         info = DescentInfo(moves, ~jnp.isfinite(moves.x + moves.y), calls, None, None)
         return VRBOState(k + 1, x, y, u, optimizer), info
 

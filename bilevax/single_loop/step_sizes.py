@@ -3,6 +3,7 @@
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from bilevax import checks
@@ -40,7 +41,7 @@ def decay(start: Scalar, power: Scalar) -> Schedule:
     for name, value in (("start", start), ("power", power)):
         checks.scalar(name, value)
         checks.nonnegative(name, value)
-    return lambda k: start / (k + 1.0) ** power
+    return lambda k: start / (jnp.asarray(k, float) + 1.0) ** power
 
 
 def read_steps(step_sizes: Any, names: tuple[str, ...] = Levels._fields) -> Levels[Any]:

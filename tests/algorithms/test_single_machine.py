@@ -15,6 +15,7 @@ import bilevax as bx
 from bilevax.testing import executed_dots
 from bilevax.testing.problems import quadratic
 from bilevax.testing.problems._quadratic import inner_loss, outer_loss
+from bilevax.testing.trees import finite, strictly, writable
 
 DATA = quadratic(5, n=12)  # its leading axis counts examples here
 MEAN = DATA.mean
@@ -48,7 +49,9 @@ MAKE = {  # (problem, sample) -> method
     "amigo": lambda problem, sample: A.amigo(problem, (optax.adam(0.1), *STEPS[1:]), sample=sample, steps=3, v_steps=2),
     "bsa": lambda problem, sample: A.bsa(problem, STEPS, sample=sample, terms=3),
     "ttsa": lambda problem, sample: A.ttsa(problem, STEPS, sample=sample, terms=3),
-    "f2sa": lambda problem, sample: A.f2sa(problem, STEPS[:2], sample=sample, multiplier=lambda k: 10.0 + k, steps=3),
+    "f2sa": lambda problem, sample: A.f2sa(
+        problem, STEPS[:2], sample=sample, multiplier=lambda k: 10.0 + jnp.asarray(k, float), steps=3
+    ),
     "pzobo": lambda problem, sample: A.pzobo(problem, STEPS[:2], sample=sample, steps=3, directions=2),
     "descent": exact_descent,
 }
@@ -158,6 +161,14 @@ def test_state_keeps_its_form_and_its_dtypes(name):
     assert {leaf.shape for leaf in jax.tree.leaves(info)} == {()}
 
 
+@pytest.mark.parametrize("name", [name for name in MAKE if name != "amigo"])  # whose Adam promotes, in optax
+def test_debuggers_find_nothing_in_a_trace(name):
+    method, key = MAKE[name](PROBLEM, SMALL), jax.eval_shape(lambda: jax.random.key(0))
+    state = jax.eval_shape(method.init, *START, DATA.batch)
+    with strictly():
+        jax.eval_shape(method.step, key, state, DATA.batch)
+
+
 @functools.cache
 def jitted(name):
     method, traces = MAKE[name](PROBLEM, SMALL), []
@@ -198,6 +209,9 @@ def test_ten_steps_are_one_trace_and_cost_what_is_declared(name):
                 assert expected in (None, got)
     assert len(traces) == 1
     assert int(state.k) == 10
+    finite("state", before)
+    finite("info", info)
+    writable("state", before)
     spoiled = jax.tree.map(spoil, before)
     assert step(KEY, spoiled, DATA.batch)[1].breakdown
 
