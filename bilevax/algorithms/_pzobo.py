@@ -10,7 +10,7 @@ from bilevax.algorithms._descent import check_levels, counting, descent
 from bilevax.hypergradients._hypergradient import hypergradient
 from bilevax.inner import random_directions
 from bilevax.inner._optimizer_steps import optimizer_steps
-from bilevax.inner._zeroth_order import zeroth_order
+from bilevax.inner._zeroth_order import one_sided, zeroth_order
 from bilevax.printing import as_called
 from bilevax.problem import Algorithm, BilevelProblem, Hypergradient, Iterate
 from bilevax.sampling import Sample, fold
@@ -89,7 +89,9 @@ def pzobo(
 
             return jax.lax.scan(step, run.start(x, y0), length=steps)[0].y
 
-        solver = zeroth_order(solve, directions=directions, mu=mu, sampler=random_directions.gaussian)
+        solver = zeroth_order(
+            solve, directions=directions, mu=mu, difference=one_sided, sampler=random_directions.gaussian
+        )
         return hypergradient(problem.outer_loss, counting(solver, (directions + 1) * steps))
 
     at_iteration(jnp.zeros((), jnp.int32))

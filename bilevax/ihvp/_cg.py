@@ -10,7 +10,7 @@ from bilevax import checks
 from bilevax.curvature.products import Curvature, Product, damped, hessian
 from bilevax.ihvp._checked import check_ihvp, prepared
 from bilevax.ihvp._start import seen, smallest, start, stateless
-from bilevax.meshes import dot
+from bilevax.meshes import dot, zeros_like
 from bilevax.printing import as_called
 from bilevax.problem import IHVP, Apply, IHVPInfo, Loss, Point, added, norm
 from bilevax.sampling import Sample, full, split
@@ -28,6 +28,8 @@ class _Carry(NamedTuple):
     iterations: Array
     products: Array
     stop: Array
+    best: PyTree  # the v of the smallest residual so far, for a solve that breaks down
+    best_norm: Array
 
 
 def _unpreconditioned(b: PyTree, v0: PyTree | None = None) -> tuple[PyTree, IHVPInfo]:
@@ -47,7 +49,8 @@ def _conjugate_gradients(
 ) -> tuple[_Carry, IHVPInfo]:
     """Solves H v = b from v with r = b − H v, for ‖b‖ = 1; stops at the first direction that cannot be trusted.
 
-    Returns the last carry, and what the preconditioner reports.
+    From zero, a first direction p of negative curvature is gone along all the same, as far as ‖Hp‖ says. Returns the
+    last carry, and what the preconditioner reports.
     """
     z, info = precondition(r)
     size = norm(z)
@@ -57,6 +60,7 @@ def _conjugate_gradients(
         return z if precondition is _unpreconditioned else optax.tree.scale(gain, z)
 
     z = unit(z)
+    from_zero = dot(v, v) == 0
     count = jnp.zeros((), jnp.int32)
     eps = jnp.finfo(size.dtype).eps
 
@@ -69,7 +73,8 @@ def _conjugate_gradients(
         rayleigh = php / pp
         largest = jnp.maximum(c.largest, jnp.abs(rayleigh))
         good = (rayleigh > eps * largest) & (c.rz > 0) & jnp.isfinite(php)
-        alpha = jnp.where(good, c.rz / php, 0)
+        falling = from_zero & (c.iterations == 0) & (c.rz > 0) & (rayleigh < 0)
+        alpha = jnp.where(good, c.rz / php, jnp.where(falling, c.rz / jnp.sqrt(pp * dot(hp, hp)), 0))
         v = optax.tree.add_scale(c.v, alpha, c.p)
         r = optax.tree.add_scale(c.r, -alpha, hp)
         z, info = precondition(r)
@@ -78,14 +83,18 @@ def _conjugate_gradients(
         p = optax.tree.add_scale(z, rz / c.rz, c.p)
         products = added(c.products, added(1, info.products))
         stop = ~good | info.breakdown
-        rr = dot(r, r)  # without a preconditioner the compiler finds rz here
-        return _Carry(
-            v, r, p, rz, jnp.sqrt(rr), jnp.minimum(c.smallest, rayleigh), largest, c.iterations + 1, products, stop
-        )
+        length = jnp.sqrt(dot(r, r))  # without a preconditioner the compiler finds rz here
+        better = falling | (length < c.best_norm)
+        best, best_norm = optax.tree.where(better, v, c.best), jnp.where(better, length, c.best_norm)
+        lowest = jnp.minimum(c.smallest, rayleigh)
+        return _Carry(v, r, p, rz, length, lowest, largest, c.iterations + 1, products, stop, best, best_norm)
 
     rz, products = dot(r, z), added(count, info.products)
     length, stop = jnp.sqrt(dot(r, r)), jnp.asarray(info.breakdown)
-    begin = _Carry(v, r, z, rz, length, smallest(size), jnp.zeros_like(size), count, products, stop)
+    best = optax.tree.where(length <= 1, v, zeros_like(v))
+    begin = _Carry(
+        v, r, z, rz, length, smallest(size), jnp.zeros_like(size), count, products, stop, best, jnp.minimum(length, 1)
+    )
     return jax.lax.while_loop(unfinished, iterate, begin), info
 
 
@@ -105,10 +114,12 @@ def cg(
 
     b is scaled to norm one first, so that neither a tiny nor a huge b can underflow or overflow. The curvature pᵀHp is
     checked in every iteration: at a negative or numerically zero one (below machine precision times the largest seen)
-    the loop stops, v stays at its last good value, and `info.breakdown` says so; `info.curvature` is the smallest
-    pᵀHp / pᵀp. Few iterations may miss the negative eigenvalues of an indefinite H: no breakdown is no proof of a
-    minimum, and a large residual is a warning. Numbers that are not finite give a v of NaN, never a silent guess. A
-    warm start v0 that is no better than zero is replaced by zero. Half-precision leaves are solved in float32.
+    the loop stops, and `info.breakdown` says so; `info.curvature` is the smallest pᵀHp / pᵀp. v is then that of the
+    smallest residual so far, at most that of v = 0; but where already b has negative curvature, v = b · ‖b‖ / ‖H b‖
+    (without a preconditioner), which has no small residual, but a direction along which f changes. Few iterations may
+    miss the negative eigenvalues of an indefinite H: no breakdown is no proof of a minimum, and a large residual is a
+    warning. Numbers that are not finite give a v of NaN, never a silent guess. A warm start v0 that is no better than
+    zero is replaced by zero. Half-precision leaves are solved in float32.
 
     Args:
       maxiter: largest number of iterations, >= 1.
@@ -126,7 +137,7 @@ def cg(
       ValueError: if maxiter < 1, tol or damping is negative, or the preconditioner is not `spd`.
 
     Cost: one product for each iteration and one for a warm start, and the preconditioner once more than there are
-    iterations; five vectors like y.
+    iterations; six vectors like y.
 
     Reference: Hestenes and Stiefel, "Methods of conjugate gradients for solving linear systems", 1952; for
     hypergradients: Pedregosa, arXiv 1602.02355, and Grazzi et al., arXiv 2006.16218.
@@ -165,13 +176,15 @@ def cg(
             begin = start(product, b, v0)
             carry, outer = _conjugate_gradients(product, precondition, begin.v, begin.r, maxiter, tol)
             finite = jnp.isfinite(carry.norm)
-            v = jax.tree.map(lambda leaf: jnp.where(finite, leaf * begin.scale, jnp.nan), carry.v)
+            v = optax.tree.where(carry.stop, carry.best, carry.v)
+            v = jax.tree.map(lambda leaf: jnp.where(finite, leaf * begin.scale, jnp.nan), v)
+            residual = jnp.where(carry.stop & finite, carry.best_norm, carry.norm)
             products = added(begin.products, carry.products)
             info = IHVPInfo(
                 carry.iterations,
                 products,
                 outer.setup_products,
-                carry.norm,
+                residual,
                 seen(carry.smallest),
                 carry.stop | ~finite,
                 outer.setup_gradients,

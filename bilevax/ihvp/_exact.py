@@ -58,7 +58,8 @@ def exact(*, damping: Scalar = 0.0, sample: Sample = full) -> IHVP:
             size = norm(wide)
             scale = jnp.where(size > 0, size, 1)
             unit = wide / scale
-            v = vectors @ ((vectors.T @ unit) / eigenvalues)
+            parts = vectors.T @ unit
+            v = vectors @ jnp.where(parts == 0, 0, parts / jnp.where(parts == 0, 1, eigenvalues))
             residual = jnp.linalg.norm(unit - hessian @ v - damping * v)
             breakdown = ~((eigenvalues[0] > 0) & jnp.isfinite(residual))
             info = IHVPInfo(1, 0, flat.size, residual, eigenvalues[0], breakdown)

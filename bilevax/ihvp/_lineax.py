@@ -9,7 +9,7 @@ import optax
 from bilevax import checks
 from bilevax.curvature.products import Curvature, damped, hessian
 from bilevax.ihvp._start import lower, seen, smallest, start, stateless
-from bilevax.meshes import as_spread, by_compiler, dot
+from bilevax.meshes import as_spread, by_compiler, dot, zeros_like
 from bilevax.printing import as_called
 from bilevax.problem import IHVP, Apply, IHVPInfo, Loss, Point, norm
 from bilevax.sampling import Sample, full
@@ -42,8 +42,8 @@ def lineax(
 
     Returns:
       An `IHVP` without state; not declared `spd`. `info.residual` is measured by one more product, and `curvature` is
-      vᵀHv / vᵀv at the solution. `info.products` is None: lineax counts iterations, not products. `info.breakdown` is
-      True where lineax reports anything but success, or v is no better than zero.
+      vᵀHv / vᵀv at what lineax found. `info.products` is None: lineax counts iterations, not products. `info.breakdown`
+      is True where lineax reports anything but success, or v was no better than zero, which is then returned.
 
     Raises:
       ValueError: if solver is not one of lineax, or damping is negative.
@@ -100,10 +100,16 @@ def lineax(
             left = norm(begin.r)
             solved = left <= jnp.finfo(left.dtype).eps  # BiCGStab divides zero by zero there
             v = optax.tree.where(solved, begin.v, jax.tree.unflatten(structure, flat))
+            failed |= ~jnp.isfinite(norm(v))  # some solvers return NaN where they break down
+            v = optax.tree.where(jnp.isfinite(norm(v)), v, zeros_like(v))
             hv = product(v)
             residual = norm(optax.tree.sub(begin.unit, hv))
             least = lower(smallest(left), dot(v, hv), dot(v, v))
-            breakdown = (~solved & failed) | ~(residual <= 1 + 16 * jnp.finfo(left.dtype).eps)
+            worse = ~(residual <= 1 + 16 * jnp.finfo(left.dtype).eps)
+            v = optax.tree.where(worse, zeros_like(v), v)
+            v = jax.tree.map(lambda leaf: jnp.where(jnp.isfinite(residual), leaf, jnp.nan), v)  # of an H with NaN
+            residual = jnp.where(residual > 1, 1, residual)
+            breakdown = (~solved & failed) | worse
             info = IHVPInfo(iterations, None, 0, residual, seen(least), breakdown)
             return optax.tree.cast_like(optax.tree.scale(begin.scale, v), b), info
 

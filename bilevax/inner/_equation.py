@@ -13,7 +13,7 @@ from bilevax.curvature.products import Product
 from bilevax.inner._gmres import gmres
 from bilevax.inner._once import once
 from bilevax.inner._optimizer_steps import Initial, Solve, check_point, optimizer_steps, solution
-from bilevax.inner._transposed import transposed
+from bilevax.inner._transposed import moved_along, transposed
 from bilevax.meshes import zeros_like
 from bilevax.printing import brief, by_shape
 from bilevax.problem import Calls, InnerSolver, Iterate, Loss, SolverInfo, arrays, norm
@@ -167,6 +167,7 @@ def equation(
             return _solve(lambda u: pull(u)[1], b, None, linear_solve, maxiter, tol)[0]
 
         b = jax.checkpoint(along_x, prevent_cse=False)(x, params, batch, x_dot)  # nothing is kept for the way back
+        b = moved_along(b, x_dot)
         return optax.tree.scale(-1, jax.lax.custom_linear_solve(along_y, b, invert, invert_transpose))
 
     return InnerSolver(init, start, forward, backward, fresh=initial is not None, tangent=tangent)

@@ -26,7 +26,8 @@ from bilevax.inner._optimizer_steps import (
     step_keys,
     watch,
 )
-from bilevax.inner._transposed import transposed
+from bilevax.inner._transposed import moved_along, transposed
+from bilevax.inner._unread import on_leaves_read
 from bilevax.meshes import zeros_like
 from bilevax.printing import as_called, by_shape
 from bilevax.problem import (
@@ -98,8 +99,9 @@ def implicit(
     Right where ∇_y g(x, y) = 0 and ∇²_yy g is positive definite; `info.gradient_norm` and `info.detail` say how far
     that is from true. Where y stops at a constraint or a kink instead (its last step is next to nothing, while ∇_y g
     points far away), `info.breakdown` is True: there take `inner.fixed_point` of the step. A `solve` is seen to stop
-    when it is called again from the y that it found, in the second outer step at the earliest. Only x in g counts:
-    derivatives with respect to a learned step size, or to `initial`, are zero.
+    when it is called again from the y that it found, in the second outer step at the earliest. A leaf of y that g does
+    not read has no part in it. Only x in g counts: derivatives with respect to a learned step size, or to `initial`,
+    are zero.
 
     Args:
       inner_loss: g, a function (x, y, batch) -> scalar.
@@ -193,19 +195,20 @@ def implicit(
                 f"state with {len(moments)} floating-point arrays, whose derivative the implicit rule would drop. "
                 f"Use optax.sgd without momentum in both links, or inner.reverse."
             )
-        t = jnp.maximum(z.t - 1, 0)
-        inner = inner_gradient(loss, x, y, cross_sample(cross_key, t, batch))
+        drawn = cross_sample(cross_key, jnp.maximum(z.t - 1, 0), batch)
+        inner = inner_gradient(loss, x, y, drawn)
+        b = on_leaves_read(y_bar, loss, x, y, drawn)
         with counted_from(None):  # the samplers of an IHVP begin at 0
             parts = solver.prepare(ihvp_key, state.ihvp, loss, (x, y, batch))
             apply, ihvp_state = prepared("ihvp", parts, state.ihvp)
-            v, ihvp_info = _checked(apply(y_bar, state.v), y_bar)
+            v, ihvp_info = _checked(apply(b, state.v), b)
         x_bar = optax.tree.scale(-1, inner.pull_back(v)[0])
         products = added(ihvp_info.products, ihvp_info.setup_products)
         calls = Calls(0, gradients + ihvp_info.setup_gradients, products, 1)
         size = norm(inner.gradient)
         lost = ~jnp.isfinite(inner.loss + size) | diverged(begin, inner.loss, size)
         if moved is not None:
-            lost |= _stuck(moved, norm(y), size * norm(v), norm(y_bar), by_steps=solve is None)
+            lost |= _stuck(moved, norm(y), size * norm(v), norm(b), by_steps=solve is None)
         breakdown = ihvp_info.breakdown | lost
         info = SolverInfo(inner.loss, size, breakdown, calls, ihvp_info)
         kept = optax.tree.where(ihvp_info.breakdown, zeros_like(v), v) if warm_start else None
@@ -216,20 +219,24 @@ def implicit(
         """y_dot = −[∇²_yy g]⁻¹ ∇²_yx g x_dot by the IHVP; to be differentiated with the Hessian itself."""
         keys, loss, params = step_keys(key), held(inner_loss, y), parameters(y)
 
+        def drawn(batch: PyTree) -> PyTree:
+            return cross_sample(keys.cross, jnp.asarray(max(steps - 1, 0), jnp.int32), batch)
+
         def gradient(x: PyTree, params: PyTree, batch: PyTree) -> InnerGradient:
-            t = jnp.asarray(max(steps - 1, 0), jnp.int32)
-            return inner_gradient(loss, x, params, cross_sample(keys.cross, t, batch))
+            return inner_gradient(loss, x, params, drawn(batch))
 
         def invert(product: Product, b: PyTree) -> PyTree:
             at = jax.lax.stop_gradient((x, params, batch))
             kept = solver.init(*at, loss)
             apply, _ = prepared("ihvp", solver.prepare(keys.ihvp, kept, loss, at), kept)
+            b = on_leaves_read(b, loss, x, params, drawn(batch))
             return _checked(apply(b), b)[0]
 
         def cross(x: PyTree, params: PyTree, batch: PyTree, x_dot: PyTree) -> PyTree:
             return transposed(lambda v: gradient(x, params, batch).pull_back(v)[0], params, x_dot)
 
         b = jax.checkpoint(cross, prevent_cse=False)(x, params, batch, x_dot)  # nothing is kept for the way back
+        b = moved_along(b, x_dot)
         v = jax.lax.custom_linear_solve(lambda v: gradient(x, params, batch).pull_back(v)[1], b, invert, symmetric=True)
         return optax.tree.scale(-1, v)
 

@@ -1,8 +1,9 @@
-"""A linear function the other way round."""
+"""Linear functions the other way round."""
 
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 
 from bilevax.typing import PyTree
 
@@ -15,3 +16,13 @@ def transposed(pull_back: Callable[[PyTree], PyTree], like: PyTree, tangent: PyT
     shapes = jax.eval_shape(lambda: like)
     (pushed,) = jax.linear_transpose(pull_back, shapes)(tangent)
     return pushed
+
+
+def moved_along(b: PyTree, x_dot: PyTree) -> PyTree:
+    """The same b, a linear function of x_dot, in every leaf: plus 0 · Σ x_dot.
+
+    A leaf of y that x has no influence on has a b of zeros, whatever x_dot is, and `jax.lax.custom_linear_solve` can be
+    transposed only where all of its right-hand side is linear.
+    """
+    zero = 0 * jnp.sum(jax.tree.leaves(x_dot)[0])
+    return jax.tree.map(lambda leaf: leaf + zero.astype(leaf.dtype), b)

@@ -67,7 +67,7 @@ def zeroth_order(
     *,
     directions: int = 8,
     mu: Scalar = 1e-3,
-    difference: Difference = one_sided,
+    difference: Difference | None = None,
     sampler: Sampler = rademacher,
     guide: Guide | None = None,
     control_variate: Guide | None = None,
@@ -98,7 +98,8 @@ def zeroth_order(
         `jax.pure_callback` of your own needs its vmap_method, or chunk=1.)
       directions: b >= 1, guesses of the guide included.
       mu: μ > 0, the length of the difference.
-      difference: `one_sided` or `central`.
+      difference: `one_sided` or `central`; by default central for one or two directions, where that is one or two
+        solves more, and one-sided for more, whose noise is larger than the error of a difference.
       sampler: of the random directions; see `random_directions`.
       guide: proposes some of the directions; see `guides`.
       control_variate: proposes what is subtracted before the estimate and added after it.
@@ -121,7 +122,7 @@ def zeroth_order(
     Example:
         >>> import bilevax as bx, jax, numpy as np
         >>> cube_root = bx.inner.black_box(lambda x, y0, batch: np.cbrt(x))
-        >>> solver = bx.inner.zeroth_order(cube_root, directions=1, mu=0.05, difference=bx.inner.central)
+        >>> solver = bx.inner.zeroth_order(cube_root, directions=1, mu=0.05)
         >>> hypergrad = bx.hypergradient(lambda x, y, batch: 3 * y, solver)
         >>> x, batch = jax.numpy.array(8.0), bx.Batch(None, None)
         >>> grad, state, info = jax.jit(hypergrad.estimate)(jax.random.key(0), hypergrad.init(x, x), x, batch)
@@ -129,6 +130,9 @@ def zeroth_order(
         (0.25, 2.0, 3)
     """
     checks.function("solve", solve, "x", "y0", "batch")
+    directions = checks.count("directions", directions, minimum=1)
+    if difference is None:
+        difference = central if directions <= 2 else one_sided
     checks.instance("difference", difference, Difference, "Pass bx.inner.one_sided or bx.inner.central.")
     checks.function("difference.change", difference.change, "function", "x", "value", "step")
     checks.scalar("mu", mu)

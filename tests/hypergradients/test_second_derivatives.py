@@ -281,3 +281,29 @@ def test_the_forward_pass_solves_no_tangent_and_reverse_mode_no_more_than_an_est
 
     assert flops(solved, x, rows) <= flops(alone, x, rows)
     assert flops(jax.grad(solved), x, rows) <= flops(estimate, x, rows)
+
+
+def test_a_leaf_that_x_has_no_influence_on():
+    """Its right-hand side is zero whatever the tangent of x is, and JAX must still be able to transpose the solve."""
+
+    def inner_loss(x, y, batch):
+        return 0.5 * jnp.exp(x) * y["moved"] ** 2 - y["moved"] + 0.5 * (y["still"] - 1) ** 2
+
+    def step(x, y, batch):
+        return {"moved": 0.5 * y["moved"] + 0.5 * jnp.exp(-x), "still": 0.5 + 0.5 * y["still"]}
+
+    def solution(x, y, batch):
+        return {"moved": jnp.exp(-x), "still": jnp.ones(())}
+
+    x, y = jnp.asarray(0.3), {"moved": jnp.ones(()), "still": jnp.ones(())}
+    implicit = bx.inner.implicit(inner_loss, solve=solution, ihvp=bx.ihvp.exact())
+    for solver in (implicit, bx.inner.fixed_point(step, solve=solution)):
+        solve = bx.differentiable(solver)
+
+        @jax.jit
+        def derivatives(x, solve=solve):
+            F = lambda x: (lambda y: y["moved"] ** 2 * y["still"])(solve(x, y, None))  # noqa: E731
+            return jax.grad(F)(x), jax.hessian(F)(x)
+
+        expected = -2 * np.exp(-0.6), 4 * np.exp(-0.6)
+        np.testing.assert_allclose(derivatives(x), expected, rtol=1e-10)

@@ -188,9 +188,10 @@ def test_reports_do_not_depend_on_the_size_of_b_in_float32(ihvp):
 
 
 def test_neumann_reports_divergence():
-    _, info = solve(bx.ihvp.neumann(terms=20, step_size=0.1))  # 0.1 > 2 / 50
+    v, info = solve(bx.ihvp.neumann(terms=20, step_size=0.1))  # 0.1 > 2 / 50
     assert info.breakdown
-    assert info.residual > 1
+    assert np.linalg.norm(B - H @ v) <= np.linalg.norm(B)
+    np.testing.assert_allclose(info.residual, np.linalg.norm(B - H @ v) / np.linalg.norm(B), rtol=1e-10)
 
 
 @pytest.mark.parametrize("iterations", [1, 3, 6])
@@ -218,18 +219,84 @@ def test_cg_stops_at_its_tolerance_and_a_solved_warm_start_costs_one_product():
     np.testing.assert_allclose(v, np.linalg.solve(H, B), rtol=1e-12)
 
 
-def test_cg_stops_at_negative_curvature_with_the_last_good_v_and_says_so():
+def test_cg_stops_at_negative_curvature_with_the_best_v_and_says_so():
     h = np.diag(np.array([-1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0]))
     v, info = solve(bx.ihvp.cg(maxiter=20, tol=0.0), b=np.ones(9), h=h)
     assert info.breakdown
     assert info.curvature < 0
-    good, before = solve(bx.ihvp.cg(maxiter=int(info.iterations) - 1, tol=0.0), b=np.ones(9), h=h)
-    assert not before.breakdown
-    np.testing.assert_array_equal(v, good)
-    # One step of steepest descent from zero already has negative curvature here: v stays where it was.
-    v, info = solve(bx.ihvp.cg(), b=np.eye(9)[0], h=h)
+    steps = [solve(bx.ihvp.cg(maxiter=number, tol=0.0), b=np.ones(9), h=h) for number in range(1, int(info.iterations))]
+    assert not any(before.breakdown for _, before in steps)
+    residuals = [1.0] + [np.linalg.norm(1 - h @ earlier) / 3 for earlier, _ in steps]
+    np.testing.assert_allclose(np.linalg.norm(1 - h @ v) / 3, min(residuals), rtol=1e-10)
+    np.testing.assert_allclose(info.residual, min(residuals), rtol=1e-10)
+
+
+@pytest.mark.parametrize("ihvp", [bx.ihvp.cg(), bx.ihvp.neumann(terms=5, step_size=0.2)], ids=["cg", "neumann"])
+def test_where_b_itself_has_negative_curvature_v_is_a_scaled_b(ihvp):
+    h, b = np.diag([-1.0, 2.0, *np.ones(7)]), 3 * np.eye(9)[0] + np.eye(9)[1]
+    v, info = solve(ihvp, b=b, h=h)
     assert info.breakdown
-    np.testing.assert_array_equal(v, 0)
+    assert info.curvature < 0
+    np.testing.assert_allclose(v / np.linalg.norm(v), b / np.linalg.norm(b), atol=1e-15)
+    assert np.linalg.norm(v) <= np.linalg.norm(b)  # no eigenvalue is smaller than 1
+    warm, info = solve(ihvp, b=b, h=h, v0=np.eye(9)[1] / 2)  # which solves one of the two equations: it is kept
+    assert info.breakdown
+    np.testing.assert_array_equal(warm, np.eye(9)[1] / 2)
+
+
+FEWER = np.random.default_rng(3).normal(size=(5, 9))  # equations than unknowns
+BROKEN = {
+    "cg": bx.ihvp.cg(maxiter=50, tol=0.0),
+    "preconditioned": bx.ihvp.cg(maxiter=50, tol=0.0, preconditioner=bx.ihvp.identity(0.5)),
+    "neumann": bx.ihvp.neumann(terms=40, step_size=0.9),
+    "sgd": bx.ihvp.sgd(steps=40, step_size=0.9, sample=bx.sampling.full),
+    "lineax": bx.ihvp.lineax(lineax.CG(1e-12, 1e-12, max_steps=50)),
+}
+
+
+@pytest.mark.parametrize("ihvp", BROKEN.values(), ids=BROKEN)
+def test_after_a_breakdown_v_is_no_worse_than_zero(ihvp):
+    h = FEWER.T @ FEWER
+    for v0 in (None, 0.3 * B):
+        v, info = solve(ihvp, h=h, v0=v0)
+        assert info.breakdown
+        assert info.residual >= 0
+        assert np.linalg.norm(B - h @ v) <= (1 + 1e-10) * np.linalg.norm(B)
+
+
+UNREAD = {
+    "cg": bx.ihvp.cg(tol=1e-12),
+    "exact": bx.ihvp.exact(),
+    "lineax": bx.ihvp.lineax(lineax.GMRES(1e-12, 1e-12)),
+    "neumann": bx.ihvp.neumann(terms=200, step_size=0.3),
+    "nystrom": bx.ihvp.cg(tol=1e-12, preconditioner=bx.ihvp.nystrom(rank=2, damping=1.0)),
+}
+
+
+@pytest.mark.parametrize("ihvp", UNREAD.values(), ids=UNREAD)
+def test_a_leaf_that_the_inner_loss_does_not_read_has_no_part_in_the_hypergradient(ihvp):
+    weights = jnp.array([1.0, 2.0])
+
+    @jax.jit
+    def residuals(known, other):  # the leaf goes in, and is not read
+        return known
+
+    def inner_loss(x, y, batch):
+        return 0.5 * jnp.sum(weights * (residuals(y["known"], y["other"]) - x) ** 2)
+
+    def outer_loss(x, y, batch):
+        return jnp.sum(y["known"] ** 2) + jnp.sum(y["other"])
+
+    x, y = jnp.array([1.0, 2.0]), {"known": jnp.array([1.0, 2.0]), "other": jnp.ones(1)}
+    solver = bx.inner.implicit(inner_loss, ihvp=ihvp)
+    hypergrad = bx.hypergradient(outer_loss, solver)
+    state, batch = hypergrad.init(x, y), bx.Batch(None, None)
+    grad, state, _ = jax.jit(hypergrad.estimate)(jax.random.key(0), state, x, batch)
+    np.testing.assert_allclose(grad, 2 * x, rtol=1e-9)
+    np.testing.assert_array_equal(state.solver.v["other"], 0)
+    solve = bx.differentiable(solver)
+    pulled = jax.jit(jax.grad(lambda x: outer_loss(x, solve(x, y, None, jax.random.key(0)), None)))(x)
+    np.testing.assert_allclose(pulled, 2 * x, rtol=1e-9)
 
 
 def test_cg_reports_a_singular_direction_instead_of_dividing_by_it():
@@ -303,7 +370,7 @@ def test_warm_starts_do_not_amplify_an_indefinite_hessian_from_step_to_step():
     solver = bx.inner.implicit(loss, ihvp=bx.ihvp.cg(maxiter=6))
 
     def step(state, shift):
-        residual = (None, None, 1.0, bx.problem.Iterate(jnp.zeros(9), (), jnp.zeros((), jnp.int32)), None)
+        _, residual, state = solver.forward(None, state, 1.0, solver.start(1.0, jnp.zeros(9)), None)
         _, state, info = solver.backward(residual, state, bx.problem.Iterate(B + 0.1 * shift))
         return state, (info.breakdown, jnp.linalg.norm(state.v))
 

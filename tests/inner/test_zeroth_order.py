@@ -86,6 +86,17 @@ def full_form(mu, difference, **options):
     )
 
 
+@pytest.mark.parametrize("directions", [1, 2, 3])
+def test_one_or_two_directions_have_central_differences_by_default(directions):
+    x, mu = jnp.array(0.3), 0.01
+    solver = zeroth_order(lambda x, y0, batch: jnp.exp(2 * x), directions=directions, mu=mu)
+    grad, _, info = estimated(bx.hypergradient(lambda x, y, batch: y, solver), x, x)
+    exact, few = 2 * np.exp(0.6), directions <= 2
+    assert info.inner.detail.solves == (2 * directions if few else directions) + 1
+    error = abs(grad - exact) / exact
+    assert error < (1.01 * (2 * mu) ** 2 / 6 if few else 1.02 * mu)
+
+
 @BOTH
 @pytest.mark.parametrize("form", [half_form, full_form])
 def test_order_of_the_error(form, difference, exact):
