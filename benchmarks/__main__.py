@@ -24,6 +24,7 @@ FOLDERS = {
         "online-adaptation": "learn which words of a document a language model adapts to (needs flax)",
         "pde": "recover a coefficient or a field of a differential equation, also through a black-box solver",
         "learning-rates": "learn the schedule of the inner step sizes",
+        "layer-rates": "learn AdamW's rate and decay for each layer while the network trains (needs flax)",
     },
     "studies": {
         "single-machine": "compare single-machine methods from small batches, penalties of a logistic regression again",
