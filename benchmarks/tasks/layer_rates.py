@@ -9,7 +9,7 @@ statistics, the moments of AdamW and the count of the schedule go on from one ou
 they do. So an outer step is worth as many steps of training as any others, and all rows make equally many.
 
 What is compared is what one would do otherwise: train with the first x; the same on the validation images too, which
-need no other use then; and the best of a grid of rates, common to all layers, by the validation loss of whole trainings.
+have no other use then; the best of a grid of rates, common to all layers, by the validation loss of whole trainings.
 
 A horizon of few steps sees of a rate what it does within them, which is to lower the loss now: it favours low rates
 where the noise of the gradients is what holds the loss up, and it hardly sees what a decay is for. The rates that come
@@ -42,7 +42,7 @@ from benchmarks.harness.runner import Common, Method, Task, outer_loops, perform
 from benchmarks.harness.style import STYLE, curves
 from benchmarks.networks.normalized import Normalized
 from benchmarks.tasks.methods import Shared
-from bilevax.typing import Array, Key, PyTree
+from bilevax.typing import Array, Key, PyTree, Scalar
 
 TASK = "layer-rates"
 SPLIT = {"train": 4000, "validation": 1000}
@@ -51,7 +51,7 @@ STEPS = 10  # of an outer step
 OUTER_STEPS = 40
 OUTER_RATE = 0.2
 RATE, DECAY = 1e-3, 1e-4  # the first x, and what "untuned" means
-GRID = (1e-3, 3e-3, 1e-2, 3e-2)
+GRID = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 LAYERS = ("first", "first_norm", "second", "second_norm", "head")
 
 COLUMNS = {
@@ -61,9 +61,10 @@ COLUMNS = {
     **{name: column for name, column in COSTS.items() if not name.endswith("products")},
 }
 CAPTION = f"""\
-All rows make equally many steps of training from the same weights. untuned: rate {RATE:g}, decay {DECAY:g}; untuned-all:
-the same on training and validation images; grid: the best of the rates {", ".join(f"{rate:g}" for rate in GRID)} by the
-validation loss, whose other trainings are not counted; reverse: starts as untuned, and x moves every {STEPS} steps.
+All rows make equally many steps of training, from the same weights. untuned: rate {RATE:g}, decay {DECAY:g};
+untuned-all: the same on training and validation images; grid: the best of the rates
+{", ".join(f"{rate:g}" for rate in GRID)} by the validation loss, whose other trainings are not counted;
+reverse: starts as untuned, and x moves every {STEPS} steps.
 """
 
 
@@ -143,19 +144,19 @@ def first_x(rate: float = RATE) -> PyTree:
 EPOCHS = bx.sampling.epochs(BATCH)
 
 
-def sample(key: Key | None, t: Array, data: Any) -> Any:
+def sample(key: Key | None, t: Scalar, data: Any) -> Any:
     """Rows of an epoch, and a key for the dropout of this step."""
     return EPOCHS(key, t, data), key
 
 
-def reverse(problem: Problem, steps: int = STEPS) -> bx.problem.InnerSolver:
+def reverse(problem: Problem) -> bx.problem.InnerSolver:
     """Differentiates all steps of an outer step."""
-    return bx.inner.reverse(problem.inner_loss, problem.optimizer, steps, sample=sample)
+    return bx.inner.reverse(problem.inner_loss, problem.optimizer, STEPS, sample=sample)
 
 
-def no_gradient(problem: Problem, steps: int = STEPS) -> bx.problem.InnerSolver:
+def no_gradient(problem: Problem) -> bx.problem.InnerSolver:
     """Trains, and differentiates nothing."""
-    return bx.inner.no_gradient(problem.inner_loss, problem.optimizer, steps, sample=sample)
+    return bx.inner.no_gradient(problem.inner_loss, problem.optimizer, STEPS, sample=sample)
 
 
 def everything(data: Data) -> bx.Batch:
@@ -240,6 +241,9 @@ def draw(runs: Sequence[Run]) -> Figure:
     return figure
 
 
+DEFAULTS = Common(tuple(ROWS), budget=600.0)
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Layer rates: AdamW's rate and decay for each layer of a network with BatchNorm and Dropout, on Fashion-MNIST.
@@ -249,7 +253,7 @@ class Config:
 
     side: int = 28
     """Of the images: 28, or a divisor of it (14, 7), for which they are reduced."""
-    common: tyro.conf.OmitArgPrefixes[Common] = Common(tuple(ROWS), budget=600.0)
+    common: tyro.conf.OmitArgPrefixes[Common] = DEFAULTS
     """Options of every task."""
 
     def __post_init__(self) -> None:
