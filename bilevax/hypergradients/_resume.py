@@ -40,7 +40,9 @@ def resumed(start: Start, x: PyTree, y: PyTree, opt_state: Any, t: Any) -> Itera
     checks.same_shapes("opt_state of the state", opt_state, z.opt_state, fix)
     new, structure = jax.tree.flatten(z.opt_state)
     kept = jax.tree.leaves(jax.lax.stop_gradient(opt_state))
-    leaves = (arrays(a) if of_x else b for a, b, of_x in zip(new, kept, _made_of_x(start, x, y), strict=True))
+    leaves = (
+        arrays(a) if of_x else b for a, b, of_x in zip(new, kept, _made_of_x(start, x, y, opt_state), strict=True)
+    )
     return Iterate(z.y, jax.tree.unflatten(structure, leaves), t)
 
 
@@ -65,8 +67,10 @@ def _name(path: Any) -> str:
     return jax.tree_util.keystr(path).removesuffix(".value")
 
 
-def _made_of_x(start: Start, x: PyTree, y: PyTree) -> list[bool]:
+def _made_of_x(start: Start, x: PyTree, y: PyTree, opt_state: Any) -> list[bool]:
     """For each leaf of the first optimizer state, whether it is computed from x."""
+    if not jax.tree.leaves(opt_state):
+        return []
     program, _ = opened(jax.make_jaxpr(lambda x, y: start(x, y).opt_state)(x, y))
     number = len(jax.tree.leaves(x))
     return _reached(program, [i < number for i in range(len(program.invars))])
