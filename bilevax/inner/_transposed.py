@@ -24,5 +24,5 @@ def moved_along(b: PyTree, x_dot: PyTree) -> PyTree:
     A leaf of y that x has no influence on has a b of zeros, whatever x_dot is, and `jax.lax.custom_linear_solve` can be
     transposed only where all of its right-hand side is linear.
     """
-    zero = 0 * jnp.sum(jax.tree.leaves(x_dot)[0])
+    zero = jnp.asarray(0 * sum(jnp.sum(leaf) for leaf in jax.tree.leaves(x_dot)))
     return jax.tree.map(lambda leaf: leaf + zero.astype(leaf.dtype), b)

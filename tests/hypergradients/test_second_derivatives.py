@@ -311,3 +311,17 @@ def test_a_leaf_that_x_has_no_influence_on():
 
         expected = -2 * np.exp(-0.6), 4 * np.exp(-0.6)
         np.testing.assert_allclose(derivatives(x), expected, rtol=1e-10)
+
+
+def test_a_leaf_that_x_has_no_influence_on_where_the_first_part_of_x_is_held():
+    solve = bx.differentiable(bx.inner.implicit(g_of_parts, solve=solution_of_parts, ihvp=TIGHT))
+    grad = jax.jit(jax.grad(lambda x: jnp.sum(solve({"a": 1.0, "b": x}, solution_of_parts({"b": X}), None)["y"])))(X)
+    np.testing.assert_allclose(grad, (1 - X**2) / (1 + X**2) ** 2, rtol=1e-10)
+
+
+def g_of_parts(x, y, batch):
+    return g(x["b"], y, batch) + (y["still"] - x["a"]) ** 2
+
+
+def solution_of_parts(x, y0=None, batch=None):
+    return closed(x["b"]) | {"still": 1.0}

@@ -466,6 +466,25 @@ def test_a_solve_or_initial_that_forgets_what_is_carried_is_refused():
             jax.eval_shape(bx.differentiable(solver), X, QUADRATIC_Y, None)
 
 
+def test_a_solve_by_the_implicit_rule_is_differentiated_in_both_modes():
+    solve = bx.differentiable(bx.inner.implicit(quadratic, solve=three_steps, ihvp=bx.ihvp.exact()))
+
+    def value(x):
+        return squares(x, solve(x, QUADRATIC_Y, None), None)
+
+    grad, slope, second, y = jax.jit(
+        lambda: (
+            jax.grad(value)(X),
+            jax.jvp(value, (X,), (1.0,))[1],
+            jax.hessian(value)(X),
+            three_steps(X, QUADRATIC_Y, None),
+        )
+    )()
+    y_dot = jnp.linalg.solve(A, C)
+    np.testing.assert_allclose((grad, slope), 2 * y_dot @ (y.params + 2 * y.carried["mean"]), rtol=1e-10)
+    np.testing.assert_allclose(second, 2 * y_dot @ y_dot, rtol=1e-10)
+
+
 # Equations, whose step or residual may carry too
 
 
