@@ -241,7 +241,7 @@ def solution(y: PyTree, y0: PyTree, function: str = "solve", argument: str = "y0
     """What a function of somebody else returned for y0, in the dtypes of y0, if it looks like it."""
     fix = f"Return from {function}(x, {argument}, batch) {_like_y(y0, argument)}."
     checks.same_shapes(f"y under {function}", y, y0, fix)
-    params = optax.tree.cast_like(parameters(y), parameters(y0))
+    params = optax.tree.cast_like(arrays(parameters(y)), parameters(y0))
     if not isinstance(y0, Carried):
         return params
     return Carried(params, carried_like(f"carried under {function}", y.carried, y0.carried, fix))
