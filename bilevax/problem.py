@@ -424,12 +424,14 @@ class SolverInfo(NamedTuple):
 
     Attributes:
       inner_loss: g(x, y) at the returned y; scalar, or None where a black box is given no g.
-      gradient_norm: ‖∇_y g(x, y)‖ at the returned y; the same. Implicit rules are wrong where it is not small. It and
+      gradient_norm: ‖∇_y g(x, y)‖ at the returned y; the same. (`inner.fixed_point` and `inner.root` without g report
+        half the squared norm of their residual, and its norm.) Implicit rules are wrong where it is not small. It and
         `inner_loss` are taken on the batch of `cross_sample` (all data by default) in `inner.implicit`, and on the
         batch of the last step in the other solvers: under minibatches those are noisy.
       breakdown: True where the derivative cannot be trusted: the inverse-Hessian-vector product broke down, a loss or
         a gradient is not finite, or the steps diverge: they left g larger than they found it, and ∇_y g more than ten
-        times as long.
+        times as long. Of `inner.implicit` also where its steps stop although ∇_y g points far away, as at a constraint;
+        of `inner.fixed_point` and `inner.root` where the equation or its adjoint is not solved.
       calls: `Calls` of the forward and the backward pass together.
       detail: `IHVPInfo` for `inner.implicit`, `EquationInfo` for `inner.fixed_point` and `inner.root`,
         `DirectionalInfo` for `inner.forward_gradient` and `inner.zeroth_order`, the two infos for `inner.chain`, ()
