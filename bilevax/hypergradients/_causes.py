@@ -307,6 +307,11 @@ CAUSES = (  # what is not finite, the loss and the problem, then success, then t
         ),
     ),
     Cause(
+        applies=lambda found: math.isnan(found.figures.inner_error),
+        verdict=lambda found: "the hypergradient is not right, and the budget was over before the cause was found",
+        remedy=lambda found: "Give more seconds as budget=, or check a smaller instance of the problem.",
+    ),
+    Cause(
         applies=lambda found: bool(found.solves) and found.figures.estimator_curvature < 0,
         verdict=lambda found: "the curvature is indefinite where the estimator stands",
         remedy=lambda found: (

@@ -28,7 +28,7 @@ def check_hypergradient(
     key: Key | None = None,
     state: Any = None,
     tol: float = 0.01,
-    budget: float = 60.0,
+    budget: float = 300.0,
     progress: Callable[[str], Any] | None = None,
 ) -> HypergradientReport:
     """Compares an estimate with the exact hypergradient, and tells what makes the difference.
