@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bilevax.meshes import on_any_axes
 from bilevax.typing import Array, PyTree, Scalar
 
 
@@ -237,7 +238,8 @@ def same_form(name: str, got: PyTree, expected: PyTree, fix: str) -> None:
 def scalar_loss(name: str, loss: Callable[[PyTree, PyTree, PyTree], Any]) -> Callable[[PyTree, PyTree, PyTree], Array]:
     """Returns `loss` with a check that it returns one floating-point number."""
     function(name, loss, "x", "y", "batch")
-    return lambda x, y, batch: scalar_value(name, loss(x, y, batch))
+    evaluate = on_any_axes(loss)
+    return lambda x, y, batch: scalar_value(name, evaluate(x, y, batch))
 
 
 def scalar_value(name: str, value: Any) -> Array:

@@ -7,16 +7,16 @@ word. On one device, and where axes are Auto, each function here is the plain on
 
 import math
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from bilevax.typing import Array, PyTree, Scalar
-
+Array: TypeAlias = jax.Array
+PyTree: TypeAlias = Any
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -73,6 +73,17 @@ def on_mesh(function: Callable[P, T]) -> Callable[P, T]:
     return call
 
 
+def laid(tree: PyTree, mesh: Mesh, specs: PyTree) -> PyTree:
+    """The pytree, each leaf with a spec laid on a mesh with Explicit axes, where `jax.shard_map` asks for that."""
+    if AxisType.Explicit not in mesh.axis_types:
+        return tree
+
+    def one(leaf: Any, spec: PartitionSpec) -> Any:
+        return jax.sharding.reshard(leaf, NamedSharding(mesh, spec)) if tuple(spec) else whole(leaf)
+
+    return jax.tree.map(one, tree, specs)
+
+
 def whole(tree: PyTree) -> PyTree:
     """The pytree, each leaf whole on every device."""
 
@@ -106,7 +117,7 @@ def rows(leaf: Array, indices: Array) -> Array:
     return leaf.at[indices].get(out_sharding=NamedSharding(sharding.mesh, spec))
 
 
-def entry(leaf: Array, index: Scalar) -> Array:
+def entry(leaf: Array, index: Any) -> Array:
     """`leaf[index]`, spread as the leaf; beyond the end NaN, or the most negative number."""
     sharding = spread(leaf)
     out = None if sharding is None else NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
@@ -125,6 +136,20 @@ def by_compiler(function: Callable[P, T], example: PyTree = None) -> Callable[P,
             return function(*args, **kwargs)
         out = _shardings(example, sharding)
         return jax.sharding.auto_axes(function, out_sharding=out)(*args, **kwargs)
+
+    return call
+
+
+def on_any_axes(function: Callable[P, T]) -> Callable[P, T]:
+    """The function, and with Auto axes where JAX refuses it on Explicit ones: a loss that says no `out_sharding`."""
+
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:
+            if type(error).__name__ != "ShardingTypeError":  # whose class is no public part of JAX
+                raise
+            return by_compiler(function)(*args, **kwargs)
 
     return call
 

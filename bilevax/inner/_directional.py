@@ -128,7 +128,7 @@ class Plan(NamedTuple):
     guide: Guide | None
     control_variate: Guide | None
     chunk: int | None
-    axis: str | None
+    axis: str | tuple[str, ...] | None
 
     @property
     def guesses(self) -> int:
@@ -158,7 +158,7 @@ def make_plan(
     guide: Guide | None,
     control_variate: Guide | None,
     chunk: int | None,
-    axis: str | None,
+    axis: str | tuple[str, ...] | None,
 ) -> Plan:
     """Checks what a user asks for."""
     directions = checks.count("directions", directions, minimum=1)

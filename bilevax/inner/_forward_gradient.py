@@ -28,7 +28,7 @@ def forward_gradient(
     initial: Initial | None = None,
     sample: Sample = full,
     chunk: int | None = None,
-    axis: str | None = None,
+    axis: str | tuple[str, ...] | None = None,
 ) -> InnerSolver:
     """Pushes tangents in random directions through all inner steps: (FG)²U.
 
@@ -61,7 +61,8 @@ def forward_gradient(
       sample: how inner step t draws its batch from the data.
       chunk: how many tangents are pushed at once; by default all. With chunks they are pushed in the backward pass, and
         none is kept.
-      axis: name of the device axis whose devices share the random directions; see `parallel.shard_directions`.
+      axis: name of the device axis, or names, whose devices share the random directions; see
+        `parallel.shard_directions`.
 
     Returns:
       An `InnerSolver` with state `DirectionalState(guide, control_variate)` and `info.detail` a `DirectionalInfo`. In a

@@ -74,7 +74,7 @@ def zeroth_order(
     inner_loss: Loss | None = None,
     initial: Initial | None = None,
     chunk: int | None = None,
-    axis: str | None = None,
+    axis: str | tuple[str, ...] | None = None,
 ) -> InnerSolver:
     """Differentiates a black-box solver S by finite differences of its solution along random directions.
 
@@ -106,7 +106,8 @@ def zeroth_order(
       inner_loss: g, for the report alone; without it there is none.
       initial: y_0 as a function of x; by default y_0 is the warm y, the same for all evaluations.
       chunk: how many evaluations run at once, under `jax.vmap`; by default all, with 1 one after the other.
-      axis: name of the device axis whose devices share the random directions; see `parallel.shard_directions`.
+      axis: name of the device axis, or names, whose devices share the random directions; see
+        `parallel.shard_directions`.
 
     Returns:
       An `InnerSolver` with state `DirectionalState(guide, control_variate)` and `info.detail` a `DirectionalInfo`.

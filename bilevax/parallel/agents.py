@@ -20,11 +20,12 @@ from typing import Any, ParamSpec, Protocol, TypeAlias, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bilevax import checks
 from bilevax.agents import _gossip as gossips
 from bilevax.agents import topology as graphs
+from bilevax.meshes import laid
 from bilevax.problem import Algorithm, Batch
 from bilevax.single_loop._levels import Levels, levels
 from bilevax.typing import Array, Key, PyTree
@@ -38,6 +39,7 @@ def __dir__() -> list[str]:
 
 P = ParamSpec("P")
 T = TypeVar("T")
+Axis: TypeAlias = str | tuple[str, ...]  # of the devices; several together are one, the last the fastest
 _ONE_MESH = 'Pass jax.sharding.Mesh(jax.devices(), ("agents",)).'
 
 
@@ -73,13 +75,14 @@ def shard_agents(make_algorithm: MakeAlgorithm, topology: Graphs, mesh: Mesh) ->
         first, or a scalar that every device computes alike (from counters, keys, `gossip.mean`), which is not checked.
       topology: a `Topology`, a sequence of them taken in turn, or `Levels` of these: `make_algorithm` gets `Levels` of
         gossips then. A directed graph is mixed by push-sum.
-      mesh: a mesh with one axis, of a number of devices that divides n.
+      mesh: a mesh with axes of any type, of a number of devices that divides n; several axes are taken together, the
+        last one the fastest.
 
     Returns:
       `Algorithm(init, step)`, both jitted.
 
     Raises:
-      ValueError: if the mesh has several axes or explicit ones, if its size does not divide n, if `make_algorithm` does
+      ValueError: if the size of the mesh does not divide n, if `make_algorithm` does
         not take a gossip and return an `Algorithm`; as `bx.gossip`; from `init` and `step`, if a leaf has other rows.
 
     Cost: that of the method for n/devices agents on each device; the program is traced twice.
@@ -95,7 +98,7 @@ def shard_agents(make_algorithm: MakeAlgorithm, topology: Graphs, mesh: Mesh) ->
         >>> method.init(x, y).x.sharding.spec[0]
         'agents'
     """
-    (axis,) = _mesh(mesh).axis_names
+    axis = _axis(mesh)
     algorithm, n = _spread(make_algorithm, topology, axis, mesh.size)
 
     def specs(tree: PyTree) -> PyTree:
@@ -105,6 +108,7 @@ def shard_agents(make_algorithm: MakeAlgorithm, topology: Graphs, mesh: Mesh) ->
         # The output specs need the ranks of the outputs: a shape run that calls all of them replicated finds what one
         # device holds, for n = 8 on 4 devices leaves [2, 3] and scalars [], and specs makes [8, 3] and [] of them.
         # With check_vma=True a derivative at a constant of the method's own would be summed over the devices
+        arguments = laid(arguments, mesh, in_specs)
         shard = partial(jax.shard_map, function, mesh=mesh, in_specs=in_specs, check_vma=False)
         held = jax.eval_shape(shard(out_specs=PartitionSpec()), *arguments)
         return shard(out_specs=specs(held))(*arguments)
@@ -115,7 +119,9 @@ def shard_agents(make_algorithm: MakeAlgorithm, topology: Graphs, mesh: Mesh) ->
 
     @jax.jit
     def step(key: Key | None, state: Any, batch: Batch) -> tuple[Any, Any]:
-        return run(algorithm.step, (PartitionSpec(), *specs((state, batch))), key, state, batch)
+        return run(
+            algorithm.step, (jax.tree.map(lambda leaf: PartitionSpec(), key), *specs((state, batch))), key, state, batch
+        )
 
     def check(name: str, tree: PyTree) -> None:
         checks.agents_axis(name, tree, n, f"Pass the rows of all agents: {mesh.size} devices share them.")
@@ -181,10 +187,10 @@ def place(tree: PyTree, mesh: Mesh) -> PyTree:
       mesh: the mesh of `shard_agents`.
 
     Returns:
-      The pytree with leaves sharded over the axis of the mesh.
+      The pytree with leaves sharded over the axes of the mesh.
 
     Raises:
-      ValueError: if the mesh has several axes or explicit ones, or if its size does not divide the rows of a leaf.
+      ValueError: if the size of the mesh does not divide the rows of a leaf.
 
     Cost: one copy of each row.
 
@@ -193,7 +199,7 @@ def place(tree: PyTree, mesh: Mesh) -> PyTree:
         >>> bx.parallel.place(jnp.zeros((4, 2)), jax.sharding.Mesh(jax.devices()[:1], ("agents",))).sharding.spec[0]
         'agents'
     """
-    (axis,) = _mesh(mesh).axis_names
+    axis = _axis(mesh)
     _check_rows(tree, mesh.size)
 
     def put(leaf: Any) -> jax.Array:
@@ -262,7 +268,7 @@ def join(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: leaf[0] if leaf.ndim == 1 else leaf.reshape(-1, *leaf.shape[2:]), tree)
 
 
-def _spread(make_algorithm: MakeAlgorithm, topology: Graphs, axis: str, devices: int) -> tuple[Algorithm, int]:
+def _spread(make_algorithm: MakeAlgorithm, topology: Graphs, axis: Axis, devices: int) -> tuple[Algorithm, int]:
     """The method over a gossip whose agents are spread along a named axis, and their number."""
     checks.function("make_algorithm", make_algorithm, "gossip")
     gossip = gossip_along(topology, axis, devices)
@@ -302,14 +308,14 @@ def _checked(
     return Algorithm(checked_init, checked_step)
 
 
-def gossip_along(topology: Graphs, axis: str, devices: int) -> Gossips:
+def gossip_along(topology: Graphs, axis: Axis, devices: int) -> Gossips:
     """A gossip (of each level) for each device of a named axis, which holds n/devices consecutive agents."""
     if isinstance(topology, Levels):
         return Levels(*(_along(one, axis, devices) for one in topology))
     return _along(topology, axis, devices)
 
 
-def _along(topology: gossips.Topologies, axis: str, devices: int) -> gossips.Gossip:
+def _along(topology: gossips.Topologies, axis: Axis, devices: int) -> gossips.Gossip:
     graphs.check(topology)
     sequence = (topology,) if isinstance(topology, graphs.Topology) else tuple(topology)
     if sequence[0].n % devices:
@@ -325,7 +331,7 @@ def _along(topology: gossips.Topologies, axis: str, devices: int) -> gossips.Gos
     return gossips.with_push_sum(plain) if any(one.directed for one in sequence) else plain
 
 
-def _form(axis: str, devices: int, topology: graphs.Topology) -> gossips.Form:
+def _form(axis: Axis, devices: int, topology: graphs.Topology) -> gossips.Form:
     """Shifts between devices for a graph with few hops, the local rows of W otherwise."""
     if devices == 1:
         return gossips.by_structure(topology)
@@ -353,7 +359,7 @@ def _shifts_pay(devices: int, topology: graphs.Topology) -> bool:
     return bool(rows < devices * (topology.n - local) and permutes <= 2 * devices)
 
 
-def _shifts(axis: str, devices: int, topology: graphs.Topology) -> gossips.Form:
+def _shifts(axis: Axis, devices: int, topology: graphs.Topology) -> gossips.Form:
     """A hop of far · local + cut brings the rows from `cut` on from `far` devices on, those before it from one more."""
     # 8 agents on 4 devices, leaves [2, 3] there. Hop 3 is far 1, cut 1: device 0, with the agents 0 and 1, needs 3 and
     # 4, row 1 of device 1 and row 0 of device 2, [1, 3] and [1, 3] -> [2, 3]. Hop 2 is far 1, cut 0: all of device 1.
@@ -374,17 +380,14 @@ def _shifts(axis: str, devices: int, topology: graphs.Topology) -> gossips.Form:
     return gossips.shifted(hops, shift, partial(_held, axis, local))
 
 
-def _held(axis: str, local: int) -> Array:
+def _held(axis: Axis, local: int) -> Array:
     return jax.lax.axis_index(axis) * local + jnp.arange(local, dtype=jnp.int32)
 
 
-def _mesh(mesh: Mesh) -> Mesh:
+def _axis(mesh: Mesh) -> Axis:
+    """The axes of the mesh, along which the agents lie one after the other: its name where there is one."""
     checks.instance("mesh", mesh, Mesh, _ONE_MESH)
-    if len(mesh.axis_names) != 1:
-        raise ValueError(f"mesh must have one axis, that of the agents; got {mesh.axis_names}. {_ONE_MESH}")
-    if mesh.axis_types[0] != AxisType.Auto:
-        raise ValueError(f"mesh must have an axis of type Auto; got {mesh.axis_types[0]}. {_ONE_MESH}")
-    return mesh
+    return mesh.axis_names[0] if len(mesh.axis_names) == 1 else mesh.axis_names
 
 
 def _check_rows(tree: PyTree, devices: int) -> None:

@@ -10,37 +10,40 @@ estimate is that of one device, up to the order of the sum.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from bilevax import checks
+from bilevax.meshes import like, whole
+from bilevax.parallel.agents import Axis
 from bilevax.printing import as_called
-from bilevax.problem import Hypergradient
+from bilevax.problem import Batch, Hypergradient
+from bilevax.typing import Key, PyTree
 
-MakeHypergradient: TypeAlias = Callable[[str], Hypergradient]
-"""`make_hypergradient(axis) -> Hypergradient`, a function of yours."""
+MakeHypergradient: TypeAlias = Callable[[Any], Hypergradient]
+"""`make_hypergradient(axis) -> Hypergradient`, a function of yours; it gets the name of the axis, or several names."""
 
 
 @as_called
 def shard_directions(make_hypergradient: MakeHypergradient, mesh: Mesh) -> Hypergradient:
     """A hypergradient whose random directions are spread over the devices of a mesh, by `jax.shard_map`.
 
-    It reads and returns the same pytrees as on one device, each of them whole on every device. On several hosts call
+    It reads and returns the same pytrees as on one device, and every device works on whole ones. On several hosts call
     `jax.distributed.initialize()` first and run the same text on every one.
 
     Args:
       make_hypergradient: `make_hypergradient(axis) -> Hypergradient`, whose solver gets `axis=axis`:
         `inner.forward_gradient` or `inner.zeroth_order`. (Without it every device does all of the work.)
-      mesh: a mesh with one axis, of a number of devices that divides the random directions.
+      mesh: a mesh with axes of any type, of a number of devices that divides the random directions.
 
     Returns:
       A `Hypergradient`, to jit.
 
     Raises:
-      ValueError: if the mesh has several axes, or `make_hypergradient` returns no `Hypergradient`; from `estimate`, if
+      ValueError: if `make_hypergradient` returns no `Hypergradient`; from `estimate`, if
         the devices do not divide the random directions.
 
     Cost: on each device that of its share of the directions, and one run of the primal; one sum of a vector like x over
@@ -59,16 +62,17 @@ def shard_directions(make_hypergradient: MakeHypergradient, mesh: Mesh) -> Hyper
         [1.0]
     """
     checks.instance("mesh", mesh, Mesh, 'Pass jax.sharding.Mesh(jax.devices(), ("directions",)).')
-    if len(mesh.axis_names) != 1 or mesh.axis_types[0] != AxisType.Auto:
-        raise ValueError(
-            f"mesh must have one axis, of type Auto; got {mesh.axis_names} of {mesh.axis_types}. "
-            f'Pass jax.sharding.Mesh(jax.devices(), ("directions",)).'
-        )
-    hypergrad = _made(make_hypergradient, mesh.axis_names[0])
+    hypergrad = _made(make_hypergradient, mesh.axis_names[0] if len(mesh.axis_names) == 1 else mesh.axis_names)
     everywhere = PartitionSpec()
     # With check_vma=True a derivative at values that all devices share would be summed over them
     shard = partial(jax.shard_map, mesh=mesh, in_specs=everywhere, out_specs=everywhere, check_vma=False)
-    return Hypergradient(hypergrad.init, shard(hypergrad.estimate))
+
+    def estimate(key: Key | None, state: Any, x: PyTree, batch: Batch) -> tuple[PyTree, Any, Any]:
+        """As on one device: (grad, state, info), with grad like x."""
+        grad, after, info = shard(hypergrad.estimate)(key, *whole((state, x, batch)))
+        return like(grad, x), like(after, state), info
+
+    return Hypergradient(hypergrad.init, estimate)
 
 
 @as_called
@@ -112,7 +116,7 @@ def pmap_directions(make_hypergradient: MakeHypergradient, devices: Sequence[jax
     return Hypergradient(hypergrad.init, partial(run, here))
 
 
-def _made(make_hypergradient: MakeHypergradient, axis: str) -> Hypergradient:
+def _made(make_hypergradient: MakeHypergradient, axis: Axis) -> Hypergradient:
     checks.function("make_hypergradient", make_hypergradient, "axis")
     hypergrad = make_hypergradient(axis)
     fix = "Return, say, bx.hypergradient(outer_loss, bx.inner.forward_gradient(..., axis=axis))."

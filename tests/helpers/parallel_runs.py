@@ -232,9 +232,21 @@ def call_by_call():
         "pmap": difference(bx.parallel.join(there), expected),
         "kept": kept((first, state, info), 0),
         "traces": len(traces),
+        "meshes": dict(on_meshes(topology, make, expected)),
         "half": travelling_half(mesh),
         "vmap": difference(jax.tree.map(lambda leaf: leaf[1], jax.vmap(of_step)(steps)), expected),
     }
+
+
+def on_meshes(topology, make, expected):
+    """Other meshes: data that was placed there, and data that the method puts there by itself."""
+    for axes, kind in (((8,), AxisType.Explicit), ((4, 2), AxisType.Auto), ((4, 2), AxisType.Explicit)):
+        mesh = jax.make_mesh(axes, ("a", "b")[: len(axes)], axis_types=(kind,) * len(axes))
+        method, arguments = bx.parallel.shard_agents(make, topology, mesh), data(16)
+        state = method.init(*arguments[:2])
+        for _ in range(ITERATIONS):
+            state, _ = method.step(None, state, bx.parallel.place(arguments[2], mesh))
+        yield f"{axes} {kind.name}", difference(state, expected)
 
 
 def travelling_half(mesh):
@@ -324,10 +336,6 @@ def refused():
     attempts = {
         "agents": lambda: bx.parallel.shard_agents(make, graphs.ring(12), mesh),
         "agents of pmap": lambda: bx.parallel.pmap_agents(make, graphs.ring(12), devices),
-        "two axes": lambda: bx.parallel.shard_agents(make, RING, Mesh(np.reshape(devices, (4, 2)), ("a", "b"))),
-        "explicit": lambda: bx.parallel.shard_agents(
-            make, RING, jax.make_mesh((8,), ("a",), axis_types=(AxisType.Explicit,))
-        ),
         "no mesh": lambda: bx.parallel.shard_agents(make, RING, devices),
         "no devices": lambda: bx.parallel.pmap_agents(make, RING, mesh),
         "empty": lambda: bx.parallel.pmap_agents(make, RING, []),

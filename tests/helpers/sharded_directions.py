@@ -5,7 +5,7 @@ import json
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import bilevax as bx
 
@@ -92,9 +92,16 @@ def main():
         if name == "rademacher":
             mapped = bx.parallel.pmap_directions(make, jax.devices()).estimate(KEY, state, X, BATCH)
             found[name].append(off(mapped, expected))
+            grid = jax.make_mesh((2, 2), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
+            x = jax.device_put(
+                X, {"a": NamedSharding(grid, PartitionSpec("a")), "b": NamedSharding(grid, PartitionSpec())}
+            )
+            spread = jax.jit(bx.parallel.shard_directions(make, grid).estimate)(KEY, state, x, BATCH)
+            found[name].append(off(spread, expected))
+            lies = spread[0]["a"].sharding.is_equivalent_to(x["a"].sharding, 1)
     few = lambda axis: bx.hypergradient(outer_loss, bx.inner.zeroth_order(solve, directions=6, axis=axis))  # noqa: E731
     messages = {"checked": refused(makers()["rademacher"]), "few": refused(few, check_vma=False)}
-    print(json.dumps({"devices": len(jax.devices()), "off": found, "messages": messages}))
+    print(json.dumps({"devices": len(jax.devices()), "off": found, "lies": lies, "messages": messages}))
 
 
 if __name__ == "__main__":

@@ -42,6 +42,11 @@ def outer_loss(x, y, batch):
     return INNER_LOSS(x - 9, y, batch) + 0.1 * jnp.sum(x**2) + jnp.sum(jnp.sin(y["b"]))
 
 
+def contracting(x, y, batch):
+    """Refused by JAX with Explicit axes, since it does not say how a sum over spread entries shall lie."""
+    return INNER_LOSS(x, y, batch) + jnp.sin(jnp.vdot(y["b"], x))
+
+
 def point():
     """x, y and the rows."""
     draw = np.random.default_rng(0).normal
@@ -88,6 +93,8 @@ def hypergradients():
     for name, (make, _) in SOLVERS.items():
         solvers[name] = make(INNER_LOSS, plain if "implicit" in name else momentum, sample)
     solvers["epochs"] = bx.inner.reverse(INNER_LOSS, momentum, 4, sample=bx.sampling.epochs(12))
+    solvers["contracting, implicit"] = bx.inner.implicit(contracting, plain, 4, ihvp=bx.ihvp.exact(), sample=sample)
+    solvers["contracting, reverse"] = bx.inner.reverse(contracting, momentum, 4, sample=sample)
     found = {name: bx.hypergradient(outer_loss, solver) for name, solver in solvers.items()}
     return found | {name: make(problem, plain, sample) for name, (make, _) in ESTIMATORS.items()}
 

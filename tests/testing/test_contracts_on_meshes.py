@@ -10,7 +10,7 @@ import sharded_methods
 from processes import findings, start
 
 METHODS = sharded_methods.hypergradients()
-SOME = ("ihvp nystrom", "ihvp ekfac", "forward_gradient", "epochs")
+SOME = ("ihvp nystrom", "ihvp ekfac", "forward_gradient", "epochs", "contracting, reverse")
 
 
 @pytest.mark.parametrize("name", METHODS)
