@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevax import checks
+from bilevax.meshes import like, on_any_axes
 from bilevax.typing import Array, PyTree
 
 __all__ = ["Carried", "CarryingLoss", "carried_like", "carrying", "pair", "parameters", "with_parameters"]
@@ -74,12 +75,12 @@ def carrying(name: str, loss: Callable[[PyTree, PyTree, PyTree], Any]) -> Carryi
 
     It is the loss at y with these params, so that its derivative in y is that in params.
     """
-    scalar = checks.scalar_loss(name, loss)
+    scalar, both = checks.scalar_loss(name, loss), on_any_axes(loss)
 
     def evaluate(x: PyTree, params: PyTree, y: PyTree, batch: PyTree) -> tuple[Array, PyTree]:
         if not isinstance(y, Carried):
             return scalar(x, params, batch), y
-        value, carried = pair(name, "value", loss(x, with_parameters(y, params), batch))
+        value, carried = pair(name, "value", both(x, with_parameters(y, params), batch))
         fix = "Return from the loss as its second part what came in y.carried, with new values."
         carried = carried_like(f"carried of {name}", carried, y.carried, fix)
         return checks.scalar_value(name, value), y._replace(carried=carried)
@@ -108,4 +109,4 @@ def carried_like(name: str, carried: PyTree, before: PyTree, fix: str) -> PyTree
     checks.same_shapes(name, carried, before, fix)
     carried = jax.tree.map(cast, carried, before)
     checks.same_form(name, carried, before, fix)
-    return jax.lax.stop_gradient(carried)
+    return jax.lax.stop_gradient(like(carried, before))

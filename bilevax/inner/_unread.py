@@ -6,7 +6,7 @@ import jax
 from jax.extend import core
 
 from bilevax.curvature.capture.batch_axis import opened
-from bilevax.meshes import zeros_like
+from bilevax.meshes import on_any_axes, zeros_like
 from bilevax.problem import Loss
 from bilevax.typing import PyTree
 
@@ -17,7 +17,8 @@ def on_leaves_read(b: PyTree, inner_loss: Loss, x: PyTree, y: PyTree, batch: PyT
     There H is zero, and so is the cross derivative: whatever v is, it has no part in the hypergradient; but the system
     as a whole would have no solution. What g reads is told from its program, not from numbers.
     """
-    program, _ = opened(jax.make_jaxpr(lambda y: inner_loss(x, y, batch))(y))
+    evaluate = on_any_axes(inner_loss)
+    program, _ = opened(jax.make_jaxpr(lambda y: evaluate(x, y, batch))(y))
     leaves, structure = jax.tree.flatten(b)
     read = _read(program, [True] * len(program.outvars))
     return jax.tree.unflatten(structure, [a if used else zeros_like(a) for a, used in zip(leaves, read, strict=True)])

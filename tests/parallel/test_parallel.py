@@ -108,10 +108,8 @@ def test_other_methods_by_pmap(part, methods):
 
 def test_calls_and_bad_input(found):
     calls = found["calls"]
-    assert max(calls[name] for name in ("shard_map", "pmap", "vmap")) < SMALL
+    assert max(calls[name] for name in ("shard_map", "pmap", "vmap", "explicit")) < SMALL
     assert calls["kept"]
-    assert set(calls["meshes"]) == {"(8,) Explicit", "(4, 2) Auto", "(4, 2) Explicit"}
-    assert max(calls["meshes"].values()) < SMALL
     assert calls["half"] == ["bf16"]
     assert calls["traces"] == 2  # for the shapes, and for the program
     for name, (off, operations) in found["rounds"].items():
