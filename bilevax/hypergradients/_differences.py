@@ -107,7 +107,8 @@ def own_run(hypergrad: Hypergradient, outer_loss: Loss, key: Key | None, state: 
         def one(pair: tuple[Array, Array]) -> tuple[Array, Array]:
             x = unravel_x(pair[0])
             after = hypergrad.estimate(key, moved(state, pair[1]), x, batch)[1]
-            return outer_loss(x, after.y, batch.outer), ravel_pytree(parameters(after.y))[0]
+            params = parameters(after.y)  # f is given with what y carries, which no derivative sees
+            return outer_loss(x, params, batch.outer), ravel_pytree(params)[0]
 
         return jax.lax.map(one, (xs, ys))
 

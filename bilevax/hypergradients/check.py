@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevax import checks
-from bilevax.carried import carrying, parameters
+from bilevax.carried import carrying, parameters, with_parameters
 from bilevax.hypergradients._causes import diagnosed
 from bilevax.hypergradients._checked import check_hypergrad, estimated
 from bilevax.hypergradients._examination import examined
@@ -109,7 +109,8 @@ def check_hypergradient(
     def losses(x: PyTree, y: PyTree, batch: Batch) -> tuple[Array, Array]:
         return outer_loss(x, y, batch.outer), inner_loss(x, parameters(y), y, batch.inner)[0]
 
-    values = [float(value) for value in losses(x, state.y, batch)]
+    start = with_parameters(after.y, parameters(state.y))  # with what y carries as it is afterwards
+    values = [float(value) for value in losses(x, start, batch)]
     wide = jnp.zeros(()).dtype == "float64"
     patient = Patient(estimate, hypergrad, key, x, y, batch, state, given, grad, after, info, others, wide)
     with jax.enable_x64(True):

@@ -489,6 +489,23 @@ def test_a_solve_by_the_implicit_rule_is_differentiated_in_both_modes():
     np.testing.assert_allclose(second, 2 * y_dot @ y_dot, rtol=1e-10)
 
 
+def test_the_doctor_holds_what_is_carried():
+    """As in a batch norm, f reads the statistics, and g does not."""
+
+    def inner_loss(x, y, batch):
+        value = 0.5 * y.params @ A @ y.params - x * C @ y.params
+        return value, {"mean": 0.5 * y.carried["mean"] + 0.5 * y.params, "count": y.carried["count"] + 1}
+
+    problem = bx.BilevelProblem(squares, inner_loss)
+    for solver, verdict in (
+        (bx.inner.reverse(inner_loss, optax.sgd(0.2), 200), "the hypergradient is right to 0.01"),
+        (bx.inner.implicit(inner_loss, optax.sgd(0.2), 3, ihvp=bx.ihvp.exact()), "the inner problem is not solved"),
+    ):
+        hypergrad = bx.hypergradient(squares, solver)
+        report = bx.check_hypergradient(problem, X, QUADRATIC_Y, bx.Batch(None, None), hypergrad)
+        assert report.verdict == verdict, report
+
+
 # Equations, whose step or residual may carry too
 
 
