@@ -279,3 +279,11 @@ class Shapes:
 
     def __repr__(self) -> str:
         return f"{self.structure} with shapes {list(self.shapes)}"
+
+
+def taken(function: Callable[..., Any], offered: dict[str, Any]) -> dict[str, Any]:
+    """Those of the offered keyword arguments that a function takes."""
+    parameters = inspect.signature(function).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return offered
+    return {name: given for name, given in offered.items() if name in parameters}

@@ -166,7 +166,7 @@ def descent(
         parts = at_iteration(state.k).estimate(estimate_key, state.estimator, state.x, data)
         grad, memory, info = estimated(parts, state.x, state.estimator)
         checks.instance("info of hypergrad.estimate", info, HypergradientInfo, "Take one that is made of one solver.")
-        x, optimizer = outer_step(step_size, state.k, grad, state.optimizer, state.x)
+        x, optimizer = outer_step(step_size, state.k, grad, state.optimizer, state.x, info.outer_loss)
         moves: Levels[Any] = Levels(
             norm(optax.tree.sub(x, state.x)), norm(optax.tree.sub(parameters(memory.y), parameters(state.y))), ()
         )

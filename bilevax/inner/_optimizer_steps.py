@@ -1,6 +1,5 @@
 """The start, the step and the report that all first-order inner solvers share."""
 
-import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, TypeAlias
@@ -12,6 +11,7 @@ import optax
 
 from bilevax import checks
 from bilevax.carried import Carried, carried_like, carrying, parameters, with_parameters
+from bilevax.inner._extra_arguments import check_state, update_of
 from bilevax.inner._smooth_roots import smooth_roots
 from bilevax.meshes import on_mesh, zeros_like
 from bilevax.problem import Iterate, Loss, Start, arrays, norm, wide_dtype
@@ -138,6 +138,9 @@ def optimizer_steps(inner_loss: Loss, optimizer: Optimizer, initial: Initial | N
     if initial is not None:
         checks.function("initial", initial, "x")
 
+    if isinstance(optimizer, optax.MultiSteps):
+        optimizer = optimizer.gradient_transformation()
+
     def make(x: PyTree) -> optax.GradientTransformation:
         made = optimizer if isinstance(optimizer, optax.GradientTransformation) else optimizer(x)
         checks.instance("optimizer(x)", made, optax.GradientTransformation, "Return from it, say, optax.sgd(x).")
@@ -161,16 +164,17 @@ def optimizer_steps(inner_loss: Loss, optimizer: Optimizer, initial: Initial | N
             checks.same_shapes("y under initial", y0, y, f"Return from initial(x) {_like_y(y)}.")
             checks.floating("y under initial", parameters(y0))
         y0 = with_parameters(y0, parameters(y0))
-        return Iterate(y0, on_mesh(make(x).init)(parameters(y0)), jnp.zeros((), jnp.int32))
+        opt_state = on_mesh(make(x).init)(parameters(y0))
+        check_state(opt_state)
+        return Iterate(y0, opt_state, jnp.zeros((), jnp.int32))
 
     def move(key: Key | None, data: PyTree, x: PyTree, z: Iterate) -> tuple[Iterate, Array, PyTree]:
         """z_t from z_{t−1}, of the same shapes, on the batch that the key and t − 1 draw; with g and ∇_y g there."""
         batch = draw(key, data, z.t)
         params = parameters(z.y)
         (value, y), gradient = gradient_of(x, params, z.y, batch)
-        update = optax.with_extra_args_support(make(x)).update
-        extra = {"value": value, "grad": gradient, "value_fn": lambda p: loss(x, p, z.y, batch)[0]}
-        updates, opt_state = smooth_roots(functools.partial(update, **extra))(gradient, z.opt_state, params)
+        update = update_of(make(x), value, gradient, lambda p: loss(x, p, z.y, batch)[0])
+        updates, opt_state = smooth_roots(update)(gradient, z.opt_state, params)
         fix = "Give the inner solver an optimizer whose updates look like y and whose state keeps its shapes."
         checks.same_shapes("y under the inner optimizer", updates, params, fix)
         checks.same_shapes("state of the inner optimizer", opt_state, z.opt_state, fix)

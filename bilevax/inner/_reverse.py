@@ -199,7 +199,17 @@ def reverse(
     ) -> tuple[tuple[PyTree, Iterate], tuple[()], SolverInfo]:
         """x_bar like x and z0_bar like z_0, moments and all, from a cotangent whose missing parts are zero."""
         pull_back, step_key, x, begin, z_T, batch = residual
-        x_bar, z0_bar = pull_back(full_cotangent(z_bar, z_T))
+        try:
+            x_bar, z0_bar = pull_back(full_cotangent(z_bar, z_T))
+        except ValueError as error:
+            if "while_loop" not in str(error):
+                raise
+            raise ValueError(
+                "optimizer of inner.reverse must have steps that JAX can reverse; got one with a loop of unknown "
+                "length, such as the line search of optax.lbfgs (or such a loop in inner_loss). Pass it to "
+                "inner.implicit or inner.forward_gradient, or switch the line search off: "
+                "optax.lbfgs(0.1, linesearch=None)."
+            ) from error
         value, norm = report(step_key, batch, x, z_T)
         breakdown = ~jnp.isfinite(value + norm) | diverged(begin, value, norm)
         z0_bar = z0_bar._replace(y=parameters(z0_bar.y))

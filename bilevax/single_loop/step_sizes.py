@@ -120,10 +120,13 @@ def inner_optimizer(step_size: Any, k: Array) -> optax.GradientTransformation:
     return step_size if isinstance(step_size, optax.GradientTransformation) else optax.sgd(at(k, step_size))
 
 
-def outer_step(step_size: Any, k: Array, grad: PyTree, state: Any, x: PyTree) -> tuple[PyTree, Any]:
-    """The next x, and the next state of its optimizer."""
+def outer_step(
+    step_size: Any, k: Array, grad: PyTree, state: Any, x: PyTree, value: Array | None = None
+) -> tuple[PyTree, Any]:
+    """The next x, and the next state of its optimizer, which is offered the value and the gradient at x."""
     if isinstance(step_size, optax.GradientTransformation):
-        update, state = step_size.update(grad, state, x)
+        extra = {} if value is None else checks.taken(step_size.update, {"value": value, "grad": grad})
+        update, state = step_size.update(grad, state, x, **extra)
     else:
         update = optax.tree.scale(-at(k, step_size), grad)
     return optax.apply_updates(x, update), state
