@@ -143,9 +143,14 @@ def reverse(
     optimizer with a line search, such as optax.lbfgs, loops an unknown number of times: JAX cannot reverse that.) For
     the last K of T steps only, write `chain(no_gradient(..., steps=T - K), reverse(..., steps=K))`.
 
+    Adam and its kin are differentiated also where an entry of the gradient is exactly 0 (a layer that starts at zero, a
+    row of an embedding that no batch reads). One so small that its square is rounded to 0 has no finite derivative:
+    `info.breakdown` says so, and an `eps_root` > 0 of the optimizer helps.
+
     Args:
       inner_loss: g, a function (x, y, batch) -> scalar.
-      optimizer: any optax transformation, or a function x ↦ transformation (learned step sizes and schedules).
+      optimizer: any optax transformation, or a function x ↦ transformation (learned step sizes and schedules). Of value,
+        grad, value_fn, obj_fn and grad_fn it gets those that its `update` takes.
       steps: T >= 0.
       initial: y_0 as a function of x (MAML: `lambda x: x`); by default y_0 is the warm y.
       sample: how step t draws its batch from the data: `full`, `minibatch(size)`, `per_step`, or your own.
