@@ -153,18 +153,16 @@ def _run_again(
     # what an IHVP gives is meant for a solution: that of g, or another point at which the steps come to rest
     asked = not found.broken and (not found.solves or found.stops or not found.believed)
     if (asked or names) and clock.waiting("differences of the run itself"):
-        run = repeated(room, patient)
-        values, ends = run.both(np.concatenate([directions.x + step * directions.rows for step in (0, 1e-3)]))
-        level, depends = float(values[0]), np.ptp(ends, axis=0).max() > 1e-12 * (1 + np.abs(ends).max())
-        size = directions.size(grad, level)
-        errors, slopes = measure(run.values, directions, grad, size, found.tol)
-        apart = abs(slopes[3] - directions.rows[3] @ grad)
-        named = names and not found.figures.finite_difference_error > found.tol
-        if named and apart > max(found.tol * abs(slopes[3]), 1e-6 * abs(level)):
-            found = found._replace(unread=names)
-        elif asked and depends and not found.close:
-            found = found._replace(figures=found.figures._replace(own_error=float(np.max(errors))))
-            found = found._replace(figures=_by_own_run(room, patient, found, run, directions, slopes, grad, size))
+        try:
+            run = repeated(room, patient)
+            points = np.concatenate([directions.x + step * directions.rows for step in (0, 1e-3)])
+            values, ends = run.both(points)
+        except (TypeError, ValueError) as error:  # of an optimizer that insists on float32, say
+            note = f"The run could not be repeated in float64: {str(error).splitlines()[0]}"
+            found = found._replace(figures=found.figures._replace(note=note))
+        else:
+            depends = asked and bool(np.ptp(ends, axis=0).max() > 1e-12 * (1 + np.abs(ends).max()))
+            found = _beside_run(room, patient, found, run, directions, names, grad, float(values[0]), depends)
     if found.own or found.unread or found.close or at is None:
         return found
     figures, there = split_error(room, found.figures, at, grad, clock)
@@ -172,6 +170,30 @@ def _run_again(
     if other and clock.waiting("what else would give this estimate"):
         figures = _likened(room, found._replace(figures=figures), at, there, grad)
     return _later(room, patient, found._replace(figures=figures), at)
+
+
+def _beside_run(
+    room: Room,
+    patient: Patient,
+    found: Findings,
+    run: OwnRun,
+    at: Directions,
+    names: tuple[str, ...],
+    grad: np.ndarray,
+    level: float,
+    depends: bool,
+) -> Findings:
+    """The estimate beside differences of f(x, y_T(x)), whose value is the level, where y_T depends on x."""
+    size = at.size(grad, level)
+    errors, slopes = measure(run.values, at, grad, size, found.tol)
+    apart = abs(slopes[3] - at.rows[3] @ grad)
+    named = names and not found.figures.finite_difference_error > found.tol
+    if named and apart > max(found.tol * abs(slopes[3]), 1e-6 * abs(level)):
+        return found._replace(unread=names)
+    if found.close or not depends:
+        return found
+    found = found._replace(figures=found.figures._replace(own_error=float(np.max(errors))))
+    return found._replace(figures=_by_own_run(room, patient, found, run, at, slopes, grad, size))
 
 
 def _settled(room: Room, patient: Patient, found: Findings, at: LocalModel | None) -> Findings:

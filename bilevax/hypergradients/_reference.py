@@ -213,7 +213,7 @@ def inner_solution(
 def polished(problem: FlatProblem, x: PyTree, model: LocalModel) -> LocalModel:
     """Newton steps with this inverse, as long as they halve ‖∇_y g‖; the model at the last one, with the same H.
 
-    None where the curvature is negative: they would lead to a saddle, or up to a maximum.
+    There is no step where the curvature is negative: it would lead to a saddle, or up to a maximum.
     """
     if model.smallest < -FLAT * abs(model.largest):
         return model

@@ -520,6 +520,25 @@ def test_a_penalty_is_known_by_what_it_returns():
     assert check(biased(1e5)).ok
 
 
+def test_a_run_that_cannot_be_repeated_in_float64():
+    """An optimizer that keeps the last gradient, and begins with one in float32."""
+
+    def start(params):
+        return jnp.zeros(6, jnp.float32)
+
+    optimizer = optax.GradientTransformation(start, lambda updates, state, params=None: (-0.1 * updates, updates))
+    with jax.enable_x64(False):
+        x, y, batch = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf, np.float32)), (X, Y, BATCH))
+        matrix = np.asarray(C, np.float32)
+
+        def loss(x, y, h):
+            return 0.5 * y @ h @ y - y @ (matrix.astype(y.dtype) @ x)
+
+        report = check(bx.inner.reverse(loss, optimizer, 5), inner_loss=loss, x=x, y=y, batch=batch)
+    assert report.note.startswith("The run could not be repeated in float64: ")
+    assert not report.ok
+
+
 def test_three_grades():
     grades = [check(implicit(ihvp=bx.ihvp.cg(maxiter=20, damping=damping))).grade for damping in (0.0, 0.01, 1.0)]
     assert grades == ["exact", "good enough to descend", "wrong"]
