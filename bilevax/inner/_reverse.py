@@ -149,8 +149,8 @@ def reverse(
 
     Args:
       inner_loss: g, a function (x, y, batch) -> scalar.
-      optimizer: any optax transformation, or a function x ↦ transformation (learned step sizes and schedules). Of value,
-        grad, value_fn, obj_fn and grad_fn it gets those that its `update` takes.
+      optimizer: any optax transformation, or a function x ↦ transformation (learned step sizes and schedules). Of
+        value, grad, value_fn, obj_fn and grad_fn it gets those that its `update` takes.
       steps: T >= 0.
       initial: y_0 as a function of x (MAML: `lambda x: x`); by default y_0 is the warm y.
       sample: how step t draws its batch from the data: `full`, `minibatch(size)`, `per_step`, or your own.
