@@ -107,6 +107,7 @@ METHODS = {  # (problem, gossip, step_sizes, sample) -> method; declared calls o
 EVERY_DAY = {  # methods of contracts that take a program of their own
     algorithm.scan_equals_a_loop: ("dsvrbgd_alternating", "s3ldbo_subset", "one_peer"),
     algorithm.vmap_over_keys_equals_a_loop: ("s3ldbo_common", "page", "saga"),
+    algorithm.debuggers_find_nothing: ("s3ldbo_subset", "push_sum", "gbdsbo_factors", "saga"),
     algorithm.placement_changes_nothing: (  # of others the parts in test_parts.py, and test_parallel.py
         *("s3ldbo_unbiased", "push_sum", "choco", "gbdsbo_factors", "interact_svr", "diamond"),
     ),

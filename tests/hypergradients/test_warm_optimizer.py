@@ -99,12 +99,18 @@ def close(got, expected, rtol=1e-14):
         np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize(
-    "kind",
-    [bx.inner.reverse, bx.inner.forward_gradient, bx.inner.implicit, bx.inner.no_gradient, chained],
-    ids=lambda kind: kind.__name__,
-)
+KINDS = bx.inner.reverse, bx.inner.forward_gradient, bx.inner.implicit, bx.inner.no_gradient, chained
+
+
+def rows():
+    """Every day each kind with one optimizer, and each optimizer with one kind."""
+    for kind in KINDS:
+        for name in OPTIMIZERS:
+            often = name == "adamw" or kind is bx.inner.reverse
+            yield pytest.param(kind, name, id=f"{kind.__name__}-{name}", marks=[] if often else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("kind", "name"), list(rows()))
 def test_y_and_optimizer_go_on_as_in_a_loop_by_hand(kind, name):
     hypergrad = bx.hypergradient(outer_loss, make(kind, OPTIMIZERS[name]))
     grads, states, _ = run(hypergrad, hypergrad.init(X, Y))
@@ -232,8 +238,15 @@ def numbers_in_the_state(x):
     return optax.inject_hyperparams(optax.adam)(jnp.exp(x), b1=0.8, eps_root=1e-6)
 
 
-@pytest.mark.parametrize("kind", [bx.inner.reverse, bx.inner.forward_gradient], ids=lambda kind: kind.__name__)
-@pytest.mark.parametrize("jitted", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "jitted"),
+    [
+        (bx.inner.reverse, True),
+        (bx.inner.forward_gradient, False),
+        pytest.param(bx.inner.reverse, False, marks=pytest.mark.slow),
+        pytest.param(bx.inner.forward_gradient, True, marks=pytest.mark.slow),
+    ],
+)
 def test_an_optimizer_made_of_x_keeps_its_state_and_takes_the_new_numbers(kind, jitted):
     """Also where they stand in the state, beside the moments: as if they were none of it."""
 

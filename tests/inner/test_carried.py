@@ -155,7 +155,7 @@ def library_loop(hypergrad, x, y, outer_steps):
     [
         (of_nnx, bx.inner.reverse, optax.sgd(WARMUP, momentum=0.9)),
         (of_linen, bx.inner.no_gradient, optax.adamw(WARMUP)),
-        (of_equinox, bx.inner.no_gradient, optax.adamw(WARMUP)),
+        pytest.param(of_equinox, bx.inner.no_gradient, optax.adamw(WARMUP), marks=pytest.mark.slow),
     ],
 )
 def test_statistics_of_a_whole_run_are_those_of_a_loop_by_hand(library, make, optimizer):

@@ -30,7 +30,12 @@ def outer_loss(x, y, batch):
     return jnp.sum((y - 1) ** 2)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+DAILY = ("hutchinson_sophia", "multi_steps", "polyak", "sam_opaque")  # one for each argument
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in DAILY else pytest.param(name, marks=pytest.mark.slow) for name in OPTIMIZERS]
+)
 def test_what_update_takes_is_offered(name):
     optimizer = OPTIMIZERS[name]
 

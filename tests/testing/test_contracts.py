@@ -301,7 +301,8 @@ OFTEN = {  # of whom it is asked every day: what takes programs of its own, and 
     hypergradient.python_floats_are_numbers: OTHERS,
     hypergradient.single_precision_stays_single: OTHERS,
     hypergradient.weak_types_are_kept: OTHERS,
-    hypergradient.debuggers_find_nothing: OTHERS,
+    hypergradient.debuggers_find_nothing: KINDS,
+    ihvp.debuggers_find_nothing: ("identity", "cg", "kfac", "random_neumann", "linear"),
     hypergradient.vmap_of_scan_equals_a_loop: OTHERS,
 }
 
@@ -325,7 +326,7 @@ def pairs(names, contracts, of, often=None):
 over = functools.partial(pytest.mark.parametrize, ("name", "contract"))
 
 
-@over(pairs(IHVPS, ihvp.CONTRACTS, ihvp_subject))
+@over(pairs(IHVPS, ihvp.CONTRACTS, ihvp_subject, often=True))
 def test_ihvp(name, contract):
     contract.hold(name, ihvp_subject(name))
 
@@ -373,6 +374,12 @@ def test_every_ihvp_returns_v_like_b(name):
 def test_every_estimate_returns_a_gradient_like_x(name):
     for point in points.POINTS.values():
         hypergradient.same_gradient_form(subject(name), point())
+
+
+@pytest.mark.slow
+@over(pairs(IHVPS, ihvp.CONTRACTS, ihvp_subject, often=False))
+def test_every_ihvp(name, contract):
+    contract.hold(name, ihvp_subject(name))
 
 
 @pytest.mark.slow
