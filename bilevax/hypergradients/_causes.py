@@ -33,7 +33,7 @@ class Findings(NamedTuple):
     finite: bool = True  # whether the estimate is
     broken: bool = False  # whether a solver reports a breakdown
     diverged: bool = False  # whether the inner steps leave g larger, and its gradient much longer
-    uphill: bool = False  # whether they lead away from y* where g is flattest, too
+    uphill: bool = False  # whether they may lead uphill: away from y* also where g is flattest
     stops: bool = False  # whether they come to rest
     bottomless: bool = False  # whether g falls for ever
     in_time: bool = True  # whether the inner problem was given all the time that it takes
@@ -76,7 +76,8 @@ class Findings(NamedTuple):
     @property
     def step_limit(self) -> str:
         """The step size below which gradient descent on g, and a series for H⁻¹, converge; with where it comes from."""
-        return f"2 / {self.figures.largest_curvature:.2g} = {2 / self.figures.largest_curvature:.2g}"
+        largest = self.figures.largest_curvature
+        return f"2 / {largest:.2g} = {2 / largest:.2g}" if largest > 0 else "2 / L, where L is the largest curvature"
 
     @property
     def residual(self) -> float:
@@ -146,13 +147,12 @@ CAUSES = (  # what is not finite, the loss and the problem, then success, then t
     ),
     Cause(
         applies=lambda found: found.diverged and found.uphill,
-        verdict=lambda found: (
-            "the inner steps diverge, uphill: the optimizer has the wrong sign, or far too large steps"
-        ),
+        verdict=lambda found: "the inner steps diverge: too large, or uphill",
         remedy=lambda found: (
-            f"They lead away from y* in every direction. The optimizer should subtract the gradient: optax.sgd of a "
-            f"positive number, or optax.scale of a negative one; and gradient descent takes a step size below "
-            f"{found.step_limit}."
+            f"They leave g larger than they found it, and ‖∇_y g‖ is {found.figures.gradient_norm:.2g}. Lower the step "
+            f"size: gradient descent takes one below {found.step_limit}. If it is smaller than that, look at the "
+            f"sign: the optimizer should subtract the gradient (optax.sgd of a positive number, or "
+            f"optax.scale of a negative one)."
         ),
     ),
     Cause(
@@ -308,7 +308,12 @@ CAUSES = (  # what is not finite, the loss and the problem, then success, then t
     ),
     Cause(
         applies=lambda found: math.isnan(found.figures.inner_error),
-        verdict=lambda found: "the hypergradient is not right, and the budget was over before the cause was found",
+        verdict=lambda found: (
+            f"the inner problem is not solved (‖∇_y g‖ {found.figures.gradient_norm:.2g}); the budget was over before "
+            f"other causes were looked for"
+            if found.figures.gradient_norm > found.solved
+            else "the hypergradient is not right, and the budget was over before the cause was found"
+        ),
         remedy=lambda found: "Give more seconds as budget=, or check a smaller instance of the problem.",
     ),
     Cause(
@@ -336,8 +341,8 @@ CAUSES = (  # what is not finite, the loss and the problem, then success, then t
         verdict=lambda found: "the inner problem is not solved",
         remedy=lambda found: (
             f"‖∇_y g‖ is {found.figures.gradient_norm:.2g}. Take more inner steps, keep y warm over the outer steps, "
-            f"or take larger ones where they are far smaller than plain gradient descent allows: below "
-            f"{found.step_limit}."
+            f"or take larger ones where they are small: for plain gradient descent the bound is 2 / L = "
+            f"{found.step_limit}; a rate of Adam has no such bound."
         ),
     ),
     Cause(
@@ -404,8 +409,13 @@ def diagnosed(found: Findings) -> HypergradientReport:
     ok = cause.trusted and (found.close or found.own)
     grade = EXACT if ok else GOOD if found.descends and not found.diverged else WRONG if cause.known else UNKNOWN
     figures = found.figures
-    if not (found.believed or found.own):  # no distance to a reference that is none
+    unseen = bool(found.unread) and grade == WRONG  # what matters of x is not in the reference
+    if unseen or not (found.believed or found.own):  # no distance to a reference that is none
         figures = figures._replace(
             relative_error=math.nan, cosine=math.nan, inner_error=math.nan, solver_error=math.nan
+        )
+    if found.bottomless:  # there is no y*
+        figures = figures._replace(
+            reference_gradient_norm=math.nan, smallest_curvature=math.nan, largest_curvature=math.nan
         )
     return figures._replace(ok=ok, grade=grade, verdict=cause.verdict(found), remedy=cause.remedy(found))

@@ -114,16 +114,17 @@ def repeated(room: Room, patient: Patient) -> OwnRun:
 
 
 def leads_uphill(room: Room, patient: Patient, at: LocalModel | None, clock: Clock) -> bool:
-    """Whether steps that diverge lead away from y* along its flattest direction, too.
+    """Whether steps that diverge may lead uphill: whether they lead away from y* along its flattest direction, too.
 
-    Steps that are too large do not: they overshoot where g is steep.
+    Steps that are too large need not: they overshoot where g is steep. Where they overshoot in every direction, an odd
+    number of them comes out on the other side, an even number like steps uphill. Where nothing is known, they may.
     """
     if at is None or not at.weakest.size or not clock.waiting("where the steps lead"):
-        return False
+        return True
     ends = repeated(room, patient).ends
     x, move = flat(room.x), NEAR * (1 + float(np.linalg.norm(at.y))) * at.weakest
     y, moved = ends(np.tile(x, (8, 1)), np.tile(at.y, (8, 1)) + np.arange(8)[:, None] % 2 * move)[:2]
-    return bool(abs(at.weakest @ (moved - y)) > np.linalg.norm(move))
+    return not at.weakest @ (moved - y) <= np.linalg.norm(move)
 
 
 def split_error(

@@ -23,7 +23,7 @@ def first_state(start: Start, x: PyTree, y: PyTree, opt_state: Any) -> tuple[Any
         variables in which flax nnx wraps each array are taken off.
 
     Raises:
-      ValueError: if opt_state is not one of the solver's optimizer for this y.
+      ValueError: if opt_state is not one of the solver's optimizer for this y, or the solver has none.
     """
     z = started(start(x, y))
     return arrays(z.opt_state if opt_state is None else _taken_over(opt_state, z.opt_state)), arrays(z.t)
@@ -55,11 +55,31 @@ def refused(opt_state: Any, reason: str) -> None:
 def _taken_over(opt_state: Any, like: Any) -> Any:
     """The leaves of `opt_state` in the structure of `like`; the names on the way to each leaf must agree."""
     fix = "Pass the state of the optimizer that the solver was made of, for this y."
+    if isinstance(like, tuple) and not like and jax.tree.leaves(opt_state):
+        refused(opt_state, "the solver has no optimizer")
+    if hasattr(opt_state, "opt_state") and not isinstance(opt_state, tuple):  # those of optax may have one inside
+        raise ValueError(
+            f"opt_state must be the state of an optimizer; got {type(opt_state).__name__}. Pass its opt_state: "
+            f"opt_state=given.opt_state."
+        )
     got, expected = (jax.tree_util.tree_leaves_with_path(tree) for tree in (opt_state, like))
     if [_name(path) for path, _ in got] == [_name(path) for path, _ in expected]:
         opt_state = jax.tree.unflatten(jax.tree.structure(like), [leaf for _, leaf in got])
+    elif (what := _kinds(opt_state)) != (want := _kinds(like)):
+        raise ValueError(
+            f"opt_state must keep its structure and shapes; got {', '.join(what) or type(opt_state).__name__}, "
+            f"expected {', '.join(want) or type(like).__name__}. {fix}"
+        )
     checks.same_form("opt_state", opt_state, like, fix)
     return opt_state
+
+
+def _kinds(opt_state: Any) -> list[str]:
+    """The names of the states of optax that one is made of."""
+    if not isinstance(opt_state, tuple):
+        return []
+    name = [type(opt_state).__name__] if hasattr(opt_state, "_fields") else []
+    return name + [kind for part in opt_state for kind in _kinds(part)]
 
 
 def _name(path: Any) -> str:

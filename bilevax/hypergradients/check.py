@@ -59,7 +59,8 @@ def check_hypergradient(
       state: a state of `hypergrad` from your own loop, with its warm y, v and optimizer; by default
         `init(x, y, batch)`.
       tol: relative error up to which the hypergradient counts as right.
-      budget: seconds after which no further part is begun; what is left out is NaN in the report.
+      budget: seconds after which no further part is begun, so that the last one may overrun it; what is left out is NaN
+        in the report.
       progress: called with a line about each part before it begins: `print`.
 
     Returns:

@@ -208,6 +208,20 @@ def test_an_optimizer_state_that_nothing_would_read_is_refused():
     for hypergrad in (bx.hypergradient(outer_loss, initial), restarted, black):
         with pytest.raises(ValueError, match="opt_state must be None where"):
             hypergrad.init(X, Y, opt_state=optimizer.init(Y))
+    solved = bx.hypergradient(outer_loss, bx.inner.implicit(inner_loss, solve=lambda x, y, batch: y))
+    with pytest.raises(ValueError, match="opt_state must be None where the solver has no optimizer; got one"):
+        solved.init(X, Y, opt_state=optimizer.init(Y))
+
+
+def test_what_holds_an_optimizer_state_or_is_another_one_is_named():
+    from flax.training.train_state import TrainState
+
+    hypergrad = bx.hypergradient(outer_loss, make(bx.inner.reverse, OPTIMIZERS["momentum"]))
+    whole = TrainState.create(apply_fn=None, params=Y, tx=OPTIMIZERS["momentum"])
+    with pytest.raises(ValueError, match=r"got TrainState\. Pass its opt_state: opt_state=given"):
+        hypergrad.init(X, Y, opt_state=whole)
+    with pytest.raises(ValueError, match=r"got ScaleByAdamState.*expected TraceState"):
+        hypergrad.init(X, Y, opt_state=optax.adam(0.1).init(Y))
 
 
 @pytest.mark.parametrize("kind", [bx.inner.reverse, bx.inner.forward_gradient, chained], ids=lambda kind: kind.__name__)
