@@ -416,6 +416,9 @@ def diagnosed(found: Findings) -> HypergradientReport:
         )
     if found.bottomless:  # there is no y*
         figures = figures._replace(
-            reference_gradient_norm=math.nan, smallest_curvature=math.nan, largest_curvature=math.nan
+            reference_gradient_norm=math.nan,
+            smallest_curvature=math.nan,
+            largest_curvature=math.nan,
+            finite_difference_error=math.nan,
         )
     return figures._replace(ok=ok, grade=grade, verdict=cause.verdict(found), remedy=cause.remedy(found))

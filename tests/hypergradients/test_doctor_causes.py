@@ -123,7 +123,7 @@ def test_a_row_has_its_verdict_and_a_remedy_in_sentences(verdict):
     same = {name: getattr(expected.figures, name) for name in told}
     assert all(math.isfinite(getattr(report, name)) == (believed and math.isfinite(same[name])) for name in told)
     if expected.bottomless:
-        there = ("reference_gradient_norm", "smallest_curvature", "largest_curvature")
+        there = "reference_gradient_norm", "smallest_curvature", "largest_curvature", "finite_difference_error"
         assert all(math.isnan(getattr(report, name)) for name in there)
         same |= {name: getattr(expected.figures, name) for name in there}
     assert report._replace(ok=False, grade="wrong", verdict="", remedy="", **same) == expected.figures
