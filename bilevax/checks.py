@@ -282,8 +282,8 @@ class Shapes:
 
 
 def taken(function: Callable[..., Any], offered: dict[str, Any]) -> dict[str, Any]:
-    """Those of the offered keyword arguments that a function takes."""
-    parameters = inspect.signature(function).parameters
+    """Those of the offered keyword arguments that the update of an optimizer takes, beside its first three."""
+    parameters = dict(list(inspect.signature(function).parameters.items())[3:])
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return offered
     return {name: given for name, given in offered.items() if name in parameters}

@@ -40,8 +40,8 @@ def neumann(
     From a warm start v0 the same series is applied to b − (H + damping I) v0 and added to v0, so that the error
     (I − step_size · H)^{terms+1} (v0 − H⁻¹b) shrinks from one outer step to the next (a v0 that is no better
     than zero is replaced by zero). The series converges where step_size < 2 / λ_max(H) and H is positive definite;
-    `info.breakdown` tells when the residual grew in any step instead. The sum ends before that step, and is no worse
-    than v = 0; but where already b has negative curvature, v = step_size · b.
+    `info.breakdown` tells when the residual grew in any step instead. It is the series all the same, a linear function
+    of b; `inner.implicit` drops a v whose residual is far above one.
 
     Args:
       terms: number of Hessian products, >= 0; 0 leaves v = step_size · b.
@@ -87,9 +87,7 @@ def neumann(
             r = optax.tree.cast_like(optax.tree.add_scale(carry.r, -step_size, hr), carry.r)
             size = norm(r)
             grew = carry.grew | ~(size <= carry.norm * (1 + 16 * jnp.finfo(size.dtype).eps))
-            keep = grew & jnp.isfinite(size)  # NaN in H stays NaN
-            v, r = optax.tree.where(keep, (carry.v, carry.r), (v, r))
-            return _Carry(v, r, jnp.where(keep, carry.norm, size), least, grew), None
+            return _Carry(v, r, size, least, grew), None
 
         def apply(b: PyTree, v0: PyTree | None = None) -> tuple[PyTree, IHVPInfo]:
             """V by the terms of the series from v0, or from zero where that is better."""
@@ -97,11 +95,7 @@ def neumann(
             size = norm(begin.r)
             carry = _Carry(begin.v, begin.r, size, smallest(size), ~jnp.isfinite(size))
             carry, _ = jax.lax.scan(term, carry, length=terms)
-            along_b = (carry.curvature < 0) & (dot(carry.v, carry.v) == 0)
-            last = jnp.where(carry.grew & jnp.isfinite(carry.norm) & ~along_b, 0, step_size)
-            worse = carry.grew & (carry.norm > 1 + 16 * jnp.finfo(size.dtype).eps)  # a warm start may be
-            scale = jnp.where(worse & jnp.isfinite(carry.norm), 0, begin.scale)
-            v = optax.tree.scale(scale, optax.tree.add_scale(carry.v, last, carry.r))
+            v = optax.tree.scale(begin.scale, optax.tree.add_scale(carry.v, step_size, carry.r))
             breakdown = carry.grew | (carry.curvature < 0)
             info = IHVPInfo(terms, terms + begin.products, 0, carry.norm, seen(carry.curvature), breakdown)
             return optax.tree.cast_like(v, b), info

@@ -15,8 +15,6 @@ from bilevax.problem import IHVP, Apply, IHVPInfo, Loss, Point, norm
 from bilevax.sampling import Sample, fold, split
 from bilevax.typing import Array, Key, PyTree, Scalar
 
-DIVERGED = 10  # a residual ‖b − H v‖ / ‖b‖ above it
-
 
 class _Carry(NamedTuple):
     v: PyTree
@@ -50,9 +48,8 @@ def sgd(
 
     Returns:
       An `IHVP` without state; not symmetric in b, so that it is no preconditioner. `info.residual` is
-      ‖b − H_t v_t‖ / ‖b‖ of the last batch, before its step; `info.breakdown` says that v is then no better than zero
-      (and v is zero where that figure is above 10, which noise alone hardly is), that a batch had negative curvature
-      along v, or that numbers are not finite.
+      ‖b − H_t v_t‖ / ‖b‖ of the last batch, before its step; `info.breakdown` says that v is then no better than zero,
+      that a batch had negative curvature along v, or that numbers are not finite.
 
     Raises:
       ValueError: if steps < 1, step_size is not positive, or damping is negative.
@@ -100,7 +97,7 @@ def sgd(
             carry, _ = jax.lax.scan(step, _Carry(begin.v, size, smallest(size)), jnp.arange(steps))
             worse = ~(carry.norm <= 1 + 16 * jnp.finfo(size.dtype).eps)
             finite = jnp.isfinite(norm(carry.v))
-            v = optax.tree.scale(jnp.where(finite & (carry.norm > DIVERGED), 0, begin.scale), carry.v)
+            v = optax.tree.scale(begin.scale, carry.v)
             breakdown = worse | (carry.curvature < 0) | ~finite
             info = IHVPInfo(steps, steps + begin.products, 0, carry.norm, seen(carry.curvature), breakdown)
             return optax.tree.cast_like(v, b), info

@@ -68,7 +68,7 @@ def fixed_point(
         >>> import bilevax as bx, jax, jax.numpy as jnp
         >>> step = lambda x, y, batch: jnp.maximum(y - 0.5 * (y - x), 0.0)  # towards x, and y >= 0
         >>> solve = bx.differentiable(bx.inner.fixed_point(step))
-        >>> jax.jacobian(solve)(jnp.array([2.0, -3.0]), jnp.ones(2), None).round(4).tolist()
+        >>> (jax.jacobian(solve)(jnp.array([2.0, -3.0]), jnp.ones(2), None).round(4) + 0.0).tolist()
         [[1.0, 0.0], [0.0, 0.0]]
     """
     checks.scalar("rate", rate)

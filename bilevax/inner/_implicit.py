@@ -49,6 +49,7 @@ from bilevax.typing import Array, Key, PyTree
 
 FAR = 1e-2  # of ‖y‖: at such a distance from a stationary point the implicit rule is wrong
 NEAR = 1e-4  # of that distance: steps that go no further have stopped
+DIVERGED = 10  # a residual ‖b − H v‖ / ‖b‖ above it; the noise of batches is smaller
 
 
 class ImplicitState(NamedTuple):
@@ -256,8 +257,11 @@ def _stuck(moved: Array, size: Array, steepness: Array, curved: Array, by_steps:
 
 
 def _checked(applied: Any, b: PyTree) -> tuple[PyTree, IHVPInfo]:
-    """What an inverse-Hessian-vector product returns for b, if it is what it should be."""
+    """What an inverse-Hessian-vector product returns for b, if it is what it should be; zero where that diverged."""
     v, info = checks.parts("apply of ihvp.prepare", applied, "v", "info")
     checks.same_form("v of ihvp.prepare", v, b, "Return v like b: optax.tree.cast_like(v, b).")
     checks.instance("info of ihvp.prepare", info, IHVPInfo, "Return bx.problem.IHVPInfo(...) beside v.")
-    return v, info
+    if info.residual is None:
+        return v, info
+    diverging = info.breakdown & (info.residual > DIVERGED)
+    return optax.tree.where(diverging, zeros_like(v), v), info

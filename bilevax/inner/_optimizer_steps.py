@@ -188,9 +188,12 @@ def optimizer_steps(inner_loss: Loss, optimizer: Optimizer, initial: Initial | N
         """The same; of every step but the first, the loss and the gradient are forgotten."""
         z, begin = watched
         z, value, gradient = move(key, data, x, z)
-        seen = Begin(jnp.asarray(True), *jax.lax.stop_gradient((value, norm(gradient))))
-        kept = (jnp.where(begin.known, old, new.astype(old.dtype)) for old, new in zip(begin, seen, strict=True))
-        return Watched(z, Begin(*kept))
+        value, gradient = jax.lax.stop_gradient((value, gradient))
+
+        def first() -> Begin:
+            return Begin(jnp.asarray(True), value.astype(begin.loss.dtype), norm(gradient).astype(begin.loss.dtype))
+
+        return Watched(z, jax.lax.cond(begin.known, lambda: begin, first))
 
     def report(key: Key | None, data: PyTree, x: PyTree, z: Iterate) -> tuple[Array, Array]:
         """Two scalars at z.y: the loss and the norm of its gradient, on the batch of the last step."""

@@ -273,7 +273,7 @@ def test_products_of_the_compiled_program():
     outer_loss = lambda x, y, batch: jnp.sum(y**2)  # noqa: E731
     hypergrad = bx.hypergradient(outer_loss, forward)
     state = hypergrad.init(x, y)
-    all_dots = dots(lambda x: hypergrad.estimate(KEY, state, x, NO_DATA)[::2], x)
+    all_dots = dots(lambda x, state: hypergrad.estimate(KEY, state, x, NO_DATA)[::2], x, state)
     _, _, info = jax.jit(hypergrad.estimate)(KEY, state, x, NO_DATA)
     gradients = sum(dot.times * np.prod(dot.returned) // 11 for dot in all_dots if dot.contracted == 7)
     calls = info.inner.calls
