@@ -62,7 +62,12 @@ def estimated(name, rate, x, y):
     return info.inner.breakdown, state.y
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+VARIANTS = ("two_level", "no_gradient", "chunks")  # the same steps as others
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in VARIANTS else name for name in SOLVERS]
+)
 def test_steps_that_diverge_break_down_and_no_others_do(name):
     """Below 2 / L, far above, far below; from the solution in float32, where g changes by rounding alone."""
     x = jnp.asarray([0.3, -1.0, 2.0], jnp.float32)

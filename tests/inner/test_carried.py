@@ -154,7 +154,7 @@ def library_loop(hypergrad, x, y, outer_steps):
     ("library", "make", "optimizer"),
     [
         (of_nnx, bx.inner.reverse, optax.sgd(WARMUP, momentum=0.9)),
-        (of_linen, bx.inner.no_gradient, optax.adamw(WARMUP)),
+        pytest.param(of_linen, bx.inner.no_gradient, optax.adamw(WARMUP), marks=pytest.mark.slow),
         pytest.param(of_equinox, bx.inner.no_gradient, optax.adamw(WARMUP), marks=pytest.mark.slow),
     ],
 )

@@ -59,7 +59,11 @@ def estimate(solver, *xs, y=None, f=outer):
     return found
 
 
-@pytest.mark.parametrize("name", STEPS)
+def often(names, daily):
+    return [name if name in daily else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("name", often(STEPS, ("nonnegative", "l1")))
 def test_constraints_and_kinks_have_the_derivative_of_the_solution(name):
     solver = bx.inner.fixed_point(STEPS[name], inner_loss=ridge, maxiter=5000, tol=1e-13)
     (grad, state, info), *beside = estimate(solver, -0.5, -0.5 + 1e-4, -0.5 - 1e-4)
@@ -133,7 +137,7 @@ DEQ = {
 }
 
 
-@pytest.mark.parametrize("name", DEQ)
+@pytest.mark.parametrize("name", often(DEQ, ("built_in", "relaxed", "anderson", "bicgstab")))
 def test_a_layer_in_equilibrium(name):
     """W is not symmetric: gradients of all weights, against the closed form."""
     solver = bx.inner.fixed_point(layer, tol=1e-13, **DEQ[name])
