@@ -379,7 +379,7 @@ def gradient_of(make, optimizer, **options):
 @pytest.mark.parametrize(
     ("optimizer", "options"),
     [
-        (optax.sgd(0.1), {"directions": 4}),
+        pytest.param(optax.sgd(0.1), {"directions": 4}, marks=pytest.mark.slow),
         (MOMENTUM, {"directions": 4, "sampler": hadamard, "sample": bx.sampling.minibatch(8)}),
         (optax.adam(0.1), {"directions": 5, "sample": bx.sampling.minibatch(8), "chunk": 2}),
         (optax.sgd(0.1), {"directions": 4, "initial": lambda x: jnp.tile(x, 4), "guide": bx.inner.guides.blocks(2)}),

@@ -83,7 +83,14 @@ def assert_trees_close(got, expected, **tolerance):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), got, expected)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+DAILY = ("nesterov-cosine", "clip-adamw", "learned-in-state")  # what the others do is a part of what these do
+
+
+def often(name, *values):
+    return pytest.param(name, *values, id=name, marks=[] if name in DAILY else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", [often(name) for name in OPTIMIZERS])
 def test_reverse_is_the_gradient_of_a_hand_written_unroll(name):
     expected, y = by_hand(name)
     grad, state, _ = by_reverse(name)
@@ -131,8 +138,10 @@ def test_checkpoints_save_memory():
 
 @pytest.mark.parametrize(
     ("name", "sample"),
-    [*((name, bx.sampling.full) for name in OPTIMIZERS), ("momentum", bx.sampling.minibatch(4))],
-    ids=[*OPTIMIZERS, "momentum-minibatch"],
+    [
+        *(often(name, bx.sampling.full) for name in OPTIMIZERS),
+        pytest.param("momentum", bx.sampling.minibatch(4), id="momentum-minibatch"),
+    ],
 )
 def test_chain_of_reverses_is_reverse_of_the_sum(name, sample):
     reverse = lambda steps: bx.inner.reverse(inner_loss, OPTIMIZERS[name], steps, sample=sample)  # noqa: E731
