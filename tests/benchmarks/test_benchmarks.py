@@ -175,7 +175,7 @@ def test_a_missing_package_is_one_line_with_the_command(monkeypatch, capsys):
 
 
 @pytest.mark.compiles(60)  # a whole run of a command
-@pytest.mark.parametrize("model", ["linear", "mlp"])
+@pytest.mark.parametrize("model", [pytest.param("linear", marks=pytest.mark.slow), "mlp"])
 def test_public_images_run_with_each_model(run, monkeypatch, model):
     random = np.random.default_rng(0)
     images, labels = random.integers(0, 256, (60, 28, 28), np.uint8), random.integers(0, 10, 60).astype(np.uint8)
