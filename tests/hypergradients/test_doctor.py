@@ -351,7 +351,7 @@ def test_the_page_that_print_shows():
 
 
 def test_steps_that_lead_uphill():
-    """Of the wrong sign in every direction; too large where g is steep alone, or with a change of sign everywhere."""
+    """Of the wrong sign in every direction; too large where g is steep alone."""
     report = check(bx.inner.implicit(inner_loss, optax.sgd(-0.1), 20))
     assert report.verdict == "the inner steps diverge: too large, or uphill", str(report)
     assert "subtract the gradient" in report.remedy
@@ -359,6 +359,14 @@ def test_steps_that_lead_uphill():
     large = check(bx.inner.implicit(inner_loss, optax.sgd(1.1 * 2 / 10), 40))
     assert large.verdict == "the inner steps diverge: their step size is too large", str(large)
     assert check(bx.inner.implicit(inner_loss, optax.sgd(0.9 * 2 / 10), 600)).ok  # the remedy of both
+
+
+@pytest.mark.parametrize(("steps", "says"), [(2, "too large, or uphill"), (3, "their step size is too large")])
+def test_steps_that_overshoot_in_every_direction(steps, says):
+    """An even number of them looks like steps uphill: the remedy for both says lower first."""
+    report = check(bx.inner.implicit(inner_loss, optax.sgd(30.0), steps))
+    assert report.verdict == f"the inner steps diverge: {says}", str(report)
+    assert "Lower the step size: gradient descent takes one below 2 / 10" in report.remedy
 
 
 def test_a_g_with_the_wrong_sign():
