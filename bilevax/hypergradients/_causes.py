@@ -13,7 +13,7 @@ from bilevax.hypergradients._report import EXACT, GOOD, UNKNOWN, WRONG, Hypergra
 from bilevax.problem import IHVPInfo
 from bilevax.typing import PyTree
 
-COSINE, LENGTH = 0.9, 2.0  # of an estimate that is good enough to descend: at least, and at most (or one over it)
+COSINE, LENGTH = 0.7, 4.0  # of an estimate that is good enough to descend: at least, and at most (or one over it)
 
 
 class Findings(NamedTuple):

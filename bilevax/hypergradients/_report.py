@@ -17,8 +17,8 @@ class HypergradientReport(NamedTuple):
 
     Attributes:
       ok: whether the hypergradient is right to the tolerance: whether the grade is "exact".
-      grade: "exact"; "good enough to descend", where the cosine to the reference is at least 0.9 and the length between
-        half and twice its own; "wrong"; or "not known", where the budget did not suffice.
+      grade: "exact"; "good enough to descend", where the cosine to the reference is at least 0.7 (an angle of 45°) and
+        the length between a quarter and four times its own; "wrong"; or "not known", where the budget did not suffice.
       verdict: what is the matter, in plain words.
       remedy: what to do about it.
       note: what else is worth knowing.

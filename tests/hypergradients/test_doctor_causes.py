@@ -186,10 +186,10 @@ def test_of_a_loss_with_other_numbers_an_estimate_near_the_reference_is_ok():
 @pytest.mark.parametrize(
     ("changes", "grade"),
     [
-        ({"cosine": 0.89}, "wrong"),
-        ({"cosine": 0.9}, "good enough to descend"),
-        ({"cosine": 0.99, "grad": np.full(3, 2.1)}, "wrong"),
-        ({"cosine": 0.99, "grad": np.full(3, 0.49)}, "wrong"),
+        ({"cosine": 0.69}, "wrong"),
+        ({"cosine": 0.7}, "good enough to descend"),
+        ({"cosine": 0.99, "grad": np.full(3, 4.1)}, "wrong"),
+        ({"cosine": 0.99, "grad": np.full(3, 0.24)}, "wrong"),
         ({"cosine": 0.99, "diverged": True}, "wrong"),
         ({"cosine": 0.99, "finite_difference_error": 0.1}, "wrong"),
         ({"cosine": 0.99, "smallest_curvature": math.nan}, "good enough to descend"),
