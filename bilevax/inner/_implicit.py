@@ -28,7 +28,7 @@ from bilevax.inner._optimizer_steps import (
 )
 from bilevax.inner._transposed import moved_along, transposed
 from bilevax.inner._unread import on_leaves_read
-from bilevax.meshes import zeros_like
+from bilevax.meshes import dot, zeros_like
 from bilevax.printing import as_called, by_shape
 from bilevax.problem import (
     IHVP,
@@ -43,6 +43,7 @@ from bilevax.problem import (
     arrays,
     inner_gradient,
     norm,
+    widen,
 )
 from bilevax.sampling import Sample, counted_from, full
 from bilevax.typing import Array, Key, PyTree
@@ -179,7 +180,7 @@ def implicit(
         else:
             begin = Begin(jnp.asarray(True), *run.report(keys.steps, batch, x, z))
             z = z._replace(y=solution(solve(x, z.y, batch), z.y))
-        moved = norm(optax.tree.sub(parameters(z.y), before)) if steps or solve is not None else None
+        moved = _length(optax.tree.sub(parameters(z.y), before)) if steps or solve is not None else None
         return z, ImplicitResidual(keys.ihvp, keys.cross, x, begin, z, moved, batch), state
 
     def backward(
@@ -209,7 +210,7 @@ def implicit(
         size = norm(inner.gradient)
         lost = ~jnp.isfinite(inner.loss + size) | diverged(begin, inner.loss, size)
         if moved is not None:
-            lost |= _stuck(moved, norm(y), size * norm(v), norm(b), by_steps=solve is None)
+            lost |= _stuck(moved, _length(y), size * _length(v), _length(b), by_steps=solve is None)
         breakdown = ihvp_info.breakdown | lost
         info = SolverInfo(inner.loss, size, breakdown, calls, ihvp_info)
         kept = optax.tree.where(ihvp_info.breakdown, zeros_like(v), v) if warm_start else None
@@ -242,6 +243,12 @@ def implicit(
         return optax.tree.scale(-1, v)
 
     return InnerSolver(init, run.start, forward, backward, fresh=initial is not None, tangent=tangent)
+
+
+def _length(tree: PyTree) -> Array:
+    """The Euclidean norm, quicker than `norm` and without its care for tiny and huge numbers."""
+    wide = widen(tree)
+    return jnp.sqrt(dot(wide, wide))
 
 
 def _stuck(moved: Array, size: Array, steepness: Array, curved: Array, by_steps: bool) -> Array:
