@@ -306,6 +306,8 @@ OFTEN = {  # of whom it is asked every day: what takes programs of its own, and 
     hypergradient.vmap_of_scan_equals_a_loop: OTHERS,
 }
 
+KEPT = (("linear", ihvp.debuggers_find_nothing),) if jax.__version_info__ >= (0, 12) else ()  # lineax keeps a program
+
 
 def compiles(one):
     """Programs that a contract may take: an eager estimate takes one for each operation."""
@@ -319,6 +321,7 @@ def pairs(names, contracts, of, often=None):
         for name in names
         for one in contracts
         if (name not in NOT_LINEAR if one is LINEAR else one.applies(of(name)))
+        and (name, one) not in KEPT
         and often in (None, name in OFTEN.get(one, names))
     ]
 
