@@ -264,11 +264,14 @@ def _stuck(moved: Array, size: Array, steepness: Array, curved: Array, by_steps:
 
 
 def _checked(applied: Any, b: PyTree) -> tuple[PyTree, IHVPInfo]:
-    """What an inverse-Hessian-vector product returns for b, if it is what it should be; zero where that diverged."""
+    """What an inverse-Hessian-vector product returns for b, if it is what it should be.
+
+    Zero where that diverged; but what is not finite stays so, and is seen.
+    """
     v, info = checks.parts("apply of ihvp.prepare", applied, "v", "info")
     checks.same_form("v of ihvp.prepare", v, b, "Return v like b: optax.tree.cast_like(v, b).")
     checks.instance("info of ihvp.prepare", info, IHVPInfo, "Return bx.problem.IHVPInfo(...) beside v.")
     if info.residual is None:
         return v, info
-    diverging = info.breakdown & (info.residual > DIVERGED)
+    diverging = info.breakdown & (info.residual > DIVERGED) & jnp.isfinite(info.residual)
     return optax.tree.where(diverging, zeros_like(v), v), info
