@@ -10,10 +10,11 @@ import optax
 from bilevax import checks
 from bilevax.carried import parameters
 from bilevax.curvature import capture
+from bilevax.curvature.forms import Diagonal, Factors
 from bilevax.curvature.inverse import Damping, Inverse, spectral, trace_mean
-from bilevax.curvature.kronecker import Diagonal, Factors, TracedLoss, trace_loss
 from bilevax.curvature.model_loss import held, structured
 from bilevax.curvature.sharing import expand
+from bilevax.curvature.traced_loss import TracedLoss, trace_loss
 from bilevax.meshes import like, whole
 from bilevax.problem import Loss, widen
 from bilevax.typing import Array, PyTree

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import optax
 
 from bilevax import checks
-from bilevax.curvature import capture, kronecker
+from bilevax.curvature import capture
 from bilevax.curvature.damped_blocks import Parts, decompose, solve, weight_decay
+from bilevax.curvature.forms import Factors
 from bilevax.curvature.inverse import Damping, Eigen, Inverse
-from bilevax.curvature.kronecker import Factors, TracedLoss
 from bilevax.curvature.model_loss import structured
 from bilevax.curvature.sharing import ChooseSharing, Sharing
+from bilevax.curvature.traced_loss import Positions, TracedLoss, trace_loss
 from bilevax.printing import by_shape
 from bilevax.problem import IHVP, Apply, IHVPInfo, Loss, Point, norm
 from bilevax.sampling import Sample, split
@@ -126,7 +127,7 @@ class Options(NamedTuple):
 
     damping: Damping
     sharing: Sharing | ChooseSharing
-    positions: kronecker.Positions | None
+    positions: Positions | None
     unsupported: capture.Unsupported
     sample: Sample
 
@@ -158,7 +159,7 @@ def curved(passes: Passes, options: Options, refresh: Refresh) -> IHVP:
         x, y = jax.lax.stop_gradient(point[:2])
         batch_key, key = split(key, 2)
         batch = options.sample(batch_key, 0, point[2])
-        here = kronecker.trace_loss(loss, x, y, batch, options.sharing, options.positions, options.unsupported)
+        here = trace_loss(loss, x, y, batch, options.sharing, options.positions, options.unsupported)
         return key, here, weight_decay(here, loss, x, y)
 
     def corrected(key: Key | None, here: TracedLoss, parts: Parts) -> tuple[Parts, int]:

@@ -1,10 +1,12 @@
 """The inverse of Kronecker-factored curvature with corrected eigenvalues."""
 
 from bilevax import checks
-from bilevax.curvature import capture, kronecker
+from bilevax.curvature import capture
 from bilevax.curvature.fisher import Fisher, sampled
 from bilevax.curvature.inverse import Damping, spectral
+from bilevax.curvature.passes import curvatures, measure
 from bilevax.curvature.sharing import ChooseSharing, Sharing, expand
+from bilevax.curvature.traced_loss import Positions
 from bilevax.ihvp._curved import Options, Passes, Refresh, Schedule, curved
 from bilevax.printing import as_called
 from bilevax.problem import IHVP
@@ -18,7 +20,7 @@ def ekfac(
     damping: Damping = 1e-3,
     fisher: Fisher | None = None,
     sharing: Sharing | ChooseSharing = expand,
-    positions: kronecker.Positions | None = None,
+    positions: Positions | None = None,
     ema: Scalar = 0.0,
     factors_every: Schedule = 1,
     inverse_every: Schedule = 1,
@@ -68,9 +70,9 @@ def ekfac(
     chosen = sampled() if fisher is None else fisher
     checks.function("fisher", chosen, "key", "loss", "outputs", "targets")
     passes = Passes(
-        measure=lambda key, here: kronecker.measure(key, here, chosen),
+        measure=lambda key, here: measure(key, here, chosen),
         inverse=spectral,
-        correct=lambda key, here, bases: kronecker.curvatures(key, here, chosen, bases),
+        correct=lambda key, here, bases: curvatures(key, here, chosen, bases),
     )
     options = Options(damping, sharing, positions, unsupported, sample)
     return curved(passes, options, Refresh.of(ema, factors_every, inverse_every))

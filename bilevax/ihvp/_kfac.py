@@ -1,10 +1,12 @@
 """The inverse of Kronecker-factored curvature."""
 
 from bilevax import checks
-from bilevax.curvature import capture, kronecker
+from bilevax.curvature import capture
 from bilevax.curvature.fisher import Fisher, sampled
 from bilevax.curvature.inverse import Damping, Inverse, spectral
+from bilevax.curvature.passes import measure
 from bilevax.curvature.sharing import ChooseSharing, Sharing, expand
+from bilevax.curvature.traced_loss import Positions
 from bilevax.ihvp._curved import Options, Passes, Refresh, Schedule, curved
 from bilevax.printing import as_called
 from bilevax.problem import IHVP
@@ -19,7 +21,7 @@ def kfac(
     fisher: Fisher | None = None,
     inverse: Inverse = spectral,
     sharing: Sharing | ChooseSharing = expand,
-    positions: kronecker.Positions | None = None,
+    positions: Positions | None = None,
     ema: Scalar = 0.0,
     factors_every: Schedule = 1,
     inverse_every: Schedule = 1,
@@ -79,6 +81,6 @@ def kfac(
     checks.instance("inverse", inverse, Inverse, "Pass bx.curvature.kronecker.spectral or kronecker.factored.")
     chosen = sampled() if fisher is None else fisher
     checks.function("fisher", chosen, "key", "loss", "outputs", "targets")
-    passes = Passes(lambda key, here: kronecker.measure(key, here, chosen), inverse)
+    passes = Passes(lambda key, here: measure(key, here, chosen), inverse)
     options = Options(damping, sharing, positions, unsupported, sample)
     return curved(passes, options, Refresh.of(ema, factors_every, inverse_every))

@@ -1,0 +1,253 @@
+"""Passes over a traced model that measure its blocks: their factors, and the curvature in given bases."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bilevax.curvature import capture
+from bilevax.curvature.capture.uses import RowReaders, Use, Visitor
+from bilevax.curvature.fisher import Fisher
+from bilevax.curvature.forms import Diagonal, Factors, Kronecker
+from bilevax.curvature.inverse import Eigen
+from bilevax.curvature.sharing import Sharing
+from bilevax.curvature.traced_loss import TracedLoss
+from bilevax.meshes import by_compiler, like, zeros_like
+from bilevax.problem import widen
+from bilevax.sampling import split
+from bilevax.typing import Array, Key, Scalar
+
+T = TypeVar("T")
+
+# One pass: the factors leave the backward pass as cotangents of dummy inputs of the model. A layer w [6, 4] with bias
+# on a [5, 3, 6] has the dummy Kronecker(a [7, 7], mass [], b [4, 4]), zeros that `_observed` takes and ignores. Its
+# backward rule passes u [5, 3, 4] on as it is, and says that `statistic(residual, u)` flows to the dummy. So it is JAX
+# that adds up the uses of a leaf, and stacks the iterations of a scan: for six layers the dummy is a [6, 7, 7], ...
+
+
+class Residual(NamedTuple):
+    """What a use keeps for its backward pass; the basis where squares are measured, () elsewhere."""
+
+    inputs: Array
+    mask: Array | None
+    q: Array
+    basis: Any
+
+    def activations(self, rows: RowReaders, use: Use) -> tuple[Array, Array]:
+        """Rows ā [N, T, rows] (ids [N, T] into a table), and the mask of their positions [N, T]."""
+        a, dtype = rows.inputs(self.inputs), self.q.dtype
+        mask = jnp.ones(a.shape[:2], dtype)
+        if self.mask is not None and self.mask.shape == mask.shape:
+            mask = self.mask.astype(dtype)
+        if use.by_row:
+            return a[..., 0], mask
+        ones = [] if use.bias is None else [jnp.ones_like(a[..., :1], dtype)]
+        return jnp.concatenate([a.astype(dtype), *ones], axis=-1), mask
+
+
+Reported = Kronecker | Array  # what leaves a block, and its dummy
+
+
+class Statistic(Protocol):
+    """What one use of a block adds to it, of its rows and the cotangents u of its outputs."""
+
+    def __call__(self, rows: RowReaders, use: Use, sharing: Sharing, residual: Residual, u: Array, /) -> Reported: ...
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _observed(
+    statistic: Callable[[Residual, Array], Reported], outputs: Array, residual: Residual, dummy: Reported
+) -> Array:
+    return outputs
+
+
+def _observed_forward(
+    statistic: Callable[[Residual, Array], Reported], outputs: Array, residual: Residual, dummy: Reported
+) -> tuple[Array, Residual]:
+    return outputs, residual
+
+
+def _observed_backward(
+    statistic: Callable[[Residual, Array], Reported], residual: Residual, u: Array
+) -> tuple[Array, None, Reported]:
+    return u, None, by_compiler(statistic)(residual, u)
+
+
+_observed.defvjp(_observed_forward, _observed_backward)
+
+
+def _sums(rows: RowReaders, use: Use, sharing: Sharing, residual: Residual, u: Array) -> Kronecker:
+    (a, mask), q = residual.activations(rows, use), residual.q
+    u = rows.outputs(u).astype(q.dtype)
+    if use.by_row:
+        mass = q[:, None] * mask
+        square = jnp.zeros(use.inputs, q.dtype).at[a.reshape(-1)].add(mass.reshape(-1))
+        return Kronecker(square, jnp.sum(mass), jnp.einsum("nti,ntj->ij", u, u))
+    a, u = sharing.inputs(a, mask), sharing.outputs(u)
+    mass = q[:, None] * mask if sharing.per_position else q[:, None]
+    return Kronecker(jnp.einsum("nti,nt,ntj->ij", a, mass, a), jnp.sum(mass), jnp.einsum("nti,ntj->ij", u, u))
+
+
+def _squares(rows: RowReaders, use: Use, sharing: Sharing, residual: Residual, u: Array) -> Array:
+    """Σ_n (Q_Aᵀ Σ_t ā_nt u_ntᵀ Q_B)², element by element."""
+    # a [5, 3, 7] Q_A [7, 7] and u [5, 3, 4] Q_B [4, 4]: for each example [7, 3] · [3, 4], squared. With one position
+    # (a_i u_j)² = a_i² u_j²: one product [7, 5] · [5, 4] for all examples, and no loop
+    (a, _), q, basis = residual.activations(rows, use), residual.q, residual.basis
+    u = rows.outputs(u).astype(q.dtype) @ basis.qb
+    if use.by_row:
+        return _table_squares(a, u, use.inputs)
+    a = a @ basis.qa
+    if a.shape[1] == 1:
+        return jnp.einsum("ni,nj->ij", a[:, 0] ** 2, u[:, 0] ** 2)
+    zero = jnp.zeros((a.shape[-1], u.shape[-1]), q.dtype)
+    return jax.lax.scan(lambda total, au: (total + (au[0].T @ au[1]) ** 2, None), zero, (a, u))[0]
+
+
+def _table_squares(ids: Array, u: Array, size: int) -> Array:
+    """Σ_n (Σ_t e_id(n,t) u_ntᵀ)²: positions of one example with the same id add up before they are squared."""
+    # An example with the ids (7, 2, 7), T = 3: `same` [T, T] is 1 on its diagonal and at (0, 2), (2, 0). Each id counts
+    # at its first place, first = (1, 1, 0): sums (u_0 + u_2, u_1, 0), whose squares go to the rows 7, 2, 7 of the table
+    same = (ids[:, :, None] == ids[:, None, :]).astype(u.dtype)
+    first = jnp.argmax(same, axis=2) == jnp.arange(ids.shape[1])[None]
+    sums = jnp.einsum("nst,ntj->nsj", same, u) * first[:, :, None].astype(u.dtype)
+    return jnp.zeros((size, u.shape[-1]), u.dtype).at[ids.reshape(-1)].add(sums.reshape(-1, u.shape[-1]) ** 2)
+
+
+PullBack = Callable[[Array], tuple[dict[int, Any], dict[int, Array]]]  # -> Reported of blocks, gradients of the probed
+
+
+def _passes(
+    here: TracedLoss, statistic: Statistic, bases: Mapping[int, Eigen], dummies: Mapping[int, Reported]
+) -> tuple[Array, PullBack]:
+    """The outputs, and the pull-back from a cotangent of them to what every block makes of it."""
+    blocks = {block.leaf: block for block in here.captured.blocks}
+
+    def kronecker(slot: Any, use: Use, rows: RowReaders, outputs: Array, inputs: Array) -> Array:
+        if slot is None or use.explicit != (block := blocks[use.leaf]).explicit:
+            return outputs
+        dummy, basis = slot
+        residual = Residual(inputs, here.mask, here.q, basis)
+        whole = use._replace(bias=block.bias)  # which the model adds elsewhere, where the use itself names none
+        measure = functools.partial(statistic, rows, whole, here.sharing(block.name))
+        return _observed(measure, outputs, residual, dummy)
+
+    def elementwise(slot: Any, use: Use, leaf: Array) -> Array | None:
+        counts = slot is not None and use.explicit == blocks[use.leaf].explicit
+        return leaf[None] + slot[0].astype(leaf.dtype) if counts else None
+
+    visitor = Visitor({}, kronecker, elementwise, lambda use: None)
+
+    def outputs(dummies: Mapping[int, Reported], probed: Mapping[int, Array]) -> Array:
+        slots = {leaf: (dummy, bases.get(leaf, ())) for leaf, dummy in dummies.items()}
+        leaves = [probed.get(leaf, value) for leaf, value in enumerate(here.leaves)]
+        return here.captured.run(visitor._replace(slots=slots), leaves)
+
+    probed = {leaf: here.leaves[leaf] for leaf, block in blocks.items() if block.treatment and block.treatment.probes}
+    return jax.vjp(outputs, dummies, probed)
+
+
+def _dummies(here: TracedLoss, kronecker: Callable[[capture.Block], Kronecker]) -> dict[int, Reported]:
+    """Zeros for all that the blocks report: `kronecker(block)` for a matrix, a leaf for each example for a diagonal."""
+    # γ [4] of five examples: [5, 4], added to it example by example; six layers of γ [6, 4] in a scan: [6, 5, 4]
+    dummies: dict[int, Reported] = {}
+    for block in here.captured.blocks:
+        if block.matrix is not None:
+            dummies[block.leaf] = kronecker(block)
+        elif block.treatment is None:
+            shape = here.leaves[block.leaf].shape
+            depth = len(block.stack)
+            dummies[block.leaf] = jnp.zeros((*shape[:depth], here.captured.examples, *shape[depth:]), here.q.dtype)
+    return dummies
+
+
+def _total(columns: int, term: Callable[[Scalar], T]) -> T:
+    """The sum of `term(k)` over the columns, one after the other."""
+    first = term(0)
+    if columns == 1:
+        return first
+
+    def add(k: Array, total: T) -> T:
+        return optax.tree.add(total, term(k))
+
+    return jax.lax.fori_loop(1, columns, add, first)
+
+
+def measure(key: Key | None, here: TracedLoss, fisher: Fisher) -> tuple[Factors, int]:
+    """The factors of every block by name, and the number of backward passes."""
+    label_key, sign_key = split(key, 2)
+    blocks = {block.leaf: block for block in here.captured.blocks}
+    dtype = here.q.dtype
+
+    def zeros(block: capture.Block) -> Kronecker:
+        a, b = block.shapes
+        return Kronecker(*(jnp.zeros((*block.stack, *shape), dtype) for shape in (a, (), b)))
+
+    outputs, pull = _passes(here, _sums, {}, _dummies(here, zeros))
+    columns, column = fisher(label_key, here.loss, outputs, here.targets)
+    root = jnp.sqrt(here.scale(outputs))[..., None]
+
+    def term(k: Scalar) -> tuple[dict[int, Array], dict[int, Array]]:
+        cotangent = like((column(k) * root).astype(outputs.dtype), outputs)
+        found, _ = pull(cotangent)
+        return {leaf: _curved(blocks[leaf], value) for leaf, value in found.items()}, _probe(
+            sign_key, k, blocks, pull, cotangent
+        )
+
+    seen, probed = _total(columns, term)
+    # `seen` adds B up over the columns alone: A and its mass would be counted once for each, and do not depend on u
+    flat, _ = pull(zeros_like(outputs))
+    result: Factors = {}
+    for leaf, block in blocks.items():
+        if block.matrix is not None:
+            result[block.name] = flat[leaf]._replace(b=seen[leaf])
+        elif leaf in seen:
+            result[block.name] = Diagonal(seen[leaf])
+        elif leaf in probed:
+            result[block.name] = Diagonal(probed[leaf])
+    probes = max((block.treatment.probes for block in blocks.values() if block.treatment), default=0)
+    return result, columns * (1 + probes)
+
+
+def _curved(block: capture.Block, found: Reported) -> Array:
+    """What one column adds to the curvature of a block: B, or the squares of per-example gradients."""
+    return found.b if isinstance(found, Kronecker) else jnp.sum(found**2, axis=len(block.stack))
+
+
+def _probe(
+    key: Key | None, k: Scalar, blocks: Mapping[int, capture.Block], pull: PullBack, cotangent: Array
+) -> dict[int, Array]:
+    """1/R Σ_r (Σ_n ±1 √(w_n/N) J_nᵀ u_n)² for the leaves that no rule covers."""
+    probes = {leaf: block.treatment.probes for leaf, block in blocks.items() if block.treatment}
+    number = max(probes.values(), default=0)
+    if not number:
+        return {}
+    if key is None:
+        raise ValueError(
+            "key must be a jax.random.key where capture.diagonal draws signs; got None. Pass key=jax.random.key(0)."
+        )
+
+    def one(r: Scalar) -> dict[int, Array]:
+        here = jax.random.fold_in(jax.random.fold_in(key, k), r)
+        signs = jax.random.rademacher(here, cotangent.shape[:1], cotangent.dtype)
+        _, found = pull(cotangent * signs.reshape((-1,) + (1,) * (cotangent.ndim - 1)))
+        return jax.tree.map(lambda g: widen(g) ** 2 / number, found)
+
+    return _total(number, one)
+
+
+def curvatures(
+    key: Key | None, here: TracedLoss, fisher: Fisher, bases: dict[str, Eigen]
+) -> tuple[dict[str, Eigen], int]:
+    """EKFAC: the diagonal of the curvature in the eigenbases of the factors, and the number of backward passes."""
+    label_key, _ = split(key, 2)
+    blocks = {block.leaf: block for block in here.captured.blocks if block.matrix is not None}
+    by_leaf = {leaf: bases[block.name] for leaf, block in blocks.items()}
+    dummies = {leaf: jnp.zeros_like(basis.eigenvalues) for leaf, basis in by_leaf.items()}
+    outputs, pull = _passes(here, _squares, by_leaf, dummies)
+    columns, column = fisher(label_key, here.loss, outputs, here.targets)
+    root = jnp.sqrt(here.scale(outputs))[..., None]
+    found = _total(columns, lambda k: pull(like((column(k) * root).astype(outputs.dtype), outputs))[0])
+    return {block.name: by_leaf[leaf]._replace(eigenvalues=found[leaf]) for leaf, block in blocks.items()}, columns
