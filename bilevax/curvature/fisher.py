@@ -80,12 +80,17 @@ def sampled(samples: int = 1) -> Fisher:
 
 
 def exact(key: Key | None, loss: OutputLoss, outputs: Array, targets: Array) -> Columns:
-    """The columns of the root S of the curvature, one after the other: exact, and the same every time ("type 2").
+    """The columns of the root S of the curvature, one after the other, each example with a random sign ("type 2").
 
-        Σ_k u_k u_kᵀ = S Sᵀ = L
+        Σ_k u_k u_kᵀ = S Sᵀ = L          u_nk = ±1 S_n e_k
+
+    The signs cancel in what each example adds alone: factors and diagonals are exact then, and the same to the bit for
+    every key. Where examples interact (BatchNorm in train mode, graph networks) one pass carries the sum of what all
+    outputs ask of an example; the signs remove the products of two outputs on average, and what is found is unbiased,
+    as with `sampled`.
 
     Args:
-      key: not used.
+      key: draws the signs; with None they are the same every time.
       loss: output loss.
       outputs: [N, ..., C].
       targets: what the loss takes.
@@ -101,14 +106,16 @@ def exact(key: Key | None, loss: OutputLoss, outputs: Array, targets: Array) -> 
         >>> import bilevax as bx, jax.numpy as jnp
         >>> loss = bx.curvature.squared_error
         >>> columns, column = bx.curvature.fisher.exact(None, loss, jnp.zeros((1, 2)), jnp.zeros((1, 2)))
-        >>> [column(k).tolist() for k in range(columns)]
+        >>> [abs(column(k)).tolist() for k in range(columns)]
         [[[1.0, 0.0]], [[0.0, 1.0]]]
     """
-    one = jnp.shape(outputs)[1:]
+    shape = jnp.shape(outputs)
+    one, drawn = shape[1:], jax.random.key(0) if key is None else key
 
     def column(k: Scalar) -> Array:
-        s = (jnp.arange(math.prod(one)) == k).astype(outputs.dtype).reshape(one)
-        return loss.root(outputs, targets, jnp.broadcast_to(s[None], jnp.shape(outputs)))
+        s = (jnp.arange(math.prod(one)) == k).astype(outputs.dtype).reshape(1, *one)
+        signs = jax.random.rademacher(jax.random.fold_in(drawn, k), shape[:1], outputs.dtype)
+        return loss.root(outputs, targets, s * signs.reshape(-1, *(1 for _ in one)))
 
     return math.prod(one), column
 
