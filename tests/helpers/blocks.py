@@ -9,6 +9,8 @@ from jax.flatten_util import ravel_pytree
 
 import bilevax as bx
 from bilevax import curvature
+from bilevax.curvature.passes import curvatures
+from bilevax.curvature.traced_loss import trace_loss
 
 KEY = jax.random.key(0)
 
@@ -33,6 +35,13 @@ def captured(model, x, y, batch, **choices):
 def _compiled(model, fisher=curvature.fisher.exact, **choices):
     factors = curvature.kronecker.factors
     return jax.jit(lambda x, y, batch: factors(KEY, make(model), x, y, batch, fisher=fisher, **choices))
+
+
+def corrected(key, inner_loss, x, y, batch, bases, fisher=curvature.fisher.exact, **choices):
+    """Name of a weight -> the diagonal of the curvature in its basis, as EKFAC measures it."""
+    unsupported = choices.get("unsupported", curvature.capture.error)
+    here = trace_loss(inner_loss, x, y, batch, curvature.expand, None, unsupported)
+    return {name: part.eigenvalues for name, part in curvatures(key, here, fisher, bases)[0].items()}
 
 
 def kfac(model, x, y, b, batch, l2=0.25, **choices):
