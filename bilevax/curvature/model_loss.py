@@ -35,8 +35,9 @@ class ModelLoss:
         one of y.params, and curvatures are those of the params, with what is carried as it is.
       loss: an `OutputLoss`: `softmax_cross_entropy`, `sigmoid_cross_entropy` or `squared_error`.
       split: `split(x, batch) -> (inputs, targets)`; x may make the inputs (condensation, poisoning).
-      weights: `weights(x, batch) -> [N]`, all >= 0; by default 1 for each example. Negative ones are neither refused
-        nor clamped: G is indefinite with them, and solvers report it.
+      weights: `weights(x, batch) -> [N]`, all >= 0, or one for each value of the output loss, [N, T] for tokens; by
+        default 1 for each example. Negative ones are neither refused nor clamped: G is indefinite with them, and
+        solvers report it.
       l2: weight decay, a number or a function x -> a number or a pytree like y.
       center: `center(x) -> pytree like y`, what the penalty pulls y to (iMAML); by default 0.
       mask: `mask(batch) -> [N, ...]` with 1 for positions that count and 0 for padding, like the loss's values.
@@ -114,8 +115,10 @@ class ModelLoss:
 
     def scale(self, values: Array | jax.ShapeDtypeStruct, x: PyTree, batch: PyTree) -> Array:
         """w_n m_nt / N, what each of the output loss's values [N, ...] counts, broadcast to them."""
-        scale = self.example_scale(jnp.shape(values)[0], values.dtype, x, batch)
-        scale = jnp.broadcast_to(scale.reshape(scale.shape + (1,) * (values.ndim - 1)), values.shape)
+        scale = self.weight_scale(values.shape[0], values.dtype, x, batch)
+        if scale.ndim > 1 and scale.shape != values.shape:
+            raise self._weights_that_do_not_fit(scale.shape, values.shape)
+        scale = jnp.broadcast_to(scale.reshape(scale.shape + (1,) * (values.ndim - scale.ndim)), values.shape)
         if self.mask is None:
             return scale
         mask = self.mask(batch)
@@ -126,18 +129,22 @@ class ModelLoss:
             )
         return scale * mask
 
-    def example_scale(self, n: int, dtype: jnp.dtype, x: PyTree, batch: PyTree) -> Array:
-        """w_n / N, what each of the n examples counts, [N]."""
+    def weight_scale(self, n: int, dtype: jnp.dtype, x: PyTree, batch: PyTree) -> Array:
+        """w_n / N for each of the n examples, [N]; w_nt / N for each of their values where weights are for these."""
         scale = jnp.full((n,), 1 / n, dtype)
         if self.weights is None:
             return scale
         weights = self.weights(x, batch)
-        if jnp.shape(weights) != scale.shape:
-            raise ValueError(
-                f"weights must return one number for each of the {n} examples; got shape {jnp.shape(weights)}, "
-                f"expected {scale.shape}. Return an array [N] that belongs to the batch."
-            )
-        return scale * weights
+        if jnp.shape(weights)[:1] != (n,):
+            raise self._weights_that_do_not_fit(jnp.shape(weights), (n, "..."))
+        return scale.reshape((n,) + (1,) * (jnp.ndim(weights) - 1)) * weights
+
+    def _weights_that_do_not_fit(self, got: tuple[int, ...], values: tuple[object, ...]) -> ValueError:
+        return ValueError(
+            f"weights must return one number for each of the {values[0]} examples, or for each value of the output "
+            f"loss; got shape {got}, expected ({values[0]},) or ({', '.join(map(str, values))}). Return an array that "
+            f"belongs to the batch."
+        )
 
     def penalty(self, x: PyTree, y: PyTree) -> tuple[PyTree, PyTree]:
         """The decay rates and the center of the penalty, both as pytrees like y (the rates may be scalars)."""

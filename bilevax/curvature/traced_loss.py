@@ -26,8 +26,8 @@ class TracedLoss(NamedTuple):
       loss: output loss.
       targets: what it takes.
       scale: w_n m_nt / N for each of its values.
-      q: w_n / N, [N].
-      mask: which positions count, [N, T], or None.
+      q: w_n / N, [N]; the mean over positions that count, where each has a weight of its own.
+      mask: what positions count in their example, [N, T], ones and zeros, or multiples of their weights; or None.
       sharing: name of a layer -> `Sharing`.
     """
 
@@ -61,8 +61,8 @@ def trace_loss(
     captured = capture.trace(loss.model, y, inputs, unsupported=unsupported)
     leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(y)]
     dtype = wide_dtype(*leaves)
-    q = loss.example_scale(captured.examples, dtype, x, batch).astype(dtype)
-    mask = _mask(loss, batch, positions, captured)
+    q = loss.weight_scale(captured.examples, dtype, x, batch).astype(dtype)
+    q, mask = _of_positions(q, _mask(loss, batch, positions, captured))
 
     def choose(name: str) -> Sharing:
         chosen = sharing if isinstance(sharing, Sharing) else sharing(name)
@@ -86,3 +86,17 @@ def _mask(loss: ModelLoss, batch: PyTree, positions: Positions | None, captured:
             f"layer, one of {found}; got shape {jnp.shape(mask)}. Return the padding mask of the tokens."
         )
     return mask
+
+
+def _of_positions(q: Array, mask: Array | None) -> tuple[Array, Array | None]:
+    """Weights of positions [N, ...] as one for each example, and what a position counts in it: their product is m w."""
+    # w (1, 0, 3) with the mask (1, 1, 0): 1/2 for the example, whose positions count (2, 0, 0)
+    if q.ndim == 1:
+        return q, mask
+    q = q.reshape(q.shape[0], -1)
+    if mask is not None and mask.shape != q.shape:  # positions of other layers
+        return jnp.mean(q, axis=1), mask
+    counts = jnp.ones_like(q) if mask is None else mask.astype(q.dtype)
+    total = jnp.sum(counts, axis=1)
+    mean = jnp.sum(counts * q, axis=1) / jnp.where(total > 0, total, 1)
+    return mean, counts * q / jnp.where(mean == 0, 1, mean)[:, None]
