@@ -57,6 +57,24 @@ class Statistic(Protocol):
     def __call__(self, rows: RowReaders, use: Use, sharing: Sharing, residual: Residual, u: Array, /) -> Reported: ...
 
 
+def _layered(
+    statistic: Statistic, rows: RowReaders, use: Use, sharing: Sharing
+) -> Callable[[Residual, Array], Reported]:
+    """The statistic of a use, of each of its layers apart."""
+    # Three experts on one a [5, 4]: rows a [5, 1, 4] for all, u [3, 5, 1, 6], a basis with leading 3
+    if not use.layers:
+        return functools.partial(statistic, rows, use, sharing)
+    each: Any = functools.partial(statistic, RowReaders(lambda a: a, lambda u: u), use, sharing)
+    axes: Any = Residual
+    for same in reversed(rows.same):
+        each = jax.vmap(each, (axes(None if same else 0, None, None, 0), 0))
+
+    def layers(residual: Residual, u: Array) -> Reported:
+        return each(residual._replace(inputs=rows.inputs(residual.inputs)), rows.outputs(u))
+
+    return layers
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _observed(
     statistic: Callable[[Residual, Array], Reported], outputs: Array, residual: Residual, dummy: Reported
@@ -131,7 +149,7 @@ def _passes(
         dummy, basis = slot
         residual = Residual(inputs, here.mask, here.q, basis)
         whole = use._replace(bias=block.bias)  # which the model adds elsewhere, where the use itself names none
-        measure = functools.partial(statistic, rows, whole, here.sharing(block.name))
+        measure = _layered(statistic, rows, whole, here.sharing(block.name))
         return _observed(measure, outputs, residual, dummy)
 
     def elementwise(slot: Any, use: Use, leaf: Array) -> Array | None:

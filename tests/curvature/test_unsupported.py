@@ -39,9 +39,9 @@ def weight_norm(y, a):
     return a @ (kernel / jnp.linalg.norm(kernel, axis=0, keepdims=True))
 
 
-def depthwise(y, a):
+def groups_of_the_batch(y, a):
     images = jnp.broadcast_to(a[:, None], (N, 4, D))
-    window = {"feature_group_count": D, "dimension_numbers": ("NWC", "WIO", "NWC")}
+    window = {"batch_group_count": 2, "dimension_numbers": ("NWC", "WIO", "NWC")}
     return jax.lax.conv_general_dilated(images, y["odd"], (1,), "VALID", **window).reshape(N, -1)
 
 
@@ -78,7 +78,7 @@ UNSUPPORTED = {
     "product with itself": ((D, D), lambda y, a: a @ (y["odd"] @ y["odd"]), "dot_general of a function of it"),
     "weight norm": ((D, C), weight_norm, "dot_general of a function of it"),
     "part of a leaf": ((D, 2, C), lambda y, a: a @ y["odd"][:, 1], "dot_general of a function of it"),
-    "depthwise": ((3, 1, D), depthwise, "conv_general_dilated in groups"),
+    "groups of the batch": ((3, D, 2), groups_of_the_batch, "conv_general_dilated in groups of the batch"),
     "tied to the head": ((C, D), tied_to_the_head, "gather and dot_general"),
     "tied transpose": ((D, D), lambda y, a: jnp.tanh(a @ y["odd"]) @ y["odd"].T, "different ways: dot_general"),
     "dense and scale": ((D, D), lambda y, a: jnp.tanh(a @ y["odd"]) * y["odd"][0][None], "dot_general and mul"),

@@ -9,10 +9,10 @@ import jax
 from jax.extend import core
 
 from bilevax.curvature.capture.batch_axis import SHARED, Program, body, opened, scan_axes, scan_counts
+from bilevax.curvature.capture.layers import RULES
 from bilevax.curvature.capture.uses import (
     ELEMENTWISE,
     MARK,
-    RULES,
     Path,
     Value,
     View,

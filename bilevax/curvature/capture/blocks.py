@@ -151,8 +151,8 @@ class Block(NamedTuple):
       rule: its name in reports: dense, conv, embedding, observed, elementwise, or that of a treatment.
       leaf: its place among the leaves of y.
       bias: that of the bias in the last row of the matrix, or None.
-      stack: leading axes of the leaf: one block for each of their elements.
-      matrix: how the rest of the leaf lies in a matrix [inputs, outputs]; None for a diagonal block.
+      stack: a block for each of its elements: leading axes of the leaf, then axes that count layers.
+      matrix: how the rest of the leaf lies in a matrix [*layers, inputs, outputs]; None for a diagonal block.
       inputs: rows of that matrix.
       outputs: columns of it.
       positions: rows for each example.
@@ -161,6 +161,7 @@ class Block(NamedTuple):
       uses: how often the model uses it.
       treatment: of a leaf that no rule covers.
       what: the primitives.
+      layers: how many of the axes of `stack` are axes of the matrix.
 
     Example:
         >>> import bilevax as bx, jax.numpy as jnp
@@ -184,6 +185,7 @@ class Block(NamedTuple):
     uses: int = 0
     treatment: Treatment | None = None
     what: str = ""
+    layers: int = 0
 
     @property
     def rows(self) -> int:
@@ -198,14 +200,17 @@ class Block(NamedTuple):
     def pack(self, leaves: Mapping[int, Array]) -> Array:
         """The matrix [*stack, rows, outputs] of these leaves of y, by place."""
         # w [4, 2, 3] of einsum("ntd,dhe->nthe") and b [2, 3]: [4, 6] over [1, 6] -> [5, 6]. Six layers w [6, 4, 4] that
-        # a scan slices have the stack (6,), over which this is mapped: [6, 4, 4]
+        # a scan slices have the stack (6,), over which this is mapped: [6, 4, 4]. Three experts w [3, 4, 6] with
+        # b [3, 6] are layers of one matrix: [3, 5, 6]
         arrangement: Any = self.matrix
+        scanned = len(self.stack) - self.layers
 
         def matrix(weight: Array, *bias: Array) -> Array:
-            rows = [arrangement.of(weight).reshape(self.inputs, self.outputs)]
-            return jnp.concatenate([*rows, *(b.reshape(1, self.outputs) for b in bias)])
+            stack = self.stack[scanned:]
+            rows = [arrangement.of(weight).reshape(*stack, self.inputs, self.outputs)]
+            return jnp.concatenate([*rows, *(b.reshape(*stack, 1, self.outputs) for b in bias)], axis=-2)
 
-        for _ in self.stack:
+        for _ in range(scanned):
             matrix = jax.vmap(matrix)
         return matrix(leaves[self.leaf], *(() if self.bias is None else (leaves[self.bias],)))
 
@@ -392,7 +397,7 @@ def _block(name: str, leaf: int, shape: tuple[int, ...], uses: Sequence[Use], bi
     if not uses:
         return "meets no examples in model"
     wrong = [use.what for use in uses if not use.covered]
-    layouts = {(use.stack, use.matrix, use.inputs, use.outputs, use.by_row) for use in uses}
+    layouts = {(use.stack, use.matrix, use.layers, use.inputs, use.outputs, use.by_row) for use in uses}
     if wrong:
         return ", ".join(dict.fromkeys(wrong))
     what = " and ".join(dict.fromkeys(use.what for use in uses))
@@ -401,4 +406,5 @@ def _block(name: str, leaf: int, shape: tuple[int, ...], uses: Sequence[Use], bi
     use = uses[0]
     rule = " and ".join(dict.fromkeys(use.rule for use in uses))
     kind = (use.matrix, use.inputs, use.outputs, use.positions, use.by_row, use.explicit)
-    return Block(name, rule, leaf, bias, shape[: use.stack], *kind, uses=len(uses), what=what)
+    stack = shape[: use.stack] + (() if use.matrix is None else use.matrix.shape[: use.layers])
+    return Block(name, rule, leaf, bias, stack, *kind, uses=len(uses), what=what, layers=use.layers)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from bilevax.curvature.capture.batch_axis import LOST, SHARED, Axis, opened, result_axes
-from bilevax.curvature.capture.view import Strided, contiguous
+from bilevax.curvature.capture.view import Strided
 from bilevax.typing import Array
 
 # What follows the examples element by element, or puts arrays side by side.
@@ -76,7 +76,7 @@ class Use(NamedTuple):
       leaf: of which leaf.
       stack: how many leading axes scans took off the leaf.
       what: the primitive, or what is wrong.
-      matrix: arrangement of the leaf as a matrix [inputs, outputs].
+      matrix: arrangement of the leaf as a matrix [*layers, inputs, outputs].
       inputs: length of the rows of activations.
       outputs: length of the rows of outputs.
       positions: rows for each example.
@@ -85,6 +85,7 @@ class Use(NamedTuple):
       by_row: whether the matrix is a table of which examples pick rows, by ids: its factor A is a diagonal over them.
       explicit: whether the model says so by `observe`: other uses of the leaf do not count then.
       covered: whether a rule covers it.
+      layers: how many leading axes of the matrix count layers, each with rows and a block of its own.
     """
 
     rule: str
@@ -101,15 +102,18 @@ class Use(NamedTuple):
     by_row: bool = False
     explicit: bool = False
     covered: bool = True
+    layers: int = 0
 
 
 class RowReaders(NamedTuple):
-    """How rows of features lie in the arrays around a Kronecker use: functions to [N, positions, features]."""
+    """How rows of features lie in the arrays around a Kronecker use: functions to [*layers, N, positions, features]."""
 
     # einsum("ntd,dhe->nthe") of a [5, 7, 4] and w [4, 2, 3], a matrix [4, 6]: inputs [5, 7, 4] -> [5, 7, 4], outputs
-    # [5, 7, 2, 3] -> [5, 7, 6]; on positions merged before, [35, 4] -> [5, 7, 4]; ids of rows of a table -> [5, 7, 1]
+    # [5, 7, 2, 3] -> [5, 7, 6]; on positions merged before, [35, 4] -> [5, 7, 4]; ids of rows of a table -> [5, 7, 1].
+    # Three experts w [3, 4, 6] on one a [5, 4]: outputs [5, 3, 6] -> [3, 5, 1, 6], inputs [5, 1, 4], `same` = (True,)
     inputs: Callable[[Array], Array]
     outputs: Callable[[Array], Array]
+    same: tuple[bool, ...] = ()  # for each axis of layers, whether all of them read the same inputs, without that axis
 
 
 class KroneckerUse(Protocol):
@@ -176,125 +180,14 @@ def _uncovered(path: Path, view: View, what: str) -> Use:
     return Use("unsupported", path, view.leaf, view.stack, what, covered=False)
 
 
-def _rows(array: Array, axis: int, features: Sequence[int], n: int) -> Array:
-    """Rows [N, positions, features] of an array whose examples lie along `axis`."""
+def rows_of(array: Array, axis: int, features: Sequence[int], n: int, layers: Sequence[int] = ()) -> Array:
+    """Rows [*layers, N, positions, features] of an array whose examples lie along `axis`."""
     # n = 5: [3, 5, 2, 4] with axis 1 and features (2, 3) -> transposed [5, 3, 2, 4] -> [5, 3, 8]; merged [15, 4] with
-    # axis 0 -> [5, 3, 4]
-    others = [a for a in range(array.ndim) if a != axis and a not in features]
+    # axis 0 -> [5, 3, 4]; with layers (2,) and features (3,) -> [2, 5, 3, 4]
+    others = [a for a in range(array.ndim) if a != axis and a not in features and a not in layers]
     size = math.prod(array.shape[a] for a in features)
-    return jnp.transpose(array, [axis, *others, *features]).reshape(n, -1, size)
-
-
-def _roles(shape: Sequence[int], features: Sequence[int], size: int) -> Strided:
-    """An output whose features have the strides of a row of `size`, and whose rows have larger ones."""
-    # [5, 3, 2, 4] with features (2, 3) in rows of 8: strides (24, 8, 4, 1); [2, 5] with the features first: (1, 2)
-    rows = [a for a in range(len(shape)) if a not in features]
-    strides = dict(zip(features, contiguous([shape[a] for a in features]), strict=True))
-    strides |= {a: s * size for a, s in zip(rows, contiguous([shape[a] for a in rows]), strict=True)}
-    return Strided(tuple(shape), tuple(strides[a] for a in range(len(shape))))
-
-
-def _kronecker(
-    eqn: Any, values: list[Value], visitor: Visitor, n: int, use: Use, rows: RowReaders, data: Array
-) -> Array:
-    """The result of a use, after the visitor has seen it."""
-    (result,) = plain(eqn, values, n)
-    positions = jax.eval_shape(rows.outputs, result.array).shape[1]
-    return visitor.kronecker(visitor.slots.get(use.leaf), use._replace(positions=positions), rows, result.array, data)
-
-
-def _dense(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: Path) -> list[Value]:
-    """Data · weight, whichever axes are contracted and whichever operand comes first."""
-    side = 0 if values[0].view is not None else 1
-    view, data = values[side].view, values[1 - side]
-    contracted, batched = eqn.params["dimension_numbers"]
-    wrong = functools.partial(unsupported, eqn, values, visitor, n, path)
-    if view is None or batched[0]:
-        return wrong("dot_general with batch axes")
-    if not view.plain:
-        return wrong("dot_general of a function of it")
-    if data.axis is SHARED or data.axis == LOST or data.axis in contracted[1 - side]:
-        return wrong("dot_general with data whose examples axis is lost")
-    # The weight first, w [2, 3] · aᵀ [3, 5] -> [2, 5]: w is seen as the matrix (3, 2) with strides (1, 3); the free
-    # axes of the left operand, then of the right, are those of the result, outputs at 0 and examples at 1
-    #   rows of aᵀ [3, 5] -> [5, 1, 3],    rows of the result [2, 5] -> [5, 1, 2]
-    free = [[a for a in range(v.array.ndim) if a not in contracted[k]] for k, v in enumerate(values)]
-    matrix = view.strided.transpose([*contracted[side], *free[side]])
-    inputs = math.prod(view.strided.shape[a] for a in contracted[side])
-    outputs = math.prod(view.strided.shape[a] for a in free[side])
-    first = len(free[0])
-    places = (range(first), range(first, first + len(free[1])))  # where the free axes of each operand went
-    axis = places[1 - side][free[1 - side].index(data.axis)]
-    rows = RowReaders(
-        functools.partial(_rows, axis=data.axis, features=contracted[1 - side], n=n),
-        functools.partial(_rows, axis=axis, features=places[side], n=n),
-    )
-    use = Use("dense", path, view.leaf, view.stack, "dot_general", matrix, inputs, outputs)
-    array = _kronecker(eqn, values, visitor, n, use, rows, data.array)
-    return [Value(array, axis, None, Output(path, outputs, _roles(array.shape, places[side], outputs)))]
-
-
-def _conv(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: Path) -> list[Value]:
-    """A convolution: a dense layer on patches, whose features are ordered (channels, *kernel)."""
-    data, view = values[0], values[1].view
-    numbers, options = eqn.params["dimension_numbers"], eqn.params
-    wrong = functools.partial(unsupported, eqn, values, visitor, n, path)
-    if view is None or not view.plain:
-        return wrong("conv_general_dilated of a function of it")
-    if options["feature_group_count"] != 1 or options["batch_group_count"] != 1:
-        return wrong("conv_general_dilated in groups")
-    if data.axis != numbers.lhs_spec[0]:
-        return wrong("conv_general_dilated with data whose examples axis is lost")
-    # a [5, 8, 8, 2] with a kernel [3, 3, 2, 6], no padding: the matrix [18, 6] is (2, 3, 3, 6) with (6, 36, 12, 1)
-    #   rows of a: patches [5, 18, 6, 6] -> [5, 36, 18],    rows of the result [5, 6, 6, 6] -> [5, 36, 6]
-    outward, inward, *spatial = numbers.rhs_spec
-    matrix = view.strided.transpose([inward, *spatial, outward])
-    inputs, outputs = math.prod(matrix.shape[:-1]), matrix.shape[-1]
-    names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation")
-
-    def patches(array: Array) -> Array:
-        windows = jax.lax.conv_general_dilated_patches(
-            jnp.transpose(array, numbers.lhs_spec),
-            matrix.shape[1:-1],
-            **{name: options[name] for name in names},
-            precision=jax.lax.Precision.HIGHEST,
-        )
-        return _rows(windows, 0, (1,), n)
-
-    axis, feature, *_ = numbers.out_spec
-    rows = RowReaders(patches, functools.partial(_rows, axis=axis, features=(feature,), n=n))
-    use = Use("conv", path, view.leaf, view.stack, "conv_general_dilated", matrix, inputs, outputs)
-    array = _kronecker(eqn, values, visitor, n, use, rows, data.array)
-    return [Value(array, axis, None, Output(path, outputs, _roles(array.shape, (feature,), outputs)))]
-
-
-def _embedding(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: Path) -> list[Value]:
-    """Rows of a table by index: a dense layer on one-hot rows, which are never formed."""
-    view, index = values[0].view, values[1]
-    numbers, shape = eqn.params["dimension_numbers"], values[0].array.shape
-    wrong = functools.partial(unsupported, eqn, values, visitor, n, path)
-    clips = eqn.params["mode"] == jax.lax.GatherScatterMode.CLIP
-    bounded = clips or eqn.params["mode"] == jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS
-    starts = ((0,), (0, 1)) if bounded else ((0,),)  # a whole row can start at 0 alone
-    by_row = numbers.collapsed_slice_dims in ((0,), ()) and numbers.start_index_map in starts
-    by_row = by_row and len(shape) == 2 and tuple(eqn.params["slice_sizes"]) == (1, shape[1])
-    if view is None or view.base is not None or view.strided != Strided.whole(shape) or not by_row:
-        return wrong("gather of anything but rows of a table")
-    axis = 0 if index.axis is SHARED else index.axis
-    if axis == LOST:
-        return wrong("gather with indices whose examples axis is lost")
-    place = [a for a in range(eqn.outvars[0].aval.ndim) if a not in numbers.offset_dims][axis]
-
-    def ids(array: Array) -> Array:
-        found = _rows(array, axis, (array.ndim - 1,), n)
-        return jnp.clip(found, 0, shape[0] - 1) if clips else found
-
-    rows = RowReaders(
-        ids,
-        functools.partial(_rows, axis=place, features=numbers.offset_dims, n=n),
-    )
-    use = Use("embedding", path, view.leaf, view.stack, "gather", view.strided, shape[0], shape[1], by_row=True)
-    return [Value(_kronecker(eqn, values, visitor, n, use, rows, index.array), place)]
+    rows = jnp.transpose(array, [*layers, axis, *others, *features])
+    return rows.reshape(*rows.shape[: len(layers)], n, -1, size)
 
 
 def elementwise(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: Path) -> list[Value]:
@@ -337,9 +230,6 @@ def _joined(view: View, strided: Strided, output: Output | None) -> Path | None:
         if size > 1 and stride != (role if role < output.size else 0):
             return None
     return output.path
-
-
-RULES = {"dot_general": _dense, "conv_general_dilated": _conv, "gather": _embedding}
 
 
 # Explicit taps
@@ -414,8 +304,8 @@ def tap(values: Sequence[Value], visitor: Visitor, n: int, path: Path) -> list[V
         )
     features = range(outputs.array.ndim - count, outputs.array.ndim)
     rows = RowReaders(
-        functools.partial(_rows, axis=inputs.axis, features=(inputs.array.ndim - 1,), n=n),
-        functools.partial(_rows, axis=outputs.axis, features=features, n=n),
+        functools.partial(rows_of, axis=inputs.axis, features=(inputs.array.ndim - 1,), n=n),
+        functools.partial(rows_of, axis=outputs.axis, features=features, n=n),
     )
     positions = jax.eval_shape(rows.outputs, outputs.array).shape[1]
     if (found := jax.eval_shape(rows.inputs, inputs.array).shape[1]) != positions:

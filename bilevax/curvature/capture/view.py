@@ -45,6 +45,12 @@ class Strided(NamedTuple):
             strides[axis] = stride if size == shape[axis] else 0
         return Strided(tuple(shape), tuple(strides))
 
+    def split(self, axis: int, parts: int) -> "Strided":
+        """The view with one axis in so many parts of equal length: [2, 6] -> [2, 3, 2]."""
+        size, stride = self.shape[axis] // parts, self.strides[axis]
+        shape = (*self.shape[:axis], parts, size, *self.shape[axis + 1 :])
+        return Strided(shape, (*self.strides[:axis], stride * size, stride, *self.strides[axis + 1 :]))
+
     def drop(self, axis: int) -> "Strided":
         """The view without one axis, at its first index."""
         return Strided(self.shape[:axis] + self.shape[axis + 1 :], self.strides[:axis] + self.strides[axis + 1 :])
