@@ -20,6 +20,7 @@ from bilevax.sampling import check_key, needed
 from bilevax.typing import Array, Key, PyTree, Scalar
 
 _DRAW = 2**31 - 1  # folded into the key of `forward` to draw directions, beyond every step that is folded into it
+FEW = 4  # tangents that are pushed at once where those of all directions would leave the cache of a CPU
 
 
 class DirectionalInfo(NamedTuple):
@@ -121,6 +122,7 @@ class Plan(NamedTuple):
       control_variate: proposes what is taken away, or None.
       chunk: how many are pushed at once; None for all.
       axis: name of the device axis that shares the random ones, or None.
+      cached: bytes of tangents that a CPU pushes at once, where no chunk is given.
     """
 
     directions: int
@@ -129,6 +131,7 @@ class Plan(NamedTuple):
     control_variate: Guide | None
     chunk: int | None
     axis: str | tuple[str, ...] | None
+    cached: float = float("inf")
 
     @property
     def guesses(self) -> int:
@@ -150,6 +153,14 @@ class Plan(NamedTuple):
                 f"axis must be the name of a device axis around the estimate; got {self.axis!r}, which is unbound. Use "
                 f"bx.parallel.shard_directions, or drop axis= on one device."
             ) from error
+
+
+def fitted(plan: Plan, z: Iterate) -> Plan:
+    """The plan for this z: a few at a time where the tangents of all would leave the cache of a CPU."""
+    number = plan.random // plan.devices
+    size = number * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tangent_leaves(z)))
+    large = plan.chunk is None and number >= 2 * FEW and size > plan.cached
+    return plan._replace(chunk=FEW) if large and jax.default_backend() == "cpu" else plan
 
 
 def make_plan(
@@ -238,7 +249,7 @@ def directional(
         key = needed(key, "random directions")
         x = arrays(x)
         push, (row, indices) = prepare(key, x, z, batch), _rows(key, x, plan)
-        if plan.chunk is None:
+        if fitted(plan, z).chunk is None:
             z_T, tangents = jax.vmap(lambda i: push.along(row(i)), out_axes=(None, 0))(indices)
         else:  # pushed in the backward pass, where they shrink to numbers
             z_T, tangents = push.solve(), None
@@ -254,11 +265,12 @@ def directional(
     ) -> tuple[tuple[PyTree, Iterate], DirectionalState, SolverInfo]:
         """x_bar like x, the estimate from b products ⟨z_bar, ż_T⟩; z0_bar is zeros like y."""
         key, x, z, z_T, tangents, batch = residual
+        fit = fitted(plan, z)
         solution, (row, indices) = Solution(z, z_T, z_bar, batch), _rows(key, x, plan)
         push, zeros = prepare(key, x, z, batch, z_T), zeros_like(widen(x))
 
         def derivatives(row: Row, indices: Array) -> Array:
-            return _over(lambda i: _product(z_bar, push.along(row(i))[1]), indices, plan.chunk)
+            return _over(lambda i: _product(z_bar, push.along(row(i))[1]), indices, fit.chunk)
 
         shift, guesses = (
             _ask(guide, key, kept, x, solution) if guide else Guesses(None, (), Calls(), jnp.zeros((), int))
@@ -274,14 +286,14 @@ def directional(
             known, explained = optax.tree.add(known, _combine(exact, basis)), jnp.sum(exact**2)
 
         along = derivatives(row, indices) if tangents is None else jax.vmap(lambda one: _product(z_bar, one))(tangents)
-        estimate, variance, square = _estimate(known, along, basis, row, indices, plan)
+        estimate, variance, square = _estimate(known, along, basis, row, indices, fit)
         x_bar = optax.tree.cast_like(estimate, x)
         cosine = None
         if explained is not None:
             square = jnp.maximum(square, explained)
             cosine = jnp.where(guesses.refused < plan.guesses, jnp.sqrt(_ratio(explained, square)), 0)
         relative = _ratio(variance, square)
-        runs, refused = solves(plan), guesses.refused + shift.refused
+        runs, refused = solves(fit), guesses.refused + shift.refused
         detail = DirectionalInfo(
             *(variance, jnp.sqrt(relative), cosine, 1 / (1 + relative), runs, plan.directions, refused)
         )

@@ -154,6 +154,45 @@ def test_chunks_change_no_number(chunk):
     np.testing.assert_allclose(other_info.inner.detail.variance, info.inner.detail.variance, rtol=1e-12)
 
 
+def scaling(directions, length, **options):
+    """y_T = (x · 1) y0: a step that costs nothing, whose tangents are as large as one likes; what an estimate asks."""
+    solve = lambda x, y, batch: jnp.sum(x) * y  # noqa: E731
+    solver = forward_gradient(None, solve=solve, directions=directions, **options)
+    return solver, linear_loss, jnp.array([1.0, 2.0, 4.0]), jnp.linspace(0, 1, length), bx.Batch(jnp.ones(length), None)
+
+
+@pytest.mark.parametrize(
+    ("directions", "length", "backend", "solves"),
+    [(9, 60_000, "cpu", 1 + 3), (9, 60_000, "gpu", 1), (9, 50_000, "cpu", 1), (7, 100_000, "cpu", 1)],
+    ids=["large", "another_backend", "small", "few"],
+)
+def test_a_cpu_pushes_four_at_once_where_all_are_large(monkeypatch, directions, length, backend, solves):
+    """9 tangents of 60,000 doubles take 4.1 MiB, of 50,000 3.4 MiB."""
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    solver, outer_loss, x, y, batch = scaling(directions, length)
+    hypergrad, found = bx.hypergradient(outer_loss, solver), []
+    state = hypergrad.init(x, y, batch)
+    jax.eval_shape(lambda: found.append(hypergrad.estimate(KEY, state, x, batch)[2].inner.detail.solves))
+    assert found == [solves]
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="all are pushed at once on other backends")
+def test_four_at_once_change_no_number_and_devices_count_their_own():
+    grad, _, info = estimate(*scaling(9, 60_000))
+    expected, _, whole = estimate(*scaling(9, 60_000, chunk=9))
+    np.testing.assert_allclose(grad, expected, rtol=1e-12)
+    np.testing.assert_allclose(info.inner.detail.variance, whole.inner.detail.variance, rtol=1e-12)
+    assert (info.inner.detail.solves, whole.inner.detail.solves) == (4, 2)
+    _, outer_loss, x, y, batch = scaling(9, 60_000)
+    mesh = jax.sharding.Mesh(jax.devices()[:1], ("directions",))
+    hypergrad = bx.parallel.shard_directions(
+        lambda axis: bx.hypergradient(outer_loss, scaling(9, 60_000, axis=axis)[0]), mesh
+    )
+    shared, _, info = jax.jit(hypergrad.estimate)(KEY, hypergrad.init(x, y, batch), x, batch)
+    np.testing.assert_allclose(shared, expected, rtol=1e-12)
+    assert info.inner.detail.solves == 4
+
+
 def test_first_link_of_a_chain():
     """The hybrid of forward and reverse: the cotangent of the moments meets their tangents."""
     momentum = optax.sgd(1 / 4, momentum=1 / 2)
