@@ -14,7 +14,6 @@ from blocks import (
     block,
     by_perturbation,
     captured,
-    covered,
     gauss_newton,
     kfac,
     make,
@@ -22,33 +21,33 @@ from blocks import (
 )
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
+from models import (
+    CELL,
+    HEAD,
+    INPUTS,
+    LABELS,
+    LAYERS,
+    SEQUENCES,
+    STACKED,
+    TWO_WAYS,
+    C,
+    D,
+    T,
+    X,
+    Y,
+    dense,
+    features_first,
+    mlp,
+    recurrent,
+    recurrent_scan,
+    residual_scan,
+    residual_stack,
+    twice,
+    twice_in_two_ways,
+    with_views,
+)
 
 from bilevax import curvature
-
-N, T, D, C = 4, 3, 2, 3
-X = jnp.asarray(np.linspace(-0.5, 0.5, N))
-LABELS = jnp.asarray(np.array([0, 2, 1, 1]))
-
-
-def normal(seed, **shapes):
-    random = np.random.default_rng(seed)
-    return {name: jnp.asarray(random.normal(size=shape)) for name, shape in shapes.items()}
-
-
-INPUTS, SEQUENCES = normal(1, inputs=(N, D), sequences=(N, T, D)).values()
-
-
-Y = {"hidden": normal(3, kernel=(D, 5), bias=(5,)), "out": normal(4, kernel=(5, C), bias=(C,))}
-
-
-def dense(layer, a, observe=untapped):
-    z = a @ layer["kernel"] + jnp.expand_dims(layer["bias"], tuple(range(a.ndim - 1)))
-    return observe(z, a, layer["kernel"], layer["bias"])
-
-
-def mlp(y, a, activation=jnp.tanh, observe=untapped):
-    return dense(y["out"], activation(dense(y["hidden"], a, observe)), observe)
-
 
 # One network, written in many ways
 
@@ -72,19 +71,6 @@ def custom_layer(layer, a):
 custom_layer.defvjp(lambda layer, a: jax.vjp(dense, layer, a), lambda pull, u: pull(u))
 
 
-def features_first(y, a):
-    a = jnp.tanh(y["hidden"]["kernel"].T @ a.T + y["hidden"]["bias"][:, None])
-    return (y["out"]["kernel"].T @ a + y["out"]["bias"][:, None]).T
-
-
-def with_views(y, a):
-    """Kernels that are flattened, squeezed, transposed and cast on their way."""
-    kernel = y["hidden"]["kernel"].reshape(-1).reshape(1, D, 5).squeeze(0).T
-    z = jnp.einsum("nd,ed->ne", a, kernel) + jnp.broadcast_to(y["hidden"]["bias"], (N, 5))
-    out = jnp.asarray(y["out"]["kernel"][None], jnp.float64).squeeze(0).astype(float)
-    return jnp.tanh(z) @ out + jax.lax.expand_dims(y["out"]["bias"], (0,))
-
-
 class Wrapped(nn.Module):
     """Rematerialized, jitted, and with dropout that is switched off."""
 
@@ -99,7 +85,7 @@ WRITTEN = {
     "checkpoint of a layer": lambda y, a: dense(y["out"], jnp.tanh(jax.checkpoint(dense)(y["hidden"], a))),
     "jit": jax.jit(mlp),
     "jit in jit": jax.jit(lambda y, a: jax.jit(dense)(y["out"], jnp.tanh(jax.jit(dense)(y["hidden"], a)))),
-    "custom_jvp": lambda y, a: mlp(y, a, custom_tanh),
+    "custom_jvp": lambda y, a: mlp(y, a, activation=custom_tanh),
     "custom_vjp": lambda y, a: custom_layer(y["out"], jnp.tanh(custom_layer(y["hidden"], a))),
     "features first": features_first,
     "views": with_views,
@@ -154,22 +140,6 @@ def test_half_precision_model_with_float32_parameters():
 # Layers used again and again
 
 
-def residual_stack(y, a, observe=untapped):
-    for layer in y["layers"]:
-        a = a + jnp.tanh(dense(layer, a, observe))
-    return dense(y["out"], a, observe)
-
-
-def residual_scan(y, a):
-    a, _ = jax.lax.scan(lambda a, layer: (a + jnp.tanh(dense(layer, a)), None), a, y["layers"])
-    return dense(y["out"], a)
-
-
-LAYERS = [normal(seed, kernel=(D, D), bias=(D,)) for seed in (5, 6, 7)]
-HEAD = normal(8, kernel=(D, C), bias=(C,))
-STACKED = {"layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *LAYERS), "out": HEAD}
-
-
 @pytest.mark.parametrize(
     "scanned",
     [residual_scan, jax.checkpoint(residual_scan), jax.jit(residual_scan)],
@@ -195,27 +165,10 @@ def test_solution_for_stacked_layers_equals_that_of_the_loop():
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-10), unstack(v), loop)
 
 
-def recurrent(y, sequences, observe=untapped):
-    h = 0 * sequences[:, 0]
-    for t in range(T):
-        a = sequences[:, t]
-        h = jnp.tanh(observe(a @ y["inputs"], a, y["inputs"]) + dense(y["cell"], h, observe))
-    return dense(y["out"], h, observe)
-
-
-def recurrent_scan(y, sequences):
-    def step(h, a):
-        return jnp.tanh(a @ y["inputs"] + dense(y["cell"], h)), None
-
-    h, _ = jax.lax.scan(step, jnp.zeros((len(sequences), 2)), sequences.swapaxes(0, 1))
-    return dense(y["out"], h)
-
-
 @pytest.mark.parametrize("model", [recurrent, recurrent_scan])
 def test_recurrent_cell_adds_up_over_time(model):
     """The steps of a cell are its positions: A is their mean, B their sum."""
-    y = {"cell": LAYERS[0], "inputs": LAYERS[1]["kernel"], "out": HEAD}
-    batch = (SEQUENCES, LABELS)
+    y, batch = CELL, (SEQUENCES, LABELS)
     *steps, head = by_perturbation(recurrent, X, y, batch)
     found = captured(model, X, y, batch)
     assert set(found) == {"cell/kernel", "inputs", "out/kernel"}
@@ -225,10 +178,7 @@ def test_recurrent_cell_adds_up_over_time(model):
 
 
 def test_tied_dense_layers_count_double():
-    def tied(y, a, observe=untapped):
-        return dense(y["out"], jnp.tanh(dense(y["twice"], jnp.tanh(dense(y["twice"], a, observe)), observe)), observe)
-
-    y, batch = {"twice": LAYERS[0], "out": HEAD}, (INPUTS, LABELS)
+    tied, y, batch = twice, {"twice": LAYERS[0], "out": HEAD}, (INPUTS, LABELS)
     (A1, B1), (A2, B2), head = by_perturbation(tied, X, y, batch)
     for found in (
         captured(tied, X, y, batch),
@@ -240,14 +190,7 @@ def test_tied_dense_layers_count_double():
 
 def test_a_kernel_of_a_convolution_and_of_a_layer_is_one_matrix():
     """Rules may differ where rows and columns of the matrix are the same: each position is a row of A."""
-
-    def tied(y, a, observe=untapped):
-        z = jax.lax.conv_general_dilated(a, y["twice"], (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC"))
-        a = jnp.tanh(observe(z, a, y["twice"])).mean(1)
-        z = jax.lax.dot_general(a[:, :, None], y["twice"], (((1, 2), (1, 0)), ((), ())))
-        return dense(y["out"], jnp.tanh(observe(z, a, y["twice"])), observe)
-
-    y = normal(12, twice=(1, D, D)) | {"out": normal(13, kernel=(D, C), bias=(C,))}
+    tied, y = twice_in_two_ways, TWO_WAYS
     (A1, B1), (A2, B2), head = by_perturbation(tied, X, y, (SEQUENCES, LABELS))
     found = captured(tied, X, y, (SEQUENCES, LABELS))
     assert_same(found["twice"], (T * A1 + A2) / (T + 1), B1 + B2)
@@ -255,54 +198,6 @@ def test_a_kernel_of_a_convolution_and_of_a_layer_is_one_matrix():
 
 
 # Leaves with a diagonal block
-
-
-@jax.custom_jvp
-def straight_through(p):
-    return jnp.round(p)
-
-
-straight_through.defjvp(lambda primals, tangents: (jnp.round(primals[0]), tangents[0]))
-FEATURES = 4
-ELEMENTWISE = {
-    "scale": ((FEATURES,), lambda p, a: a * p[None, None]),
-    "shift": ((FEATURES,), lambda p, a: p[None, None] + a),
-    "minus": ((FEATURES,), lambda p, a: a - p[None, None]),
-    "one_plus": ((FEATURES,), lambda p, a: a * (1 + p)[None, None]),
-    "softplus": ((FEATURES,), lambda p, a: jax.nn.softplus(p)[None, None] * a),
-    "sorted": ((FEATURES,), lambda p, a: a * jnp.sort(p)[None, None]),
-    "divisor": ((FEATURES,), lambda p, a: a / (1 + p**2)[None, None]),
-    "slope": ((FEATURES,), lambda p, a: jnp.where(a > 0, a, p[None, None] * a)),
-    "mask": ((FEATURES,), lambda p, a: jnp.where((jnp.arange(T) == 1)[None, :, None], p[None, None], a)),
-    "rounded": ((FEATURES,), lambda p, a: a * (1 + straight_through(p))[None, None]),
-    "number": ((), lambda p, a: a * p),
-    "position": ((T, FEATURES), lambda p, a: a + p[None]),
-    "gain_of_position": ((T, 1), lambda p, a: a * p[None]),
-    "row_of_a_table": ((T + 2, FEATURES), lambda p, a: a + p[jnp.arange(T)][None]),
-    "both": ((FEATURES,), lambda p, a: a * p[None, None] + p[None, None]),
-    "tile": ((FEATURES,), lambda p, a: jnp.concatenate([jnp.tile(p[None, None], (len(a), 1, 1)), a[:, 1:]], 1)),
-    "token": ((1, FEATURES), lambda p, a: jnp.concatenate([jnp.broadcast_to(p[None], (len(a), 1, FEATURES)), a], 1)),
-}
-MIX = jax.random.normal(jax.random.key(9), (FEATURES, C))
-
-
-def elementwise(y, a):
-    for name, (_, layer) in ELEMENTWISE.items():
-        a = jnp.sin(layer(y[name], a))
-    return a.mean(1) @ MIX
-
-
-def test_diagonals_are_exact_for_any_number_of_examples():
-    y = normal(10, **{name: shape for name, (shape, _) in ELEMENTWISE.items()})
-    batch = (jax.random.normal(jax.random.key(11), (N, T, FEATURES)), LABELS)
-    found, G = captured(elementwise, X, y, batch), gauss_newton(elementwise, X, y, batch)
-    assert set(found) == set(y)
-    assert covered(found) == len(G)
-    for name, leaf in y.items():
-        assert found[name].diagonal.shape == leaf.shape
-        exact = np.diag(block(G, y, lambda y, name=name: y[name]))
-        np.testing.assert_allclose(found[name].diagonal.ravel(), exact, rtol=1e-9, atol=1e-15, err_msg=name)
-        assert exact.max() > 1e-8
 
 
 # Explicit taps

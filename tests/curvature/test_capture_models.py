@@ -16,11 +16,11 @@ from blocks import (
     captured,
     covered,
     gauss_newton,
-    untapped,
 )
 from flax import linen as nn
 from flax import nnx
 from flax.traverse_util import flatten_dict
+from models import mlp, plain_attention, plain_conv
 
 from bilevax import curvature
 
@@ -48,13 +48,6 @@ def nnx_form(module, y):
     return lambda parameters, inputs: nnx.merge(graph, parameters, rest)(inputs), parameters
 
 
-def dense(layer, a, observe, outs=1):
-    """A dense layer over the last axis of a, whose kernel may have several output axes."""
-    kernel = layer["kernel"]
-    z = jnp.tensordot(a, kernel, (-1, 0)) + jnp.expand_dims(layer["bias"], tuple(range(a.ndim - 1)))
-    return observe(z, a, kernel, layer["bias"])
-
-
 # A multilayer perceptron
 
 
@@ -71,10 +64,6 @@ class NnxMLP(nnx.Module):
 
     def __call__(self, a):
         return self.out(nnx.tanh(self.hidden(a)))
-
-
-def plain_mlp(y, a, observe=untapped):
-    return dense(y["out"], jnp.tanh(dense(y["hidden"], a, observe)), observe)
 
 
 # Convolutions with a group norm
@@ -101,30 +90,6 @@ class NnxConv(nnx.Module):
     def __call__(self, a):
         a = nnx.relu(self.norm(self.conv(a)))
         return self.head(self.last(a).mean((1, 2)))
-
-
-NHWC = ("NHWC", "HWIO", "NHWC")
-
-
-def convolution(layer, a, strides, padding, dilation, observe):
-    """A convolution beside its patches, whose features stand in the order (kh, kw, c_in) of the kernel."""
-    kernel, bias = layer["kernel"], layer.get("bias")
-    window = {"padding": padding, "rhs_dilation": dilation, "dimension_numbers": NHWC}
-    z = jax.lax.conv_general_dilated(a, kernel, strides, **window)
-    patches = jax.lax.conv_general_dilated_patches(a, kernel.shape[:2], strides, **window)
-    z = z if bias is None else z + bias[None, None, None]
-    patches = patches.reshape(*z.shape[:3], kernel.shape[2], -1).swapaxes(3, 4).reshape(*z.shape[:3], -1)
-    return observe(z, patches, kernel.reshape(-1, kernel.shape[-1]), bias)
-
-
-def plain_conv(y, a, observe=untapped):
-    a = convolution(y["conv"], a, (2, 2), "SAME", (1, 1), observe)
-    groups = a.reshape(*a.shape[:3], 2, -1)
-    mean, var = groups.mean((1, 2, 4), keepdims=True), groups.var((1, 2, 4), keepdims=True)
-    a = ((groups - mean) / jnp.sqrt(var + 1e-6)).reshape(a.shape)
-    a = jax.nn.relu(a * y["norm"]["scale"][None, None, None] + y["norm"]["bias"][None, None, None])
-    a = convolution(y["last"], a, (1, 1), "VALID", (2, 2), observe)
-    return dense(y["head"], a.mean((1, 2)), observe)
 
 
 # An attention block
@@ -159,22 +124,8 @@ class NnxAttention(nnx.Module):
         return self.head(nnx.gelu(self.hidden(h)).mean(1))
 
 
-def plain_attention(y, tokens, observe=untapped):
-    table = y["embed"]["embedding"]
-    h = observe(table[tokens], jax.nn.one_hot(tokens, len(table)), table)
-    norm, heads = y["norm"], y["attention"]
-    a = (h - h.mean(-1, keepdims=True)) / jnp.sqrt(h.var(-1, keepdims=True) + 1e-6)
-    a = a * norm["scale"][None, None] + norm["bias"][None, None]
-    query, key, value = (dense(heads[name], a, observe) for name in ("query", "key", "value"))
-    scores = jax.nn.softmax(jnp.einsum("nqhd,nkhd->nhqk", query / np.sqrt(query.shape[-1]), key))
-    mixed = jnp.einsum("nhqk,nkhd->nqhd", scores, value).reshape(*h.shape)
-    out = heads["out"]
-    h = h + dense({"kernel": out["kernel"].reshape(4, 4), "bias": out["bias"]}, mixed, observe)
-    return dense(y["head"], jax.nn.gelu(dense(y["hidden"], h, observe)).mean(1), observe)
-
-
 MODELS = {
-    "mlp": (LinenMLP(), NnxMLP, plain_mlp, jax.random.normal(jax.random.key(2), (N, 2))),
+    "mlp": (LinenMLP(), NnxMLP, mlp, jax.random.normal(jax.random.key(2), (N, 2))),
     "conv": (LinenConv(), NnxConv, plain_conv, jax.random.normal(jax.random.key(3), (N, 5, 5, 2))),
     "attention": (
         LinenAttention(),
