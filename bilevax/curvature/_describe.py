@@ -7,9 +7,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from bilevax import checks
 from bilevax.carried import parameters
 from bilevax.curvature import capture
 from bilevax.curvature.capture.blocks import named
+from bilevax.curvature.forms import Kept
+from bilevax.curvature.inverse import Inverse, by_shape
 from bilevax.curvature.model_loss import held, structured
 from bilevax.problem import Loss, wide_dtype
 from bilevax.typing import PyTree
@@ -22,7 +25,7 @@ class ReportRow(NamedTuple):
       leaves: names of the leaves that share the block.
       rule: what kind of block.
       sizes: of the leaf, and of the factors.
-      bytes: of the factors; their eigenvectors are as large.
+      bytes: of the factors of one backward pass without averages; their eigenvectors are as large.
       what: the primitives that use it; for a leaf that no rule covers, why.
     """
 
@@ -70,13 +73,16 @@ def _listed(leaves: Mapping[str, str]) -> dict[str, capture.Treatment]:
     return {name: capture.Treatment("unsupported") for name in leaves}
 
 
-def _row(block: capture.Block, names: list[str], shapes: list[tuple[int, ...]], width: int) -> ReportRow:
+def _row(
+    block: capture.Block, names: list[str], shapes: list[tuple[int, ...]], width: int, examples: int, kept: Kept
+) -> ReportRow:
     leaves = tuple(names[k] for k in (block.leaf, block.bias) if k is not None)
     shape = shapes[block.leaf]
     if block.matrix is not None:
-        a, b = block.shapes
-        sizes = f"{list(shape)}: A {list(a)}, B {list(b)}"
-        numbers = math.prod(a) + math.prod(b)
+        rows = examples * block.positions
+        first, second = kept.of(block, rows, rows)
+        sizes = f"{list(shape)}: A {first.shown(rows, block.rows)}, B {second.shown(rows, block.outputs)}"
+        numbers = first.numbers(rows, block.rows) + second.numbers(rows, block.outputs)
         sizes += f", T = {block.positions}" if block.positions > 1 else ""
         sizes += f", {block.uses} uses" if block.uses > 1 else ""
     else:
@@ -89,7 +95,14 @@ def _row(block: capture.Block, names: list[str], shapes: list[tuple[int, ...]], 
 
 
 def describe(
-    inner_loss: Loss, x: PyTree, y: PyTree, batch: PyTree, *, unsupported: capture.Unsupported | None = None
+    inner_loss: Loss,
+    x: PyTree,
+    y: PyTree,
+    batch: PyTree,
+    *,
+    inverse: Inverse = by_shape,
+    largest: int = 8192,
+    unsupported: capture.Unsupported | None = None,
 ) -> Report:
     """Lists which block of curvature each leaf of y gets, without computing anything: print it.
 
@@ -98,6 +111,8 @@ def describe(
       x: outer variable.
       y: inner variable.
       batch: what g takes as its batch.
+      inverse: as of `kfac`; says in which form factors are kept.
+      largest: as of `kfac`: a factor of more rows or columns is kept as its diagonal.
       unsupported: what to do with leaves that no rule covers; by default they are listed as "unsupported".
 
     Returns:
@@ -121,8 +136,10 @@ def describe(
     captured = capture.trace(loss.model, y, inputs, unsupported=_listed if unsupported is None else unsupported)
     names = [name for name, _ in named(y)]
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(y)]
+    checks.instance("inverse", inverse, Inverse, "Pass that of kfac, or leave it out.")
+    kept = Kept(inverse.form, checks.count("largest", largest, minimum=1), fresh=True)
     dtype = wide_dtype(*jax.tree.leaves(y))
-    rows = tuple(_row(block, names, shapes, dtype.itemsize) for block in captured.blocks)
+    rows = tuple(_row(block, names, shapes, dtype.itemsize, captured.examples, kept) for block in captured.blocks)
     rates, _ = loss.penalty(x, y)
     by_leaf = jax.tree.leaves(rates)
     mixed = [

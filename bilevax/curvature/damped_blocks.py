@@ -10,8 +10,8 @@ import optax
 from bilevax import checks
 from bilevax.carried import parameters
 from bilevax.curvature import capture
-from bilevax.curvature.forms import Diagonal, Factors
-from bilevax.curvature.inverse import Damping, Inverse, spectral, trace_mean
+from bilevax.curvature.forms import Diagonal, Factors, Kronecker
+from bilevax.curvature.inverse import Damping, Eigen, Inverse, by_shape, spectral
 from bilevax.curvature.model_loss import held, structured
 from bilevax.curvature.sharing import expand
 from bilevax.curvature.traced_loss import TracedLoss, trace_loss
@@ -63,6 +63,19 @@ def _delta(block: capture.Block, decay: Array, damping: Damping, eigenvalues: Ar
     return decay + extra.reshape(extra.shape + (1,) * (eigenvalues.ndim - depth))
 
 
+def _decomposed(factors: Kronecker, delta: Array, inverse: Inverse) -> Any:
+    a: Any = factors.A
+    b: Any = factors.B
+    if all(factors.diagonals):
+        return Eigen(None, None, a[..., :, None] * b[..., None, :])
+    return inverse.decompose(a, b, delta)
+
+
+def _solver(part: Any, inverse: Inverse) -> Inverse:
+    diagonal = isinstance(part, Eigen) and part.qa is None and part.qb is None
+    return spectral if diagonal else inverse
+
+
 def decompose(here: TracedLoss, found: Factors, decay: dict[str, Array], damping: Damping, inverse: Inverse) -> Parts:
     """Decomposes the factors of every block."""
     named = {block.name: block for block in here.captured.blocks}
@@ -74,9 +87,8 @@ def decompose(here: TracedLoss, found: Factors, decay: dict[str, Array], damping
             means.append(jnp.mean(factors.diagonal))
         else:
             delta = _delta(named[name], decay[name], damping, None)
-            blocks[name] = inverse.decompose(factors.A, factors.B, delta)
-            diagonal = factors.a.ndim < factors.b.ndim
-            means.append(jnp.mean(trace_mean(factors.A, diagonal) * trace_mean(factors.B, False)))
+            blocks[name] = _decomposed(factors, delta, inverse)
+            means.append(jnp.mean(factors.mean_eigenvalue))
     return Parts(blocks, jnp.mean(jnp.stack(means)) if means else jnp.zeros((), here.q.dtype))
 
 
@@ -93,13 +105,14 @@ def solve(
     for block in here.captured.blocks:
         part = parts.blocks.get(block.name)
         eigenvalues = part
+        chosen = _solver(part, inverse)
         if block.matrix is not None:
-            eigenvalues = None if inverse.eigenvalues is None else inverse.eigenvalues(part)
+            eigenvalues = None if chosen.eigenvalues is None else chosen.eigenvalues(part)
         delta = _delta(block, decay[block.name], damping, eigenvalues)
         if eigenvalues is not None or block.matrix is not None:
             smallest.append(jnp.min(delta if eigenvalues is None else eigenvalues + delta))
         if block.matrix is not None:
-            solved |= block.unpack(inverse.solve(part, delta, block.pack(wide)), wide)
+            solved |= block.unpack(chosen.solve(part, delta, block.pack(wide)), wide)
         elif eigenvalues is not None:
             solved[block.leaf] = wide[block.leaf] / (eigenvalues + delta)
         elif block.treatment is not None and block.treatment.solve is not None:
@@ -116,7 +129,7 @@ def inverted(
     batch: PyTree,
     *,
     damping: Damping = 1e-3,
-    inverse: Inverse = spectral,
+    inverse: Inverse = by_shape,
     unsupported: capture.Unsupported = capture.error,
 ) -> Callable[[PyTree], PyTree]:
     """Inverts factors that `kronecker.factors` measured, wherever they come from: other batches, or other agents.

@@ -6,7 +6,11 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from bilevax.printing import by_text
+from bilevax import checks
+from bilevax.curvature.eigenbasis import eigenbasis, symmetric
+from bilevax.curvature.forms import ChooseForm, Factor, Form, Rows, Sketch, dense, mean_eigenvalue, sketch
+from bilevax.curvature.forms import rows as kept_as_rows
+from bilevax.printing import as_called, by_text
 from bilevax.typing import Array, Scalar
 
 Damping = Scalar | Callable[[Array], Scalar]
@@ -16,9 +20,10 @@ class Eigen(NamedTuple):
     """A decomposition of A ⊗ B; leading axes are stacked layers.
 
     Attributes:
-      qa: [..., d_in, d_in], eigenvectors of A; None where A is diagonal (an embedding).
-      qb: [..., d_out, d_out], eigenvectors of B.
-      eigenvalues: [..., d_in, d_out], of the product, or the diagonal of the curvature in this basis (EKFAC).
+      qa: [..., d_in, r_in], eigenvectors of A; None where A is diagonal (an embedding). Where there are fewer than
+        d_in, A is 0 on what they do not span.
+      qb: [..., d_out, r_out], eigenvectors of B, likewise.
+      eigenvalues: [..., r_in, r_out], of the product, or the diagonal of the curvature in this basis (EKFAC).
 
     Example:
         >>> import bilevax as bx, jax.numpy as jnp
@@ -28,8 +33,18 @@ class Eigen(NamedTuple):
     """
 
     qa: Array | None
-    qb: Array
+    qb: Array | None
     eigenvalues: Array
+
+    @property
+    def rows(self) -> int:
+        """Of the block, d_in."""
+        return int(self.eigenvalues.shape[-2] if self.qa is None else self.qa.shape[-2])
+
+    @property
+    def columns(self) -> int:
+        """Of the block, d_out."""
+        return int(self.eigenvalues.shape[-1] if self.qb is None else self.qb.shape[-2])
 
 
 class Cholesky(NamedTuple):
@@ -52,7 +67,7 @@ class Cholesky(NamedTuple):
 class Decompose(Protocol):
     """What is worth keeping of A and B, for `Solve` to read."""
 
-    def __call__(self, a: Array, b: Array, delta: Scalar, /) -> Any: ...
+    def __call__(self, a: Any, b: Any, delta: Scalar, /) -> Any: ...
 
 
 class Solve(Protocol):
@@ -65,9 +80,11 @@ class Inverse(NamedTuple):
     """A way to invert A ⊗ B + δ I.
 
     Attributes:
-      decompose: `decompose(a, b, delta) -> parts`, with A [..., d_in, d_in] or its diagonal [..., d_in].
+      decompose: `decompose(a, b, delta) -> parts`, A [..., d_in, d_in] or its diagonal [..., d_in], B likewise, but not
+        both diagonals; or in the form that was asked for.
       solve: `solve(parts, delta, v) -> (A ⊗ B + delta I)⁻¹ v`, v [..., d_in, d_out].
       eigenvalues: `eigenvalues(parts)`, [..., d_in, d_out]; None where they are not known.
+      form: `form(d, R)`, in which form a factor [d, d] of R rows is wanted; R is None where others are added to it.
       text: what `print` shows.
 
     Example:
@@ -81,71 +98,139 @@ class Inverse(NamedTuple):
     decompose: Decompose
     solve: Solve
     eigenvalues: Callable[[Any], Array] | None = None
+    form: ChooseForm = lambda size, rows: dense
     text: str = ""
 
     def __repr__(self) -> str:
         return by_text(self)
 
 
-def _symmetric(matrix: Array) -> Array:
-    return (matrix + jnp.swapaxes(matrix, -1, -2)) / 2
+def _are_diagonal(a: Factor, b: Factor) -> tuple[bool, bool]:
+    """Whether A, and B, are given by their diagonals; not both of them are."""
+    depth = max(jax.tree.leaves(factor)[0].ndim for factor in (a, b)) - 2
+    kept = [not isinstance(factor, Rows | Sketch) and factor.ndim == depth + 1 for factor in (a, b)]
+    return kept[0], kept[1]
 
 
-def _positive_eigh(matrix: Array) -> tuple[Array, Array]:
-    eigenvalues, vectors = jnp.linalg.eigh(_symmetric(matrix))
-    return jnp.maximum(eigenvalues, 0), vectors
-
-
-def eigen(a: Array, b: Array, delta: Scalar = 0.0) -> Eigen:
+def eigen(a: Factor, b: Factor, delta: Scalar = 0.0) -> Eigen:
     """A ⊗ B = (Q_A ⊗ Q_B) diag(d_A d_Bᵀ) (Q_A ⊗ Q_B)ᵀ, with negative eigenvalues (rounding) as 0."""
-    db, qb = _positive_eigh(b)
-    da, qa = (a, None) if a.ndim < b.ndim else _positive_eigh(a)
+    first, second = _are_diagonal(a, b)
+    db, qb = eigenbasis(b, second)
+    da, qa = eigenbasis(a, first)
     return Eigen(qa, qb, da[..., :, None] * db[..., None, :])
 
 
 def rotate(parts: Eigen, v: Array) -> Array:
     """Q_Aᵀ v Q_B."""
-    inside = v @ parts.qb
-    return inside if parts.qa is None else jnp.swapaxes(parts.qa, -1, -2) @ inside
+    (d_in, d_out), (r_in, r_out) = v.shape[-2:], parts.eigenvalues.shape[-2:]
+    if d_out * r_in * (d_in + r_out) < d_in * r_out * (d_out + r_in):  # multiplications, when A comes first
+        return _right(_left(parts.qa, v, True), parts.qb, False)
+    return _left(parts.qa, _right(v, parts.qb, False), True)
+
+
+def _rotate_back(parts: Eigen, inside: Array) -> Array:
+    """Q_A inside Q_Bᵀ."""
+    (r_in, r_out), d_in = inside.shape[-2:], parts.rows
+    d_out = parts.columns
+    if d_in * r_out * (r_in + d_out) < d_out * r_in * (r_out + d_in):
+        return _right(_left(parts.qa, inside, False), parts.qb, True)
+    return _left(parts.qa, _right(inside, parts.qb, True), False)
+
+
+def _left(q: Array | None, v: Array, transposed: bool) -> Array:
+    return v if q is None else (jnp.swapaxes(q, -1, -2) if transposed else q) @ v
+
+
+def _right(v: Array, q: Array | None, transposed: bool) -> Array:
+    return v if q is None else v @ (jnp.swapaxes(q, -1, -2) if transposed else q)
 
 
 def eigen_solve(parts: Eigen, delta: Scalar, v: Array) -> Array:
-    """Q_A [(Q_Aᵀ v Q_B) / (eigenvalues + delta)] Q_Bᵀ."""
-    inside = rotate(parts, v) / (parts.eigenvalues + delta)
-    inside = inside @ jnp.swapaxes(parts.qb, -1, -2)
-    return inside if parts.qa is None else parts.qa @ inside
+    """Q_A [(Q_Aᵀ v Q_B) / (eigenvalues + delta)] Q_Bᵀ, and v / delta outside of what Q_A and Q_B span."""
+    inside, damped = rotate(parts, v), parts.eigenvalues + delta
+    if inside.shape == v.shape:
+        return _rotate_back(parts, inside / damped)
+    return (v - _rotate_back(parts, inside * (parts.eigenvalues / damped))) / delta
 
 
-def trace_mean(matrix: Array, diagonal: bool) -> Array:
-    """The mean eigenvalue of a matrix, or of a diagonal one given by its diagonal."""
-    return jnp.mean(matrix if diagonal else jnp.diagonal(matrix, axis1=-2, axis2=-1), axis=-1)
+def whole_eigenvalues(parts: Eigen) -> Array:
+    """All d_in d_out of them, with zeros for what Q_A and Q_B do not span."""
+    r_in, r_out = parts.eigenvalues.shape[-2:]
+    missing = [(0, 0)] * (parts.eigenvalues.ndim - 2) + [(0, parts.rows - r_in), (0, parts.columns - r_out)]
+    return jnp.pad(parts.eigenvalues, missing)
 
 
 def _cholesky(a: Array, b: Array, delta: Scalar) -> Cholesky:
-    diagonal = a.ndim < b.ndim
-    mean_a, mean_b = trace_mean(a, diagonal), trace_mean(b, False)
+    first, second = _are_diagonal(a, b)
+    mean_a, mean_b = mean_eigenvalue(a, first), mean_eigenvalue(b, second)
     some = (mean_a > 0) & (mean_b > 0)
     pi = jnp.where(some, jnp.sqrt(jnp.where(some, mean_a, 1) / jnp.where(some, mean_b, 1)), 1)
-    left, right = pi * jnp.sqrt(delta), jnp.sqrt(delta) / pi
-    if diagonal:
-        root = jnp.sqrt(a + left[..., None])
-    else:
-        root = jnp.linalg.cholesky(_symmetric(a) + left[..., None, None] * jnp.eye(a.shape[-1], dtype=a.dtype))
-    damped = _symmetric(b) + right[..., None, None] * jnp.eye(b.shape[-1], dtype=b.dtype)
-    return Cholesky(root, jnp.linalg.cholesky(damped))
+
+    def root(factor: Array, is_diagonal: bool, damping: Array) -> Array:
+        if is_diagonal:
+            return jnp.sqrt(factor + damping[..., None])
+        damped = symmetric(factor) + damping[..., None, None] * jnp.eye(factor.shape[-1], dtype=factor.dtype)
+        return jnp.linalg.cholesky(damped)
+
+    return Cholesky(root(a, first, pi * jnp.sqrt(delta)), root(b, second, jnp.sqrt(delta) / pi))
 
 
 def _cholesky_solve(parts: Cholesky, delta: Scalar, v: Array) -> Array:
-    def solve(root: Array, right: Array) -> Array:
+    def solve(root: Array, right: Array, is_diagonal: bool) -> Array:
+        if is_diagonal:
+            return right / root[..., :, None] ** 2
         half = jax.lax.linalg.triangular_solve(root, right, left_side=True, lower=True)
         return jax.lax.linalg.triangular_solve(root, half, left_side=True, lower=True, transpose_a=True)
 
-    left = v / parts.a[..., :, None] ** 2 if parts.a.ndim < parts.b.ndim else solve(parts.a, v)
-    return jnp.swapaxes(solve(parts.b, jnp.swapaxes(left, -1, -2)), -1, -2)
+    first, second = _are_diagonal(*parts)
+    left = solve(parts.a, v, first)
+    return jnp.swapaxes(solve(parts.b, jnp.swapaxes(left, -1, -2), second), -1, -2)
 
 
-spectral = Inverse(eigen, eigen_solve, lambda parts: parts.eigenvalues, text="spectral")
+def _thin(size: int, rows: int | None) -> Form:
+    return kept_as_rows if rows is not None and 2 * rows < size else dense
+
+
+spectral = Inverse(eigen, eigen_solve, whole_eigenvalues, text="spectral")
 """(A ⊗ B + δ I)⁻¹ by eigenvectors: one decomposition serves every δ, weight decay that changes included."""
 factored = Inverse(_cholesky, _cholesky_solve, text="factored")
 """(A + π√δ I)⁻¹ ⊗ (B + √δ/π I)⁻¹ by Cholesky factors, π² = mean eigenvalue of A / that of B: cheaper, and overdamped.
 Reference: Martens and Grosse, arXiv 1503.05671, section 6.3."""
+by_shape = Inverse(eigen, eigen_solve, whole_eigenvalues, _thin, text="by_shape")
+"""`spectral` from the rows themselves, where a factor has fewer of them than half its size: the same, at less cost."""
+
+
+@as_called
+def low_rank(rank: int) -> Inverse:
+    """Keeps the factors that are larger than twice the rank by a sketch, and inverts what that shows of them.
+
+        A ≈ Y (ΩᵀY)⁻¹ Yᵀ,   Y = A Ω,   Ω a fixed random matrix [d, rank]
+
+    Sketches add up as factors do, over batches, averages and agents.
+
+    Args:
+      rank: columns of Ω, >= 1: how many eigenvalues of a factor are told apart; the others count as 0.
+
+    Returns:
+      An `Inverse`; a factor of at most twice as many rows or columns is kept whole, one of fewer rows by these.
+
+    Raises:
+      ValueError: if rank < 1.
+
+    Cost: 4 R d rank operations for a factor of R rows, about 5 d rank² for its decomposition.
+
+    Reference: Tropp et al., arXiv 1706.05736.
+
+    Example:
+        >>> import bilevax as bx
+        >>> bx.curvature.kronecker.low_rank(64)
+        low_rank(64)
+    """
+    rank = checks.count("rank", rank, minimum=1)
+
+    def form(size: int, rows: int | None) -> Form:
+        if rows is not None and rows <= 2 * rank and 2 * rows < size:
+            return kept_as_rows
+        return sketch(rank) if 2 * rank < size else dense
+
+    return Inverse(eigen, eigen_solve, whole_eigenvalues, form)

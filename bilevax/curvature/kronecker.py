@@ -13,8 +13,8 @@ from bilevax import checks
 from bilevax.carried import parameters
 from bilevax.curvature import capture
 from bilevax.curvature.fisher import Fisher, sampled
-from bilevax.curvature.forms import Diagonal, Factors, Kronecker
-from bilevax.curvature.inverse import Cholesky, Eigen, Inverse, factored, spectral
+from bilevax.curvature.forms import Diagonal, Factors, Kept, Kronecker, Rows, Sketch
+from bilevax.curvature.inverse import Cholesky, Eigen, Inverse, by_shape, factored, low_rank, spectral
 from bilevax.curvature.model_loss import held
 from bilevax.curvature.passes import measure
 from bilevax.curvature.sharing import ChooseSharing, Sharing, expand
@@ -22,7 +22,20 @@ from bilevax.curvature.traced_loss import Positions, trace_loss
 from bilevax.problem import Loss
 from bilevax.typing import Key, PyTree
 
-__all__ = ["Cholesky", "Diagonal", "Eigen", "Inverse", "Kronecker", "factored", "factors", "spectral"]
+__all__ = [
+    "Cholesky",
+    "Diagonal",
+    "Eigen",
+    "Inverse",
+    "Kronecker",
+    "Rows",
+    "Sketch",
+    "by_shape",
+    "factored",
+    "factors",
+    "low_rank",
+    "spectral",
+]
 
 
 def __dir__() -> list[str]:
@@ -39,6 +52,8 @@ def factors(
     fisher: Fisher | None = None,
     sharing: Sharing | ChooseSharing = expand,
     positions: Positions | None = None,
+    inverse: Inverse = by_shape,
+    largest: int = 8192,
     unsupported: capture.Unsupported = capture.error,
 ) -> Factors:
     """The Kronecker factors of every layer of a model, found without a change to the model.
@@ -58,6 +73,9 @@ def factors(
       sharing: what becomes of several positions: `expand`, `reduce`, or a function of the name of the leaf.
       positions: batch -> [N, T] of ones and zeros, which positions count in A; by default the mask of the loss, in
         layers with as many positions.
+      inverse: what `inverted` will be asked for, which says in which form factors are wanted; those by rows, which do
+        not add up, are none of them.
+      largest: a factor of more rows or columns is kept as its diagonal.
       unsupported: what to do with leaves that no rule covers.
 
     Returns:
@@ -84,4 +102,6 @@ def factors(
     inner_loss, (x, y) = held(inner_loss, y), jax.lax.stop_gradient((x, parameters(y)))
     chosen = sampled() if fisher is None else fisher
     checks.function("fisher", chosen, "key", "loss", "outputs", "targets")
-    return measure(key, trace_loss(inner_loss, x, y, batch, sharing, positions, unsupported), chosen)[0]
+    checks.instance("inverse", inverse, Inverse, "Pass what bx.curvature.inverted is to use, or leave it out.")
+    kept = Kept(inverse.form, checks.count("largest", largest, minimum=1), fresh=False)
+    return measure(key, trace_loss(inner_loss, x, y, batch, sharing, positions, unsupported), chosen, kept)[0]

@@ -11,16 +11,17 @@ import optax
 from bilevax.curvature import capture
 from bilevax.curvature.capture.uses import RowReaders, Use, Visitor
 from bilevax.curvature.fisher import Fisher
-from bilevax.curvature.forms import Diagonal, Factors, Kronecker
+from bilevax.curvature.forms import Diagonal, Factor, Factors, Form, Forms, Kept, Kronecker, Rows
 from bilevax.curvature.inverse import Eigen
 from bilevax.curvature.sharing import Sharing
 from bilevax.curvature.traced_loss import TracedLoss
-from bilevax.meshes import by_compiler, like, zeros_like
+from bilevax.meshes import by_compiler, like
 from bilevax.problem import widen
 from bilevax.sampling import split
 from bilevax.typing import Array, Key, Scalar
 
 T = TypeVar("T")
+S = TypeVar("S")
 
 # One pass: the factors leave the backward pass as cotangents of dummy inputs of the model. A layer w [6, 4] with bias
 # on a [5, 3, 6] has the dummy Kronecker(a [7, 7], mass [], b [4, 4]), zeros that `_observed` takes and ignores. Its
@@ -97,16 +98,19 @@ def _observed_backward(
 _observed.defvjp(_observed_forward, _observed_backward)
 
 
-def _sums(rows: RowReaders, use: Use, sharing: Sharing, residual: Residual, u: Array) -> Kronecker:
+def _sums(
+    forms: Mapping[int, Forms], rows: RowReaders, use: Use, sharing: Sharing, residual: Residual, u: Array
+) -> Kronecker:
     (a, mask), q = residual.activations(rows, use), residual.q
-    u = rows.outputs(u).astype(q.dtype)
+    u, (first, second) = rows.outputs(u).astype(q.dtype), forms[use.leaf]
     if use.by_row:
         mass = q[:, None] * mask
         square = jnp.zeros(use.inputs, q.dtype).at[a.reshape(-1)].add(mass.reshape(-1))
-        return Kronecker(square, jnp.sum(mass), jnp.einsum("nti,ntj->ij", u, u))
+        return Kronecker(square, jnp.sum(mass), second.sum(u.reshape(-1, u.shape[-1]), None))
     a, u = sharing.inputs(a, mask), sharing.outputs(u)
     mass = q[:, None] * mask if sharing.per_position else q[:, None]
-    return Kronecker(jnp.einsum("nti,nt,ntj->ij", a, mass, a), jnp.sum(mass), jnp.einsum("nti,ntj->ij", u, u))
+    seen = first.sum(a.reshape(-1, a.shape[-1]), jnp.broadcast_to(mass, a.shape[:2]).reshape(-1))
+    return Kronecker(seen, jnp.sum(mass), second.sum(u.reshape(-1, u.shape[-1]), None))
 
 
 def _squares(rows: RowReaders, use: Use, sharing: Sharing, residual: Residual, u: Array) -> Array:
@@ -114,10 +118,11 @@ def _squares(rows: RowReaders, use: Use, sharing: Sharing, residual: Residual, u
     # a [5, 3, 7] Q_A [7, 7] and u [5, 3, 4] Q_B [4, 4]: for each example [7, 3] · [3, 4], squared. With one position
     # (a_i u_j)² = a_i² u_j²: one product [7, 5] · [5, 4] for all examples, and no loop
     (a, _), q, basis = residual.activations(rows, use), residual.q, residual.basis
-    u = rows.outputs(u).astype(q.dtype) @ basis.qb
+    u = rows.outputs(u).astype(q.dtype)
+    u = u if basis.qb is None else u @ basis.qb
     if use.by_row:
         return _table_squares(a, u, use.inputs)
-    a = a @ basis.qa
+    a = a if basis.qa is None else a @ basis.qa
     if a.shape[1] == 1:
         return jnp.einsum("ni,nj->ij", a[:, 0] ** 2, u[:, 0] ** 2)
     zero = jnp.zeros((a.shape[-1], u.shape[-1]), q.dtype)
@@ -167,7 +172,7 @@ def _passes(
     return jax.vjp(outputs, dummies, probed)
 
 
-def _dummies(here: TracedLoss, kronecker: Callable[[capture.Block], Kronecker]) -> dict[int, Reported]:
+def _dummies(here: TracedLoss, kronecker: Callable[[capture.Block], Any]) -> dict[int, Reported]:
     """Zeros for all that the blocks report: `kronecker(block)` for a matrix, a leaf for each example for a diagonal."""
     # γ [4] of five examples: [5, 4], added to it example by example; six layers of γ [6, 4] in a scan: [6, 5, 4]
     dummies: dict[int, Reported] = {}
@@ -181,46 +186,63 @@ def _dummies(here: TracedLoss, kronecker: Callable[[capture.Block], Kronecker]) 
     return dummies
 
 
-def _total(columns: int, term: Callable[[Scalar], T]) -> T:
-    """The sum of `term(k)` over the columns, one after the other."""
-    first = term(0)
+def _total(columns: int, term: Callable[[Scalar], tuple[T, S]], first: tuple[T, S] | None = None) -> tuple[T, S]:
+    """The first parts of `term(k)` added up over the columns, one after the other, and the second ones stacked."""
+    total, kept = term(0) if first is None else first
+    stack = jax.tree.map(lambda leaf: leaf[None], kept)
     if columns == 1:
-        return first
+        return total, stack
 
-    def add(k: Array, total: T) -> T:
-        return optax.tree.add(total, term(k))
+    def add(total: T, k: Array) -> tuple[T, S]:
+        more, kept = term(k)
+        return optax.tree.add(total, more), kept
 
-    return jax.lax.fori_loop(1, columns, add, first)
+    total, rest = jax.lax.scan(add, total, jnp.arange(1, columns))
+    return total, jax.tree.map(lambda one, others: jnp.concatenate([one, others]), stack, rest)
 
 
-def measure(key: Key | None, here: TracedLoss, fisher: Fisher) -> tuple[Factors, int]:
+def _number_of_columns(key: Key | None, here: TracedLoss, fisher: Fisher) -> int:
+    """How many backward passes a Fisher estimate takes; nothing is computed."""
+    found: list[int] = []
+
+    def count(outputs: Array, targets: Any) -> tuple[()]:
+        found.append(fisher(key, here.loss, outputs, targets)[0])
+        return ()
+
+    jax.eval_shape(count, here.captured.outputs, here.targets)
+    return found[0]
+
+
+def measure(key: Key | None, here: TracedLoss, fisher: Fisher, kept: Kept) -> tuple[Factors, int]:
     """The factors of every block by name, and the number of backward passes."""
     label_key, sign_key = split(key, 2)
     blocks = {block.leaf: block for block in here.captured.blocks}
-    dtype = here.q.dtype
+    passes = _number_of_columns(label_key, here, fisher)
+    forms = {leaf: kept.of(block, *_counts(here, block, passes)) for leaf, block in blocks.items() if block.matrix}
 
     def zeros(block: capture.Block) -> Kronecker:
-        a, b = block.shapes
-        return Kronecker(*(jnp.zeros((*block.stack, *shape), dtype) for shape in (a, (), b)))
+        return _empty(here, block, forms[block.leaf])
 
-    outputs, pull = _passes(here, _sums, {}, _dummies(here, zeros))
+    outputs, pull = _passes(here, functools.partial(_sums, forms), {}, _dummies(here, zeros))
     columns, column = fisher(label_key, here.loss, outputs, here.targets)
     root = jnp.sqrt(here.scale(outputs))[..., None]
 
-    def term(k: Scalar) -> tuple[dict[int, Array], dict[int, Array]]:
+    def term(k: Scalar) -> tuple[dict[int, Any], tuple[Any, dict[int, Rows]]]:
         cotangent = like((column(k) * root).astype(outputs.dtype), outputs)
         found, _ = pull(cotangent)
-        return {leaf: _curved(blocks[leaf], value) for leaf, value in found.items()}, _probe(
-            sign_key, k, blocks, pull, cotangent
-        )
+        seen = {leaf: _curved(blocks[leaf], value) for leaf, value in found.items()}
+        rows = {leaf: value for leaf, value in seen.items() if isinstance(value, Rows)}
+        sums = {leaf: value for leaf, value in seen.items() if leaf not in rows}
+        return found, ((sums, _probe(sign_key, k, blocks, pull, cotangent)), rows)
 
-    seen, probed = _total(columns, term)
-    # `seen` adds B up over the columns alone: A and its mass would be counted once for each, and do not depend on u
-    flat, _ = pull(zeros_like(outputs))
+    # A and its mass do not depend on u: those of the first column are kept, and those of the others never computed
+    found, first = term(0)
+    (sums, probed), stacked = _total(columns, lambda k: term(k)[1], first)
+    seen = sums | {leaf: _merged(rows, blocks[leaf]) for leaf, rows in stacked.items()}
     result: Factors = {}
     for leaf, block in blocks.items():
         if block.matrix is not None:
-            result[block.name] = flat[leaf]._replace(b=seen[leaf])
+            result[block.name] = found[leaf]._replace(b=seen[leaf])
         elif leaf in seen:
             result[block.name] = Diagonal(seen[leaf])
         elif leaf in probed:
@@ -229,7 +251,35 @@ def measure(key: Key | None, here: TracedLoss, fisher: Fisher) -> tuple[Factors,
     return result, columns * (1 + probes)
 
 
-def _curved(block: capture.Block, found: Reported) -> Array:
+def _counts(here: TracedLoss, block: capture.Block, columns: int) -> tuple[int, int]:
+    """How many rows the factors A and B of a block are made of."""
+    sharing, dtype = here.sharing(block.name), here.q.dtype
+    n, t = here.captured.examples, block.positions
+    if block.by_row:
+        return n * t, n * t * columns
+    outputs = jax.eval_shape(sharing.outputs, jax.ShapeDtypeStruct((n, t, block.outputs), dtype))
+    return n * (t if sharing.per_position else 1), n * outputs.shape[1] * columns
+
+
+def _empty(here: TracedLoss, block: capture.Block, forms: Forms) -> Kronecker:
+    """Zeros of what one pass reports of a block."""
+
+    def kept(form: Form, rows: int, size: int) -> Any:
+        shapes = form.empty(rows, size, here.q.dtype)
+        return jax.tree.map(lambda leaf: jnp.zeros((*block.stack, *leaf.shape), leaf.dtype), shapes)
+
+    first, second = _counts(here, block, 1)
+    a, b = kept(forms[0], first, block.rows), kept(forms[1], second, block.outputs)
+    return Kronecker(a, jnp.zeros(block.stack, here.q.dtype), b)
+
+
+def _merged(rows: Rows, block: capture.Block) -> Rows:
+    """The rows [columns, *stack, R, d] of all columns together, [*stack, columns R, d]."""
+    found = jnp.moveaxis(rows.rows, 0, -3)
+    return Rows(found.reshape(*block.stack, -1, found.shape[-1]))
+
+
+def _curved(block: capture.Block, found: Reported) -> Factor:
     """What one column adds to the curvature of a block: B, or the squares of per-example gradients."""
     return found.b if isinstance(found, Kronecker) else jnp.sum(found**2, axis=len(block.stack))
 
@@ -253,7 +303,7 @@ def _probe(
         _, found = pull(cotangent * signs.reshape((-1,) + (1,) * (cotangent.ndim - 1)))
         return jax.tree.map(lambda g: widen(g) ** 2 / number, found)
 
-    return _total(number, one)
+    return _total(number, lambda r: (one(r), ()))[0]
 
 
 def curvatures(
@@ -267,5 +317,5 @@ def curvatures(
     outputs, pull = _passes(here, _squares, by_leaf, dummies)
     columns, column = fisher(label_key, here.loss, outputs, here.targets)
     root = jnp.sqrt(here.scale(outputs))[..., None]
-    found = _total(columns, lambda k: pull(like((column(k) * root).astype(outputs.dtype), outputs))[0])
+    found, _ = _total(columns, lambda k: (pull(like((column(k) * root).astype(outputs.dtype), outputs))[0], ()))
     return {block.name: by_leaf[leaf]._replace(eigenvalues=found[leaf]) for leaf, block in blocks.items()}, columns

@@ -10,10 +10,10 @@ import optax
 from bilevax import checks
 from bilevax.curvature import capture
 from bilevax.curvature.damped_blocks import Parts, decompose, solve, weight_decay
-from bilevax.curvature.forms import Factors
+from bilevax.curvature.forms import Factors, Kept
 from bilevax.curvature.inverse import Damping, Eigen, Inverse
 from bilevax.curvature.model_loss import structured
-from bilevax.curvature.sharing import ChooseSharing, Sharing
+from bilevax.curvature.sharing import ChooseSharing, Sharing, expand
 from bilevax.curvature.traced_loss import Positions, TracedLoss, trace_loss
 from bilevax.printing import by_shape
 from bilevax.problem import IHVP, Apply, IHVPInfo, Loss, Point, norm
@@ -97,7 +97,7 @@ def _schedule(name: str, every: Schedule) -> Callable[[Array], Scalar]:
 class Measure(Protocol):
     """The factors of every block, and the number of backward passes."""
 
-    def __call__(self, key: Key | None, here: TracedLoss, /) -> tuple[Factors, int]: ...
+    def __call__(self, key: Key | None, here: TracedLoss, kept: Kept, /) -> tuple[Factors, int]: ...
 
 
 class Correct(Protocol):
@@ -112,7 +112,7 @@ class Passes(NamedTuple):
     """What distinguishes one Kronecker-factored curvature from another.
 
     Attributes:
-      measure: `measure(key, traced_loss) -> (factors, backward passes)`.
+      measure: `measure(key, traced_loss, kept) -> (factors, backward passes)`.
       inverse: decomposes the factors, and solves.
       correct: `correct(key, traced_loss, blocks) -> (blocks, backward passes)` for fresh factors; None for none.
     """
@@ -128,6 +128,7 @@ class Options(NamedTuple):
     damping: Damping
     sharing: Sharing | ChooseSharing
     positions: Positions | None
+    largest: int
     unsupported: capture.Unsupported
     sample: Sample
 
@@ -145,6 +146,7 @@ class Options(NamedTuple):
             checks.function("sharing", self.sharing, "name")
         if self.positions is not None:
             checks.function("positions", self.positions, "batch")
+        checks.count("largest", self.largest, minimum=1)
         checks.function("unsupported", self.unsupported, "leaves")
         checks.function("sample", self.sample, "key", "t", "data")
 
@@ -153,6 +155,12 @@ def curved(passes: Passes, options: Options, refresh: Refresh) -> IHVP:
     """The IHVP of a Kronecker-factored curvature."""
     options.check(passes.inverse)
     inverse, damping = passes.inverse, options.damping
+
+    def kept(here: TracedLoss) -> Kept:
+        # The gradient of an example lies in the span of all rows, where none is masked, averaged or older than it: else
+        # a corrected diagonal needs a basis of everything
+        spanned = not refresh.stateful and here.mask is None and options.sharing is expand
+        return Kept(inverse.form, options.largest, not refresh.averages and (passes.correct is None or spanned))
 
     def measured(key: Key | None, inner_loss: Loss, point: Point) -> tuple[Key | None, TracedLoss, dict[str, Array]]:
         loss = structured(inner_loss, "Kronecker-factored curvature")
@@ -170,7 +178,7 @@ def curved(passes: Passes, options: Options, refresh: Refresh) -> IHVP:
         return parts._replace(blocks={**parts.blocks, **blocks}), count
 
     def fresh(key: Key | None, here: TracedLoss, decay: dict[str, Array]) -> tuple[Factors, Parts, int]:
-        found, count = passes.measure(key, here)
+        found, count = passes.measure(key, here, kept(here))
         parts, more = corrected(key, here, decompose(here, found, decay, damping, inverse))
         return found, parts, count + more
 
@@ -183,7 +191,7 @@ def curved(passes: Passes, options: Options, refresh: Refresh) -> IHVP:
         measure = due if refresh.averages else invert  # factors that would be forgotten are not measured
 
         def average(old: Factors) -> tuple[Factors, int]:
-            found, count = passes.measure(key, here)
+            found, count = passes.measure(key, here, kept(here))
             rate = jnp.where(first, 0, refresh.ema)
             return jax.tree.map(lambda a, b: (rate * a + (1 - rate) * b).astype(a.dtype), old, found), count
 

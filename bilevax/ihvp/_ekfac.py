@@ -3,7 +3,7 @@
 from bilevax import checks
 from bilevax.curvature import capture
 from bilevax.curvature.fisher import Fisher, sampled
-from bilevax.curvature.inverse import Damping, spectral
+from bilevax.curvature.inverse import Damping, by_shape
 from bilevax.curvature.passes import curvatures, measure
 from bilevax.curvature.sharing import ChooseSharing, Sharing, expand
 from bilevax.curvature.traced_loss import Positions
@@ -24,6 +24,7 @@ def ekfac(
     ema: Scalar = 0.0,
     factors_every: Schedule = 1,
     inverse_every: Schedule = 1,
+    largest: int = 8192,
     unsupported: capture.Unsupported = capture.error,
     sample: Sample = full,
 ) -> IHVP:
@@ -43,6 +44,7 @@ def ekfac(
       ema: decay of the moving averages of the factors, in [0, 1).
       factors_every: outer steps from one measurement to the next, or a function step -> bool.
       inverse_every: outer steps from one basis to the next, or a function step -> bool.
+      largest: a factor of more rows or columns is kept as its diagonal, as that of an embedding is.
       unsupported: what to do with leaves that no rule covers.
       sample: how the batch of the factors is drawn from the inner data; it is asked with t = 0.
 
@@ -70,9 +72,9 @@ def ekfac(
     chosen = sampled() if fisher is None else fisher
     checks.function("fisher", chosen, "key", "loss", "outputs", "targets")
     passes = Passes(
-        measure=lambda key, here: measure(key, here, chosen),
-        inverse=spectral,
+        measure=lambda key, here, kept: measure(key, here, chosen, kept),
+        inverse=by_shape,
         correct=lambda key, here, bases: curvatures(key, here, chosen, bases),
     )
-    options = Options(damping, sharing, positions, unsupported, sample)
+    options = Options(damping, sharing, positions, largest, unsupported, sample)
     return curved(passes, options, Refresh.of(ema, factors_every, inverse_every))

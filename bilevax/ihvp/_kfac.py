@@ -3,7 +3,7 @@
 from bilevax import checks
 from bilevax.curvature import capture
 from bilevax.curvature.fisher import Fisher, sampled
-from bilevax.curvature.inverse import Damping, Inverse, spectral
+from bilevax.curvature.inverse import Damping, Inverse, by_shape
 from bilevax.curvature.passes import measure
 from bilevax.curvature.sharing import ChooseSharing, Sharing, expand
 from bilevax.curvature.traced_loss import Positions
@@ -19,12 +19,13 @@ def kfac(
     *,
     damping: Damping = 1e-3,
     fisher: Fisher | None = None,
-    inverse: Inverse = spectral,
+    inverse: Inverse = by_shape,
     sharing: Sharing | ChooseSharing = expand,
     positions: Positions | None = None,
     ema: Scalar = 0.0,
     factors_every: Schedule = 1,
     inverse_every: Schedule = 1,
+    largest: int = 8192,
     unsupported: capture.Unsupported = capture.error,
     sample: Sample = full,
 ) -> IHVP:
@@ -50,6 +51,7 @@ def kfac(
         at every step are measured only when they are decomposed.
       inverse_every: outer steps from one decomposition to the next, or a function step -> bool. The first step always
         does both. Under `jax.vmap` of the state, `lax.cond` runs both branches, which saves nothing.
+      largest: a factor of more rows or columns is kept as its diagonal, as that of an embedding is.
       unsupported: what to do with leaves that no rule covers; `capture.error` refuses them.
       sample: how the batch of the factors is drawn from the inner data; it is asked with t = 0.
 
@@ -81,6 +83,6 @@ def kfac(
     checks.instance("inverse", inverse, Inverse, "Pass bx.curvature.kronecker.spectral or kronecker.factored.")
     chosen = sampled() if fisher is None else fisher
     checks.function("fisher", chosen, "key", "loss", "outputs", "targets")
-    passes = Passes(lambda key, here: measure(key, here, chosen), inverse)
-    options = Options(damping, sharing, positions, unsupported, sample)
+    passes = Passes(lambda key, here, kept: measure(key, here, chosen, kept), inverse)
+    options = Options(damping, sharing, positions, largest, unsupported, sample)
     return curved(passes, options, Refresh.of(ema, factors_every, inverse_every))

@@ -14,6 +14,7 @@ from bilevax.curvature.capture.uses import (
     ELEMENTWISE,
     MARK,
     Path,
+    Use,
     Value,
     View,
     Visitor,
@@ -167,6 +168,12 @@ def _scan(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: Path) -
     # is sliced beside it, A [6, 4, 4] -> [4, 4]. A weight among the constants is the same [4, 4] in all iterations, and
     # the cotangents of what is kept for it add up.
     inside, outside = scan_axes(eqn, [value.axis for value in values], n)
+    held = {value.view.leaf for value in values[:first] if value.view is not None}
+
+    def kronecker(slot: Any, use: Use, *layer: Any) -> Array:
+        times = use.times * (eqn.params["length"] if use.leaf in held else 1)
+        return visitor.kronecker(slot, use._replace(times=times), *layer)
+
     sliced = {view.leaf: visitor.slots[view.leaf] for view in stacked.values() if view.leaf in visitor.slots}
 
     def iterate(carry: list[Array], slices: tuple[list[Array], dict[int, Any]]) -> tuple[list[Array], list[Array]]:
@@ -177,7 +184,7 @@ def _scan(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: Path) -
             if k in stacked:
                 view = View(stacked[k].leaf, stacked[k].stack + 1, array, None, Strided.whole(array.shape))
             again.append(Value(array, axis, view))
-        there = visitor._replace(slots={**visitor.slots, **slots})
+        there = visitor._replace(slots={**visitor.slots, **slots}, kronecker=kronecker)
         results = walk(opened(eqn.params["jaxpr"]), again, there, n, path)
         forget(results, visitor, path, "returned by scan")
         arrays = [value.array for value in results]

@@ -158,7 +158,7 @@ class Block(NamedTuple):
       positions: rows for each example.
       by_row: whether the matrix is a table of which examples pick rows.
       explicit: whether the model marked it by `observe`; uses that it did not mark are none of the block's.
-      uses: how often the model uses it.
+      uses: how often the model uses it, each iteration of a loop counted.
       treatment: of a leaf that no rule covers.
       what: the primitives.
       layers: how many of the axes of `stack` are axes of the matrix.
@@ -191,11 +191,6 @@ class Block(NamedTuple):
     def rows(self) -> int:
         """Rows of the matrix, the bias included."""
         return self.inputs + (self.bias is not None)
-
-    @property
-    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Of the factors A and B of one element of the stack; A of a table is a diagonal."""
-        return (self.rows,) if self.by_row else (self.rows, self.rows), (self.outputs, self.outputs)
 
     def pack(self, leaves: Mapping[int, Array]) -> Array:
         """The matrix [*stack, rows, outputs] of these leaves of y, by place."""
@@ -233,6 +228,7 @@ class Capture(NamedTuple):
       blocks: in the order of the leaves of y; each leaf belongs to one.
       run: `run(visitor, leaves) -> outputs`, the model with a visitor at each use.
       examples: N.
+      outputs: what the model returns, its shape and dtype.
 
     Example:
         >>> import bilevax as bx, jax.numpy as jnp
@@ -244,6 +240,7 @@ class Capture(NamedTuple):
     blocks: Sequence[Block]
     run: Callable[[Visitor, Sequence[Array]], Array]
     examples: int
+    outputs: jax.ShapeDtypeStruct
 
 
 def named(y: PyTree) -> list[tuple[str, Any]]:
@@ -316,7 +313,8 @@ def trace(model: Model, y: PyTree, inputs: PyTree, *, unsupported: Unsupported =
             "model must return outputs [N, ..., C] whose row n belongs to example n of the inputs; got outputs in "
             "which the examples cannot be followed to the first axis. Put them there, in their order."
         )
-    return Capture(blocks, lambda visitor, leaves: follow(visitor, leaves).array, n)
+    outputs = jax.ShapeDtypeStruct(shapes[0], program[0].outvars[0].aval.dtype)
+    return Capture(blocks, lambda visitor, leaves: follow(visitor, leaves).array, n, outputs)
 
 
 def _collected(follow: Callable[[Visitor, Sequence[Array]], Value], leaves: Sequence[Any]) -> tuple[list[Use], Axis]:
@@ -407,4 +405,5 @@ def _block(name: str, leaf: int, shape: tuple[int, ...], uses: Sequence[Use], bi
     rule = " and ".join(dict.fromkeys(use.rule for use in uses))
     kind = (use.matrix, use.inputs, use.outputs, use.positions, use.by_row, use.explicit)
     stack = shape[: use.stack] + (() if use.matrix is None else use.matrix.shape[: use.layers])
-    return Block(name, rule, leaf, bias, stack, *kind, uses=len(uses), what=what, layers=use.layers)
+    number = sum(use.times for use in uses)
+    return Block(name, rule, leaf, bias, stack, *kind, uses=number, what=what, layers=use.layers)

@@ -84,6 +84,7 @@ class Use(NamedTuple):
       bias: the leaf in the last row of the matrix, where the use names one.
       by_row: whether the matrix is a table of which examples pick rows, by ids: its factor A is a diagonal over them.
       explicit: whether the model says so by `observe`: other uses of the leaf do not count then.
+      times: how often a loop repeats it with the same leaf.
       covered: whether a rule covers it.
       layers: how many leading axes of the matrix count layers, each with rows and a block of its own.
     """
@@ -101,6 +102,7 @@ class Use(NamedTuple):
     bias: int | None = None
     by_row: bool = False
     explicit: bool = False
+    times: int = 1
     covered: bool = True
     layers: int = 0
 

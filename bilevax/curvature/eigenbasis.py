@@ -1,0 +1,62 @@
+"""Eigenvalues and eigenvectors of one Kronecker factor, in whatever form it is kept."""
+
+import jax
+import jax.numpy as jnp
+
+from bilevax.curvature.forms import Factor, Rows, Sketch, random_matrix
+from bilevax.typing import Array
+
+
+def symmetric(matrix: Array) -> Array:
+    """Without the rounding in which the two halves differ."""
+    return (matrix + jnp.swapaxes(matrix, -1, -2)) / 2
+
+
+def eigenbasis(factor: Factor, is_diagonal: bool) -> tuple[Array, Array | None]:
+    """Eigenvalues [..., r] >= 0, and eigenvectors [..., d, r]; None, where the factor is diagonal.
+
+    There may be fewer of them than d: the factor is 0 on what they do not span.
+    """
+    if isinstance(factor, Rows):
+        return _of_rows(factor.rows)
+    if isinstance(factor, Sketch):
+        return _of_sketch(factor)
+    if is_diagonal:
+        return factor, None
+    eigenvalues, vectors = jnp.linalg.eigh(symmetric(factor))
+    return jnp.maximum(eigenvalues, 0), vectors
+
+
+def _transposed(matrix: Array) -> Array:
+    return jnp.swapaxes(matrix, -1, -2)
+
+
+def _of_rows(rows: Array) -> tuple[Array, Array]:
+    """X Xᵀ = U S Uᵀ gives XᵀX = Q S Qᵀ with Q = Xᵀ U S^(-1/2)."""
+    # X [200, 3072]: an eigh of [200, 200], and Q [3072, 200]. What is 0 but for rounding is left out: its q is 0
+    eigenvalues, u = jnp.linalg.eigh(symmetric(rows @ _transposed(rows)))
+    floor = jnp.finfo(rows.dtype).eps * rows.shape[-2] * eigenvalues[..., -1:]
+    some = eigenvalues > floor
+    inverse = jnp.where(some, 1 / jnp.sqrt(jnp.where(some, eigenvalues, 1)), 0)
+    return jnp.where(some, eigenvalues, 0), _transposed(rows) @ (u * inverse[..., None, :])
+
+
+def _of_sketch(sketch: Sketch) -> tuple[Array, Array]:
+    """Nyström: A ≈ Y (ΩᵀY)⁻¹ Yᵀ for Y = A Ω, of A + shift, which is taken off the eigenvalues again.
+
+    Reference: Tropp et al., "Fixed-rank approximation of a positive-semidefinite matrix from streaming data", 2017,
+    arXiv 1706.05736, algorithm 3.
+    """
+    size, rank = sketch.image.shape[-2:]
+    omega = jnp.broadcast_to(random_matrix(size, rank, sketch.image.dtype), sketch.image.shape)
+    norm = jnp.sqrt(jnp.sum(sketch.image**2, axis=(-2, -1)))
+    some = norm > 0
+    shift = jnp.where(some, jnp.finfo(norm.dtype).eps * jnp.sqrt(1.0 * size) * norm, 1)[..., None, None]
+    image = sketch.image + shift * omega
+    root = jnp.linalg.cholesky(symmetric(_transposed(omega) @ image))
+    half = jax.lax.linalg.triangular_solve(root, image, left_side=False, lower=True, transpose_a=True)
+    eigenvalues, u = jnp.linalg.eigh(symmetric(_transposed(half) @ half))
+    floor = jnp.finfo(norm.dtype).eps * eigenvalues[..., -1:]
+    u = u / jnp.sqrt(jnp.maximum(eigenvalues, floor))[..., None, :]
+    eigenvalues = jnp.where(some[..., None], jnp.maximum(eigenvalues - shift[..., 0], 0), 0)
+    return eigenvalues, half @ u

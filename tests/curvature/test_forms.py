@@ -1,0 +1,216 @@
+"""Forms in which factors are kept: thin ones equal the whole ones, long axes are diagonals, sketches add up."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+
+import bilevax as bx
+from bilevax import curvature
+from bilevax.curvature import fisher, kronecker
+
+KEY = jax.random.key(0)
+N, T, D, WORDS, C = 2, 3, 18, 40, 16
+DAMPING = 0.1
+
+
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape) / 3)
+
+
+Y = {
+    "table": normal(0, WORDS, D),
+    "stack": {"bias": normal(1, 2, D), "kernel": normal(2, 2, D, D)},
+    "head": {"bias": normal(3, C), "kernel": normal(4, D, C)},
+}
+IDS, LABELS = jnp.array([[3, 1, 3], [7, 39, 0]]), jnp.array([[0, 1, 2], [2, 1, 0]])
+MASK = jnp.array([[1, 1, 0], [1, 1, 1]])
+WEIGHTS = jnp.array([0.5, 2.0])
+BATCH = (IDS, LABELS)
+
+
+def network(y, ids):
+    """A table, two layers in a scan, a head: 6 rows of activations in each."""
+
+    def layer(h, w):
+        return h + jnp.tanh(h @ w["kernel"] + w["bias"][None, None]), None
+
+    h, _ = jax.lax.scan(layer, y["table"][ids], y["stack"])
+    return h @ y["head"]["kernel"] + y["head"]["bias"][None, None]
+
+
+def make(model=network, **parts):
+    loss = curvature.softmax_cross_entropy
+    return curvature.ModelLoss(model, loss, lambda x, batch: batch, **{"weights": lambda x, batch: x, **parts})
+
+
+LOSS = make(mask=lambda batch: MASK, l2=0.01)
+
+
+def whole(name):
+    """The Inverse of this name, of factors that are kept whole."""
+    return getattr(kronecker, name)._replace(form=lambda size, rows: curvature.forms.dense)
+
+
+def prepared(ihvp, loss, x, y, batch):
+    return ihvp.prepare(KEY, ihvp.init(x, y, batch, loss), loss, (x, y, batch))[0]
+
+
+@functools.cache
+def compiled(ihvp, loss=LOSS):
+    return jax.jit(lambda x, y, batch, b: prepared(ihvp, loss, x, y, batch)(b))
+
+
+def solve(ihvp, loss=LOSS, x=WEIGHTS, y=Y, batch=BATCH):
+    v, info = compiled(ihvp, loss)(x, y, batch, jax.tree.map(jnp.cos, y))
+    return np.asarray(ravel_pytree(v)[0]), info
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("fisher", "inverse", "largest"))
+def measured(loss, y, batch, **choices):
+    return kronecker.factors(None, loss, None, y, batch, **choices)
+
+
+def kfac(**choices):
+    return bx.ihvp.kfac(**{"damping": DAMPING, **choices})
+
+
+THIN = kfac()
+WHOLE = kfac(inverse=whole("spectral"))
+
+
+def test_what_is_kept():
+    """6 rows are fewer than half of 18 and of 19; the table has a diagonal."""
+    parts = jax.eval_shape(lambda: bx.ihvp.kfac(inverse_every=2).init(WEIGHTS, Y, BATCH, LOSS)).parts.blocks
+    assert [leaf.shape for leaf in parts["stack/kernel"]] == [(2, D + 1, 6), (2, D, 6), (2, 6, 6)]
+    assert parts["table"].qa is None
+    assert [leaf.shape for leaf in parts["table"][1:]] == [(D, 6), (WORDS, 6)]
+    rows = {row.leaves[0]: row for row in curvature.describe(LOSS, WEIGHTS, Y, BATCH).rows}
+    assert "A rows [6, 19], B rows [6, 18]" in rows["stack/kernel"].sizes
+    assert rows["stack/kernel"].bytes == 8 * 2 * (6 * 19 + 6 * 18)
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {},
+        {"damping": lambda eigenvalues: 0.1 + jnp.mean(eigenvalues)},
+        {"fisher": fisher.sampled(2)},
+        {"sharing": curvature.reduce},
+    ],
+    ids=["plain", "function", "two_columns", "reduce"],
+)
+def test_from_the_rows_it_is_the_same_inverse(choices):
+    thin, info = solve(kfac(**choices))
+    expected, other = solve(kfac(**choices, inverse=whole("spectral")))
+    np.testing.assert_allclose(thin, expected, rtol=0, atol=1e-10 * np.abs(expected).max())
+    np.testing.assert_allclose(info.curvature, other.curvature, rtol=1e-6)
+    assert not info.breakdown
+
+
+def test_corrected_eigenvalues_are_the_same_from_the_rows():
+    """Beside factors that are kept for later steps, and therefore whole."""
+    loss = make(l2=0.01)
+    thin, _ = solve(bx.ihvp.ekfac(damping=DAMPING), loss)
+    expected, _ = solve(bx.ihvp.ekfac(damping=DAMPING, inverse_every=2), loss)
+    np.testing.assert_allclose(thin, expected, rtol=0, atol=1e-9 * np.abs(expected).max())
+
+
+def test_without_damping_it_is_a_breakdown():
+    _, info = solve(kfac(damping=0.0), make())
+    assert info.breakdown
+
+
+def twice(y, inputs):
+    return jnp.tanh(jnp.tanh(inputs @ y) @ y)
+
+
+def repeated(y, inputs):
+    return jax.lax.scan(lambda h, _: (jnp.tanh(h @ y), None), inputs, None, length=3)[0]
+
+
+def once(y, inputs):
+    return jnp.tanh(inputs @ y)
+
+
+@pytest.mark.parametrize(("model", "thin"), [(once, True), (twice, False), (repeated, False)])
+def test_rows_of_several_uses_would_add_up(model, thin):
+    y, batch = normal(5, D, D), (normal(6, N, D), jnp.arange(N))
+    loss = make(model)
+    (row,) = curvature.describe(loss, WEIGHTS, y, batch).rows
+    assert ("rows" in row.sizes) == thin
+    v, _ = solve(THIN, loss, y=y, batch=batch)
+    expected, _ = solve(WHOLE, loss, y=y, batch=batch)
+    np.testing.assert_allclose(v, expected, rtol=0, atol=1e-10 * np.abs(expected).max())
+
+
+def test_a_long_axis_is_a_diagonal():
+    """A of a layer 18 -> 16 above 17, and B too above 15."""
+    y, batch = normal(5, D, C), (normal(6, 30, D), jnp.asarray(np.arange(30) % C))
+    loss = make(lambda y, inputs: inputs @ y, weights=None)
+    found = measured(loss, y, batch, fisher=fisher.exact)["y"]
+    A, B = np.asarray(found.A), np.asarray(found.B)
+    b = np.cos(np.asarray(y)).ravel()
+    pi = np.sqrt((np.trace(A) / D) / (np.trace(B) / C))
+    left, right = pi * np.sqrt(DAMPING) * np.eye(D), np.sqrt(DAMPING) / pi * np.eye(C)
+    for largest, first, second in ((17, np.diag(np.diag(A)), B), (15, np.diag(np.diag(A)), np.diag(np.diag(B)))):
+        matrix = np.kron(first, second) + DAMPING * np.eye(D * C)
+        overdamped = np.kron(first + left, second + right) if largest == 17 else matrix
+        for inverse, expected in ((kronecker.spectral, matrix), (kronecker.factored, overdamped)):
+            ihvp = kfac(fisher=fisher.exact, inverse=inverse, largest=largest)
+            v, _ = solve(ihvp, loss, None, y, batch)
+            np.testing.assert_allclose(v, np.linalg.solve(expected, b), rtol=1e-9)
+    ihvp = bx.ihvp.ekfac(damping=DAMPING, fisher=fisher.exact, largest=15)
+    v, _ = solve(ihvp, loss, None, y, batch)
+    G = jax.jit(jax.hessian(lambda flat: loss(None, flat.reshape(D, C), batch)))(y.ravel())
+    np.testing.assert_allclose(v, b / (np.diag(G) + DAMPING), rtol=1e-9)
+
+
+def test_the_output_layer_of_a_large_vocabulary_is_a_diagonal():
+    """B alone: the transpose of the layer above."""
+    y, batch = normal(5, C, D), (normal(6, 30, C), jnp.asarray(np.arange(30) % D))
+    loss = make(lambda y, inputs: inputs @ y, weights=None)
+    found = measured(loss, y, batch, fisher=fisher.exact, largest=17)["y"]
+    assert found.A.shape == (C, C)
+    assert found.B.shape == (D,)
+    v, _ = solve(kfac(fisher=fisher.exact, largest=17), loss, None, y, batch)
+    matrix = np.kron(found.A, np.diag(found.B)) + DAMPING * np.eye(D * C)
+    np.testing.assert_allclose(v, np.linalg.solve(matrix, np.cos(np.asarray(y)).ravel()), rtol=1e-9)
+
+
+# Sketches.
+
+
+def test_a_sketch_of_more_columns_than_eigenvalues_is_exact():
+    """Factors of rank 6 by 8 columns, where they are kept whole and where rows were forbidden."""
+    expected, _ = solve(WHOLE)
+    v, _ = solve(kfac(inverse=kronecker.low_rank(8), ema=0.5))
+    np.testing.assert_allclose(v, expected, rtol=0, atol=1e-7 * np.abs(expected).max())
+    v, _ = solve(kfac(inverse=kronecker.low_rank(9)))
+    np.testing.assert_allclose(v, expected, rtol=0, atol=1e-10 * np.abs(expected).max())
+
+
+def test_sketches_add_up():
+    """The mean of those of two halves is that of all."""
+    y, batch = normal(5, D, C), (normal(6, 30, D), jnp.asarray(np.arange(30) % C))
+    loss = make(lambda y, inputs: inputs @ y, weights=None)
+    choices = {"fisher": fisher.exact, "inverse": kronecker.low_rank(5)}
+    halves = (jax.tree.map(lambda a, s=s: np.asarray(a)[s], batch) for s in (slice(15), slice(15, 30)))
+    one, two, both = (jax.device_get(measured(loss, y, data, **choices)) for data in (*halves, batch))
+    jax.tree.map(lambda a, b, c: np.testing.assert_allclose((a + b) / 2, c, atol=1e-12), one, two, both)
+    assert isinstance(both["y"].A, kronecker.Sketch)
+    inverted = functools.partial(curvature.inverted, damping=0.1, inverse=kronecker.low_rank(5))
+    v = jax.jit(lambda found, y: inverted(found, loss, None, y, batch)(y))(both, y)
+    K = np.kron(*(np.asarray(factor) for factor in nystrom(both["y"]))) + 0.1 * np.eye(D * C)
+    np.testing.assert_allclose(np.ravel(v), np.linalg.solve(K, np.ravel(y)), rtol=1e-6)
+
+
+def nystrom(entry):
+    """Y (ΩᵀY)⁻¹ Yᵀ of both factors."""
+    for factor in (entry.A, entry.B):
+        image = np.asarray(factor.image)
+        omega = np.asarray(curvature.forms.random_matrix(*image.shape, jnp.float64))
+        yield image @ np.linalg.solve(omega.T @ image, image.T)
