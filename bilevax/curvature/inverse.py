@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevax import checks
-from bilevax.curvature.eigenbasis import eigenbasis, symmetric
+from bilevax.curvature.bases import eigenbasis, symmetric
 from bilevax.curvature.forms import ChooseForm, Factor, Form, Rows, Sketch, dense, mean_eigenvalue, sketch
 from bilevax.curvature.forms import rows as kept_as_rows
 from bilevax.printing import as_called, by_text

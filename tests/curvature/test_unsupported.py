@@ -196,7 +196,7 @@ def test_each_leaf_stands_in_one_line_with_its_rule_or_the_reason():
     rules = {"embed/embedding": "embedding", "head/kernel": "dense", "norm/scale": "elementwise", "odd": "unsupported"}
     for leaf, rule in rules.items():
         assert rule in line(table, leaf)
-    assert "A [5, 5], B [2, 2]" in line(table, "head/kernel")
+    assert "A rows [2, 5], B [2, 2]" in line(table, "head/kernel")
     assert "A [7], B [4, 4]" in line(table, "embed/embedding")
     assert "dot_general of a function of it" in line(table, "odd")
     assert "meets no examples" in line(table, "spare")
@@ -211,11 +211,12 @@ def test_treatments_stand_in_the_table():
 
 def test_bytes_are_those_of_the_factors():
     """Also of the estimated diagonals; stacked layers are counted as often as they are there."""
-    report = curvature.describe(make(model), X[:2], Y, TEXT, unsupported=capture.diagonal)
+    options = {"unsupported": capture.diagonal, "inverse": curvature.kronecker.spectral}
+    report = curvature.describe(make(model), X[:2], Y, TEXT, **options)
     inner_loss, x = make(model), X[:2].astype(jnp.float32)
 
     def measure(y):
-        factors = curvature.kronecker.factors(jax.random.key(0), inner_loss, x, y, TEXT, unsupported=capture.diagonal)
+        factors = curvature.kronecker.factors(jax.random.key(0), inner_loss, x, y, TEXT, **options)
         return {name: (e.A, e.B) if hasattr(e, "A") else e.diagonal for name, e in factors.items()}
 
     factors = jax.eval_shape(measure, Y)
