@@ -13,7 +13,7 @@ from bilevax.typing import Array
 
 
 class Size(NamedTuple):
-    """Numbers of words, positions and text types, widths, heads of an attention, and blocks."""
+    """Numbers of words, positions and text types, widths, heads of an attention, and blocks; whether those are scanned."""
 
     vocabulary: int
     positions: int
@@ -22,10 +22,12 @@ class Size(NamedTuple):
     hidden: int
     layers: int
     types: int = 2
+    scanned: bool = False
 
 
 SIZES = {
     "encoder-small": Size(vocabulary=2048, positions=64, width=64, heads=4, hidden=128, layers=2),
+    "encoder-scanned": Size(4096, positions=128, width=256, heads=4, hidden=1024, layers=10, scanned=True),
     "bert-base": Size(vocabulary=30522, positions=512, width=768, heads=12, hidden=3072, layers=12),
 }
 
@@ -67,6 +69,17 @@ class Block(nn.Module):
         return _norm("output_norm")(hidden + narrow)
 
 
+class Scanned(nn.Module):
+    """A block as the body of a scan."""
+
+    size: Size
+
+    @nn.compact
+    def __call__(self, hidden: Array, attends: Array) -> tuple[Array, None]:
+        """The hidden states, and nothing beside them."""
+        return Block(self.size, name="block")(hidden, attends), None
+
+
 class Encoder(nn.Module):
     """The blocks in a range: with the embeddings if block 0 is among them, and with the head if it has classes.
 
@@ -89,8 +102,14 @@ class Encoder(nn.Module):
         hidden, real = inputs
         if 0 in self.blocks:
             hidden = Embeddings(self.size, name="embeddings")(hidden)
-        for number in self.blocks:
-            hidden = Block(self.size, name=f"block_{number}")(hidden, real[:, None, None, :] > 0)
+        attends = real[:, None, None, :] > 0
+        if self.size.scanned:
+            stack = nn.scan(
+                Scanned, {"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast, length=len(self.blocks)
+            )
+            hidden, _ = stack(self.size, name="blocks")(hidden, attends)
+        for number in () if self.size.scanned else self.blocks:
+            hidden = Block(self.size, name=f"block_{number}")(hidden, attends)
         if self.classes is None:
             return hidden
         pooled = jnp.tanh(nn.Dense(self.size.width, name="pooler")(hidden[:, 0]))

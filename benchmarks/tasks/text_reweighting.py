@@ -10,7 +10,8 @@ Reference: Zhang et al., "WRENCH", arXiv 2109.11377; Ren et al., "Learning to re
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -19,14 +20,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
+from rich.console import Console
 
 import bilevax as bx
 from benchmarks.data import text
+from benchmarks.harness.folder import prepared
 from benchmarks.harness.loop import Carry
 from benchmarks.harness.report import COSTS
 from benchmarks.harness.runner import Options, Task, outer_loops, perform
 from benchmarks.networks import pretrained
 from benchmarks.networks.encoder import SIZES, Encoder
+from benchmarks.tasks import text_reweighting_costs
 from benchmarks.tasks.weighting import (
     EACH,
     EPS_ROOT,
@@ -89,12 +93,18 @@ class ReweightingSetting(NamedTuple):
 
 SMALL = ReweightingSetting(2, 100, 10, 3e-4, {"inner": 32, "curvature": 64, "cross": 256, "outer": 64})
 BASE = ReweightingSetting(1, 1000, 10, 2e-5, dict.fromkeys(("inner", "curvature", "cross", "outer"), 128), length=100)
-SETTINGS = {"encoder-small": SMALL, "bert-base": BASE}
+SCANNED = SMALL._replace(blocks=10)
+SETTINGS = {"encoder-small": SMALL, "encoder-scanned": SCANNED, "bert-base": BASE}
 # Quick runs train one block, which compiles sooner; with the large model they tell time and memory, and no more.
 QUICK = {
     "encoder-small": SMALL._replace(blocks=1),
+    "encoder-scanned": SCANNED._replace(outer_steps=5, inner_steps=2, texts=64),
     "bert-base": BASE._replace(outer_steps=5, inner_steps=2, sizes=dict.fromkeys(BASE.sizes, 8), length=32, texts=32),
 }
+# Texts and their tokens that costs are told for, also in a quick run and on a GPU.
+COSTS_OF = {"bert-base": ((8, 32), (32, 100)), "encoder-small": ((8, 32),), "encoder-scanned": ((8, 32),)}
+COSTS_QUICK = {"bert-base": ((16, 100),), "encoder-small": ((4, 8),)}
+COSTS_GPU = (128, 100)
 
 
 class Network(NamedTuple):
@@ -120,7 +130,7 @@ class Network(NamedTuple):
 def split(whole: PyTree, trained: Encoder) -> tuple[PyTree, PyTree]:
     """The parameters of the fixed and of the trained part."""
     above = {"pooler", "classifier", *(f"block_{number}" for number in trained.blocks)}
-    above |= {"embeddings"} if 0 in trained.blocks else set()
+    above |= {"embeddings", "blocks"} if 0 in trained.blocks else set()
     fixed, own = ({name: whole[name] for name in names} for names in (whole.keys() - above, whole.keys() & above))
     return fixed, own
 
@@ -137,9 +147,10 @@ class Config:
 
     data: Literal["trec", "youtube", "semeval"] = "trec"
     """Texts of WRENCH: questions by what they ask for, comments (spam or not), or relations of two words."""
-    model: Literal["encoder-small", "bert-base"] = "encoder-small"
-    """A transformer encoder: two blocks of width 64, or BERT's twelve of width 768. A quick run of the latter takes few
-    and short texts: it tells time and memory of an outer step, and no more."""
+    model: Literal["encoder-small", "encoder-scanned", "bert-base"] = "encoder-small"
+    """A transformer encoder: two blocks of width 64, ten of width 256 in a scan (9 million weights), or BERT's twelve of
+    width 768. A quick run of the latter takes few and short texts: it tells time and memory of an outer step, and no
+    more."""
     blocks: int | None = None
     """Train the last so many blocks and the head, and keep what is below; with all of them the embeddings too. By
     default all of the small encoder, but one in a quick run; and one block of BERT."""
@@ -149,13 +160,19 @@ class Config:
     """The vocab.txt (uncased) or tokenizer.json that belongs to the weights; by default words are hashed."""
     network: bool = False
     """Learn a small network that makes a weight of the votes, in place of a score for each text."""
+    costs: bool = False
+    """In place of all this, tell what a hypergradient costs, in training steps: random texts and weights, one thread on
+    one CPU; --methods are rows of that table, and --budget the seconds of its timing. On a GPU all blocks are trained,
+    on 128 texts of 100 tokens."""
     common: tyro.conf.OmitArgPrefixes[Options] = DEFAULTS
     """Options of every task."""
 
     def __post_init__(self) -> None:
         """Refuses what cannot be run."""
-        self.common.check_methods([row.name for row in METHODS])
+        self._options.check_methods(text_reweighting_costs.NAMES if self.costs else [row.name for row in METHODS])
         layers = SIZES[self.model].layers
+        if SIZES[self.model].scanned and self.blocks not in (None, layers):
+            raise ValueError(f"blocks must be all {layers} with {self.model}; got {self.blocks}. Drop --blocks.")
         if self.blocks is not None and not 1 <= self.blocks <= layers:
             raise ValueError(
                 f"blocks must be an int from 1 to {layers} with {self.model}; got {self.blocks}. Pass --blocks 1."
@@ -165,9 +182,20 @@ class Config:
             raise ValueError(f"weights and tokenizer belong together; got no {missing}. Pass --{missing} as well.")
 
     @property
+    def _options(self) -> Options:
+        """Those of the runs; of the costs with all their rows, or few in a quick run, unless some are named."""
+        if not self.costs or self.common.methods != DEFAULTS.methods:
+            return self.common
+        return dataclasses.replace(
+            self.common, methods=text_reweighting_costs.QUICK if self.common.quick else text_reweighting_costs.NAMES
+        )
+
+    @property
     def setting(self) -> ReweightingSetting:
         """What suits the model."""
-        setting = (QUICK if self.common.quick else SETTINGS)[self.model]
+        setting = (QUICK if self.common.quick and not self.costs else SETTINGS)[self.model]
+        if self.costs and jax.default_backend() == "gpu":
+            setting = setting._replace(blocks=SIZES[self.model].layers)
         return setting._replace(blocks=self.blocks or setting.blocks, length=setting.length or LENGTHS[self.data])
 
     @functools.cached_property
@@ -230,8 +258,35 @@ class Config:
             step_size=1e-2,
         )
 
+    def _costs(self) -> Iterator[text_reweighting_costs.Case]:
+        """What costs are told of: random weights on random texts, all of them in each batch."""
+        size, setting, seed = SIZES[self.model], self.setting, self.common.seed
+        start, net = size.layers - setting.blocks, self.parts
+        chosen = COSTS_QUICK.get(self.model) if self.common.quick else None
+        for number, most in chosen or ((COSTS_GPU,) if jax.default_backend() == "gpu" else COSTS_OF[self.model]):
+            length = min(most, size.positions)
+            inputs = text_reweighting_costs.texts(size, start, number, length, seed)
+            y = jax.jit(net.trained.init)(jax.random.key(seed), jax.tree.map(lambda part: part[:1], inputs))["params"]
+            labels = jnp.arange(number) % CLASSES[self.data]
+            examples = Examples(jnp.arange(number), inputs, labels, jnp.zeros((number, 1)))
+            problem = self.pose(EACH)
+            yield text_reweighting_costs.Case(
+                f"{number}x{length}",
+                f"Costs of text reweighting, {setting.blocks} of {size.layers} blocks of {self.model}, {number} × "
+                f"{length} tokens, {problem.steps} inner steps in an outer step",
+                problem._replace(sizes=dict.fromkeys(problem.sizes, number)),
+                jnp.zeros(number),
+                y,
+                bx.Batch((inputs, labels), examples),
+            )
+
     def run(self) -> int:
         """Runs everything, prints the table and writes the files; returns the exit code."""
+        if self.costs:
+            console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+            folder = prepared(self, f"{TASK}-costs-{self.model}", console)
+            chosen = self.setting._asdict()
+            return text_reweighting_costs.run(self._costs(), f"{TASK}_costs", self._options, folder, chosen, console)
         setting, weighting = self.setting, NETWORK if self.network else EACH
         load = functools.cache(self.load)
         logits = jax.jit(self.parts.logits)
