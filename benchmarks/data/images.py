@@ -51,7 +51,14 @@ class ImageSet(NamedTuple):
     read: Callable[[int], tuple[Images, Images | None]]
     shape: tuple[int, ...]
     split: Mapping[str, int] = {"train": 4000, "validation": 500}
-    rates: Mapping[str, float] = {"linear": 0.1, "mlp": 0.1, "cnn": 0.05, "resnet": 0.05, "resnet18": 0.05}
+    rates: Mapping[str, float] = {
+        "linear": 0.1,
+        "mlp": 0.1,
+        "cnn": 0.05,
+        "lenet": 0.05,
+        "resnet": 0.05,
+        "resnet18": 0.05,
+    }
     small: bool = False
 
 
@@ -80,7 +87,7 @@ IMAGES = {
         read=_digits,
         shape=(8, 8),
         split={"train": 1000, "validation": 300},
-        rates={"linear": 0.5, "mlp": 0.2, "cnn": 0.1, "resnet": 0.1, "resnet18": 0.05},
+        rates={"linear": 0.5, "mlp": 0.2, "cnn": 0.1, "lenet": 0.1, "resnet": 0.1, "resnet18": 0.05},
         small=True,
     ),
     "mnist": ImageSet(functools.partial(_idx, "mnist"), (28, 28)),
@@ -89,7 +96,7 @@ IMAGES = {
         read=_cifar10,
         shape=(32, 32, 3),
         split={"train": 4000, "validation": 500, "test": 2000},
-        rates={"linear": 0.01, "mlp": 0.02, "cnn": 0.05, "resnet": 0.05, "resnet18": 0.05},
+        rates={"linear": 0.01, "mlp": 0.02, "cnn": 0.05, "lenet": 0.05, "resnet": 0.05, "resnet18": 0.05},
     ),
 }
 if TYPE_CHECKING:

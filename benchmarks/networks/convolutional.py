@@ -1,6 +1,7 @@
-"""Convolutional classifiers of images, written in flax: a small network, and residual ones.
+"""Convolutional classifiers of images, written in flax: a small network, LeNet, and residual ones.
 
-They normalize groups of channels, not batches: the loss of an image does not depend on the others of its batch.
+The residual ones normalize groups of channels, not batches: the loss of an image does not depend on the others of its
+batch.
 
 Reference: He et al., arXiv 1512.03385 (residual networks); Wu and He, arXiv 1803.08494 (group normalization).
 """
@@ -68,6 +69,32 @@ class Convolutional(nn.Module):
         return nn.Dense(10)(hidden.mean(axis=(1, 2)))
 
 
+class LeNet(nn.Module):
+    """Two convolutions of 5 × 5 without padding, each with ReLU and the largest of 2 × 2, and dense layers.
+
+    Images of at least 16 pixels a side; those of 32 leave 5 × 5 positions to the dense layers.
+
+    Reference: LeCun et al., "Gradient-based learning applied to document recognition", 1998.
+
+    Attributes:
+      dense: widths of the hidden dense layers.
+    """
+
+    dense: Sequence[int] = (120, 84)
+
+    @nn.compact
+    def __call__(self, images: Array) -> Array:
+        """The logits, [N, 10]."""
+        hidden = pictures(images)
+        for width in (6, 16):
+            hidden = nn.relu(convolution(width, 5, padding="VALID")(hidden))
+            hidden = nn.max_pool(hidden, (2, 2), (2, 2))
+        hidden = hidden.reshape(len(images), -1)
+        for width in self.dense:
+            hidden = nn.relu(nn.Dense(width)(hidden))
+        return nn.Dense(10)(hidden)
+
+
 class Block(nn.Module):
     """Two normalized convolutions, added to the input; the input is projected where its shape must change.
 
@@ -126,6 +153,7 @@ def classifier(network: nn.Module) -> Model:
 
 MODELS = {
     "cnn": classifier(Convolutional()),
+    "lenet": classifier(LeNet()),
     "resnet": classifier(Residual()),
     "resnet18": classifier(Residual((64, 128, 256, 512), blocks=2)),
 }

@@ -38,6 +38,23 @@ def random_layers(hidden: int, key: Key, pixels: int) -> PyTree:
     return {"first": layer(first, pixels, hidden), "last": layer(last, hidden, 10)}
 
 
+def ladder(width: int, depth: int) -> Model:
+    """As many hidden layers of one width with ReLU."""
+
+    def init(key: Key, pixels: int) -> PyTree:
+        sizes = [pixels, *[width] * depth, 10]
+        keys = jax.random.split(key, depth + 1)
+        return [layer(*one) for one in zip(keys, sizes[:-1], sizes[1:], strict=True)]
+
+    def logits(y: PyTree, images: Array) -> Array:
+        *hidden, last = y
+        for weights in hidden:
+            images = jax.nn.relu(affine(weights, images))
+        return affine(last, images)
+
+    return Model(init, logits, bx.curvature.gauss_newton)
+
+
 MODELS = {
     "linear": Model(zeros, affine, bx.curvature.hessian),
     "mlp": Model(functools.partial(random_layers, HIDDEN), perceptron, bx.curvature.gauss_newton),

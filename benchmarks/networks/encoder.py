@@ -13,7 +13,7 @@ from bilevax.typing import Array
 
 
 class Size(NamedTuple):
-    """Numbers of words, positions and text types, widths, heads of an attention, and blocks; whether those are scanned."""
+    """Numbers of words, positions and text types, widths, heads of an attention, and blocks, which may be scanned."""
 
     vocabulary: int
     positions: int

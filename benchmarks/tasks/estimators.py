@@ -21,6 +21,7 @@ class Inner(NamedTuple):
       learning_rate: of SGD.
       steps: its number in an outer step.
       minibatch: images of each; None for all.
+      cross: how many times as many the cross term takes.
     """
 
     loss: bx.curvature.ModelLoss
@@ -28,6 +29,7 @@ class Inner(NamedTuple):
     learning_rate: float
     steps: int
     minibatch: int | None = None
+    cross: int = 5
 
     @property
     def optimizer(self) -> optax.GradientTransformation:
@@ -41,8 +43,8 @@ class Inner(NamedTuple):
 
     @property
     def cross_sample(self) -> Callable:
-        """Draws the images of the cross term: as many as five steps see."""
-        return bx.sampling.full if self.minibatch is None else bx.sampling.minibatch(5 * self.minibatch)
+        """Draws the images of the cross term: by default as many as five steps see."""
+        return bx.sampling.full if self.minibatch is None else bx.sampling.minibatch(self.cross * self.minibatch)
 
     @property
     def given(self) -> InnerProblem:

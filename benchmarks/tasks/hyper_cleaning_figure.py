@@ -15,7 +15,9 @@ PICTURES = (3, 7)
 IN_SAMPLE = "validation"  # the anchor whose validation loss is its training loss
 
 
-def draw(runs: Sequence[Run], anchors: Sequence[str], load: Callable[[int], Data], shape: Sequence[int]) -> Figure:
+def draw(
+    runs: Sequence[Run], anchors: Sequence[str], load: Callable[[int], Data], shape: Sequence[int], label: str
+) -> Figure:
     """Loss and accuracy against time, the learnt weights, and the images with the lowest ones.
 
     Args:
@@ -23,6 +25,7 @@ def draw(runs: Sequence[Run], anchors: Sequence[str], load: Callable[[int], Data
       anchors: names of those drawn as dashed lines, at their last value.
       load: seed -> data.
       shape: of an image.
+      label: of the axis of x.
 
     Returns:
       A figure, ready for `savefig`.
@@ -44,7 +47,9 @@ def draw(runs: Sequence[Run], anchors: Sequence[str], load: Callable[[int], Data
         accuracy.set(xlabel="run time without compilation (s)", ylabel="test accuracy")
         figure.legend(*accuracy.get_legend_handles_labels(), loc="outside upper center", ncols=8)
         left.suptitle(f"Learnt weights ({best.method}, seed {best.seed})")
-        histogram(left.subplots(), np.asarray(best.outcome.x), np.asarray(data.clean))
+        weights = left.subplots()
+        histogram(weights, np.asarray(best.outcome.x), np.asarray(data.clean))
+        weights.set_xlabel(label)
         right.suptitle("Lowest weights: given label → true label")
         gallery(right, np.asarray(best.outcome.x), data, shape)
     return figure

@@ -11,7 +11,7 @@ from benchmarks.harness.loop import Carry
 from benchmarks.harness.plugin import finished
 from benchmarks.harness.runner import Method
 from benchmarks.networks.model import Model
-from bilevax.typing import Array, PyTree
+from bilevax.typing import Array, Key, PyTree
 
 
 class Shared(NamedTuple):
@@ -53,6 +53,17 @@ class Shared(NamedTuple):
             evaluate=self.evaluate,
             configuration={**self.configuration, "settings": named(settings)},
         )
+
+
+def draw_outer(hypergradient: bx.problem.Hypergradient, size: int) -> bx.problem.Hypergradient:
+    """The hypergradient with a minibatch of the outer data in each outer step."""
+    draw = bx.sampling.minibatch(size)
+
+    def estimate(key: Key | None, state: Any, x: PyTree, batch: bx.Batch) -> tuple:
+        outer_key, key = bx.sampling.split(key, 2)
+        return hypergradient.estimate(key, state, x, batch._replace(outer=draw(outer_key, 0, batch.outer)))
+
+    return bx.problem.Hypergradient(hypergradient.init, estimate)
 
 
 def first_weights(model: Model, data: Any) -> PyTree:

@@ -178,7 +178,7 @@ class Config:
             model=lambda y, inputs: logits(self.decoder, y, inputs),
             loss=bx.curvature.softmax_cross_entropy,
             split=lambda x, examples: (examples.inputs, examples.targets),
-            weights=lambda x, examples: jax.nn.sigmoid(weighting.scores(x, examples)),
+            weights=weighting.weights,
             l2=L2,
             mask=lambda examples: counted(examples.targets),
         )

@@ -13,7 +13,7 @@ import functools
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,11 +30,10 @@ from benchmarks.harness.report import COSTS
 from benchmarks.harness.runner import Options, Task, outer_loops, perform
 from benchmarks.networks import pretrained
 from benchmarks.networks.encoder import SIZES, Encoder
-from benchmarks.tasks import text_reweighting_costs
+from benchmarks.tasks import forms, text_reweighting_costs
 from benchmarks.tasks.weighting import (
     EACH,
     EPS_ROOT,
-    L2,
     METHODS,
     NETWORK,
     STATE,
@@ -43,6 +42,7 @@ from benchmarks.tasks.weighting import (
     Problem,
     Weighting,
     draw,
+    each,
     foreign,
     method,
     oracle,
@@ -69,6 +69,10 @@ CAPTION = (
 )
 
 
+PUBLISHED = each(forms.published(learning_rate=1000.0))
+PUBLISHED_RATE, PUBLISHED_DECAY = 1e-5, 1e-2  # of AdamW
+
+
 class ReweightingSetting(NamedTuple):
     """What suits a model.
 
@@ -89,6 +93,12 @@ class ReweightingSetting(NamedTuple):
     sizes: Mapping[str, int]
     length: int = 0
     texts: int | None = None
+
+    def published(self, quick: bool) -> "ReweightingSetting":
+        """What the code beside arXiv 2603.29108 chooses; a quick run keeps its own numbers of texts and steps."""
+        chosen = self._replace(learning_rate=PUBLISHED_RATE, length=100)
+        sizes = dict.fromkeys(self.sizes, 128)
+        return chosen if quick else chosen._replace(outer_steps=1000, inner_steps=10, sizes=sizes)
 
 
 SMALL = ReweightingSetting(2, 100, 10, 3e-4, {"inner": 32, "curvature": 64, "cross": 256, "outer": 64})
@@ -114,8 +124,14 @@ class Network(NamedTuple):
     trained: Encoder
 
     def logits(self, y: PyTree, inputs: tuple[Array, Array]) -> Array:
-        """[N, classes]."""
-        return jnp.asarray(self.trained.apply({"params": y}, inputs))
+        """[N, classes]; what y carries is a part of the trained encoder that stays as it is."""
+        params = {**y.carried, **y.params} if isinstance(y, bx.inner.Carried) else y
+        return jnp.asarray(self.trained.apply({"params": params}, inputs))
+
+    def model(self, y: PyTree, inputs: tuple[Array, Array]) -> Any:
+        """The logits, and what y carries, if anything."""
+        logits = self.logits(y, inputs)
+        return (logits, y.carried) if isinstance(y, bx.inner.Carried) else logits
 
     def below(self, fixed: PyTree, words: tuple[np.ndarray, np.ndarray]) -> tuple[Array, Array]:
         """What the trained part reads: words, or the hidden states of the fixed part."""
@@ -148,12 +164,13 @@ class Config:
     data: Literal["trec", "youtube", "semeval"] = "trec"
     """Texts of WRENCH: questions by what they ask for, comments (spam or not), or relations of two words."""
     model: Literal["encoder-small", "encoder-scanned", "bert-base"] = "encoder-small"
-    """A transformer encoder: two blocks of width 64, ten of width 256 in a scan (9 million weights), or BERT's twelve of
-    width 768. A quick run of the latter takes few and short texts: it tells time and memory of an outer step, and no
-    more."""
+    """A transformer encoder: two blocks of width 64, ten of width 256 in a scan (9 million weights), or BERT's twelve
+    of width 768. Quick runs of the large ones take few texts: they tell time and memory, and no more."""
     blocks: int | None = None
-    """Train the last so many blocks and the head, and keep what is below; with all of them the embeddings too. By
-    default all of the small encoder, but one in a quick run; and one block of BERT."""
+    """Train the last so many blocks and the head, and keep what is below; with all of them the embeddings too, and with
+    0 the classifier alone. By default all of the small encoder, but one in a quick run; and one block of BERT."""
+    layer: int | None = None
+    """Train this block alone, the first is 0, and the classifier."""
     weights: Path | None = None
     """A safetensors file with the weights of BERT; by default the first weights are random."""
     tokenizer: Path | None = None
@@ -164,6 +181,10 @@ class Config:
     """In place of all this, tell what a hypergradient costs, in training steps: random texts and weights, one thread on
     one CPU; --methods are rows of that table, and --budget the seconds of its timing. On a GPU all blocks are trained,
     on 128 texts of 100 tokens."""
+    as_published: bool = False
+    """The settings of the code beside arXiv 2603.29108: weights in [0, 1] by projection, which start at 1/2; AdamW
+    1e-5, outer SGD 1000 with momentum 0.9, batches of 128, ten inner steps, texts of 100 tokens, no penalty. Blocks and
+    the classifier are trained, and the layer between them is kept."""
     common: tyro.conf.OmitArgPrefixes[Options] = DEFAULTS
     """Options of every task."""
 
@@ -171,12 +192,19 @@ class Config:
         """Refuses what cannot be run."""
         self._options.check_methods(text_reweighting_costs.NAMES if self.costs else [row.name for row in METHODS])
         layers = SIZES[self.model].layers
-        if SIZES[self.model].scanned and self.blocks not in (None, layers):
-            raise ValueError(f"blocks must be all {layers} with {self.model}; got {self.blocks}. Drop --blocks.")
-        if self.blocks is not None and not 1 <= self.blocks <= layers:
+        if SIZES[self.model].scanned and (self.blocks not in (None, layers) or self.layer is not None):
+            raise ValueError(f"blocks must be all {layers} with {self.model}. Drop --blocks and --layer.")
+        if self.blocks is not None and not 0 <= self.blocks <= layers:
             raise ValueError(
-                f"blocks must be an int from 1 to {layers} with {self.model}; got {self.blocks}. Pass --blocks 1."
+                f"blocks must be an int from 0 to {layers} with {self.model}; got {self.blocks}. Pass --blocks 1."
             )
+        if self.layer is not None and not (0 <= self.layer < layers and self.blocks is None):
+            raise ValueError(
+                f"layer must be an int from 0 to {layers - 1} with {self.model}, without blocks; got {self.layer} with "
+                f"blocks={self.blocks}. Pass --layer {layers - 1} alone."
+            )
+        if self.network and self.as_published:
+            raise ValueError("network learns scores, and as_published the weights; got both. Drop one of them.")
         if (self.weights is None) != (self.tokenizer is None):
             missing = "tokenizer" if self.tokenizer is None else "weights"
             raise ValueError(f"weights and tokenizer belong together; got no {missing}. Pass --{missing} as well.")
@@ -196,7 +224,10 @@ class Config:
         setting = (QUICK if self.common.quick and not self.costs else SETTINGS)[self.model]
         if self.costs and jax.default_backend() == "gpu":
             setting = setting._replace(blocks=SIZES[self.model].layers)
-        return setting._replace(blocks=self.blocks or setting.blocks, length=setting.length or LENGTHS[self.data])
+        setting = setting.published(self.common.quick) if self.as_published else setting
+        size, blocks = SIZES[self.model], setting.blocks if self.blocks is None else self.blocks
+        length = min(setting.length or LENGTHS[self.data], size.positions)
+        return setting._replace(blocks=blocks if self.layer is None else size.layers - self.layer, length=length)
 
     @functools.cached_property
     def parts(self) -> Network:
@@ -205,6 +236,14 @@ class Config:
         start = size.layers - self.setting.blocks
         trained = Encoder(size, range(start, size.layers), CLASSES[self.data])
         return Network(Encoder(size, range(start)) if start else None, trained)
+
+    def carried(self, above: PyTree) -> PyTree:
+        """The parameters of the trained part as y, which carries what of them is kept."""
+        if not (self.as_published or self.layer is not None or self.blocks == 0):
+            return above
+        trained = self.parts.trained.blocks if self.layer is None else [self.layer]
+        own = {"classifier", "blocks", *(f"block_{number}" for number in trained)} & above.keys()
+        return bx.inner.Carried(*({name: above[name] for name in names} for names in (own, above.keys() - own)))
 
     def encode(self) -> text.Encode:
         """How a text is cut into tokens."""
@@ -230,7 +269,7 @@ class Config:
         labels = [jnp.asarray(part[most]) for part in (given, valid.labels, test.labels)]
         inner, outer, unseen = ((self.parts.below(fixed, part), own) for part, own in zip(words, labels, strict=True))
         examples = Examples(jnp.arange(len(labels[0])), *inner, jnp.asarray(text.agreement(train.votes, given)[most]))
-        return Data(seed, bx.Batch(outer, examples), (given == train.labels)[most], unseen, y)
+        return Data(seed, bx.Batch(outer, examples), (given == train.labels)[most], unseen, self.carried(y))
 
     def pose(self, weighting: Weighting) -> Problem:
         """Both losses, and how they are minimised."""
@@ -241,13 +280,16 @@ class Config:
             return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits(y, inputs), labels))
 
         inner_loss = bx.curvature.ModelLoss(
-            model=logits,
+            model=self.parts.model,
             loss=bx.curvature.softmax_cross_entropy,
             split=lambda x, examples: (examples.inputs, examples.targets),
-            weights=lambda x, examples: jax.nn.sigmoid(weighting.scores(x, examples)),
-            l2=L2,
+            weights=weighting.weights,
+            l2=weighting.form.l2,
         )
-        optimizer = optax.adam(setting.learning_rate, eps_root=EPS_ROOT)
+        if self.as_published:
+            optimizer = optax.adamw(setting.learning_rate, eps_root=EPS_ROOT, weight_decay=PUBLISHED_DECAY)
+        else:
+            optimizer = optax.adam(setting.learning_rate, eps_root=EPS_ROOT)
         return Problem(
             inner_loss,
             outer_loss,
@@ -276,7 +318,7 @@ class Config:
                 f"{length} tokens, {problem.steps} inner steps in an outer step",
                 problem._replace(sizes=dict.fromkeys(problem.sizes, number)),
                 jnp.zeros(number),
-                y,
+                self.carried(y),
                 bx.Batch((inputs, labels), examples),
             )
 
@@ -287,7 +329,7 @@ class Config:
             folder = prepared(self, f"{TASK}-costs-{self.model}", console)
             chosen = self.setting._asdict()
             return text_reweighting_costs.run(self._costs(), f"{TASK}_costs", self._options, folder, chosen, console)
-        setting, weighting = self.setting, NETWORK if self.network else EACH
+        setting, weighting = self.setting, PUBLISHED if self.as_published else NETWORK if self.network else EACH
         load = functools.cache(self.load)
         logits = jax.jit(self.parts.logits)
 
@@ -308,10 +350,13 @@ class Config:
         }
         methods = [method(row, self.pose, weighting, accuracy, chosen) for row in rows]
         anchors = [row.name for row in ANCHORS]
-        plain = (self.data, self.model, self.blocks, self.network) == ("trec", "encoder-small", None, False)
-        extra = [f"{self.blocks}-blocks"] * bool(self.blocks) + ["network"] * self.network
+        extra = [] if self.blocks is None else [f"{self.blocks}-blocks"]
+        extra += [] if self.layer is None else [f"layer-{self.layer}"]
+        extra += ["network"] * self.network + ["as-published"] * self.as_published
+        plain = (self.data, self.model) == ("trec", "encoder-small") and not extra
         task = Task(
-            title=f"Text reweighting of {self.data}, {self.model} from {chosen['weights']} weights",
+            title=f"Text reweighting of {self.data}, {self.model} from {chosen['weights']} weights"
+            f"{', as published' * self.as_published}",
             folder=TASK if plain else "-".join([TASK, self.data, self.model, *extra]),
             outer_steps=steps,
             methods=[row.name for row in rows],

@@ -21,7 +21,8 @@ from benchmarks.harness.report import Columns, Run, table
 from benchmarks.harness.runner import Options
 from benchmarks.harness.threads import pinned
 from benchmarks.harness.timing import compiled, interleaved
-from benchmarks.tasks.weighting import DAMPING, GAUSS_NEWTON, Problem, draw_outer, identity, implicit
+from benchmarks.tasks.methods import draw_outer
+from benchmarks.tasks.weighting import DAMPING, GAUSS_NEWTON, Problem, identity, implicit
 from bilevax.typing import Array, Key, PyTree
 
 ROUNDS = 3
@@ -70,6 +71,12 @@ ROWS = (
     Row("identity", identity, lambda problem: {"scale": 1.0}),
     Row("cg-3", bx.ihvp.cg, lambda problem: {"maxiter": 3, **GAUSS_NEWTON}),
     Row("kfac", bx.ihvp.kfac, kfac, shares=True),
+    Row(
+        "kfac-low-rank",
+        bx.ihvp.kfac,
+        functools.partial(kfac, inverse=bx.curvature.kronecker.low_rank(256)),
+        shares=True,
+    ),
     Row(
         "kfac-factored",
         bx.ihvp.kfac,

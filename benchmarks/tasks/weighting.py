@@ -25,15 +25,16 @@ from benchmarks.harness.plugin import Function, InnerProblem, finished
 from benchmarks.harness.report import Columns, Run
 from benchmarks.harness.runner import Method
 from benchmarks.harness.style import STYLE, curves, histogram
-from bilevax.typing import Array, Key, PyTree
+from benchmarks.tasks import forms
+from benchmarks.tasks.methods import draw_outer
+from bilevax.typing import Array, PyTree
 
 L2 = 1e-4
 DAMPING = 1e-2
-OUTER = {"learning_rate": 0.1}
 # What a method keeps from one outer step to the next, factors for example; temporary memory comes on top of it.
 STATE: Columns = {"state_bytes": ("kept\nmemory", lambda number: filesize.decimal(round(number)))}
 EPS_ROOT = 1e-12  # with which Adam can be differentiated where a gradient has always been zero
-CERTAIN = 30.0  # sigmoid(±30) is 1 or 0 in float32
+SCORES = forms.scores(L2, learning_rate=0.1)
 
 
 class Examples(NamedTuple):
@@ -75,11 +76,17 @@ class Weighting(NamedTuple):
 
     Attributes:
       start: `start(data) -> x`.
-      scores: `scores(x, examples) -> [N]`; the weight of a text is the sigmoid of its score.
+      scores: `scores(x, examples) -> [N]`, from which the form makes weights.
+      form: how it does, and how x moves.
     """
 
     start: Callable[[Data], PyTree]
     scores: Callable[[PyTree, Examples], Array]
+    form: forms.Form = SCORES
+
+    def weights(self, x: PyTree, examples: Examples) -> Array:
+        """Of the texts, [N]."""
+        return self.form.weights(self.scores(x, examples))
 
 
 def _layers(data: Data) -> dict[str, Array]:
@@ -92,7 +99,14 @@ def _network(x: dict[str, Array], examples: Examples) -> Array:
     return jnp.tanh(examples.features @ x["first"] + x["bias"][None]) @ x["last"]
 
 
-EACH = Weighting(lambda data: jnp.zeros(len(data.good)), lambda x, examples: x[examples.number])
+def each(form: forms.Form) -> Weighting:
+    """An entry of x for each text, with weights of 1/2 at first."""
+    return Weighting(
+        lambda data: form.start(jnp.full(len(data.good), 0.5)), lambda x, examples: x[examples.number], form
+    )
+
+
+EACH = each(SCORES)
 NETWORK = Weighting(_layers, _network)
 
 
@@ -116,17 +130,6 @@ class Problem(NamedTuple):
     sizes: Mapping[str, int]
     positions: Callable[[Examples], Array]
     step_size: float
-
-
-def draw_outer(hypergradient: bx.problem.Hypergradient, size: int) -> bx.problem.Hypergradient:
-    """The hypergradient with a minibatch of the outer data in each outer step."""
-    draw = bx.sampling.minibatch(size)
-
-    def estimate(key: Key | None, state: Any, x: PyTree, batch: bx.Batch) -> tuple:
-        outer_key, key = bx.sampling.split(key, 2)
-        return hypergradient.estimate(key, state, x, batch._replace(outer=draw(outer_key, 0, batch.outer)))
-
-    return bx.problem.Hypergradient(hypergradient.init, estimate)
 
 
 def implicit(ihvp: Callable[..., bx.problem.IHVP], problem: Problem, **settings: Any) -> bx.problem.InnerSolver:
@@ -169,7 +172,7 @@ class Row(NamedTuple):
       name: in lower case, also the name of its files.
       solver: `solver(problem, **settings(problem))` builds the inner solver.
       settings: `settings(problem)`.
-      start: `start(data) -> x [N]` of an anchor, whose scores are given and stay; None for a method that learns them.
+      start: `start(data) -> [N]`, the weights of an anchor, which stay; None for a method that learns them.
     """
 
     name: str
@@ -227,8 +230,8 @@ METHODS = (
 
 # Plain training with fixed weights, for as many steps.
 anchor = functools.partial(Row, solver=no_gradient, settings=lambda problem: {"steps": problem.steps})
-uniform = anchor("uniform", start=lambda data: jnp.full(len(data.good), CERTAIN))
-oracle = functools.partial(anchor, start=lambda data: jnp.where(data.good, CERTAIN, -CERTAIN))
+uniform = anchor("uniform", start=lambda data: jnp.ones(len(data.good)))
+oracle = functools.partial(anchor, start=lambda data: jnp.where(data.good, 1.0, 0.0))
 
 
 def method(
@@ -240,13 +243,17 @@ def method(
 ) -> Method:
     """The row on the problem that `pose` makes of a weighting; `evaluate` tests y."""
     learns = row.start is None
-    used = weighting if learns else EACH
+    form = weighting.form
+    used = weighting if learns else each(form)
     problem = pose(used)
     settings = row.settings(problem)
     names = {
         key: value if isinstance(value, int | float) else getattr(value, "__name__", type(value).__name__)
         for key, value in settings.items()
     }
+
+    def start(data: Data) -> tuple[PyTree, PyTree]:
+        return used.start(data) if row.start is None else form.start(row.start(data)), data.y
 
     def numbers(data: Data, carry: Carry) -> dict[str, float | None]:
         state = sum(leaf.nbytes for leaf in jax.tree.leaves(carry.estimator.solver))
@@ -257,17 +264,17 @@ def method(
         hypergradient=lambda: draw_outer(
             finished(problem.outer_loss, row.solver(problem, **settings)), problem.sizes["outer"]
         ),
-        optimizer=optax.adam(**OUTER) if learns else optax.set_to_zero(),
-        start=lambda data: ((row.start or used.start)(data), data.y),
+        optimizer=form.optimizer if learns else optax.set_to_zero(),
+        start=start,
         batch=lambda data: data.batch,
         evaluate=numbers,
         configuration={
             **configuration,
             "settings": names,
-            "l2": L2,
+            "l2": form.l2,
             "inner_steps": problem.steps,
             "sizes": problem.sizes,
-            "outer_optimizer": {"adam": OUTER} if learns else None,
+            "outer_optimizer": form.named if learns else None,
         },
     )
 
@@ -313,6 +320,6 @@ def draw(
         right.legend(
             [f"{number} {kind}" for number, kind in zip((data.good.sum(), (~data.good).sum()), kinds, strict=True)]
         )
-        right.set(xlabel="score (weight = its sigmoid)", ylabel="training texts")
+        right.set(xlabel=weighting.form.label, ylabel="training texts")
         right.set_title(f"Learnt weights ({best.method}, seed {best.seed})")
     return figure

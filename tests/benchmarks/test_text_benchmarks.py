@@ -1,5 +1,6 @@
 """The benchmarks with texts: an encoder against BERT in numpy, tokens, votes, and whole runs on invented texts."""
 
+import functools
 import json
 import math
 
@@ -144,6 +145,15 @@ def test_the_large_encoder_has_as_many_parameters_as_bert():
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 109_482_240 + 768 * 2 + 2
 
 
+def test_scanned_blocks_are_the_blocks(encoder):
+    whole, y = encoder
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), y["block_0"], y["block_1"])
+    parts = {name: leaf for name, leaf in y.items() if not name.startswith("block")} | {"blocks": {"block": stacked}}
+    scanned = Encoder(TINY._replace(scanned=True), range(TINY.layers), 3)
+    outputs = jax.jit(scanned.apply)({"params": parts}, (IDS, REAL))
+    np.testing.assert_allclose(outputs, jax.jit(whole.apply)({"params": y}, (IDS, REAL)), atol=1e-6)
+
+
 def test_a_decoder_reads_no_word_to_come():
     model = Decoder(TINY)
     inputs = (IDS[1:], REAL[1:])
@@ -243,6 +253,46 @@ def test_text_reweighting_runs_with_a_network_of_weights(small, tmp_path, capsys
 
 
 @pytest.mark.compiles(70)  # a whole run of a command
+def test_one_layer_is_trained_as_published(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(text_reweighting, "ANCHORS", ())
+    options = Options(("identity",), outer_steps=1, quick=True, results=tmp_path)
+    config = text_reweighting.Config(data="youtube", layer=0, as_published=True, common=options)
+    assert config.run() == 0
+    found = records(tmp_path)["identity-seed0"]
+    assert found["configuration"]["outer_optimizer"] == {"projected_sgd": {"learning_rate": 1000.0, "momentum": 0.9}}
+    assert (found["configuration"]["l2"], found["configuration"]["learning_rate"]) == (0, 1e-5)
+    assert found["metrics"]["breakdowns"] == 0
+    assert (tmp_path / "text_reweighting-youtube-encoder-small-layer-0-as-published-quick").is_dir()
+
+
+@pytest.mark.compiles(40)  # the setup of a model
+def test_what_is_not_trained_is_carried(small):
+    whole = {"embeddings", "block_0", "block_1", "pooler", "classifier"}
+    cases = [
+        ({}, whole, None),
+        ({"as_published": True}, {"block_0", "block_1", "classifier"}, {"embeddings", "pooler"}),
+        ({"layer": 0}, {"block_0", "classifier"}, {"embeddings", "block_1", "pooler"}),
+        ({"layer": 1}, {"block_1", "classifier"}, {"pooler"}),
+        ({"blocks": 0}, {"classifier"}, {"pooler"}),
+    ]
+    first = functools.cache(lambda: text_reweighting.Config().first((IDS, REAL), 0)[1])
+    logits = []
+    for options, params, carried in cases:
+        config = text_reweighting.Config(**options)
+        _, above = text_reweighting.split(first(), config.parts.trained)
+        y = config.carried(above)
+        if carried is None:
+            assert {*y} == params
+        else:
+            assert ({*y.params}, {*y.carried}) == (params, carried)
+            if config.parts.fixed is None:
+                outputs, kept = jax.jit(config.parts.model)(y, (IDS, REAL))
+                assert {*kept} == carried
+                logits.append(outputs)
+    np.testing.assert_array_equal(logits[0], logits[1])
+
+
+@pytest.mark.compiles(70)  # a whole run of a command
 def test_safe_selection_runs(small, tmp_path, monkeypatch):
     monkeypatch.setitem(
         safe_selection.SETTINGS,
@@ -281,7 +331,11 @@ def test_a_word_counts_and_padding_does_not(small, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"blocks": 3}, "blocks must be an int from 1 to 2 with encoder-small; got 3. Pass --blocks 1."),
+        ({"blocks": 3}, "blocks must be an int from 0 to 2 with encoder-small; got 3. Pass --blocks 1."),
+        ({"layer": 2}, "layer must be an int from 0 to 1 with encoder-small, without blocks; got 2 with blocks=None"),
+        ({"layer": 1, "blocks": 1}, "got 1 with blocks=1. Pass --layer 1 alone."),
+        ({"model": "encoder-scanned", "blocks": 2}, "blocks must be all 10 with encoder-scanned. Drop --blocks"),
+        ({"network": True, "as_published": True}, "network learns scores, and as_published the weights; got both."),
         ({"weights": "model.safetensors"}, "belong together; got no tokenizer. Pass --tokenizer as well."),
     ],
 )

@@ -22,9 +22,10 @@ from benchmarks.harness.loop import Outcome
 from benchmarks.harness.report import Run
 from benchmarks.harness.runner import Options
 from benchmarks.networks import convolutional
+from benchmarks.networks.classifiers import ladder
 from benchmarks.networks.dense import MODELS
 from benchmarks.studies import skipping
-from benchmarks.tasks import condensation, estimators, hyper_cleaning, long_tail, poisoning
+from benchmarks.tasks import condensation, estimators, forms, hyper_cleaning, long_tail, poisoning
 from benchmarks.tasks.methods import named
 
 
@@ -197,11 +198,71 @@ def test_a_convolutional_network_is_cleaned_by_minibatches_with_kronecker_factor
     assert (folder / f"{folder.name}.png").exists()
 
 
+@pytest.mark.usefixtures("single_precision")
+@pytest.mark.compiles(100)  # a whole run of a command
+def test_images_are_cleaned_as_published(tmp_path, monkeypatch):
+    monkeypatch.setitem(IMAGES, "digits", IMAGES["digits"]._replace(split={"train": 60, "validation": 30}))
+    monkeypatch.setattr(hyper_cleaning, "ANCHORS", hyper_cleaning.ANCHORS[1:2])
+    options = Options(("kfac",), outer_steps=2, results=tmp_path)
+    config = hyper_cleaning.Config(model="mlp", width=8, depth=2, as_published=True, common=options)
+    assert config.run() == 0
+    folder = tmp_path / "hyper_cleaning-digits-mlp-8-width-2-depth-as-published"
+    chosen = json.loads((folder / "kfac-seed0.json").read_text())["configuration"]
+    assert chosen["inner_optimizer"] == {"sgd": {"learning_rate": 1e-3, "momentum": 0.9}}
+    assert chosen["outer_optimizer"] == {"projected_sgd": {"learning_rate": 1.0, "momentum": 0.9}}
+    assert [chosen[name] for name in ("l2", "minibatch", "outer_batch", "inner_steps")] == [0, 128, 128, 10]
+    images = hyper_cleaning.standardized(load("digits", 0, 60, 30, 0.5)).batch.inner[0]
+    np.testing.assert_allclose([images.mean(), images.std()], [0, 1], atol=1e-3)
+
+
+def test_a_ladder_has_as_many_layers_of_one_width():
+    shapes = {
+        ("mlp", 256, 1, 784): [(784, 256), (256, 10)],
+        ("mlp", 5, 3, 64): [(64, 5), (5, 5), (5, 5), (5, 10)],
+        ("lenet", 84, 1, 3072): [(5, 5, 3, 6), (5, 5, 6, 16), (400, 120), (120, 84), (84, 10)],
+        ("lenet", 100, 3, 256): [(5, 5, 1, 6), (5, 5, 6, 16), (16, 120), (120, 100), (100, 100), (100, 100), (100, 10)],
+    }
+    for (name, width, depth, pixels), expected in shapes.items():
+        model = ladder(name, width, depth)
+        y = jax.eval_shape(lambda model=model, pixels=pixels: model.init(jax.random.key(0), pixels))
+        assert sorted(leaf.shape for leaf in jax.tree.leaves(y) if leaf.ndim > 1) == sorted(expected)
+        logits = jax.eval_shape(model.logits, y, jax.ShapeDtypeStruct((2, pixels), jnp.float32))
+        assert logits.shape == (2, 10)
+    batch = jnp.zeros((2, 256)), jnp.zeros(2, int), jnp.arange(2)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), y)
+    report = str(bx.curvature.describe(hyper_cleaning.inner_loss(model), jnp.zeros(2), zeros, batch))
+    assert report.count("Conv") == 4
+    assert "unsupported" not in report
+
+
+def test_projected_steps_end_in_the_box_and_the_momentum_knows_of_none():
+    """Heavy ball with momentum 0.9: 0.5 + 0.4 = 0.9, then 0.4 · 0.9 + 0.4 more is cut at 1, and so on to the left."""
+    optimizer = forms.published(learning_rate=1.0).optimizer
+    x, state = jnp.array([0.5, 0.25]), optimizer.init(jnp.array([0.5, 0.25]))
+    seen = []
+    for grad in ([-0.4, 0.5], [-0.4, 0.5], [1.0, -1.0], [0.0, 0.0]):
+        updates, state = optimizer.update(jnp.array(grad), state, x)
+        x = optax.apply_updates(x, updates)
+        seen.append(x)
+    trace = [-0.316, 0.145]  # 0.9 (0.76) − 1, and 1 − 0.9 (0.95)
+    expected = [[0.9, 0.0], [1.0, 0.0], [1 + trace[0], trace[1]], [1 + 1.9 * trace[0], 1.9 * trace[1]]]
+    np.testing.assert_allclose(np.array(seen), expected, atol=1e-7)
+
+
+@pytest.mark.parametrize("form", [forms.published(1.0), forms.scores(1e-3, 0.1)])
+def test_forms_start_at_the_weights_that_are_asked_for(form):
+    weights = jnp.array([0.0, 0.5, 1.0, 0.25])
+    np.testing.assert_allclose(form.weights(form.start(weights)), weights, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("task", "arguments", "message"),
     [
         (hyper_cleaning, {"corruption": 1.0}, "corruption must be a probability, 0 < corruption < 1"),
         (hyper_cleaning, {"full": True}, "full is about public data sets; got it with data=digits"),
+        (hyper_cleaning, {"width": 8}, "width must be an int >= 1, with mlp or lenet; got 8 with linear."),
+        (hyper_cleaning, {"model": "mlp", "depth": 0}, "depth must be an int >= 1, with mlp or lenet; got 0 with mlp."),
+        (hyper_cleaning, {"model": "lenet"}, "model lenet needs images of 16 pixels a side; got data=digits"),
         (poisoning, {"radius": 0.0}, r"radius must lie in \(0, 1\]; got 0. Pass, say, --radius 0.5"),
         (poisoning, {"full": True}, "full is about public data sets; got it with data=digits"),
         (long_tail, {"full": True}, "full is about public data sets; got it with data=digits"),
