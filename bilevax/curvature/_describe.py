@@ -11,6 +11,7 @@ from bilevax import checks
 from bilevax.carried import parameters
 from bilevax.curvature import capture
 from bilevax.curvature.capture.blocks import named
+from bilevax.curvature.capture.view import WHOLE
 from bilevax.curvature.forms import Kept
 from bilevax.curvature.inverse import Inverse, by_shape
 from bilevax.curvature.model_loss import held, structured
@@ -76,8 +77,11 @@ def _listed(leaves: Mapping[str, str]) -> dict[str, capture.Treatment]:
 def _row(
     block: capture.Block, names: list[str], shapes: list[tuple[int, ...]], width: int, examples: int, kept: Kept
 ) -> ReportRow:
-    leaves = tuple(names[k] for k in (block.leaf, block.bias) if k is not None)
-    shape = shapes[block.leaf]
+    leaves: tuple[str, ...] = (block.name,)
+    if block.bias is not None:
+        part = block.bias_part
+        leaves += (names[block.bias] + (part.text(shapes[block.bias][len(block.stack) :]) if part != WHOLE else ""),)
+    shape = (*block.stack, *block.shape) if block.part != WHOLE else shapes[block.leaf]
     if block.matrix is not None:
         rows = examples * block.positions
         first, second = kept.of(block, rows, rows)

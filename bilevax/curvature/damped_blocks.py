@@ -37,7 +37,7 @@ def weight_decay(here: TracedLoss, inner_loss: Loss, x: PyTree, y: PyTree) -> di
     rates = jax.tree.leaves(structured(inner_loss, "Kronecker factors").penalty(x, y)[0])
     decay: dict[str, Array] = {}
     for block in here.captured.blocks:
-        leaves = [leaf for leaf in (block.leaf, block.bias) if leaf is not None]
+        leaves = list(dict.fromkeys(leaf for leaf in (block.leaf, block.bias) if leaf is not None))
         sizes = [here.leaves[leaf].size for leaf in leaves]
         means = [jnp.mean(jnp.asarray(rates[k], here.q.dtype)) for k in leaves]
         total: Any = sum(mean * size for mean, size in zip(means, sizes, strict=True))
@@ -101,6 +101,11 @@ def solve(
         raise ValueError(f"b must be a pytree like y, with leaves {wanted}; got {shapes}. Pass ∇_y f at the same y.")
     wide = dict(enumerate(jax.tree.leaves(whole(widen(b)))))
     solved: dict[int, Array] = {}
+
+    def add(found: dict[int, Array]) -> None:
+        for leaf, value in found.items():  # parts of one leaf, each 0 where the others are
+            solved[leaf] = solved[leaf] + value if leaf in solved else value
+
     smallest = []
     for block in here.captured.blocks:
         part = parts.blocks.get(block.name)
@@ -112,11 +117,13 @@ def solve(
         if eigenvalues is not None or block.matrix is not None:
             smallest.append(jnp.min(delta if eigenvalues is None else eigenvalues + delta))
         if block.matrix is not None:
-            solved |= block.unpack(chosen.solve(part, delta, block.pack(wide)), wide)
-        elif eigenvalues is not None:
-            solved[block.leaf] = wide[block.leaf] / (eigenvalues + delta)
+            add(block.unpack(chosen.solve(part, delta, block.pack(wide)), wide))
+            continue
+        taken = block.take(wide[block.leaf])
+        if eigenvalues is not None:
+            add({block.leaf: block.put(taken / (eigenvalues + delta), wide[block.leaf])})
         elif block.treatment is not None and block.treatment.solve is not None:
-            solved[block.leaf] = block.treatment.solve(wide[block.leaf], delta, parts.scale)
+            add({block.leaf: block.put(block.treatment.solve(taken, delta, parts.scale), wide[block.leaf])})
     v = jax.tree.unflatten(jax.tree.structure(b), [solved[k] for k in range(len(wide))])
     return like(optax.tree.cast_like(v, b), b), jnp.min(jnp.stack(smallest)) if smallest else None
 

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from bilevax.curvature import capture
-from bilevax.curvature.capture.uses import RowReaders, Use, Visitor
+from bilevax.curvature.capture.uses import Covered, RowReaders, Use, Visitor
+from bilevax.curvature.capture.view import WHOLE
 from bilevax.curvature.fisher import Fisher
 from bilevax.curvature.forms import Diagonal, Factor, Factors, Form, Forms, Kept, Kronecker, Rows
 from bilevax.curvature.inverse import Eigen
@@ -99,10 +100,10 @@ _observed.defvjp(_observed_forward, _observed_backward)
 
 
 def _sums(
-    forms: Mapping[int, Forms], rows: RowReaders, use: Use, sharing: Sharing, residual: Residual, u: Array
+    forms: Mapping[Covered, Forms], rows: RowReaders, use: Use, sharing: Sharing, residual: Residual, u: Array
 ) -> Kronecker:
     (a, mask), q = residual.activations(rows, use), residual.q
-    u, (first, second) = rows.outputs(u).astype(q.dtype), forms[use.leaf]
+    u, (first, second) = rows.outputs(u).astype(q.dtype), forms[use.covers]
     if use.by_row:
         mass = q[:, None] * mask
         square = jnp.zeros(use.inputs, q.dtype).at[a.reshape(-1)].add(mass.reshape(-1))
@@ -139,50 +140,56 @@ def _table_squares(ids: Array, u: Array, size: int) -> Array:
     return jnp.zeros((size, u.shape[-1]), u.dtype).at[ids.reshape(-1)].add(sums.reshape(-1, u.shape[-1]) ** 2)
 
 
-PullBack = Callable[[Array], tuple[dict[int, Any], dict[int, Array]]]  # -> Reported of blocks, gradients of the probed
+# -> Reported of blocks by what they cover, gradients of the probed leaves
+PullBack = Callable[[Array], tuple[dict[Covered, Any], dict[int, Array]]]
 
 
 def _passes(
-    here: TracedLoss, statistic: Statistic, bases: Mapping[int, Eigen], dummies: Mapping[int, Reported]
+    here: TracedLoss, statistic: Statistic, bases: Mapping[Covered, Eigen], dummies: Mapping[Covered, Reported]
 ) -> tuple[Array, PullBack]:
     """The outputs, and the pull-back from a cotangent of them to what every block makes of it."""
-    blocks = {block.leaf: block for block in here.captured.blocks}
+    blocks = {block.covers: block for block in here.captured.blocks}
+
+    def block_of(use: Use) -> capture.Block:  # of a leaf with one block for all of it, uses of its parts count there
+        return blocks[use.covers if use.covers in blocks else (use.leaf, WHOLE)]
 
     def kronecker(slot: Any, use: Use, rows: RowReaders, outputs: Array, inputs: Array) -> Array:
-        if slot is None or use.explicit != (block := blocks[use.leaf]).explicit:
+        if slot is None or use.explicit != (block := block_of(use)).explicit or block.matrix is None:
             return outputs
         dummy, basis = slot
         residual = Residual(inputs, here.mask, here.q, basis)
-        whole = use._replace(bias=block.bias)  # which the model adds elsewhere, where the use itself names none
+        bias = None if block.bias is None else (block.bias, block.bias_part)
+        whole = use._replace(bias=bias)  # which the model adds elsewhere, where the use itself names none
         measure = _layered(statistic, rows, whole, here.sharing(block.name))
         return _observed(measure, outputs, residual, dummy)
 
     def elementwise(slot: Any, use: Use, leaf: Array) -> Array | None:
-        counts = slot is not None and use.explicit == blocks[use.leaf].explicit
-        return leaf[None] + slot[0].astype(leaf.dtype) if counts else None
+        if slot is None or use.explicit != (block := block_of(use)).explicit or block.matrix is not None:
+            return None
+        return leaf[None] + slot[0].astype(leaf.dtype)
 
     visitor = Visitor({}, kronecker, elementwise, lambda use: None)
 
-    def outputs(dummies: Mapping[int, Reported], probed: Mapping[int, Array]) -> Array:
-        slots = {leaf: (dummy, bases.get(leaf, ())) for leaf, dummy in dummies.items()}
+    def outputs(dummies: Mapping[Covered, Reported], probed: Mapping[int, Array]) -> Array:
+        slots = {covers: (dummy, bases.get(covers, ())) for covers, dummy in dummies.items()}
         leaves = [probed.get(leaf, value) for leaf, value in enumerate(here.leaves)]
         return here.captured.run(visitor._replace(slots=slots), leaves)
 
-    probed = {leaf: here.leaves[leaf] for leaf, block in blocks.items() if block.treatment and block.treatment.probes}
+    tried = [block.leaf for block in blocks.values() if block.treatment and block.treatment.probes]
+    probed = {leaf: here.leaves[leaf] for leaf in tried}
     return jax.vjp(outputs, dummies, probed)
 
 
-def _dummies(here: TracedLoss, kronecker: Callable[[capture.Block], Any]) -> dict[int, Reported]:
+def _dummies(here: TracedLoss, kronecker: Callable[[capture.Block], Any]) -> dict[Covered, Reported]:
     """Zeros for all that the blocks report: `kronecker(block)` for a matrix, a leaf for each example for a diagonal."""
     # γ [4] of five examples: [5, 4], added to it example by example; six layers of γ [6, 4] in a scan: [6, 5, 4]
-    dummies: dict[int, Reported] = {}
+    dummies: dict[Covered, Reported] = {}
     for block in here.captured.blocks:
         if block.matrix is not None:
-            dummies[block.leaf] = kronecker(block)
+            dummies[block.covers] = kronecker(block)
         elif block.treatment is None:
-            shape = here.leaves[block.leaf].shape
-            depth = len(block.stack)
-            dummies[block.leaf] = jnp.zeros((*shape[:depth], here.captured.examples, *shape[depth:]), here.q.dtype)
+            shape = (*block.stack, here.captured.examples, *block.shape)
+            dummies[block.covers] = jnp.zeros(shape, here.q.dtype)
     return dummies
 
 
@@ -216,37 +223,37 @@ def _number_of_columns(key: Key | None, here: TracedLoss, fisher: Fisher) -> int
 def measure(key: Key | None, here: TracedLoss, fisher: Fisher, kept: Kept) -> tuple[Factors, int]:
     """The factors of every block by name, and the number of backward passes."""
     label_key, sign_key = split(key, 2)
-    blocks = {block.leaf: block for block in here.captured.blocks}
+    blocks = {block.covers: block for block in here.captured.blocks}
     passes = _number_of_columns(label_key, here, fisher)
-    forms = {leaf: kept.of(block, *_counts(here, block, passes)) for leaf, block in blocks.items() if block.matrix}
+    forms = {covers: kept.of(block, *_counts(here, block, passes)) for covers, block in blocks.items() if block.matrix}
 
     def zeros(block: capture.Block) -> Kronecker:
-        return _empty(here, block, forms[block.leaf])
+        return _empty(here, block, forms[block.covers])
 
     outputs, pull = _passes(here, functools.partial(_sums, forms), {}, _dummies(here, zeros))
     columns, column = fisher(label_key, here.loss, outputs, here.targets)
     root = jnp.sqrt(here.scale(outputs))[..., None]
 
-    def term(k: Scalar) -> tuple[dict[int, Any], tuple[Any, dict[int, Rows]]]:
+    def term(k: Scalar) -> tuple[dict[Covered, Any], tuple[Any, dict[Covered, Rows]]]:
         cotangent = like((column(k) * root).astype(outputs.dtype), outputs)
         found, _ = pull(cotangent)
-        seen = {leaf: _curved(blocks[leaf], value) for leaf, value in found.items()}
-        rows = {leaf: value for leaf, value in seen.items() if isinstance(value, Rows)}
-        sums = {leaf: value for leaf, value in seen.items() if leaf not in rows}
+        seen = {covers: _curved(blocks[covers], value) for covers, value in found.items()}
+        rows = {covers: value for covers, value in seen.items() if isinstance(value, Rows)}
+        sums = {covers: value for covers, value in seen.items() if covers not in rows}
         return found, ((sums, _probe(sign_key, k, blocks, pull, cotangent)), rows)
 
     # A and its mass do not depend on u: those of the first column are kept, and those of the others never computed
     found, first = term(0)
     (sums, probed), stacked = _total(columns, lambda k: term(k)[1], first)
-    seen = sums | {leaf: _merged(rows, blocks[leaf]) for leaf, rows in stacked.items()}
+    seen = sums | {covers: _merged(rows, blocks[covers]) for covers, rows in stacked.items()}
     result: Factors = {}
-    for leaf, block in blocks.items():
+    for covers, block in blocks.items():
         if block.matrix is not None:
-            result[block.name] = found[leaf]._replace(b=seen[leaf])
-        elif leaf in seen:
-            result[block.name] = Diagonal(seen[leaf])
-        elif leaf in probed:
-            result[block.name] = Diagonal(probed[leaf])
+            result[block.name] = found[covers]._replace(b=seen[covers])
+        elif covers in seen:
+            result[block.name] = Diagonal(seen[covers])
+        elif block.leaf in probed:
+            result[block.name] = Diagonal(probed[block.leaf])
     probes = max((block.treatment.probes for block in blocks.values() if block.treatment), default=0)
     return result, columns * (1 + probes)
 
@@ -285,11 +292,10 @@ def _curved(block: capture.Block, found: Reported) -> Factor:
 
 
 def _probe(
-    key: Key | None, k: Scalar, blocks: Mapping[int, capture.Block], pull: PullBack, cotangent: Array
+    key: Key | None, k: Scalar, blocks: Mapping[Covered, capture.Block], pull: PullBack, cotangent: Array
 ) -> dict[int, Array]:
     """1/R Σ_r (Σ_n ±1 √(w_n/N) J_nᵀ u_n)² for the leaves that no rule covers."""
-    probes = {leaf: block.treatment.probes for leaf, block in blocks.items() if block.treatment}
-    number = max(probes.values(), default=0)
+    number = max((block.treatment.probes for block in blocks.values() if block.treatment), default=0)
     if not number:
         return {}
     if key is None:
@@ -311,11 +317,12 @@ def curvatures(
 ) -> tuple[dict[str, Eigen], int]:
     """EKFAC: the diagonal of the curvature in the eigenbases of the factors, and the number of backward passes."""
     label_key, _ = split(key, 2)
-    blocks = {block.leaf: block for block in here.captured.blocks if block.matrix is not None}
-    by_leaf = {leaf: bases[block.name] for leaf, block in blocks.items()}
-    dummies = {leaf: jnp.zeros_like(basis.eigenvalues) for leaf, basis in by_leaf.items()}
-    outputs, pull = _passes(here, _squares, by_leaf, dummies)
+    blocks = {block.covers: block for block in here.captured.blocks if block.matrix is not None}
+    chosen = {covers: bases[block.name] for covers, block in blocks.items()}
+    dummies = {covers: jnp.zeros_like(basis.eigenvalues) for covers, basis in chosen.items()}
+    outputs, pull = _passes(here, _squares, chosen, dummies)
     columns, column = fisher(label_key, here.loss, outputs, here.targets)
     root = jnp.sqrt(here.scale(outputs))[..., None]
     found, _ = _total(columns, lambda k: (pull(like((column(k) * root).astype(outputs.dtype), outputs))[0], ()))
-    return {block.name: by_leaf[leaf]._replace(eigenvalues=found[leaf]) for leaf, block in blocks.items()}, columns
+    measured = {block.name: chosen[covers]._replace(eigenvalues=found[covers]) for covers, block in blocks.items()}
+    return measured, columns

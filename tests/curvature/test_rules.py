@@ -45,7 +45,7 @@ def test_renaming_every_rule_changes_nothing_but_the_report(monkeypatch):
     assert named == {
         ("head",): "dense",
         ("kernel", "bias"): "observed",
-        ("odd",): "diagonal, estimated",
+        ("odd",): "diagonal",
         ("scale",): "elementwise",
         ("table",): "embedding",
     }
@@ -57,7 +57,7 @@ def test_renaming_every_rule_changes_nothing_but_the_report(monkeypatch):
     renamed, others = measured()
     jax.tree.map(np.testing.assert_array_equal, renamed, numbers)
     assert [row._replace(rule="") for row in others] == [row._replace(rule="") for row in rows]
-    assert {row.rule for row in others} == {"any", "diagonal, estimated"}
+    assert {row.rule for row in others} == {"any", "diagonal"}
 
 
 # What is kept

@@ -7,18 +7,20 @@ transposes, casts and broadcasts are looked through; jit, remat, custom rules an
 """
 
 import functools
+import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bilevax import checks
 from bilevax.curvature.capture._walk import walk
 from bilevax.curvature.capture.batch_axis import SHARED, Axis, opened
-from bilevax.curvature.capture.uses import Path, Use, Value, View, Visitor, forget
-from bilevax.curvature.capture.view import Strided
+from bilevax.curvature.capture.uses import Covered, Path, Use, Value, View, Visitor, forget
+from bilevax.curvature.capture.view import UNUSED, WHOLE, Part, Strided
 from bilevax.typing import Array, PyTree, Scalar
 
 
@@ -152,6 +154,10 @@ class Block(NamedTuple):
       leaf: its place among the leaves of y.
       bias: that of the bias in the last row of the matrix, or None.
       stack: a block for each of its elements: leading axes of the leaf, then axes that count layers.
+      part: which elements of the leaf, where static slices of it have blocks of their own.
+      bias_part: the same for the bias.
+      shape: of the leaf or part, without the axes that scans take off.
+      without: parts of the leaf that other blocks cover, where this is what no part of the model uses.
       matrix: how the rest of the leaf lies in a matrix [*layers, inputs, outputs]; None for a diagonal block.
       inputs: rows of that matrix.
       outputs: columns of it.
@@ -176,6 +182,10 @@ class Block(NamedTuple):
     leaf: int
     bias: int | None = None
     stack: tuple[int, ...] = ()
+    part: Part = WHOLE
+    bias_part: Part = WHOLE
+    shape: tuple[int, ...] = ()
+    without: tuple[Part, ...] = ()
     matrix: Strided | None = None
     inputs: int = 0
     outputs: int = 0
@@ -192,26 +202,49 @@ class Block(NamedTuple):
         """Rows of the matrix, the bias included."""
         return self.inputs + (self.bias is not None)
 
+    @property
+    def covers(self) -> Covered:
+        """The leaf and the part of it, by which uses find their block."""
+        return self.leaf, UNUSED if self.without else self.part
+
+    def take(self, leaf: Array) -> Array:
+        """What the block covers of its leaf, [*stack, *shape]: the part, or what the other parts leave, 0 elsewhere."""
+        if self.part == WHOLE and not self.without:
+            return leaf
+        if self.part != WHOLE:
+            return self._scanned(self.part.of)(leaf)
+        for part in self.without:
+            leaf = leaf - _put(self._scanned(part.of), self._scanned(part.of)(leaf), leaf)
+        return leaf
+
+    def put(self, value: Array, leaf: Array) -> Array:
+        """The leaf, shaped like this one, that is 0 but where the block covers it."""
+        return value if self.part == WHOLE else _put(self.take, value, leaf)
+
+    def _scanned(self, function: Callable[..., Array]) -> Callable[..., Array]:
+        for _ in range(len(self.stack) - self.layers):
+            function = jax.vmap(function)
+        return function
+
     def pack(self, leaves: Mapping[int, Array]) -> Array:
         """The matrix [*stack, rows, outputs] of these leaves of y, by place."""
         # w [4, 2, 3] of einsum("ntd,dhe->nthe") and b [2, 3]: [4, 6] over [1, 6] -> [5, 6]. Six layers w [6, 4, 4] that
         # a scan slices have the stack (6,), over which this is mapped: [6, 4, 4]. Three experts w [3, 4, 6] with
         # b [3, 6] are layers of one matrix: [3, 5, 6]
         arrangement: Any = self.matrix
-        scanned = len(self.stack) - self.layers
 
         def matrix(weight: Array, *bias: Array) -> Array:
-            stack = self.stack[scanned:]
+            stack = self.stack[len(self.stack) - self.layers :]
+            weight = weight if self.part == WHOLE else self.part.of(weight)
             rows = [arrangement.of(weight).reshape(*stack, self.inputs, self.outputs)]
-            return jnp.concatenate([*rows, *(b.reshape(*stack, 1, self.outputs) for b in bias)], axis=-2)
+            biases = [b if self.bias_part == WHOLE else self.bias_part.of(b) for b in bias]
+            return jnp.concatenate([*rows, *(b.reshape(*stack, 1, self.outputs) for b in biases)], axis=-2)
 
-        for _ in range(scanned):
-            matrix = jax.vmap(matrix)
-        return matrix(leaves[self.leaf], *(() if self.bias is None else (leaves[self.bias],)))
+        return self._scanned(matrix)(leaves[self.leaf], *(() if self.bias is None else (leaves[self.bias],)))
 
     def unpack(self, matrix: Array, leaves: Mapping[int, Array]) -> dict[int, Array]:
         """The leaves that a matrix [*stack, rows, outputs] belongs to; shapes of them are read off `leaves`."""
-        places = [self.leaf] if self.bias is None else [self.leaf, self.bias]
+        places = list(dict.fromkeys(k for k in (self.leaf, self.bias) if k is not None))
         like = [jax.ShapeDtypeStruct(jnp.shape(leaves[k]), matrix.dtype) for k in places]
 
         def pack(parts: list[Array]) -> Array:
@@ -219,6 +252,11 @@ class Block(NamedTuple):
 
         (parts,) = jax.linear_transpose(pack, like)(matrix)  # a rearrangement: its transpose is its inverse
         return dict(zip(places, parts, strict=True))
+
+
+def _put(take: Callable[[Array], Array], value: Array, leaf: Array) -> Array:
+    """The transpose of taking a part: zeros around it."""
+    return jax.linear_transpose(take, jax.ShapeDtypeStruct(jnp.shape(leaf), value.dtype))(value)[0]
 
 
 class Capture(NamedTuple):
@@ -299,7 +337,7 @@ def trace(model: Model, y: PyTree, inputs: PyTree, *, unsupported: Unsupported =
         )
 
     def follow(visitor: Visitor, leaves: Sequence[Array]) -> Value:
-        held = [Value(leaf, view=View(k, 0, leaf, None, Strided.whole(leaf.shape))) for k, leaf in enumerate(leaves)]
+        held = [Value(leaf, views=(View.whole(k, 0, leaf),)) for k, leaf in enumerate(leaves)]
         data = [jnp.asarray(array) for array in jax.tree.leaves(inputs)]
         examples = [Value(array, 0 if array.shape[:1] == (n,) else SHARED) for array in data]
         (value,) = walk(program, [*held, *examples], visitor, n)
@@ -307,7 +345,7 @@ def trace(model: Model, y: PyTree, inputs: PyTree, *, unsupported: Unsupported =
         return value
 
     uses, axis = _collected(follow, leaves)
-    blocks = _blocks(names, [jnp.shape(leaf) for leaf in leaves], uses, unsupported)
+    blocks = _blocks(names, [jnp.shape(leaf) for leaf in leaves], uses, unsupported, n)
     if axis not in (0, SHARED) and any(block.treatment is None for block in blocks):
         raise ValueError(
             "model must return outputs [N, ..., C] whose row n belongs to example n of the inputs; got outputs in "
@@ -319,13 +357,13 @@ def trace(model: Model, y: PyTree, inputs: PyTree, *, unsupported: Unsupported =
 
 def _collected(follow: Callable[[Visitor, Sequence[Array]], Value], leaves: Sequence[Any]) -> tuple[list[Use], Axis]:
     """All uses of leaves on the way to the outputs, and the axis of the examples there; nothing is computed."""
-    uses: dict[tuple[Path, int], Use] = {}
+    uses: dict[tuple[Path, Covered], Use] = {}
     axes: set[Axis] = set()
 
     def note(slot: Any, use: Use, *rest: Any) -> Any:
         # Called as kronecker(slot, use, rows, outputs, inputs), elementwise(slot, use, leaf) and unsupported(use): the
         # first must return the outputs, the others None
-        uses[use.path, use.leaf] = use
+        uses[use.path, use.covers] = use
         return rest[1] if len(rest) == 3 else None
 
     def once(leaves: Sequence[Array]) -> Array:
@@ -341,25 +379,32 @@ def _collected(follow: Callable[[Visitor, Sequence[Array]], Value], leaves: Sequ
 
 
 def _blocks(
-    names: Sequence[str], shapes: Sequence[tuple[int, ...]], uses: Sequence[Use], unsupported: Unsupported
+    names: Sequence[str], shapes: Sequence[tuple[int, ...]], uses: Sequence[Use], unsupported: Unsupported, n: int
 ) -> list[Block]:
-    """One block for each leaf, or for a weight and its bias."""
-    by_leaf = defaultdict(list)
+    """The blocks of every leaf: one, for a weight with its bias, or one for each part of it."""
+    by_leaf: dict[int, list[Use]] = {leaf: [] for leaf in range(len(names))}
     for use in uses:
         by_leaf[use.leaf].append(use)
     taps = [use for use in uses if use.explicit]
-    for use in taps:
-        by_leaf[use.leaf] = [other for other in by_leaf[use.leaf] if other.explicit]
-    biases = _biases(by_leaf, taps)
-    blocks, missing = {}, {}
+    for leaf in {use.leaf for use in taps}:
+        by_leaf[leaf] = _observed(by_leaf[leaf], shapes[leaf])
+    apart = {leaf for leaf, found in by_leaf.items() if _apart(found, shapes[leaf])}
+    biases = _biases([use for leaf in sorted(apart) for use in by_leaf[leaf]], taps)
+    blocks: dict[int, list[Block]] = {}
+    missing: dict[int, str] = {}
+    shared: list[int] = []
     for leaf, name in enumerate(names):
-        if leaf in biases.values():
-            continue
-        block = _block(name, leaf, shapes[leaf], by_leaf[leaf], biases.get(leaf))
-        if isinstance(block, str):
-            missing[leaf] = block
+        found = by_leaf[leaf]
+        if not found or not all(use.covered for use in found):
+            wrong = [use.what for use in found if not use.covered]
+            missing[leaf] = ", ".join(dict.fromkeys(wrong)) or "meets no examples in model"
+        elif leaf in apart and (leaf in _owners(biases) or any(use.matrix is not None for use in found)):
+            blocks[leaf] = _parts(name, shapes[leaf], found, biases)
+        elif all(use.matrix is None and not use.derived for use in found) and len({use.stack for use in found}) == 1:
+            blocks[leaf] = [_block(name, shapes[leaf], [use._replace(part=WHOLE) for use in found])]
         else:
-            blocks[leaf] = block
+            shared.append(leaf)
+    blocks |= _diagonals(names, shapes, {leaf: by_leaf[leaf] for leaf in shared}, n)
     if missing:
         treatments = unsupported({names[leaf]: what for leaf, what in missing.items()})
         for leaf, what in missing.items():
@@ -369,41 +414,121 @@ def _blocks(
                     f"unsupported must return a dict with a Treatment for each leaf that it is given; got "
                     f"{treatment!r} for {names[leaf]}. Return, say, bx.curvature.capture.identity(leaves)."
                 )
-            blocks[leaf] = Block(names[leaf], treatment.rule, leaf, treatment=treatment, what=what)
-    return [blocks[leaf] for leaf in sorted(blocks)]
+            blocks[leaf] = [Block(names[leaf], treatment.rule, leaf, treatment=treatment, what=what)]
+    return [block for leaf in sorted(blocks) for block in blocks[leaf]]
 
 
-def _biases(by_leaf: Mapping[int, Sequence[Use]], taps: Sequence[Use]) -> dict[int, int]:
+def _span(part: Part, shape: Sequence[int]) -> Part:
+    return Part.ordered(0, [(math.prod(shape), 1)]) if part == WHOLE else part
+
+
+def _count(parts: Iterable[Part], size: int) -> np.ndarray:
+    """How many of these parts of a leaf hold each of its elements."""
+    count = np.zeros(size, np.uint8)
+    for part in parts:
+        np.lib.stride_tricks.as_strided(count[part.offset :], part.shape, part.strides)[...] += 1
+    return count
+
+
+def _observed(uses: Sequence[Use], shape: tuple[int, ...]) -> list[Use]:
+    """The uses that count where the model marks some of them: these, and those of parts that it does not mark."""
+    inner = shape[uses[0].stack :]
+    marked = _count({_span(use.part, inner) for use in uses if use.explicit}, math.prod(inner)) > 0
+
+    def free(use: Use) -> bool:
+        return use.part != WHOLE and not marked[_count([use.part], len(marked)) > 0].any()
+
+    return [use for use in uses if use.explicit or free(use)]
+
+
+def _apart(uses: Sequence[Use], shape: tuple[int, ...]) -> bool:
+    """Whether a leaf, or each part of it that the model uses, is used in one way, and no element in two parts."""
+    ways = {(use.covers, use.stack, use.matrix, use.layers, use.inputs, use.outputs, use.by_row) for use in uses}
+    parts = {use.part for use in uses}
+    if len(ways) > len(parts) or len({use.stack for use in uses}) > 1 or not all(use.covered for use in uses):
+        return False
+    if any(use.derived for use in uses) or not parts:
+        return False
+    inner = shape[uses[0].stack :]
+    return len(parts) == 1 or int(_count((_span(part, inner) for part in parts), math.prod(inner)).max()) < 2
+
+
+def _owners(biases: Mapping[Covered, Covered]) -> set[int]:
+    return {leaf for leaf, _ in biases.values()}
+
+
+def _biases(uses: Sequence[Use], taps: Sequence[Use]) -> dict[Covered, Covered]:
     """Weight -> bias, where each use of the one is joined by the other and by nothing else."""
     # Leaves 0: b, 1: w of tanh(a w + b), whose product is equation 0: the use of w has the path (0,), that of b joins
     # (0,), so joined = {(0,): 0} and found = {1: 0}. In tanh(a w + b) w the second use of w is joined by none: {}
-    found = {use.leaf: use.bias for use in taps if use.bias is not None}
-    joined = {use.joins: use.leaf for uses in by_leaf.values() for use in uses if use.joins is not None}
-    for leaf, uses in by_leaf.items():
-        paths = {use.path for use in uses}
-        partners = {joined.get(path, -1) for path in paths}
-        bias = partners.pop() if len(partners) == 1 else -1
-        if bias < 0 or leaf in found:
+    by_part = defaultdict(list)
+    for use in uses:
+        by_part[use.covers].append(use)
+    found = {use.covers: use.bias for use in taps if use.bias is not None}
+    joined = {use.joins: use.covers for use in uses if use.joins is not None}
+    for covers, here in by_part.items():
+        paths = {(use.path, covers) for use in here}
+        partners = {joined.get(path) for path in paths}
+        bias = partners.pop() if len(partners) == 1 else None
+        if bias is None or covers in found or (bias[1] != WHOLE and covers[1] == WHOLE):
             continue
-        if all(use.joins in paths for use in by_leaf[bias]) and by_leaf[bias][0].stack == uses[0].stack:
-            found[leaf] = bias
+        if all(use.joins in paths for use in by_part[bias]) and by_part[bias][0].stack == here[0].stack:
+            found[covers] = bias
     return found
 
 
-def _block(name: str, leaf: int, shape: tuple[int, ...], uses: Sequence[Use], bias: int | None) -> Block | str:
-    """The block of a leaf with these uses; what is wrong, where they have none."""
-    if not uses:
-        return "meets no examples in model"
-    wrong = [use.what for use in uses if not use.covered]
-    layouts = {(use.stack, use.matrix, use.layers, use.inputs, use.outputs, use.by_row) for use in uses}
-    if wrong:
-        return ", ".join(dict.fromkeys(wrong))
-    what = " and ".join(dict.fromkeys(use.what for use in uses))
-    if len(layouts) > 1:
-        return f"used in different ways: {what}"
+def _parts(name: str, shape: tuple[int, ...], uses: Sequence[Use], biases: Mapping[Covered, Covered]) -> list[Block]:
+    """A block for each part of a leaf, and one for what the model does not use of it, whose curvature is 0."""
+    by_part: dict[Part, list[Use]] = defaultdict(list)
+    for use in uses:
+        by_part[use.part].append(use)
+    stack, leaf = uses[0].stack, uses[0].leaf
+    inner = shape[stack:]
+    blocks = []
+    for part, here in by_part.items():
+        if (leaf, part) not in biases.values():
+            text = "" if part == WHOLE else part.text(inner)
+            blocks.append(_block(f"{name}{text}", shape, here, biases.get((leaf, part))))
+    if WHOLE not in by_part and not _count(by_part, math.prod(inner)).all():
+        unused = Treatment("no curvature", lambda b, delta, scale: b / jnp.where(delta > 0, delta, scale))
+        rest = Block(f"{name} (unused part)", unused.rule, leaf, stack=shape[:stack], shape=inner, treatment=unused)
+        blocks.append(rest._replace(without=tuple(by_part), what="meets no examples in model"))
+    return blocks
+
+
+EXACT = 2**24
+"""How many numbers (examples times elements) exact diagonals of leaves that are no layers may take together."""
+
+
+def _diagonals(
+    names: Sequence[str], shapes: Sequence[tuple[int, ...]], uses: Mapping[int, Sequence[Use]], n: int
+) -> dict[int, list[Block]]:
+    """Diagonals of leaves that a layer is a function of, or that are used in several ways: exact for the small ones."""
+    blocks, left = {}, EXACT
+    for leaf in sorted(uses, key=lambda leaf: math.prod(shapes[leaf])):
+        numbers = n * math.prod(shapes[leaf])
+        stacks = {use.stack for use in uses[leaf]}
+        exact = numbers <= left and len(stacks) == 1
+        left -= numbers if exact else 0
+        what = " and ".join(dict.fromkeys(use.what for use in uses[leaf]))
+        treatment = None if exact else diagonal({names[leaf]: what})[names[leaf]]
+        depth = stacks.pop() if exact else 0
+        block = Block(names[leaf], "diagonal", leaf, stack=shapes[leaf][:depth], shape=shapes[leaf][depth:])
+        explicit = any(use.explicit for use in uses[leaf])
+        block = block._replace(explicit=explicit, uses=len(uses[leaf]), treatment=treatment, what=what)
+        blocks[leaf] = [block if treatment is None else block._replace(rule=treatment.rule)]
+    return blocks
+
+
+def _block(name: str, shape: tuple[int, ...], uses: Sequence[Use], bias: Covered | None = None) -> Block:
+    """The block of a leaf, or of a part of it, with these uses."""
     use = uses[0]
     rule = " and ".join(dict.fromkeys(use.rule for use in uses))
-    kind = (use.matrix, use.inputs, use.outputs, use.positions, use.by_row, use.explicit)
+    what = " and ".join(dict.fromkeys(use.what for use in uses))
+    inner = shape[use.stack :] if use.part == WHOLE else use.part.shape
     stack = shape[: use.stack] + (() if use.matrix is None else use.matrix.shape[: use.layers])
+    place = (use.leaf, None, stack, use.part, WHOLE, inner, ())
+    kind = (use.matrix, use.inputs, use.outputs, use.positions, use.by_row, use.explicit)
     number = sum(use.times for use in uses)
-    return Block(name, rule, leaf, bias, stack, *kind, uses=number, what=what, layers=use.layers)
+    block = Block(name, rule, *place, *kind, uses=number, what=what, layers=use.layers)
+    return block if bias is None else block._replace(bias=bias[0], bias_part=bias[1])

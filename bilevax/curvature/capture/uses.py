@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from bilevax.curvature.capture.batch_axis import LOST, SHARED, Axis, opened, result_axes
-from bilevax.curvature.capture.view import Strided
+from bilevax.curvature.capture.view import WHOLE, Linear, Part, Strided, contiguous
 from bilevax.typing import Array
 
 # What follows the examples element by element, or puts arrays side by side.
@@ -23,47 +23,74 @@ Path = tuple[int, ...]
 """Where an equation is: its number in the program, then in the program that it calls, ..."""
 
 
+Covered = tuple[int, Part]
+"""A leaf, and the part of it that static slices took; `WHOLE` for all of it."""
+
+
 class View(NamedTuple):
-    """An array that is a function of one leaf alone.
+    """How an array depends on one leaf, or on one part of a leaf.
 
     Attributes:
       leaf: which leaf.
       stack: how many leading axes of the leaf were taken off by scans.
       array: the leaf, without these axes.
-      base: leaf -> array; None for the leaf itself.
+      base: leaf or part -> array, all else held; None for the leaf or part itself.
       strided: how the elements of `base(leaf)` are arranged.
+      linear: the derivative, where elements were but moved, scaled and placed; None where they were not.
+      part: which elements of the leaf; `WHOLE` for all.
     """
 
     leaf: int
     stack: int
     array: Array
-    base: Callable[[Array], Array] | None
+    base: Callable[[Array, dict[Path, list[Any]]], Array] | None
     strided: Strided
+    linear: Linear | None
+    part: Part = WHOLE
 
-    def of(self, leaf: Array, strided: Strided) -> Array:
-        """What stands here for another value of the leaf, in an arrangement of its own."""
-        return strided.of(leaf if self.base is None else self.base(leaf))
+    @classmethod
+    def whole(cls, leaf: int, stack: int, array: Array) -> "View":
+        """A leaf as it is."""
+        strided = Strided.whole(array.shape)
+        return cls(leaf, stack, array, None, strided, Linear(strided))
+
+    def of(self, leaf: Array, strided: Strided, made: dict[Path, list[Any]] | None = None) -> Array:
+        """What stands here for another value of the leaf or part, in an arrangement of its own."""
+        return strided.of(leaf if self.base is None else self.base(leaf, {} if made is None else made))
 
     @property
-    def plain(self) -> bool:
-        """Whether each element of the leaf stands here once."""
-        return self.base is None and all(s or n == 1 for n, s in zip(*self.strided, strict=True))
+    def covers(self) -> Covered:
+        """What it is a view of."""
+        return self.leaf, self.part
+
+    @property
+    def root(self) -> Array:
+        """The leaf, or the part of it."""
+        return self.array if self.part == WHOLE else self.part.of(self.array)
 
 
 class Output(NamedTuple):
-    """What a Kronecker use returned, seen through views: features have strides below `size`, rows above."""
+    """What a Kronecker use returned, seen through views: features have strides below `size`, rows above.
+
+    Attributes:
+      path: of the use.
+      size: of a row of features.
+      strided: of the array.
+      pieces: which leaf or part made which features.
+    """
 
     path: Path
     size: int
     strided: Strided
+    pieces: Mapping[Covered, Part]
 
 
 class Value(NamedTuple):
-    """An array on the way, the axis of its examples, and where it comes from."""
+    """An array on the way, the axis of its examples, and what it comes from: leaves, or a layer."""
 
     array: Array
     axis: Axis = SHARED
-    view: View | None = None
+    views: tuple[View, ...] = ()
     output: Output | None = None
 
 
@@ -80,13 +107,15 @@ class Use(NamedTuple):
       inputs: length of the rows of activations.
       outputs: length of the rows of outputs.
       positions: rows for each example.
-      joins: the path of the use to whose output this one is added as a bias.
-      bias: the leaf in the last row of the matrix, where the use names one.
+      joins: the path of the use to whose output this one is added as a bias, and what it is a use of.
+      bias: the leaf in the last row of the matrix, where the use names one, and its part.
       by_row: whether the matrix is a table of which examples pick rows, by ids: its factor A is a diagonal over them.
       explicit: whether the model says so by `observe`: other uses of the leaf do not count then.
       times: how often a loop repeats it with the same leaf.
       covered: whether a rule covers it.
       layers: how many leading axes of the matrix count layers, each with rows and a block of its own.
+      derived: whether a layer has another function of the leaf for its kernel.
+      part: of which part of the leaf.
     """
 
     rule: str
@@ -98,13 +127,20 @@ class Use(NamedTuple):
     inputs: int = 0
     outputs: int = 0
     positions: int = 0
-    joins: Path | None = None
-    bias: int | None = None
+    joins: tuple[Path, Covered] | None = None
+    bias: Covered | None = None
     by_row: bool = False
     explicit: bool = False
     times: int = 1
     covered: bool = True
     layers: int = 0
+    derived: bool = False
+    part: Part = WHOLE
+
+    @property
+    def covers(self) -> Covered:
+        """What it is a use of."""
+        return self.leaf, self.part
 
 
 class RowReaders(NamedTuple):
@@ -125,7 +161,7 @@ class KroneckerUse(Protocol):
 
 
 class ElementwiseUse(Protocol):
-    """A leaf for each example, [N, ...], or None for the leaf itself."""
+    """A leaf (or part) for each example, [N, ...], or None for the leaf itself."""
 
     def __call__(self, slot: Any, use: Use, leaf: Array, /) -> Array | None: ...
 
@@ -134,16 +170,24 @@ class Visitor(NamedTuple):
     """Who is called at each use.
 
     Attributes:
-      slots: what the visitor keeps for each leaf, leading axes like those that scans take off the leaf.
+      slots: what the visitor keeps for each leaf, or part of one, leading axes like those that scans take off the leaf.
       kronecker: `kronecker(slot, use, rows, outputs, inputs) -> outputs`.
       elementwise: `elementwise(slot, use, leaf) -> a leaf for each example [N, ...] or None`.
       unsupported: `unsupported(use)`.
     """
 
-    slots: Mapping[int, Any]
+    slots: Mapping[Covered, Any]
     kronecker: KroneckerUse
     elementwise: ElementwiseUse
     unsupported: Callable[[Use], None]
+
+    def own(self, use: Use, view: View) -> Array | None:
+        """A leaf (or part) for each example, or None: that of a part where the visitor keeps it, else of the leaf."""
+        whole = (use.leaf, WHOLE)
+        if use.part == WHOLE or use.covers in self.slots or whole not in self.slots:
+            return self.elementwise(self.slots.get(use.covers), use, view.root)
+        leaves = self.elementwise(self.slots[whole], use, view.array)
+        return None if leaves is None else jax.vmap(use.part.of)(leaves)
 
 
 def bind(eqn: Any, arrays: Sequence[Any]) -> list[Any]:
@@ -174,22 +218,39 @@ def unsupported(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: P
 def forget(values: Sequence[Value], visitor: Visitor, path: Path, what: str) -> None:
     """Tells the visitor of leaves whose further way cannot be followed."""
     for value in values:
-        if value.view is not None:
-            visitor.unsupported(_uncovered(path, value.view, what))
+        for view in value.views:
+            visitor.unsupported(uncovered(path, view, what))
 
 
-def _uncovered(path: Path, view: View, what: str) -> Use:
-    return Use("unsupported", path, view.leaf, view.stack, what, covered=False)
+def uncovered(path: Path, view: View, what: str) -> Use:
+    """A use that no rule covers."""
+    return Use("unsupported", path, view.leaf, view.stack, what, covered=False, part=view.part)
 
 
-def rows_of(array: Array, axis: int, features: Sequence[int], n: int, layers: Sequence[int] = ()) -> Array:
-    """Rows [*layers, N, positions, features] of an array whose examples lie along `axis`."""
+Window = Mapping[int, tuple[int, int]]
+"""Axes of an array of which but a part is read: where it starts, and its size."""
+
+
+def rows_of(
+    array: Array, axis: int, features: Sequence[int], n: int, layers: Sequence[int] = (), window: Window | None = None
+) -> Array:
+    """Rows [*layers, N, positions, features] of (a window of) an array whose examples lie along `axis`."""
     # n = 5: [3, 5, 2, 4] with axis 1 and features (2, 3) -> transposed [5, 3, 2, 4] -> [5, 3, 8]; merged [15, 4] with
     # axis 0 -> [5, 3, 4]; with layers (2,) and features (3,) -> [2, 5, 3, 4]
+    for place, (start, size) in (window or {}).items():
+        array = jax.lax.slice_in_dim(array, start, start + size, axis=place)
     others = [a for a in range(array.ndim) if a != axis and a not in features and a not in layers]
     size = math.prod(array.shape[a] for a in features)
     rows = jnp.transpose(array, [*layers, axis, *others, *features])
     return rows.reshape(*rows.shape[: len(layers)], n, -1, size)
+
+
+def changed(value: Value, own: Array | None, view: View, strided: Strided, leaves: Array | None) -> Array | None:
+    """What stands in the place of a value for each example, [N, ...], where this view of it has leaves of their own."""
+    if leaves is None:
+        return own
+    there = jax.vmap(lambda leaf: view.of(leaf, strided))(leaves).astype(value.array.dtype)
+    return there if own is None else own + (there - view.of(view.root, strided)[None].astype(there.dtype))
 
 
 def elementwise(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: Path) -> list[Value]:
@@ -200,38 +261,43 @@ def elementwise(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: P
     axis = axes.pop() if len(axes) == 1 else LOST
     name, shape, values = eqn.primitive.name, eqn.outvars[0].aval.shape, list(values)
     for k, value in enumerate(values):
-        view = value.view
-        if view is None:
-            continue
-        strided = view.strided
-        if name != "concatenate":
-            strided = strided.broadcast(shape, range(len(strided.shape)))
-        if axis == LOST or strided.shape[axis] != shape[axis] or (shape[axis] > 1 and strided.strides[axis]):
-            what = "examples axis is lost" if axis == LOST else "other values for other examples"
-            visitor.unsupported(_uncovered(path, view, f"{name}: {what}"))
-            continue
-        joins = _joined(view, strided, values[1 - k].output) if name == "add" else None
-        use = Use("elementwise", path, view.leaf, view.stack, name, joins=joins)
-        leaves = visitor.elementwise(visitor.slots.get(view.leaf), use, view.array)
-        if leaves is not None:
-            own = jax.vmap(lambda leaf, view=view, strided=strided: view.of(leaf, strided.drop(axis)))(leaves)
+        own = None
+        for view in value.views:
+            strided, linear = view.strided, view.linear
+            if name != "concatenate":
+                order = range(len(strided.shape))
+                strided = strided.broadcast(shape, order)
+                linear = linear and linear.broadcast(value.array.shape, shape, order)
+            if axis == LOST or strided.shape[axis] != shape[axis] or (shape[axis] > 1 and strided.strides[axis]):
+                what = "examples axis is lost" if axis == LOST else "other values for other examples"
+                visitor.unsupported(uncovered(path, view, f"{name}: {what}"))
+                continue
+            moved = view.base is None or len(value.views) > 1
+            joins = _joined(linear, values[1 - k].output) if name == "add" and linear and moved else None
+            use = Use("elementwise", path, view.leaf, view.stack, name, joins=joins, part=view.part)
+            own = changed(value, own, view, strided.drop(axis), visitor.own(use, view))
+        if own is not None:
             own = jnp.repeat(jnp.moveaxis(own, 0, axis), shape[axis] // n, axis)
-            values[k] = value._replace(array=own.astype(value.array.dtype))
+            values[k] = value._replace(array=own)
     return plain(eqn, values, n)
 
 
-def _joined(view: View, strided: Strided, output: Output | None) -> Path | None:
-    """The path of the output that a view is the bias of: constant over its rows, one number for each feature."""
+def _joined(linear: Linear, output: Output | None) -> tuple[Path, Covered] | None:
+    """The use that a view is the bias of: constant over its rows, one number for each feature that it makes."""
     # a w [5, 3, 6] in rows of 6 has strides (18, 6, 1), and b [6], seen as (5, 3, 6), has (0, 0, 1): the same along
-    # features, 0 along rows. Two axes of features, [5, 7, 2, 3] with (42, 6, 3, 1), take b [2, 3] with (0, 0, 3, 1)
-    if output is None or view.base is not None or math.prod(view.array.shape) != output.size:
+    # features, 0 along rows. Two axes of features, [5, 7, 2, 3] with (42, 6, 3, 1), take b [2, 3] with (0, 0, 3, 1).
+    # Of [w1 w2], joined, w2 makes the features 3 to 6, and of [b1 b2] it is b2 that stands there
+    if output is None or linear.scale is not None or len(output.strided.shape) != len(linear.strided.shape):
         return None
-    if output.strided.shape != strided.shape:
-        return None
-    for size, stride, role in zip(*strided, output.strided.strides, strict=True):
-        if size > 1 and stride != (role if role < output.size else 0):
+    sizes, roles = linear.strided.shape, output.strided.strides
+    features = [a for a, role in enumerate(roles) if role < output.size]
+    features.sort(key=lambda a: -roles[a])
+    wanted = dict(zip(features, contiguous([sizes[a] for a in features]), strict=True))
+    for a, (size, stride, full) in enumerate(zip(*linear.strided, output.strided.shape, strict=True)):
+        if (size > 1 and stride != (wanted.get(a, 0) if roles[a] else 0)) or (a not in wanted and size != full):
             return None
-    return output.path
+    made = Part.ordered(sum(linear.starts[a] * roles[a] for a in features), [(sizes[a], roles[a]) for a in features])
+    return next(((output.path, covers) for covers, part in output.pieces.items() if part == made), None)
 
 
 # Explicit taps
@@ -286,16 +352,22 @@ def _width(shape: Sequence[int], size: int) -> int | None:
     return next((k for k in range(1, len(shape) + 1) if math.prod(shape[-k:]) == size), None)
 
 
+def _plain(linear: Linear | None) -> bool:
+    return linear is not None and linear.scale is None and linear.start is None
+
+
 def tap(values: Sequence[Value], visitor: Visitor, n: int, path: Path) -> list[Value]:
     """The rule of `observe`."""
     outputs, inputs, weight, *rest = values
-    view, biases = weight.view, [value.view.leaf for value in rest if value.view is not None]
-    if view is None or not view.plain or len(biases) < len(rest):
+    linears = [view.linear for value in (weight, *rest) for view in value.views if len(value.views) == 1]
+    linear = linears[0] if len(linears) == 1 + len(rest) else None
+    if linear is None or not linear.once or not all(map(_plain, linears)):
         raise ValueError(
             "weight (and bias) of observe must be leaves of y, or reshapes of them; got another function. Pass the "
             "leaves themselves."
         )
-    width, shape = inputs.array.shape[-1], view.strided.shape
+    view, bias = weight.views[0], rest[0].views[0].covers if rest else None
+    width, shape = inputs.array.shape[-1], linear.strided.shape
     size = math.prod(shape) // width
     splits = any(math.prod(shape[:k]) == width for k in range(len(shape) + 1))
     count = _width(outputs.array.shape, size)
@@ -315,8 +387,7 @@ def tap(values: Sequence[Value], visitor: Visitor, n: int, path: Path) -> list[V
             f"inputs of observe must have the positions of its outputs, {positions} for each example; got {found}. "
             f"Pass the activations that made these outputs."
         )
-    bias = biases[0] if biases else None
-    sizes = (width, size, positions)
-    use = Use("observed", path, view.leaf, view.stack, "observe", view.strided, *sizes, bias=bias, explicit=True)
-    array = visitor.kronecker(visitor.slots.get(use.leaf), use, rows, outputs.array, inputs.array)
+    of = Use("observed", path, view.leaf, view.stack, "observe", linear.strided, width, size, positions, part=view.part)
+    use = of._replace(bias=bias, explicit=True)
+    array = visitor.kronecker(visitor.slots.get(use.covers), use, rows, outputs.array, inputs.array)
     return [Value(array, outputs.axis)]
