@@ -30,6 +30,7 @@ from benchmarks.harness.runner import Options
 from benchmarks.harness.timing import compiled, relative_error
 from benchmarks.networks.dense import perceptron, random_layers
 from benchmarks.networks.model import Model
+from benchmarks.studies import unrolling_tails
 from benchmarks.studies.unrolling_figure import draw
 from benchmarks.studies.unrolling_methods import ROWS, Row, foreign
 from benchmarks.tasks.estimators import MOMENTUM, Inner
@@ -158,6 +159,9 @@ class Config:
     compared as well, all of them unless --methods names some; see docs/testing.md."""
     steps: tuple[int, ...] = STEPS
     """Numbers T of inner steps."""
+    unrolled: tuple[int, ...] = ()
+    """Numbers K of last steps: instead of all this, compares what tails add to the derivative of the last K of 600
+    plain steps, on minibatches of several sizes. Only --hidden, --seeds, --seed, --quick and --results count then."""
     hidden: int = 32
     """Hidden units of the network; 32 make 2,410 weights."""
     budget: float = 3.0
@@ -180,6 +184,9 @@ class Config:
         self._options.check_methods([row.name for row in ROWS])
         if not self.steps or min(self.steps) < 1:
             raise ValueError(f"steps must be ints >= 1; got {self.steps}. Pass, say, --steps 10 100 1000.")
+        most = unrolling_tails.STEPS
+        if not all(1 <= number < most for number in self.unrolled):
+            raise ValueError(f"unrolled must be ints from 1 to {most - 1}; got {self.unrolled}. Pass --unrolled 1 10.")
         for name, least in (("hidden", 1), ("seeds", 1), ("seed", 0)):
             if (value := getattr(self, name)) < least:
                 raise ValueError(f"{name} must be an int >= {least}; got {value}. Pass --{name} {least} or more.")
@@ -190,12 +197,15 @@ class Config:
     def run(self) -> int:
         """Compares everything, prints the tables and writes the files; returns the exit code."""
         console = Console(width=None if sys.stdout.isatty() else 150, highlight=False)
+        seeds = range(self.seed, self.seed + (1 if self.quick else self.seeds))
+        if self.unrolled:
+            return unrolling_tails.run(network(self.hidden), self.unrolled, seeds, self, console)
         found: dict[tuple[str, int], dict[int, Estimates]] = {}
         code, folder = 0, prepared(self, TASK, console, steps=self._steps)
         try:
             for steps in self._steps:
                 console.print(f"[dim]T = {steps:,} …")
-                for name, seed, estimates in list(self._at(steps, found)):
+                for name, seed, estimates in list(self._at(steps, seeds, found)):
                     found.setdefault((name, seed), {})[steps] = estimates
         except KeyboardInterrupt:
             console.print(f"[yellow]Interrupted at T = {steps:,}, which is dropped; what was before is kept.")
@@ -217,11 +227,12 @@ class Config:
     def _rows(self) -> list[Row]:
         return self._options.chosen(ROWS, foreign)
 
-    def _at(self, steps: int, found: Mapping[tuple[str, int], Mapping[int, Estimates]]) -> Iterator[tuple]:
+    def _at(
+        self, steps: int, seeds: Sequence[int], found: Mapping[tuple[str, int], Mapping[int, Estimates]]
+    ) -> Iterator[tuple]:
         """All methods at one T: (name, seed, estimates)."""
         net = network(self.hidden)
         inner = Inner(inner_loss(net), net.curvature, RATE, steps)
-        seeds = range(self.seed, self.seed + (1 if self.quick else self.seeds))
         problems = {seed: problem(net, seed) for seed in seeds}
         rows = [row for row in self._rows if steps >= row.least]
         for row in rows:

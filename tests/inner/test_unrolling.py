@@ -13,7 +13,7 @@ import bilevax as bx
 from benchmarks.harness.loop import Outcome, active
 from benchmarks.harness.report import Run, mean_and_error
 from benchmarks.networks.dense import perceptron
-from benchmarks.studies import two_phase, unrolling, unrolling_methods
+from benchmarks.studies import two_phase, unrolling, unrolling_methods, unrolling_tails
 from benchmarks.tasks.estimators import MOMENTUM, Inner
 from benchmarks.tasks.hyper_cleaning import L2, inner_loss
 
@@ -22,7 +22,7 @@ SMALL = {"train": 20, "validation": 15, "corruption": 0.5}
 
 @pytest.fixture
 def small(monkeypatch):
-    for task in (unrolling, two_phase):
+    for task in (unrolling, two_phase, unrolling_tails):
         monkeypatch.setattr(task, "SPLIT", SMALL)
     monkeypatch.setattr(two_phase, "INNER_STEPS", 2)
     with jax.enable_x64(False):
@@ -171,6 +171,25 @@ def test_what_is_too_large_or_too_slow_is_left_out(small, monkeypatch, tmp_path)
     assert found["late-seed0"]["steps"] == [1000]
 
 
+def test_tails_are_compared_with_all_steps(small, monkeypatch, tmp_path, capsys):
+    """Each row is built; two of them run, for K = 1 and 2 of three steps: what no step forgets is exact."""
+    monkeypatch.setattr(unrolling_tails, "STEPS", 3)
+    net, rows = unrolling.network(2), unrolling_tails.UNROLLED | unrolling_tails.ALONE
+    at = unrolling.problem(net, 0)
+    for solver in rows.values():
+        run = functools.partial(unrolling_tails.hypergradient, net, solver, 2, 8)
+        assert jax.eval_shape(run, jax.random.key(0), at.y, at.batch, 0.1).shape == at.x.shape
+    monkeypatch.setattr(unrolling_tails, "UNROLLED", {"reverse": rows["reverse"]})
+    monkeypatch.setattr(unrolling_tails, "ALONE", {"exact": unrolling_tails.EXACT})
+    assert start(unrolling.Config, "--unrolled 1 2 --hidden 2 --quick", tmp_path) == 0
+    found = records(tmp_path / "unrolling-tails-quick" / "weak-128")
+    assert found["exact-seed0"]["curve"]["cosine"] == pytest.approx([1, 1], abs=1e-5)
+    one, two = found["reverse-seed0"]["curve"]["cosine"]
+    assert 0 < one < two < 1
+    assert f"{two:.3f}" in capsys.readouterr().out
+    assert (tmp_path / "unrolling-tails-quick" / "unrolling-tails.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_two_phases_run_one_after_the_other(small, monkeypatch, tmp_path, capsys):
     rows = (two_phase.CG, two_phase.FORWARD._replace(settings=lambda inner: {"directions": 1}))
     methods = [two_phase.Phases(row.name, (row,)) for row in rows] + [two_phase.Phases("two-phase", rows)]
@@ -214,6 +233,7 @@ def test_every_method_of_two_phases_can_be_built():
         ({"methods": ("lu",)}, "methods must be some of no-gradient"),
         ({"methods": ()}, "got none"),
         ({"steps": (0, 3)}, "steps must be ints >= 1"),
+        ({"unrolled": (1, 600)}, "unrolled must be ints from 1 to 599"),
         ({"hidden": 0}, "hidden must be an int >= 1"),
         ({"seeds": 0}, "seeds must be an int >= 1"),
         ({"memory": 0.0}, "memory must be a number > 0"),
