@@ -31,6 +31,7 @@ FOLDERS = {
         "hypergradients": "compare hypergradients with the exact one, against their cost",
         "two-phase": "a cheap estimator first, an unbiased one after it",
         "unrolling": "error, memory and time of hypergradients as the inner steps grow in number",
+        "curvature-models": "blocks of curvature of models of every kind, and their hypergradients (needs flax)",
         "skipping": "time iterations whose agents skip derivatives, and iterations of many agents",
         "peers": "time the same hypergradients by several libraries (needs the extra peers)",
     },
