@@ -5,7 +5,7 @@ read [N, 8, 8, 2], those of texts tokens [N, 6] out of VOCABULARY, the others fe
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +75,7 @@ class Recurrent(nn.Module):
     def __call__(self, tokens: Array) -> Array:
         """Logits of texts."""
         h = nn.Embed(VOCABULARY, WIDTH)(tokens)
-        return nn.Dense(CLASSES)(nn.RNN(nn.OptimizedLSTMCell(WIDTH))(h)[:, -1])
+        return nn.Dense(CLASSES)(jnp.asarray(nn.RNN(nn.OptimizedLSTMCell(WIDTH))(h))[:, -1])
 
 
 class Transformer(nn.Module):

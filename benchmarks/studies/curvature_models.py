@@ -160,7 +160,7 @@ class Config:
 
 
 def descended(loss: bx.curvature.ModelLoss, x: Array, y: Any, batch: Any, steps: int) -> Any:
-    """y after so many steps of Adam on all data, whose size falls to 0."""
+    """Y after so many steps of Adam on all data, whose size falls to 0."""
     optimizer = optax.adam(optax.cosine_decay_schedule(3e-2, steps))
 
     def step(carry: tuple, _: None) -> tuple[tuple, None]:

@@ -11,6 +11,7 @@ from bilevax import checks
 from bilevax.carried import parameters
 from bilevax.curvature import capture
 from bilevax.curvature.capture.blocks import named
+from bilevax.curvature.capture.choices import Blocks
 from bilevax.curvature.capture.view import WHOLE
 from bilevax.curvature.forms import Kept
 from bilevax.curvature.inverse import Inverse, by_shape
@@ -82,7 +83,7 @@ def _row(
         part = block.bias_part
         leaves += (names[block.bias] + (part.text(shapes[block.bias][len(block.stack) :]) if part != WHOLE else ""),)
     shape = (*block.stack, *block.shape) if block.part != WHOLE else shapes[block.leaf]
-    if block.matrix is not None:
+    if block.factored:
         rows = examples * block.positions
         first, second = kept.of(block, rows, rows)
         sizes = f"{list(shape)}: A {first.shown(rows, block.rows)}, B {second.shown(rows, block.outputs)}"
@@ -93,6 +94,8 @@ def _row(
         sizes = f"{list(shape)}"
         estimated = block.treatment is None or block.treatment.probes
         numbers = math.prod(shape) // math.prod(block.stack) if estimated else 0
+        if block.diagonal:
+            numbers = block.rows * block.outputs
     count = math.prod(block.stack)
     sizes = f"{count} layers of " * bool(block.stack) + sizes
     return ReportRow(leaves, block.rule, sizes, numbers * count * width, block.what)
@@ -106,6 +109,7 @@ def describe(
     *,
     inverse: Inverse = by_shape,
     largest: int = 8192,
+    blocks: Blocks | None = None,
     unsupported: capture.Unsupported | None = None,
 ) -> Report:
     """Lists which block of curvature each leaf of y gets, without computing anything: print it.
@@ -117,6 +121,7 @@ def describe(
       batch: what g takes as its batch.
       inverse: as of `kfac`; says in which form factors are kept.
       largest: as of `kfac`: a factor of more rows or columns is kept as its diagonal.
+      blocks: as of `kfac`.
       unsupported: what to do with leaves that no rule covers; by default they are listed as "unsupported".
 
     Returns:
@@ -137,7 +142,8 @@ def describe(
     """
     loss, y = structured(held(inner_loss, y), "describe"), parameters(y)
     inputs, _ = loss.inputs_and_targets(x, batch)
-    captured = capture.trace(loss.model, y, inputs, unsupported=_listed if unsupported is None else unsupported)
+    treat = _listed if unsupported is None else unsupported
+    captured = capture.trace(loss.model, y, inputs, blocks=blocks, unsupported=treat)
     names = [name for name, _ in named(y)]
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(y)]
     checks.instance("inverse", inverse, Inverse, "Pass that of kfac, or leave it out.")

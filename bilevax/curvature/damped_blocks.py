@@ -10,7 +10,8 @@ import optax
 from bilevax import checks
 from bilevax.carried import parameters
 from bilevax.curvature import capture
-from bilevax.curvature.forms import Diagonal, Factors, Kronecker
+from bilevax.curvature.capture.choices import Blocks
+from bilevax.curvature.forms import Diagonal, Factors, Kronecker, Sketch
 from bilevax.curvature.inverse import Damping, Eigen, Inverse, by_shape, spectral
 from bilevax.curvature.model_loss import held, structured
 from bilevax.curvature.sharing import expand
@@ -68,6 +69,11 @@ def _decomposed(factors: Kronecker, delta: Array, inverse: Inverse) -> Any:
     b: Any = factors.B
     if all(factors.diagonals):
         return Eigen(None, None, a[..., :, None] * b[..., None, :])
+    if inverse.eigenvalues is None and any(isinstance(factor, Sketch) for factor in (a, b)):
+        raise ValueError(
+            "inverse must know eigenvalues where blocks gives a leaf a rank; got kronecker.factored. Pass "
+            "inverse=bx.curvature.kronecker.by_shape."
+        )
     return inverse.decompose(a, b, delta)
 
 
@@ -83,7 +89,8 @@ def decompose(here: TracedLoss, found: Factors, decay: dict[str, Array], damping
     means = []
     for name, factors in found.items():
         if isinstance(factors, Diagonal):
-            blocks[name] = factors.diagonal
+            diagonal = factors.diagonal
+            blocks[name] = Eigen(None, None, diagonal) if named[name].diagonal else diagonal
             means.append(jnp.mean(factors.diagonal))
         else:
             delta = _delta(named[name], decay[name], damping, None)
@@ -137,6 +144,7 @@ def inverted(
     *,
     damping: Damping = 1e-3,
     inverse: Inverse = by_shape,
+    blocks: Blocks | None = None,
     unsupported: capture.Unsupported = capture.error,
 ) -> Callable[[PyTree], PyTree]:
     """Inverts factors that `kronecker.factors` measured, wherever they come from: other batches, or other agents.
@@ -151,6 +159,7 @@ def inverted(
       batch: what g takes as its batch; for its shapes.
       damping: a number >= 0, or a function of the eigenvalues of a layer.
       inverse: `kronecker.spectral` or `kronecker.factored`.
+      blocks: as they were given to `kronecker.factors`.
       unsupported: as it was given to `kronecker.factors`.
 
     Returns:
@@ -173,7 +182,7 @@ def inverted(
     if not callable(damping):
         checks.nonnegative("damping", damping)
     inner_loss, y = held(inner_loss, y), parameters(y)
-    here = trace_loss(inner_loss, x, y, batch, expand, None, unsupported)
+    here = trace_loss(inner_loss, x, y, batch, expand, None, unsupported, blocks)
     wanted = {block.name for block in here.captured.blocks if block.treatment is None or block.treatment.probes}
     if wanted != set(found):
         raise ValueError(

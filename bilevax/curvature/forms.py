@@ -139,6 +139,17 @@ ChooseForm: TypeAlias = Callable[[int, int | None], Form]
 """(d, R) -> the form of a factor [d, d] of R rows; R is None where factors of several sources are added up."""
 
 
+def sketched(rank: int) -> ChooseForm:
+    """Factors larger than twice the rank by a sketch, those of fewer rows than that by these, and others whole."""
+
+    def form(size: int, count: int | None) -> Form:
+        if count is not None and count <= 2 * rank and 2 * count < size:
+            return rows
+        return sketch(rank) if 2 * rank < size else dense
+
+    return form
+
+
 Forms: TypeAlias = tuple[Form, Form]  # of A and of B
 
 
@@ -161,7 +172,8 @@ class Kept(NamedTuple):
         def one(size: int, rows: int) -> Form:
             if size > self.largest:
                 return diagonal
-            return self.form(size, rows if self.fresh and block.uses == 1 else None)
+            form = self.form if block.rank is None else sketched(block.rank)
+            return form(size, rows if self.fresh and block.uses == 1 else None)
 
         return diagonal if block.by_row else one(block.rows, first), one(block.outputs, second)
 
@@ -231,7 +243,7 @@ class Diagonal(NamedTuple):
     """The diagonal of one block.
 
     Attributes:
-      diagonal: shaped like the leaf.
+      diagonal: shaped like the leaf; like the matrix [..., d_in, d_out] of a layer that has no factors.
 
     Example:
         >>> import bilevax as bx

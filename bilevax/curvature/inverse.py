@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from bilevax import checks
 from bilevax.curvature.bases import eigenbasis, symmetric
-from bilevax.curvature.forms import ChooseForm, Factor, Form, Rows, Sketch, dense, mean_eigenvalue, sketch
+from bilevax.curvature.forms import ChooseForm, Factor, Form, Rows, Sketch, dense, mean_eigenvalue, sketched
 from bilevax.curvature.forms import rows as kept_as_rows
 from bilevax.printing import as_called, by_text
 from bilevax.typing import Array, Scalar
@@ -228,9 +228,4 @@ def low_rank(rank: int) -> Inverse:
     """
     rank = checks.count("rank", rank, minimum=1)
 
-    def form(size: int, rows: int | None) -> Form:
-        if rows is not None and rows <= 2 * rank and 2 * rows < size:
-            return kept_as_rows
-        return sketch(rank) if 2 * rank < size else dense
-
-    return Inverse(eigen, eigen_solve, whole_eigenvalues, form)
+    return Inverse(eigen, eigen_solve, whole_eigenvalues, sketched(rank))

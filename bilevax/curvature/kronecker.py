@@ -12,6 +12,7 @@ import jax
 from bilevax import checks
 from bilevax.carried import parameters
 from bilevax.curvature import capture
+from bilevax.curvature.capture.choices import Blocks
 from bilevax.curvature.fisher import Fisher, sampled
 from bilevax.curvature.forms import Diagonal, Factors, Kept, Kronecker, Rows, Sketch
 from bilevax.curvature.inverse import Cholesky, Eigen, Inverse, by_shape, factored, low_rank, spectral
@@ -54,6 +55,7 @@ def factors(
     positions: Positions | None = None,
     inverse: Inverse = by_shape,
     largest: int = 8192,
+    blocks: Blocks | None = None,
     unsupported: capture.Unsupported = capture.error,
 ) -> Factors:
     """The Kronecker factors of every layer of a model, found without a change to the model.
@@ -76,6 +78,9 @@ def factors(
       inverse: what `inverted` will be asked for, which says in which form factors are wanted; those by rows, which do
         not add up, are none of them.
       largest: a factor of more rows or columns is kept as its diagonal.
+      blocks: what certain leaves get instead, {path or pattern: choice} or a function path -> choice or None:
+        `capture.diagonal` (exact where the leaf is a layer that is used once), `identity`, `zero`, a function like
+        these, or the rank of a sketch of the factors.
       unsupported: what to do with leaves that no rule covers.
 
     Returns:
@@ -104,4 +109,4 @@ def factors(
     checks.function("fisher", chosen, "key", "loss", "outputs", "targets")
     checks.instance("inverse", inverse, Inverse, "Pass what bx.curvature.inverted is to use, or leave it out.")
     kept = Kept(inverse.form, checks.count("largest", largest, minimum=1), fresh=False)
-    return measure(key, trace_loss(inner_loss, x, y, batch, sharing, positions, unsupported), chosen, kept)[0]
+    return measure(key, trace_loss(inner_loss, x, y, batch, sharing, positions, unsupported, blocks), chosen, kept)[0]

@@ -101,7 +101,9 @@ _observed.defvjp(_observed_forward, _observed_backward)
 
 def _sums(
     forms: Mapping[Covered, Forms], rows: RowReaders, use: Use, sharing: Sharing, residual: Residual, u: Array
-) -> Kronecker:
+) -> Reported:
+    if use.covers not in forms:
+        return _squares(rows, use, sharing, residual, u)
     (a, mask), q = residual.activations(rows, use), residual.q
     u, (first, second) = rows.outputs(u).astype(q.dtype), forms[use.covers]
     if use.by_row:
@@ -225,12 +227,17 @@ def measure(key: Key | None, here: TracedLoss, fisher: Fisher, kept: Kept) -> tu
     label_key, sign_key = split(key, 2)
     blocks = {block.covers: block for block in here.captured.blocks}
     passes = _number_of_columns(label_key, here, fisher)
-    forms = {covers: kept.of(block, *_counts(here, block, passes)) for covers, block in blocks.items() if block.matrix}
+    forms = {
+        covers: kept.of(block, *_counts(here, block, passes)) for covers, block in blocks.items() if block.factored
+    }
 
-    def zeros(block: capture.Block) -> Kronecker:
+    def zeros(block: capture.Block) -> Reported:
+        if block.diagonal:
+            return jnp.zeros((*block.stack, block.rows, block.outputs), here.q.dtype)
         return _empty(here, block, forms[block.covers])
 
-    outputs, pull = _passes(here, functools.partial(_sums, forms), {}, _dummies(here, zeros))
+    bases = {key: Eigen(None, None, jnp.zeros(block.stack)) for key, block in blocks.items() if block.diagonal}
+    outputs, pull = _passes(here, functools.partial(_sums, forms), bases, _dummies(here, zeros))
     columns, column = fisher(label_key, here.loss, outputs, here.targets)
     root = jnp.sqrt(here.scale(outputs))[..., None]
 
@@ -248,7 +255,7 @@ def measure(key: Key | None, here: TracedLoss, fisher: Fisher, kept: Kept) -> tu
     seen = sums | {covers: _merged(rows, blocks[covers]) for covers, rows in stacked.items()}
     result: Factors = {}
     for covers, block in blocks.items():
-        if block.matrix is not None:
+        if block.factored:
             result[block.name] = found[covers]._replace(b=seen[covers])
         elif covers in seen:
             result[block.name] = Diagonal(seen[covers])
@@ -288,7 +295,9 @@ def _merged(rows: Rows, block: capture.Block) -> Rows:
 
 def _curved(block: capture.Block, found: Reported) -> Factor:
     """What one column adds to the curvature of a block: B, or the squares of per-example gradients."""
-    return found.b if isinstance(found, Kronecker) else jnp.sum(found**2, axis=len(block.stack))
+    if isinstance(found, Kronecker):
+        return found.b
+    return found if block.diagonal else jnp.sum(found**2, axis=len(block.stack))
 
 
 def _probe(
@@ -317,7 +326,7 @@ def curvatures(
 ) -> tuple[dict[str, Eigen], int]:
     """EKFAC: the diagonal of the curvature in the eigenbases of the factors, and the number of backward passes."""
     label_key, _ = split(key, 2)
-    blocks = {block.covers: block for block in here.captured.blocks if block.matrix is not None}
+    blocks = {block.covers: block for block in here.captured.blocks if block.factored}
     chosen = {covers: bases[block.name] for covers, block in blocks.items()}
     dummies = {covers: jnp.zeros_like(basis.eigenvalues) for covers, basis in chosen.items()}
     outputs, pull = _passes(here, _squares, chosen, dummies)

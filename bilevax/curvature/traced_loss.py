@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from bilevax import checks
 from bilevax.curvature import capture
+from bilevax.curvature.capture.choices import Blocks
 from bilevax.curvature.model_loss import ModelLoss, structured
 from bilevax.curvature.output_loss import OutputLoss
 from bilevax.curvature.sharing import ChooseSharing, Sharing
@@ -49,6 +50,7 @@ def trace_loss(
     sharing: Sharing | ChooseSharing,
     positions: Positions | None,
     unsupported: capture.Unsupported,
+    blocks: Blocks | None = None,
 ) -> TracedLoss:
     """Traces the model of a `ModelLoss` on this batch, and evaluates its weights and masks."""
     loss = structured(inner_loss, "Kronecker factors")
@@ -58,7 +60,7 @@ def trace_loss(
         checks.function("positions", positions, "batch")
     checks.function("unsupported", unsupported, "leaves")
     inputs, targets = loss.inputs_and_targets(x, batch)
-    captured = capture.trace(loss.model, y, inputs, unsupported=unsupported)
+    captured = capture.trace(loss.model, y, inputs, blocks=blocks, unsupported=unsupported)
     leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(y)]
     dtype = wide_dtype(*leaves)
     q = loss.weight_scale(captured.examples, dtype, x, batch).astype(dtype)

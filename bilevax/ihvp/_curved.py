@@ -9,6 +9,7 @@ import optax
 
 from bilevax import checks
 from bilevax.curvature import capture
+from bilevax.curvature.capture.choices import Blocks
 from bilevax.curvature.damped_blocks import Parts, decompose, solve, weight_decay
 from bilevax.curvature.forms import Factors, Kept
 from bilevax.curvature.inverse import Damping, Eigen, Inverse
@@ -129,6 +130,7 @@ class Options(NamedTuple):
     sharing: Sharing | ChooseSharing
     positions: Positions | None
     largest: int
+    blocks: Blocks | None
     unsupported: capture.Unsupported
     sample: Sample
 
@@ -167,13 +169,13 @@ def curved(passes: Passes, options: Options, refresh: Refresh) -> IHVP:
         x, y = jax.lax.stop_gradient(point[:2])
         batch_key, key = split(key, 2)
         batch = options.sample(batch_key, 0, point[2])
-        here = trace_loss(loss, x, y, batch, options.sharing, options.positions, options.unsupported)
+        here = trace_loss(loss, x, y, batch, options.sharing, options.positions, options.unsupported, options.blocks)
         return key, here, weight_decay(here, loss, x, y)
 
     def corrected(key: Key | None, here: TracedLoss, parts: Parts) -> tuple[Parts, int]:
         if passes.correct is None:
             return parts, 0
-        bases = {block.name: parts.blocks[block.name] for block in here.captured.blocks if block.matrix is not None}
+        bases = {block.name: parts.blocks[block.name] for block in here.captured.blocks if block.factored}
         blocks, count = passes.correct(key, here, bases)
         return parts._replace(blocks={**parts.blocks, **blocks}), count
 

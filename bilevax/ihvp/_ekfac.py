@@ -2,6 +2,7 @@
 
 from bilevax import checks
 from bilevax.curvature import capture
+from bilevax.curvature.capture.choices import Blocks
 from bilevax.curvature.fisher import Fisher, sampled
 from bilevax.curvature.inverse import Damping, by_shape
 from bilevax.curvature.passes import curvatures, measure
@@ -25,6 +26,7 @@ def ekfac(
     factors_every: Schedule = 1,
     inverse_every: Schedule = 1,
     largest: int = 8192,
+    blocks: Blocks | None = None,
     unsupported: capture.Unsupported = capture.error,
     sample: Sample = full,
 ) -> IHVP:
@@ -45,6 +47,9 @@ def ekfac(
       factors_every: outer steps from one measurement to the next, or a function step -> bool.
       inverse_every: outer steps from one basis to the next, or a function step -> bool.
       largest: a factor of more rows or columns is kept as its diagonal, as that of an embedding is.
+      blocks: what certain leaves get instead, {path or pattern: choice} or a function path -> choice or None:
+        `capture.diagonal` (exact where the leaf is a layer that is used once), `identity`, `zero`, a function like
+        these, or the rank of a sketch of the factors.
       unsupported: what to do with leaves that no rule covers.
       sample: how the batch of the factors is drawn from the inner data; it is asked with t = 0.
 
@@ -76,5 +81,5 @@ def ekfac(
         inverse=by_shape,
         correct=lambda key, here, bases: curvatures(key, here, chosen, bases),
     )
-    options = Options(damping, sharing, positions, largest, unsupported, sample)
+    options = Options(damping, sharing, positions, largest, blocks, unsupported, sample)
     return curved(passes, options, Refresh.of(ema, factors_every, inverse_every))

@@ -2,6 +2,7 @@
 
 from bilevax import checks
 from bilevax.curvature import capture
+from bilevax.curvature.capture.choices import Blocks
 from bilevax.curvature.fisher import Fisher, sampled
 from bilevax.curvature.inverse import Damping, Inverse, by_shape
 from bilevax.curvature.passes import measure
@@ -26,6 +27,7 @@ def kfac(
     factors_every: Schedule = 1,
     inverse_every: Schedule = 1,
     largest: int = 8192,
+    blocks: Blocks | None = None,
     unsupported: capture.Unsupported = capture.error,
     sample: Sample = full,
 ) -> IHVP:
@@ -52,6 +54,9 @@ def kfac(
       inverse_every: outer steps from one decomposition to the next, or a function step -> bool. The first step always
         does both. Under `jax.vmap` of the state, `lax.cond` runs both branches, which saves nothing.
       largest: a factor of more rows or columns is kept as its diagonal, as that of an embedding is.
+      blocks: what certain leaves get instead, {path or pattern: choice} or a function path -> choice or None:
+        `capture.diagonal` (exact where the leaf is a layer that is used once), `identity`, `zero`, a function like
+        these, or the rank of a sketch of the factors.
       unsupported: what to do with leaves that no rule covers; `capture.error` refuses them.
       sample: how the batch of the factors is drawn from the inner data; it is asked with t = 0.
 
@@ -84,5 +89,5 @@ def kfac(
     chosen = sampled() if fisher is None else fisher
     checks.function("fisher", chosen, "key", "loss", "outputs", "targets")
     passes = Passes(lambda key, here, kept: measure(key, here, chosen, kept), inverse)
-    options = Options(damping, sharing, positions, largest, unsupported, sample)
+    options = Options(damping, sharing, positions, largest, blocks, unsupported, sample)
     return curved(passes, options, Refresh.of(ema, factors_every, inverse_every))

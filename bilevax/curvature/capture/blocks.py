@@ -19,6 +19,7 @@ import numpy as np
 from bilevax import checks
 from bilevax.curvature.capture._walk import walk
 from bilevax.curvature.capture.batch_axis import SHARED, Axis, opened
+from bilevax.curvature.capture.choices import Blocks, Choice, chosen
 from bilevax.curvature.capture.uses import Covered, Path, Use, Value, View, Visitor, forget
 from bilevax.curvature.capture.view import UNUSED, WHOLE, Part, Strided
 from bilevax.typing import Array, PyTree, Scalar
@@ -168,6 +169,8 @@ class Block(NamedTuple):
       treatment: of a leaf that no rule covers.
       what: the primitives.
       layers: how many of the axes of `stack` are axes of the matrix.
+      diagonal: whether the matrix has the diagonal of its curvature for a block, and no factors.
+      rank: of the sketches of its factors, where one is chosen for this block.
 
     Example:
         >>> import bilevax as bx, jax.numpy as jnp
@@ -196,6 +199,13 @@ class Block(NamedTuple):
     treatment: Treatment | None = None
     what: str = ""
     layers: int = 0
+    diagonal: bool = False
+    rank: int | None = None
+
+    @property
+    def factored(self) -> bool:
+        """Whether its block is A ⊗ B."""
+        return self.matrix is not None and not self.diagonal
 
     @property
     def rows(self) -> int:
@@ -295,13 +305,17 @@ def named(y: PyTree) -> list[tuple[str, Any]]:
     return [(name, leaf) for name, (_, leaf) in zip(names, leaves, strict=True)]
 
 
-def trace(model: Model, y: PyTree, inputs: PyTree, *, unsupported: Unsupported = error) -> Capture:
+def trace(
+    model: Model, y: PyTree, inputs: PyTree, *, blocks: Blocks | None = None, unsupported: Unsupported = error
+) -> Capture:
     """Traces a model and finds the block of each leaf of y.
 
     Args:
       model: `model(y, inputs) -> outputs [N, ..., C]`.
       y: inner variable; its values are not read.
       inputs: any pytree; arrays of it with N as their first axis hold the examples.
+      blocks: what certain leaves get, path, pattern or function of the path -> `diagonal`, `identity`, `zero`, another
+        such function, or the rank of a sketch; by default what the rules say.
       unsupported: what to do with leaves that no rule covers: `error`, `diagonal`, `identity`, `zero`, or a function
         of your own, leaf -> reason to leaf -> `Treatment`.
 
@@ -309,7 +323,7 @@ def trace(model: Model, y: PyTree, inputs: PyTree, *, unsupported: Unsupported =
       A `Capture`.
 
     Raises:
-      ValueError: if a leaf is covered by no rule and `unsupported` is `error`.
+      ValueError: if a leaf is covered by no rule and `unsupported` is `error`, or `blocks` names no leaf.
 
     Cost: tracing the model twice; nothing at run time.
 
@@ -345,14 +359,15 @@ def trace(model: Model, y: PyTree, inputs: PyTree, *, unsupported: Unsupported =
         return value
 
     uses, axis = _collected(follow, leaves)
-    blocks = _blocks(names, [jnp.shape(leaf) for leaf in leaves], uses, unsupported, n)
-    if axis not in (0, SHARED) and any(block.treatment is None for block in blocks):
+    choices = chosen(blocks, names)
+    found = _with_choices(names, [jnp.shape(leaf) for leaf in leaves], uses, choices, unsupported, n)
+    if axis not in (0, SHARED) and any(block.treatment is None for block in found):
         raise ValueError(
             "model must return outputs [N, ..., C] whose row n belongs to example n of the inputs; got outputs in "
             "which the examples cannot be followed to the first axis. Put them there, in their order."
         )
     outputs = jax.ShapeDtypeStruct(shapes[0], program[0].outvars[0].aval.dtype)
-    return Capture(blocks, lambda visitor, leaves: follow(visitor, leaves).array, n, outputs)
+    return Capture(found, lambda visitor, leaves: follow(visitor, leaves).array, n, outputs)
 
 
 def _collected(follow: Callable[[Visitor, Sequence[Array]], Value], leaves: Sequence[Any]) -> tuple[list[Use], Axis]:
@@ -378,10 +393,66 @@ def _collected(follow: Callable[[Visitor, Sequence[Array]], Value], leaves: Sequ
     return list(uses.values()), axis
 
 
-def _blocks(
-    names: Sequence[str], shapes: Sequence[tuple[int, ...]], uses: Sequence[Use], unsupported: Unsupported, n: int
+def _with_choices(
+    names: Sequence[str],
+    shapes: Sequence[tuple[int, ...]],
+    uses: Sequence[Use],
+    choices: Mapping[int, Choice],
+    unsupported: Unsupported,
+    n: int,
 ) -> list[Block]:
-    """The blocks of every leaf: one, for a weight with its bias, or one for each part of it."""
+    """The blocks, of which some leaves have others than the rules say."""
+    made = {
+        leaf: _answered(choice, {names[leaf]: "chosen by blocks"})[names[leaf]]
+        for leaf, choice in choices.items()
+        if not isinstance(choice, int)
+    }
+    by_name = {names[leaf]: treatment for leaf, treatment in made.items()}
+
+    def answer(leaves: Mapping[str, str]) -> dict[str, Treatment]:
+        rest = {name: what for name, what in leaves.items() if name not in by_name}
+        return {**(_answered(unsupported, rest) if rest else {}), **by_name}
+
+    # A leaf with a treatment is none that the rules see; nor is it the bias of a layer, or has one
+    left = []
+    for use in uses:
+        bias = None if use.bias is None or use.bias[0] in made else use.bias
+        if use.leaf not in made:
+            left.append(use._replace(bias=bias))
+        elif made[use.leaf].probes:
+            left.append(use._replace(bias=bias, joins=None))
+    what = {leaf: " and ".join(dict.fromkeys(use.what for use in uses if use.leaf == leaf)) for leaf in choices}
+    ranks = {leaf: choice for leaf, choice in choices.items() if isinstance(choice, int)}
+    blocks = []
+    for block in _blocks(names, shapes, left, answer, n, {k: made[k] for k in made if made[k].probes}):
+        if block.treatment is not None and what.get(block.leaf):
+            block = block._replace(what=what[block.leaf])
+        blocks.append(block._replace(rank=ranks.get(block.leaf) if block.matrix is not None else None))
+    return blocks
+
+
+def _answered(unsupported: Unsupported, leaves: Mapping[str, str]) -> dict[str, Treatment]:
+    """A treatment for each of these leaves."""
+    treatments = unsupported(leaves)
+    for name in leaves:
+        treatment = treatments.get(name) if isinstance(treatments, Mapping) else None
+        if not isinstance(treatment, Treatment):
+            raise ValueError(
+                f"unsupported must return a dict with a Treatment for each leaf that it is given; got {treatment!r} "
+                f"for {name}. Return, say, bx.curvature.capture.identity(leaves)."
+            )
+    return {name: treatments[name] for name in leaves}
+
+
+def _blocks(
+    names: Sequence[str],
+    shapes: Sequence[tuple[int, ...]],
+    uses: Sequence[Use],
+    unsupported: Unsupported,
+    n: int,
+    wanted: Mapping[int, Treatment],
+) -> list[Block]:
+    """The blocks of every leaf: one, for a weight with its bias, or one for each part; diagonals where wanted."""
     by_leaf: dict[int, list[Use]] = {leaf: [] for leaf in range(len(names))}
     for use in uses:
         by_leaf[use.leaf].append(use)
@@ -389,6 +460,8 @@ def _blocks(
     for leaf in {use.leaf for use in taps}:
         by_leaf[leaf] = _observed(by_leaf[leaf], shapes[leaf])
     apart = {leaf for leaf, found in by_leaf.items() if _apart(found, shapes[leaf])}
+    once = {leaf for leaf in apart & {*wanted} if _once(by_leaf[leaf])}
+    apart -= {*wanted} - once
     biases = _biases([use for leaf in sorted(apart) for use in by_leaf[leaf]], taps)
     blocks: dict[int, list[Block]] = {}
     missing: dict[int, str] = {}
@@ -404,17 +477,14 @@ def _blocks(
             blocks[leaf] = [_block(name, shapes[leaf], [use._replace(part=WHOLE) for use in found])]
         else:
             shared.append(leaf)
-    blocks |= _diagonals(names, shapes, {leaf: by_leaf[leaf] for leaf in shared}, n)
+    blocks |= _diagonals(names, shapes, {leaf: by_leaf[leaf] for leaf in shared}, n, wanted)
     if missing:
-        treatments = unsupported({names[leaf]: what for leaf, what in missing.items()})
+        treatments = _answered(unsupported, {names[leaf]: what for leaf, what in missing.items()})
         for leaf, what in missing.items():
-            treatment = treatments.get(names[leaf]) if isinstance(treatments, Mapping) else None
-            if not isinstance(treatment, Treatment):
-                raise ValueError(
-                    f"unsupported must return a dict with a Treatment for each leaf that it is given; got "
-                    f"{treatment!r} for {names[leaf]}. Return, say, bx.curvature.capture.identity(leaves)."
-                )
+            treatment = treatments[names[leaf]]
             blocks[leaf] = [Block(names[leaf], treatment.rule, leaf, treatment=treatment, what=what)]
+    for leaf in once:
+        blocks[leaf] = [b if b.matrix is None else b._replace(rule="diagonal", diagonal=True) for b in blocks[leaf]]
     return [block for leaf in sorted(blocks) for block in blocks[leaf]]
 
 
@@ -451,6 +521,13 @@ def _apart(uses: Sequence[Use], shape: tuple[int, ...]) -> bool:
         return False
     inner = shape[uses[0].stack :]
     return len(parts) == 1 or int(_count((_span(part, inner) for part in parts), math.prod(inner)).max()) < 2
+
+
+def _once(uses: Sequence[Use]) -> bool:
+    """Whether a leaf, or each part of it, is the weight of one layer, which is used once."""
+    return all(use.matrix is not None and use.times == 1 for use in uses) and len({use.part for use in uses}) == len(
+        uses
+    )
 
 
 def _owners(biases: Mapping[Covered, Covered]) -> set[int]:
@@ -501,7 +578,11 @@ EXACT = 2**24
 
 
 def _diagonals(
-    names: Sequence[str], shapes: Sequence[tuple[int, ...]], uses: Mapping[int, Sequence[Use]], n: int
+    names: Sequence[str],
+    shapes: Sequence[tuple[int, ...]],
+    uses: Mapping[int, Sequence[Use]],
+    n: int,
+    wanted: Mapping[int, Treatment],
 ) -> dict[int, list[Block]]:
     """Diagonals of leaves that a layer is a function of, or that are used in several ways: exact for the small ones."""
     blocks, left = {}, EXACT
@@ -511,7 +592,8 @@ def _diagonals(
         exact = numbers <= left and len(stacks) == 1
         left -= numbers if exact else 0
         what = " and ".join(dict.fromkeys(use.what for use in uses[leaf]))
-        treatment = None if exact else diagonal({names[leaf]: what})[names[leaf]]
+        estimated = wanted.get(leaf, diagonal({names[leaf]: what})[names[leaf]])
+        treatment = None if exact else estimated
         depth = stacks.pop() if exact else 0
         block = Block(names[leaf], "diagonal", leaf, stack=shapes[leaf][:depth], shape=shapes[leaf][depth:])
         explicit = any(use.explicit for use in uses[leaf])
