@@ -525,9 +525,8 @@ def _apart(uses: Sequence[Use], shape: tuple[int, ...]) -> bool:
 
 def _once(uses: Sequence[Use]) -> bool:
     """Whether a leaf, or each part of it, is the weight of one layer, which is used once."""
-    return all(use.matrix is not None and use.times == 1 for use in uses) and len({use.part for use in uses}) == len(
-        uses
-    )
+    single = len({use.part for use in uses}) == len(uses)
+    return single and all(use.matrix is not None and use.times == 1 for use in uses)
 
 
 def _owners(biases: Mapping[Covered, Covered]) -> set[int]:
