@@ -197,22 +197,24 @@ def _ratio(over: Sequence[Spent], under: Sequence[Spent], field: str) -> float:
     return float(np.median([getattr(one, field) / getattr(other, field) for one, other in pairs]))
 
 
-def measured(case: Case, rows: Sequence[Row], options: Options) -> Iterator[tuple[str, dict[str, float | None]]]:
-    """The metrics of each row; that of identity is among them."""
+def measured(case: Case, rows: Sequence[Row], options: Options) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The metrics of each row, identity among them. Programs are compiled by all threads, and timed on one."""
     gradient, step, gradient_compiling = training(case)
     programs = {row.name: made(case, row) for row in rows}
     calls: dict[Any, Callable[[], Any]] = {"gradient": gradient, "step": step}
     for name, one in programs.items():
         calls[name, "hypergradient"] = one.hypergradient
         calls |= {(name, part): call for part in ("inverts", "uses") if (call := getattr(one, part))}
-    budget = 1e-9 if options.quick else options.budget
-    spent = interleaved(calls, ROUNDS, budget, options.seed)
-    outer = interleaved({name: one.outer for name, one in programs.items()}, ROUNDS, budget, options.seed)
+    rounds, budget = (2, 1e-9) if options.quick else (ROUNDS, options.budget)
+    with pinned() as one_cpu:
+        spent = interleaved(calls, rounds, budget, options.seed)
+        outer = interleaved({name: one.outer for name, one in programs.items()}, rounds, budget, options.seed)
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(case.y))
     reference = dict(zip(("step_seconds", "step_cpu_seconds"), np.median(spent["step"], axis=0).tolist(), strict=True))
+    reference["one_cpu"] = one_cpu
     reference["gradient_cpu_seconds"] = float(np.median([one.cpu_seconds for one in spent["gradient"]]))
     for name, one in programs.items():
-        numbers: dict[str, float | None] = {**reference}
+        numbers: dict[str, Any] = {**reference}
         alone = spent[name, "hypergradient"]
         for field, short in (("cpu_seconds", "cpu"), ("seconds", "wall")):
             numbers[f"hypergradient_{short}"] = _ratio(alone, spent["step"], field)
@@ -244,15 +246,12 @@ def run(
     rows = [row for row in ROWS if row.name in names]
     for case in cases:
         console.print(f"[dim]{case.title}: compiling and measuring {len(rows)} methods …")
-        with pinned() as one_cpu:
-            found = [
-                Run(task, name, options.seed, {**chosen, "one_cpu": one_cpu}, Outcome((), numbers, {}))
-                for name, numbers in measured(case, rows, options)
-            ]
-        for one in found:
-            one.write(folder.within(case.name))
+        found = []
+        for name, numbers in measured(case, rows, options):
+            found.append(Run(task, name, options.seed, dict(chosen), Outcome((), numbers, {})))
+            found[-1].write(folder.within(case.name))
         at = found[0].outcome.metrics
-        where = "one thread on one CPU" if one_cpu else "BLAS on one thread"
+        where = "one thread on one CPU" if at["one_cpu"] else "BLAS on one thread"
         console.print(
             f"A training step takes {at['step_cpu_seconds']:.3g} CPU s ({at['step_seconds']:.3g} s on the wall), its "
             f"gradient {at['gradient_cpu_seconds']:.3g} CPU s: {where}."

@@ -58,8 +58,8 @@ def test_each_row_has_its_ratios_and_a_file(tmp_path, capsys):
     for record in found.values():
         metrics = record["metrics"]
         assert {*costs.COLUMNS} <= {*metrics}
+        assert metrics.pop("one_cpu") == TASKS.exists()
         assert all(metrics[name] > 0 for name in metrics if name != "kept_ratio")
-        assert record["configuration"]["one_cpu"] == TASKS.exists()
     identity, kfac = (found[f"{name}-seed0"]["metrics"] for name in ("identity", "kfac"))
     assert (identity["outer_cpu"], identity["outer_wall"], identity["kept_ratio"]) == (1, 1, 0)
     assert kfac["kept_ratio"] > 0
