@@ -132,6 +132,7 @@ def low_rank_update(key: Key) -> Made:
     return lambda y, a: jnp.tanh(a @ (frozen + y["a"] @ y["b"])) @ y["head"], y
 
 
+SHAPES = {"features": (WIDTH,), "images": (8, 8, 2), "texts": (LENGTH,)}  # of one example
 FEATURES, IMAGES = jnp.zeros((1, WIDTH)), jnp.zeros((1, 8, 8, 2))
 TOKENS = jnp.zeros((1, LENGTH), int)
 MODELS: dict[str, Small] = {
