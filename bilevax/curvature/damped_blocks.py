@@ -12,7 +12,7 @@ from bilevax.carried import parameters
 from bilevax.curvature import capture
 from bilevax.curvature.capture.choices import Blocks
 from bilevax.curvature.forms import Diagonal, Factors, Kronecker, Sketch
-from bilevax.curvature.inverse import Damping, Eigen, Inverse, by_shape, spectral
+from bilevax.curvature.inverse import Damping, Eigen, Inverse, by_shape, joint, spectral
 from bilevax.curvature.model_loss import held, structured
 from bilevax.curvature.sharing import expand
 from bilevax.curvature.traced_loss import TracedLoss, trace_loss
@@ -77,9 +77,9 @@ def _decomposed(factors: Kronecker, delta: Array, inverse: Inverse) -> Any:
     return inverse.decompose(a, b, delta)
 
 
-def _solver(part: Any, inverse: Inverse) -> Inverse:
+def _solver(block: capture.Block, part: Any, inverse: Inverse) -> Inverse:
     diagonal = isinstance(part, Eigen) and part.qa is None and part.qb is None
-    return spectral if diagonal else inverse
+    return spectral if diagonal or block.twin else inverse
 
 
 def decompose(here: TracedLoss, found: Factors, decay: dict[str, Array], damping: Damping, inverse: Inverse) -> Parts:
@@ -93,9 +93,13 @@ def decompose(here: TracedLoss, found: Factors, decay: dict[str, Array], damping
             blocks[name] = Eigen(None, None, diagonal) if named[name].diagonal else diagonal
             means.append(jnp.mean(factors.diagonal))
         else:
-            delta = _delta(named[name], decay[name], damping, None)
-            blocks[name] = _decomposed(factors, delta, inverse)
-            means.append(jnp.mean(factors.mean_eigenvalue))
+            block = named[name]
+            if block.second:
+                continue
+            twin: Any = found.get(block.twin)
+            delta = _delta(block, decay[name], damping, None)
+            blocks[name] = _decomposed(factors, delta, inverse) if twin is None else joint(factors, twin)
+            means.append(jnp.mean(factors.mean_eigenvalue + (0 if twin is None else twin.mean_eigenvalue)))
     return Parts(blocks, jnp.mean(jnp.stack(means)) if means else jnp.zeros((), here.q.dtype))
 
 
@@ -117,7 +121,9 @@ def solve(
     for block in here.captured.blocks:
         part = parts.blocks.get(block.name)
         eigenvalues = part
-        chosen = _solver(part, inverse)
+        if block.second:
+            continue
+        chosen = _solver(block, part, inverse)
         if block.matrix is not None:
             eigenvalues = None if chosen.eigenvalues is None else chosen.eigenvalues(part)
         delta = _delta(block, decay[block.name], damping, eigenvalues)

@@ -172,10 +172,13 @@ class Kept(NamedTuple):
         def one(size: int, rows: int) -> Form:
             if size > self.largest:
                 return diagonal
+            if block.twin:  # what is added up before it is inverted
+                return dense
             form = self.form if block.rank is None else sketched(block.rank)
             return form(size, rows if self.fresh and block.uses == 1 else None)
 
-        return diagonal if block.by_row else one(block.rows, first), one(block.outputs, second)
+        a = diagonal if block.by_row else one(block.rows, first)
+        return a, diagonal if block.by_column else one(block.outputs, second)
 
 
 def _scaled(factor: Factor, scale: Array) -> Factor:

@@ -1,6 +1,6 @@
 """Damped inverses of Kronecker products."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from bilevax import checks
 from bilevax.curvature.bases import eigenbasis, symmetric
-from bilevax.curvature.forms import ChooseForm, Factor, Form, Rows, Sketch, dense, mean_eigenvalue, sketched
+from bilevax.curvature.forms import ChooseForm, Factor, Form, Kronecker, Rows, Sketch, dense, mean_eigenvalue, sketched
 from bilevax.curvature.forms import rows as kept_as_rows
 from bilevax.printing import as_called, by_text
 from bilevax.typing import Array, Scalar
@@ -118,6 +118,34 @@ def eigen(a: Factor, b: Factor, delta: Scalar = 0.0) -> Eigen:
     db, qb = eigenbasis(b, second)
     da, qa = eigenbasis(a, first)
     return Eigen(qa, qb, da[..., :, None] * db[..., None, :])
+
+
+def joint(straight: Kronecker, turned: Kronecker) -> Eigen:
+    """A ⊗ B of a matrix and B' ⊗ A' of its transpose, used as a layer of its own, diagonal in one basis, nearly.
+
+        Q_A of A mean(B) + B' mean(A'),   Q_B of B mean(A) + A' mean(B'),   mean: eigenvalue
+        eigenvalues = diag(Q_Aᵀ A Q_A) diag(Q_Bᵀ B Q_B)ᵀ + diag(Q_Aᵀ B' Q_A) diag(Q_Bᵀ A' Q_B)ᵀ
+
+    Of a table that is the output layer as well, A and B' are diagonals over its rows, and there is no Q_A.
+    """
+    factors: Any = [(straight.A, straight.B), (turned.B, turned.A)]
+    kept = straight.diagonals
+    means = [[mean_eigenvalue(pair[side], kept[side]) for side in (0, 1)] for pair in factors]
+    bases: list[Array | None] = []
+    values: list[Sequence[Array]] = []
+    for side in (0, 1):
+        one, other = factors[0][side], factors[1][side]
+        if kept[side]:
+            bases.append(None)
+            values.append((one, other))
+            continue
+        weights = [mean[1 - side][..., None, None] for mean in means]
+        _, q = eigenbasis(one * weights[0] + other * weights[1], False)
+        bases.append(q)
+        values.append([jnp.maximum(jnp.sum(q * (matrix @ q), axis=-2), 0) for matrix in (one, other)])
+    (qa, qb), (left, right) = bases, values
+    one, other = (a[..., :, None] * b[..., None, :] for a, b in zip(left, right, strict=True))
+    return Eigen(qa, qb, one + other)
 
 
 def rotate(parts: Eigen, v: Array) -> Array:

@@ -10,7 +10,6 @@ import optax
 
 from bilevax.curvature import capture
 from bilevax.curvature.capture.uses import Covered, RowReaders, Use, Visitor
-from bilevax.curvature.capture.view import WHOLE
 from bilevax.curvature.fisher import Fisher
 from bilevax.curvature.forms import Diagonal, Factor, Factors, Form, Forms, Kept, Kronecker, Rows
 from bilevax.curvature.inverse import Eigen
@@ -152,15 +151,16 @@ def _passes(
     """The outputs, and the pull-back from a cotangent of them to what every block makes of it."""
     blocks = {block.covers: block for block in here.captured.blocks}
 
-    def block_of(use: Use) -> capture.Block:  # of a leaf with one block for all of it, uses of its parts count there
-        return blocks[use.covers if use.covers in blocks else (use.leaf, WHOLE)]
+    def block_of(use: Use) -> capture.Block:  # of a leaf with one diagonal for all of it, uses of its parts count there
+        ways = (use.covers, Covered(use.leaf, use.part), Covered(use.leaf))
+        return next(blocks[covers] for covers in ways if covers in blocks)
 
     def kronecker(slot: Any, use: Use, rows: RowReaders, outputs: Array, inputs: Array) -> Array:
         if slot is None or use.explicit != (block := block_of(use)).explicit or block.matrix is None:
             return outputs
         dummy, basis = slot
         residual = Residual(inputs, here.mask, here.q, basis)
-        bias = None if block.bias is None else (block.bias, block.bias_part)
+        bias = None if block.bias is None else Covered(block.bias, block.bias_part)
         whole = use._replace(bias=bias)  # which the model adds elsewhere, where the use itself names none
         measure = _layered(statistic, rows, whole, here.sharing(block.name))
         return _observed(measure, outputs, residual, dummy)
@@ -327,11 +327,24 @@ def curvatures(
     """EKFAC: the diagonal of the curvature in the eigenbases of the factors, and the number of backward passes."""
     label_key, _ = split(key, 2)
     blocks = {block.covers: block for block in here.captured.blocks if block.factored}
-    chosen = {covers: bases[block.name] for covers, block in blocks.items()}
+
+    def basis_of(block: capture.Block) -> Eigen:
+        return _turned(bases[block.twin]) if block.second else bases[block.name]
+
+    chosen = {covers: basis_of(block) for covers, block in blocks.items()}
     dummies = {covers: jnp.zeros_like(basis.eigenvalues) for covers, basis in chosen.items()}
     outputs, pull = _passes(here, _squares, chosen, dummies)
     columns, column = fisher(label_key, here.loss, outputs, here.targets)
     root = jnp.sqrt(here.scale(outputs))[..., None]
     found, _ = _total(columns, lambda k: (pull(like((column(k) * root).astype(outputs.dtype), outputs))[0], ()))
     measured = {block.name: chosen[covers]._replace(eigenvalues=found[covers]) for covers, block in blocks.items()}
+    for block in blocks.values():
+        if block.second:
+            straight, turned = measured[block.twin], _turned(measured.pop(block.name))
+            measured[block.twin] = straight._replace(eigenvalues=straight.eigenvalues + turned.eigenvalues)
     return measured, columns
+
+
+def _turned(basis: Eigen) -> Eigen:
+    """The same of the transpose."""
+    return Eigen(basis.qb, basis.qa, jnp.swapaxes(basis.eigenvalues, -1, -2))

@@ -175,7 +175,8 @@ def curved(passes: Passes, options: Options, refresh: Refresh) -> IHVP:
     def corrected(key: Key | None, here: TracedLoss, parts: Parts) -> tuple[Parts, int]:
         if passes.correct is None:
             return parts, 0
-        bases = {block.name: parts.blocks[block.name] for block in here.captured.blocks if block.factored}
+        layers = (block for block in here.captured.blocks if block.factored and not block.second)
+        bases = {block.name: parts.blocks[block.name] for block in layers}
         blocks, count = passes.correct(key, here, bases)
         return parts._replace(blocks={**parts.blocks, **blocks}), count
 

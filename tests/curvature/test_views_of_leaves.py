@@ -178,7 +178,6 @@ CASES = {
     "with itself": ({"w": (D, D)}, lambda y, a: (a @ (y["w"] @ y["w"] + y["w"].T))[:, :C], {"w": DIAGONAL}),
     "orthogonal": ({"w": (D, D)}, lambda y, a: (a @ orthogonal(y["w"]))[:, :C], {"w": DIAGONAL}),
     "own gradient": ({"w": (D, C)}, lambda y, a: a @ tripled(y["w"]), {"w": DIAGONAL}),
-    "two ways": ({"w": (D, D)}, lambda y, a: (jnp.tanh(a @ y["w"]) @ y["w"].T)[:, :C], {"w": DIAGONAL}),
     "layer and scale": ({"w": (D, D)}, lambda y, a: (jnp.tanh(a @ y["w"]) * y["w"][0][None])[:, :C], {"w": DIAGONAL}),
     "overlap": ({"w": (3, D, D)}, lambda y, a: chain([y["w"][0], y["w"][0:2].sum(0)], a), {"w": DIAGONAL}),
     "columns of a table": ({"w": (C, 5)}, lambda y, a: y["w"][:, jnp.asarray(a[:, 0] > 0, int)].T, {"w": DIAGONAL}),

@@ -1,5 +1,6 @@
 """A walk through a traced model that meets every use of a parameter, and may change what flows there."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -29,6 +30,8 @@ from bilevax.curvature.capture.uses import (
 )
 from bilevax.curvature.capture.view import WHOLE, Strided
 from bilevax.typing import Array
+
+INDICES = tuple(map(jnp.dtype, ("bool", "int32", "int64", "uint32", "uint64")))
 
 
 def walk(program: Program, values: Sequence[Value], visitor: Visitor, n: int, path: Path = ()) -> list[Value]:
@@ -91,7 +94,7 @@ def _equation(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: Pat
 
 def _unviewed(eqn: Any, values: list[Value], n: int) -> list[Value]:
     """What an equation without leaves gives; numbers that are known are computed, since they may be indices."""
-    small = [out.aval.size == 1 and out.aval.dtype.kind in "iub" for out in eqn.outvars]
+    small = [math.prod(var.aval.shape) == 1 and var.aval.dtype in INDICES for var in eqn.outvars]
     known = [jnp.size(value.array) == 1 and not isinstance(value.array, jax.core.Tracer) for value in values]
     if values and all(small) and all(known):
         with jax.ensure_compile_time_eval():

@@ -171,6 +171,9 @@ class Block(NamedTuple):
       layers: how many of the axes of `stack` are axes of the matrix.
       diagonal: whether the matrix has the diagonal of its curvature for a block, and no factors.
       rank: of the sketches of its factors, where one is chosen for this block.
+      turned: whether the outputs stand before the inputs in the leaf.
+      twin: the block of the same leaf, used as the transpose; both are inverted together, as that which is not turned.
+      by_column: whether the factor B is wanted as its diagonal, since the twin is a table.
 
     Example:
         >>> import bilevax as bx, jax.numpy as jnp
@@ -201,11 +204,19 @@ class Block(NamedTuple):
     layers: int = 0
     diagonal: bool = False
     rank: int | None = None
+    turned: bool = False
+    twin: str = ""
+    by_column: bool = False
 
     @property
     def factored(self) -> bool:
         """Whether its block is A ⊗ B."""
         return self.matrix is not None and not self.diagonal
+
+    @property
+    def second(self) -> bool:
+        """Whether the block is inverted as a part of its twin."""
+        return self.turned and self.twin != ""
 
     @property
     def rows(self) -> int:
@@ -215,7 +226,7 @@ class Block(NamedTuple):
     @property
     def covers(self) -> Covered:
         """The leaf and the part of it, by which uses find their block."""
-        return self.leaf, UNUSED if self.without else self.part
+        return Covered(self.leaf, UNUSED if self.without else self.part, self.turned)
 
     def take(self, leaf: Array) -> Array:
         """What the block covers of its leaf, [*stack, *shape]: the part, or what the other parts leave, 0 elsewhere."""
@@ -416,7 +427,7 @@ def _with_choices(
     # A leaf with a treatment is none that the rules see; nor is it the bias of a layer, or has one
     left = []
     for use in uses:
-        bias = None if use.bias is None or use.bias[0] in made else use.bias
+        bias = None if use.bias is None or use.bias.leaf in made else use.bias
         if use.leaf not in made:
             left.append(use._replace(bias=bias))
         elif made[use.leaf].probes:
@@ -473,6 +484,8 @@ def _blocks(
             missing[leaf] = ", ".join(dict.fromkeys(wrong)) or "meets no examples in model"
         elif leaf in apart and (leaf in _owners(biases) or any(use.matrix is not None for use in found)):
             blocks[leaf] = _parts(name, shapes[leaf], found, biases)
+        elif leaf not in wanted and (twins := _twins(name, shapes[leaf], found)):
+            blocks[leaf] = twins
         elif all(use.matrix is None and not use.derived for use in found) and len({use.stack for use in found}) == 1:
             blocks[leaf] = [_block(name, shapes[leaf], [use._replace(part=WHOLE) for use in found])]
         else:
@@ -530,7 +543,7 @@ def _once(uses: Sequence[Use]) -> bool:
 
 
 def _owners(biases: Mapping[Covered, Covered]) -> set[int]:
-    return {leaf for leaf, _ in biases.values()}
+    return {covers.leaf for covers in biases.values()}
 
 
 def _biases(uses: Sequence[Use], taps: Sequence[Use]) -> dict[Covered, Covered]:
@@ -546,7 +559,7 @@ def _biases(uses: Sequence[Use], taps: Sequence[Use]) -> dict[Covered, Covered]:
         paths = {(use.path, covers) for use in here}
         partners = {joined.get(path) for path in paths}
         bias = partners.pop() if len(partners) == 1 else None
-        if bias is None or covers in found or (bias[1] != WHOLE and covers[1] == WHOLE):
+        if bias is None or covers in found or (bias.part != WHOLE and covers.part == WHOLE):
             continue
         if all(use.joins in paths for use in by_part[bias]) and by_part[bias][0].stack == here[0].stack:
             found[covers] = bias
@@ -562,14 +575,34 @@ def _parts(name: str, shape: tuple[int, ...], uses: Sequence[Use], biases: Mappi
     inner = shape[stack:]
     blocks = []
     for part, here in by_part.items():
-        if (leaf, part) not in biases.values():
+        if here[0].covers not in biases.values():
             text = "" if part == WHOLE else part.text(inner)
-            blocks.append(_block(f"{name}{text}", shape, here, biases.get((leaf, part))))
+            blocks.append(_block(f"{name}{text}", shape, here, biases.get(here[0].covers)))
     if WHOLE not in by_part and not _count(by_part, math.prod(inner)).all():
         unused = Treatment("no curvature", lambda b, delta, scale: b / jnp.where(delta > 0, delta, scale))
         rest = Block(f"{name} (unused part)", unused.rule, leaf, stack=shape[:stack], shape=inner, treatment=unused)
         blocks.append(rest._replace(without=tuple(by_part), what="meets no examples in model"))
     return blocks
+
+
+def _twins(name: str, shape: tuple[int, ...], uses: Sequence[Use]) -> list[Block]:
+    """Two blocks of a leaf that is a matrix and its transpose, such as a table that is the output layer too."""
+    blocks = []
+    for covers in sorted({use.covers for use in uses}):
+        here = [use for use in uses if use.covers == covers]
+        if len({(use.stack, use.matrix, use.inputs, use.outputs, use.by_row) for use in here}) > 1 or here[0].layers:
+            return []
+        blocks.append(_block(name, shape, here))
+    if len(blocks) != 2 or any(block.matrix is None or block.stack != blocks[0].stack for block in blocks):
+        return []
+    first, second = blocks
+    straight: Any = first.matrix and first.matrix.reshape((first.inputs, first.outputs))
+    turned: Any = second.matrix and second.matrix.reshape((second.inputs, second.outputs))
+    if None in (straight, turned) or first.part != second.part or straight != turned.transpose((1, 0)):
+        return []
+    names = [f"{name}{'' if block.part == WHOLE else block.part.text(shape[len(block.stack) :])}" for block in blocks]
+    one, other = names[0], f"{names[1]}.T"
+    return [first._replace(name=one, twin=other), second._replace(name=other, twin=one, by_column=first.by_row)]
 
 
 EXACT = 2**24
@@ -611,5 +644,5 @@ def _block(name: str, shape: tuple[int, ...], uses: Sequence[Use], bias: Covered
     place = (use.leaf, None, stack, use.part, WHOLE, inner, ())
     kind = (use.matrix, use.inputs, use.outputs, use.positions, use.by_row, use.explicit)
     number = sum(use.times for use in uses)
-    block = Block(name, rule, *place, *kind, uses=number, what=what, layers=use.layers)
-    return block if bias is None else block._replace(bias=bias[0], bias_part=bias[1])
+    block = Block(name, rule, *place, *kind, uses=number, what=what, layers=use.layers, turned=use.turned)
+    return block if bias is None else block._replace(bias=bias.leaf, bias_part=bias.part)

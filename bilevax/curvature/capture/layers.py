@@ -92,10 +92,10 @@ def layer(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: Path) -
     elif factor is not None:
         linear: Any = found[0][0].linear
         (array,) = bind(eqn, [linear.strided.of(found[0][0].root), data.array])
-    for (view, here), scale in zip(found, scales, strict=True):
+    for (_, here), scale in zip(found, scales, strict=True):
         inputs = data.array if scale is None or here.use.by_row else (data.array * scale).astype(data.array.dtype)
         use = here.use._replace(positions=jax.eval_shape(here.rows.outputs, array).shape[-2])
-        array, axis = visitor.kronecker(visitor.slots.get(view.covers), use, here.rows, array, inputs), here.axis
+        array, axis = visitor.kronecker(visitor.slots.get(use.covers), use, here.rows, array, inputs), here.axis
     if factor is not None and kernels is None:
         array = (array * factor).astype(result.array.dtype)
     return [Value(array, axis, (), _output(path, array.shape, found))]
@@ -138,10 +138,10 @@ def _output(path: Path, shape: Sequence[int], found: Sequence[tuple[View, Layer]
     size = math.prod(shape[a] for a in found[0][1].features)
     roles = _roles(shape, found[0][1].features, size)
     pieces: dict[Covered, Part] = {}
-    for view, here in found:
+    for _, here in found:
         made = {a: here.window.get(a, (0, shape[a])) for a in here.features}
         offset = sum(start * roles.strides[a] for a, (start, _) in made.items())
-        pieces[view.covers] = Part.ordered(offset, [(length, roles.strides[a]) for a, (_, length) in made.items()])
+        pieces[here.use.covers] = Part.ordered(offset, [(length, roles.strides[a]) for a, (_, length) in made.items()])
     return Output(path, size, roles, pieces)
 
 
@@ -197,7 +197,14 @@ def dense(eqn: Any, values: list[Value], side: int, view: View, n: int, path: Pa
         tuple(a not in batched[side] for a in layers),
     )
     use = Use("dense", path, view.leaf, view.stack, "dot_general", matrix, inputs, outputs)
-    return Layer(use._replace(layers=len(layers), part=view.part), rows, axis, [*ours, *ends], made)
+    turned = not layers and _inner(linear.strided, contracted[side]) < _inner(linear.strided, features)
+    use = use._replace(layers=len(layers), part=view.part, turned=turned)
+    return Layer(use, rows, axis, [*ours, *ends], made)
+
+
+def _inner(strided: Strided, axes: Sequence[int]) -> int:
+    """The shortest stride of these axes."""
+    return min((strided.strides[a] for a in axes if strided.shape[a] > 1), default=0)
 
 
 def conv(eqn: Any, values: list[Value], side: int, view: View, n: int, path: Path) -> Layer | str:

@@ -23,8 +23,18 @@ Path = tuple[int, ...]
 """Where an equation is: its number in the program, then in the program that it calls, ..."""
 
 
-Covered = tuple[int, Part]
-"""A leaf, and the part of it that static slices took; `WHOLE` for all of it."""
+class Covered(NamedTuple):
+    """What a use is of, by which it finds its block.
+
+    Attributes:
+      leaf: which leaf.
+      part: which elements of it.
+      turned: whether it is used as the transpose of the matrix that it is, outputs before inputs.
+    """
+
+    leaf: int
+    part: Part = WHOLE
+    turned: bool = False
 
 
 class View(NamedTuple):
@@ -61,7 +71,7 @@ class View(NamedTuple):
     @property
     def covers(self) -> Covered:
         """What it is a view of."""
-        return self.leaf, self.part
+        return Covered(self.leaf, self.part)
 
     @property
     def root(self) -> Array:
@@ -116,6 +126,7 @@ class Use(NamedTuple):
       layers: how many leading axes of the matrix count layers, each with rows and a block of its own.
       derived: whether a layer has another function of the leaf for its kernel.
       part: of which part of the leaf.
+      turned: whether the outputs stand before the inputs there.
     """
 
     rule: str
@@ -136,11 +147,12 @@ class Use(NamedTuple):
     layers: int = 0
     derived: bool = False
     part: Part = WHOLE
+    turned: bool = False
 
     @property
     def covers(self) -> Covered:
         """What it is a use of."""
-        return self.leaf, self.part
+        return Covered(self.leaf, self.part, self.turned)
 
 
 class RowReaders(NamedTuple):
@@ -183,9 +195,9 @@ class Visitor(NamedTuple):
 
     def own(self, use: Use, view: View) -> Array | None:
         """A leaf (or part) for each example, or None: that of a part where the visitor keeps it, else of the leaf."""
-        whole = (use.leaf, WHOLE)
-        if use.part == WHOLE or use.covers in self.slots or whole not in self.slots:
-            return self.elementwise(self.slots.get(use.covers), use, view.root)
+        whole, part = Covered(use.leaf), Covered(use.leaf, use.part)
+        if use.part == WHOLE or part in self.slots or whole not in self.slots:
+            return self.elementwise(self.slots.get(part), use, view.root)
         leaves = self.elementwise(self.slots[whole], use, view.array)
         return None if leaves is None else jax.vmap(use.part.of)(leaves)
 
