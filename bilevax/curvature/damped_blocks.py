@@ -1,5 +1,6 @@
 """The damped inverse of all blocks together, from their factors."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -127,7 +128,9 @@ def solve(
         if block.matrix is not None:
             eigenvalues = None if chosen.eigenvalues is None else chosen.eigenvalues(part)
         delta = _delta(block, decay[block.name], damping, eigenvalues)
-        if eigenvalues is not None or block.matrix is not None:
+        if isinstance(part, Eigen) and part.eigenvalues.size < math.prod(block.stack) * block.rows * block.outputs:
+            smallest.append(jnp.min(delta))  # that of what the eigenvectors do not span
+        elif eigenvalues is not None or block.matrix is not None:
             smallest.append(jnp.min(delta if eigenvalues is None else eigenvalues + delta))
         if block.matrix is not None:
             add(block.unpack(chosen.solve(part, delta, block.pack(wide)), wide))

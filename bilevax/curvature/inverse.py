@@ -8,11 +8,24 @@ import jax.numpy as jnp
 
 from bilevax import checks
 from bilevax.curvature.bases import eigenbasis, symmetric
-from bilevax.curvature.forms import ChooseForm, Factor, Form, Kronecker, Rows, Sketch, dense, mean_eigenvalue, sketched
+from bilevax.curvature.forms import (
+    ChooseForm,
+    Factor,
+    Form,
+    Kronecker,
+    Rows,
+    Sketch,
+    dense,
+    mean_eigenvalue,
+    sketch,
+    sketched,
+)
 from bilevax.curvature.forms import rows as kept_as_rows
 from bilevax.printing import as_called, by_text
 from bilevax.typing import Array, Scalar
 
+WIDE = 1024  # a factor up to this size is decomposed whole by `by_shape`
+RANK = 256  # of the sketch of a wider one
 Damping = Scalar | Callable[[Array], Scalar]
 
 
@@ -215,8 +228,10 @@ def _cholesky_solve(parts: Cholesky, delta: Scalar, v: Array) -> Array:
     return jnp.swapaxes(solve(parts.b, jnp.swapaxes(left, -1, -2), second), -1, -2)
 
 
-def _thin(size: int, rows: int | None) -> Form:
-    return kept_as_rows if rows is not None and 2 * rows < size else dense
+def _by_shape(size: int, rows: int | None) -> Form:
+    if rows is not None and 2 * rows < size:
+        return kept_as_rows
+    return sketch(RANK) if size > WIDE else dense
 
 
 spectral = Inverse(eigen, eigen_solve, whole_eigenvalues, text="spectral")
@@ -224,8 +239,9 @@ spectral = Inverse(eigen, eigen_solve, whole_eigenvalues, text="spectral")
 factored = Inverse(_cholesky, _cholesky_solve, text="factored")
 """(A + π√δ I)⁻¹ ⊗ (B + √δ/π I)⁻¹ by Cholesky factors, π² = mean eigenvalue of A / that of B: cheaper, and overdamped.
 Reference: Martens and Grosse, arXiv 1503.05671, section 6.3."""
-by_shape = Inverse(eigen, eigen_solve, whole_eigenvalues, _thin, text="by_shape")
-"""`spectral` from the rows themselves, where a factor has fewer of them than half its size: the same, at less cost."""
+by_shape = Inverse(eigen, eigen_solve, whole_eigenvalues, _by_shape, text="by_shape")
+"""`spectral` from the rows themselves, where a factor has fewer of them than half its size: the same, at less cost.
+Where it has more, `spectral` up to a size of 1024, and `low_rank(256)` above."""
 
 
 @as_called

@@ -29,7 +29,7 @@ class KFACState(NamedTuple):
 
     Attributes:
       step: how many times it was prepared.
-      factors: name -> moving averages of the sums that factors are made of.
+      factors: name -> moving averages of the sums that factors are made of; none where each is measured for itself.
       parts: their decompositions.
 
     Example:
@@ -191,7 +191,6 @@ def curved(passes: Passes, options: Options, refresh: Refresh) -> IHVP:
         """What is kept is refreshed where it is due; the first step refreshes everything."""
         first = state.step == 0
         due, invert = first | refresh.factors(state.step), first | refresh.inverse(state.step)
-        measure = due if refresh.averages else invert  # factors that would be forgotten are not measured
 
         def average(old: Factors) -> tuple[Factors, int]:
             found, count = passes.measure(key, here, kept(here))
@@ -201,11 +200,20 @@ def curved(passes: Passes, options: Options, refresh: Refresh) -> IHVP:
         def decomposed(old: Parts) -> Parts:
             return decompose(here, found, decay, damping, inverse)
 
+        def anew(old: Parts) -> tuple[Parts, int]:
+            found, count = passes.measure(key, here, kept(here))
+            return decompose(here, found, decay, damping, inverse), count
+
         def correct(old: Parts) -> tuple[Parts, int]:
             return corrected(key, here, old)
 
-        found, spent = jax.lax.cond(measure, average, lambda old: (old, 0), state.factors)
-        parts = jax.lax.cond(invert, decomposed, lambda old: old, state.parts)
+        spent: Scalar
+        if refresh.averages:
+            found, spent = jax.lax.cond(due, average, lambda old: (old, 0), state.factors)
+            parts = jax.lax.cond(invert, decomposed, lambda old: old, state.parts)
+        else:  # factors that would be forgotten are not measured but for a decomposition
+            found = {}
+            parts, spent = jax.lax.cond(invert, anew, lambda old: (old, 0), state.parts)
         parts, more = jax.lax.cond(due | invert, correct, lambda old: (old, 0), parts)
         return found, parts, spent + more
 
@@ -222,7 +230,7 @@ def curved(passes: Passes, options: Options, refresh: Refresh) -> IHVP:
 
         def shapes(key: Key, point: Point) -> tuple[Factors, Parts]:
             found, parts, _ = fresh(*measured(key, inner_loss, point))
-            return found, parts
+            return found if refresh.averages else {}, parts
 
         found, parts = optax.tree.zeros_like(jax.eval_shape(shapes, jax.random.key(0), (x, y, batch)))
         return KFACState(jnp.zeros((), jnp.int32), found, parts)

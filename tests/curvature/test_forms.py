@@ -214,3 +214,25 @@ def nystrom(entry):
         image = np.asarray(factor.image)
         omega = np.asarray(curvature.forms.random_matrix(*image.shape, jnp.float64))
         yield image @ np.linalg.solve(omega.T @ image, image.T)
+
+
+# Which form by default, and what a state keeps.
+
+
+def test_the_form_follows_from_the_shape():
+    """Rows where they are fewer than half, the whole up to 1024, else a sketch of 256; of low_rank where it is less."""
+    shown = lambda inverse, size, rows: str(inverse.form(size, rows))  # noqa: E731
+    by_shape, low_rank = kronecker.by_shape, kronecker.low_rank(64)
+    assert [shown(by_shape, 768, rows) for rows in (383, 384, None)] == ["rows", "dense", "dense"]
+    assert [shown(by_shape, 3072, rows) for rows in (1535, 1536, None)] == ["rows", "sketch(256)", "sketch(256)"]
+    assert [shown(low_rank, size, None) for size in (128, 129)] == ["dense", "sketch(64)"]
+    assert [shown(low_rank, 768, rows) for rows in (128, 129)] == ["rows", "sketch(64)"]
+    assert {shown(one, 9000, 5) for one in (kronecker.spectral, kronecker.factored)} == {"dense"}
+
+
+def test_a_state_keeps_what_it_averages_and_no_more():
+    for choices, kept in (({"inverse_every": 3}, False), ({"ema": 0.5}, True), ({"factors_every": 2}, True)):
+        state = jax.eval_shape(lambda choices=choices: kfac(**choices).init(WEIGHTS, Y, BATCH, LOSS))
+        assert bool(state.factors) == kept
+    thin = jax.eval_shape(lambda: kfac(inverse_every=3).init(WEIGHTS, Y, BATCH, LOSS))
+    assert sum(leaf.size for leaf in jax.tree.leaves(thin)) < 2 * ravel_pytree(Y)[0].size
