@@ -12,6 +12,7 @@ from bilevax import checks
 from bilevax.carried import parameters
 from bilevax.curvature import capture
 from bilevax.curvature.capture.choices import Blocks
+from bilevax.curvature.capture.view import WHOLE
 from bilevax.curvature.forms import Diagonal, Factors, Kronecker, Sketch
 from bilevax.curvature.inverse import Damping, Eigen, Inverse, by_shape, joint, spectral
 from bilevax.curvature.model_loss import held, structured
@@ -40,6 +41,10 @@ def weight_decay(here: TracedLoss, inner_loss: Loss, x: PyTree, y: PyTree) -> di
     decay: dict[str, Array] = {}
     for block in here.captured.blocks:
         leaves = list(dict.fromkeys(leaf for leaf in (block.leaf, block.bias) if leaf is not None))
+        if block.part != WHOLE:
+            each = {k: jnp.broadcast_to(jnp.asarray(rates[k], here.q.dtype), here.leaves[k].shape) for k in leaves}
+            decay[block.name] = jnp.mean(block.take(each[block.leaf]) if block.matrix is None else block.pack(each))
+            continue
         sizes = [here.leaves[leaf].size for leaf in leaves]
         means = [jnp.mean(jnp.asarray(rates[k], here.q.dtype)) for k in leaves]
         total: Any = sum(mean * size for mean, size in zip(means, sizes, strict=True))

@@ -86,6 +86,40 @@ def test_a_leaf_without_a_rule_is_named(shape, odd, reason):
     assert "unsupported=" in fix
 
 
+# Each refusal, and what its message says to do about it
+
+A, SHORT = BATCH[0], {"odd": jnp.ones((D, D)), "out": OUT["kernel"][:D]}
+REMEDIES = {
+    "a loop of fixed length": (
+        lambda y, a: jax.lax.while_loop(lambda a: a[0, 0] > 0, lambda a: jnp.tanh(a @ y["odd"]), a) @ y["out"],
+        lambda y, a: jax.lax.scan(lambda a, _: (jnp.tanh(a @ y["odd"]), None), a, length=3)[0] @ y["out"],
+    ),
+    "choose with jnp.where": (
+        lambda y, a: jax.lax.cond(y["out"].sum() > 0, lambda: a @ y["odd"], lambda: -a @ y["odd"]) @ y["out"],
+        lambda y, a: jnp.where(a.sum(1, keepdims=True) > 0, a @ y["odd"], -a @ y["odd"]) @ y["out"],
+    ),
+    "apply the function in its body": (
+        lambda y, a: jax.lax.scan(lambda a, w: (a * w[None], None), a, jnp.exp(y["odd"]))[0] @ y["out"],
+        lambda y, a: jax.lax.scan(lambda a, w: (a * jnp.exp(w)[None], None), a, y["odd"])[0] @ y["out"],
+    ),
+    "pick rows by ids": (
+        lambda y, a: (a[:D] * y["odd"]) @ y["out"],
+        lambda y, a: (a[:D] * y["odd"][jnp.asarray(a[:D, 0] > 0, int)]) @ y["out"],
+    ),
+    "leave it out of y": (lambda y, a: a @ y["out"], None),
+}
+
+
+@pytest.mark.parametrize("remedy", REMEDIES)
+def test_the_message_says_what_helps(remedy):
+    model, mended = REMEDIES[remedy]
+    inputs = A[:D] if remedy == "pick rows by ids" else A
+    with pytest.raises(ValueError, match=f"For odd[^.]*: [^.]*{remedy}"):
+        capture.trace(model, SHORT, inputs)
+    y = {"out": SHORT["out"]} if mended is None else SHORT
+    assert {block.leaf for block in capture.trace(mended or model, y, inputs).blocks} == set(range(len(y)))
+
+
 def opaque(y, a):
     """A layer that is not seen: whether it is there depends on the examples."""
     return dense(y["out"], jnp.tanh(jax.lax.cond(a[0, 0] < 9, lambda: a @ jnp.exp(y["odd"]), lambda: 0 * a @ y["odd"])))

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from blocks import captured, gauss_newton, kfac, make
+from blocks import KEY, captured, gauss_newton, kfac, make
 from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+import bilevax as bx
 from bilevax import curvature
 from bilevax.curvature import capture
 
@@ -277,3 +278,22 @@ def test_parts_stand_in_the_table():
         (("w[:, 0:4]", "b[0:4]"), "2 layers of [2, 4, 4]: A [5, 5], B [4, 4]"),
         (("w[:, 4:8]", "b[4:8]"), "2 layers of [2, 4, 4]: A [5, 5], B [4, 4]"),
     ]
+
+
+def test_weight_decay_of_a_part_is_that_of_its_elements():
+    """Three layers in one leaf, each with a decay of its own."""
+    rates = {"w": jnp.broadcast_to(jnp.array([0.1, 0.2, 0.7])[:, None, None], (3, D, C))}
+    loss = make(observed, l2=lambda x: rates)
+    ihvp = bx.ihvp.kfac(damping=0.5, fisher=curvature.fisher.exact)
+
+    @jax.jit
+    def solve(y, b):
+        return ihvp.prepare(KEY, (), loss, (X, y, (SAME, LABELS)))[0](b)[0]
+
+    y = drawn({"w": (3, D, C)})
+    b = jax.tree.map(jnp.cos, y)
+    v = solve(y, b)["w"]
+    G = np.asarray(gauss_newton(observed, X, y, (SAME, LABELS))).reshape(3, D * C, 3, D * C)
+    for k, rate in enumerate((0.1, 0.2, 0.7)):
+        expected = np.linalg.solve(G[k, :, k] + (rate + 0.5) * np.eye(D * C), np.ravel(b["w"][k]))
+        np.testing.assert_allclose(np.ravel(v[k]), expected, rtol=1e-9)

@@ -20,6 +20,7 @@ from bilevax import checks
 from bilevax.curvature.capture._walk import walk
 from bilevax.curvature.capture.batch_axis import SHARED, Axis, opened
 from bilevax.curvature.capture.choices import Blocks, Choice, chosen
+from bilevax.curvature.capture.remedies import remedies
 from bilevax.curvature.capture.uses import Covered, Path, Use, Value, View, Visitor, forget
 from bilevax.curvature.capture.view import UNUSED, WHOLE, Part, Strided
 from bilevax.typing import Array, PyTree, Scalar
@@ -80,8 +81,8 @@ def error(leaves: Mapping[str, str]) -> NoReturn:
     found = ", ".join(f"{name} ({what})" for name, what in leaves.items())
     raise ValueError(
         f"model must use each leaf of y in a way that has a curvature block; got {found}. Expected a matrix product or "
-        f"convolution with the examples, rows of a table, or an element-wise scale or shift. Pass unsupported="
-        f"bx.curvature.capture.diagonal (or identity, or zero), or mark the layer with bx.curvature.observe."
+        f"convolution with the examples, rows of a table, or an element-wise scale or shift.{remedies(leaves)} Pass "
+        f"unsupported=bx.curvature.capture.diagonal (or identity, or zero), or mark a layer with bx.curvature.observe."
     )
 
 
