@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevax import checks
+from bilevax.curvature.capture._remedies import remedies
 from bilevax.curvature.capture._walk import walk
 from bilevax.curvature.capture.batch_axis import SHARED, Axis, opened
 from bilevax.curvature.capture.choices import Blocks, Choice, chosen
-from bilevax.curvature.capture.remedies import remedies
 from bilevax.curvature.capture.uses import Covered, Path, Use, Value, View, Visitor, forget
 from bilevax.curvature.capture.view import UNUSED, WHOLE, Part, Strided
 from bilevax.typing import Array, PyTree, Scalar
