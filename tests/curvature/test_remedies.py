@@ -1,0 +1,153 @@
+"""What the capture refuses, and the line of docs/curvature.md that helps: each remedy is applied here."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from blocks import KEY, gauss_newton, make
+from models import INPUTS, LABELS, C, D, N, X, normal
+
+from bilevax import curvature
+from bilevax.curvature import capture
+
+BATCH = (INPUTS, LABELS)
+HEAD = normal(0, head=(D, C))["head"]
+Y = {"head": HEAD, **normal(1, odd=(D, D))}
+exact_once = functools.partial(capture.diagonal, probes=1)
+
+
+def steps(loop):
+    return lambda y, a: loop(lambda a: jnp.tanh(a @ y["odd"]), a) @ y["head"]
+
+
+def until_small(step, a):
+    return jax.lax.while_loop(lambda a: jnp.max(jnp.abs(a)) > 1, step, a)
+
+
+def three_times(step, a):
+    return jax.lax.fori_loop(0, 3, lambda _, a: step(a), a)
+
+
+def by_branch(y, a):
+    return jax.lax.cond(a.mean() > 0, lambda: a @ y["odd"], lambda: -a @ y["odd"]) @ y["head"]
+
+
+def by_where(y, a):
+    return jnp.where(a.mean() > 0, a @ y["odd"], -a @ y["odd"]) @ y["head"]
+
+
+def ridge(y, a):
+    return jnp.linalg.solve(y["odd"] @ y["odd"].T + jnp.eye(D), a.T).T @ y["head"]
+
+
+def groups_of_the_batch(y, a):
+    images = jnp.concatenate([jnp.broadcast_to(a[:, None], (N, 4, D))] * 2)
+    options = {"batch_group_count": 2, "dimension_numbers": ("NWC", "WIO", "NWC")}
+    return jax.lax.conv_general_dilated(images, y["odd"], (1,), "VALID", **options).mean(1) @ y["head"]
+
+
+def of_pairs(y, a):
+    """How far each example is from each other one."""
+    z = a @ y["odd"]
+    return (-((z[:, None] - z[None]) ** 2)).reshape(N * N, D)
+
+
+def of_each_pair(y, pair):
+    """Of rows that are pairs: N² rows, two passes through the layer for each."""
+    first, second = (a @ y["odd"] for a in pair)
+    return -((first - second) ** 2)
+
+
+class Refusal(NamedTuple):
+    """A model that is refused, what the message says, and what helps.
+
+    Attributes:
+      model: is refused with this y.
+      says: of the message.
+      rule: that the leaf "odd" has with the remedy.
+      remedied: the model as the remedy writes it; the same where it is an option.
+      options: of `kfac`.
+      y: inner variable.
+    """
+
+    model: Callable[..., Any]
+    says: str
+    rule: str
+    remedied: Callable[..., Any] | None = None
+    options: tuple[tuple[str, Any], ...] = ()
+    y: Any = Y
+
+
+REFUSALS = {
+    "a leaf that is not used": Refusal(
+        lambda y, a: a @ y["head"], "meets no examples", "zero", options=(("blocks", {"odd": capture.zero}),)
+    ),
+    "a loop of unknown length": Refusal(steps(until_small), "while", "dense", steps(three_times)),
+    "a branch": Refusal(by_branch, "cond", "dense", by_where),
+    "a matrix for each example": Refusal(
+        lambda y, a: jnp.einsum("nd,nde->ne", a, y["odd"]) @ y["head"],
+        "another matrix for each example",
+        "diagonal, estimated",
+        options=(("unsupported", exact_once),),
+        y={"head": HEAD, **normal(2, odd=(N, D, D))},
+    ),
+    "a number for each example": Refusal(
+        lambda y, a: a * y["odd"] @ y["head"],
+        "other values for other examples",
+        "diagonal, estimated",
+        options=(("unsupported", exact_once),),
+        y={"head": HEAD, **normal(3, odd=(N, 1))},
+    ),
+    "a solve": Refusal(
+        ridge, "custom_linear_solve", "diagonal, estimated", options=(("unsupported", capture.diagonal),)
+    ),
+    "groups of the batch": Refusal(
+        groups_of_the_batch,
+        "groups of the batch",
+        "identity",
+        options=(("unsupported", capture.identity),),
+        y={"head": HEAD, **normal(4, odd=(3, D, D))},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_the_leaf_is_named_and_the_remedy_helps(name):
+    """A diagonal where each example has numbers of its own is exact with one probe."""
+    model, says, rule, remedied, options, y = REFUSALS[name]
+    with pytest.raises(ValueError, match=says) as caught:
+        capture.trace(model, y, INPUTS)
+    assert "odd (" in str(caught.value)
+    inner_loss, options = make(helped := remedied or model), dict(options)
+    rows = curvature.describe(inner_loss, X, y, BATCH, **options).rows
+    assert [row.rule for row in rows if "odd" in row.leaves] == [rule]
+    measure = functools.partial(curvature.kronecker.factors, fisher=curvature.fisher.exact, **options)
+    found = jax.jit(lambda y: measure(KEY, inner_loss, X, y, BATCH))(y)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
+    if options.get("unsupported") is exact_once:
+        exact = np.diag(gauss_newton(helped, X, y, BATCH))[-y["odd"].size :]
+        np.testing.assert_allclose(found["odd"].diagonal.ravel(), exact, rtol=1e-9)
+
+
+def test_pairs_are_examples_where_the_loss_is_one_of_pairs():
+    y = {"odd": Y["odd"]}
+    with pytest.raises(ValueError, match="hold the examples of the outputs"):
+        capture.trace(of_pairs, y, INPUTS)
+    pairs = tuple(side.reshape(N * N, D) for side in jnp.broadcast_arrays(INPUTS[:, None], INPUTS[None]))
+    rows = curvature.describe(make(of_each_pair), jnp.zeros(N * N), y, (pairs, jnp.zeros(N * N, int))).rows
+    assert [(row.leaves, row.rule) for row in rows] == [(("odd",), "dense")]
+    np.testing.assert_allclose(of_each_pair(y, pairs), of_pairs(y, INPUTS), atol=1e-12)
+
+
+def test_what_mixes_examples_of_the_inputs_alone_belongs_to_the_data():
+    y, mix = {"odd": HEAD}, functools.partial(jnp.cumsum, axis=0)
+    with pytest.raises(ValueError, match="examples"):
+        capture.trace(lambda y, a: mix(a) @ y["odd"], y, INPUTS)
+    loss = curvature.ModelLoss(
+        lambda y, a: a @ y["odd"], curvature.softmax_cross_entropy, lambda x, batch: (mix(batch[0]), batch[1])
+    )
+    assert [row.rule for row in curvature.describe(loss, X, y, BATCH).rows] == ["dense"]
