@@ -1,4 +1,4 @@
-"""What the capture refuses, and the line of docs/curvature.md that helps: each remedy is applied here."""
+"""What the capture refuses, and the options and lines of docs/curvature.md that help: each is applied here."""
 
 import functools
 from collections.abc import Callable
@@ -18,26 +18,6 @@ BATCH = (INPUTS, LABELS)
 HEAD = normal(0, head=(D, C))["head"]
 Y = {"head": HEAD, **normal(1, odd=(D, D))}
 exact_once = functools.partial(capture.diagonal, probes=1)
-
-
-def steps(loop):
-    return lambda y, a: loop(lambda a: jnp.tanh(a @ y["odd"]), a) @ y["head"]
-
-
-def until_small(step, a):
-    return jax.lax.while_loop(lambda a: jnp.max(jnp.abs(a)) > 1, step, a)
-
-
-def three_times(step, a):
-    return jax.lax.fori_loop(0, 3, lambda _, a: step(a), a)
-
-
-def by_branch(y, a):
-    return jax.lax.cond(a.mean() > 0, lambda: a @ y["odd"], lambda: -a @ y["odd"]) @ y["head"]
-
-
-def by_where(y, a):
-    return jnp.where(a.mean() > 0, a @ y["odd"], -a @ y["odd"]) @ y["head"]
 
 
 def ridge(y, a):
@@ -69,7 +49,6 @@ class Refusal(NamedTuple):
       model: is refused with this y.
       says: of the message.
       rule: that the leaf "odd" has with the remedy.
-      remedied: the model as the remedy writes it; the same where it is an option.
       options: of `kfac`.
       y: inner variable.
     """
@@ -77,7 +56,6 @@ class Refusal(NamedTuple):
     model: Callable[..., Any]
     says: str
     rule: str
-    remedied: Callable[..., Any] | None = None
     options: tuple[tuple[str, Any], ...] = ()
     y: Any = Y
 
@@ -86,8 +64,6 @@ REFUSALS = {
     "a leaf that is not used": Refusal(
         lambda y, a: a @ y["head"], "meets no examples", "zero", options=(("blocks", {"odd": capture.zero}),)
     ),
-    "a loop of unknown length": Refusal(steps(until_small), "while", "dense", steps(three_times)),
-    "a branch": Refusal(by_branch, "cond", "dense", by_where),
     "a matrix for each example": Refusal(
         lambda y, a: jnp.einsum("nd,nde->ne", a, y["odd"]) @ y["head"],
         "another matrix for each example",
@@ -118,18 +94,18 @@ REFUSALS = {
 @pytest.mark.parametrize("name", REFUSALS)
 def test_the_leaf_is_named_and_the_remedy_helps(name):
     """A diagonal where each example has numbers of its own is exact with one probe."""
-    model, says, rule, remedied, options, y = REFUSALS[name]
+    model, says, rule, options, y = REFUSALS[name]
     with pytest.raises(ValueError, match=says) as caught:
         capture.trace(model, y, INPUTS)
     assert "odd (" in str(caught.value)
-    inner_loss, options = make(helped := remedied or model), dict(options)
+    inner_loss, options = make(model), dict(options)
     rows = curvature.describe(inner_loss, X, y, BATCH, **options).rows
     assert [row.rule for row in rows if "odd" in row.leaves] == [rule]
     measure = functools.partial(curvature.kronecker.factors, fisher=curvature.fisher.exact, **options)
     found = jax.jit(lambda y: measure(KEY, inner_loss, X, y, BATCH))(y)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
     if options.get("unsupported") is exact_once:
-        exact = np.diag(gauss_newton(helped, X, y, BATCH))[-y["odd"].size :]
+        exact = np.diag(gauss_newton(model, X, y, BATCH))[-y["odd"].size :]
         np.testing.assert_allclose(found["odd"].diagonal.ravel(), exact, rtol=1e-9)
 
 
