@@ -79,13 +79,20 @@ def test_each_command_stands_on_one_line_of_its_own(command):
     assert README.splitlines().count(f"pip install -e {command}") == 1
 
 
-def test_the_three_lines_of_the_curvature_page():
-    (code,) = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / "curvature.md").read_text(), re.M | re.S)
+def test_the_lines_of_the_curvature_page():
+    """The three lines, and choices for leaves that the model must have."""
+    codes = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / "curvature.md").read_text(), re.M | re.S)
     found = {"bx": bx}
-    exec(compile(code, "docs/curvature.md", "exec"), found)
+    for code in codes:
+        exec(compile(code, "docs/curvature.md", "exec"), found)
     batch = (jnp.ones((4, 3)), jnp.zeros(4, int))
     report = bx.curvature.describe(found["inner_loss"], 0.0, {"w": jnp.zeros((3, 2))}, batch)
     assert [row.rule for row in report.rows] == ["dense"]
+    y = {"embed": {"w": jnp.zeros((3, 5))}, "head": {"kernel": jnp.zeros((5, 2)), "bias": jnp.zeros(2)}}
+    model = lambda y, a: a @ y["embed"]["w"] @ y["head"]["kernel"] + y["head"]["bias"][None]  # noqa: E731
+    loss = found["inner_loss"].__class__(model, bx.curvature.softmax_cross_entropy, lambda x, batch: batch)
+    report = bx.curvature.describe(loss, 0.0, y, batch, blocks=found["choices"])
+    assert [row.rule for row in report.rows] == ["zero", "elementwise", "dense"]
 
 
 def test_the_lines_of_the_page_on_forward_gradients():
