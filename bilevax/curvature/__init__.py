@@ -2,7 +2,7 @@
 
 from bilevax.curvature import capture, fisher, kronecker
 from bilevax.curvature._describe import Report, describe
-from bilevax.curvature.capture.uses import observe
+from bilevax.curvature.capture._observe import observe
 from bilevax.curvature.damped_blocks import inverted
 from bilevax.curvature.model_loss import ModelLoss, gauss_newton
 from bilevax.curvature.output_loss import (

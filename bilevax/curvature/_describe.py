@@ -143,7 +143,7 @@ def describe(
     loss, y = structured(held(inner_loss, y), "describe"), parameters(y)
     inputs, _ = loss.inputs_and_targets(x, batch)
     treat = _listed if unsupported is None else unsupported
-    captured = capture.trace(loss.model, y, inputs, blocks=blocks, unsupported=treat)
+    captured = capture.trace(loss.model, y, inputs, blocks=blocks, unsupported=treat, examples=loss.examples)
     names = [name for name, _ in named(y)]
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(y)]
     checks.instance("inverse", inverse, Inverse, "Pass that of kfac, or leave it out.")
@@ -158,4 +158,5 @@ def describe(
         if len({float(rate) for k in (block.leaf, block.bias) if k is not None for rate in jnp.ravel(by_leaf[k])}) > 1
     ]
     notes = [f"l2 varies inside {', '.join(mixed)}: its mean is added to the eigenvalues."] if mixed else []
+    notes += [captured.doubt] if captured.doubt else []
     return Report(rows, captured.examples, tuple(notes))

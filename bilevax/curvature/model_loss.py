@@ -41,6 +41,9 @@ class ModelLoss:
       l2: weight decay, a number or a function x -> a number or a pytree like y.
       center: `center(x) -> pytree like y`, what the penalty pulls y to (iMAML); by default 0.
       mask: `mask(batch) -> [N, ...]` with 1 for positions that count and 0 for padding, like the loss's values.
+      examples: `examples(inputs)` -> the axis of each array of the inputs that counts the examples, None for what all
+        share, or one axis for a part of them, as `in_axes` of `jax.vmap`; by default the first axis wherever it has N
+        rows. For inputs [T, N, d], or a mask [T, T] where T = N; only curvatures read it.
 
     Raises:
       ValueError: if a part is no function (or no `OutputLoss`) or l2 is negative; when it is called, if weights, mask,
@@ -71,13 +74,19 @@ class ModelLoss:
     l2: Scalar | Callable[[PyTree], PyTree] = 0.0
     center: Callable[[PyTree], PyTree] | None = None
     mask: Callable[[PyTree], Array] | None = None
+    examples: Callable[[PyTree], PyTree] | None = None
 
     def __post_init__(self) -> None:
         """Refuses parts of the wrong kind."""
         checks.function("model", self.model, "y", "inputs")
         checks.instance("loss", self.loss, OutputLoss, "Pass, say, bx.curvature.softmax_cross_entropy.")
         checks.function("split", self.split, "x", "batch")
-        for name, arguments in (("weights", ("x", "batch")), ("center", ("x",)), ("mask", ("batch",))):
+        for name, arguments in (
+            ("weights", ("x", "batch")),
+            ("center", ("x",)),
+            ("mask", ("batch",)),
+            ("examples", ("inputs",)),
+        ):
             if getattr(self, name) is not None:
                 checks.function(name, getattr(self, name), *arguments)
         if callable(self.l2):

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from bilevax.curvature import capture
-from bilevax.curvature.capture.uses import Covered, RowReaders, Use, Visitor
+from bilevax.curvature.capture.rows import RowReaders
+from bilevax.curvature.capture.uses import Covered, Use, Visitor
 from bilevax.curvature.fisher import Fisher
 from bilevax.curvature.forms import Diagonal, Factor, Factors, Form, Forms, Kept, Kronecker, Rows
 from bilevax.curvature.inverse import Eigen
@@ -67,8 +68,9 @@ def _layered(
         return functools.partial(statistic, rows, use, sharing)
     each: Any = functools.partial(statistic, RowReaders(lambda a: a, lambda u: u), use, sharing)
     axes: Any = Residual
+    own = None if rows.weights is None else 0
     for same in reversed(rows.same):
-        each = jax.vmap(each, (axes(None if same else 0, None, None, 0), 0))
+        each = jax.vmap(each, (axes(None if same else 0, own, own, 0), 0))
 
     def layers(residual: Residual, u: Array) -> Reported:
         return each(residual._replace(inputs=rows.inputs(residual.inputs)), rows.outputs(u))
@@ -159,7 +161,8 @@ def _passes(
         if slot is None or use.explicit != (block := block_of(use)).explicit or block.matrix is None:
             return outputs
         dummy, basis = slot
-        residual = Residual(inputs, here.mask, here.q, basis)
+        q, mask = (here.q, here.mask) if rows.weights is None else rows.weights(here.q, here.mask)
+        residual = Residual(inputs, mask, q, basis)
         bias = None if block.bias is None else Covered(block.bias, block.bias_part)
         whole = use._replace(bias=bias)  # which the model adds elsewhere, where the use itself names none
         measure = _layered(statistic, rows, whole, here.sharing(block.name))
@@ -268,7 +271,7 @@ def measure(key: Key | None, here: TracedLoss, fisher: Fisher, kept: Kept) -> tu
 def _counts(here: TracedLoss, block: capture.Block, columns: int) -> tuple[int, int]:
     """How many rows the factors A and B of a block are made of."""
     sharing, dtype = here.sharing(block.name), here.q.dtype
-    n, t = here.captured.examples, block.positions
+    n, t = block.slots or here.captured.examples, block.positions
     if block.by_row:
         return n * t, n * t * columns
     outputs = jax.eval_shape(sharing.outputs, jax.ShapeDtypeStruct((n, t, block.outputs), dtype))

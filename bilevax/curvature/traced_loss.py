@@ -60,7 +60,8 @@ def trace_loss(
         checks.function("positions", positions, "batch")
     checks.function("unsupported", unsupported, "leaves")
     inputs, targets = loss.inputs_and_targets(x, batch)
-    captured = capture.trace(loss.model, y, inputs, blocks=blocks, unsupported=unsupported)
+    options: Any = {"blocks": blocks, "unsupported": unsupported, "examples": loss.examples}
+    captured = capture.trace(loss.model, y, inputs, **options)
     leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(y)]
     dtype = wide_dtype(*leaves)
     q = loss.weight_scale(captured.examples, dtype, x, batch).astype(dtype)

@@ -8,7 +8,7 @@ from blocks import KEY, make
 import bilevax as bx
 from bilevax import curvature
 from bilevax.curvature import capture
-from bilevax.curvature.capture import layers, uses
+from bilevax.curvature.capture import _observe, layers, uses
 
 N, T, D, C, VOCABULARY = 4, 3, 4, 2, 7
 X = jnp.linspace(-0.5, 0.5, N)
@@ -52,7 +52,7 @@ def test_renaming_every_rule_changes_nothing_but_the_report(monkeypatch):
     assert numbers[0]["table"].A.shape == (VOCABULARY,)
 
     plain = uses.Use
-    for module in (uses, layers):
+    for module in (uses, layers, _observe):
         monkeypatch.setattr(module, "Use", lambda rule, *rest, **more: plain("any", *rest, **more))
     renamed, others = measured()
     jax.tree.map(np.testing.assert_array_equal, renamed, numbers)

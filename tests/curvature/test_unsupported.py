@@ -41,7 +41,11 @@ def chosen(y, a):
 
 def passed_on(y, a):
     """Examples are mixed from the second iteration on."""
-    _, past = jax.lax.scan(lambda h, a: (h[::-1] + a, h), jnp.zeros((N, D)), jnp.broadcast_to(a, (3, N, D)))
+
+    def step(h, a):
+        return jnp.cumsum(h * y["inner"][0, 0], 0) + a, h
+
+    _, past = jax.lax.scan(step, jnp.zeros((N, D)), jnp.broadcast_to(a, (3, N, D)))
     return (past @ y["odd"]).sum(0)
 
 
@@ -58,10 +62,10 @@ UNSUPPORTED = {
     "cond": ((D, C), chosen, "cond"),
     "passed on": ((D, C), passed_on, "dot_general with data whose examples axis is lost"),
     "solve": ((D, D), ridge, "custom_linear_solve"),
-    "one example after the other": (
-        (D, C),
-        lambda y, a: jax.lax.map(lambda a: a @ y["odd"], a),
-        "examples axis is lost",
+    "scale of examples in another order": (
+        (D,),
+        lambda y, a: (a * y["inner"][0, 0])[::-1] * y["odd"][None],
+        "lie in slots",
     ),
 }
 

@@ -9,9 +9,13 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from bilevax.curvature.capture.batch_axis import SHARED, Program, body, opened, scan_axes, scan_counts
+from bilevax.curvature.capture._observe import tap
+from bilevax.curvature.capture.batch_axis import by_line, scan_places
 from bilevax.curvature.capture.layers import RULES, layer
 from bilevax.curvature.capture.leaf_functions import rearranged, seen_through
+from bilevax.curvature.capture.places import FLAT, SHARED, Axis, Spread, literal_kind, lost, of_dtype
+from bilevax.curvature.capture.programs import Program, at_once, body, opened, scan_counts, unsharded
+from bilevax.curvature.capture.rows import unpushed
 from bilevax.curvature.capture.uses import (
     ELEMENTWISE,
     MARK,
@@ -25,7 +29,6 @@ from bilevax.curvature.capture.uses import (
     elementwise,
     forget,
     plain,
-    tap,
     unsupported,
 )
 from bilevax.curvature.capture.view import WHOLE, Strided
@@ -42,7 +45,7 @@ def walk(program: Program, values: Sequence[Value], visitor: Visitor, n: int, pa
     known: dict[Any, Value] = {}
 
     def read(var: Any) -> Value:
-        return Value(var.val) if isinstance(var, core.Literal) else known[var]
+        return Value(var.val, kind=literal_kind(var.val)) if isinstance(var, core.Literal) else known[var]
 
     def write(variables: Sequence[Any], values: Sequence[Value]) -> None:
         # h = a w and h + b have one block [w; b]; in h + b + h they have not, since the gradient at h is not that at b:
@@ -50,7 +53,7 @@ def walk(program: Program, values: Sequence[Value], visitor: Visitor, n: int, pa
         for var, value in zip(variables, values, strict=True):
             known[var] = value if reads[var] == 1 else value._replace(output=None)
 
-    write(jaxpr.constvars, [Value(const) for const in consts])
+    write(jaxpr.constvars, [Value(const, kind=of_dtype(jnp.result_type(const), FLAT)) for const in consts])
     write(jaxpr.invars, values)
     for number, eqn in enumerate(jaxpr.eqns):
         write(eqn.outvars, _equation(eqn, [read(var) for var in eqn.invars], visitor, n, (*path, number)))
@@ -71,7 +74,14 @@ def _equation(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: Pat
         arrays = bind(eqn, [value.array for value in values])
         return [value._replace(array=array) for value, array in zip(values, arrays, strict=True)]
     if not any(value.views for value in values):
-        return _unviewed(eqn, values, n)
+        results = _unviewed(eqn, values, n)
+        if any(unpushed(result.axis) for result in results) and (inner := body(eqn)) is not None:
+            return _call(eqn, inner, values, visitor, n, path)  # what went into the slots is known inside
+        return results
+    if (program := unsharded(eqn)) is not None:
+        return walk(program, values, visitor, n, path)
+    if name not in RULES and not any(value.output is not None for value in values):
+        values = [value._replace(axis=_statistic(value.axis)) for value in values]
     sees = any(value.axis is not SHARED for value in values)
     if (inner := body(eqn)) is not None and (sees or not name.startswith("custom")):  # else its rule stays in force
         return _call(eqn, inner, values, visitor, n, path)
@@ -106,13 +116,18 @@ def _unviewed(eqn: Any, values: list[Value], n: int) -> list[Value]:
     return [results[0]._replace(output=source._replace(strided=strided))]
 
 
+def _statistic(axis: Axis) -> Axis:
+    """The axis of what holds sums over examples, for leaves that make no layer of it: it belongs to none."""
+    return SHARED if isinstance(axis, Spread) and not axis.ordered and axis.otherwise is SHARED else axis
+
+
 # Calls and loops
 
 
 def _call(eqn: Any, inner: Program, values: list[Value], visitor: Visitor, n: int, path: Path) -> list[Value]:
     """Enters a call; one that forgets what it computed goes on forgetting."""
     if "policy" not in eqn.params:
-        return walk(inner, values, visitor, n, path)
+        return [v._replace(axis=by_line(v.place, eqn).axis) for v in walk(inner, values, visitor, n, path)]
     results: list[Value] = []
 
     def call(arrays: list[Array]) -> list[Array]:
@@ -124,7 +139,8 @@ def _call(eqn: Any, inner: Program, values: list[Value], visitor: Visitor, n: in
 
     policy, prevent_cse = eqn.params["policy"], eqn.params["prevent_cse"]
     arrays = jax.checkpoint(call, policy=policy, prevent_cse=prevent_cse)([value.array for value in values])
-    return [Value(array, value.axis) for array, value in zip(arrays, results, strict=True)]
+    axes = [lost(eqn) if isinstance(a := value.axis, Spread) and not a.ordered else a for value in results]
+    return [Value(array, a, kind=value.kind) for array, a, value in zip(arrays, axes, results, strict=True)]
 
 
 def _scan(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: Path) -> list[Value]:
@@ -132,6 +148,8 @@ def _scan(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: Path) -
     first, carries = scan_counts(eqn)
     last = first + carries
     stacked = {k: view for k, value in enumerate(values) if k >= last for view in value.views}
+    if not stacked and (program := at_once(eqn, [value.axis for value in values])) is not None:
+        return walk(program, values, visitor, n, path)
     whole = all(
         view.base is None and view.part == WHOLE and view.strided == Strided.whole(view.array.shape)
         for view in stacked.values()
@@ -141,7 +159,7 @@ def _scan(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: Path) -
     # Six layers w [6, 4, 4] over h [5, 4]: inside, the leaf is [4, 4] with stack 1, and what the visitor keeps for it
     # is sliced beside it, A [6, 4, 4] -> [4, 4]. A weight among the constants is the same [4, 4] in all iterations, and
     # the cotangents of what is kept for it add up.
-    inside, outside = scan_axes(eqn, [value.axis for value in values], n)
+    inside, outside = scan_places(eqn, [value.place for value in values], n)
     held = {view.leaf for value in values[:first] for view in value.views}
 
     def kronecker(slot: Any, use: Use, *layer: Any) -> Array:
@@ -154,11 +172,11 @@ def _scan(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: Path) -
     def iterate(carry: list[Array], slices: tuple[list[Array], dict[Covered, Any]]) -> tuple[list[Array], list[Array]]:
         xs, slots = slices
         again = []
-        for k, (array, axis) in enumerate(zip([*consts, *carry, *xs], inside, strict=True)):
+        for k, (array, place) in enumerate(zip([*consts, *carry, *xs], inside, strict=True)):
             views = values[k].views
             if k in stacked:
                 views = (View.whole(stacked[k].leaf, stacked[k].stack + 1, array),)
-            again.append(Value(array, axis, views))
+            again.append(Value(array, place.axis, views, kind=place.kind))
         there = visitor._replace(slots={**visitor.slots, **slots}, kronecker=kronecker)
         results = walk(opened(eqn.params["jaxpr"]), again, there, n, path)
         forget(results, visitor, path, "returned by scan")
@@ -169,4 +187,5 @@ def _scan(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: Path) -
     consts = arrays[:first]
     options = {key: eqn.params[key] for key in ("length", "reverse", "unroll")}
     results: Any = jax.lax.scan(iterate, arrays[first:last], (arrays[last:], sliced), **options)
-    return [Value(array, axis) for array, axis in zip([*results[0], *results[1]], outside, strict=True)]
+    arrays = [*results[0], *results[1]]
+    return [Value(array, place.axis, kind=place.kind) for array, place in zip(arrays, outside, strict=True)]

@@ -19,8 +19,10 @@ import numpy as np
 from bilevax import checks
 from bilevax.curvature.capture._remedies import remedies
 from bilevax.curvature.capture._walk import walk
-from bilevax.curvature.capture.batch_axis import SHARED, Axis, opened
 from bilevax.curvature.capture.choices import Blocks, Choice, chosen
+from bilevax.curvature.capture.inputs import Examples, where
+from bilevax.curvature.capture.places import FLAT, SHARED, Axis, Lost, Spread, of_dtype
+from bilevax.curvature.capture.programs import opened
 from bilevax.curvature.capture.uses import Covered, Path, Use, Value, View, Visitor, forget
 from bilevax.curvature.capture.view import UNUSED, WHOLE, Part, Strided
 from bilevax.typing import Array, PyTree, Scalar
@@ -175,6 +177,7 @@ class Block(NamedTuple):
       turned: whether the outputs stand before the inputs in the leaf.
       twin: the block of the same leaf, used as the transpose; both are inverted together, as that which is not turned.
       by_column: whether the factor B is wanted as its diagonal, since the twin is a table.
+      slots: how many slots hold examples for each layer; 0 where they lie in their order.
 
     Example:
         >>> import bilevax as bx, jax.numpy as jnp
@@ -208,6 +211,7 @@ class Block(NamedTuple):
     turned: bool = False
     twin: str = ""
     by_column: bool = False
+    slots: int = 0
 
     @property
     def factored(self) -> bool:
@@ -289,6 +293,7 @@ class Capture(NamedTuple):
       run: `run(visitor, leaves) -> outputs`, the model with a visitor at each use.
       examples: N.
       outputs: what the model returns, its shape and dtype.
+      doubt: which inputs were taken for examples, where N is the length of other axes too.
 
     Example:
         >>> import bilevax as bx, jax.numpy as jnp
@@ -301,6 +306,7 @@ class Capture(NamedTuple):
     run: Callable[[Visitor, Sequence[Array]], Array]
     examples: int
     outputs: jax.ShapeDtypeStruct
+    doubt: str = ""
 
 
 def named(y: PyTree) -> list[tuple[str, Any]]:
@@ -318,24 +324,33 @@ def named(y: PyTree) -> list[tuple[str, Any]]:
 
 
 def trace(
-    model: Model, y: PyTree, inputs: PyTree, *, blocks: Blocks | None = None, unsupported: Unsupported = error
+    model: Model,
+    y: PyTree,
+    inputs: PyTree,
+    *,
+    blocks: Blocks | None = None,
+    unsupported: Unsupported = error,
+    examples: Examples | None = None,
 ) -> Capture:
     """Traces a model and finds the block of each leaf of y.
 
     Args:
       model: `model(y, inputs) -> outputs [N, ..., C]`.
       y: inner variable; its values are not read.
-      inputs: any pytree; arrays of it with N as their first axis hold the examples.
+      inputs: any pytree.
       blocks: what certain leaves get, path, pattern or function of the path -> `diagonal`, `identity`, `zero`, another
         such function, or the rank of a sketch; by default what the rules say.
       unsupported: what to do with leaves that no rule covers: `error`, `diagonal`, `identity`, `zero`, or a function
         of your own, leaf -> reason to leaf -> `Treatment`.
+      examples: inputs -> the axis of each array that counts the examples, None where all share it, as `in_axes` of
+        `jax.vmap`; by default the first axis wherever it has N rows.
 
     Returns:
       A `Capture`.
 
     Raises:
-      ValueError: if a leaf is covered by no rule and `unsupported` is `error`, or `blocks` names no leaf.
+      ValueError: if a leaf is covered by no rule and `unsupported` is `error`, `blocks` names no leaf, or examples do
+        not fit the inputs.
 
     Cost: tracing the model twice; nothing at run time.
 
@@ -356,30 +371,34 @@ def trace(
             f"outputs[:, None] where each example has one number."
         )
     n = shapes[0][0]
-    if all(jnp.shape(array)[:1] != (n,) for array in jax.tree.leaves(inputs)):
-        raise ValueError(
-            f"inputs must hold the examples of the outputs [N, ..., C] along the first axis of an array; got outputs "
-            f"{shapes[0]} and no array with {n} rows. Return outputs with one row for each example."
-        )
+    rows = where(inputs, n, examples)
 
     def follow(visitor: Visitor, leaves: Sequence[Array]) -> Value:
         held = [Value(leaf, views=(View.whole(k, 0, leaf),)) for k, leaf in enumerate(leaves)]
         data = [jnp.asarray(array) for array in jax.tree.leaves(inputs)]
-        examples = [Value(array, 0 if array.shape[:1] == (n,) else SHARED) for array in data]
-        (value,) = walk(program, [*held, *examples], visitor, n)
+        given = [Value(a, axis, kind=of_dtype(a.dtype, FLAT)) for a, axis in zip(data, rows.axes, strict=True)]
+        (value,) = walk(program, [*held, *given], visitor, n)
         forget([value], visitor, (), "is the output")
         return value
 
     uses, axis = _collected(follow, leaves)
     choices = chosen(blocks, names)
-    found = _with_choices(names, [jnp.shape(leaf) for leaf in leaves], uses, choices, unsupported, n)
-    if axis not in (0, SHARED) and any(block.treatment is None for block in found):
+    try:
+        found = _with_choices(names, [jnp.shape(leaf) for leaf in leaves], uses, choices, unsupported, n)
+    except ValueError as refused:
+        if not rows.doubt:
+            raise
+        raise ValueError(f"{refused} {rows.doubt}") from refused
+    again = isinstance(axis, Spread) and axis.axes == (0,) and axis.moves > 1  # sorted, and back
+    if axis not in (0, SHARED) and not again and any(block.treatment is None for block in found):
+        what = axis.what if isinstance(axis, Lost) else "they are in another order or place"
         raise ValueError(
-            "model must return outputs [N, ..., C] whose row n belongs to example n of the inputs; got outputs in "
-            "which the examples cannot be followed to the first axis. Put them there, in their order."
+            f"model must return outputs [N, ..., C] whose row n belongs to example n of the inputs; got outputs in "
+            f"which the examples cannot be followed to the first axis: {what}. Put them there, in their order. "
+            f"{rows.doubt}".rstrip()
         )
     outputs = jax.ShapeDtypeStruct(shapes[0], program[0].outvars[0].aval.dtype)
-    return Capture(found, lambda visitor, leaves: follow(visitor, leaves).array, n, outputs)
+    return Capture(found, lambda visitor, leaves: follow(visitor, leaves).array, n, outputs, rows.doubt)
 
 
 def _collected(follow: Callable[[Visitor, Sequence[Array]], Value], leaves: Sequence[Any]) -> tuple[list[Use], Axis]:
@@ -480,8 +499,9 @@ def _blocks(
     shared: list[int] = []
     for leaf, name in enumerate(names):
         found = by_leaf[leaf]
-        if not found or not all(use.covered for use in found):
-            wrong = [use.what for use in found if not use.covered]
+        wrong = [use.what for use in found if not use.covered]
+        wrong += [use.alone for use in found if use.alone and leaf not in _owners(biases)]
+        if not found or wrong:
             missing[leaf] = ", ".join(dict.fromkeys(wrong)) or "meets no examples in model"
         elif leaf in apart and (leaf in _owners(biases) or any(use.matrix is not None for use in found)):
             blocks[leaf] = _parts(name, shapes[leaf], found, biases)
@@ -489,6 +509,9 @@ def _blocks(
             blocks[leaf] = twins
         elif all(use.matrix is None and not use.derived for use in found) and len({use.stack for use in found}) == 1:
             blocks[leaf] = [_block(name, shapes[leaf], [use._replace(part=WHOLE) for use in found])]
+        elif not all(use.divides for use in found):
+            what = " and ".join(dict.fromkeys(use.what for use in found))
+            missing[leaf] = f"used in different ways, {what}, where examples have no leaf of their own"
         else:
             shared.append(leaf)
     blocks |= _diagonals(names, shapes, {leaf: by_leaf[leaf] for leaf in shared}, n, wanted)
@@ -645,5 +668,6 @@ def _block(name: str, shape: tuple[int, ...], uses: Sequence[Use], bias: Covered
     place = (use.leaf, None, stack, use.part, WHOLE, inner, ())
     kind = (use.matrix, use.inputs, use.outputs, use.positions, use.by_row, use.explicit)
     number = sum(use.times for use in uses)
-    block = Block(name, rule, *place, *kind, uses=number, what=what, layers=use.layers, turned=use.turned)
+    block = Block(name, rule, *place, *kind, uses=number, what=what, layers=use.layers)
+    block = block._replace(turned=use.turned, slots=use.slots)
     return block if bias is None else block._replace(bias=bias.leaf, bias_part=bias.part)

@@ -9,21 +9,20 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from bilevax.curvature.capture.batch_axis import LOST, SHARED, result_axes
+from bilevax.curvature.capture.batch_axis import result_places
+from bilevax.curvature.capture.places import FLAT, SHARED, Axis, Lost, Place, Spread, axes_of, lost
+from bilevax.curvature.capture.rows import RowReaders, Window, rows_of, slots_of, unpushed, weigh
 from bilevax.curvature.capture.uses import (
     Covered,
     Output,
     Path,
-    RowReaders,
     Use,
     Value,
     View,
     Visitor,
-    Window,
     bind,
     changed,
     plain,
-    rows_of,
     uncovered,
 )
 from bilevax.curvature.capture.view import Part, Strided, contiguous
@@ -52,7 +51,7 @@ class Layer(NamedTuple):
 
     use: Use
     rows: RowReaders
-    axis: int
+    axis: Axis
     features: Sequence[int] = ()
     window: Window = MappingProxyType({})
 
@@ -94,7 +93,8 @@ def layer(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: Path) -
         (array,) = bind(eqn, [linear.strided.of(found[0][0].root), data.array])
     for (_, here), scale in zip(found, scales, strict=True):
         inputs = data.array if scale is None or here.use.by_row else (data.array * scale).astype(data.array.dtype)
-        use = here.use._replace(positions=jax.eval_shape(here.rows.outputs, array).shape[-2])
+        positions = jax.eval_shape(here.rows.outputs, array).shape[-2]
+        use = here.use._replace(divides=divided is not None, positions=positions)
         array, axis = visitor.kronecker(visitor.slots.get(use.covers), use, here.rows, array, inputs), here.axis
     if factor is not None and kernels is None:
         array = (array * factor).astype(result.array.dtype)
@@ -105,7 +105,7 @@ def _divided(eqn: Any, values: list[Value], side: int, n: int) -> tuple[int, int
     """The axes of data and result along which each example has its own; None where an equation mixes them."""
     name, data = eqn.primitive.name, values[1 - side]
     axis = 0 if name == "gather" and data.axis is SHARED else data.axis
-    if axis is SHARED or axis == LOST:
+    if not isinstance(axis, int):
         return None
     if name == "dot_general":
         contracted, batched = eqn.params["dimension_numbers"]
@@ -115,8 +115,9 @@ def _divided(eqn: Any, values: list[Value], side: int, n: int) -> tuple[int, int
     else:
         apart = side == 1 and eqn.params["batch_group_count"] == 1
         apart = apart and axis == eqn.params["dimension_numbers"].lhs_spec[0]
-    (there,) = result_axes(eqn, [SHARED if k == side else axis for k in range(2)], n) if apart else (LOST,)
-    return None if there is SHARED or there == LOST else (axis, there)
+    places = [Place(SHARED if k == side else axis, FLAT) for k in range(2)]
+    there = result_places(eqn, places, n)[0].axis if apart else None
+    return (axis, there) if isinstance(there, int) else None
 
 
 def _for_each(eqn: Any, data: Array, kernels: Array, side: int, axes: tuple[int, int], n: int) -> Array:
@@ -159,9 +160,11 @@ def dense(eqn: Any, values: list[Value], side: int, view: View, n: int, path: Pa
     """Data · weight, whichever axes are contracted and whichever operand comes first."""
     linear, data = view.linear, values[1 - side]
     contracted, batched = eqn.params["dimension_numbers"]
-    if data.axis is SHARED or data.axis == LOST or data.axis in contracted[1 - side]:
-        return "dot_general with data whose examples axis is lost"
-    if data.axis in batched[1 - side]:
+    summed = set(axes_of(data.axis)) & set(contracted[1 - side])
+    if (missing := _missing(lost(eqn) if summed else data.axis)) is not None:
+        return f"dot_general with data whose examples axis is {missing}"
+    slots = isinstance(data.axis, Spread) and not data.axis.ordered
+    if not slots and set(axes_of(data.axis)) & set(batched[1 - side]):
         return "dot_general with another matrix for each example"
     if linear is None or not linear.once:
         return "dot_general of a function of it"
@@ -183,9 +186,13 @@ def dense(eqn: Any, values: list[Value], side: int, view: View, n: int, path: Pa
     matrix = linear.strided.transpose([*layers, *contracted[side], *features])
     inputs = math.prod(linear.strided.shape[a] for a in contracted[side])
     outputs = math.prod(linear.strided.shape[a] for a in features)
-    theirs = [batched[1 - side][batched[side].index(a)] for a in layers if a in batched[side]]
+    seen = [batched[1 - side][batched[side].index(a)] if a in batched[side] else None for a in layers]
+    theirs = [a for a in seen if a is not None]
     ours, ends = [places[side][a] for a in layers], [places[side][a] for a in features]
-    axis = places[1 - side][data.axis]
+    axis = _moved(data.axis, places[1 - side])
+    held = slots_of(data.axis, data.array.shape, theirs)
+    shape = eqn.outvars[0].aval.shape
+    positions = math.prod(shape[a] for a in range(len(shape)) if a not in (*axes_of(axis), *ours, *ends))
     there = dict(zip((*contracted[side], *batched[side]), (*contracted[1 - side], *batched[1 - side]), strict=True))
     read, made = (
         linear.window(list(there), list(there.values())),
@@ -195,16 +202,33 @@ def dense(eqn: Any, values: list[Value], side: int, view: View, n: int, path: Pa
         functools.partial(rows_of, axis=data.axis, features=contracted[1 - side], n=n, layers=theirs, window=read),
         functools.partial(rows_of, axis=axis, features=ends, n=n, layers=ours, window=made),
         tuple(a not in batched[side] for a in layers),
+        weigh(data.axis, seen, matrix.shape[: len(layers)], positions),
     )
     use = Use("dense", path, view.leaf, view.stack, "dot_general", matrix, inputs, outputs)
     turned = not layers and _inner(linear.strided, contracted[side]) < _inner(linear.strided, features)
-    use = use._replace(layers=len(layers), part=view.part, turned=turned)
+    use = use._replace(layers=len(layers), part=view.part, turned=turned, slots=held)
     return Layer(use, rows, axis, [*ours, *ends], made)
 
 
 def _inner(strided: Strided, axes: Sequence[int]) -> int:
     """The shortest stride of these axes."""
     return min((strided.strides[a] for a in axes if strided.shape[a] > 1), default=0)
+
+
+def _missing(axis: Axis) -> str | None:
+    """Why rows of data cannot be told apart by example."""
+    if isinstance(axis, Lost):
+        return f"lost: {axis.what}"
+    if isinstance(axis, Spread) and axis.partial:
+        return "lost: sums over microbatches have none"
+    return "lost: none of it is one" if axis is SHARED or unpushed(axis) else None
+
+
+def _moved(axis: Axis, places: dict[int, int]) -> Axis:
+    """The axis of the result, where the axes of an operand went to these places."""
+    if isinstance(axis, Spread):
+        return axis._replace(axes=tuple(places[a] for a in axis.axes))
+    return places[axis] if isinstance(axis, int) else axis
 
 
 def conv(eqn: Any, values: list[Value], side: int, view: View, n: int, path: Path) -> Layer | str:
@@ -216,8 +240,8 @@ def conv(eqn: Any, values: list[Value], side: int, view: View, n: int, path: Pat
         return "conv_general_dilated whose images are parameters"
     if options["batch_group_count"] != 1:
         return "conv_general_dilated in groups of the batch"
-    if data.axis != numbers.lhs_spec[0]:
-        return "conv_general_dilated with data whose examples axis is lost"
+    if axes_of(data.axis) != (numbers.lhs_spec[0],):
+        return f"conv_general_dilated with data whose examples axis is {_missing(data.axis) or 'not that of its batch'}"
     outward, inward, *spatial = numbers.rhs_spec
     free = (outward, inward) if groups == 1 else ()  # channels that a leaf may make, or read, but some of
     if linear is None or not linear.once:
@@ -247,22 +271,27 @@ def conv(eqn: Any, values: list[Value], side: int, view: View, n: int, path: Pat
             **{name: options[name] for name in names},
             precision=jax.lax.Precision.HIGHEST,
         )
-        return _rows_in_groups(windows, 0, 1, groups, n)
+        return _rows_in_groups(windows, _moved(data.axis, {numbers.lhs_spec[0]: 0}), 1, groups, n)
 
-    axis, feature, *_ = numbers.out_spec
+    place, feature, *outs = numbers.out_spec
+    axis = _moved(data.axis, {numbers.lhs_spec[0]: place})
     made = linear.window((outward,), (feature,)) if groups == 1 else {}
     outputs = functools.partial(_rows_in_groups, axis=axis, feature=feature, groups=groups, n=n, window=made)
-    rows = RowReaders(patches, outputs, (False,) * layers)
+    positions = math.prod(eqn.outvars[0].aval.shape[a] for a in outs)
+    weights = weigh(data.axis, (None,) * layers, (groups,) * layers, positions)
+    rows = RowReaders(patches, outputs, (False,) * layers, weights)
     use = Use("conv", path, view.leaf, view.stack, "conv_general_dilated", matrix, inputs, each)
-    return Layer(use._replace(layers=layers, part=view.part), rows, axis, (feature,), made)
+    use = use._replace(layers=layers, part=view.part, slots=slots_of(data.axis, data.array.shape))
+    return Layer(use, rows, axis, (feature,), made)
 
 
-def _rows_in_groups(array: Array, axis: int, feature: int, groups: int, n: int, window: Window | None = None) -> Array:
+def _rows_in_groups(array: Array, axis: Axis, feature: int, groups: int, n: int, window: Window | None = None) -> Array:
     """Rows of an array whose features lie along one axis, [groups, N, ...] where there are several groups of them."""
     if groups == 1:
         return rows_of(array, axis, (feature,), n, window=window)
     split = array.reshape(*array.shape[:feature], groups, -1, *array.shape[feature + 1 :])
-    return rows_of(split, axis + (axis > feature), (feature + 1,), n, (feature,))
+    places = {a: a + (a > feature) for a in range(array.ndim)}
+    return rows_of(split, _moved(axis, places), (feature + 1,), n, (feature,))
 
 
 def embedding(eqn: Any, values: list[Value], side: int, view: View, n: int, path: Path) -> Layer | str:
@@ -279,21 +308,23 @@ def embedding(eqn: Any, values: list[Value], side: int, view: View, n: int, path
     if side == 1 or linear is None or linear.strided != Strided.whole(shape) or not by_row:
         return "gather of anything but rows of a table"
     axis = 0 if index.axis is SHARED else index.axis
-    if axis == LOST:
-        return "gather with indices whose examples axis is lost"
-    place = [a for a in range(eqn.outvars[0].aval.ndim) if a not in numbers.offset_dims][axis]
+    if (missing := _missing(axis)) is not None:
+        return f"gather with indices whose examples axis is {missing}"
+    place = _moved(axis, dict(enumerate(a for a in range(eqn.outvars[0].aval.ndim) if a not in numbers.offset_dims)))
 
     def ids(array: Array) -> Array:
         found = rows_of(array, axis, (array.ndim - 1,), n)
         return jnp.clip(found, 0, shape[0] - 1) if clips else found
 
+    held = index.array.shape
     rows = RowReaders(
         ids,
         functools.partial(rows_of, axis=place, features=numbers.offset_dims, n=n),
+        weights=weigh(axis, (), (), math.prod(size for a, size in enumerate(held[:-1]) if a not in axes_of(axis))),
     )
     sizes = (linear.strided, shape[0], shape[1])
     use = Use("embedding", path, view.leaf, view.stack, "gather", *sizes, by_row=True, part=view.part)
-    return Layer(use, rows, place)
+    return Layer(use._replace(slots=slots_of(axis, held)), rows, place)
 
 
 RULES: dict[str, Rule] = {"dot_general": dense, "conv_general_dilated": conv, "gather": embedding}

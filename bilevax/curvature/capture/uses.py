@@ -1,7 +1,6 @@
 """What an equation of a model does with a parameter: dense layer, convolution, embedding, or scale and shift."""
 
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -9,7 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from bilevax.curvature.capture.batch_axis import LOST, SHARED, Axis, opened, result_axes
+from bilevax.curvature.capture.batch_axis import result_places, selection
+from bilevax.curvature.capture.places import SHARED, SMOOTH, Axis, Lost, Place, Spread, axes_of
+from bilevax.curvature.capture.programs import opened
+from bilevax.curvature.capture.rows import RowReaders, in_order, unpushed
 from bilevax.curvature.capture.view import WHOLE, Linear, Part, Strided, contiguous
 from bilevax.typing import Array
 
@@ -96,12 +98,18 @@ class Output(NamedTuple):
 
 
 class Value(NamedTuple):
-    """An array on the way, the axis of its examples, and what it comes from: leaves, or a layer."""
+    """An array on the way: the axis of its examples, what it comes from (leaves, or a layer), if it depends on y."""
 
     array: Array
     axis: Axis = SHARED
     views: tuple[View, ...] = ()
     output: Output | None = None
+    kind: int = SMOOTH
+
+    @property
+    def place(self) -> Place:
+        """What is followed of it."""
+        return Place(self.axis, self.kind)
 
 
 class Use(NamedTuple):
@@ -127,6 +135,9 @@ class Use(NamedTuple):
       derived: whether a layer has another function of the leaf for its kernel.
       part: of which part of the leaf.
       turned: whether the outputs stand before the inputs there.
+      slots: how many slots hold examples for each layer; 0 where they lie in their order.
+      alone: what is wrong with it, unless it joins a layer as its bias.
+      divides: whether each example could have a leaf of its own here.
     """
 
     rule: str
@@ -148,22 +159,14 @@ class Use(NamedTuple):
     derived: bool = False
     part: Part = WHOLE
     turned: bool = False
+    slots: int = 0
+    alone: str = ""
+    divides: bool = True
 
     @property
     def covers(self) -> Covered:
         """What it is a use of."""
         return Covered(self.leaf, self.part, self.turned)
-
-
-class RowReaders(NamedTuple):
-    """How rows of features lie in the arrays around a Kronecker use: functions to [*layers, N, positions, features]."""
-
-    # einsum("ntd,dhe->nthe") of a [5, 7, 4] and w [4, 2, 3], a matrix [4, 6]: inputs [5, 7, 4] -> [5, 7, 4], outputs
-    # [5, 7, 2, 3] -> [5, 7, 6]; on positions merged before, [35, 4] -> [5, 7, 4]; ids of rows of a table -> [5, 7, 1].
-    # Three experts w [3, 4, 6] on one a [5, 4]: outputs [5, 3, 6] -> [3, 5, 1, 6], inputs [5, 1, 4], `same` = (True,)
-    inputs: Callable[[Array], Array]
-    outputs: Callable[[Array], Array]
-    same: tuple[bool, ...] = ()  # for each axis of layers, whether all of them read the same inputs, without that axis
 
 
 class KroneckerUse(Protocol):
@@ -217,8 +220,42 @@ def _empty() -> Any:
 def plain(eqn: Any, values: Sequence[Value], n: int) -> list[Value]:
     """The results of an equation that uses no leaf, or whose use is not told apart."""
     arrays = bind(eqn, [value.array for value in values])
-    axes = result_axes(eqn, [value.axis for value in values], n)
-    return [Value(array, axis) for array, axis in zip(arrays, axes, strict=True)]
+    places = result_places(eqn, [value.place for value in values], n)
+    results = [Value(array, place.axis, kind=place.kind) for array, place in zip(arrays, places, strict=True)]
+    if len(results) == 1 and unpushed(results[0].axis):
+        results[0] = results[0]._replace(axis=_pushed(eqn, values, results[0], n))
+    return results
+
+
+def _pushed(eqn: Any, values: Sequence[Value], result: Value, n: int) -> Spread:
+    """The slots of a result, with what goes there: the weights take the way of the examples."""
+    # einsum("sec,sd->ecd", send, a): weights [6] stand in the place of a [6, 4], and the first column [3, 2] of the
+    # result is what the slots weigh; a slot that holds no example weighs nothing
+    spread: Any = result.axis
+    chosen = selection(eqn, [value.place for value in values])
+    moving = range(len(values)) if eqn.primitive.name == "concatenate" else [0 if chosen is None else chosen[0]]
+    exact = eqn.primitive.name in ("dot_general", "scatter", "scatter-add")  # all operands have one type
+
+    def push(q: Array, mask: Array | None) -> Array:
+        arrays = [value.array for value in values]
+        for k in moving:
+            full = _weights_like(values[k], q, mask)
+            arrays[k] = full.astype(values[k].array.dtype) if exact else full
+        (moved,) = bind(eqn, arrays)
+        others = [a for a in range(moved.ndim) if a not in spread.axes]
+        return jnp.transpose(moved, [*spread.axes, *others]).reshape(*(moved.shape[a] for a in spread.axes), -1)[..., 0]
+
+    return spread._replace(push=push)
+
+
+def _weights_like(data: Value, q: Array, mask: Array | None) -> Array:
+    """The weights of the examples in the shape of an array that holds them."""
+    axes, shape = axes_of(data.axis), jnp.shape(data.array)
+    given = data.axis.push if isinstance(data.axis, Spread) else None
+    weights = in_order(q, mask, [shape[a] for a in axes]) if given is None else given(q, mask)
+    order = sorted(range(len(axes)), key=lambda k: axes[k])
+    thin = [size if a in axes else 1 for a, size in enumerate(shape)]
+    return jnp.broadcast_to(jnp.transpose(weights, order).reshape(thin), shape)
 
 
 def unsupported(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: Path, what: str) -> list[Value]:
@@ -239,24 +276,6 @@ def uncovered(path: Path, view: View, what: str) -> Use:
     return Use("unsupported", path, view.leaf, view.stack, what, covered=False, part=view.part)
 
 
-Window = Mapping[int, tuple[int, int]]
-"""Axes of an array of which but a part is read: where it starts, and its size."""
-
-
-def rows_of(
-    array: Array, axis: int, features: Sequence[int], n: int, layers: Sequence[int] = (), window: Window | None = None
-) -> Array:
-    """Rows [*layers, N, positions, features] of (a window of) an array whose examples lie along `axis`."""
-    # n = 5: [3, 5, 2, 4] with axis 1 and features (2, 3) -> transposed [5, 3, 2, 4] -> [5, 3, 8]; merged [15, 4] with
-    # axis 0 -> [5, 3, 4]; with layers (2,) and features (3,) -> [2, 5, 3, 4]
-    for place, (start, size) in (window or {}).items():
-        array = jax.lax.slice_in_dim(array, start, start + size, axis=place)
-    others = [a for a in range(array.ndim) if a != axis and a not in features and a not in layers]
-    size = math.prod(array.shape[a] for a in features)
-    rows = jnp.transpose(array, [*layers, axis, *others, *features])
-    return rows.reshape(*rows.shape[: len(layers)], n, -1, size)
-
-
 def changed(value: Value, own: Array | None, view: View, strided: Strided, leaves: Array | None) -> Array | None:
     """What stands in the place of a value for each example, [N, ...], where this view of it has leaves of their own."""
     if leaves is None:
@@ -269,8 +288,8 @@ def elementwise(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: P
     """A leaf that meets the examples element by element: the visitor may give each example a leaf of its own."""
     # γ [4] on a [15, 4], which are 5 examples in 3 rows each: seen as (15, 4) with strides (0, 1), the same for all.
     # The visitor answers with γ_n [5, 4], or None; each fills the rows of its example, [5, 4] -> [15, 4].
-    axes = {value.axis for value in values if value.axis is not SHARED}
-    axis = axes.pop() if len(axes) == 1 else LOST
+    axis = result_places(eqn, [value.place for value in values], n)[0].axis
+    axes = axes_of(axis)
     name, shape, values = eqn.primitive.name, eqn.outvars[0].aval.shape, list(values)
     for k, value in enumerate(values):
         own = None
@@ -280,18 +299,43 @@ def elementwise(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: P
                 order = range(len(strided.shape))
                 strided = strided.broadcast(shape, order)
                 linear = linear and linear.broadcast(value.array.shape, shape, order)
-            if axis == LOST or strided.shape[axis] != shape[axis] or (shape[axis] > 1 and strided.strides[axis]):
-                what = "examples axis is lost" if axis == LOST else "other values for other examples"
+            what = _why_not(axis, strided, shape)
+            slots = isinstance(axis, Spread) and not axis.ordered  # where a bias may join, but has no diagonal
+            if what is not None and not slots:
                 visitor.unsupported(uncovered(path, view, f"{name}: {what}"))
                 continue
             moved = view.base is None or len(value.views) > 1
             joins = _joined(linear, values[1 - k].output) if name == "add" and linear and moved else None
             use = Use("elementwise", path, view.leaf, view.stack, name, joins=joins, part=view.part)
-            own = changed(value, own, view, strided.drop(axis), visitor.own(use, view))
+            if slots:
+                visitor.unsupported(use._replace(alone=f"{name}: {what}"))
+                continue
+            one = functools.reduce(Strided.drop, sorted(axes, reverse=True), strided)
+            own = changed(value, own, view, one, visitor.own(use, view))
         if own is not None:
-            own = jnp.repeat(jnp.moveaxis(own, 0, axis), shape[axis] // n, axis)
-            values[k] = value._replace(array=own)
+            values[k] = value._replace(array=_spread_out(own, axes, shape, n))
     return plain(eqn, values, n)
+
+
+def _why_not(axis: Axis, strided: Strided, shape: Sequence[int]) -> str | None:
+    """Why a view cannot have a leaf for each example."""
+    if isinstance(axis, Lost):
+        return f"examples axis is lost: {axis.what}"
+    if axis is SHARED:
+        return "examples axis is lost: summed over"
+    if isinstance(axis, Spread) and axis.partial:
+        return "examples axis is lost: sums over microbatches have none"
+    if isinstance(axis, Spread) and not axis.ordered:
+        return "examples lie in slots, scale and shift them where they are in their order"
+    same = all(strided.shape[a] == shape[a] and (shape[a] == 1 or not strided.strides[a]) for a in axes_of(axis))
+    return None if same else "other values for other examples"
+
+
+def _spread_out(own: Array, axes: Sequence[int], shape: Sequence[int], n: int) -> Array:
+    """What each example has of its own, [N, ...], along the axes that count them."""
+    own = own.reshape(*(shape[a] for a in axes), *own.shape[1:]) if len(axes) > 1 else own
+    own = jnp.moveaxis(own, range(len(axes)), axes)
+    return jnp.repeat(own, shape[axes[0]] // n, axes[0]) if len(axes) == 1 else own
 
 
 def _joined(linear: Linear, output: Output | None) -> tuple[Path, Covered] | None:
@@ -310,96 +354,3 @@ def _joined(linear: Linear, output: Output | None) -> tuple[Path, Covered] | Non
             return None
     made = Part.ordered(sum(linear.starts[a] * roles[a] for a in features), [(sizes[a], roles[a]) for a in features])
     return next(((output.path, covers) for covers, part in output.pieces.items() if part == made), None)
-
-
-# Explicit taps
-
-
-def observe(outputs: Array, inputs: Array, weight: Array, bias: Array | None = None) -> Array:
-    """Says inside a model that outputs = inputs · weight + bias, up to shapes; the identity on outputs.
-
-    Curvatures then take weight and bias for a dense layer, and do not look at what else happens to them: the way out
-    for layers that the automatic capture cannot see. The model stays an ordinary function, for every transformation.
-
-    Args:
-      outputs: [N, ..., *outputs], the trailing axes together as long as a row of the weight.
-      inputs: [N, ..., d_in], what is multiplied with the weight, on the same positions.
-      weight: a leaf of y, or a view of one, that is [d_in, d_out] up to its shape.
-      bias: a leaf of y with d_out elements, or None.
-
-    Returns:
-      `outputs`.
-
-    Raises:
-      ValueError: if the sizes do not fit each other.
-
-    Cost: none.
-
-    Example:
-        >>> import bilevax as bx, jax.numpy as jnp
-        >>> y, inputs = jnp.ones((3, 2)), jnp.ones((5, 3))
-        >>> bx.curvature.observe(inputs @ y, inputs, y).shape
-        (5, 2)
-    """
-    size = jnp.size(weight) // jnp.shape(inputs)[-1]
-    fits = jnp.size(weight) == jnp.shape(inputs)[-1] * size and _width(jnp.shape(outputs), size) is not None
-    if not fits or (bias is not None and jnp.size(bias) != size):
-        raise ValueError(
-            f"outputs, inputs, weight and bias must be those of a dense layer, inputs [N, ..., d_in] and weight [d_in, "
-            f"d_out]; got {jnp.shape(outputs)}, {jnp.shape(inputs)}, {jnp.shape(weight)} and a bias of "
-            f"{None if bias is None else jnp.shape(bias)}. Pass what the layer multiplies, its features last."
-        )
-    return jax.jit(_mark)(outputs, inputs, weight, *(() if bias is None else (bias,)))
-
-
-def _mark(outputs: Array, *layer: Array) -> Array:
-    return outputs * jnp.ones((), outputs.dtype)
-
-
-_mark.__name__ = MARK
-
-
-def _width(shape: Sequence[int], size: int) -> int | None:
-    """How many trailing axes have `size` elements together."""
-    return next((k for k in range(1, len(shape) + 1) if math.prod(shape[-k:]) == size), None)
-
-
-def _plain(linear: Linear | None) -> bool:
-    return linear is not None and linear.scale is None and linear.start is None
-
-
-def tap(values: Sequence[Value], visitor: Visitor, n: int, path: Path) -> list[Value]:
-    """The rule of `observe`."""
-    outputs, inputs, weight, *rest = values
-    linears = [view.linear for value in (weight, *rest) for view in value.views if len(value.views) == 1]
-    linear = linears[0] if len(linears) == 1 + len(rest) else None
-    if linear is None or not linear.once or not all(map(_plain, linears)):
-        raise ValueError(
-            "weight (and bias) of observe must be leaves of y, or reshapes of them; got another function. Pass the "
-            "leaves themselves."
-        )
-    view, bias = weight.views[0], rest[0].views[0].covers if rest else None
-    width, shape = inputs.array.shape[-1], linear.strided.shape
-    size = math.prod(shape) // width
-    splits = any(math.prod(shape[:k]) == width for k in range(len(shape) + 1))
-    count = _width(outputs.array.shape, size)
-    if count is None or not splits or outputs.axis in (LOST, SHARED) or inputs.axis in (LOST, SHARED):
-        raise ValueError(
-            "outputs and inputs of observe must hold the examples along an axis, and its weight be [d_in, d_out] up to "
-            "its shape; got others. Transpose the weight, or observe a layer that sees the examples."
-        )
-    features = range(outputs.array.ndim - count, outputs.array.ndim)
-    rows = RowReaders(
-        functools.partial(rows_of, axis=inputs.axis, features=(inputs.array.ndim - 1,), n=n),
-        functools.partial(rows_of, axis=outputs.axis, features=features, n=n),
-    )
-    positions = jax.eval_shape(rows.outputs, outputs.array).shape[1]
-    if (found := jax.eval_shape(rows.inputs, inputs.array).shape[1]) != positions:
-        raise ValueError(
-            f"inputs of observe must have the positions of its outputs, {positions} for each example; got {found}. "
-            f"Pass the activations that made these outputs."
-        )
-    of = Use("observed", path, view.leaf, view.stack, "observe", linear.strided, width, size, positions, part=view.part)
-    use = of._replace(bias=bias, explicit=True)
-    array = visitor.kronecker(visitor.slots.get(use.covers), use, rows, outputs.array, inputs.array)
-    return [Value(array, outputs.axis)]
