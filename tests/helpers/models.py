@@ -253,6 +253,46 @@ ELEMENTS = normal(10, **{name: shape for name, (shape, _) in ELEMENTWISE.items()
 FEATURE_SEQUENCES = jax.random.normal(jax.random.key(11), (N, T, FEATURES))
 
 
+# Axes that count layers; parts and functions of leaves
+
+
+def experts(y, a):
+    """Three of them, whose outputs a softmax of the gate weighs."""
+    said = jnp.tanh(jnp.einsum("nd,edf->nef", a, y["up"]) + y["bias"][None])
+    return jnp.einsum("ne,nec->nc", jax.nn.softmax(a @ y["gate"]), jnp.einsum("nef,efc->nec", said, y["down"]))
+
+
+def in_groups(y, a):
+    """A convolution by depth, and one in two groups of channels."""
+    for name, groups in (("depth", 2), ("groups", 2)):
+        window = {"feature_group_count": groups, "dimension_numbers": NHWC}
+        a = jnp.tanh(jax.lax.conv_general_dilated(a, y[name], (2, 2), "SAME", **window))
+    return a.mean((1, 2)) @ y["head"]
+
+
+def in_parts(y, a):
+    """Slices of a stacked and of a fused leaf, kernels that are joined, a number times one."""
+    for k in (0, 2):
+        a = jnp.tanh(a @ y["stacked"][k] + y["biases"][k][None])
+    query, key = jnp.split(y["fused"], 2, axis=1)
+    a = jnp.concatenate([a @ query, 0.5 * jnp.tanh(a @ key)], 1)
+    z = a @ jnp.concatenate([y["first"], y["second"]], axis=1)
+    return jnp.tanh(z) @ (y["out"] / 3)
+
+
+def of_functions(y, a):
+    """A merged update of low rank, weight norm, and a mask."""
+    a = jnp.tanh(a @ (y["frozen"] + y["a"] @ y["b"]))
+    a = jnp.tanh(a @ (y["g"][None] * y["v"] / jnp.linalg.norm(y["v"], axis=0, keepdims=True)))
+    return a @ (y["masked"] * jnp.asarray(np.arange(4 * C).reshape(4, C) % 2, float))
+
+
+EXPERTS = normal(50, up=(3, D, 4), bias=(3, 4), down=(3, 4, C), gate=(D, 3))
+GROUPS = normal(51, depth=(3, 3, 1, 4), groups=(2, 2, 2, 4), head=(4, C))
+PARTS = normal(52, stacked=(3, D, D), biases=(3, D), fused=(D, 6), first=(6, 2), second=(6, 3), out=(5, C))
+FUNCTIONS = normal(53, frozen=(D, 4), a=(D, 1), b=(1, 4), v=(4, 4), g=(4,), masked=(4, C))
+
+
 # The table
 
 
@@ -294,6 +334,10 @@ MODELS = {
     "recurrent cell": Row(recurrent, CELL, SEQUENCES, uses=STEPS, untied=recurrent_untied),
     "recurrent cell in a scan": Row(recurrent_scan, CELL, SEQUENCES, uses=STEPS, untied=recurrent_untied),
     "layer used twice": Row(twice, TWICE, INPUTS, uses={"twice": 2}, untied=twice_untied),
+    "experts": Row(experts, EXPERTS, INPUTS),
+    "convolutions in groups": Row(in_groups, GROUPS, IMAGES),
+    "parts of leaves": Row(in_parts, PARTS, INPUTS),
+    "functions of leaves": Row(of_functions, FUNCTIONS, INPUTS),
     "convolution that is also a layer": Row(
         twice_in_two_ways, TWO_WAYS, SEQUENCES, uses={"twice": 2}, untied=twice_in_two_ways
     ),
