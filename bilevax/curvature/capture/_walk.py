@@ -14,7 +14,7 @@ from bilevax.curvature.capture.batch_axis import by_line, scan_places
 from bilevax.curvature.capture.layers import RULES, layer
 from bilevax.curvature.capture.leaf_functions import rearranged, seen_through
 from bilevax.curvature.capture.places import FLAT, SHARED, Axis, Spread, literal_kind, lost, of_dtype
-from bilevax.curvature.capture.programs import Program, at_once, body, opened, scan_counts, unsharded
+from bilevax.curvature.capture.programs import Program, at_once, body, opened, scan_counts, ungrouped, unsharded
 from bilevax.curvature.capture.rows import unpushed
 from bilevax.curvature.capture.uses import (
     ELEMENTWISE,
@@ -78,7 +78,7 @@ def _equation(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: Pat
         if any(unpushed(result.axis) for result in results) and (inner := body(eqn)) is not None:
             return _call(eqn, inner, values, visitor, n, path)  # what went into the slots is known inside
         return results
-    if (program := unsharded(eqn)) is not None:
+    if (program := unsharded(eqn) or ungrouped(eqn)) is not None:
         return walk(program, values, visitor, n, path)
     if name not in RULES and not any(value.output is not None for value in values):
         values = [value._replace(axis=_statistic(value.axis)) for value in values]

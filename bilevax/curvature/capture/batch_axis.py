@@ -185,6 +185,9 @@ def _several(eqn: Any, axes: Sequence[Axis], n: int) -> Axis:
         left = tuple(a - sum(d < a for d in gone) for a in spread.axes if a not in gone)
         return spread._replace(axes=left, push=spread.push if len(left) == len(sizes) else None)
     ints = [axis if isinstance(axis, int) else SHARED for axis in axes]
+    picked = eqn.params["dimension_numbers"].collapsed_slice_dims if name == "gather" and side == 0 else ()
+    if set(spread.axes) <= set(picked) and ints[1] is not SHARED:
+        return _one(eqn, ints, n)  # what examples take from the slots
     found: list[Axis] = []
     for k, size in enumerate(sizes):
         alone = [axis.axes[k] if isinstance(axis, Spread) else SHARED for axis in axes]
@@ -241,7 +244,7 @@ def selection(eqn: Any, places: Sequence[Place]) -> tuple[int, tuple[int, ...]] 
     if name == "gather":
         numbers, (operand, ids) = eqn.params["dimension_numbers"], places
         axes = axes_of(operand.axis)
-        if not axes or not set(axes) <= set(numbers.collapsed_slice_dims) or axes_of(ids.axis):
+        if not axes or not set(axes) <= set(numbers.collapsed_slice_dims) or isinstance(ids.axis, int):
             return None
         return 0, tuple(a for a in range(eqn.outvars[0].aval.ndim) if a not in numbers.offset_dims)
     if name == "slice" and isinstance(places[0].axis, int):

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core
 
 from bilevax.curvature.capture.places import Axis, Spread, axes_of
@@ -48,6 +49,27 @@ def at_once(eqn: Any, axes: Sequence[Axis]) -> Program | None:
     each = core.jaxpr_as_fun(eqn.params["jaxpr"])
     mapped = jax.vmap(each, [None if k < consts else 0 for k in range(len(axes))])
     return opened(jax.make_jaxpr(mapped)(*_shapes(eqn)))
+
+
+def ungrouped(eqn: Any) -> Program | None:
+    """A `ragged_dot` as one product for each group, whose slots hold the rows of the group; None for any other."""
+    # x [6, 4], w [3, 4, 5] and groups of 2, 3, 1 rows: slots [3, 6], of which the first holds the rows 0 and 1 and
+    # nothing else; three products [6, 4] · [4, 5], of which row 2 is taken from the second
+    if eqn.primitive.name not in ("ragged_dot", "ragged_dot_general"):
+        return None
+    numbers = eqn.params.get("ragged_dot_dimension_numbers")
+    plain = (((1,), (1,)), ((), ()))
+    if numbers is None or (numbers.dot_dimension_numbers, numbers.rhs_group_dimensions) != (plain, (0,)):
+        return None
+
+    def products(x: Array, w: Array, sizes: Array) -> list[Array]:
+        rows, groups = jnp.arange(len(x)), jnp.arange(len(w))
+        group = jnp.searchsorted(jnp.cumsum(sizes), rows, side="right")
+        slots = jnp.where(group[None] == groups[:, None], rows[None], len(x))
+        each = jnp.einsum("esd,edf->esf", x.at[slots].get(mode="fill", fill_value=0), w)
+        return [each.at[group, rows].get(mode="fill", fill_value=0).astype(eqn.outvars[0].aval.dtype)]
+
+    return opened(jax.make_jaxpr(products)(*_shapes(eqn)))
 
 
 def unsharded(eqn: Any) -> Program | None:

@@ -11,7 +11,7 @@ from jax.extend import core
 from bilevax.curvature.capture.batch_axis import result_places, selection
 from bilevax.curvature.capture.places import SHARED, SMOOTH, Axis, Lost, Place, Spread, axes_of
 from bilevax.curvature.capture.programs import opened
-from bilevax.curvature.capture.rows import RowReaders, in_order, unpushed
+from bilevax.curvature.capture.rows import RowReaders, in_order, slots_of, unpushed
 from bilevax.curvature.capture.view import WHOLE, Linear, Part, Strided, contiguous
 from bilevax.typing import Array
 
@@ -299,8 +299,8 @@ def elementwise(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: P
                 order = range(len(strided.shape))
                 strided = strided.broadcast(shape, order)
                 linear = linear and linear.broadcast(value.array.shape, shape, order)
-            what = _why_not(axis, strided, shape)
-            slots = isinstance(axis, Spread) and not axis.ordered  # where a bias may join, but has no diagonal
+            what = _why_not(axis, strided, shape, n)
+            slots = what is not None and slots_of(axis, shape) > 0  # where a bias may join, but has no diagonal
             if what is not None and not slots:
                 visitor.unsupported(uncovered(path, view, f"{name}: {what}"))
                 continue
@@ -317,7 +317,7 @@ def elementwise(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: P
     return plain(eqn, values, n)
 
 
-def _why_not(axis: Axis, strided: Strided, shape: Sequence[int]) -> str | None:
+def _why_not(axis: Axis, strided: Strided, shape: Sequence[int], n: int) -> str | None:
     """Why a view cannot have a leaf for each example."""
     if isinstance(axis, Lost):
         return f"examples axis is lost: {axis.what}"
@@ -325,7 +325,7 @@ def _why_not(axis: Axis, strided: Strided, shape: Sequence[int]) -> str | None:
         return "examples axis is lost: summed over"
     if isinstance(axis, Spread) and axis.partial:
         return "examples axis is lost: sums over microbatches have none"
-    if isinstance(axis, Spread) and not axis.ordered:
+    if slots_of(axis, shape) not in (0, n):  # n of them are the examples in another order
         return "examples lie in slots, scale and shift them where they are in their order"
     same = all(strided.shape[a] == shape[a] and (shape[a] == 1 or not strided.strides[a]) for a in axes_of(axis))
     return None if same else "other values for other examples"

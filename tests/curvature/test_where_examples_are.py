@@ -1,0 +1,258 @@
+"""Where the examples of an array are: moved, mapped over, in microbatches, in pieces of a mesh, in slots of experts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from blocks import assert_equal_factors, captured, make
+from models import INPUTS, LABELS, SEQUENCES, C, D, N, X, Y, dense, mlp, normal
+
+from bilevax import curvature
+from bilevax.curvature import capture
+
+BATCH = (INPUTS, LABELS)
+ORDER = jnp.asarray(np.array([2, 0, 3, 1]))
+SPEC = jax.sharding.PartitionSpec
+
+
+def one(y, a):
+    return mlp(y, a[None])[0]
+
+
+def shuffled(y, a):
+    """Another order of the examples in the hidden layer, as where batch norms must not leak."""
+    return dense(y["out"], jnp.tanh(dense(y["hidden"], a)[ORDER]))[jnp.argsort(ORDER)]
+
+
+def by_key(y, a):
+    order = jnp.argsort(a[:, 0])
+    return mlp(y, a[order])[jnp.argsort(order)]
+
+
+def on_a_mesh(function):
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    options = {"mesh": mesh, "in_specs": (SPEC(), SPEC("data")), "out_specs": SPEC("data")}
+    return lambda y, a: jax.shard_map(function, **options)(y, a)
+
+
+SAME = {
+    "map": lambda y, a: jax.lax.map(lambda a: one(y, a), a),
+    "map, three at once and the rest": lambda y, a: jax.lax.map(lambda a: one(y, a), a, batch_size=3),
+    "microbatches in a scan": lambda y, a: jax.lax.scan(lambda _, a: (None, mlp(y, a)), None, a.reshape(2, 2, D))[
+        1
+    ].reshape(N, C),
+    "microbatches": lambda y, a: jax.vmap(lambda a: mlp(y, a))(a.reshape(2, 2, D)).reshape(N, C),
+    "another order, and back": shuffled,
+    "sorted, and back": by_key,
+    "pieces of a mesh": on_a_mesh(mlp),
+}
+
+
+@pytest.mark.parametrize("model", SAME.values(), ids=SAME)
+def test_it_is_the_same_network(model):
+    """With weights of the examples, which go where the examples go."""
+    np.testing.assert_allclose(model(Y, INPUTS), mlp(Y, INPUTS), atol=1e-12)
+    assert_equal_factors(captured(model, X, Y, BATCH), captured(mlp, X, Y, BATCH))
+
+
+def test_scales_in_microbatches_have_their_exact_diagonal():
+    y = Y | {"scale": jnp.array([0.5, 2.0])}
+    parts = lambda y, a: mlp(y, (a.reshape(2, 2, D) * y["scale"][None, None])).reshape(N, C)  # noqa: E731
+    assert_equal_factors(captured(parts, X, y, BATCH), captured(lambda y, a: mlp(y, a * y["scale"][None]), X, y, BATCH))
+
+
+# Statistics of the batch
+
+
+def normalised(y, a, mean=lambda z: z.mean(0, keepdims=True)):
+    z = a @ y["hidden"]["kernel"]
+    z = (z - mean(z)) / jnp.sqrt(mean(z**2) + 0.1)
+    return jnp.tanh(z + jnp.expand_dims(y["hidden"]["bias"], range(a.ndim - 1))) @ y["out"]["kernel"]
+
+
+NORMALISED = {
+    "mean over a mapped axis": lambda y, a: jax.vmap(
+        lambda a: normalised(y, a, lambda z: jax.lax.pmean(z, "batch")), axis_name="batch"
+    )(a),
+    "gathered over a mapped axis": lambda y, a: jax.vmap(
+        lambda a: normalised(y, a, lambda z: jax.lax.all_gather(z, "batch").mean(0)), axis_name="batch"
+    )(a),
+    "mean over a mesh": on_a_mesh(
+        lambda y, a: normalised(y, a, lambda z: jax.lax.pmean(z.mean(0, keepdims=True), "data"))
+    ),
+}
+
+
+@pytest.mark.parametrize("model", NORMALISED.values(), ids=NORMALISED)
+def test_collectives_are_sums_over_the_examples(model):
+    y = {"hidden": Y["hidden"], "out": {"kernel": Y["out"]["kernel"]}}
+    assert_equal_factors(captured(model, X, y, BATCH), captured(normalised, X, y, BATCH))
+
+
+# Experts: each token goes to one of them
+
+
+E = 2
+EXPERTS = normal(40, router=(D, E), up=(E, D, 5), bias=(E, 5), down=(E, 5, C))
+
+
+def chosen_expert(y, a):
+    gate = jax.nn.softmax(a @ y["router"])
+    return gate, gate.argmax(-1)
+
+
+def by_slots(y, a):
+    """Dispatch by a tensor of zeros and ones [N, E, slots]."""
+    gate, expert = chosen_expert(y, a)
+    chosen = jax.nn.one_hot(expert, E)
+    place = ((jnp.cumsum(chosen, 0) * chosen).max(-1)).astype(int) - 1
+    send = chosen[..., None] * jax.nn.one_hot(place, N)[:, None]
+    h = jnp.tanh(jnp.einsum("ecd,edf->ecf", jnp.einsum("sec,sd->ecd", send, a), y["up"]) + y["bias"][:, None])
+    return jnp.einsum("sec,ecd->sd", send, jnp.einsum("ecf,efd->ecd", h, y["down"])) * gate.max(-1)[:, None]
+
+
+def by_index(y, a):
+    """Dispatch by the numbers of the examples in each slot, N where it is empty."""
+    gate, expert = chosen_expert(y, a)
+    chosen = jax.nn.one_hot(expert, E, dtype=int)
+    place = (jnp.cumsum(chosen, 0) * chosen).max(-1) - 1
+    slots = jnp.full((E, N), N).at[expert, place].set(jnp.arange(N))
+    h = a.at[slots].get(mode="fill", fill_value=0)
+    h = jnp.tanh(jnp.einsum("ecd,edf->ecf", h, y["up"]) + y["bias"][:, None])
+    return jnp.einsum("ecf,efd->ecd", h, y["down"])[expert, place] * gate.max(-1)[:, None]
+
+
+def by_group(y, a):
+    """Sorted by expert, and one product of ragged groups."""
+    gate, expert = chosen_expert(y, a)
+    order = jnp.argsort(expert)
+    sizes = jnp.bincount(expert, length=E)
+    h = jax.lax.ragged_dot(a[order], y["up"], sizes) + y["bias"][expert[order]]
+    return jax.lax.ragged_dot(jnp.tanh(h), y["down"], sizes)[jnp.argsort(order)] * gate.max(-1)[:, None]
+
+
+def each_its_own(y, a):
+    """The experts that each example would have, [N, E, ...]: what reference numbers are made of."""
+    h = jnp.tanh(jnp.einsum("nd,edf->nef", a, y["up"]) + y["bias"][None])
+    return h, jnp.einsum("nef,efc->nec", h, y["down"])
+
+
+@jax.jit
+def factors_by_hand(x, y, a):
+    """The outputs, and A and B of each expert, whose examples weigh what they weigh."""
+    gate, expert = chosen_expert(y, a)
+    h, each = each_its_own(y, a)
+    z = each[jnp.arange(N), expert] * gate.max(-1)[:, None]
+    p = jax.nn.softmax(z)
+    L = jax.vmap(jnp.diag)(p) - p[:, :, None] * p[:, None]
+    q = jnp.exp(x)[None] * (expert[None] == jnp.arange(E)[:, None])  # [E, N]
+    mean, weights = q / q.sum(1, keepdims=True), q * gate.max(-1)[None] ** 2
+    ones = jnp.concatenate([a, jnp.ones((N, 1))], 1)
+    back = jnp.einsum("efc,nef->nefc", y["down"], 1 - h**2)
+    inner = jnp.einsum("en,nefc,ncd,negd->efg", weights, back, L, back) / N
+    up = (jnp.einsum("en,ni,nj->eij", mean, ones, ones), inner)
+    down = (jnp.einsum("en,nei,nej->eij", mean, h, h), jnp.einsum("en,ncd->ecd", weights, L) / N)
+    return z, expert, {"up": up, "down": down}
+
+
+@pytest.mark.parametrize("model", [by_slots, by_index], ids=["slots", "index"])
+def test_rows_of_an_expert_are_those_of_its_examples(model):
+    """A of an expert weighs its own examples alone; B comes from the gradients at its outputs."""
+    z, expert, expected = factors_by_hand(X, EXPERTS, INPUTS)
+    assert 0 < int(expert.sum()) < N
+    np.testing.assert_allclose(jax.jit(model)(EXPERTS, INPUTS), z, atol=1e-12)
+    found = captured(model, X, EXPERTS, BATCH)
+    for leaf, (A, B) in expected.items():
+        np.testing.assert_allclose(found[leaf].A, A, rtol=0, atol=1e-12)
+        np.testing.assert_allclose(found[leaf].B, B, rtol=0, atol=1e-12)
+
+
+def test_ragged_groups_are_experts():
+    """Its bias, which is a table of which rows pick, is a block of its own."""
+    z, _, expected = factors_by_hand(X, EXPERTS, INPUTS)
+    np.testing.assert_allclose(jax.jit(by_group)(EXPERTS, INPUTS), z, atol=1e-12)
+    found = captured(by_group, X, EXPERTS, BATCH)
+    for leaf, (A, B) in expected.items():
+        size = found[leaf].A.shape[-1]
+        np.testing.assert_allclose(found[leaf].A, A[:, :size, :size], rtol=0, atol=1e-12)
+        np.testing.assert_allclose(found[leaf].B, B, rtol=0, atol=1e-12)
+
+
+def test_a_straight_through_choice_has_a_derivative():
+    """Rounded numbers with a gradient of their own are no zeros and ones that select."""
+
+    @jax.custom_jvp
+    def hard(p):
+        return (p > 0.5).astype(p.dtype)
+
+    hard.defjvp(lambda primals, tangents: (hard(primals[0]), tangents[0]))
+
+    def pooled(y, a):
+        weights = hard(jax.nn.sigmoid(a @ y["router"]))  # [N, E], with a derivative
+        return a @ y["router"] @ jnp.ones((E, C)) + (jnp.einsum("ne,nd->ed", weights, a) @ y["up"][0]).sum() * 1.0
+
+    rows = curvature.describe(make(pooled), X, {k: EXPERTS[k] for k in ("router", "up")}, BATCH).rows
+    assert {row.leaves: row.rule for row in rows}[("up",)] != "dense"
+
+
+# Inputs that hold the examples elsewhere, or not at all
+
+
+def attention(y, inputs):
+    a, mask = inputs["a"], inputs["mask"][None]
+    s = jnp.einsum("ntd,nsd->nts", a @ y["q"], a @ y["k"]) + mask
+    return (jax.nn.softmax(s) @ (a @ y["v"])).mean(1) @ y["h"]
+
+
+HEADS = normal(41, q=(D, D), k=(D, D), v=(D, D), h=(D, C))
+SQUARE = {"a": normal(42, a=(N, N, D))["a"], "mask": jnp.where(jnp.tril(jnp.ones((N, N))) > 0, 0.0, -1e9)}
+
+
+def test_a_mask_among_the_inputs_is_no_row_of_examples():
+    """Where there are as many examples as positions; the report says what was taken for examples."""
+    loss = make(attention)
+    report = curvature.describe(loss, X, HEADS, (SQUARE, LABELS))
+    assert [row.rule for row in report.rows] == ["dense"] * 4
+    assert "Taken for examples, by a first axis of N = 4: a [4, 4, 2], mask [4, 4]" in str(report)
+    said = make(attention, examples=lambda inputs: {"a": 0, "mask": None})
+    assert "Taken" not in str(curvature.describe(said, X, HEADS, (SQUARE, LABELS)))
+
+    def find(loss):
+        return curvature.kronecker.factors(None, loss, X, HEADS, (SQUARE, LABELS), fisher=curvature.fisher.exact)
+
+    first, second = jax.jit(lambda: (find(loss), find(said)))()
+    assert_equal_factors(first, second)
+
+
+def test_time_major_inputs():
+    def model(y, a):
+        return mlp(y, a).mean(0)
+
+    swapped = SEQUENCES.swapaxes(0, 1)
+    blocks = capture.trace(model, Y, swapped, examples=lambda inputs: 1).blocks
+    assert [(block.rule, block.positions) for block in blocks] == [("dense", 3)] * 2
+    with pytest.raises(ValueError, match=r"no array with 4 rows.*examples=lambda inputs: 1"):
+        capture.trace(model, Y, swapped)
+
+
+def test_axes_that_do_not_fit_the_inputs():
+    def trace(axes):
+        return capture.trace(mlp, Y, INPUTS, examples=lambda inputs: axes)
+
+    with pytest.raises(ValueError, match=r"an axis of inputs with the 4 rows of the outputs, or None; got 1 for shape"):
+        trace(1)
+    with pytest.raises(ValueError, match=r"examples must return the axis of at least one array; got None for all"):
+        trace(None)
+    with pytest.raises(ValueError, match=r"examples must return an axis for each array of the inputs.*got \{'a': 0\}"):
+        trace({"a": 0})
+    with pytest.raises(ValueError, match="examples must be a function"):
+        make(mlp, examples=0)
+
+
+def test_outputs_in_another_order_are_refused():
+    with pytest.raises(ValueError, match=r"row n belongs to example n.*they are in another order or place"):
+        capture.trace(lambda y, a: mlp(y, a)[ORDER], Y, INPUTS)
+    with pytest.raises(
+        ValueError, match=r"scan .*passes something on from one example to the next at test_where.*vmap"
+    ):
+        capture.trace(lambda y, a: jax.lax.scan(lambda h, a: (h + one(y, a), h), jnp.zeros(C), a)[1], Y, INPUTS)
