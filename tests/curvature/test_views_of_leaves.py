@@ -60,6 +60,14 @@ def scanned(y, a):
     return jax.lax.scan(step, a, y)[0][:, :C]
 
 
+def chain_of_scan(stack, a):
+    return jax.lax.scan(lambda a, w: (jnp.tanh(a @ w), None), a, stack)[0][:, :C]
+
+
+def loop_over_time(h, scale, a):
+    return jax.lax.scan(lambda h, _: (jnp.tanh(h * scale[None] + a[:, :C]), None), h, None, length=3)[0]
+
+
 def joined(y, a):
     kernel = jnp.concatenate([y["w"], y["u"]], axis=1)
     return jnp.tanh(a @ kernel + jnp.concatenate([y["b"], y["c"]])[None])
@@ -124,6 +132,16 @@ CASES = {
     ),
     "observed": ({"w": (3, D, C)}, observed, {f"w[{k}]": "observed" for k in range(3)}),
     "scanned": ({"w": (2, D, 2 * D), "b": (2, 2 * D)}, scanned, {"w[:, 0:4]": DENSE, "w[:, 4:8]": DENSE}),
+    "scaled and scanned": (
+        {"w": (2, D, C + 1)},
+        lambda y, a: chain_of_scan(y["w"] / 4 + 1, a),
+        {"w": DENSE},
+    ),
+    "learnt first state": (
+        {"h": (C,), "s": (C,)},
+        lambda y, a: loop_over_time(jnp.broadcast_to(y["h"][None], (N, C)), y["s"], a),
+        {"h": "elementwise", "s": "elementwise"},
+    ),
     "number": (
         {"w": (D, D), "u": (D, C), "v": (C, C)},
         lambda y, a: jnp.tanh(a @ (y["w"] / 4)) @ (-y["u"]) @ (y["v"] * jnp.sqrt(jnp.float64(2))),

@@ -19,14 +19,13 @@ from bilevax.curvature.capture.rows import unpushed
 from bilevax.curvature.capture.uses import (
     ELEMENTWISE,
     MARK,
-    Covered,
     Path,
     Use,
     Value,
-    View,
     Visitor,
     bind,
     elementwise,
+    entering,
     forget,
     plain,
     unsupported,
@@ -151,10 +150,13 @@ def _scan(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: Path) -
     if not stacked and (program := at_once(eqn, [value.axis for value in values])) is not None:
         return walk(program, values, visitor, n, path)
     whole = all(
-        view.base is None and view.part == WHOLE and view.strided == Strided.whole(view.array.shape)
-        for view in stacked.values()
+        len(values[k].views) == 1
+        and view.part == WHOLE
+        and view.linear is not None
+        and view.linear.strided == Strided.whole(view.array.shape)
+        for k, view in stacked.items()
     )
-    if any(value.views for value in values[first:last]) or not whole:
+    if not whole:
         return unsupported(eqn, values, visitor, n, path, "scan over a function of it")
     # Six layers w [6, 4, 4] over h [5, 4]: inside, the leaf is [4, 4] with stack 1, and what the visitor keeps for it
     # is sliced beside it, A [6, 4, 4] -> [4, 4]. A weight among the constants is the same [4, 4] in all iterations, and
@@ -169,13 +171,13 @@ def _scan(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: Path) -
     leaves = {view.leaf for view in stacked.values()}
     sliced = {covers: slot for covers, slot in visitor.slots.items() if covers[0] in leaves}
 
-    def iterate(carry: list[Array], slices: tuple[list[Array], dict[Covered, Any]]) -> tuple[list[Array], list[Array]]:
-        xs, slots = slices
+    def iterate(carry: list[Array], slices: tuple[Any, ...]) -> tuple[list[Array], list[Array]]:
+        xs, slots, own = slices
         again = []
         for k, (array, place) in enumerate(zip([*consts, *carry, *xs], inside, strict=True)):
             views = values[k].views
             if k in stacked:
-                views = (View.whole(stacked[k].leaf, stacked[k].stack + 1, array),)
+                views = (stacked[k].sliced(array, own.get(k, array)),)
             again.append(Value(array, place.axis, views, kind=place.kind))
         there = visitor._replace(slots={**visitor.slots, **slots}, kronecker=kronecker)
         results = walk(opened(eqn.params["jaxpr"]), again, there, n, path)
@@ -183,9 +185,13 @@ def _scan(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: Path) -
         arrays = [value.array for value in results]
         return arrays[: last - first], arrays[last - first :]
 
+    pairs = list(zip(values, inside, strict=True))[first:last]
+    firsts = [entering(value, place, visitor, n, path) if value.views else value for value, place in pairs]
+    values = [*values[:first], *firsts, *values[last:]]
     arrays = [value.array for value in values]
     consts = arrays[:first]
+    leaf_of = {k: view.array for k, view in stacked.items() if view.base is not None}
     options = {key: eqn.params[key] for key in ("length", "reverse", "unroll")}
-    results: Any = jax.lax.scan(iterate, arrays[first:last], (arrays[last:], sliced), **options)
+    results: Any = jax.lax.scan(iterate, arrays[first:last], (arrays[last:], sliced, leaf_of), **options)
     arrays = [*results[0], *results[1]]
     return [Value(array, place.axis, kind=place.kind) for array, place in zip(arrays, outside, strict=True)]

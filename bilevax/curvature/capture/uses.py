@@ -66,6 +66,20 @@ class View(NamedTuple):
         strided = Strided.whole(array.shape)
         return cls(leaf, stack, array, None, strided, Linear(strided))
 
+    def sliced(self, array: Array, leaf: Array) -> "View":
+        """The view inside of a scan that slices it, where this array and this leaf stand: a layer of the stack."""
+        here = View.whole(self.leaf, self.stack + 1, leaf)
+        if self.base is None or self.linear is None:
+            return here
+        scale, start = self.linear.scale, self.linear.start
+
+        def base(other: Array, made: Any) -> Array:
+            change = (other - leaf) * (1 if scale is None else scale)
+            return array + change.astype(array.dtype)
+
+        linear = Linear(here.strided, scale, None if start is None else start[1:])
+        return here._replace(base=base, linear=linear)
+
     def of(self, leaf: Array, strided: Strided, made: dict[Path, list[Any]] | None = None) -> Array:
         """What stands here for another value of the leaf or part, in an arrangement of its own."""
         return strided.of(leaf if self.base is None else self.base(leaf, {} if made is None else made))
@@ -315,6 +329,21 @@ def elementwise(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: P
         if own is not None:
             values[k] = value._replace(array=_spread_out(own, axes, shape, n))
     return plain(eqn, values, n)
+
+
+def entering(value: Value, place: Place, visitor: Visitor, n: int, path: Path) -> Value:
+    """A function of leaves that becomes an array of the examples, as a learnt first state does in a loop over time."""
+    # h0 [4], seen as [5, 4] with strides (0, 1), is a carry whose axis inside the loop is 0
+    own, shape = None, value.array.shape
+    for view in value.views:
+        what = _why_not(place.axis, view.strided, shape, n)
+        if what is not None or not isinstance(place.axis, int):
+            visitor.unsupported(uncovered(path, view, f"scan over a function of it: {what}"))
+            continue
+        use = Use("elementwise", path, view.leaf, view.stack, "scan", part=view.part)
+        own = changed(value, own, view, view.strided.drop(place.axis), visitor.own(use, view))
+    array = value.array if own is None else _spread_out(own, axes_of(place.axis), shape, n)
+    return Value(array, kind=value.kind)
 
 
 def _why_not(axis: Axis, strided: Strided, shape: Sequence[int], n: int) -> str | None:
