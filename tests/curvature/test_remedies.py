@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from blocks import KEY, gauss_newton, make
+from jax.flatten_util import ravel_pytree
 from models import INPUTS, LABELS, C, D, N, X, normal
 
+import bilevax as bx
 from bilevax import curvature
 from bilevax.curvature import capture
 
@@ -119,11 +121,18 @@ def test_pairs_are_examples_where_the_loss_is_one_of_pairs():
     np.testing.assert_allclose(of_each_pair(y, pairs), of_pairs(y, INPUTS), atol=1e-12)
 
 
-def test_what_mixes_examples_of_the_inputs_alone_belongs_to_the_data():
-    y, mix = {"odd": HEAD}, functools.partial(jnp.cumsum, axis=0)
-    with pytest.raises(ValueError, match="examples"):
-        capture.trace(lambda y, a: mix(a) @ y["odd"], y, INPUTS)
-    loss = curvature.ModelLoss(
-        lambda y, a: a @ y["odd"], curvature.softmax_cross_entropy, lambda x, batch: (mix(batch[0]), batch[1])
-    )
-    assert [row.rule for row in curvature.describe(loss, X, y, BATCH).rows] == ["dense"]
+def test_products_need_no_examples():
+    """Examples that are mixed behind a layer; those of the inputs alone may be, they do not depend on y."""
+    y, mix = {"head": HEAD, **normal(5, odd=(C, C))}, functools.partial(jnp.cumsum, axis=0)
+    model = lambda y, a: mix(a @ y["head"]) @ y["odd"]  # noqa: E731
+    with pytest.raises(ValueError, match=r"odd \(.*examples axis is lost: cumsum"):
+        capture.trace(model, y, INPUTS)
+    ihvp = bx.ihvp.cg(maxiter=60, tol=1e-12, damping=0.1, curvature=curvature.gauss_newton)
+    b, loss = jax.tree.map(jnp.cos, y), make(model)
+    v, info = jax.jit(lambda b: ihvp.prepare(None, (), loss, (X, y, BATCH))[0](b))(b)
+    G = gauss_newton(model, X, y, BATCH)
+    flat = np.linalg.solve(G + 0.1 * np.eye(len(G)), ravel_pytree(b)[0])
+    np.testing.assert_allclose(ravel_pytree(v)[0], flat, rtol=1e-8)
+    assert not info.breakdown
+    rows = curvature.describe(make(lambda y, a: mix(a) @ y["odd"]), X, {"odd": HEAD}, BATCH).rows
+    assert [row.rule for row in rows] == ["dense"]
