@@ -1,11 +1,12 @@
 """Where the examples of an array are: moved, mapped over, in microbatches, in pieces of a mesh, in slots of experts."""
 
+import equinox
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from blocks import assert_equal_factors, captured, make
-from models import INPUTS, LABELS, SEQUENCES, C, D, N, X, Y, dense, mlp, normal
+from models import INPUTS, LABELS, SEQUENCES, SWITCH, C, D, E, N, X, Y, by_slots, chosen_expert, dense, mlp, normal
 
 from bilevax import curvature
 from bilevax.curvature import capture
@@ -89,26 +90,30 @@ def test_collectives_are_sums_over_the_examples(model):
     assert_equal_factors(captured(model, X, y, BATCH), captured(normalised, X, y, BATCH))
 
 
+def test_batch_norm_of_equinox():
+    """In train mode, with running statistics that nobody reads."""
+    norm, state = equinox.nn.make_with_state(equinox.nn.BatchNorm)(5, "batch", mode="batch", dtype=float)
+    leaves, tree = jax.tree.flatten(state)  # a state is used up where it is read
+
+    def model(y, a):
+        own = equinox.tree_at(lambda norm: (norm.weight, norm.bias), norm, (y["scale"], y["shift"]))
+
+        def each(row):
+            z, _ = own(row @ y["kernel"], jax.tree.unflatten(tree, leaves))
+            return jnp.tanh(z) @ y["head"]
+
+        return jax.vmap(each, axis_name="batch")(a)
+
+    def plain(y, a):
+        z = a @ y["kernel"]
+        z = (z - z.mean(0, keepdims=True)) / jnp.sqrt(z.var(0, keepdims=True) + norm.eps)
+        return jnp.tanh(z * y["scale"][None] + y["shift"][None]) @ y["head"]
+
+    y = normal(43, kernel=(D, 5), scale=(5,), shift=(5,), head=(5, C))
+    assert_equal_factors(captured(model, X, y, BATCH), captured(plain, X, y, BATCH))
+
+
 # Experts: each token goes to one of them
-
-
-E = 2
-EXPERTS = normal(40, router=(D, E), up=(E, D, 5), bias=(E, 5), down=(E, 5, C))
-
-
-def chosen_expert(y, a):
-    gate = jax.nn.softmax(a @ y["router"])
-    return gate, gate.argmax(-1)
-
-
-def by_slots(y, a):
-    """Dispatch by a tensor of zeros and ones [N, E, slots]."""
-    gate, expert = chosen_expert(y, a)
-    chosen = jax.nn.one_hot(expert, E)
-    place = ((jnp.cumsum(chosen, 0) * chosen).max(-1)).astype(int) - 1
-    send = chosen[..., None] * jax.nn.one_hot(place, N)[:, None]
-    h = jnp.tanh(jnp.einsum("ecd,edf->ecf", jnp.einsum("sec,sd->ecd", send, a), y["up"]) + y["bias"][:, None])
-    return jnp.einsum("sec,ecd->sd", send, jnp.einsum("ecf,efd->ecd", h, y["down"])) * gate.max(-1)[:, None]
 
 
 def by_index(y, a):
@@ -158,10 +163,10 @@ def factors_by_hand(x, y, a):
 @pytest.mark.parametrize("model", [by_slots, by_index], ids=["slots", "index"])
 def test_rows_of_an_expert_are_those_of_its_examples(model):
     """A of an expert weighs its own examples alone; B comes from the gradients at its outputs."""
-    z, expert, expected = factors_by_hand(X, EXPERTS, INPUTS)
+    z, expert, expected = factors_by_hand(X, SWITCH, INPUTS)
     assert 0 < int(expert.sum()) < N
-    np.testing.assert_allclose(jax.jit(model)(EXPERTS, INPUTS), z, atol=1e-12)
-    found = captured(model, X, EXPERTS, BATCH)
+    np.testing.assert_allclose(jax.jit(model)(SWITCH, INPUTS), z, atol=1e-12)
+    found = captured(model, X, SWITCH, BATCH)
     for leaf, (A, B) in expected.items():
         np.testing.assert_allclose(found[leaf].A, A, rtol=0, atol=1e-12)
         np.testing.assert_allclose(found[leaf].B, B, rtol=0, atol=1e-12)
@@ -169,9 +174,9 @@ def test_rows_of_an_expert_are_those_of_its_examples(model):
 
 def test_ragged_groups_are_experts():
     """Its bias, which is a table of which rows pick, is a block of its own."""
-    z, _, expected = factors_by_hand(X, EXPERTS, INPUTS)
-    np.testing.assert_allclose(jax.jit(by_group)(EXPERTS, INPUTS), z, atol=1e-12)
-    found = captured(by_group, X, EXPERTS, BATCH)
+    z, _, expected = factors_by_hand(X, SWITCH, INPUTS)
+    np.testing.assert_allclose(jax.jit(by_group)(SWITCH, INPUTS), z, atol=1e-12)
+    found = captured(by_group, X, SWITCH, BATCH)
     for leaf, (A, B) in expected.items():
         size = found[leaf].A.shape[-1]
         np.testing.assert_allclose(found[leaf].A, A[:, :size, :size], rtol=0, atol=1e-12)
@@ -191,7 +196,7 @@ def test_a_straight_through_choice_has_a_derivative():
         weights = hard(jax.nn.sigmoid(a @ y["router"]))  # [N, E], with a derivative
         return a @ y["router"] @ jnp.ones((E, C)) + (jnp.einsum("ne,nd->ed", weights, a) @ y["up"][0]).sum() * 1.0
 
-    rows = curvature.describe(make(pooled), X, {k: EXPERTS[k] for k in ("router", "up")}, BATCH).rows
+    rows = curvature.describe(make(pooled), X, {k: SWITCH[k] for k in ("router", "up")}, BATCH).rows
     assert {row.leaves: row.rule for row in rows}[("up",)] != "dense"
 
 

@@ -211,6 +211,37 @@ def twice_in_two_ways(y, a, observe=untapped):
 TWO_WAYS = normal(12, twice=(1, D, D)) | {"out": normal(13, kernel=(D, C), bias=(C,))}
 
 
+# Experts, and other stacks of layers
+
+
+E = 2
+SWITCH = normal(40, router=(D, E), up=(E, D, 5), bias=(E, 5), down=(E, 5, C))
+
+
+def chosen_expert(y, a):
+    gate = jax.nn.softmax(a @ y["router"])
+    return gate, gate.argmax(-1)
+
+
+def by_slots(y, a):
+    """Dispatch by a tensor of zeros and ones [N, E, slots]."""
+    gate, expert = chosen_expert(y, a)
+    chosen = jax.nn.one_hot(expert, E)
+    place = ((jnp.cumsum(chosen, 0) * chosen).max(-1)).astype(int) - 1
+    send = chosen[..., None] * jax.nn.one_hot(place, N)[:, None]
+    h = jnp.tanh(jnp.einsum("ecd,edf->ecf", jnp.einsum("sec,sd->ecd", send, a), y["up"]) + y["bias"][:, None])
+    return jnp.einsum("sec,ecd->sd", send, jnp.einsum("ecf,efd->ecd", h, y["down"])) * gate.max(-1)[:, None]
+
+
+def depthwise(y, a):
+    window = {"feature_group_count": 2, "dimension_numbers": NHWC}
+    z = jax.lax.conv_general_dilated(a, y["filter"], (2, 2), "VALID", **window)
+    return jnp.tanh(z + y["bias"][None, None, None]).mean((1, 2)) @ y["head"]
+
+
+DEPTHWISE = normal(44, filter=(3, 3, 1, 4), bias=(4,), head=(4, C))
+
+
 # Leaves with a diagonal block
 
 
@@ -338,6 +369,9 @@ MODELS = {
     "convolutions in groups": Row(in_groups, GROUPS, IMAGES),
     "parts of leaves": Row(in_parts, PARTS, INPUTS),
     "functions of leaves": Row(of_functions, FUNCTIONS, INPUTS),
+    "experts that see their own": Row(by_slots, SWITCH, INPUTS),
+    "depthwise convolution": Row(depthwise, DEPTHWISE, IMAGES),
+    "one example after the other": Row(lambda y, a: jax.lax.map(lambda a: mlp(y, a[None])[0], a), Y, INPUTS),
     "convolution that is also a layer": Row(
         twice_in_two_ways, TWO_WAYS, SEQUENCES, uses={"twice": 2}, untied=twice_in_two_ways
     ),

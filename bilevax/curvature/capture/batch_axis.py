@@ -175,6 +175,8 @@ def _several(eqn: Any, axes: Sequence[Axis], n: int) -> Axis:
         return elsewhere
     if name == "reshape" and eqn.params["dimensions"] is None:
         return _regrouped(eqn, spread, shape, out.shape, n)
+    if name == "broadcast_in_dim" and math.prod(sizes) == 1:
+        return SHARED  # one example, which all see
     if name == "slice" and not spread.ordered:
         return spread._replace(push=None)
     if name == "concatenate" and not spread.ordered and eqn.params["dimension"] in spread.axes:
