@@ -109,15 +109,29 @@ def test_the_diagonal_of_a_layer_is_exact(name):
         np.testing.assert_allclose(pick(v), expected, rtol=1e-9)
 
 
-def test_that_of_a_layer_that_is_used_again_and_again_too_or_it_is_estimated(monkeypatch):
-    """Exact as long as a leaf for each example is not too much."""
-    batch, choice = (SEQUENCES, LABELS), {"cell/kernel": functools.partial(capture.diagonal, probes=4096)}
+def test_that_of_a_layer_that_is_used_again_and_again_too():
+    """A leaf for each example makes it exact."""
+    batch, blocks = (SEQUENCES, LABELS), {"cell/kernel": capture.diagonal}
+    assert described(blocks, recurrent, CELL, batch)["cell/kernel"] == "diagonal"
     exact = np.diag(block(gauss_newton(recurrent, X, CELL, batch), CELL, lambda y: y["cell"]["kernel"]))
-    for rule, tolerance in (("diagonal", 1e-9), ("diagonal, estimated", 0.2)):
-        assert described(choice, recurrent, CELL, batch)["cell/kernel"] == rule
-        found = captured(recurrent, X, CELL, batch, blocks=lambda path: choice.get(path))["cell/kernel"].diagonal
-        np.testing.assert_allclose(found.ravel(), exact, rtol=tolerance)
-        monkeypatch.setattr(capture.blocks, "EXACT", 0)
+    found = captured(recurrent, X, CELL, batch, blocks=lambda path: blocks.get(path))["cell/kernel"].diagonal
+    np.testing.assert_allclose(found.ravel(), exact, rtol=1e-9)
+
+
+def test_or_it_is_estimated_where_that_is_too_much():
+    """A leaf of 2²² numbers in several places, for more than four examples; of a layer in one place it is exact still."""
+    y = {"twice": jax.ShapeDtypeStruct((2**11, 2**11), jnp.float32)}
+    inputs, probes = jax.ShapeDtypeStruct((5, 2**11), jnp.float32), functools.partial(capture.diagonal, probes=7)
+
+    def found(model):
+        blocks = []
+        trace = functools.partial(capture.trace, model, blocks={"twice": probes})
+        jax.eval_shape(lambda y, inputs: blocks.extend(trace(y, inputs).blocks), y, inputs)
+        return blocks[0]
+
+    once, again = found(lambda y, a: a @ y["twice"]), found(lambda y, a: a @ y["twice"] @ y["twice"])
+    assert (once.rule, once.diagonal, once.treatment) == ("diagonal", True, None)
+    assert (again.rule, again.diagonal, again.treatment.probes) == ("diagonal, estimated", False, 7)
 
 
 def test_a_rank_keeps_sketches_as_an_inverse_of_that_rank_does():
