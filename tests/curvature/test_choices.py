@@ -119,7 +119,7 @@ def test_that_of_a_layer_that_is_used_again_and_again_too():
 
 
 def test_or_it_is_estimated_where_that_is_too_much():
-    """A leaf of 2²² numbers in several places, for more than four examples; of a layer in one place it is exact still."""
+    """A leaf of 2²² numbers in several places, for more than four examples; in one place it is exact still."""
     y = {"twice": jax.ShapeDtypeStruct((2**11, 2**11), jnp.float32)}
     inputs, probes = jax.ShapeDtypeStruct((5, 2**11), jnp.float32), functools.partial(capture.diagonal, probes=7)
 
