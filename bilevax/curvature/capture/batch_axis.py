@@ -175,8 +175,6 @@ def _several(eqn: Any, axes: Sequence[Axis], n: int) -> Axis:
         return elsewhere
     if name == "reshape" and eqn.params["dimensions"] is None:
         return _regrouped(eqn, spread, shape, out.shape, n)
-    if name == "broadcast_in_dim" and math.prod(sizes) == 1:
-        return SHARED  # one example, which all see
     if name == "slice" and not spread.ordered:
         return spread._replace(push=None)
     if name == "concatenate" and not spread.ordered and eqn.params["dimension"] in spread.axes:
@@ -196,10 +194,10 @@ def _several(eqn: Any, axes: Sequence[Axis], n: int) -> Axis:
         found.append(_one(eqn, alone, size))
     places = [axis for axis in found if isinstance(axis, int)]
     if any(axis is not SHARED for axis in ints):
-        # x + y of slots in the order of the examples; an example that takes from the slots; a statistic of all
+        # x + y of slots in the order of the examples; an example that takes from the slots; a statistic, or one example
         together = name != "dot_general" and tuple(places) == tuple({axis for axis in ints if axis is not SHARED})
         summed = name == "dot_general" and all(axis is SHARED for axis in found)
-        return _one(eqn, ints, n) if together or summed or elsewhere is SHARED else elsewhere
+        return _one(eqn, ints, n) if together or summed or elsewhere is SHARED or math.prod(sizes) == 1 else elsewhere
     if all(axis is SHARED for axis in found):
         return SHARED
     if spread.ordered and None in found and name in REDUCTIONS:
