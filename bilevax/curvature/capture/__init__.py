@@ -6,17 +6,9 @@ are picked by index are an embedding; what meets the examples element by element
 transposes, casts and broadcasts are looked through; jit, remat, custom rules and scans are entered.
 """
 
-from bilevax.curvature.capture.blocks import (
-    Block,
-    Capture,
-    Treatment,
-    Unsupported,
-    diagonal,
-    error,
-    identity,
-    trace,
-    zero,
-)
+from bilevax.curvature.capture.block import Block
+from bilevax.curvature.capture.blocks import Capture, trace
+from bilevax.curvature.capture.treatments import Treatment, Unsupported, diagonal, error, identity, zero
 
 __all__ = [
     "Block",
