@@ -11,11 +11,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from bilevax.curvature.capture.blocks import Model
 from bilevax.typing import Array, Key, PyTree
 
 CLASSES, VOCABULARY, WIDTH, LENGTH = 3, 12, 8, 6
-Made: TypeAlias = tuple[Model, PyTree]
+Made: TypeAlias = tuple[Callable[[PyTree, Array], Array], PyTree]
 
 
 class Small(NamedTuple):
