@@ -175,7 +175,8 @@ class Config:
     seed: int = 0
     """The first seed."""
     quick: bool = False
-    """T = 10, 100, 320 and six methods, where none are named; one seed, and one estimate at each T."""
+    """T = 10, 100, 320 and six methods, where none are named; one seed, and one estimate at each T. With --unrolled its
+    first and last K, one weight decay and one size of minibatches."""
     results: Path = Path("results")
     """Folder of the results; files go to its subfolder unrolling, or unrolling-quick."""
 

@@ -171,6 +171,7 @@ def draw(found: Sequence[Run]) -> Figure:
 def run(net: Model, numbers: Sequence[int], seeds: Sequence[int], config: Any, console: Console) -> int:
     """Compares everything, prints the tables and writes the files; returns the exit code."""
     folder = prepared(config, TASK, console)
+    numbers = sorted({*numbers[:1], *numbers[-1:]}) if config.quick else numbers
     found = runs(net, numbers, seeds, config.quick, lambda text: console.print(f"[dim]{text} …"))
     columns: Columns = {f"cosine_{number}": (f"K = {number}", "{:.3f}".format) for number in numbers}
     for (decay, minibatch), members in panels(found).items():

@@ -107,18 +107,38 @@ def test_estimates_are_compared_with_the_answer():
     assert calls == [0]
 
 
-def test_every_row_makes_a_hypergradient_and_has_a_name_of_its_own():
-    names = [row.name for row in unrolling.ROWS]
-    assert len(set(names)) == len(names)
-    assert {*unrolling.QUICK_METHODS} <= {*names}
+def assert_makes_a_hypergradient(row):
     net, key = unrolling.network(2), jax.random.key(0)
     at = jax.eval_shape(functools.partial(unrolling.problem, net, 0))
     assert at.x.shape == (unrolling_methods.EXAMPLES,)
+    inner = Inner(inner_loss(net), net.curvature, unrolling.RATE, max(2, row.least))
+    grad, y = jax.eval_shape(unrolling.program(net, row.solver(inner)), key, at)
+    assert grad.shape == at.x.shape
+    assert jax.tree.structure(y) == jax.tree.structure(at.y)
+
+
+FAMILIES = {row.family: row for row in reversed(unrolling.ROWS)}  # the first of each
+
+
+def test_every_row_has_a_solver_and_a_name_of_its_own():
+    names = [row.name for row in unrolling.ROWS]
+    assert len(set(names)) == len(names)
+    assert {*unrolling.QUICK_METHODS} <= {*names}
+    net = unrolling.network(2)
     for row in unrolling.ROWS:
         inner = Inner(inner_loss(net), net.curvature, unrolling.RATE, max(2, row.least))
-        grad, y = jax.eval_shape(unrolling.program(net, row.solver(inner)), key, at)
-        assert grad.shape == at.x.shape
-        assert jax.tree.structure(y) == jax.tree.structure(at.y)
+        assert isinstance(row.solver(inner), bx.problem.InnerSolver)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_row_of_each_family_makes_a_hypergradient(family):
+    assert_makes_a_hypergradient(FAMILIES[family])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", unrolling.ROWS, ids=[row.name for row in unrolling.ROWS])
+def test_every_row_makes_a_hypergradient(row):
+    assert_makes_a_hypergradient(row)
 
 
 def test_a_run_prints_tables_and_writes_the_records(small, tmp_path, capsys):

@@ -293,17 +293,20 @@ VARIANTS = (  # of others, which hand on the same forms: they differ in what the
     *("first_order", "forward_gradient_guide", "forward_gradient_control_variate", "two_phase_second"),
 )
 OTHERS = tuple(name for name in SOLVERS | ESTIMATORS if name not in VARIANTS)
+FORMS = (*KINDS, "fixed_point", "root")  # one of each kind, and the equations
 OFTEN = {  # of whom it is asked every day: what takes programs of its own, and what is about forms alone
     EAGER: REPRESENTATIVES,
     hypergradient.half_precision_is_near_double: KINDS,
     solver.differentiable_is_the_first_estimate: KINDS,
     solver.forward_and_backward_return_what_they_say: OTHERS,
-    hypergradient.python_floats_are_numbers: OTHERS,
-    hypergradient.single_precision_stays_single: OTHERS,
-    hypergradient.weak_types_are_kept: OTHERS,
+    hypergradient.python_floats_are_numbers: FORMS,
+    hypergradient.single_precision_stays_single: FORMS,
+    hypergradient.weak_types_are_kept: FORMS,
     hypergradient.debuggers_find_nothing: KINDS,
     ihvp.debuggers_find_nothing: ("identity", "cg", "kfac", "random_neumann", "linear"),
-    hypergradient.vmap_of_scan_equals_a_loop: OTHERS,
+    hypergradient.y_is_that_of_a_loop_by_hand: OTHERS,
+    hypergradient.one_program_serves_all_steps: OTHERS,
+    hypergradient.vmap_of_scan_equals_a_loop: FORMS,
 }
 
 KEPT = (("linear", ihvp.debuggers_find_nothing),) if jax.__version_info__ >= (0, 12) else ()  # lineax keeps a program
