@@ -192,13 +192,11 @@ def test_what_is_too_large_or_too_slow_is_left_out(small, monkeypatch, tmp_path)
 
 
 def test_tails_are_compared_with_all_steps(small, monkeypatch, tmp_path, capsys):
-    """Each row is built; two of them run, for K = 1 and 2 of three steps: what no step forgets is exact."""
+    """Each row has a solver; two of them run, for K = 1 and 2 of three steps: what forgets no step is exact."""
     monkeypatch.setattr(unrolling_tails, "STEPS", 3)
     net, rows = unrolling.network(2), unrolling_tails.UNROLLED | unrolling_tails.ALONE
-    at = unrolling.problem(net, 0)
-    for solver in rows.values():
-        run = functools.partial(unrolling_tails.hypergradient, net, solver, 2, 8)
-        assert jax.eval_shape(run, jax.random.key(0), at.y, at.batch, 0.1).shape == at.x.shape
+    steps = unrolling_tails.Steps(inner_loss(net), bx.sampling.full)
+    assert all(isinstance(solver(steps, 2), bx.problem.InnerSolver) for solver in rows.values())
     monkeypatch.setattr(unrolling_tails, "UNROLLED", {"reverse": rows["reverse"]})
     monkeypatch.setattr(unrolling_tails, "ALONE", {"exact": unrolling_tails.EXACT})
     assert start(unrolling.Config, "--unrolled 1 2 --hidden 2 --quick", tmp_path) == 0
