@@ -111,6 +111,43 @@ def test_the_leaf_is_named_and_the_remedy_helps(name):
         np.testing.assert_allclose(found["odd"].diagonal.ravel(), exact, rtol=1e-9)
 
 
+def counted(y, a):
+    """One example after the other, in a loop that counts them."""
+    return jax.lax.scan(lambda n, row: (n + row[0], row @ y["odd"]), 0.0, a)[1]
+
+
+def time_first(y, a):
+    z = jnp.broadcast_to(a[None], (3, N, D)).reshape(3 * N, D) @ y["odd"]
+    return z.reshape(3, N, D).mean(0)
+
+
+def examples_first(y, a):
+    z = jnp.broadcast_to(a[:, None], (N, 3, D)).reshape(N * 3, D) @ y["odd"]
+    return z.reshape(N, 3, D).mean(1)
+
+
+WRITTEN_ANEW = {
+    "a loop over the examples": (counted, lambda y, a: jax.lax.map(lambda row: row @ y["odd"], a), (D, D)),
+    "examples first": (time_first, examples_first, (D, D)),
+    "a scale in slots": (
+        lambda y, a: ((a @ HEAD)[::-1] * y["odd"][None])[::-1],
+        lambda y, a: ((a @ HEAD) * y["odd"][None])[::-1][::-1],
+        (C,),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN_ANEW)
+def test_the_same_model_written_anew_is_covered(name):
+    refused, anew, shape = WRITTEN_ANEW[name]
+    y = normal(6, odd=shape)
+    with pytest.raises(ValueError, match="examples"):
+        capture.trace(refused, y, INPUTS)
+    (found,) = capture.trace(anew, y, INPUTS).blocks
+    assert found.treatment is None
+    np.testing.assert_allclose(*jax.jit(lambda y: (refused(y, INPUTS), anew(y, INPUTS)))(y), atol=1e-12)
+
+
 def test_pairs_are_examples_where_the_loss_is_one_of_pairs():
     y = {"odd": Y["odd"]}
     with pytest.raises(ValueError, match="hold the examples of the outputs"):
