@@ -1,5 +1,6 @@
 """The damped inverse of all blocks together, from their factors."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -70,6 +71,18 @@ def _delta(block: capture.Block, decay: Array, damping: Damping, eigenvalues: Ar
     return decay + extra.reshape(extra.shape + (1,) * (eigenvalues.ndim - depth))
 
 
+def _one_by_one(function: Callable[..., Any], depth: int) -> Callable[..., Any]:
+    """The function of single layers, applied to stacks of them."""
+    # Several batches of matrices at once make LAPACK's calls wait for each other on the CPU of JAX 0.10, for ever
+    for _ in range(depth):
+        function = functools.partial(_mapped, function)
+    return function
+
+
+def _mapped(function: Callable[..., Any], *stacks: Any) -> Any:
+    return jax.lax.map(lambda layers: function(*layers), stacks)
+
+
 def _decomposed(factors: Kronecker, delta: Array, inverse: Inverse) -> Any:
     a: Any = factors.A
     b: Any = factors.B
@@ -104,7 +117,11 @@ def decompose(here: TracedLoss, found: Factors, decay: dict[str, Array], damping
                 continue
             twin: Any = found.get(block.twin)
             delta = _delta(block, decay[name], damping, None)
-            blocks[name] = _decomposed(factors, delta, inverse) if twin is None else joint(factors, twin)
+            if twin is None:
+                each = functools.partial(_decomposed, delta=delta, inverse=inverse)
+                blocks[name] = _one_by_one(each, len(block.stack))(factors)
+            else:
+                blocks[name] = _one_by_one(joint, len(block.stack))(factors, twin)
             means.append(jnp.mean(factors.mean_eigenvalue + (0 if twin is None else twin.mean_eigenvalue)))
     return Parts(blocks, jnp.mean(jnp.stack(means)) if means else jnp.zeros((), here.q.dtype))
 
@@ -138,7 +155,9 @@ def solve(
         elif eigenvalues is not None or block.matrix is not None:
             smallest.append(jnp.min(delta if eigenvalues is None else eigenvalues + delta))
         if block.matrix is not None:
-            add(block.unpack(chosen.solve(part, delta, block.pack(wide)), wide))
+            alone = isinstance(part, Eigen) or jnp.ndim(delta) > 0  # which no loop over layers need serve
+            each = _one_by_one(lambda part, v: chosen.solve(part, delta, v), 0 if alone else len(block.stack))  # noqa: B023
+            add(block.unpack(each(part, block.pack(wide)), wide))
             continue
         taken = block.take(wide[block.leaf])
         if eigenvalues is not None:

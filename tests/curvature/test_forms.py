@@ -1,6 +1,7 @@
 """Forms in which factors are kept: thin ones equal the whole ones, long axes are diagonals, sketches add up."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -236,3 +237,12 @@ def test_a_state_keeps_what_it_averages_and_no_more():
         assert bool(state.factors) == kept
     thin = jax.eval_shape(lambda: kfac(inverse_every=3).init(WEIGHTS, Y, BATCH, LOSS))
     assert sum(leaf.size for leaf in jax.tree.leaves(thin)) < 2 * ravel_pytree(Y)[0].size
+
+
+def test_stacked_layers_are_decomposed_one_by_one():
+    """Batches of matrices at once may never come back from LAPACK."""
+    ihvp = kfac(inverse=kronecker.spectral)
+    program = str(jax.make_jaxpr(lambda b: prepared(ihvp, LOSS, WEIGHTS, Y, BATCH)(b)[0])(Y))
+    found = re.findall(r":f64\[([\d,]+)\] \w+:f64\[[\d,]+\] = eigh", program)
+    assert {f"{D},{D}", f"{D + 1},{D + 1}"} <= {*found}
+    assert all(shape.count(",") == 1 for shape in found)
