@@ -221,7 +221,9 @@ class Config:
     @property
     def setting(self) -> ReweightingSetting:
         """What suits the model."""
-        setting = (QUICK if self.common.quick and not self.costs else SETTINGS)[self.model]
+        setting, quick = SETTINGS[self.model], QUICK[self.model]
+        if self.common.quick:
+            setting = setting._replace(blocks=quick.blocks) if self.costs else quick
         if self.costs and jax.default_backend() == "gpu":
             setting = setting._replace(blocks=SIZES[self.model].layers)
         setting = setting.published(self.common.quick) if self.as_published else setting
