@@ -365,7 +365,7 @@ def report():
     return {"calls": call_by_call(), "rounds": rounds, "refused": refused()}
 
 
-BY_PMAP = ("subset, torus", "one agent per device", "common, graph per level", "mixed", "accumulated")  # every day
+BY_PMAP = ("one agent per device", "common, graph per level")  # every day
 
 
 def main(part=None, *by_pmap):

@@ -61,8 +61,7 @@ def same_everywhere(methods, by_pmap):
 def test_methods_on_eight_devices(found):
     """Some of them by pmap too."""
     assert len(found["methods"]) == 13
-    by_pmap = "subset, torus", "one agent per device", "common, graph per level", "mixed", "accumulated"
-    same_everywhere(found["methods"], by_pmap)
+    same_everywhere(found["methods"], ("one agent per device", "common, graph per level"))
 
 
 def test_boundary_agents_alone_travel(found):
@@ -94,9 +93,9 @@ def test_what_other_graphs_send(found):
 @pytest.mark.parametrize(
     ("part", "methods"),
     [
-        ("neighbours", ("sldbo", "global ids")),
-        ("graphs", ("independent, gathered", "variance-reduced, one peer")),
-        ("loops", ("compressed inner loops", "inner loops")),
+        ("neighbours", ("sldbo", "subset, torus", "global ids")),
+        ("graphs", ("independent, gathered", "variance-reduced, one peer", "mixed")),
+        ("loops", ("compressed inner loops", "inner loops", "accumulated")),
         ("matrices", ("matrices", "curvature of their own")),
     ],
     ids=["neighbours", "graphs", "loops", "matrices"],
