@@ -62,8 +62,9 @@ def forward_gradient(
       initial: y_0 as a function of x; by default y_0 is the warm y, and has no tangent.
       sample: how inner step t draws its batch from the data.
       chunk: how many tangents are pushed at once. By default all, and on a CPU four where b >= 8 tangents of z would
-        take more than 4 MiB: in no more time, and in a third of the memory for b = 16. With chunks they are pushed in
-        the backward pass, and none is kept; the estimate is the same up to the order of sums. chunk=b pushes all.
+        take more than 4 MiB: in about the same time, and in a third of the memory for b = 16. With chunks they are
+        pushed in the backward pass, and none is kept; the estimate is the same up to the order of sums. chunk=b pushes
+        all.
       axis: name of the device axis, or names, whose devices share the random directions; see
         `parallel.shard_directions`.
 
