@@ -27,6 +27,21 @@ def eigenbasis(factor: Factor, is_diagonal: bool) -> tuple[Array, Array | None]:
     return jnp.maximum(eigenvalues, 0), vectors
 
 
+def turned(factor: Factor, q: Array | None) -> Array | None:
+    """One step of orthogonal iteration from a basis that was right before: the orthogonal factor of A Q.
+
+    Vectors of larger eigenvalues come first in it, since the later ones are made orthogonal to the earlier. A sketch
+    shows its basis at once; of rows there is none to keep.
+
+    Reference: Golub and Van Loan, "Matrix Computations", section 8.2.4; Vyas et al., arXiv 2409.11321, algorithm 4.
+    """
+    if q is None or isinstance(factor, Rows | Sketch):
+        return q if q is None else eigenbasis(factor, False)[1]
+    image = symmetric(factor) @ q
+    order = jnp.argsort(-jnp.sum(q * image, axis=-2), axis=-1)
+    return jnp.linalg.qr(jnp.take_along_axis(image, order[..., None, :], axis=-1))[0]
+
+
 def _transposed(matrix: Array) -> Array:
     return jnp.swapaxes(matrix, -1, -2)
 

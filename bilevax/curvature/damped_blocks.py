@@ -12,6 +12,7 @@ import optax
 from bilevax import checks
 from bilevax.carried import parameters
 from bilevax.curvature import capture
+from bilevax.curvature.bases import turned
 from bilevax.curvature.capture.choices import Blocks
 from bilevax.curvature.capture.view import WHOLE
 from bilevax.curvature.forms import Diagonal, Factors, Kronecker, Sketch
@@ -124,6 +125,23 @@ def decompose(here: TracedLoss, found: Factors, decay: dict[str, Array], damping
                 blocks[name] = _one_by_one(joint, len(block.stack))(factors, twin)
             means.append(jnp.mean(factors.mean_eigenvalue + (0 if twin is None else twin.mean_eigenvalue)))
     return Parts(blocks, jnp.mean(jnp.stack(means)) if means else jnp.zeros((), here.q.dtype))
+
+
+def turn(here: TracedLoss, found: Factors, parts: Parts) -> Parts:
+    """The bases of every block one step of orthogonal iteration nearer to those of these factors.
+
+    The eigenvalues are not those of the new bases: they must be measured anew.
+    """
+
+    def one(factors: Kronecker, part: Eigen) -> Eigen:
+        return part._replace(qa=turned(factors.A, part.qa), qb=turned(factors.B, part.qb))
+
+    blocks = dict(parts.blocks)
+    for block in here.captured.blocks:
+        factors = found.get(block.name)
+        if isinstance(factors, Kronecker) and not block.twin:  # twins have a basis for both, till they are decomposed
+            blocks[block.name] = _one_by_one(one, len(block.stack))(factors, blocks[block.name])
+    return parts._replace(blocks=blocks)
 
 
 def solve(

@@ -143,7 +143,7 @@ def sketched(rank: int) -> ChooseForm:
     """Factors larger than twice the rank by a sketch, those of fewer rows than that by these, and others whole."""
 
     def form(size: int, count: int | None) -> Form:
-        if count is not None and count <= 2 * rank and 2 * count < size:
+        if count is not None and count <= 2 * rank and 2 * count <= size:
             return rows
         return sketch(rank) if 2 * rank < size else dense
 

@@ -229,7 +229,7 @@ def _cholesky_solve(parts: Cholesky, delta: Scalar, v: Array) -> Array:
 
 
 def _by_shape(size: int, rows: int | None) -> Form:
-    if rows is not None and 2 * rows < size:
+    if rows is not None and 2 * rows <= size:
         return kept_as_rows
     return sketch(RANK) if size > WIDE else dense
 
@@ -240,7 +240,7 @@ factored = Inverse(_cholesky, _cholesky_solve, text="factored")
 """(A + π√δ I)⁻¹ ⊗ (B + √δ/π I)⁻¹ by Cholesky factors, π² = mean eigenvalue of A / that of B: cheaper, and overdamped.
 Reference: Martens and Grosse, arXiv 1503.05671, section 6.3."""
 by_shape = Inverse(eigen, eigen_solve, whole_eigenvalues, _by_shape, text="by_shape")
-"""`spectral` from the rows themselves, where a factor has fewer of them than half its size: the same, at less cost.
+"""`spectral` from the rows themselves, where a factor has at most half as many as its size: the same, at less cost.
 Where it has more, `spectral` up to a size of 1024, and `low_rank(256)` above."""
 
 

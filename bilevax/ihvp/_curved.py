@@ -10,7 +10,7 @@ import optax
 from bilevax import checks
 from bilevax.curvature import capture
 from bilevax.curvature.capture.choices import Blocks
-from bilevax.curvature.damped_blocks import Parts, decompose, solve, weight_decay
+from bilevax.curvature.damped_blocks import Parts, decompose, solve, turn, weight_decay
 from bilevax.curvature.forms import Factors, Kept
 from bilevax.curvature.inverse import Damping, Eigen, Inverse
 from bilevax.curvature.model_loss import structured
@@ -200,6 +200,11 @@ def curved(passes: Passes, options: Options, refresh: Refresh) -> IHVP:
         def decomposed(old: Parts) -> Parts:
             return decompose(here, found, decay, damping, inverse)
 
+        def nearer(old: Parts) -> Parts:
+            # bases whose diagonal is measured anew all the same follow the factors, for a QR in place of an eigh
+            follows = (lambda old: turn(here, found, old)) if passes.correct is not None else lambda old: old
+            return jax.lax.cond(due, follows, lambda old: old, old)
+
         def anew(old: Parts) -> tuple[Parts, int]:
             found, count = passes.measure(key, here, kept(here))
             return decompose(here, found, decay, damping, inverse), count
@@ -210,7 +215,7 @@ def curved(passes: Passes, options: Options, refresh: Refresh) -> IHVP:
         spent: Scalar
         if refresh.averages:
             found, spent = jax.lax.cond(due, average, lambda old: (old, 0), state.factors)
-            parts = jax.lax.cond(invert, decomposed, lambda old: old, state.parts)
+            parts = jax.lax.cond(invert, decomposed, nearer, state.parts)
         else:  # factors that would be forgotten are not measured but for a decomposition
             found = {}
             parts, spent = jax.lax.cond(invert, anew, lambda old: (old, 0), state.parts)

@@ -36,7 +36,8 @@ def ekfac(
 
     With `fisher.exact` no other diagonal in this basis is closer to the block. A weight that is used several times in
     one pass counts as several independent layers. E is measured anew with the factors and with the basis, and is not
-    averaged.
+    averaged. Between decompositions a basis follows averaged factors (`ema`, `factors_every`) by one step of orthogonal
+    iteration whenever these are measured, Q ← qr(A Q).
 
     Args:
       damping: a number >= 0 that is added to the weight decay, or a function of the eigenvalues E of a layer.
@@ -63,7 +64,7 @@ def ekfac(
     Cost: that of `kfac`, one more forward pass and as many more backward passes; N d_in d_out operations for each
     layer, times T where it has T positions.
 
-    Reference: George et al., arXiv 1806.03884, equation 6.
+    Reference: George et al., arXiv 1806.03884, equation 6; Vyas et al., arXiv 2409.11321, for the bases in between.
 
     Example:
         >>> import bilevax as bx, jax.numpy as jnp

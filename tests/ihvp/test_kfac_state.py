@@ -101,6 +101,21 @@ def test_corrected_eigenvalues_on_a_schedule():
     np.testing.assert_allclose(got, expected[np.array([0, 0, 0, 3, 3, 3, 6])], rtol=1e-9)
 
 
+def test_a_basis_follows_averaged_factors_between_decompositions():
+    """Orthogonal iteration, from the basis of the first batch: nearer to that of the second by every step."""
+    moved, fresh = (
+        [jax.tree.map(lambda leaf: leaf[np.array(steps)], tree) for tree in (POINTS, BATCHES)]
+        for steps in ([0] + [1] * 100, [1])
+    )
+    start = {"inverse_every": lambda step: step == 0}
+    got = sequence(bx.ihvp.ekfac(damping=DAMPING, fisher=fisher.exact, ema=1e-14, **start), *moved)
+    (expected,) = sequence(bx.ihvp.ekfac(damping=DAMPING, fisher=fisher.exact), *fresh)
+    error = np.linalg.norm(got[1:] - expected, axis=1) / np.linalg.norm(expected)
+    kept = sequence(bx.ihvp.ekfac(damping=DAMPING, fisher=fisher.exact, **start), *moved)[1]
+    assert error[0] < np.linalg.norm(kept - expected) / np.linalg.norm(expected)
+    assert error[-1] < 1e-12
+
+
 # Transformations.
 
 WEIGHTED = make(weights=lambda x, batch: jax.nn.sigmoid(x), l2=0.05)
