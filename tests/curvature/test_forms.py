@@ -221,11 +221,11 @@ def nystrom(entry):
 
 
 def test_the_form_follows_from_the_shape():
-    """Rows where they are fewer than half, the whole up to 1024, else a sketch of 256; of low_rank where it is less."""
+    """Rows where they are at most half, the whole up to 1024, else a sketch of 256; of low_rank where it is less."""
     shown = lambda inverse, size, rows: str(inverse.form(size, rows))  # noqa: E731
     by_shape, low_rank = kronecker.by_shape, kronecker.low_rank(64)
-    assert [shown(by_shape, 768, rows) for rows in (383, 384, None)] == ["rows", "dense", "dense"]
-    assert [shown(by_shape, 3072, rows) for rows in (1535, 1536, None)] == ["rows", "sketch(256)", "sketch(256)"]
+    assert [shown(by_shape, 768, rows) for rows in (384, 385, None)] == ["rows", "dense", "dense"]
+    assert [shown(by_shape, 3072, rows) for rows in (1536, 1537, None)] == ["rows", "sketch(256)", "sketch(256)"]
     assert [shown(low_rank, size, None) for size in (128, 129)] == ["dense", "sketch(64)"]
     assert [shown(low_rank, 768, rows) for rows in (128, 129)] == ["rows", "sketch(64)"]
     assert {shown(one, 9000, 5) for one in (kronecker.spectral, kronecker.factored)} == {"dense"}

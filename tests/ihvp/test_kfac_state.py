@@ -103,10 +103,7 @@ def test_corrected_eigenvalues_on_a_schedule():
 
 def test_a_basis_follows_averaged_factors_between_decompositions():
     """Orthogonal iteration, from the basis of the first batch: nearer to that of the second by every step."""
-    moved, fresh = (
-        [jax.tree.map(lambda leaf: leaf[np.array(steps)], tree) for tree in (POINTS, BATCHES)]
-        for steps in ([0] + [1] * 100, [1])
-    )
+    moved, fresh = ((at(POINTS, steps), at(BATCHES, steps)) for steps in (np.minimum(np.arange(101), 1), np.array([1])))
     start = {"inverse_every": lambda step: step == 0}
     got = sequence(bx.ihvp.ekfac(damping=DAMPING, fisher=fisher.exact, ema=1e-14, **start), *moved)
     (expected,) = sequence(bx.ihvp.ekfac(damping=DAMPING, fisher=fisher.exact), *fresh)
