@@ -50,7 +50,7 @@ def _of_rows(rows: Array) -> tuple[Array, Array]:
     """X Xᵀ = U S Uᵀ gives XᵀX = Q S Qᵀ with Q = Xᵀ U S^(-1/2)."""
     # X [200, 3072]: an eigh of [200, 200], and Q [3072, 200]. What is 0 but for rounding is left out: its q is 0
     eigenvalues, u = jnp.linalg.eigh(symmetric(rows @ _transposed(rows)))
-    floor = jnp.finfo(rows.dtype).eps * rows.shape[-2] * eigenvalues[..., -1:]
+    floor = jnp.finfo(rows.dtype).eps * eigenvalues[..., -1:]
     some = eigenvalues > floor
     inverse = jnp.where(some, 1 / jnp.sqrt(jnp.where(some, eigenvalues, 1)), 0)
     return jnp.where(some, eigenvalues, 0), _transposed(rows) @ (u * inverse[..., None, :])

@@ -15,7 +15,7 @@ from bilevax.curvature import capture
 from bilevax.curvature.bases import turned
 from bilevax.curvature.capture.choices import Blocks
 from bilevax.curvature.capture.view import WHOLE
-from bilevax.curvature.forms import Diagonal, Factors, Kronecker, Sketch
+from bilevax.curvature.forms import Diagonal, Factors, Kronecker, Rows, Sketch
 from bilevax.curvature.inverse import Damping, Eigen, Inverse, by_shape, joint, spectral
 from bilevax.curvature.model_loss import held, structured
 from bilevax.curvature.sharing import expand
@@ -89,7 +89,7 @@ def _decomposed(factors: Kronecker, delta: Array, inverse: Inverse) -> Any:
     b: Any = factors.B
     if all(factors.diagonals):
         return Eigen(None, None, a[..., :, None] * b[..., None, :])
-    if inverse.eigenvalues is None and any(isinstance(factor, Sketch) for factor in (a, b)):
+    if inverse.eigenvalues is None and any(isinstance(factor, Rows | Sketch) for factor in (a, b)):
         raise ValueError(
             "inverse must know eigenvalues where blocks gives a leaf a rank; got kronecker.factored. Pass "
             "inverse=bx.curvature.kronecker.by_shape."

@@ -26,6 +26,7 @@ from bilevax.typing import Array, Scalar
 
 WIDE = 1024  # a factor up to this size is decomposed whole by `by_shape`
 RANK = 256  # of the sketch of a wider one
+STEEP = 1e-3  # largest eigenvalue / damping, times machine precision, above which bases are made orthonormal anew
 Damping = Scalar | Callable[[Array], Scalar]
 
 
@@ -130,7 +131,23 @@ def eigen(a: Factor, b: Factor, delta: Scalar = 0.0) -> Eigen:
     first, second = _are_diagonal(a, b)
     db, qb = eigenbasis(b, second)
     da, qa = eigenbasis(a, first)
-    return Eigen(qa, qb, da[..., :, None] * db[..., None, :])
+    eigenvalues = da[..., :, None] * db[..., None, :]
+    if any(isinstance(factor, Rows | Sketch) for factor in (a, b)):
+        # Q = Xᵀ U S^(-1/2) is orthonormal up to rounding times λ_max / λ, and what it misses counts for 1 / delta
+        qa, qb = jax.lax.cond(_steep(eigenvalues, delta), _orthonormal, lambda bases: bases, (qa, qb))
+    return Eigen(qa, qb, eigenvalues)
+
+
+def _orthonormal(bases: tuple[Array | None, Array | None]) -> tuple[Array | None, Array | None]:
+    def one(q: Array) -> Array:  # the first columns, of the least eigenvalues, give way; they may be 0
+        return jnp.linalg.qr(q[..., ::-1])[0][..., ::-1] if q.shape[-1] < q.shape[-2] else q
+
+    return jax.tree.map(one, bases)
+
+
+def _steep(eigenvalues: Array, delta: Scalar) -> Array:
+    """Whether rounding counts: the product of the condition number and the machine precision is not small."""
+    return jnp.any(jnp.finfo(eigenvalues.dtype).eps * eigenvalues > STEEP * delta)
 
 
 def joint(straight: Kronecker, turned: Kronecker) -> Eigen:
@@ -191,7 +208,16 @@ def eigen_solve(parts: Eigen, delta: Scalar, v: Array) -> Array:
     inside, damped = rotate(parts, v), parts.eigenvalues + delta
     if inside.shape == v.shape:
         return _rotate_back(parts, inside / damped)
-    return (v - _rotate_back(parts, inside * (parts.eigenvalues / damped))) / delta
+
+    def once() -> Array:
+        return (v - _rotate_back(parts, inside * (parts.eigenvalues / damped))) / delta
+
+    def twice() -> Array:
+        # What is outside is projected once more: a difference of large numbers would make the inverse indefinite
+        outside = v - _rotate_back(parts, inside)
+        return outside / delta + _rotate_back(parts, inside / damped - rotate(parts, outside) / delta)
+
+    return jax.lax.cond(_steep(parts.eigenvalues, delta), twice, once)
 
 
 def whole_eigenvalues(parts: Eigen) -> Array:
