@@ -152,6 +152,7 @@ ROWS = (
     implicit("kfac-every-10", kfac(inverse_every=10)),
     implicit("kfac-ema", kfac(ema=0.9)),
     implicit("kfac-exact", kfac(fisher=bx.curvature.fisher.exact)),
+    implicit("kfac-rank-16", kfac(inverse=bx.curvature.kronecker.low_rank(16))),
     implicit("kfac-factored", kfac(inverse=bx.curvature.kronecker.factored)),
     implicit("kfac-rescaled", lambda inner: bx.ihvp.rescaled(kfac()(inner), damping=DAMPING, sample=inner.sample)),
     implicit("ekfac", ekfac()),

@@ -30,7 +30,8 @@ def mix_factors(key: Key | None, gossip: Gossip, state: Any, factors: PyTree, *,
     Raises:
       ValueError: if rounds < 1, or leaves have no axis of n agents.
 
-    Cost: `rounds` rounds; each agent sends d_in² + d_out² + 1 numbers for each layer, `gossip.bytes(state, factors)`.
+    Cost: `rounds` rounds; each agent sends its factors, d_in² + d_out² + 1 numbers for each layer where they are whole,
+    `gossip.bytes(state, factors)`.
 
     Example:
         >>> import bilevax as bx, jax.numpy as jnp

@@ -209,7 +209,7 @@ def inverted(
       y: inner variable.
       batch: what g takes as its batch; for its shapes.
       damping: a number >= 0, or a function of the eigenvalues of a layer.
-      inverse: `kronecker.spectral` or `kronecker.factored`.
+      inverse: as in `ihvp.kfac`.
       blocks: as they were given to `kronecker.factors`.
       unsupported: as it was given to `kronecker.factors`.
 

@@ -39,13 +39,15 @@ def kfac(
     It reads the parts of a `ModelLoss`, and finds the layers by itself, in flax, in other libraries and in plain
     functions alike: `print(bx.curvature.describe(inner_loss, x, y, batch))` shows what it makes of each leaf. It is
     positive definite everywhere, so that an inner problem that is not solved does no harm, and no derivative flows
-    through its factors. Decompositions dominate its cost on a CPU: refresh them rarely there, `inverse_every=10`.
+    through its factors. How each factor is kept and inverted follows from its shape.
 
     Args:
       damping: a number >= 0 that is added to the weight decay; or a function of the eigenvalues [d_in, d_out] of a
         layer, `lambda eigenvalues: 0.1 * eigenvalues.mean()`.
       fisher: which pseudo-gradients: `fisher.sampled()` by default; `fisher.exact` for few classes and few examples.
-      inverse: `kronecker.spectral`, with the damping on the eigenvalues, or `kronecker.factored`, by Cholesky factors.
+      inverse: `kronecker.by_shape`, from the rows of a factor where they are few, else by its eigenvectors, and by those
+        of a sketch above 1024; `kronecker.low_rank(rank)`, `kronecker.spectral` (eigenvectors of whole factors), or
+        `kronecker.factored` (Cholesky factors).
       sharing: what becomes of several positions: `expand`, `reduce`, or a function of the name of the leaf.
       positions: batch -> [N, T] of ones and zeros, which tokens count; by default the mask of the loss.
       ema: decay of the moving averages of the factors, in [0, 1).
@@ -69,9 +71,9 @@ def kfac(
       TypeError: if the inner loss is a bare function, when it is prepared.
       ValueError: if an option is out of range, a leaf is covered by no rule, or a sampled Fisher gets no key.
 
-    Cost: one forward and, by default, one backward pass of the model; for each layer N (d_in² + d_out²) operations for
-    factors, about 10 (d_in³ + d_out³) for decompositions, 2 d_in d_out (d_in + d_out) for each application, and
-    2 (d_in² + d_out²) numbers.
+    Cost: one forward and, by default, one backward pass of the model. For each layer, with R = N T rows and factors of
+    size d: by rows R d numbers, 2 R² d operations to decompose and 4 R d_in d_out to apply; whole 2 R d², about 10 d³ and
+    4 d_in d_out (d_in + d_out); by a sketch of rank r 4 R d r, 5 d r² and 4 r d_in d_out.
 
     Reference: Liao, Dangel, Yu, arXiv 2603.29108, for hypergradients; Martens and Grosse, arXiv 1503.05671. Here
     example weights enter both factors, and weight decay is folded into the eigenvalues.
@@ -85,7 +87,9 @@ def kfac(
         >>> apply(jnp.array([[12.0]]))[0].round(4).tolist()
         [[2.0]]
     """
-    checks.instance("inverse", inverse, Inverse, "Pass bx.curvature.kronecker.spectral or kronecker.factored.")
+    checks.instance(
+        "inverse", inverse, Inverse, "Pass, say, bx.curvature.kronecker.by_shape or kronecker.low_rank(64)."
+    )
     chosen = sampled() if fisher is None else fisher
     checks.function("fisher", chosen, "key", "loss", "outputs", "targets")
     passes = Passes(lambda key, here, kept: measure(key, here, chosen, kept), inverse)
