@@ -35,9 +35,10 @@ def ekfac(
         E = 1/N Σ_n w_n Σ_k [Q_Aᵀ (Σ_t ā_nt u_nktᵀ) Q_B]²          v = Q_A [(Q_Aᵀ b Q_B) / (E + l2 + damping)] Q_Bᵀ
 
     With `fisher.exact` no other diagonal in this basis is closer to the block; the basis of a factor that is sketched,
-    above 1024, is that of its sketch alone. A weight that is used several times in one pass counts as several independent
-    layers. E is measured anew with the factors and with the basis, and is not averaged. Between decompositions a basis follows averaged factors (`ema`, `factors_every`) by one step of orthogonal
-    iteration whenever these are measured, Q ← qr(A Q).
+    above 1024, is that of its sketch alone. A weight that is used several times in one pass counts as several
+    independent layers. E is measured anew with the factors and with the basis, and is not averaged. Between
+    decompositions a basis follows averaged factors (`ema`, `factors_every`) by one step of orthogonal iteration
+    whenever these are measured, Q ← qr(A Q).
 
     Args:
       damping: a number >= 0 that is added to the weight decay, or a function of the eigenvalues E of a layer.

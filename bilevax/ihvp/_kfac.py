@@ -45,9 +45,9 @@ def kfac(
       damping: a number >= 0 that is added to the weight decay; or a function of the eigenvalues [d_in, d_out] of a
         layer, `lambda eigenvalues: 0.1 * eigenvalues.mean()`.
       fisher: which pseudo-gradients: `fisher.sampled()` by default; `fisher.exact` for few classes and few examples.
-      inverse: `kronecker.by_shape`, from the rows of a factor where they are few, else by its eigenvectors, and by those
-        of a sketch above 1024; `kronecker.low_rank(rank)`, `kronecker.spectral` (eigenvectors of whole factors), or
-        `kronecker.factored` (Cholesky factors).
+      inverse: `kronecker.by_shape`, from the rows of a factor where they are few, else by its eigenvectors, and by
+        those of a sketch above 1024; `kronecker.low_rank(rank)`, `kronecker.spectral` (eigenvectors of whole factors),
+        or `kronecker.factored` (Cholesky factors).
       sharing: what becomes of several positions: `expand`, `reduce`, or a function of the name of the leaf.
       positions: batch -> [N, T] of ones and zeros, which tokens count; by default the mask of the loss.
       ema: decay of the moving averages of the factors, in [0, 1).
@@ -72,8 +72,8 @@ def kfac(
       ValueError: if an option is out of range, a leaf is covered by no rule, or a sampled Fisher gets no key.
 
     Cost: one forward and, by default, one backward pass of the model. For each layer, with R = N T rows and factors of
-    size d: by rows R d numbers, 2 R² d operations to decompose and 4 R d_in d_out to apply; whole 2 R d², about 10 d³ and
-    4 d_in d_out (d_in + d_out); by a sketch of rank r 4 R d r, 5 d r² and 4 r d_in d_out.
+    size d: by rows R d numbers, 2 R² d operations to decompose and 4 R d_in d_out to apply; whole 2 R d², about 10 d³
+    and 4 d_in d_out (d_in + d_out); by a sketch of rank r 4 R d r, 5 d r² and 4 r d_in d_out.
 
     Reference: Liao, Dangel, Yu, arXiv 2603.29108, for hypergradients; Martens and Grosse, arXiv 1503.05671. Here
     example weights enter both factors, and weight decay is folded into the eigenvalues.
