@@ -13,6 +13,7 @@ from bilevax.curvature.capture._observe import tap
 from bilevax.curvature.capture.batch_axis import by_line, scan_places
 from bilevax.curvature.capture.layers import RULES, layer
 from bilevax.curvature.capture.leaf_functions import rearranged, seen_through
+from bilevax.curvature.capture.own_rows import counted_by
 from bilevax.curvature.capture.places import FLAT, SHARED, Axis, Spread, literal_kind, lost, of_dtype
 from bilevax.curvature.capture.programs import Program, at_once, body, opened, scan_counts, ungrouped, unsharded
 from bilevax.curvature.capture.rows import unpushed
@@ -52,7 +53,9 @@ def walk(program: Program, values: Sequence[Value], visitor: Visitor, n: int, pa
         for var, value in zip(variables, values, strict=True):
             known[var] = value if reads[var] == 1 else value._replace(output=None)
 
-    write(jaxpr.constvars, [Value(const, kind=of_dtype(jnp.result_type(const), FLAT)) for const in consts])
+    kinds = [of_dtype(jnp.result_type(const), FLAT) for const in consts]
+    constants = [Value(c, kind=kind, counts=counted_by(c)) for c, kind in zip(consts, kinds, strict=True)]
+    write(jaxpr.constvars, constants)
     write(jaxpr.invars, values)
     for number, eqn in enumerate(jaxpr.eqns):
         write(eqn.outvars, _equation(eqn, [read(var) for var in eqn.invars], visitor, n, (*path, number)))
@@ -126,7 +129,8 @@ def _statistic(axis: Axis) -> Axis:
 def _call(eqn: Any, inner: Program, values: list[Value], visitor: Visitor, n: int, path: Path) -> list[Value]:
     """Enters a call; one that forgets what it computed goes on forgetting."""
     if "policy" not in eqn.params:
-        return [v._replace(axis=by_line(v.place, eqn).axis) for v in walk(inner, values, visitor, n, path)]
+        inside = [(value, by_line(value.place, eqn)) for value in walk(inner, values, visitor, n, path)]
+        return [value._replace(axis=place.axis, summed=place.summed) for value, place in inside]
     results: list[Value] = []
 
     def call(arrays: list[Array]) -> list[Array]:
@@ -139,7 +143,8 @@ def _call(eqn: Any, inner: Program, values: list[Value], visitor: Visitor, n: in
     policy, prevent_cse = eqn.params["policy"], eqn.params["prevent_cse"]
     arrays = jax.checkpoint(call, policy=policy, prevent_cse=prevent_cse)([value.array for value in values])
     axes = [lost(eqn) if isinstance(a := value.axis, Spread) and not a.ordered else a for value in results]
-    return [Value(array, a, kind=value.kind) for array, a, value in zip(arrays, axes, results, strict=True)]
+    places = [value.place._replace(axis=axis) for value, axis in zip(results, axes, strict=True)]
+    return [Value.at(array, place) for array, place in zip(arrays, places, strict=True)]
 
 
 def _scan(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: Path) -> list[Value]:
@@ -157,7 +162,8 @@ def _scan(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: Path) -
         for k, view in stacked.items()
     )
     if not whole:
-        return unsupported(eqn, values, visitor, n, path, "scan over a function of it")
+        parts = any(view.part != WHOLE and view.linear is not None for view in stacked.values())
+        return unsupported(eqn, values, visitor, n, path, f"scan over a {'part' if parts else 'function'} of it")
     # Six layers w [6, 4, 4] over h [5, 4]: inside, the leaf is [4, 4] with stack 1, and what the visitor keeps for it
     # is sliced beside it, A [6, 4, 4] -> [4, 4]. A weight among the constants is the same [4, 4] in all iterations, and
     # the cotangents of what is kept for it add up.
@@ -178,7 +184,7 @@ def _scan(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: Path) -
             views = values[k].views
             if k in stacked:
                 views = (stacked[k].sliced(array, own.get(k, array)),)
-            again.append(Value(array, place.axis, views, kind=place.kind))
+            again.append(Value.at(array, place)._replace(views=views))
         there = visitor._replace(slots={**visitor.slots, **slots}, kronecker=kronecker)
         results = walk(opened(eqn.params["jaxpr"]), again, there, n, path)
         forget(results, visitor, path, "returned by scan")
@@ -194,4 +200,4 @@ def _scan(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: Path) -
     options = {key: eqn.params[key] for key in ("length", "reverse", "unroll")}
     results: Any = jax.lax.scan(iterate, arrays[first:last], (arrays[last:], sliced, leaf_of), **options)
     arrays = [*results[0], *results[1]]
-    return [Value(array, place.axis, kind=place.kind) for array, place in zip(arrays, outside, strict=True)]
+    return [Value.at(array, place) for array, place in zip(arrays, outside, strict=True)]

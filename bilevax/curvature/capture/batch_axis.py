@@ -14,7 +14,9 @@ from typing import Any
 
 from jax.extend import core
 
+from bilevax.curvature.capture.own_rows import counted, own_rows
 from bilevax.curvature.capture.places import (
+    PAIRS,
     SELECTS,
     SHARED,
     SMOOTH,
@@ -53,7 +55,7 @@ def _dot(eqn: Any, axes: Sequence[Axis]) -> Axis:
         elif axis in free:
             found.add(before + free.index(axis))
         before += len(free)
-    return SHARED if not found else found.pop() if len(found) == 1 else lost(eqn)
+    return SHARED if not found else found.pop() if len(found) == 1 else lost(eqn, remedy=PAIRS)
 
 
 def _gather(eqn: Any, axes: Sequence[Any]) -> Axis:
@@ -299,27 +301,28 @@ def scan_places(eqn: Any, places: Sequence[Place], n: int) -> tuple[list[Place],
     consts, carries = scan_counts(eqn)
     jaxpr, _ = opened(eqn.params["jaxpr"])
     last = consts + carries
-    inside = [*places[:last], *(p._replace(axis=_inside(p.axis, eqn)) for p in places[last:])]
+    inside = [*places[:last], *(p._replace(axis=_inside(p.axis, eqn), counts=()) for p in places[last:])]
     # Axes of carries may show only after an iteration: from zeros h [5, 2], SHARED, and slices a [5, 4] of [3, 5, 4]
     # (axis 1, inside 0), h + a w has the axis 0. It is read again until nothing changes: each time but the last moves a
-    # carry from SHARED to an axis, or from there to lost, or gives it a derivative.
-    for _ in range(4 * carries + 1):
+    # carry from SHARED to an axis, or from there to lost, gives it a derivative or a sum, or forgets what it counts.
+    for _ in range(6 * carries + 1):
         outside = follow(jaxpr, inside, n)
         carried = [_join(a, b, eqn) for a, b in zip(inside[consts:last], outside, strict=False)]
         if carried == inside[consts:last]:
             break
         inside[consts:last] = carried
-    stacked = [p._replace(axis=_outside(p.axis, eqn)) for p in outside[carries:]]
+    stacked = [p._replace(axis=_outside(p.axis, eqn), counts=()) for p in outside[carries:]]
     return inside, [*carried, *stacked]
 
 
 def _join(before: Place, after: Place, eqn: Any) -> Place:
-    kind = min(before.kind, after.kind)
+    counts = before.counts if before.counts == after.counts else ()
+    place = Place(SHARED, min(before.kind, after.kind), before.summed or after.summed, counts)
     if before.axis is SHARED or before.axis == after.axis:
-        return Place(after.axis, kind)
+        return place._replace(axis=after.axis)
     if after.axis is SHARED or isinstance(before.axis, Lost):
-        return Place(before.axis, kind)
-    return Place(after.axis if isinstance(after.axis, Lost) else lost(eqn), kind)
+        return place._replace(axis=before.axis)
+    return place._replace(axis=after.axis if isinstance(after.axis, Lost) else lost(eqn))
 
 
 # Programs
@@ -345,18 +348,32 @@ def result_places(eqn: Any, places: Sequence[Place], n: int) -> list[Place]:
     if name == "cond":
         branches = [follow(opened(branch)[0], places[1:], n) for branch in eqn.params["branches"]]
         return [_same(eqn, branch) for branch in zip(*branches, strict=True)]
-    axes = _axes(eqn, places, n)
-    return [Place(axis, kind) for axis, kind in zip(axes, kinds, strict=True)]
+    own = own_rows(eqn, places)
+    axes = _axes(eqn, places, n) if own is SHARED else [own]
+    counts = counted(eqn, places)
+    return [
+        Place(axis, kind, _summed_by(eqn, places, axis, kind), counts) for axis, kind in zip(axes, kinds, strict=True)
+    ]
+
+
+def _summed_by(eqn: Any, places: Sequence[Place], axis: Axis, kind: int) -> Lost | None:
+    """The first equation on the way to a result that summed over the examples, if it holds no axis of them."""
+    if axis is not SHARED or kind != SMOOTH:
+        return None
+    held = any(axes_of(place.axis) and place.kind == SMOOTH for place in places)
+    return next((place.summed for place in places if place.summed), lost(eqn) if held else None)
 
 
 def by_line(place: Place, eqn: Any) -> Place:
     """The place of what a call returns: an axis that was lost inside was lost at this line."""
-    return place._replace(axis=place.axis.inside(eqn)) if isinstance(place.axis, Lost) else place
+    axis = place.axis.inside(eqn) if isinstance(place.axis, Lost) else place.axis
+    return place._replace(axis=axis, summed=place.summed and place.summed.inside(eqn))
 
 
 def _same(eqn: Any, branches: Sequence[Place]) -> Place:
     axes, kind = {place.axis for place in branches}, min(place.kind for place in branches)
-    return Place(axes.pop() if len(axes) == 1 else lost(eqn, "whose branches keep them elsewhere"), kind)
+    axis = axes.pop() if len(axes) == 1 else lost(eqn, "whose branches keep them elsewhere")
+    return Place(axis, kind, next((place.summed for place in branches if place.summed), None))
 
 
 def _axes(eqn: Any, places: Sequence[Place], n: int) -> list[Axis]:

@@ -14,12 +14,13 @@ import jax
 import jax.numpy as jnp
 
 from bilevax import checks
+from bilevax.curvature.capture._remedies import CG, row_of_each
 from bilevax.curvature.capture._walk import walk
 from bilevax.curvature.capture.assignment import assigned
 from bilevax.curvature.capture.block import Block
 from bilevax.curvature.capture.choices import Blocks, chosen
 from bilevax.curvature.capture.inputs import Examples, where
-from bilevax.curvature.capture.places import FLAT, SHARED, Axis, Lost, Spread, of_dtype
+from bilevax.curvature.capture.places import FLAT, SHARED, Axis, Lost, Place, Spread, of_dtype
 from bilevax.curvature.capture.programs import opened
 from bilevax.curvature.capture.treatments import Unsupported, error
 from bilevax.curvature.capture.uses import Covered, Path, Use, Value, View, Visitor, forget
@@ -128,30 +129,42 @@ def trace(
         forget([value], visitor, (), "is the output")
         return value
 
-    uses, axis = _collected(follow, leaves)
+    uses, axis, summed = _collected(follow, leaves)
+    wrong = _no_rows(axis, summed if n > 1 else None, rows.doubt)
     choices = chosen(blocks, names)
     try:
         found = assigned(names, [jnp.shape(leaf) for leaf in leaves], uses, choices, unsupported, n)
     except ValueError as refused:
-        if not rows.doubt:
-            raise
-        raise ValueError(f"{refused} {rows.doubt}") from refused
-    again = isinstance(axis, Spread) and axis.axes == (0,) and axis.moves > 1  # sorted, and back
-    if axis not in (0, SHARED) and not again and any(block.treatment is None for block in found):
-        what = axis.what if isinstance(axis, Lost) else "they are in another order or place"
-        raise ValueError(
-            f"model must return outputs [N, ..., C] whose row n belongs to example n of the inputs; got outputs in "
-            f"which the examples cannot be followed to the first axis: {what}. Put them there, in their order. "
-            f"{rows.doubt}".rstrip()
+        if wrong and axis is SHARED:
+            raise ValueError(wrong) from refused
+        also = (
+            f"Nor can the examples be followed to the outputs, where unsupported= does not help: take {CG}."
+            if wrong
+            else ""
         )
+        raise ValueError(" ".join(filter(None, (str(refused), also, rows.doubt)))) from refused
+    if wrong and any(block.treatment is None for block in found):
+        raise ValueError(wrong)
     outputs = jax.ShapeDtypeStruct(shapes[0], program[0].outvars[0].aval.dtype)
     return Capture(found, lambda visitor, leaves: follow(visitor, leaves).array, n, outputs, rows.doubt)
 
 
-def _collected(follow: Callable[[Visitor, Sequence[Array]], Value], leaves: Sequence[Any]) -> tuple[list[Use], Axis]:
-    """All uses of leaves on the way to the outputs, and the axis of the examples there; nothing is computed."""
+def _no_rows(axis: Axis, summed: Lost | None, doubt: str) -> str:
+    """Why outputs with this axis have no row for each example; "" where they do, or depend on none."""
+    again = isinstance(axis, Spread) and axis.axes == (0,) and axis.moves > 1  # sorted, and back
+    if axis == 0 or again or (axis is SHARED and summed is None):
+        return ""
+    if summed is not None:
+        return row_of_each(f"they are summed over by {summed.where}", doubt, summed=True)
+    return row_of_each(axis.what if isinstance(axis, Lost) else "they are in another order or place", doubt)
+
+
+def _collected(
+    follow: Callable[[Visitor, Sequence[Array]], Value], leaves: Sequence[Any]
+) -> tuple[list[Use], Axis, Lost | None]:
+    """All uses of leaves on the way to the outputs, the axis of the examples there, and what summed over it."""
     uses: dict[tuple[Path, Covered], Use] = {}
-    axes: set[Axis] = set()
+    places: list[Place] = []
 
     def note(slot: Any, use: Use, *rest: Any) -> Any:
         # Called as kronecker(slot, use, rows, outputs, inputs), elementwise(slot, use, leaf) and unsupported(use): the
@@ -161,11 +174,11 @@ def _collected(follow: Callable[[Visitor, Sequence[Array]], Value], leaves: Sequ
 
     def once(leaves: Sequence[Array]) -> Array:
         value = follow(Visitor({}, note, note, functools.partial(note, None)), leaves)
-        axes.add(value.axis)
+        places.append(value.place)
         return value.array
 
-    # Uses and axes are no arrays, so that a trace cannot return them. Writing them down is sound: `once` is new, hence
-    # traced here and never again, and a body that JAX traces twice writes the same use under the same path
+    # Uses and places are no arrays, so that a trace cannot return them. Writing them down is sound: `once` is new,
+    # hence traced here and never again, and a body that JAX traces twice writes the same use under the same path
     jax.eval_shape(once, [jnp.asarray(leaf) for leaf in leaves])
-    (axis,) = axes
-    return list(uses.values()), axis
+    (place,) = places
+    return list(uses.values()), place.axis, place.summed

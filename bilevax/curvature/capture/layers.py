@@ -98,7 +98,7 @@ def layer(eqn: Any, values: list[Value], visitor: Visitor, n: int, path: Path) -
         array, axis = visitor.kronecker(visitor.slots.get(use.covers), use, here.rows, array, inputs), here.axis
     if factor is not None and kernels is None:
         array = (array * factor).astype(result.array.dtype)
-    return [Value(array, axis, (), _output(path, array.shape, found))]
+    return [Value(array, axis, (), _output(path, array.shape, found), summed=result.summed)]
 
 
 def _divided(eqn: Any, values: list[Value], side: int, n: int) -> tuple[int, int] | None:
@@ -161,7 +161,8 @@ def dense(eqn: Any, values: list[Value], side: int, view: View, n: int, path: Pa
     linear, data = view.linear, values[1 - side]
     contracted, batched = eqn.params["dimension_numbers"]
     summed = set(axes_of(data.axis)) & set(contracted[1 - side])
-    if (missing := _missing(lost(eqn) if summed else data.axis)) is not None:
+    gone = data.axis.otherwise if isinstance(data.axis, Spread) else None  # what put them where they are summed over
+    if (missing := _missing((gone or lost(eqn)) if summed else data.axis)) is not None:
         return f"dot_general with data whose examples axis is {missing}"
     slots = isinstance(data.axis, Spread) and not data.axis.ordered
     if not slots and set(axes_of(data.axis)) & set(batched[1 - side]):

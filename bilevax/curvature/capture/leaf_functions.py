@@ -61,6 +61,7 @@ def seen_through(eqn: Any, values: list[Value], path: Path) -> list[Value]:
         return made[path][number]
 
     covered = {view.covers: view for value in values for view in value.views}
+    summed = next((value.summed for value in values if value.summed), None)
     results = []
     for number, array in enumerate(arrays):
         views: list[View] = []
@@ -77,7 +78,7 @@ def seen_through(eqn: Any, values: list[Value], path: Path) -> list[Value]:
             base = functools.partial(again, number=number, covers=covers)
             whole = Strided.whole(array.shape)
             views.append(view._replace(base=base, strided=whole, linear=combined(eqn, values, covers)))
-        results.append(Value(array, views=tuple(views)))
+        results.append(Value(array, views=tuple(views), summed=summed))
     return results
 
 

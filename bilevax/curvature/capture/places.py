@@ -21,10 +21,11 @@ REMEDIES = {
     "scan": "map over them with jax.vmap or jax.lax.map",
     "while": "take lax.scan, or a fixed number of steps",
     "sort": "sort along another axis, or permute by index",
-    "dot_general": "products of pairs of examples have no block: take capture.diagonal",
     "concatenate": "put arrays side by side along another axis",
     "slice": "cut the batch in split(x, batch), or with jnp.where",
 }
+
+PAIRS = "each pair of examples has a number there"
 
 
 class Lost(NamedTuple):
@@ -35,9 +36,14 @@ class Lost(NamedTuple):
     remedy: str
 
     @property
+    def where(self) -> str:
+        """The equation and its line."""
+        return f"{self.equation}{self.line and ' at ' + self.line}"
+
+    @property
     def what(self) -> str:
         """For messages."""
-        return f"{self.equation}{self.line and ' at ' + self.line}; {self.remedy}"
+        return f"{self.where}; {self.remedy}"
 
     def inside(self, eqn: Any) -> "Lost":
         """What was lost inside of a call, by a line of the user's."""
@@ -75,10 +81,23 @@ SMOOTH, FLAT, SELECTS = range(3)  # with a derivative in y; without one; without
 
 
 class Place(NamedTuple):
-    """The axis of the examples of an array, and whether it depends on y."""
+    """What is known of an array besides its numbers.
+
+    Attributes:
+      axis: of the examples.
+      kind: whether it depends on y.
+      summed: what summed over the examples, where it depends on y through such a sum and holds no axis of them.
+      counts: of whole numbers that are indices, for each entry of the last axis or once for all of it: the axis along
+        which they are 0, 1, 2, ..., or `NEVER`, or None; () where nothing is known.
+    """
 
     axis: Axis = SHARED
     kind: int = FLAT
+    summed: Lost | None = None
+    counts: tuple[int | None, ...] = ()
+
+
+NEVER = -1  # of what is False everywhere
 
 
 def axes_of(axis: Axis) -> tuple[int, ...]:
@@ -86,12 +105,12 @@ def axes_of(axis: Axis) -> tuple[int, ...]:
     return axis.axes if isinstance(axis, Spread) else (axis,) if isinstance(axis, int) else ()
 
 
-def lost(eqn: Any, why: str = "") -> Lost:
+def lost(eqn: Any, why: str = "", remedy: str = "") -> Lost:
     """What an equation lost: its primitive, shapes and line, and a remedy."""
     name = eqn.primitive.name
     shapes = [str(list(var.aval.shape)) for var in eqn.invars if getattr(var.aval, "shape", ())]
     results = [str(list(var.aval.shape)) for var in eqn.outvars]
-    remedy = REMEDIES.get(name, "keep them along an axis of their own")
+    remedy = remedy or REMEDIES.get(name, "keep them along an axis of their own")
     return Lost(f"{name} {' x '.join(shapes)} -> {', '.join(results)}{why and ', ' + why}", _line(eqn), remedy)
 
 

@@ -57,9 +57,9 @@ def error(leaves: Mapping[str, str]) -> NoReturn:
     """
     found = ", ".join(f"{name} ({what})" for name, what in leaves.items())
     raise ValueError(
-        f"model must use each leaf of y in a way that has a curvature block; got {found}. Expected a matrix product or "
-        f"convolution with the examples, rows of a table, or an element-wise scale or shift.{remedies(leaves)} Pass "
-        f"unsupported=bx.curvature.capture.diagonal (or identity, or zero), or mark a layer with bx.curvature.observe."
+        f"model must use each leaf of y in a way that has a curvature block; got {found}.{remedies(leaves)} Pass "
+        f"unsupported=bx.curvature.capture.diagonal (or identity, or zero), or mark a layer with bx.curvature.observe. "
+        f"Expected a matrix product or convolution with the examples, rows of a table, an element-wise scale or shift."
     )
 
 

@@ -119,11 +119,18 @@ class Value(NamedTuple):
     views: tuple[View, ...] = ()
     output: Output | None = None
     kind: int = SMOOTH
+    summed: Lost | None = None
+    counts: tuple[int | None, ...] = ()
+
+    @classmethod
+    def at(cls, array: Array, place: Place) -> "Value":
+        """An array that is no view of leaves."""
+        return cls(array, place.axis, kind=place.kind, summed=place.summed, counts=place.counts)
 
     @property
     def place(self) -> Place:
         """What is followed of it."""
-        return Place(self.axis, self.kind)
+        return Place(self.axis, self.kind, self.summed, self.counts)
 
 
 class Use(NamedTuple):
@@ -235,7 +242,7 @@ def plain(eqn: Any, values: Sequence[Value], n: int) -> list[Value]:
     """The results of an equation that uses no leaf, or whose use is not told apart."""
     arrays = bind(eqn, [value.array for value in values])
     places = result_places(eqn, [value.place for value in values], n)
-    results = [Value(array, place.axis, kind=place.kind) for array, place in zip(arrays, places, strict=True)]
+    results = [Value.at(array, place) for array, place in zip(arrays, places, strict=True)]
     if len(results) == 1 and unpushed(results[0].axis):
         results[0] = results[0]._replace(axis=_pushed(eqn, values, results[0], n))
     return results
@@ -343,7 +350,7 @@ def entering(value: Value, place: Place, visitor: Visitor, n: int, path: Path) -
         use = Use("elementwise", path, view.leaf, view.stack, "scan", part=view.part)
         own = changed(value, own, view, view.strided.drop(place.axis), visitor.own(use, view))
     array = value.array if own is None else _spread_out(own, axes_of(place.axis), shape, n)
-    return Value(array, kind=value.kind)
+    return Value.at(array, value.place._replace(axis=SHARED, counts=()))
 
 
 def _why_not(axis: Axis, strided: Strided, shape: Sequence[int], n: int) -> str | None:
