@@ -85,6 +85,8 @@ def _finite(value: Any) -> bool:
 def count(name: str, value: Any, minimum: int = 0) -> int:
     """Returns `value` as an int; raises ValueError unless it is a static whole number >= `minimum`."""
     try:
+        if isinstance(value, bool):
+            raise TypeError
         number = operator.index(value)
     except (TypeError, jax.errors.ConcretizationTypeError) as error:
         fix = f"Pass a plain int, say {name}=10."

@@ -160,7 +160,12 @@ def test_a_rank_keeps_sketches_as_an_inverse_of_that_rank_does():
         ({"out/kernel": 0}, r"rank >= 1; got 0 for out/kernel"),
         (lambda path: True, r"rank >= 1; got True for hidden/bias"),
         ({"out/kernel": lambda leaves: {}}, r"must return a dict with a Treatment for each leaf.*for out/kernel"),
-        (3, r"blocks must be a function \(path\)"),
+        (
+            3,
+            r"blocks must be a dict from paths .* or a function of the path; got 3\. Pass, say, blocks=\{'hidden/bias'",
+        ),
+        ("w", r"blocks must be a dict from paths .* got 'w'"),
+        ({0: 4}, r"by path or pattern, which are strings; got 0\. Pass, say, blocks=\{'hidden/bias': 64\}"),
     ],
 )
 def test_choices_that_cannot_be(blocks, says):

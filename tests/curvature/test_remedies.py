@@ -152,6 +152,12 @@ def test_pairs_are_examples_where_the_loss_is_one_of_pairs():
     y = {"odd": Y["odd"]}
     with pytest.raises(ValueError, match="hold the examples of the outputs"):
         capture.trace(of_pairs, y, INPUTS)
+    square = lambda y, a: (a @ y["odd"]) @ (a @ y["odd"]).T  # noqa: E731
+    for options in ({}, {"unsupported": capture.diagonal}):
+        with pytest.raises(
+            ValueError, match=r"each pair of examples has a number there\. Pass the pairs as the examples"
+        ):
+            capture.trace(square, y, INPUTS, **options)
     pairs = tuple(side.reshape(N * N, D) for side in jnp.broadcast_arrays(INPUTS[:, None], INPUTS[None]))
     rows = curvature.describe(make(of_each_pair), jnp.zeros(N * N), y, (pairs, jnp.zeros(N * N, int))).rows
     assert [(row.leaves, row.rule) for row in rows] == [(("odd",), "dense")]

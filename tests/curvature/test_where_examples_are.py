@@ -240,6 +240,85 @@ def test_time_major_inputs():
         capture.trace(model, Y, swapped)
 
 
+SUMMED = {
+    "time": lambda y, a: mlp(y, a).mean(0),
+    "time, before a layer": lambda y, a: dense(y["out"], jnp.tanh(dense(y["hidden"], a)).mean(0)),
+    "time, in a call": lambda y, a: jax.jit(lambda z: jnp.sum(z**2, 0))(mlp(y, a)),
+    "weights of times": lambda y, a: jnp.einsum("tnc,t->nc", mlp(y, a), jnp.arange(4.0)),
+    "a mean for all": lambda y, a: jnp.broadcast_to(mlp(y, a).mean((0, 1)), (N, C)),
+}
+
+
+@pytest.mark.parametrize("model", SUMMED.values(), ids=SUMMED)
+def test_outputs_that_sum_over_the_examples_are_refused(model):
+    """As where as many times as examples come first, and nothing says so; the place is named."""
+    square = SQUARE["a"]
+    for options in ({}, {"unsupported": capture.diagonal}):
+        with pytest.raises(ValueError, match=r"summed over by .* at test_where.*examples=lambda inputs: 1\)") as caught:
+            capture.trace(model, Y, square, **options)
+    assert "curvature=bx.curvature.gauss_newton" in str(caught.value)
+
+
+def test_outputs_that_no_example_reaches_are_none_of_a_sum():
+    y = {"table": normal(44, table=(N, C))["table"]}
+    blocks = capture.trace(lambda y, a: jnp.exp(y["table"]), y, INPUTS, unsupported=capture.identity).blocks
+    assert [block.rule for block in blocks] == ["identity"]
+
+
+# Indices by which each example has its own row
+
+
+def two_experts(y, a):
+    """The gates of the two best of three experts, each scattered to its own place."""
+    p = jax.nn.softmax(a @ y["router"])
+    gates, best = jax.lax.top_k(p, 2)
+    gates = jnp.zeros_like(p).at[jnp.arange(N)[:, None], best].set(gates)
+    return jnp.einsum("nd,edf,ne->nf", a, y["up"], gates)
+
+
+def two_experts_by_mask(y, a):
+    p = jax.nn.softmax(a @ y["router"])
+    best = jax.lax.top_k(jax.lax.stop_gradient(p), 2)[1]
+    return jnp.einsum("nd,edf,ne->nf", a, y["up"], p * jax.nn.one_hot(best, 3, dtype=p.dtype).sum(1))
+
+
+def test_gates_of_the_best_experts():
+    y = normal(45, router=(D, 3), up=(3, D, C))
+    np.testing.assert_allclose(two_experts(y, INPUTS), two_experts_by_mask(y, INPUTS), atol=1e-12)
+    assert_equal_factors(captured(two_experts, X, y, BATCH), captured(two_experts_by_mask, X, y, BATCH))
+
+
+EACH_ROW = np.arange(N)
+OWN_ROWS = {
+    "added to a column": lambda z: jnp.zeros((N, 5)).at[jnp.arange(N), 0].add(z[:, 0]),
+    "numbers of NumPy": lambda z: jnp.zeros((N, 5)).at[EACH_ROW, 1].set(z[:, 0]),
+    "taken at ids": lambda z: z[jnp.arange(N)[:, None], jnp.argsort(INPUTS, 1)] @ jnp.ones((D, 5)),
+    "taken from a column": lambda z: jnp.broadcast_to(z[EACH_ROW, 0][:, None], (N, 5)),
+    "along an axis": lambda z: jnp.put_along_axis(z, jnp.argsort(INPUTS, 1), 1.0, axis=1, inplace=False),
+}
+
+
+@pytest.mark.parametrize("own", OWN_ROWS.values(), ids=OWN_ROWS)
+def test_what_each_example_does_with_its_own_row_keeps_the_axis(own):
+    blocks = capture.trace(lambda y, a: dense(y["out"], own(dense(y["hidden"], a))), Y, INPUTS).blocks
+    assert [(block.rule, block.slots) for block in blocks] == [("dense", 0)] * 2
+
+
+OTHER_ROWS = {
+    "another order": lambda z: jnp.zeros((N, 5)).at[ORDER, 0].add(z[:, 0]),
+    "the other way": lambda z: jnp.zeros((N, 5)).at[N - 1 - jnp.arange(N), 0].add(z[:, 0]),
+    "columns": lambda z: jnp.zeros((N, 5)).at[0, jnp.arange(N)].add(z[:, 0]),
+    "shifted": lambda z: jnp.zeros((N, 5)).at[jnp.arange(N) - 1, 0].add(z[:, 0]),
+}
+
+
+@pytest.mark.parametrize("other", OTHER_ROWS.values(), ids=OTHER_ROWS)
+def test_rows_of_other_examples_are_lost_where_they_were_put(other):
+    with pytest.raises(ValueError, match=r"examples.* scatter-add .*at test_where") as caught:
+        capture.trace(lambda y, a: other(dense(y["hidden"], a)) @ y["out"]["kernel"], Y, INPUTS)
+    assert "dot_general [" not in str(caught.value)
+
+
 def test_axes_that_do_not_fit_the_inputs():
     def trace(axes):
         return capture.trace(mlp, Y, INPUTS, examples=lambda inputs: axes)

@@ -36,9 +36,8 @@ def remedies(leaves: Mapping[str, str]) -> str:
             if reason in what:
                 found.setdefault(remedy, []).append(name)
                 break
-    return "".join(
-        f" For {', '.join(names)}: {remedy.format(identity=_identity(names))}." for remedy, names in found.items()
-    )
+    told = [(names, remedy.format(identity=_identity(names))) for remedy, names in found.items()]
+    return "".join(f" For {', '.join(names)}: {remedy}." for names, remedy in told)
 
 
 def _identity(names: Sequence[str]) -> str:
@@ -48,13 +47,13 @@ def _identity(names: Sequence[str]) -> str:
 def row_of_each(what: str, doubt: str, *, summed: bool = False) -> str:
     """What to do where the outputs hold no row for each example, and why they do not."""
     if summed:
-        help = "If another axis counts them, say so: ModelLoss(..., examples=lambda inputs: 1). Else take"
+        fix = "If another axis counts them, say so: ModelLoss(..., examples=lambda inputs: 1). Else take"
     elif PAIRS in what:
-        help = "Pass the pairs as the examples, one row of the inputs for each, or take"
+        fix = "Pass the pairs as the examples, one row of the inputs for each, or take"
     else:
-        help = "Return one row for each example, in their order, or take"
+        fix = "Return one row for each example, in their order, or take"
     return (
-        f"model must return outputs [N, ..., C] whose row n belongs to example n of the inputs; got outputs in which the "
-        f"examples cannot be followed to the first axis: {what}. {help} {CG}, which asks for no rows and no blocks. "
-        f"{doubt}".rstrip()
+        f"model must return outputs [N, ..., C] whose row n belongs to example n of the inputs; got outputs in which "
+        f"the examples cannot be followed to the first axis: {what}. {fix} {CG}, which asks for no rows and no "
+        f"blocks. {doubt}".rstrip()
     )

@@ -28,10 +28,20 @@ def chosen(blocks: Blocks | None, names: Sequence[str]) -> dict[int, Choice]:
     if blocks is None:
         return {}
     if not isinstance(blocks, Mapping):
+        if not callable(blocks):
+            raise ValueError(
+                f"blocks must be a dict from paths or patterns of leaves to their blocks, or a function of the path; "
+                f"got {blocks!r:.80}. Pass, say, blocks={{'{names[0]}': bx.curvature.capture.diagonal}}."
+            )
         checks.function("blocks", blocks, "path")
         found = {leaf: blocks(name) for leaf, name in enumerate(names)}
     else:
         for pattern in blocks:
+            if not isinstance(pattern, str):
+                raise ValueError(
+                    f"blocks must name leaves of y by path or pattern, which are strings; got {pattern!r:.80}. Pass, "
+                    f"say, blocks={{'{names[0]}': 64}}."
+                )
             if not any(_fits(name, pattern) for name in names):
                 raise ValueError(
                     f"blocks must name leaves of y, by path or pattern; got {pattern!r}, which fits none of "
