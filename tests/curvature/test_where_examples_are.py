@@ -259,6 +259,15 @@ def test_outputs_that_sum_over_the_examples_are_refused(model):
     assert "curvature=bx.curvature.gauss_newton" in str(caught.value)
 
 
+def test_a_matrix_that_mixes_examples_stands_among_the_inputs():
+    """As the neighbours of a graph do: row n of it belongs to example n."""
+    mix = normal(46, mix=(N, N))["mix"]
+    with pytest.raises(ValueError, match=r"summed over by dot_general.*stands among the inputs, \(a, matrix\)"):
+        capture.trace(lambda y, a: mix @ mlp(y, a), Y, INPUTS)
+    blocks = capture.trace(lambda y, inputs: inputs[1] @ mlp(y, inputs[0]), Y, (INPUTS, mix)).blocks
+    assert [block.rule for block in blocks] == ["dense"] * 2
+
+
 def test_outputs_that_no_example_reaches_are_none_of_a_sum():
     y = {"table": normal(44, table=(N, C))["table"]}
     blocks = capture.trace(lambda y, a: jnp.exp(y["table"]), y, INPUTS, unsupported=capture.identity).blocks

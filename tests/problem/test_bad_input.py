@@ -216,6 +216,7 @@ COUNTS = {
 def test_counts(name, minimum, make):
     check(lambda: make(minimum - 1), [f"{name} must be an int >= {minimum}", f"got {minimum - 1}", f"Pass {name}="])
     check(lambda: make(2.5), [f"{name} must be a static Python int >= {minimum}", "got float", "Pass a plain int"])
+    check(lambda: make(True), [f"{name} must be a static Python int", "got bool"])
     check(lambda: make("3"), [f"{name} must be a static Python int >= {minimum}", "got str", "Pass a plain int"])
     traced = jax.jit(lambda count: make(count) and count)
     check(lambda: traced(2), [f"{name} must be a static Python int", "Tracer", "cannot be traced", "static_argnums"])

@@ -46,7 +46,10 @@ def _identity(names: Sequence[str]) -> str:
 
 def row_of_each(what: str, doubt: str, *, summed: bool = False) -> str:
     """What to do where the outputs hold no row for each example, and why they do not."""
-    if summed:
+    if summed and "dot_general" in what:
+        fix = "A matrix whose rows belong to the examples stands among the inputs, (a, matrix). If another axis counts "
+        fix += "them, say so: ModelLoss(..., examples=lambda inputs: 1). Else take"
+    elif summed:
         fix = "If another axis counts them, say so: ModelLoss(..., examples=lambda inputs: 1). Else take"
     elif PAIRS in what:
         fix = "Pass the pairs as the examples, one row of the inputs for each, or take"
