@@ -11,9 +11,9 @@ from jax.extend import core
 
 from bilevax.curvature.capture._observe import tap
 from bilevax.curvature.capture.batch_axis import by_line, scan_places
+from bilevax.curvature.capture.indices import counted_by
 from bilevax.curvature.capture.layers import RULES, layer
 from bilevax.curvature.capture.leaf_functions import rearranged, seen_through
-from bilevax.curvature.capture.own_rows import counted_by
 from bilevax.curvature.capture.places import FLAT, SHARED, Axis, Spread, literal_kind, lost, of_dtype
 from bilevax.curvature.capture.programs import Program, at_once, body, opened, scan_counts, ungrouped, unsharded
 from bilevax.curvature.capture.rows import unpushed

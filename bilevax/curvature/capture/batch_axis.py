@@ -14,7 +14,7 @@ from typing import Any
 
 from jax.extend import core
 
-from bilevax.curvature.capture.own_rows import counted, own_rows
+from bilevax.curvature.capture.indices import counted, own_rows
 from bilevax.curvature.capture.places import (
     PAIRS,
     SELECTS,
