@@ -16,7 +16,7 @@ from bilevax.curvature.bases import turned
 from bilevax.curvature.capture.choices import Blocks
 from bilevax.curvature.capture.view import WHOLE
 from bilevax.curvature.forms import Diagonal, Factors, Kronecker, Rows, Sketch
-from bilevax.curvature.inverse import Damping, Eigen, Inverse, by_shape, joint, spectral
+from bilevax.curvature.inverse import Damping, Eigen, Inverse, by_shape, joint, spectral, tail
 from bilevax.curvature.model_loss import held, structured
 from bilevax.curvature.sharing import expand
 from bilevax.curvature.traced_loss import TracedLoss, trace_loss
@@ -134,7 +134,8 @@ def turn(here: TracedLoss, found: Factors, parts: Parts) -> Parts:
     """
 
     def one(factors: Kronecker, part: Eigen) -> Eigen:
-        return part._replace(qa=turned(factors.A, part.qa), qb=turned(factors.B, part.qb))
+        (da, qa), (db, qb) = turned(factors.A, part.qa), turned(factors.B, part.qb)
+        return part._replace(qa=qa, qb=qb, tail=tail(factors.A, factors.B, da, db))
 
     blocks = dict(parts.blocks)
     for block in here.captured.blocks:
@@ -168,7 +169,8 @@ def solve(
         if block.matrix is not None:
             eigenvalues = None if chosen.eigenvalues is None else chosen.eigenvalues(part)
         delta = _delta(block, decay[block.name], damping, eigenvalues)
-        if isinstance(part, Eigen) and part.eigenvalues.size < math.prod(block.stack) * block.rows * block.outputs:
+        size = math.prod(block.stack) * block.rows * block.outputs
+        if isinstance(part, Eigen) and part.tail is None and part.eigenvalues.size < size:
             smallest.append(jnp.min(delta))  # that of what the eigenvectors do not span
         elif eigenvalues is not None or block.matrix is not None:
             smallest.append(jnp.min(delta if eigenvalues is None else eigenvalues + delta))

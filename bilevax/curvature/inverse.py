@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevax import checks
-from bilevax.curvature.bases import eigenbasis, symmetric
+from bilevax.curvature.bases import eigenbasis, mean_outside, symmetric, transposed
 from bilevax.curvature.forms import (
     ChooseForm,
     Factor,
@@ -34,10 +34,11 @@ class Eigen(NamedTuple):
     """A decomposition of A ⊗ B; leading axes are stacked layers.
 
     Attributes:
-      qa: [..., d_in, r_in], eigenvectors of A; None where A is diagonal (an embedding). Where there are fewer than
-        d_in, A is 0 on what they do not span.
+      qa: [..., d_in, r_in], eigenvectors of A; None where A is diagonal (an embedding). There may be fewer than d_in.
       qb: [..., d_out, r_out], eigenvectors of B, likewise.
       eigenvalues: [..., r_in, r_out], of the product, or the diagonal of the curvature in this basis (EKFAC).
+      tail: those of the product of an eigenvector of A and what is outside of Q_B, [..., r_in, 1]; the other way round,
+        [..., 1, r_out]; and outside of both, [..., 1, 1]. None without a sketch: they are 0, where there are any.
 
     Example:
         >>> import bilevax as bx, jax.numpy as jnp
@@ -49,6 +50,7 @@ class Eigen(NamedTuple):
     qa: Array | None
     qb: Array | None
     eigenvalues: Array
+    tail: tuple[Array, Array, Array] | None = None
 
     @property
     def rows(self) -> int:
@@ -135,7 +137,15 @@ def eigen(a: Factor, b: Factor, delta: Scalar = 0.0) -> Eigen:
     if any(isinstance(factor, Rows | Sketch) for factor in (a, b)):
         # Q = Xᵀ U S^(-1/2) is orthonormal up to rounding times λ_max / λ, and what it misses counts for 1 / delta
         qa, qb = jax.lax.cond(_steep(eigenvalues, delta), _orthonormal, lambda bases: bases, (qa, qb))
-    return Eigen(qa, qb, eigenvalues)
+    return Eigen(qa, qb, eigenvalues, tail(a, b, da, db))
+
+
+def tail(a: Factor, b: Factor, da: Array, db: Array) -> tuple[Array, Array, Array] | None:
+    """λ ρ_B, ρ_A μ and ρ_A ρ_B: a sketch counts as the mean ρ of the eigenvalues that it does not show, outside."""
+    if not isinstance(a, Sketch) and not isinstance(b, Sketch):
+        return None
+    left, right = mean_outside(a, da)[..., None, None], mean_outside(b, db)[..., None, None]
+    return da[..., :, None] * right, left * db[..., None, :], left * right
 
 
 def _orthonormal(bases: tuple[Array | None, Array | None]) -> tuple[Array | None, Array | None]:
@@ -204,7 +214,9 @@ def _right(v: Array, q: Array | None, transposed: bool) -> Array:
 
 
 def eigen_solve(parts: Eigen, delta: Scalar, v: Array) -> Array:
-    """Q_A [(Q_Aᵀ v Q_B) / (eigenvalues + delta)] Q_Bᵀ, and v / delta outside of what Q_A and Q_B span."""
+    """Q_A [(Q_Aᵀ v Q_B) / (eigenvalues + delta)] Q_Bᵀ, and v / (tail + delta) outside of what Q_A and Q_B span."""
+    if parts.tail is not None:
+        return _solve_with_tail(parts, parts.tail, delta, v)
     inside, damped = rotate(parts, v), parts.eigenvalues + delta
     if inside.shape == v.shape:
         return _rotate_back(parts, inside / damped)
@@ -220,11 +232,48 @@ def eigen_solve(parts: Eigen, delta: Scalar, v: Array) -> Array:
     return jax.lax.cond(_steep(parts.eigenvalues, delta), twice, once)
 
 
+def _solve_with_tail(parts: Eigen, tail: tuple[Array, Array, Array], delta: Scalar, v: Array) -> Array:
+    """The same in four parts: inside of Q_A and Q_B, of one of them, and of neither."""
+    seen, left, right, neither = (1 / (part + delta) for part in (parts.eigenvalues, *tail))
+
+    def once() -> Array:
+        inside = _left(parts.qa, v, True)
+        both = _right(inside, parts.qb, False)
+        if parts.eigenvalues.shape[-2] == v.shape[-2]:
+            return _left(parts.qa, inside * left + _right(both * (seen - left), parts.qb, True), False)
+        found = inside * (left - neither) + _right(both * (seen - left - right + neither), parts.qb, True)
+        beside = _right(v, parts.qb, False) * (right - neither)
+        return v * neither + _left(parts.qa, found, False) + _right(beside, parts.qb, True)
+
+    def columns(inside: Array, outside: Array) -> Callable[[Array], Array]:
+        first, second = transposed(inside), transposed(outside)
+        return lambda v: transposed(_apart(parts.qb, transposed(v), lambda w: first * w, lambda w: second * w))
+
+    def twice() -> Array:
+        return _apart(parts.qa, v, columns(seen, left), columns(right, neither))
+
+    return jax.lax.cond(_steep(parts.eigenvalues, delta), twice, once)
+
+
+def _apart(q: Array | None, v: Array, inside: Callable[[Array], Array], outside: Callable[[Array], Array]) -> Array:
+    """Q inside(Qᵀ v) + P outside(P v), P = I - Q Qᵀ: positive and symmetric as they are, however Q is rounded."""
+    seen = _left(q, v, True)
+    if q is None or q.shape[-1] == q.shape[-2]:
+        return _left(q, inside(seen), False)
+    rest = outside(v - q @ seen)
+    return rest + q @ (inside(seen) - transposed(q) @ rest)
+
+
 def whole_eigenvalues(parts: Eigen) -> Array:
-    """All d_in d_out of them, with zeros for what Q_A and Q_B do not span."""
-    r_in, r_out = parts.eigenvalues.shape[-2:]
-    missing = [(0, 0)] * (parts.eigenvalues.ndim - 2) + [(0, parts.rows - r_in), (0, parts.columns - r_out)]
-    return jnp.pad(parts.eigenvalues, missing)
+    """All d_in d_out of them, with the tail, or zeros, for what Q_A and Q_B do not span."""
+    *stack, r_in, r_out = parts.eigenvalues.shape
+    below, beside = parts.rows - r_in, parts.columns - r_out
+    if parts.tail is None:
+        return jnp.pad(parts.eigenvalues, [(0, 0)] * len(stack) + [(0, below), (0, beside)])
+    shapes = (r_in, beside), (below, r_out), (below, beside)
+    right, left, rest = (jnp.broadcast_to(part, (*stack, *s)) for part, s in zip(parts.tail, shapes, strict=True))
+    above = jnp.concatenate([parts.eigenvalues, right], axis=-1)
+    return jnp.concatenate([above, jnp.concatenate([left, rest], axis=-1)], axis=-2)
 
 
 def _cholesky(a: Array, b: Array, delta: Scalar) -> Cholesky:
@@ -274,12 +323,13 @@ Where it has more, `spectral` up to a size of 1024, and `low_rank(256)` above.""
 def low_rank(rank: int) -> Inverse:
     """Keeps the factors that are larger than twice the rank by a sketch, and inverts what that shows of them.
 
-        A ≈ Y (ΩᵀY)⁻¹ Yᵀ,   Y = A Ω,   Ω a fixed random matrix [d, rank]
+        A ≈ Q Λ Qᵀ + ρ (I - Q Qᵀ),   Q Λ Qᵀ = Y (ΩᵀY)⁻¹ Yᵀ,   Y = A Ω,   Ω a fixed random matrix [d, rank]
+        ρ = (tr A - tr Λ) / (d - rank), the mean of the eigenvalues that it does not show
 
     Sketches add up as factors do, over batches, averages and agents.
 
     Args:
-      rank: columns of Ω, >= 1: how many eigenvalues of a factor are told apart; the others count as 0.
+      rank: columns of Ω, >= 1: how many eigenvalues of a factor are told apart; the others count as their mean.
 
     Returns:
       An `Inverse`; a factor of at most twice as many rows or columns is kept whole, one of fewer rows by these.
@@ -287,7 +337,8 @@ def low_rank(rank: int) -> Inverse:
     Raises:
       ValueError: if rank < 1.
 
-    Cost: 4 R d rank operations for a factor of R rows, about 5 d rank² for its decomposition.
+    Cost: 4 R d rank operations for a factor of R rows, about 5 d rank² for its decomposition; an application
+    takes four products of d_in d_out rank multiplications where both are sketches.
 
     Reference: Tropp et al., arXiv 1706.05736.
 

@@ -86,9 +86,9 @@ WHOLE = kfac(inverse=whole("spectral"))
 def test_what_is_kept():
     """6 rows are fewer than half of 18 and of 19; the table has a diagonal."""
     parts = jax.eval_shape(lambda: bx.ihvp.kfac(inverse_every=2).init(WEIGHTS, Y, BATCH, LOSS)).parts.blocks
-    assert [leaf.shape for leaf in parts["stack/kernel"]] == [(2, D + 1, 6), (2, D, 6), (2, 6, 6)]
+    assert [leaf.shape for leaf in jax.tree.leaves(parts["stack/kernel"])] == [(2, D + 1, 6), (2, D, 6), (2, 6, 6)]
     assert parts["table"].qa is None
-    assert [leaf.shape for leaf in parts["table"][1:]] == [(D, 6), (WORDS, 6)]
+    assert [leaf.shape for leaf in parts["table"][1:3]] == [(D, 6), (WORDS, 6)]
     rows = {row.leaves[0]: row for row in curvature.describe(LOSS, WEIGHTS, Y, BATCH).rows}
     assert "A rows [6, 19], B rows [6, 18]" in rows["stack/kernel"].sizes
     assert rows["stack/kernel"].bytes == 8 * 2 * (6 * 19 + 6 * 18)
@@ -210,11 +210,17 @@ def test_sketches_add_up():
 
 
 def nystrom(entry):
-    """Y (ΩᵀY)⁻¹ Yᵀ of both factors."""
+    """Y (ΩᵀY)⁻¹ Yᵀ of both factors, and the mean of the other eigenvalues on what that does not span."""
     for factor in (entry.A, entry.B):
+        if not isinstance(factor, kronecker.Sketch):
+            rows = isinstance(factor, kronecker.Rows)
+            yield np.asarray(factor.rows.T @ factor.rows if rows else factor if factor.ndim == 2 else jnp.diag(factor))
+            continue
         image = np.asarray(factor.image)
-        omega = np.asarray(curvature.forms.random_matrix(*image.shape, jnp.float64))
-        yield image @ np.linalg.solve(omega.T @ image, image.T)
+        (size, rank), q = image.shape, np.linalg.qr(image)[0]
+        omega = np.asarray(curvature.forms.random_matrix(size, rank, jnp.float64))
+        shown = image @ np.linalg.solve(omega.T @ image, image.T)
+        yield shown + (factor.trace - np.trace(shown)) / (size - rank) * (np.eye(size) - q @ q.T)
 
 
 @pytest.mark.parametrize(("largest", "decay"), [(1e2, 1e-5), (1e6, 1e-3), (1e7, 1e-5)])
@@ -235,6 +241,88 @@ def test_rows_and_sketches_stay_positive_in_single_precision(largest, decay):
         exact = 1 / (values + 1e-3)
         assert np.all(np.abs(quotients(curvature.forms.Rows(X), vectors) / exact - 1) < 0.01)
         assert np.all(quotients(curvature.forms.sketch(64).sum(X, None), vectors) > 0)
+
+
+@functools.partial(jax.jit, static_argnames="forms")
+def tailed(X, Z, v, forms):
+    """What low_rank makes of two factors of these rows: parts, A⊗B damped, inverted and applied, all eigenvalues."""
+    parts = curvature.inverse.eigen(*(form.sum(rows, None) for form, rows in zip(forms, (X, Z), strict=True)), DAMPING)
+    return parts, curvature.inverse.eigen_solve(parts, DAMPING, v), curvature.inverse.whole_eigenvalues(parts)
+
+
+FORMS = curvature.forms
+SKETCHES = {
+    "both": (FORMS.sketch(5), FORMS.sketch(4)),
+    "first": (FORMS.sketch(5), FORMS.dense),
+    "second": (FORMS.dense, FORMS.sketch(4)),
+    "beside_rows": (FORMS.rows, FORMS.sketch(4)),
+    "beside_a_diagonal": (FORMS.diagonal, FORMS.sketch(4)),
+}
+
+
+@pytest.mark.parametrize("forms", SKETCHES.values(), ids=SKETCHES)
+def test_outside_of_a_sketch_is_the_mean_of_the_other_eigenvalues(forms):
+    rows = 3 if forms[0] is FORMS.rows else 40
+    X, Z, v = 3 * normal(7, rows, D), 3 * normal(8, 40, C), normal(9, D, C)
+    _, found, eigenvalues = tailed(X, Z, v, forms)
+    entry = kronecker.Kronecker(forms[0].sum(X, None), jnp.ones(()), forms[1].sum(Z, None))
+    K = np.kron(*nystrom(entry))
+    np.testing.assert_allclose(np.ravel(found), np.linalg.solve(K + DAMPING * np.eye(D * C), np.ravel(v)), rtol=1e-6)
+    np.testing.assert_allclose(np.sort(np.ravel(eigenvalues)), np.linalg.eigvalsh(K), atol=1e-6 * np.abs(K).max())
+
+
+def test_many_rows_do_not_lengthen_what_a_sketch_inverts():
+    """Far more rows than columns of the sketch, eigenvalues that fall slowly: 10 times too long, were the others 0."""
+    rng, size = np.random.default_rng(0), 120
+    X, Z = (jnp.asarray(rng.normal(size=(900, size)) * np.arange(1.0, 1 + size) ** -0.25 / 10) for _ in range(2))
+    v = normal(9, size, size)
+    parts, found, _ = tailed(X, Z, v, (FORMS.sketch(20), FORMS.sketch(20)))
+    _, exact, _ = tailed(X, Z, v, (FORMS.dense, FORMS.dense))
+    without = curvature.inverse.eigen_solve(parts._replace(tail=None), DAMPING, v)
+    error = lambda w: np.linalg.norm(w - exact) / np.linalg.norm(exact)  # noqa: E731
+    assert error(found) < 0.8
+    assert error(without) > 6
+
+
+def test_corrected_eigenvalues_count_in_what_a_sketch_shows():
+    """Outside of it EKFAC takes what KFAC takes; between decompositions a sketch shows its basis at once."""
+    y, batch = normal(5, D, C), (normal(6, 30, D), jnp.asarray(np.arange(30) % C))
+    loss = make(lambda y, inputs: inputs @ y, weights=None)
+    choices = {"damping": DAMPING, "fisher": fisher.exact, "blocks": {"y": 5}}
+    found = jax.device_get(measured(loss, y, batch, fisher=fisher.exact, inverse=kronecker.low_rank(5))["y"])
+    (A, B), G = nystrom(found), jax.jit(jax.hessian(lambda flat: loss(None, flat.reshape(D, C), batch)))(y.ravel())
+    spans = (np.linalg.qr(np.asarray(factor.image))[0] for factor in (found.A, found.B))
+    Q = np.kron(*(q @ np.linalg.eigh(q.T @ matrix @ q)[1] for q, matrix in zip(spans, (A, B), strict=True)))
+    K = np.kron(A, B) + Q @ (np.diag(np.einsum("ij,ik,kj->j", Q, G, Q)) - Q.T @ np.kron(A, B) @ Q) @ Q.T
+    v, info = solve(bx.ihvp.ekfac(**choices), loss, None, y, batch)
+    np.testing.assert_allclose(v, np.linalg.solve(K + DAMPING * np.eye(D * C), np.cos(np.ravel(y))), rtol=1e-6)
+    np.testing.assert_allclose(info.curvature, np.linalg.eigvalsh(K)[0] + DAMPING, rtol=1e-6)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def second(every, other):
+        ihvp = bx.ihvp.ekfac(**choices, ema=0.5, inverse_every=every)
+        state = ihvp.init(None, y, batch, loss)
+        for inputs in (batch[0], other):
+            apply, state = ihvp.prepare(None, state, loss, (None, y, (inputs, batch[1])))
+        return apply(y)[0]
+
+    np.testing.assert_allclose(second(9, normal(7, 30, D)), second(1, normal(7, 30, D)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("largest", [1e2, 1e5])
+def test_two_sketches_stay_symmetric_and_positive_in_single_precision(largest):
+    with jax.enable_x64(False):
+        rng, rows, size = np.random.default_rng(0), 60, 80
+        u, q = (np.linalg.qr(rng.normal(size=(n, n)))[0] for n in (rows, size))
+        X = jnp.asarray(u * np.sqrt(largest * np.geomspace(1, 1e-5, rows)) @ q.T[:rows], jnp.float32)
+        eigenvectors = np.concatenate([q[:, :3], q[:, 35:38], q[:, -3:]], axis=1)
+        forms = (FORMS.sketch(24), FORMS.sketch(24))
+        vectors = [jnp.asarray(np.outer(a, b), jnp.float32) for a in eigenvectors.T for b in eigenvectors.T]
+        solved = np.array([np.ravel(tailed(X, X, v, forms)[1]) for v in vectors], float)
+        gram = solved @ np.array([np.ravel(v) for v in vectors], float).T
+        assert np.all(np.linalg.eigvalsh((gram + gram.T) / 2) > 0)
+        root = np.sqrt(np.diag(gram))
+        assert np.max(np.abs(gram - gram.T) / np.outer(root, root)) < 1e-4
 
 
 # Which form by default, and what a state keeps.

@@ -149,12 +149,15 @@ def test_a_traced_number_prints_by_its_shape():
 
 def test_states_print_by_shapes():
     state = ihvp.kfac(ema=0.95).init(0.0, Y, BATCH, LOSS)
-    eigen = "Eigen(qa=float32[4, 4], qb=float32[2, 2], eigenvalues=float32[4, 2])"
+    eigen = "Eigen(qa=float32[4, 4], qb=float32[2, 2], eigenvalues=float32[4, 2], tail=None)"
     assert str(state).splitlines() == [
         "KFACState(",
         "  step=0,",
         "  factors={'kernel': Kronecker(a=float32[4, 4], mass=0, b=float32[2, 2])},",
-        f"  parts=Parts(blocks={{'kernel': {eigen}}}, scale=0),",
+        "  parts=Parts(",
+        f"    blocks={{'kernel': {eigen}}},",
+        "    scale=0,",
+        "  ),",
         ")",
     ]
     assert str(ihvp.diagonal().init(0.0, Y)).splitlines() == [
