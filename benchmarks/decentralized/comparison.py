@@ -153,12 +153,12 @@ def runs(
 
 def _over(row: Row, network: Network, gossip: Any) -> Callable[[bx.Levels], bx.problem.Algorithm]:
     """The row, but for the step sizes."""
-    return lambda steps: row.make(network, gossip, steps)
+    return lambda steps: row.make(network, gossip, steps, **row.settings[0])
 
 
 def _on(row: Row, network: Network, steps: bx.Levels) -> Callable[[Any], bx.problem.Algorithm]:
     """The row, but for the gossip."""
-    return lambda gossip: row.make(network, gossip, steps)
+    return lambda gossip: row.make(network, gossip, steps, **row.settings[0])
 
 
 def _scaled(advance: Advance, iterations: float, number: int) -> None:

@@ -1,6 +1,6 @@
 """What a method is to the harness, and how its derivative evaluations are counted."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +25,8 @@ class Row(NamedTuple):
 
     Attributes:
       name: in lower case, also the name of its files.
-      make: `make(network, gossip, step_sizes) -> Algorithm`; the gossip is one, or `Levels` of them.
+      make: `make(network, gossip, step_sizes, **setting) -> Algorithm`; the gossip is one, or `Levels` of them, and
+        step sizes and settings may be traced.
       calls: `calls(network)`, the most derivative evaluations of an agent in one iteration.
       batch_size: examples that an evaluation reads of each kind; None for all.
       every: with a batch size, all examples are read in every so-manieth iteration, once; None for never.
@@ -35,10 +36,11 @@ class Row(NamedTuple):
       fixed: whether it needs one graph for all rounds.
       common: whether it needs one graph for all levels.
       largest: numbers in y from which on it is not run; None for no limit.
+      settings: what is tried beside the step sizes, numbers by name, the usual one first; {} where there is nothing.
     """
 
     name: str
-    make: Callable[[Network, Any, bx.Levels], bx.problem.Algorithm]
+    make: Callable[..., bx.problem.Algorithm]
     calls: Callable[[Network], bx.problem.Calls] = counted()
     batch_size: int | None = None
     every: int | None = None
@@ -48,6 +50,7 @@ class Row(NamedTuple):
     fixed: bool = False
     common: bool = False
     largest: int | None = None
+    settings: Sequence[Mapping[str, float]] = ({},)
 
 
 def size_of(tree: PyTree) -> int:

@@ -11,8 +11,8 @@ from benchmarks.decentralized.network import Network
 
 REFRESH = (0.5, 0.2, 0.1)
 ADAPTIVE = (0.25, 0.125)  # whole agents of 8 and of 16
-MOMENTUM = 0.4  # α of DSVRBGD, MDBO and VRDBO, and their η: a = α η² = 0.1
-RATE = 0.5
+MOMENTA = tuple({"momentum": a} for a in (0.1, 0.03, 0.3))  # weights a of the new direction that are tried
+RATE = 0.5  # η of DSVRBGD, MDBO and VRDBO, whose own momentum is α = a/η²
 TERMS = 10  # of a Neumann series
 INNER_STEPS = 5  # of MA-DSBO, for y and for v, and of C2DFB
 PENALTY, SENT = 100.0, 0.3  # λ of C2DFB, and the share of the entries that it sends
@@ -32,27 +32,32 @@ adasdbo: {LENGTH:g} times the steps, which it divides by the lengths of all dire
 
 
 def preset(method: Callable, **settings: Any) -> Callable:
-    """`make` of a method that takes a problem, a gossip and step sizes, and these settings."""
-    return lambda network, gossip, steps: method(network.problem, gossip, steps, **settings)
+    """`make` of a method that takes a problem, a gossip and step sizes, these settings and those that are tried."""
+    return lambda network, gossip, steps, **tried: method(network.problem, gossip, steps, **settings, **tried)
 
 
 def drawn(method: Callable, size: int, **settings: Any) -> Callable:
     """The same for one that draws minibatches."""
-    return lambda network, gossip, steps: method(
-        network.problem, gossip, steps, sample=network.sample(size), **settings
+    return lambda network, gossip, steps, **tried: method(
+        network.problem, gossip, steps, sample=network.sample(size), **settings, **tried
     )
+
+
+def damped(method: Callable) -> Callable:
+    """A method that mixes at the rate η, and whose momentum is the weight a itself."""
+    return lambda *args, momentum, **settings: method(*args, momentum=momentum / RATE**2, rate=RATE, **settings)
 
 
 def without_v(make: Callable) -> Callable:
     """`make` of a method that has no v, and no step of it."""
-    return lambda network, gossip, steps: make(network, gossip, bx.Levels(steps.x, steps.y))
+    return lambda network, gossip, steps, **tried: make(network, gossip, bx.Levels(steps.x, steps.y), **tried)
 
 
 def series(make: Callable[..., Callable], method: Callable, *size: int, **settings: Any) -> Callable:
     """`make` by `preset` or `drawn` of a method with a Neumann series in the place of v, of steps 1 / curvature."""
-    return lambda network, gossip, steps: without_v(
+    return lambda network, gossip, steps, **tried: without_v(
         make(method, *size, terms=TERMS, inverse_step=1 / network.curvature, **settings)
-    )(network, gossip, steps)
+    )(network, gossip, steps, **tried)
 
 
 def longer(network: Network, gossip: Any, steps: bx.Levels) -> bx.problem.Algorithm:
@@ -69,11 +74,11 @@ def compressed(make: Callable, fraction: float) -> Callable:
     """`make` over gossip that sends the largest entries of each change."""
     compression = bx.agents.compression
 
-    def wrapped(network: Network, gossip: Any, steps: bx.Levels) -> bx.problem.Algorithm:
+    def wrapped(network: Network, gossip: Any, steps: bx.Levels, **tried: float) -> bx.problem.Algorithm:
         def one(gossip: bx.agents.Gossip) -> bx.agents.Gossip:
             return compression.choco(gossip, compression.top_k(fraction), gossip_step=COMPRESSION[fraction])
 
-        return make(network, each(one, gossip), steps)
+        return make(network, each(one, gossip), steps, **tried)
 
     return wrapped
 
@@ -98,14 +103,14 @@ def rows(coins: Callable, size: int) -> tuple[Row, ...]:
       size: of a minibatch.
     """
     methods, correction = bx.decentralized, bx.single_loop.correction
-    reduced = {"momentum": MOMENTUM, "rate": RATE}
-    simultaneous = drawn(methods.dsvrbgd, size, **reduced)
+    simultaneous, alternating = (drawn(damped(methods.dsvrbgd), size, alternating=one) for one in (False, True))
     exact_diffusion, tracking = correction.exact_diffusion(), correction.tracking()
     mixed = bx.Levels(tracking, exact_diffusion, exact_diffusion)
     sparkle = functools.partial(preset, methods.sparkle)
     in_turn = functools.partial(Row, calls=counted(inner=2))  # y moves in between
     dual = functools.partial(in_turn, symmetric=True, fixed=True)
     sampled = functools.partial(Row, batch_size=size)
+    averaged = functools.partial(sampled, settings=MOMENTA)
     inner_loops = {"steps": INNER_STEPS, "v_steps": INNER_STEPS}
     ma_dsbo = functools.partial(preset, methods.ma_dsbo, **inner_loops)
     c2dfb = preset(
@@ -123,8 +128,8 @@ def rows(coins: Callable, size: int) -> tuple[Row, ...]:
         *(Row(f"s3ldbo-subset-{p:g}", preset(methods.s3ldbo, coins=bx.coins.subset(p)), at_start=1) for p in ADAPTIVE),
         *(Row(f"s3ldbo-adaptive-{p:g}", preset(s3ldbo_adaptive, probability=p), at_start=1) for p in ADAPTIVE),
         Row("s3ldbo-unbiased-0.2", preset(methods.s3ldbo_unbiased, probability=0.2), at_start=1),
-        sampled("dsvrbgd", simultaneous, twice),
-        sampled("dsvrbgd-alternating", drawn(methods.dsvrbgd, size, alternating=True, **reduced), counted(2, 4, 2, 2)),
+        averaged("dsvrbgd", simultaneous, twice),
+        averaged("dsvrbgd-alternating", alternating, counted(2, 4, 2, 2)),
         dual("sparkle-ed", sparkle(correction=exact_diffusion), graphs=lazy("xyv")),
         dual("sparkle-extra", sparkle(correction=correction.extra()), graphs=lazy("xyv")),
         in_turn("sparkle-gt", sparkle(correction=tracking)),
@@ -137,12 +142,12 @@ def rows(coins: Callable, size: int) -> tuple[Row, ...]:
         Row("ma-dsbo-gt", ma_dsbo(track=True), loops, graphs=lazy("xyv")),
         Row("ma-dsbo-restart", ma_dsbo(restart=True), loops, graphs=lazy("v")),
         sampled("ma-dsbo-sampled", drawn(methods.ma_dsbo, size, **inner_loops), loops, graphs=lazy("v")),
-        sampled("mdbo", series(drawn, methods.mdbo, size, **reduced), counted(hessian=TERMS)),
-        sampled("vrdbo", series(drawn, methods.vrdbo, size, **reduced), counted(2, 2, 2 * TERMS, 2)),
+        averaged("mdbo", series(drawn, damped(methods.mdbo), size), counted(hessian=TERMS)),
+        averaged("vrdbo", series(drawn, damped(methods.vrdbo), size), counted(2, 2, 2 * TERMS, 2)),
         Row("c2dfb", c2dfb, counted(INNER_STEPS + 1, 2 * INNER_STEPS + 2, 0, 0), fixed=True),
         Row("gbdsbo", without_v(preset(methods.gbdsbo)), matrices, common=True, largest=LARGEST),
         *(Row(f"sldbo-top{q:g}", compressed(preset(methods.sldbo), q), fixed=True) for q in COMPRESSION),
-        *(sampled(f"dsvrbgd-top{q:g}", compressed(simultaneous, q), twice, fixed=True) for q in COMPRESSION),
+        *(averaged(f"dsvrbgd-top{q:g}", compressed(simultaneous, q), twice, fixed=True) for q in COMPRESSION),
     )
 
 
@@ -173,7 +178,7 @@ def personal_rows(coins: Callable, size: int) -> tuple[Row, ...]:
         Row("lopa-tracking", preset(methods.lopa_tracking)),
         Row("interact", series(preset, methods.interact), counted(hessian=TERMS)),
         sampled("interact-svr", svr, twice, every=EVERY),
-        sampled("diamond", series(drawn, methods.diamond, size, momentum=MOMENTUM * RATE**2), twice),
+        sampled("diamond", series(drawn, methods.diamond, size), twice, settings=MOMENTA),
     )
 
 

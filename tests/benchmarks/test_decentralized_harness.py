@@ -142,14 +142,14 @@ def test_no_method_evaluates_more_than_it_declares_and_none_more_than_sldbo(netw
     task = network._replace(personal=personal)
     topologies = row.graphs(Agents(agents=4).topologies(0))
     gossip = bx.gossip(topologies.x) if row.common else bx.Levels(*map(bx.gossip, topologies))
-    method = row.make(task, gossip, bx.Levels(0.1, 0.1, 0.1))
 
     @jax.jit
-    def calls(key, x, y, batch):
+    def calls(key, setting, x, y, batch):
+        method = row.make(task, gossip, bx.Levels(0.1, 0.1, 0.1), **setting)
         _, info = method.step(key, method.init(x, y, batch), batch)
         return info.calls
 
-    spent = calls(jax.random.key(0), *task.start, task.batch)
+    spent = calls(jax.random.key(0), row.settings[-1], *task.start, task.batch)
     for number, most in zip(spent, row.calls(task), strict=True):
         assert number.shape == (4,)
         assert (number <= most).all()
