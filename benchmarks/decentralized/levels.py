@@ -1,0 +1,231 @@
+"""What a curve reaches and when: targets, sustained crossings, and the try that is chosen for each target."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+LOSS, GRADIENT = "exact_loss", "exact_gradient"
+SHARES = (0.5, 0.9, 0.99)  # of SLDBO's decrease of F
+EPSILONS = (0.3, 0.1, 0.03, 0.01)  # of the first ‖∇F‖²
+COSTS = ("derivatives", "megabytes", "rounds")
+LAST = 0.25  # part of a run whose fall tells whether a longer one would arrive
+
+Curve = Mapping[str, Sequence[float | None]]
+
+
+class Try(NamedTuple):
+    """One choice of step sizes on one seed.
+
+    Attributes:
+      step_sizes: of x, y and v.
+      settings: what else was chosen, such as a momentum.
+      curve: lists of one length, an entry for each checkpoint, the start first; None for what was not finite.
+    """
+
+    step_sizes: Mapping[str, float]
+    settings: Mapping[str, Any]
+    curve: Curve
+
+    @property
+    def choice(self) -> tuple[Mapping[str, float], Mapping[str, Any]]:
+        """What was chosen: two tries of it differ by their seeds alone."""
+        return self.step_sizes, self.settings
+
+
+class Level(NamedTuple):
+    """How far down a curve has to come.
+
+    Attributes:
+      metric: of the curve.
+      share: of SLDBO's decrease of F since the start; of ‖∇F‖², what is left of the first.
+    """
+
+    metric: str
+    share: float
+
+    def target(self, base: Curve) -> float:
+        """The value to reach on a seed.
+
+        Args:
+          base: SLDBO's own best curve there.
+
+        Returns:
+          The value; NaN where F does not fall, or the first ‖∇F‖² is not finite.
+        """
+        values = along(base, self.metric)
+        if not len(values):
+            return math.nan
+        first, last = float(values[0]), float(values[-1])
+        if self.metric == GRADIENT:
+            return self.share * first if math.isfinite(first) else math.nan
+        return first - self.share * (first - last) if last < first else math.nan
+
+
+LOSSES = tuple(Level(LOSS, share) for share in SHARES)
+GRADIENTS = tuple(Level(GRADIENT, share) for share in EPSILONS)
+
+
+class Spent(NamedTuple):
+    """What was spent until a target was reached, or in all if it was not.
+
+    Attributes:
+      amount: spent; inf by a run that diverges, which no budget would bring there.
+      reached: whether the curve is at or below the target from there on, to its end.
+      short: whether a longer run would have: kept up, the fall of its last quarter would bring the curve to the target
+        within as much again.
+    """
+
+    amount: float
+    reached: bool
+    short: bool = False
+
+
+class Choice(NamedTuple):
+    """The try that is taken for a target.
+
+    Attributes:
+      place: among the tries.
+      reached: on how many of the seeds it reaches the target. Less than all: no try does on all of them, and this is
+        the best of those that reach it on most.
+    """
+
+    place: int
+    reached: int
+
+
+def along(curve: Curve, name: str) -> np.ndarray:
+    """A curve, with NaN for what was not finite."""
+    values = np.array([np.nan if value is None else value for value in curve.get(name, ())], float)
+    return np.where(np.isfinite(values), values, np.nan)
+
+
+def spent_until(curve: Curve, cost: str, metric: str, target: float) -> Spent:
+    """What a run had spent when the metric came to the target for good.
+
+    That is between two checkpoints, linear in the metric's logarithm: the last one above the target, and the next, from
+    which on all are at most the target. What is not finite is above. A start at the target has cost what it cost.
+
+    Args:
+      curve: of the run.
+      cost: name of the curve of what is spent.
+      metric: name of the curve that falls.
+      target: the value to reach.
+
+    Returns:
+      What was spent, and whether that was enough.
+    """
+    costs, values = along(curve, cost), along(curve, metric)
+    if not len(values):
+        return Spent(0.0, False)
+    if math.isnan(values[-1]):
+        return Spent(math.inf, False)
+    above = np.flatnonzero(~(values <= target))
+    if not len(above):
+        return Spent(float(costs[0]), True)
+    last = int(above[-1])
+    if last == len(values) - 1:
+        return Spent(float(costs[-1]), False, _short(costs, values, target))
+    if math.isnan(values[last]):
+        return Spent(float(costs[last + 1]), True)
+    scale = np.log if values[last + 1] > 0 else np.asarray
+    before, now, wanted = scale([values[last], values[last + 1], target])
+    part = (before - wanted) / (before - now)
+    return Spent(float(costs[last] + part * (costs[last + 1] - costs[last])), True)
+
+
+def _short(costs: np.ndarray, values: np.ndarray, target: float) -> bool:
+    """Whether the fall of the last quarter, kept up for as much again, would arrive."""
+    finite = np.isfinite(values)
+    spent = costs[-1] - costs[0]
+    if not spent > 0:
+        return False
+    earlier = float(np.interp(costs[-1] - LAST * spent, costs[finite], values[finite]))
+    return bool(values[-1] - (earlier - values[-1]) / LAST <= target)
+
+
+def best(tries: Sequence[Sequence[Try]]) -> int:
+    """The try that ends lowest in F, on the worse of the seeds.
+
+    Of a run the higher of its last two checkpoints counts, so that no lucky swing does.
+
+    Args:
+      tries: of each seed, in the same order.
+
+    Returns:
+      Its index.
+    """
+    ends = [[along(one.curve, LOSS)[-2:] for one in seed] for seed in tries]
+    worst = [[_infinite(np.max(end)) if len(end) else math.inf for end in seed] for seed in ends]
+    return int(np.argmin(np.max(worst, axis=0)))
+
+
+def choose(tries: Sequence[Sequence[Try]], metric: str, cost: str, targets: Sequence[float]) -> Choice:
+    """The try with the least cost on the worst seed, of those that reach the target on all seeds.
+
+    If none does, that which reaches it on most seeds, and of those the one that ends nearest to it on the worst seed.
+
+    Args:
+      tries: of each tuning seed, in the same order.
+      metric: that has to come to the target.
+      cost: that counts.
+      targets: of the seeds, none of them NaN.
+
+    Returns:
+      The choice.
+
+    Raises:
+      ValueError: if there is no try, or a target is missing.
+    """
+    if not tries or not tries[0] or len(tries) != len(targets) or any(map(math.isnan, targets)):
+        raise ValueError(
+            f"targets must be one number for each of the seeds, with a try at least; got {list(targets)} for tries "
+            f"{[len(seed) for seed in tries]}. Leave out seeds without a target."
+        )
+    ranks = []
+    for index, each in enumerate(zip(*tries, strict=True)):
+        spent = [spent_until(one.curve, cost, metric, target) for one, target in zip(each, targets, strict=True)]
+        reached = sum(one.reached for one in spent)
+        missed = [_missed(one.curve, metric, target) for one, target in zip(each, targets, strict=True)]
+        worst = max(one.amount for one in spent) if reached == len(spent) else max(missed)
+        ranks.append((-reached, worst, index))
+    reached, _, index = min(ranks)
+    return Choice(index, -reached)
+
+
+def _missed(curve: Curve, metric: str, target: float) -> float:
+    """By how much a curve ends above the target, of the way from its start."""
+    values = along(curve, metric)
+    if not len(values) or not values[0] > target:
+        return math.inf
+    return _infinite((values[-1] - target) / (values[0] - target))
+
+
+def _infinite(value: float) -> float:
+    """NaN is worse than any number."""
+    return math.inf if math.isnan(value) else float(value)
+
+
+def wanted(tries: Sequence[Sequence[Try]], bases: Sequence[Curve], levels: Iterable[Level]) -> list[int]:
+    """The tries that are chosen for some level, counted by some cost: those that have to run on judged seeds too.
+
+    Args:
+      tries: of each tuning seed, in the same order.
+      bases: SLDBO's own best curve on each tuning seed.
+      levels: to reach.
+
+    Returns:
+      Their indices, each once, in order. Levels that have no target on some of the seeds choose none.
+    """
+    found = set()
+    for level in levels:
+        targets = [level.target(base) for base in bases]
+        if not any(map(math.isnan, targets)):
+            found |= {choose(tries, level.metric, cost, targets).place for cost in COSTS}
+    return sorted(found)
+
+
+def find(tries: Iterable[Try], like: Try) -> Try | None:
+    """The try of the same choice on another seed; None if it did not run there."""
+    return next((one for one in tries if one.choice == like.choice), None)

@@ -1,0 +1,95 @@
+import math
+
+import pytest
+
+from benchmarks.decentralized.levels import (
+    GRADIENT,
+    GRADIENTS,
+    LOSS,
+    LOSSES,
+    Choice,
+    Level,
+    Spent,
+    Try,
+    best,
+    choose,
+    find,
+    spent_until,
+    wanted,
+)
+
+
+def curve(losses, costs=None):
+    costs = [*range(len(losses))] if costs is None else [*costs]
+    return {LOSS: [*losses], GRADIENT: [*losses], "derivatives": costs, "megabytes": costs, "rounds": costs}
+
+
+def attempt(losses, x=1.0, costs=None, **settings):
+    return Try({"x": x, "y": 1.0, "v": 1.0}, settings, curve(losses, costs))
+
+
+@pytest.mark.parametrize(
+    ("losses", "target", "spent"),
+    [
+        ((1.0, 0.5, 0.25), 0.5**1.5, Spent(1.5, True)),
+        ((1.0, 0.5, 0.25), 0.5, Spent(1.0, True)),
+        ((1.0, 0.5, -0.5), 0.0, Spent(1.5, True)),
+        ((1.0, 0.5, 0.25), 2.0, Spent(0.0, True)),
+        ((1.0, 0.2, 0.8, 0.2), 0.4, Spent(2.5, True)),  # the first crossing does not last
+        ((1.0, 0.2, 0.8), 0.4, Spent(2.0, False)),
+        ((1.0, 0.2, None, 0.2), 0.4, Spent(3.0, True)),
+        ((1.0, 0.2, None), 0.4, Spent(math.inf, False)),
+        ((None, 0.2), 0.4, Spent(1.0, True)),
+        ((1.0, 0.9, 0.8, 0.7, 0.6), 0.3, Spent(4.0, False, short=True)),  # the last quarter brings 0.1
+        ((1.0, 0.9, 0.8, 0.7, 0.6), 0.1, Spent(4.0, False)),
+        ((1.0, 0.5, 0.5, 0.5, 0.5), 0.4, Spent(4.0, False)),
+        ((1.0, 1.5, 2.0), 0.4, Spent(2.0, False)),
+        ((1.0,), 0.4, Spent(0.0, False)),
+        ((), 0.4, Spent(0.0, False)),
+    ],
+)
+def test_what_a_target_cost(losses, target, spent):
+    assert spent_until(curve(losses), "megabytes", LOSS, target) == pytest.approx(spent)
+
+
+def test_targets_are_shares_of_the_decrease_of_f_and_of_the_first_gradient():
+    assert [level.target(curve((1.0, 2.0, 0.0))) for level in LOSSES] == pytest.approx([0.5, 0.1, 0.01])
+    assert [level.target(curve((2.0, 0.0))) for level in GRADIENTS] == pytest.approx([0.6, 0.2, 0.06, 0.02])
+    for losses in ((), (1.0, 1.0), (1.0, 2.0), (1.0, None), (None, 1.0)):
+        assert math.isnan(Level(LOSS, 0.9).target(curve(losses)))
+    assert math.isnan(Level(GRADIENT, 0.1).target(curve((None, 1.0))))
+
+
+def test_the_try_of_a_target_has_the_least_cost_on_its_worst_seed():
+    slow, fast = attempt((1.0, 0.8, 0.1)), attempt((1.0, 0.1, 0.1))
+    swings, lost = attempt((1.0, 0.1, 0.5)), attempt((1.0, None, None))
+    first, second = [slow, fast, swings, lost], [slow, attempt((1.0, 0.9, 0.15)), fast, fast]
+    assert choose([first], LOSS, "rounds", [0.2]) == Choice(1, 1)
+    assert choose([first, second], LOSS, "rounds", [0.2, 0.2]) == Choice(0, 2)
+    # no try reaches the target on both seeds: the one that does on most, and is nearest to it
+    assert choose([first[1:], second[1:]], LOSS, "rounds", [0.05, 0.2]) == Choice(0, 1)
+    assert choose([first[2:], second[2:]], LOSS, "rounds", [0.2, 0.2]) == Choice(0, 1)
+    assert choose([[lost, swings]], LOSS, "rounds", [0.2]) == Choice(1, 0)
+    assert choose([[lost, lost]], LOSS, "rounds", [0.2]) == Choice(0, 0)
+
+
+@pytest.mark.parametrize(("tries", "targets"), [([], []), ([[]], [0.1]), ([[attempt((1.0, 0.5))]], [math.nan])])
+def test_nothing_is_chosen_without_a_target(tries, targets):
+    with pytest.raises(ValueError, match="targets must be one number for each of the seeds"):
+        choose(tries, LOSS, "rounds", targets)
+
+
+def test_the_best_end_is_no_lucky_swing():
+    steady, lucky, lost = attempt((1.0, 0.3, 0.3)), attempt((1.0, 0.9, 0.1)), attempt((1.0, 0.1, None))
+    assert best([[lost, lucky, steady]]) == 2
+    assert best([[lucky, steady], [lucky, attempt((1.0, 0.3, 0.95))]]) == 0
+
+
+def test_tries_of_all_levels_run_on_judged_seeds():
+    quick = attempt((1.0, 0.4, 0.4), 1.0)
+    deep = attempt((1.0, 0.6, 0.0), 2.0, momentum=0.1)
+    assert wanted([[quick, deep]], [deep.curve], LOSSES) == [0, 1]
+    assert wanted([[quick, deep]], [deep.curve], LOSSES[1:]) == [1]
+    assert wanted([[quick, deep]], [curve((1.0, 2.0))], LOSSES) == []
+    assert find([quick, deep], attempt((), 2.0, momentum=0.1)) is deep
+    assert find([quick, deep], attempt((), 2.0)) is None
