@@ -10,7 +10,7 @@ LOSS, GRADIENT = "exact_loss", "exact_gradient"
 SHARES = (0.5, 0.9, 0.99)  # of SLDBO's decrease of F
 EPSILONS = (0.3, 0.1, 0.03, 0.01)  # of the first ‖∇F‖²
 COSTS = ("derivatives", "megabytes", "rounds")
-LAST = 0.25  # part of a run whose fall tells whether a longer one would arrive
+LAST = 0.25  # part of a run whose pace tells what a longer one could do at best
 
 Curve = Mapping[str, Sequence[float | None]]
 
@@ -71,15 +71,20 @@ class Spent(NamedTuple):
     """What was spent until a target was reached, or in all if it was not.
 
     Attributes:
-      amount: spent; inf by a run that diverges, which no budget would bring there.
+      amount: spent; inf by a run that diverges.
       reached: whether the curve is at or below the target from there on, to its end.
-      short: whether a longer run would have: kept up, the fall of its last quarter would bring the curve to the target
-        within as much again.
+      least: what a longer run would spend if it kept the pace of its last quarter, which falling curves seldom do: a
+        lower bound. `amount` where the target was reached; inf where the curve no longer falls.
     """
 
     amount: float
     reached: bool
-    short: bool = False
+    least: float
+
+    @property
+    def short(self) -> bool:
+        """Whether a longer run might have reached the target."""
+        return not self.reached and math.isfinite(self.least)
 
 
 class Choice(NamedTuple):
@@ -118,31 +123,32 @@ def spent_until(curve: Curve, cost: str, metric: str, target: float) -> Spent:
     """
     costs, values = along(curve, cost), along(curve, metric)
     if not len(values):
-        return Spent(0.0, False)
+        return Spent(0.0, False, math.inf)
     if math.isnan(values[-1]):
-        return Spent(math.inf, False)
+        return Spent(math.inf, False, math.inf)
     above = np.flatnonzero(~(values <= target))
     if not len(above):
-        return Spent(float(costs[0]), True)
+        return _arrived(costs[0])
     last = int(above[-1])
     if last == len(values) - 1:
-        return Spent(float(costs[-1]), False, _short(costs, values, target))
+        return Spent(float(costs[-1]), False, _at_best(costs, values, target))
     if math.isnan(values[last]):
-        return Spent(float(costs[last + 1]), True)
+        return _arrived(costs[last + 1])
     scale = np.log if values[last + 1] > 0 else np.asarray
     before, now, wanted = scale([values[last], values[last + 1], target])
     part = (before - wanted) / (before - now)
-    return Spent(float(costs[last] + part * (costs[last + 1] - costs[last])), True)
+    return _arrived(costs[last] + part * (costs[last + 1] - costs[last]))
 
 
-def _short(costs: np.ndarray, values: np.ndarray, target: float) -> bool:
-    """Whether the fall of the last quarter, kept up for as much again, would arrive."""
-    finite = np.isfinite(values)
-    spent = costs[-1] - costs[0]
-    if not spent > 0:
-        return False
-    earlier = float(np.interp(costs[-1] - LAST * spent, costs[finite], values[finite]))
-    return bool(values[-1] - (earlier - values[-1]) / LAST <= target)
+def _arrived(cost: float) -> Spent:
+    return Spent(float(cost), True, float(cost))
+
+
+def _at_best(costs: np.ndarray, values: np.ndarray, target: float) -> float:
+    """What it would cost to arrive at the pace of the last quarter."""
+    finite, quarter = np.isfinite(values), LAST * (costs[-1] - costs[0])
+    fallen = float(np.interp(costs[-1] - quarter, costs[finite], values[finite]) - values[-1])
+    return float(costs[-1] + quarter * (values[-1] - target) / fallen) if fallen > 0 else math.inf
 
 
 def best(tries: Sequence[Sequence[Try]]) -> int:

@@ -9,7 +9,6 @@ from benchmarks.decentralized.levels import (
     LOSSES,
     Choice,
     Level,
-    Spent,
     Try,
     best,
     choose,
@@ -31,25 +30,25 @@ def attempt(losses, x=1.0, costs=None, **settings):
 @pytest.mark.parametrize(
     ("losses", "target", "spent"),
     [
-        ((1.0, 0.5, 0.25), 0.5**1.5, Spent(1.5, True)),
-        ((1.0, 0.5, 0.25), 0.5, Spent(1.0, True)),
-        ((1.0, 0.5, -0.5), 0.0, Spent(1.5, True)),
-        ((1.0, 0.5, 0.25), 2.0, Spent(0.0, True)),
-        ((1.0, 0.2, 0.8, 0.2), 0.4, Spent(2.5, True)),  # the first crossing does not last
-        ((1.0, 0.2, 0.8), 0.4, Spent(2.0, False)),
-        ((1.0, 0.2, None, 0.2), 0.4, Spent(3.0, True)),
-        ((1.0, 0.2, None), 0.4, Spent(math.inf, False)),
-        ((None, 0.2), 0.4, Spent(1.0, True)),
-        ((1.0, 0.9, 0.8, 0.7, 0.6), 0.3, Spent(4.0, False, short=True)),  # the last quarter brings 0.1
-        ((1.0, 0.9, 0.8, 0.7, 0.6), 0.1, Spent(4.0, False)),
-        ((1.0, 0.5, 0.5, 0.5, 0.5), 0.4, Spent(4.0, False)),
-        ((1.0, 1.5, 2.0), 0.4, Spent(2.0, False)),
-        ((1.0,), 0.4, Spent(0.0, False)),
-        ((), 0.4, Spent(0.0, False)),
+        ((1.0, 0.5, 0.25), 0.5**1.5, (1.5, True, 1.5)),
+        ((1.0, 0.5, 0.25), 0.5, (1.0, True, 1.0)),
+        ((1.0, 0.5, -0.5), 0.0, (1.5, True, 1.5)),
+        ((1.0, 0.5, 0.25), 2.0, (0.0, True, 0.0)),
+        ((1.0, 0.2, 0.8, 0.2), 0.4, (2.5, True, 2.5)),  # the first crossing does not last
+        ((1.0, 0.2, 0.8), 0.4, (2.0, False, math.inf)),
+        ((1.0, 0.2, None, 0.2), 0.4, (3.0, True, 3.0)),
+        ((1.0, 0.2, None), 0.4, (math.inf, False, math.inf)),
+        ((None, 0.2), 0.4, (1.0, True, 1.0)),
+        ((1.0, 0.9, 0.8, 0.7, 0.6), 0.3, (4.0, False, 7.0)),  # the last quarter brings 0.1
+        ((1.0, 0.5, 0.5, 0.5, 0.5), 0.4, (4.0, False, math.inf)),
+        ((1.0,), 0.4, (0.0, False, math.inf)),
+        ((), 0.4, (0.0, False, math.inf)),
     ],
 )
 def test_what_a_target_cost(losses, target, spent):
-    assert spent_until(curve(losses), "megabytes", LOSS, target) == pytest.approx(spent)
+    found = spent_until(curve(losses), "megabytes", LOSS, target)
+    assert found == pytest.approx(spent)
+    assert found.short == (not found.reached and found.least < math.inf)
 
 
 def test_targets_are_shares_of_the_decrease_of_f_and_of_the_first_gradient():
