@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks.decentralized.levels import Try, along
 from benchmarks.harness.errors import DataError
 
 
@@ -23,6 +24,7 @@ class Record(NamedTuple):
       metrics: the last numbers; None for what was not finite or has no meaning.
       curve: lists of one length, an entry for each checkpoint.
       options: of the job; none in older files.
+      tries: every choice of steps that ran, as a `Try` has it; none where nothing was chosen.
     """
 
     task: str
@@ -34,10 +36,21 @@ class Record(NamedTuple):
     metrics: dict[str, Any]
     curve: dict[str, list[Any]]
     options: dict[str, Any] | None = None
+    tries: Sequence[dict[str, Any]] | None = None
 
     def along(self, name: str) -> np.ndarray:
         """A curve, with NaN for what was not finite."""
-        return np.array([np.nan if value is None else value for value in self.curve.get(name, ())], float)
+        return along(self.curve, name)
+
+    @property
+    def judged(self) -> bool:
+        """Whether steps were chosen on other seeds, or not at all."""
+        return self.configuration.get("role") != "tuning"
+
+    @property
+    def attempts(self) -> list[Try]:
+        """Every choice that ran."""
+        return [Try(**one) for one in self.tries or ()]
 
 
 Results = Mapping[str, Sequence[Record]]  # job -> its runs
@@ -60,12 +73,12 @@ def read(folder: Path) -> list[Record]:
 
 
 def by_seed(records: Sequence[Record], method: str) -> dict[int, Record]:
-    """The runs of a method."""
-    return {record.seed: record for record in records if record.method == method}
+    """The judged runs of a method."""
+    return {record.seed: record for record in records if record.method == method and record.judged}
 
 
 def matched(records: Sequence[Record], *methods: str) -> list[tuple[Record, ...]]:
-    """One tuple for each seed that all of the methods ran with."""
+    """One tuple for each judged seed that all of the methods ran with."""
     tables = [by_seed(records, method) for method in methods]
     seeds = sorted(set.intersection(*map(set, tables)))
     return [tuple(table[seed] for table in tables) for seed in seeds]
