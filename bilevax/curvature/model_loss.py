@@ -107,9 +107,7 @@ class ModelLoss:
             outputs, carried = pair("model", "outputs", outputs)
         values = widen(self.loss.value(outputs, targets))
         fit = jnp.sum(self.scale(values, x, batch) * values)
-        decay, center = self.penalty(x, params)
-        terms = jax.tree.map(lambda rate, leaf, middle: jnp.sum(rate * (leaf - middle) ** 2), decay, params, center)
-        value = fit + 0.5 * optax.tree.sum(terms)
+        value = fit + self.penalty_value(x, params)
         return (value, carried) if isinstance(y, Carried) else value
 
     def inputs_and_targets(self, x: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
@@ -154,6 +152,12 @@ class ModelLoss:
             f"loss; got shape {got}, expected ({values[0]},) or ({', '.join(map(str, values))}). Return an array that "
             f"belongs to the batch."
         )
+
+    def penalty_value(self, x: PyTree, y: PyTree) -> Array:
+        """½ Σ l2 · (y − center)², the part of the loss that reads no data."""
+        decay, center = self.penalty(x, y)
+        terms = jax.tree.map(lambda rate, leaf, middle: jnp.sum(rate * (leaf - middle) ** 2), decay, y, center)
+        return 0.5 * optax.tree.sum(terms)
 
     def penalty(self, x: PyTree, y: PyTree) -> tuple[PyTree, PyTree]:
         """The decay rates and the center of the penalty, both as pytrees like y (the rates may be scalars)."""

@@ -9,6 +9,7 @@ from bilevax.single_loop.coins import Coins
 from bilevax.single_loop.correction.correction_type import Correction
 from bilevax.single_loop.engine import single_loop
 from bilevax.single_loop.estimator import lazy_snapshot
+from bilevax.single_loop.prediction import Prediction
 from bilevax.single_loop.step_sizes import StepSizes
 from bilevax.typing import Scalar
 
@@ -22,6 +23,7 @@ def s3ldbo(
     coins: Coins,
     radius: Scalar | None = None,
     correction: PerLevel[Correction] | None = None,
+    predict: Prediction | None = None,
 ) -> Algorithm:
     """SLDBO with snapshot gradient tracking: communication in every iteration, derivatives when a coin says so.
 
@@ -42,6 +44,8 @@ def s3ldbo(
       correction: the form of gradient tracking, or `Levels` of corrections; None for the semi-ATC one,
         `bx.single_loop.correction.tracking()`. With `local()` for y and v, every agent has a
         lower level of its own.
+      predict: a `Prediction` of `bx.single_loop.prediction`, by which d̂_i = D_i + change(last refresh → now) stands in
+        the place of D_i between refreshes; None for D_i as it is.
 
     Returns:
       `Algorithm(init, step)`; `init` needs the batch, where everybody evaluates once.
@@ -69,4 +73,4 @@ def s3ldbo(
         1
     """
     corrections = tracked("correction", correction)
-    return single_loop(problem, gossip, step_sizes, lazy_snapshot(coins), corrections, radius=radius)
+    return single_loop(problem, gossip, step_sizes, lazy_snapshot(coins, predict=predict), corrections, radius=radius)

@@ -4,10 +4,11 @@ single_loop         local directions, an estimator, a correction for each level 
 local_directions    what each agent can evaluate
 estimator           what each agent believes its directions to be
 correction          how a level moves although the directions differ from agent to agent
+prediction          how the directions of an agent change between two evaluations, in a snapshot method
 coins               who refreshes its derivatives, in a snapshot method
 """
 
-from bilevax.single_loop import coins, correction, estimator, local_directions
+from bilevax.single_loop import coins, correction, estimator, local_directions, prediction
 from bilevax.single_loop._levels import Levels
 from bilevax.single_loop._preconditioned import Place, preconditioned
 from bilevax.single_loop.engine import GAUSS_SEIDEL, JACOBI, Level, single_loop
@@ -29,6 +30,7 @@ __all__ = [
     "local_directions",
     "moved",
     "preconditioned",
+    "prediction",
     "single_loop",
 ]
 

@@ -296,7 +296,7 @@ def _groups(
             chosen = Levels(*(level if level and level.name in names else None for level in levels))
             calls = rule.calls(names, seen)
             checks.instance("what local_directions.calls returns", calls, Calls, "Return bx.problem.Calls(...).")
-            oracle = Oracle(partial(_evaluate, rule, problem, chosen), gossip, names)
+            oracle = Oracle(partial(_evaluate, rule, problem, chosen), gossip, names, problem=problem)
             groups.append(Group(chosen, oracle, calls))
             seen = () if {"x", "y"} & {*names} else seen + names
     return groups

@@ -4,7 +4,7 @@ An `Estimator` is handed an `Oracle`, whose `evaluate(point, batch)` gives the e
 any batch. Which data, which agents and which memory: that is the estimator.
 """
 
-from bilevax.single_loop.estimator._lazy_snapshot import lazy_snapshot
+from bilevax.single_loop.estimator._lazy_snapshot import SnapshotState, lazy_snapshot
 from bilevax.single_loop.estimator._momentum import momentum
 from bilevax.single_loop.estimator._saga import SAGAState, saga
 from bilevax.single_loop.estimator._spider import page, spider
@@ -16,6 +16,7 @@ __all__ = [
     "Estimator",
     "Oracle",
     "SAGAState",
+    "SnapshotState",
     "draw",
     "full",
     "lazy_snapshot",

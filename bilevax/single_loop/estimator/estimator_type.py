@@ -26,6 +26,7 @@ class Oracle(NamedTuple):
       group: the levels that are moved now, such as ("x", "y", "v").
       previous: the point where these levels were estimated last, for estimators that ask for it: with levels that move
         in turn, its x, y and v come from different iterations.
+      problem: f_i and g_i, for estimators that read their structure.
 
     Example:
         >>> import bilevax as bx, jax.numpy as jnp
@@ -40,6 +41,7 @@ class Oracle(NamedTuple):
     gossip: Gossip
     group: tuple[str, ...]
     previous: Any = None
+    problem: Any = None
 
 
 class EstimatorInit(Protocol):

@@ -1,0 +1,23 @@
+"""Predictions of directions: what an agent thinks of them between two evaluations.
+
+A `Prediction` is a model of how the directions of one agent change while its point moves. At the point of its last
+evaluation it changes nothing, so that a snapshot method ends where it ends without one, whatever the model is:
+`bx.single_loop.estimator.lazy_snapshot(coins, predict=...)`.
+"""
+
+from bilevax.single_loop.prediction._chain import chain
+from bilevax.single_loop.prediction._data_free import data_free
+from bilevax.single_loop.prediction._secants import SecantsState, secants
+from bilevax.single_loop.prediction.prediction_type import Prediction
+
+__all__ = [
+    "Prediction",
+    "SecantsState",
+    "chain",
+    "data_free",
+    "secants",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
