@@ -20,6 +20,7 @@ from bilevax.typing import Array, Key, Scalar
 
 __all__ = [
     "common",
+    "cyclic",
     "independent",
     "subset",
 ]
@@ -126,33 +127,86 @@ def subset(probability: float, *, block: int | None = None) -> Coins:
         >>> bx.coins.subset(0.25)(jax.random.key(0), 0, bx.gossip(bx.topology.ring(16))).shape
         (4,)
     """
+    block = _fixed(probability, block)
+
+    def choose(key: Key | None, k: Scalar, gossip: Gossip) -> Array:
+        first, size = _blocks(block, gossip)
+        keys = jax.vmap(lambda agent: jax.random.fold_in(needed(key, "a random choice"), agent // size))(first)
+        drawn = jax.vmap(lambda key: jax.random.permutation(key, size)[: _number(probability, size)])(keys)
+        return (first[:, None] + drawn.astype(first.dtype)).reshape(-1)
+
+    choose.__name__ = f"subset({probability})" if block is None else f"subset({probability}, block={block})"
+    return choose
+
+
+def cyclic(probability: float, *, block: int | None = None) -> Coins:
+    """The agents of each block take turns, m = ⌈p · block⌉ at a time: no draws, and nobody waits longer than another.
+
+        chosen at k = the agents k m, k m + 1, …, k m + m − 1 of the block, modulo its size
+
+    In ⌈1/p⌉ iterations one after the other, wherever they begin, everybody refreshes. A subset of the same size leaves
+    an agent out for longer now and then, and what it last said of its directions is as old. Skipping really skips, as
+    that of `subset`.
+
+    Args:
+      probability: p in (0, 1].
+      block: agents per block, a divisor of the number of agents on a device; None for one block of all agents, on one
+        device.
+
+    Returns:
+      `(key, k, gossip) -> int [m]`, ids of the chosen agents held here; it reads no key.
+
+    Raises:
+      ValueError: if `probability` is not in (0, 1] or `block` < 1; when it chooses, if the blocks do not fit the agents
+        or span two devices.
+
+    Cost: none.
+
+    Example:
+        >>> import bilevax as bx
+        >>> [bx.coins.cyclic(0.25)(None, k, bx.gossip(bx.topology.ring(8))).tolist() for k in range(4)]
+        [[0, 1], [2, 3], [4, 5], [6, 7]]
+    """
+    block = _fixed(probability, block)
+
+    def choose(key: Key | None, k: Scalar, gossip: Gossip) -> Array:
+        first, size = _blocks(block, gossip)
+        number = _number(probability, size)
+        turn = (jnp.asarray(k % size, first.dtype) * number + jnp.arange(number, dtype=first.dtype)) % size
+        return (first[:, None] + turn[None, :]).reshape(-1)
+
+    choose.__name__ = f"cyclic({probability})" if block is None else f"cyclic({probability}, block={block})"
+    return choose
+
+
+def _fixed(probability: float, block: int | None) -> int | None:
+    """The block, where both are plain numbers, from which the shape of the program follows; raises ValueError."""
     if isinstance(probability, jax.core.Tracer) or jnp.ndim(probability):
         raise ValueError(
             f"probability must be a plain number: it fixes the shape of the program; got {probability!r}. Pass, say, "
             f"probability=0.25."
         )
     checks.fraction("probability", probability)
-    if block is not None:
-        block = checks.count("block", block, minimum=1)
+    return None if block is None else checks.count("block", block, minimum=1)
 
-    def choose(key: Key | None, k: Scalar, gossip: Gossip) -> Array:
-        agents = gossip.agents()
-        size = gossip.n if block is None else block
-        if agents.size % size:
-            fits = gcd(size, agents.size)
-            fix = (
-                f"block={fits}"
-                if fits > 1
-                else "bx.coins.independent(probability), which skips where a device holds one agent"
-            )
-            raise ValueError(
-                f"block must divide the number of agents on a device; got blocks of {size} and {agents.size} agents "
-                f"on each device. Take {fix}, or fewer devices."
-            )
-        first = agents[::size]
-        keys = jax.vmap(lambda agent: jax.random.fold_in(needed(key, "a random choice"), agent // size))(first)
-        drawn = jax.vmap(lambda key: jax.random.permutation(key, size)[: ceil(probability * size - 1e-9)])(keys)
-        return (first[:, None] + drawn.astype(agents.dtype)).reshape(-1)
 
-    choose.__name__ = f"subset({probability})" if block is None else f"subset({probability}, block={block})"
-    return choose
+def _blocks(block: int | None, gossip: Gossip) -> tuple[Array, int]:
+    """The first agent of each block held here, and the size of a block."""
+    agents = gossip.agents()
+    size = gossip.n if block is None else block
+    if agents.size % size:
+        fits = gcd(size, agents.size)
+        fix = (
+            f"block={fits}"
+            if fits > 1
+            else "bx.coins.independent(probability), which skips where a device holds one agent"
+        )
+        raise ValueError(
+            f"block must divide the number of agents on a device; got blocks of {size} and {agents.size} agents "
+            f"on each device. Take {fix}, or fewer devices."
+        )
+    return agents[::size], size
+
+
+def _number(probability: float, size: int) -> int:
+    return ceil(probability * size - 1e-9)

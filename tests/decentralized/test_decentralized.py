@@ -139,6 +139,13 @@ EXACT = {  # a method as a function of p, and the values of p that it is run wit
     "s3ldbo_common": (s3ldbo(coins.common), [0.5, 0.2]),
     "s3ldbo_subset": (s3ldbo(lambda p: coins.subset(0.25)), [0.25]),
     "s3ldbo_subset_of_blocks": (s3ldbo(lambda p: coins.subset(0.25, block=4)), [0.25]),
+    "s3ldbo_cyclic": (s3ldbo(lambda p: coins.cyclic(0.25)), [0.25]),
+    "s3ldbo_ed": (
+        lambda p: decentralized.s3ldbo(
+            PROBLEM, LAZY_RING, STEPS, coins=coins.cyclic(0.25, block=4), correction=correction.exact_diffusion()
+        ),
+        [0.25],
+    ),
     "s3ldbo_unbiased": (lambda p: decentralized.s3ldbo_unbiased(PROBLEM, LAZY_RING, STEPS, probability=p), [0.5, 1.0]),
 }
 
@@ -167,7 +174,7 @@ def test_trajectory_and_limit(name):
     assert not np.any(info.breakdown)
 
 
-RECURSIONS = {"sldbo_atc": networks.atc, "sldbo_non_atc": networks.non_atc}
+RECURSIONS = {"s3ldbo_ed": networks.exact_diffusion, "sldbo_atc": networks.atc, "sldbo_non_atc": networks.non_atc}
 GRAPHS = {"sldbo_plain_ring": ring(8)}
 
 
@@ -265,10 +272,12 @@ def counts(name, p, calls):
         np.testing.assert_array_equal(evaluated, np.repeat(evaluated[..., :1], 8, -1))
     if name in ("s3ldbo_independent", "s3ldbo_unbiased"):
         assert np.abs(np.corrcoef(evaluated[0].T) - np.eye(8)).max() < 0.1
-    if name.startswith("s3ldbo_subset"):
+    if name.startswith(("s3ldbo_subset", "s3ldbo_cyclic", "s3ldbo_ed")):
         np.testing.assert_array_equal(evaluated.sum(-1), 2)
-    if name == "s3ldbo_subset_of_blocks":
+    if name in ("s3ldbo_subset_of_blocks", "s3ldbo_ed"):
         np.testing.assert_array_equal(evaluated.reshape(-1, 2, 4).sum(-1), 1)
+    if name in ("s3ldbo_cyclic", "s3ldbo_ed"):
+        np.testing.assert_array_equal(evaluated[0, :20].reshape(5, 4, 8).sum(1), np.ones((5, 8)))
 
 
 @pytest.mark.parametrize("kind", [coins.independent, coins.common, coins.subset])
@@ -295,6 +304,15 @@ def test_coins_that_choose_everybody_are_sldbo():
     close(path, toy_run()[0], 1e-14)
     for count in info.calls:  # the first iteration finds the directions of init
         np.testing.assert_array_equal(count, np.tile(np.arange(60)[:, None] > 0, 4))
+
+
+@pytest.mark.parametrize("p", [0.125, 0.3, 0.45, 1.0])
+def test_in_turn_everybody_refreshes_as_often_as_can_be(p):
+    """Wherever 1/p iterations in a row begin, and after more of them than the square of a number of 32 bits holds."""
+    turns = [coins.cyclic(p)(None, jnp.int32(k + 2**30), LAZY_RING) for k in range(20)]
+    number, wait = int(np.ceil(8 * p)), int(np.ceil(1 / p))
+    assert all(np.unique(turn).size == len(turn) == number for turn in turns)
+    assert all(np.unique(turns[k : k + wait]).size == 8 for k in range(20 - wait))
 
 
 def test_coin_of_an_agent_does_not_depend_on_the_other_agents():

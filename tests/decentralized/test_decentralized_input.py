@@ -78,6 +78,8 @@ BAD = {
     "probability_above_one": (r"^probability.*1\.5", lambda: coins.independent(1.5)),
     "probability_negative": (r"^probability.*-0\.1", lambda: coins.common(-0.1)),
     "probability_of_a_subset": (r"^probability.*1\.01", lambda: coins.subset(1.01)),
+    "probability_of_a_turn": (r"^probability.*0", lambda: coins.cyclic(0)),
+    "blocks_in_turn": ("block.*block=2", lambda: coins.cyclic(0.5, block=6)(None, 0, TOY_RING)),
     "probability_of_one_agent": (r"^probability.*\(0, 1\]", lambda: coins.independent(jnp.array([0.5, 0.0]))),
     "probability_not_a_number": (r"^probability.*nan", lambda: coins.independent(float("nan"))),
     "probability_of_other_agents": (
@@ -206,6 +208,7 @@ RIGHT = {
     "c2dfb": {"steps": 2, "multiplier": 10.0, "compressor": WHOLE, "gossip_step": 0.5},
     "adasdbo": {"sample": FULL},
     "sldbo": {},
+    "dsvrbgd": {"sample": FULL, "momentum": 0.1},
 }
 FIELD = {
     **{f"{name}_momentum": ("momentum.*-0.1", name, {"momentum": -0.1}) for name in RECURSIVE},
@@ -244,7 +247,7 @@ FIELD = {
     "c2dfb_sample": (r"sample must be a function \(key", "c2dfb", {"sample": 3}),
     **{
         f"{name}_correction": ("^correction must be a Correction", name, {"correction": "gt"})
-        for name in ("interact", "interact_svr", "diamond", "sldbo")
+        for name in ("interact", "interact_svr", "diamond", "sldbo", "dsvrbgd")
     },
     "adasdbo_sample": (r"sample must be a function \(key", "adasdbo", {"sample": 3}),
     "adasdbo_accumulated": ("accumulated.*0.0", "adasdbo", {"accumulated": 0.0}),
@@ -261,7 +264,7 @@ def test_bad_input_of_the_field(name):
 
 
 MINIBATCH = {"sample": bx.sampling.minibatch(1)}
-DRAWING = {name: choices | MINIBATCH for name, choices in RIGHT.items() if name not in ("interact", "sldbo")}
+DRAWING = {name: choices | MINIBATCH for name, choices in RIGHT.items() if name not in ("interact", "sldbo", "dsvrbgd")}
 
 
 @pytest.mark.parametrize("name", DRAWING)

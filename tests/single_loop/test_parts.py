@@ -39,6 +39,7 @@ ESTIMATORS = {
     "snapshot_of_independent_agents": estimators.lazy_snapshot(coins.independent(0.4)),
     "snapshot_in_common": estimators.lazy_snapshot(coins.common(0.4)),
     "snapshot_of_a_subset": estimators.lazy_snapshot(coins.subset(0.5, block=2)),
+    "snapshot_in_turn": estimators.lazy_snapshot(coins.cyclic(0.5, block=2)),
 }
 RING = bx.gossip(bx.topology.ring(8))
 GOSSIPS = {
