@@ -5,7 +5,7 @@ each level and an order. Those with inner loops or matrices are built of the sam
 
 | method                        | lower level | limit, exact derivatives   | numbers to a neighbour in an iteration |
 |-------------------------------|-------------|----------------------------|----------------------------------------|
-| `sldbo`, `s3ldbo`, `dsvrbgd`  | common      | x*                         | 2 (d_x + 2 d_y)                        |
+| `sldbo`, `s3ldbo`, `dsvrbgd`  | common      | x*                         | 2 (d_x + 2 d_y); half of it with ED    |
 | `sparkle`                     | common      | x*                         | d_x + 2 d_y; with tracking twice that  |
 | `dsoba`, `dsoba_first_order`  | common      | x* but for O(step)         | d_x + 2 d_y                            |
 | `adasdbo`                     | common      | x*, slowly                 | d_x + 2 d_y + 3                        |
@@ -16,6 +16,7 @@ each level and an order. Those with inner loops or matrices are built of the sam
 | `c2dfb`                       | common      | x_λ: x* but for O(1/λ)     | 2 d_x + 4 K compressed d_y             |
 | `interact`, `diamond`         | personal    | x_p                        | 2 d_x                                  |
 | `lopa_local`, `lopa_tracking` | personal    | x_p but for O(step); x_p   | d_x; 2 d_x                             |
+ED: `bx.single_loop.correction.exact_diffusion()` or EXTRA in the place of gradient tracking, `correction=`.
 """
 
 from bilevax.decentralized._adasdbo import AdaSDBOState, adasdbo

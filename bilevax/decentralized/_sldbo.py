@@ -68,7 +68,7 @@ def sldbo(
     return single_loop(problem, gossip, step_sizes, full(), tracked("correction", correction), radius=radius)
 
 
-def tracked(name: str, correction: PerLevel[Correction] | None) -> Levels[PyTree]:
+def tracked(name: str, correction: PerLevel[Correction] | None, rate: Scalar = 1.0) -> Levels[PyTree]:
     """One correction for each level, semi-ATC tracking where there is none; raises ValueError for anything else."""
-    chosen = tracking() if correction is None else correction
+    chosen = tracking(rate) if correction is None else correction
     return of_kind(name, chosen, Correction, "Pass, say, bx.single_loop.correction.tracking(), called.")

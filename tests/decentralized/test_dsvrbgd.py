@@ -32,29 +32,41 @@ def noisy(q, iterations, noise):
 
 KINDS = "simultaneous", "alternating"
 RATE = 0.6
+PAPERS = correction.tracking_non_atc(RATE)  # damped, and mixed before it moves
 
 
-def dsvrbgd(kind, a, rate=RATE, sample=bx.sampling.per_step):
+def dsvrbgd(kind, a, rate=RATE, sample=bx.sampling.per_step, form=PAPERS):
     """With the momentum a = α η² itself."""
-    options = {"momentum": a / rate**2, "rate": rate, "alternating": kind == "alternating"}
+    options = {"momentum": a / rate**2, "rate": rate, "alternating": kind == "alternating", "correction": form}
     return decentralized.dsvrbgd(PROBLEM, LAZY_RING, STEPS, sample=sample, **options)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def noisy_run(kind, batch, momenta):
-    return jax.vmap(lambda a: roll(dsvrbgd(kind, a), batch, 30)[:2])(momenta)
+@functools.partial(jax.jit, static_argnums=(0, 3, 4))
+def noisy_run(kind, batch, momenta, rate=RATE, form=PAPERS):
+    return jax.vmap(lambda a: roll(dsvrbgd(kind, a, rate, form=form), batch, 30)[:2])(momenta)
 
 
 MOMENTA = jnp.array([0.0, 0.1, 1.0])
+OF_EACH_LEVEL = bx.Levels(correction.tracking(), correction.exact_diffusion(), correction.exact_diffusion())
+FOLLOWED = {  # rate, correction, its recursions, and the rate that damps
+    "simultaneous-papers": (RATE, PAPERS, [networks.non_atc] * 3, RATE),
+    "alternating-papers": (RATE, PAPERS, [networks.non_atc] * 3, RATE),
+    "simultaneous-damped": (RATE, None, [networks.semi] * 3, RATE),
+    "simultaneous-undamped": (1.0, None, [networks.semi] * 3, 1.0),
+    "alternating-own": (RATE, OF_EACH_LEVEL, [networks.semi, *[networks.exact_diffusion] * 2], 1.0),
+}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_dsvrbgd_follows_its_recursion_for_any_samples(kind):
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_dsvrbgd_follows_its_recursion_for_any_samples(name):
+    """A correction of one's own takes the place of the damping, and leaves a = α η² as it is."""
+    (rate, form, recursions, damping), kind = FOLLOWED[name], name.split("-")[0]
     data = noisy(INDEFINITE, 30, noise="ABcQeRrS")
-    _, path = noisy_run(kind, data.batch, MOMENTA)
+    _, path = noisy_run(kind, data.batch, MOMENTA, rate, form)
     samples = [Quadratic(*(leaf[:, t] for leaf in data)) for t in range(30)]
     for row, a in enumerate(MOMENTA):
-        expected = networks.storm_recursion(samples, W, STEPS, float(a), RATE, kind == "alternating")
+        forms = [make() for make in recursions]
+        expected = networks.storm_recursion(samples, W, STEPS, float(a), damping, kind == "alternating", forms)
         close(at(path, row), stacked(expected), 1e-12)
 
 
@@ -84,7 +96,7 @@ def test_no_momentum_freezes_the_error_of_additive_noise(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_dsvrbgd_without_noise_reaches_the_solution_whatever_its_momentum(kind):
     def path(a):
-        return roll(dsvrbgd(kind, a, 1.0, bx.sampling.full), INDEFINITE.batch, 2500)[1]
+        return roll(dsvrbgd(kind, a, 1.0, bx.sampling.full, None), INDEFINITE.batch, 2500)[1]
 
     got = numbers(jax.jit(jax.vmap(path))(MOMENTA))
     for row in range(3):

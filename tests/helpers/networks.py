@@ -205,32 +205,29 @@ def simulate(q, moves, steps, W, iterations, point=None, theta=1.0, gauss_seidel
     return trajectory
 
 
-def storm_recursion(samples, W, steps, a, rate, alternating):
+def storm_recursion(samples, W, steps, a, rate, alternating, moves):
     """Trajectory of the variance-reduced method; `samples[t]` are the coefficients that iteration t draws.
 
-    u_t = (1 − a) (u_{t−1} − d(previous point; ξ_t)) + d(point; ξ_t) is tracked and moves
-    s ← s + rate (W s − a_s t − s); the alternating method refreshes y, v, x in turn, each with a previous
+    u_t = (1 − a) (u_{t−1} − d(previous point; ξ_t)) + d(point; ξ_t) is what `moves`, in the order x, y, v, move along,
+    damped: s ← s + rate (moved s − s); the alternating method refreshes y, v, x in turn, each with a previous
     point of its own.
     """
     n = len(samples[0].A)
     d_x, d_y = samples[0].B.shape[2], samples[0].B.shape[1]
     point = [np.zeros((n, d_x)), np.zeros((n, d_y)), np.zeros((n, d_y))]
     direction = (direction_x, lambda q, x, y, v: direction_y(q, x, y), direction_v)
-    previous, u, t = [None] * 3, [None] * 3, [None] * 3
+    previous, u = [None] * 3, [None] * 3
     trajectory = [tuple(point)]
     for sample in samples:
         for group in ((1,), (2,), (0,)) if alternating else ((0, 1, 2),):
             here, new = tuple(point), list(point)
             for level in group:
-                d = direction[level](sample, *here)
-                if u[level] is None:
-                    t[level] = fresh = d
-                else:
-                    fresh = (1 - a) * (u[level] - direction[level](sample, *previous[level])) + d
-                    t[level] = W @ t[level] + fresh - u[level]
+                fresh = direction[level](sample, *here)
+                if u[level] is not None:
+                    fresh = (1 - a) * (u[level] - direction[level](sample, *previous[level])) + fresh
                 previous[level], u[level] = here, fresh
                 s = here[level]
-                new[level] = s + rate * (W @ s - steps[level] * t[level] - s)
+                new[level] = s + rate * (moves[level](W, s, fresh, steps[level]) - s)
             point = new
         trajectory.append(tuple(point))
     return trajectory
