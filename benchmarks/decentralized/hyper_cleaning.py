@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
@@ -24,7 +25,7 @@ from benchmarks.decentralized.choices import PARTITIONS, Agents, changed, parsed
 from benchmarks.decentralized.cleaning import Divided, cleaning, divide
 from benchmarks.decentralized.comparison import Job, Place, compare, defaults
 from benchmarks.decentralized.figure import Panel
-from benchmarks.decentralized.network import Network, by_weight
+from benchmarks.decentralized.network import Network, by_weight, second_moment
 from benchmarks.decentralized.placement import join_hosts, start_devices
 from benchmarks.decentralized.rows import names
 from benchmarks.harness.errors import DataError
@@ -90,19 +91,15 @@ def network(data: Divided) -> Network:
         y=jnp.zeros((images.shape[1], 10)),
         sample=by_weight,
         sizes=bx.Batch(outer=len(data.whole.batch.outer[1]) / n, inner=len(clean) / n),
-        curvature=bounded(data),
+        bound=bound,
         scores=scores,
     )
 
 
-def bounded(data: Divided) -> float:
-    """L of the agents' g_i: λ_max of the images' second moments, times ½, the bound of a softmax, plus l2."""
-    *_, weights = data.batch.inner
-    largest = [
-        np.linalg.eigvalsh((images * weight[:, None]).T @ images / len(images))[-1]
-        for images, weight in zip(data.batch.inner[0], weights, strict=True)
-    ]
-    return float(max(largest)) / 2 + L2
+def bound(data: tuple) -> jax.Array:
+    """λ_max of the images' second moments, times ½, the bound of a softmax, plus l2."""
+    images, _, _, weights = data
+    return second_moment(images, weights) / 2 + L2
 
 
 def finish(clean: Callable[[int], np.ndarray], figure: Any, runs: Sequence[Run]) -> None:

@@ -65,6 +65,11 @@ DEFAULTS = defaults(METHODS)
 problem = functools.cache(personal)
 
 
+def bound(data: tuple) -> float:
+    """Of one head, in the mean over the tasks of an agent."""
+    return curvature(L2) / len(data[1])
+
+
 def network(data: Tasks, test: bx.Batch, seed: int) -> Network:
     """Random x, the same at every agent, and y = 0."""
     images, labels = data.batch.inner
@@ -78,7 +83,7 @@ def network(data: Tasks, test: bx.Batch, seed: int) -> Network:
         y=jnp.zeros((tasks, wide, WAYS)),
         sample=of_each_task,
         sizes=bx.Batch(outer=data.batch.outer[1][0].size, inner=labels[0].size),
-        curvature=float(curvature(L2)) / tasks,
+        bound=bound,
         scores=scores(test, L2),
         personal=True,
     )
@@ -141,7 +146,7 @@ class Config:
             load=self.load,
             iterations=self.common.outer_steps or usual,
             outer_grid=OUTER_GRID,
-            inner_grid=[step / networks[0].curvature for step in INNER_GRID],
+            inner_grid=[step / networks[0].curvature() for step in INNER_GRID],
             columns=COLUMNS,
             panel=Panel("test_accuracy", "accuracy on new classes"),
             configuration={

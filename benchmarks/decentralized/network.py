@@ -1,5 +1,6 @@
 """One bilevel problem of n agents with their data: what a task hands to the harness."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,6 +9,8 @@ import jax.numpy as jnp
 
 import bilevax as bx
 from bilevax.typing import Array, Key, PyTree, Scalar
+
+DRAWS = 100  # minibatches of each agent, among which the one of the largest curvature is found
 
 
 class Network(NamedTuple):
@@ -20,7 +23,8 @@ class Network(NamedTuple):
       sample: `sample(size)` draws minibatches: a function `(key, t, data of one agent) -> data`, unbiased; `by_weight`
         where rows fill up.
       sizes: mean numbers of examples of an agent, outer and inner: a minibatch counts as its share of them.
-      curvature: L, a bound of the eigenvalues of each agent's ∇²_yy g_i.
+      bound: `bound(data)`, from the inner data of one agent, all or a minibatch: no eigenvalue of its ∇²_yy g_i is
+        larger, whatever x and y are.
       scores: `scores(x, y) -> {name: number}`, of NumPy arrays: the mean x, and the mean y or, where personal, leaves
         [n, ...]. Numbers may be NaN.
       personal: whether each agent has a lower level of its own, y_i = argmin g_i(x, y_i), in place of a common one.
@@ -33,7 +37,7 @@ class Network(NamedTuple):
     y: PyTree
     sample: Callable[[int], Callable]
     sizes: bx.Batch
-    curvature: float
+    bound: Callable[[Any], Scalar]
     scores: Callable[[Any, Any], dict[str, float]]
     personal: bool = False
     diagonal: Callable[[Any], Any] | None = None
@@ -48,6 +52,11 @@ class Network(NamedTuple):
         """The first point, leaves [n, ...]."""
         return bx.replicate((self.x, self.y), self.n)
 
+    def curvature(self, size: int | None = None) -> float:
+        """L of all agents: the largest bound of one of them, or of any of DRAWS minibatches of this size of each."""
+        with jax.ensure_compile_time_eval():  # the step sizes of a method may be traced around it
+            return float(largest_bound(self.bound, self.sample, size, self.batch.inner))
+
     def point(self, x: PyTree, y: PyTree) -> tuple[PyTree, PyTree]:
         """Where a method is judged: the mean x, and the mean y, or that of each agent where the lower level is its own.
 
@@ -60,6 +69,25 @@ class Network(NamedTuple):
     def loss(self, loss: Callable[..., Any], x: PyTree, y: PyTree, batch: Any) -> Array:
         """The mean over agents of their losses at a `point`."""
         return jnp.mean(jax.vmap(loss, (None, 0 if self.personal else None, 0))(x, y, batch))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def largest_bound(bound: Callable, sample: Callable, size: int | None, data: PyTree) -> Array:
+    """Of all agents, leaves [n, ...], or of minibatches of them; see `Network.curvature`."""
+
+    def of_one(data: PyTree) -> Array:
+        if size is None:
+            return jnp.asarray(bound(data), float)
+        keys = jax.random.split(jax.random.key(0), DRAWS)
+        return jnp.max(jax.vmap(lambda key: jnp.asarray(bound(sample(size)(key, 0, data)), float))(keys))
+
+    return jnp.max(jax.lax.map(of_one, data))
+
+
+def second_moment(rows: Array, weights: Array) -> Array:
+    """The largest eigenvalue of the mean of w a aᵀ over the rows a [N, d], by the smaller of its two Gram matrices."""
+    scaled = rows * jnp.sqrt(weights / len(rows))[:, None]
+    return jnp.linalg.eigvalsh(scaled @ scaled.T if len(rows) < rows.shape[1] else scaled.T @ scaled)[-1]
 
 
 def mean(tree: PyTree) -> PyTree:

@@ -127,8 +127,3 @@ def softmax() -> bx.BilevelProblem:
         return outer_loss(x, y, batch) + jnp.sum(penalty(x, y.size)[:, None] * y**2) / 2
 
     return bx.BilevelProblem(outer_loss, inner_loss)
-
-
-def largest(features: np.ndarray, weights: np.ndarray) -> float:
-    """The largest eigenvalue of the mean of w a aᵀ."""
-    return float(np.linalg.eigvalsh((features * weights[:, None]).T @ features / len(features))[-1])

@@ -15,6 +15,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
@@ -23,7 +24,7 @@ import bilevax as bx
 from benchmarks.decentralized.choices import Agents, changed
 from benchmarks.decentralized.comparison import Job, compare, defaults
 from benchmarks.decentralized.figure import Panel
-from benchmarks.decentralized.markov import Chain, draw, evaluation, successors
+from benchmarks.decentralized.markov import Chain, Transitions, draw, evaluation, successors
 from benchmarks.decentralized.network import Network
 from benchmarks.decentralized.rows import names
 from benchmarks.harness.report import Columns
@@ -68,6 +69,11 @@ def scores(chain: Chain) -> Callable[[Any, Any], dict[str, float]]:
     return numbers
 
 
+def bound(data: Transitions) -> jax.Array:
+    """∇²_yy g_i is diagonal, whatever successors are drawn."""
+    return jnp.max(data.weights) / len(data.table)
+
+
 def network(chain: Chain, size: int) -> Network:
     """All agents start at x = 0 and y = 0; a minibatch has so many successors of each state, and all of f_i."""
     states, features = chain.features.shape
@@ -78,7 +84,7 @@ def network(chain: Chain, size: int) -> Network:
         y=jnp.zeros(states),
         sample=successors,
         sizes=bx.Batch(outer=size, inner=states),
-        curvature=float(chain.visits.max()) / states,
+        bound=bound,
         scores=scores(chain),
     )
 

@@ -26,12 +26,11 @@ import bilevax as bx
 from benchmarks.decentralized.choices import PARTITIONS, Agents, changed, parsed
 from benchmarks.decentralized.comparison import Job, compare, defaults
 from benchmarks.decentralized.figure import GRADIENT
-from benchmarks.decentralized.network import Network, by_weight
+from benchmarks.decentralized.network import Network, by_weight, second_moment
 from benchmarks.decentralized.penalties import (
     CLASSES,
     LARGEST,
     Divided,
-    largest,
     logistic,
     penalty,
     real,
@@ -88,14 +87,21 @@ SETTINGS = {
 SYNTHETIC_FEATURES = 40
 
 
-def curvature(data: Divided) -> tuple[float, float]:
-    """L of the mean inner loss for any x, and the largest of the agents' own."""
-    features, _, weights = data.batch.inner
-    classes = np.issubdtype(data.train.labels.dtype, np.integer)
-    bound = 0.5 if classes else 0.25  # of the second derivative of a softmax, or of ψ
-    whole = largest(data.train.features, np.ones(len(data.train.labels), np.float32))
-    own = max(largest(rows, weight) for rows, weight in zip(features, weights, strict=True))
-    return bound * whole + LARGEST, bound * own + LARGEST
+def bend(labels: np.ndarray) -> float:
+    """The bound of the second derivative of a softmax, where labels are classes, or of ψ."""
+    return 0.5 if np.issubdtype(labels.dtype, np.integer) else 0.25
+
+
+def curvature(data: Divided) -> float:
+    """L of the mean inner loss for any x."""
+    features, labels = data.train
+    return bend(labels) * float(second_moment(jnp.asarray(features), jnp.ones(len(labels)))) + LARGEST
+
+
+def bound(data: tuple) -> jax.Array:
+    """L of the inner loss on these rows for any x."""
+    features, labels, weights = data
+    return bend(labels) * second_moment(features, weights) + LARGEST
 
 
 def network(data: Divided, start: float) -> Network:
@@ -121,7 +127,7 @@ def network(data: Divided, start: float) -> Network:
         y=y,
         sample=by_weight,
         sizes=bx.Batch(outer=len(data.validation.labels) / n, inner=len(data.train.labels) / n),
-        curvature=curvature(data)[1],
+        bound=bound,
         scores=scores,
         diagonal=diagonal,
     )
@@ -187,7 +193,7 @@ class Config:
     def run(self) -> int:
         """Runs everything, prints the table and writes the files; returns the exit code."""
         setting, data = SETTINGS[self.data], self.load(self.common.seed)
-        level = curvature(data)[0]
+        level = curvature(data)
         how = f"r = {self.heterogeneity:g}" if self.data == "synthetic" else self.division
         job = Job(
             name=TASK,

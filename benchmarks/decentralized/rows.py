@@ -7,12 +7,13 @@ from typing import Any
 import bilevax as bx
 from benchmarks.decentralized.methods import Row, counted, size_of
 from benchmarks.decentralized.moved_snapshot import s3ldbo_adaptive
-from benchmarks.decentralized.network import Network
+from benchmarks.decentralized.network import DRAWS, Network
 
-REFRESH = (0.5, 0.2, 0.1)
+REFRESH = (0.5, 0.2, 0.1, 0.05)
 ADAPTIVE = (0.25, 0.125)  # whole agents of 8 and of 16
 MOMENTA = tuple({"momentum": a} for a in (0.1, 0.03, 0.3))  # weights a of the new direction that are tried
-RATE = 0.5  # η of DSVRBGD, MDBO and VRDBO, whose own momentum is α = a/η²
+AVERAGES = tuple({"momentum": a} for a in (1.0, 0.3, 0.1))  # the same of moving averages, without variance reduction
+RATE = 0.5  # η of MDBO and VRDBO, whose own momentum is α = a/η²
 TERMS = 10  # of a Neumann series
 INNER_STEPS = 5  # of MA-DSBO, for y and for v, and of C2DFB
 PENALTY, SENT = 100.0, 0.3  # λ of C2DFB, and the share of the entries that it sends
@@ -20,13 +21,23 @@ LENGTH = 4.0  # AdaSDBO takes so many times the steps of the grid
 COMPRESSION = {0.3: 0.4, 0.1: 0.2}  # share of the entries that are sent -> step of CHOCO gossip
 EVERY = 10  # SVR-INTERACT reads all examples in one of so many iterations
 LARGEST = 130  # numbers in y up to which GBDSBO's matrices are formed
+
+
+def weights(settings: tuple[dict[str, float], ...]) -> str:
+    """Of the new direction, for the caption."""
+    return ", ".join(f"{setting['momentum']:g}" for setting in settings)
+
+
 CAPTION = f"""\
-s3ldbo-p: {{coins}}; -subset-p, -adaptive-p: ⌈p · n⌉ agents at a time, at random or those that moved farthest.
-dsvrbgd, mdbo, vrdbo, diamond, interact-svr, -sampled: minibatches of {{batch_size}} (interact-svr: all in every
-{EVERY}th iteration); all others exact. ma-dsbo, c2dfb: {INNER_STEPS} inner steps; c2dfb: penalty {PENALTY:g},
-{SENT:.0%} of the entries sent. mdbo, vrdbo, interact, diamond: {TERMS} terms of a Neumann series, of each agent's own
-Hessian.
-sparkle-ed, -extra, -mixed, ma-dsbo: on (I + W)/2 where needed; -topq: the share q of each change that is sent.
+s3ldbo-p, -ed-p: {{coins}}; -subset-p, -adaptive-p, -cyclic-p: ⌈p · n⌉ agents at a time, at random, those that moved
+farthest, or in turn. -ed: exact diffusion in place of tracking.
+dsvrbgd, gt-sgd (tracking, no variance reduction), mdbo, vrdbo, diamond, interact-svr, -sampled: minibatches of
+{{batch_size}} (interact-svr: all in every {EVERY}th iteration); all others exact. Weights of new directions are tried
+too: {weights(MOMENTA)} of dsvrbgd, mdbo, vrdbo and diamond, {weights(AVERAGES)} of -sampled.
+ma-dsbo, c2dfb: {INNER_STEPS} inner steps; c2dfb: penalty {PENALTY:g}, {SENT:.0%} of the entries sent. mdbo, vrdbo,
+interact, interact-svr, diamond: {TERMS} terms of a Neumann series of each agent's own Hessian, with steps of 1 / L: of
+minibatches the largest L among {DRAWS} of each agent.
+sparkle-ed, -extra, -mixed, -ed, ma-dsbo: on (I + W)/2 where needed; -topq: the share q of each change that is sent.
 adasdbo: {LENGTH:g} times the steps, which it divides by the lengths of all directions so far.
 """
 
@@ -54,10 +65,20 @@ def without_v(make: Callable) -> Callable:
 
 
 def series(make: Callable[..., Callable], method: Callable, *size: int, **settings: Any) -> Callable:
-    """`make` by `preset` or `drawn` of a method with a Neumann series in the place of v, of steps 1 / curvature."""
+    """`make` by `preset` or `drawn` of a method with a Neumann series in the place of v, whose steps are 1 / L.
+
+    L is that of what the series is made of: minibatches of this size have larger ones than all data, and a series with
+    steps above 2 / L grows with its terms.
+    """
     return lambda network, gossip, steps, **tried: without_v(
-        make(method, *size, terms=TERMS, inverse_step=1 / network.curvature, **settings)
+        make(method, *size, terms=TERMS, inverse_step=1 / network.curvature(*size), **settings)
     )(network, gossip, steps, **tried)
+
+
+def tracked_sgd(problem: bx.BilevelProblem, gossip: Any, steps: bx.Levels, sample: Callable) -> bx.problem.Algorithm:
+    """Gradient tracking along plain minibatches: what variance reduction is to be compared with."""
+    parts = bx.single_loop.estimator.stochastic(sample), bx.single_loop.correction.tracking()
+    return bx.single_loop.single_loop(problem, gossip, steps, *parts)
 
 
 def longer(network: Network, gossip: Any, steps: bx.Levels) -> bx.problem.Algorithm:
@@ -95,6 +116,33 @@ def matrices(network: Network) -> bx.problem.Calls:
     return bx.problem.Calls(1, 1, size_of(network.y), size_of(network.y))
 
 
+def skipping(coins: Callable, corrections: Callable[[Any], Any], levels: str) -> tuple[Row, ...]:
+    """S3LDBO with all coins, and with exact diffusion.
+
+    Args:
+      coins: `coins(p)` of each agent.
+      corrections: `corrections(correction)`, of all levels where x has this one.
+      levels: those of which exact diffusion needs a lazy graph.
+    """
+    correction = bx.single_loop.correction
+    tracking, exact_diffusion = map(corrections, (correction.tracking(), correction.exact_diffusion()))
+
+    def row(name: str, who: Callable, along: Any = tracking, **needs: Any) -> Row:
+        return Row(name, preset(bx.decentralized.s3ldbo, coins=who, correction=along), at_start=1, **needs)
+
+    needs = {"graphs": lazy(levels), "symmetric": True, "fixed": True}
+    return (
+        *(row(f"s3ldbo-{p:g}", coins(p)) for p in REFRESH),
+        *(row(f"s3ldbo-ed-{p:g}", coins(p), exact_diffusion, **needs) for p in REFRESH),
+        *(row(f"s3ldbo-subset-{p:g}", bx.coins.subset(p)) for p in ADAPTIVE),
+        *(row(f"s3ldbo-cyclic-{p:g}", bx.coins.cyclic(p)) for p in ADAPTIVE),
+        *(
+            Row(f"s3ldbo-adaptive-{p:g}", preset(s3ldbo_adaptive, probability=p, correction=tracking), at_start=1)
+            for p in ADAPTIVE
+        ),
+    )
+
+
 def rows(coins: Callable, size: int) -> tuple[Row, ...]:
     """The methods for a common lower level.
 
@@ -103,14 +151,17 @@ def rows(coins: Callable, size: int) -> tuple[Row, ...]:
       size: of a minibatch.
     """
     methods, correction = bx.decentralized, bx.single_loop.correction
-    simultaneous, alternating = (drawn(damped(methods.dsvrbgd), size, alternating=one) for one in (False, True))
     exact_diffusion, tracking = correction.exact_diffusion(), correction.tracking()
     mixed = bx.Levels(tracking, exact_diffusion, exact_diffusion)
+    reduced = functools.partial(drawn, methods.dsvrbgd, size)
+    in_turn_reduced = functools.partial(reduced, alternating=True)
     sparkle = functools.partial(preset, methods.sparkle)
-    in_turn = functools.partial(Row, calls=counted(inner=2))  # y moves in between
-    dual = functools.partial(in_turn, symmetric=True, fixed=True)
+    dual = functools.partial(Row, symmetric=True, fixed=True)
+    lazy_dual = functools.partial(dual, graphs=lazy("xyv"))
+    in_turn = counted(inner=2)  # y moves in between
     sampled = functools.partial(Row, batch_size=size)
-    averaged = functools.partial(sampled, settings=MOMENTA)
+    averaged = functools.partial(sampled, settings=AVERAGES)
+    recursive = functools.partial(sampled, settings=MOMENTA)
     inner_loops = {"steps": INNER_STEPS, "v_steps": INNER_STEPS}
     ma_dsbo = functools.partial(preset, methods.ma_dsbo, **inner_loops)
     c2dfb = preset(
@@ -121,33 +172,42 @@ def rows(coins: Callable, size: int) -> tuple[Row, ...]:
         gossip_step=0.4,
     )
     loops = counted(inner=INNER_STEPS + 1, hessian=INNER_STEPS)
-    twice = counted(2, 2, 2, 2)
+    twice, twice_in_turn = counted(2, 2, 2, 2), counted(2, 4, 2, 2)
+    along_ed = {"settings": MOMENTA, "batch_size": size}
     return (
         Row("sldbo", preset(methods.sldbo)),
-        *(Row(f"s3ldbo-{p:g}", preset(methods.s3ldbo, coins=coins(p)), at_start=1) for p in REFRESH),
-        *(Row(f"s3ldbo-subset-{p:g}", preset(methods.s3ldbo, coins=bx.coins.subset(p)), at_start=1) for p in ADAPTIVE),
-        *(Row(f"s3ldbo-adaptive-{p:g}", preset(s3ldbo_adaptive, probability=p), at_start=1) for p in ADAPTIVE),
+        *skipping(coins, lambda correction: correction, "xyv"),
         Row("s3ldbo-unbiased-0.2", preset(methods.s3ldbo_unbiased, probability=0.2), at_start=1),
-        averaged("dsvrbgd", simultaneous, twice),
-        averaged("dsvrbgd-alternating", alternating, counted(2, 4, 2, 2)),
-        dual("sparkle-ed", sparkle(correction=exact_diffusion), graphs=lazy("xyv")),
-        dual("sparkle-extra", sparkle(correction=correction.extra()), graphs=lazy("xyv")),
-        in_turn("sparkle-gt", sparkle(correction=tracking)),
-        dual("sparkle-mixed", sparkle(correction=mixed), graphs=lazy("yv")),
+        recursive("dsvrbgd", reduced(), twice),
+        recursive("dsvrbgd-alternating", in_turn_reduced(), twice_in_turn),
+        lazy_dual("dsvrbgd-ed", reduced(correction=exact_diffusion), twice, **along_ed),
+        lazy_dual("dsvrbgd-alternating-ed", in_turn_reduced(correction=exact_diffusion), twice_in_turn, **along_ed),
+        sampled("gt-sgd", drawn(tracked_sgd, size)),
+        lazy_dual("sparkle-ed", sparkle(correction=exact_diffusion), in_turn),
+        lazy_dual(
+            "sparkle-ed-sampled",
+            drawn(methods.sparkle, size, correction=exact_diffusion),
+            in_turn,
+            batch_size=size,
+            settings=AVERAGES,
+        ),
+        lazy_dual("sparkle-extra", sparkle(correction=correction.extra()), in_turn),
+        Row("sparkle-gt", sparkle(correction=tracking), in_turn),
+        dual("sparkle-mixed", sparkle(correction=mixed), in_turn, graphs=lazy("yv")),
         Row("d-soba", preset(methods.dsoba)),
-        sampled("d-soba-sampled", drawn(methods.dsoba, size)),
+        averaged("d-soba-sampled", drawn(methods.dsoba, size)),
         Row("d-soba-first-order", preset(methods.dsoba_first_order), counted(inner=3, hessian=0, cross=0)),
         Row("adasdbo", longer),
         Row("ma-dsbo", ma_dsbo(), loops, graphs=lazy("v")),
         Row("ma-dsbo-gt", ma_dsbo(track=True), loops, graphs=lazy("xyv")),
         Row("ma-dsbo-restart", ma_dsbo(restart=True), loops, graphs=lazy("v")),
-        sampled("ma-dsbo-sampled", drawn(methods.ma_dsbo, size, **inner_loops), loops, graphs=lazy("v")),
-        averaged("mdbo", series(drawn, damped(methods.mdbo), size), counted(hessian=TERMS)),
-        averaged("vrdbo", series(drawn, damped(methods.vrdbo), size), counted(2, 2, 2 * TERMS, 2)),
+        averaged("ma-dsbo-sampled", drawn(methods.ma_dsbo, size, **inner_loops), loops, graphs=lazy("v")),
+        recursive("mdbo", series(drawn, damped(methods.mdbo), size), counted(hessian=TERMS)),
+        recursive("vrdbo", series(drawn, damped(methods.vrdbo), size), counted(2, 2, 2 * TERMS, 2)),
         Row("c2dfb", c2dfb, counted(INNER_STEPS + 1, 2 * INNER_STEPS + 2, 0, 0), fixed=True),
         Row("gbdsbo", without_v(preset(methods.gbdsbo)), matrices, common=True, largest=LARGEST),
         *(Row(f"sldbo-top{q:g}", compressed(preset(methods.sldbo), q), fixed=True) for q in COMPRESSION),
-        *(averaged(f"dsvrbgd-top{q:g}", compressed(simultaneous, q), twice, fixed=True) for q in COMPRESSION),
+        *(recursive(f"dsvrbgd-top{q:g}", compressed(reduced(), q), twice, fixed=True) for q in COMPRESSION),
     )
 
 
@@ -163,16 +223,12 @@ def personal_rows(coins: Callable, size: int) -> tuple[Row, ...]:
     def own(upper: Any) -> bx.Levels:
         return bx.Levels(upper, correction.local(), correction.local())
 
-    s3ldbo = functools.partial(preset, methods.s3ldbo, correction=own(correction.tracking()))
-    adaptive = functools.partial(preset, s3ldbo_adaptive, correction=own(correction.tracking()))
     sparkle = preset(methods.sparkle, correction=own(correction.exact_diffusion()))
     sampled, twice = functools.partial(Row, batch_size=size), counted(2, 2, 2 * TERMS, 2)
     svr = series(drawn, methods.interact_svr, size, every=EVERY)
     return (
         Row("sldbo", preset(methods.sldbo, correction=own(correction.tracking()))),
-        *(Row(f"s3ldbo-{p:g}", s3ldbo(coins=coins(p)), at_start=1) for p in REFRESH),
-        *(Row(f"s3ldbo-subset-{p:g}", s3ldbo(coins=bx.coins.subset(p)), at_start=1) for p in ADAPTIVE),
-        *(Row(f"s3ldbo-adaptive-{p:g}", adaptive(probability=p), at_start=1) for p in ADAPTIVE),
+        *skipping(coins, own, "x"),
         Row("sparkle-ed", sparkle, counted(inner=2), graphs=lazy("x"), symmetric=True, fixed=True),
         Row("lopa-local", preset(methods.lopa_local)),
         Row("lopa-tracking", preset(methods.lopa_tracking)),

@@ -82,7 +82,7 @@ def test_features_have_one_length_so_that_the_curvature_is_bounded_for_every_x(s
     hessian = jax.jit(jax.hessian(flat))(jnp.zeros(net.y.size))
     eigenvalues = np.linalg.eigvalsh(hessian)
     assert eigenvalues[0] > meta_learning.L2 / TASKS * 0.99
-    assert eigenvalues[-1] < net.curvature
+    assert eigenvalues[-1] < net.curvature()
 
 
 def test_the_mean_over_agents_is_the_mean_over_all_tasks(small, tasks):

@@ -95,7 +95,7 @@ def test_the_curvature_bounds_every_hessian(chain):
     network = policy_evaluation.network(chain, 4)
     hessian = jax.jacfwd(jax.grad(network.problem.inner_loss, 1), 1)
     hessians = jax.vmap(hessian, (None, None, 0))(network.x, network.y, network.batch.inner)
-    np.testing.assert_allclose(np.linalg.eigvalsh(hessians).max(), network.curvature, rtol=1e-5)
+    np.testing.assert_allclose(np.linalg.eigvalsh(hessians).max(), network.curvature(), rtol=1e-5)
 
 
 def test_a_method_reaches_the_known_solution(chain):
