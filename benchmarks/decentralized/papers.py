@@ -13,8 +13,9 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks.decentralized.paper_jobs import JOBS, Job
+from benchmarks.decentralized.profiles import draw
 from benchmarks.decentralized.records import Results, read
-from benchmarks.decentralized.results import Log, render
+from benchmarks.decentralized.results import PICTURE, Log, render
 
 TASK = "decentralized_papers"
 LOG = "job.json"
@@ -95,7 +96,7 @@ class Config:
 
     def command(self, results: Results) -> str:
         """What makes such a page, with as many seeds as there are."""
-        seeds = len({record.seed for records in results.values() for record in records}) or self.seeds
+        seeds = len({record.seed for records in results.values() for record in records if record.judged}) or self.seeds
         return f"python -m benchmarks decentralized-papers{' --quick' * self.quick} --seeds {seeds}"
 
     def run_all(self, console: Console, start: Start = started) -> int:
@@ -119,12 +120,14 @@ class Config:
         return code
 
     def write(self) -> None:
-        """Writes the page."""
+        """Writes the page, and its picture beside it."""
         names = [job.name for job in JOBS]
         results = {name: read(self.folder / name) for name in names}
         logs = {name: log for name in names if (log := read_log(self.folder / name))}
         self.page.parent.mkdir(parents=True, exist_ok=True)
         self.page.write_text(render(self.command(results), self.quick, JOBS, results, logs))
+        if (figure := draw(results)) is not None:
+            figure.savefig(self.page.with_name(PICTURE), metadata={"Software": None})
 
     def run(self) -> int:
         """Runs everything and writes the page; returns the exit code."""

@@ -1,16 +1,14 @@
 """RESULTS.md: claims beside what was measured, and the numbers of every job, made of the JSON files alone."""
 
 import math
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-import numpy as np
-
-from benchmarks.decentralized.claims import CLAIMS, Claim
+from benchmarks.decentralized.claims import CLAIMS
+from benchmarks.decentralized.claims.claim import Claim, table
 from benchmarks.decentralized.paper_jobs import Job
 from benchmarks.decentralized.records import Record, Results
-from benchmarks.decentralized.verdicts import FAILS, HOLDS, OPEN, cell, summary
+from benchmarks.decentralized.verdicts import FAILS, HOLDS, OPEN, SHORT, cell, last_quarter, summary, tally
 from benchmarks.harness.grid import at_ends
 
 COLUMNS = {
@@ -29,8 +27,15 @@ COUNTS = frozenset(
         *("inner_gradients", "outer_gradients", "hessian_products", "cross_products"),
     )
 )
+PICTURE = "profiles.png"  # beside the page
 TEMPLATE = """\
 # Decentralized methods: what the papers claim, and what was measured
+
+{overview}
+Verdicts count comparisons: tasks, targets and methods. "{holds}": the mean over seeds meets the bound by more than its
+standard error, or every seed does. "{fails}": the opposite. "{short}": a target was not reached, and at the pace of its
+last quarter a longer run might have met the bound. "{open}": within a standard error of the bound, or seeds that do not
+agree. A verdict is about these runs, not about the papers.
 
 This file is made by the command below, of the JSON files of its runs. Do not edit it: run the command again, with
 `--report-only` to write it from files that are there.
@@ -43,25 +48,35 @@ This file is made by the command below, of the JSON files of its runs. Do not ed
 - Versions: {versions}
 - Missing: {missing}
 
-Numbers are mean ± standard error over seeds. A verdict is about these runs, not about the papers: "{holds}", "{fails}",
-or "{open}" where a target was not reached or a mean is within its standard error of the bound. The methods are written
-from what is public of the papers, and their docstrings say where that left a choice. The steps of every method are the
-best of the same grid, by the last F(x) of the worse of the first two seeds; but noise floors are of given steps, and
-those of the rows with and without Kronecker factors are the best of nine pairs on the first seed, by iterations.
+## How it is measured
+
+Every method tries the same grid of steps on two tuning seeds, and keeps about twenty checkpoints of each run, where
+F(x̄) and its gradient are of the accurately solved inner problem. For each target the steps with the least cost on the
+worse of these two seeds are chosen, and run on other seeds, which are judged. Targets of F are shares of its decrease
+from the start to the end of SLDBO's best run on the same seed; targets of ‖∇F‖² are ε times the first one. A target
+counts as reached from where on the curve stays there, interpolated between checkpoints. Numbers are mean ± standard
+error over seeds, and † marks steps that do not reach the target on both tuning seeds. Derivative evaluations, MB and
+rounds are of one agent; an evaluation is ∇f, ∇_y g, a Hessian and a cross product on all its examples, a quarter each.
+The methods are written from what is public of the papers, and their docstrings say where that left a choice. Noise
+floors are of given steps, and the rows with and without Kronecker factors have nine pairs of the first seed.
+
+![Performance profiles]({picture})
+
+Performance profiles (Dolan and Moré, 2002): on how many of all tasks, targets and judged seeds a method is within so
+many times the cost of the cheapest method of that task; grey are the methods without a name here. A method that ran on
+few tasks, of which the label tells the number, is counted on these, among their methods.
 
 ## Claims
 
-{overview}
 {claims}
-## Numbers
+{step_sizes}## Numbers
 
-F(x) and its gradient are of the accurately solved inner problem, at the mean x. Evaluations, MB and rounds are of one
-agent; an evaluation is ∇f, ∇_y g, a Hessian and a cross product on all its examples, a quarter each. Rows are in the
-order of F(x). Seconds are run time on this machine, and depend on what else it does; CPU seconds, of all its threads,
-less so. Last quarter: the share of its decrease of F since the start that a method makes in the last quarter of its
-run; where that is much, it was short. Steps: of x and of y, where v has that of y; * at an end of the grid, where a
-better one may lie outside; † where no pair of the grid was steady, and the best of all was taken. A run that ended
-early is named below its table.
+F(x) and its gradient are at the mean x, at the end of the runs whose steps were chosen for the highest target; the rows
+are in the order of F(x). Where a sigmoid saturates, as on hyper-cleaning, a small gradient says nothing. Seconds are
+run time on this machine, and depend on what else it does; CPU seconds, of all its threads, less so. Last quarter: the
+share of its decrease of F since the start that a method makes in the last quarter of its run; where that is much, it
+was short. Steps: of x and of y, where v has that of y; * at an end of the grid, where a better one may lie outside. A
+run that ended early is named below its table.
 
 {numbers}"""
 SETTINGS = {
@@ -87,12 +102,6 @@ class Log(NamedTuple):
     cpu_seconds: float | None = None
 
 
-def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """In Markdown, the first column to the left and others too."""
-    lines = [headers, ["---"] * len(headers), *([text.replace("|", "\\|") for text in row] for row in rows)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
 def mean_loss(records: Sequence[Record]) -> float:
     """For the order of rows; those without a finite loss come last."""
     losses = [record.metrics.get("exact_loss") for record in records]
@@ -101,11 +110,8 @@ def mean_loss(records: Sequence[Record]) -> float:
 
 def still_falling(records: Sequence[Record]) -> str:
     """Share of its decrease that F brings in the last quarter of a run."""
-    shares = []
-    for losses in (record.along("exact_loss") for record in records):
-        decrease = losses[0] - losses[-1] if len(losses) else math.nan
-        shares.append(float((losses[-1 - len(losses) // 4] - losses[-1]) / decrease) if decrease > 0 else None)
-    return f"{summary(known)[0]:.1%}" if (known := [share for share in shares if share is not None]) else "–"
+    known = [share for share in map(last_quarter, records) if not math.isnan(share)]
+    return f"{summary(known)[0]:.1%}" if known else "–"
 
 
 def numbers(records: Sequence[Record]) -> str:
@@ -134,14 +140,14 @@ def numbers(records: Sequence[Record]) -> str:
 
 
 def steps(record: Record) -> str:
-    """The chosen steps of x and y; * at an end of the grid, † where no pair of the grid was steady."""
+    """The chosen steps of x and y, with * at an end of the grid, and what else was chosen."""
     grid, chosen = record.configuration.get("grid"), record.configuration.get("step_sizes")
     if not grid or not chosen:
         return "–"
     ends = at_ends(grid, chosen)
     texts = [f"{chosen[name]:.3g}{'*' * (name in ends)}" for name in grid if name in chosen and name != "v"]
-    steady = np.asarray([*record.configuration.get("grid_steady", {"": [True]}).values()])
-    return ", ".join(texts) + " †" * (not steady.all(axis=0).any())
+    others = record.configuration.get("settings") or {}
+    return ", ".join([*texts, *(f"{name} {value:g}" for name, value in others.items())])
 
 
 def words(records: Sequence[Record]) -> str:
@@ -165,38 +171,45 @@ def words(records: Sequence[Record]) -> str:
 
 
 def section(job: Job, records: Sequence[Record], log: Log | None) -> str:
-    """One job."""
+    """One job: the runs that are judged."""
     parts = [f"### {job.title}\n"]
     if log is not None:
         ended = "" if log.code == 0 else f", ended with code {log.code}"
         cpu = "" if log.cpu_seconds is None else f", {log.cpu_seconds:,.0f} CPU s"
         parts.append(f"`{log.command}`, {log.seconds:,.0f} s{cpu} in all{ended}.\n")
-    parts.append(f"{words(records)}.\n\n{numbers(records)}" if records else "No results.\n")
+    judged = [record for record in records if record.judged]
+    parts.append(f"{words(judged)}.\n\n{numbers(judged)}" if judged else "No results.\n")
     parts += [
         f"{one.method}, seed {one.seed}: ended after {last} of {one.configuration.get('outer_steps')} iterations.\n"
-        for one in records
+        for one in judged
         if (last := one.metrics.get("outer_steps")) not in (None, one.configuration.get("outer_steps"))
     ]
     return "\n".join(parts)
 
 
-def tally(claim: Claim) -> list[int]:
-    """How many findings hold, do not hold, and are not decided."""
-    counts = Counter(finding.verdict.partition(":")[0] for finding in claim.findings)
-    return [counts[verdict] for verdict in (HOLDS, FAILS, OPEN)]
+def line(place: int, claim: Claim) -> list[str]:
+    """A claim in the table of all."""
+    return [f"{place}. {claim.title} ({claim.source})", claim.words, claim.numbers, tally(claim.verdicts)]
 
 
 def described(place: int, claim: Claim) -> str:
     """A claim, its measure and its findings."""
-    rows = [[finding.what, finding.numbers, f"**{finding.verdict}**"] for finding in claim.findings]
-    findings = table(["of", "numbers", "verdict"], rows)
     title = f"### {place}. {claim.title} ({claim.source})"
-    return f"{title}\n\nClaim: {claim.words}\n\nMeasured: {claim.measure}\n\n{findings}"
+    return f"{title}\n\nClaim: {claim.words}\n\nMeasured: {claim.measure}\n\n{claim.details}"
 
 
 def distinct(values: Iterator[str]) -> str:
     """Each once, in order."""
     return "; ".join(sorted(set(values))) or "–"
+
+
+def seeds(records: Sequence[Record]) -> str:
+    """Those that are judged, and those that steps were chosen on."""
+    judged, tuning = (
+        ", ".join(map(str, sorted({record.seed for record in records if record.judged == side})))
+        for side in (True, False)
+    )
+    return (judged or "–") + f" judged; {tuning} to choose steps on" * bool(tuning)
 
 
 def render(command: str, quick: bool, jobs: Sequence[Job], results: Results, logs: Mapping[str, Log]) -> str:
@@ -214,15 +227,13 @@ def render(command: str, quick: bool, jobs: Sequence[Job], results: Results, log
     """
     everything = [record for records in results.values() for record in records]
     claims = [make(results) for make in CLAIMS]
-    overview = [
-        [f"{place}. {claim.title}", claim.source, *map(str, tally(claim))] for place, claim in enumerate(claims, 1)
-    ]
     absent = [job.name for job in jobs if not results.get(job.name)]
     failed = [f"{name} (code {log.code})" for name, log in logs.items() if log.code and results.get(name)]
+    lines = [line(place, claim) for place, claim in enumerate(claims, 1)]
     return TEMPLATE.format(
         command=command,
         setting=SETTINGS[quick],
-        seeds=", ".join(map(str, sorted({record.seed for record in everything}))) or "–",
+        seeds=seeds(everything),
         devices=distinct(record.device for record in everything),
         versions=distinct(
             ", ".join(f"{name} {version}" for name, version in record.versions.items()) for record in everything
@@ -234,8 +245,11 @@ def render(command: str, quick: bool, jobs: Sequence[Job], results: Results, log
         or "nothing",
         holds=HOLDS,
         fails=FAILS,
+        short=SHORT,
         open=OPEN,
-        overview=table(["claim", "paper", HOLDS, FAILS, OPEN], overview),
+        picture=PICTURE,
+        overview=table(["claim", "what it says", "measured", "verdict"], lines),
         claims="\n".join(described(place, claim) for place, claim in enumerate(claims, 1)),
+        step_sizes="",
         numbers="\n".join(section(job, results.get(job.name, ()), logs.get(job.name)) for job in jobs),
     )

@@ -1,25 +1,23 @@
-"""The arithmetic of verdicts: what a target cost, how two methods compare, and whether that is what was claimed."""
+"""The arithmetic of verdicts: how two methods compare on each seed, and whether that is what was claimed."""
 
 import math
 import operator
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from benchmarks.decentralized.levels import LAST, LOSS, Spent
 from benchmarks.decentralized.records import Record
 from benchmarks.harness.report import mean_and_error
 
-HOLDS, FAILS, OPEN = "holds", "does not hold", "not decided"
+HOLDS, FAILS, SHORT, OPEN = "holds", "does not hold", "too short", "not decided"
+VERDICTS = (HOLDS, FAILS, SHORT, OPEN)
 ROUNDING = 1e-12
 SHARE = 0.01  # of a decrease of F: what counts as the same loss
 
-
-class Spent(NamedTuple):
-    """What was spent until a target was reached, or in all if it was not."""
-
-    amount: float
-    reached: bool
+Meets = Callable[[float, float], bool]
 
 
 class Interval(NamedTuple):
@@ -35,16 +33,18 @@ class Interval(NamedTuple):
 
     @property
     def words(self) -> str:
-        """For a table."""
-        if self.known:
-            return f"{self.least:.3g}"
-        if self.least == math.inf:
-            return "diverged"
-        if self.most == -math.inf:
-            return "the other diverged"
-        if self.most < math.inf:
-            return f"< {self.most:.3g}"
-        return f"> {self.least:.3g}" if self.least > 0 else "unknown"
+        """What became of a seed without a number."""
+        if self == NEVER:
+            return "never there"
+        if self == OTHER_NEVER:
+            return "the other never there"
+        if self == NEITHER:
+            return "not comparable"
+        return "the other too short" if math.isfinite(self.most) else "too short"
+
+
+NEVER, OTHER_NEVER = Interval(math.inf, math.inf), Interval(-math.inf, -math.inf)
+NEITHER, UNKNOWN = Interval(-math.inf, math.inf), Interval(0.0, math.inf)
 
 
 def summary(values: Sequence[float]) -> tuple[float, float]:
@@ -53,93 +53,58 @@ def summary(values: Sequence[float]) -> tuple[float, float]:
     return mean, error if error > ROUNDING * abs(mean) else 0.0
 
 
-UNKNOWN = Interval(0.0, math.inf)
+def ratio(method: Spent, other: Spent) -> Interval:
+    """What a method spent for each unit of another one; bounds where a target was not reached.
 
-
-def spent_until(record: Record, cost: str, metric: str, target: float) -> Spent:
-    """What a run had spent when the metric first was at most the target: between checkpoints, linear in its logarithm.
-
-    A target that the first checkpoint is below counts as reached there. A run that diverges before never reaches it, at
-    any cost.
-
-    Args:
-      record: the run.
-      cost: name of the curve of what is spent.
-      metric: name of the curve that falls.
-      target: the value to reach.
-
-    Returns:
-      What was spent, and whether that was enough.
+    One that can no longer arrive is infinitely dear; of one that a longer run might have brought there the least that
+    it would have cost is known.
     """
-    costs, values = record.along(cost), record.along(metric)
-    if not len(values):
-        return Spent(0.0, False)
-    below = np.flatnonzero(values <= target)
-    if not len(below):
-        return Spent(float(costs[-1]) if np.isfinite(values[-1]) else math.inf, False)
-    at = int(below[0])
-    if at == 0 or not np.isfinite(values[at - 1]):
-        return Spent(float(costs[at]), True)
-    scale = np.log if values[at] > 0 else np.asarray
-    before, now, wanted = scale([values[at - 1], values[at], target])
-    part = (before - wanted) / (before - now)
-    return Spent(float(costs[at - 1] + part * (costs[at] - costs[at - 1])), True)
+    if method.reached and other.reached:
+        quotient = method.amount / other.amount if other.amount else (math.inf if method.amount else 1.0)
+        return Interval(quotient, quotient)
+    if other.reached:
+        least = method.least / other.amount if other.amount else math.inf
+        return Interval(least, math.inf)
+    if method.reached:
+        return Interval(-math.inf, method.amount / other.least) if other.short else OTHER_NEVER
+    return UNKNOWN if method.short or other.short else NEITHER
 
 
-def ratio(method: Spent, base: Spent) -> Interval:
-    """What a method spent for each unit of another one; bounds where a target was not reached."""
-    if not (method.reached or base.reached):
-        return UNKNOWN
-    if not base.reached:
-        return Interval(-math.inf, method.amount / base.amount if base.amount else math.inf)
-    quotient = method.amount / base.amount if base.amount else math.inf
-    return Interval(quotient, quotient if method.reached else math.inf)
-
-
-def close_to_the_end(record: Record, metric: str = "exact_loss", share: float = SHARE) -> float:
-    """The last value and this share of the decrease from the first checkpoint; NaN if it did not decrease."""
-    values = record.along(metric)
-    if not len(values) or not values[-1] < values[0]:
-        return math.nan
-    return float(values[-1] + share * (values[0] - values[-1]))
-
-
-def halfway(record: Record, metric: str) -> float:
-    """The geometric mean of the first checkpoint and the last one; NaN if it did not decrease."""
-    values = record.along(metric)
-    return float(np.sqrt(values[0] * values[-1])) if len(values) and values[-1] < values[0] else math.nan
-
-
-def behind(method: Record, other: Record, metric: str = "exact_loss", cost: str = "derivatives") -> Interval:
+def behind(method: Record, other: Record, metric: str = LOSS, cost: str = "derivatives") -> Interval:
     """What a method lacks after the same cost, the lower of what the two spent, over the larger decrease of the two.
 
     Negative where the method is ahead. A run that ends without finite numbers lacks everything.
     """
     curves = [(record.along(cost), record.along(metric)) for record in (method, other)]
     if any(not len(values) for _, values in curves):
-        return Interval(-math.inf, math.inf)
+        return NEITHER
     finite = [bool(np.isfinite(values[-1])) for _, values in curves]
     if not all(finite):
-        return {
-            (True, False): Interval(-math.inf, -math.inf),
-            (False, True): Interval(math.inf, math.inf),
-        }.get((finite[0], finite[1]), Interval(-math.inf, math.inf))
+        return {(True, False): OTHER_NEVER, (False, True): NEVER}.get((finite[0], finite[1]), NEITHER)
     common = min(costs[-1] for costs, _ in curves)
     one, two = (float(np.interp(common, *curve)) for curve in curves)
     decrease = float(curves[1][1][0]) - min(one, two)
     if not decrease > 0:
-        return Interval(-math.inf, math.inf)
+        return NEITHER
     lack = (one - two) / decrease
     return Interval(lack, lack)
 
 
-def judge(
-    intervals: Sequence[Interval], bound: float, meets: Callable[[float, float], bool] = operator.le
-) -> tuple[str, str]:
+def last_quarter(record: Record) -> float:
+    """Share of its decrease of F that a run makes in its last quarter; NaN where F does not decrease."""
+    steps, losses = record.along("outer_step"), record.along(LOSS)
+    if not len(losses) or not losses[-1] < losses[0]:
+        return math.nan
+    finite = np.isfinite(losses)
+    earlier = np.interp((1 - LAST) * steps[-1], steps[finite], losses[finite])
+    return float((earlier - losses[-1]) / (losses[0] - losses[-1]))
+
+
+def judge(intervals: Sequence[Interval], bound: float, meets: Meets = operator.le) -> tuple[str, str]:
     """Whether numbers, one for each seed, meet a bound.
 
     Known numbers are judged by their mean, which is not decided within one standard error of the bound. If some are
-    only bounded, all seeds have to agree, each on its own.
+    only bounded, all seeds have to agree, each on its own; where a longer run could still make them, it was too short.
 
     Args:
       intervals: of the seeds.
@@ -151,37 +116,57 @@ def judge(
     """
     if not intervals:
         return "–", f"{OPEN}: no results"
+    words = in_words(intervals)
     if all(interval.known for interval in intervals):
         mean, error = summary([interval.least for interval in intervals])
-        words = f"{mean:.3g} ± {error:.1g}" if len(intervals) > 1 else f"{mean:.3g} (one seed)"
         if error and abs(mean - bound) < error:
             return words, f"{OPEN}: within a standard error of {bound:.3g}"
         return words, HOLDS if meets(mean, bound) else FAILS
-    words = ", ".join(interval.words for interval in intervals)
-    held = [meets(interval.most, bound) for interval in intervals]
-    missed = [not meets(interval.least, bound) for interval in intervals]
-    if all(held) or all(missed):
-        return words, HOLDS if all(held) else FAILS
-    if any(held) and any(missed):
+    held = sum(meets(interval.most, bound) for interval in intervals)
+    missed = sum(not meets(interval.least, bound) for interval in intervals)
+    if len(intervals) in (held, missed):
+        return words, HOLDS if held else FAILS
+    if held and missed:
         return words, f"{OPEN}: seeds do not agree"
-    incomparable = any(interval.least == -math.inf and interval.most == math.inf for interval in intervals)
-    return words, f"{OPEN}: {'not comparable' if incomparable else 'target not reached'}"
+    return words, f"{OPEN}: not comparable" if NEITHER in intervals else SHORT
 
 
-def averaged(amounts: Sequence[Spent], form: str = ",.4g") -> str:
-    """Costs in words: their mean ± standard error, and how many did not reach the target."""
+def in_words(intervals: Sequence[Interval]) -> str:
+    """The mean ± standard error of the numbers that are known, and what became of the other seeds."""
+    known = [interval.least for interval in intervals if interval.known]
+    others = [interval for interval in intervals if not interval.known]
+    if len(intervals) == 1:
+        return (f"{known[0]:.3g}" if known else others[0].words) + " (one seed)" + bounded(others)
+    counts = Counter(interval.words for interval in others)
+    parts = [f"{words} on {count}" for words, count in counts.items()]
+    if known:
+        mean, error = summary(known)
+        text = f"{mean:.3g} ± {error:.1g}" if len(known) > 1 else f"{mean:.3g}"
+        if not others:
+            return text
+        parts.insert(0, f"{text} on {len(known)}")
+    return f"{'; '.join(parts)} of {len(intervals)} seeds{bounded(others)}"
+
+
+def bounded(others: Sequence[Interval]) -> str:
+    """The least that seeds without a number could come to in a longer run."""
+    bounds = [interval.least for interval in others if interval.words == "too short"]
+    return f" (≥ {min(bounds):.3g})" if bounds and min(bounds) > 0 else ""
+
+
+def averaged(amounts: Sequence[Spent]) -> str:
+    """Costs in words: their mean ± standard error over the seeds that reached the target, and how many did not."""
     reached = [spent.amount for spent in amounts if spent.reached]
-    missed = len(amounts) - len(reached)
-    if not reached:
-        spent = max((spent.amount for spent in amounts if math.isfinite(spent.amount)), default=math.nan)
-        return "not reached" + (f" ({spent:{form}} spent)" if math.isfinite(spent) else "")
-    mean, error = summary(reached)
-    text = f"{mean:{form}} ± {error:.1g}" if len(reached) > 1 else f"{mean:{form}}"
-    return text + (f" (not reached: {missed} of {len(amounts)} seeds)" if missed else "")
+    if len(reached) == len(amounts):
+        return cell(reached)
+    count = f"{len(reached)} of {len(amounts)} seeds"
+    short = sum(spent.short for spent in amounts)
+    words = count + f", {short} too short" * bool(short)
+    return f"{cell(reached)} ({words})" if reached else f"– ({words})"
 
 
 def number(value: float) -> str:
-    """Four digits."""
+    """Three digits, or four from 1 to 10,000."""
     size = abs(value)
     if not math.isfinite(value):
         return "not finite"
@@ -198,3 +183,11 @@ def cell(values: Sequence[float | None]) -> str:
     mean, error = summary(finite)
     text = f"{number(mean)} ± {error:.1g}" if error else number(mean)
     return text + f" ({len(values) - len(finite)} not finite)" * (len(finite) < len(values))
+
+
+def tally(verdicts: Sequence[str]) -> str:
+    """Several verdicts in one."""
+    counts = Counter(verdict.partition(":")[0] for verdict in verdicts)
+    if len(counts) == 1:
+        return f"**{next(iter(counts))}**" + f" ({len(verdicts)} of {len(verdicts)})" * (len(verdicts) > 1)
+    return ", ".join(f"{verdict} {counts[verdict]}" for verdict in VERDICTS if counts[verdict]) + f" of {len(verdicts)}"

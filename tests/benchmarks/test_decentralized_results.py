@@ -8,106 +8,120 @@ import pytest
 
 from benchmarks.__main__ import main
 from benchmarks.decentralized import papers, speed_up
-from benchmarks.decentralized.claims import CLAIMS, snapshots
+from benchmarks.decentralized.claims import CLAIMS, communication, corrections, frontier, snapshots
+from benchmarks.decentralized.claims.claim import span, table
+from benchmarks.decentralized.claims.communication import RIVALS, SETTINGS
+from benchmarks.decentralized.levels import LOSSES, Spent
+from benchmarks.decentralized.measured import measured
 from benchmarks.decentralized.paper_jobs import JOBS
 from benchmarks.decentralized.papers import Config
+from benchmarks.decentralized.profiles import draw, profiles, spread
 from benchmarks.decentralized.records import Record, matched, read
-from benchmarks.decentralized.results import render, table
+from benchmarks.decentralized.results import render
 from benchmarks.decentralized.speed_up import FEATURES, PROBLEM, RHO, RIDGE, ROWS, SIZES, minimum, quadratic
 from benchmarks.decentralized.verdicts import (
     FAILS,
     HOLDS,
+    NEITHER,
+    NEVER,
     OPEN,
+    OTHER_NEVER,
+    SHORT,
+    UNKNOWN,
     Interval,
-    Spent,
     averaged,
     behind,
     cell,
-    close_to_the_end,
-    halfway,
     judge,
+    last_quarter,
     ratio,
-    spent_until,
+    tally,
 )
 
 VERSIONS = {"python": "3.12", "jax": "0.9"}
+TUNING, JUDGED = (0, 1), (2, 3, 4)
+FAST, SLOW, STUCK, FALLING = (1.0, 0.4, 0.2, 0.1), (1.0, 0.8, 0.4, 0.1), (1.0, 0.7, 0.7, 0.7), (1.0, 0.9, 0.8, 0.7)
 
 
-def record(method="sldbo", losses=(1.0, 0.5, 0.25), costs=None, seed=0, **metrics):
-    costs = [*range(1, len(losses) + 1)] if costs is None else [*costs]
+def curve_of(losses, costs=None):
+    costs = [*range(len(losses))] if costs is None else [*costs]
     curve = {"exact_loss": [*losses], "exact_gradient": [*losses]}
-    curve |= dict.fromkeys(("derivatives", "megabytes", "rounds", "outer_step", "seconds"), costs)
+    return curve | dict.fromkeys(("derivatives", "megabytes", "rounds", "outer_step", "seconds"), costs)
+
+
+def record(method="sldbo", losses=(1.0, 0.5, 0.25), costs=None, seed=2, **metrics):
+    curve = curve_of(losses, costs)
     last = {name: values[-1] if values else None for name, values in curve.items() if name != "outer_step"}
-    configuration = {"agents": 8, "topology": "ring", "partition": "dirichlet:0.1", "outer_steps": 30}
+    configuration = {"agents": 8, "topology": "ring", "partition": "dirichlet:0.1", "outer_steps": 30, "role": "judged"}
     return Record("task", method, seed, configuration, VERSIONS, "cpu", {**last, **metrics}, curve)
+
+
+def runs(method, losses, costs=None, lost=(), **others):
+    """Runs on all seeds with one choice, or with more of other curves; on the seeds of `lost` none arrives."""
+    found = []
+    for seed in (*TUNING, *JUDGED):
+        curves = {1.0: (STUCK if seed in lost else losses), **{float(name[1:]): one for name, one in others.items()}}
+        tries = [
+            {"step_sizes": {"x": x, "y": 1.0, "v": 1.0}, "settings": {}, "curve": curve_of(one, costs)}
+            for x, one in curves.items()
+        ]
+        one = record(method, curves[1.0], costs, seed)
+        role = {**one.configuration, "role": "tuning" if seed in TUNING else "judged"}
+        found.append(one._replace(configuration=role, tries=tries))
+    return found
 
 
 def known(*values):
     return [Interval(value, value) for value in values]
 
 
-@pytest.mark.parametrize(
-    ("losses", "target", "spent"),
-    [
-        ((1.0, 0.5, 0.25), 0.5**0.5, Spent(1.5, True)),
-        ((1.0, 0.5, -0.5), 0.0, Spent(2.5, True)),
-        ((1.0, 0.5, 0.25), 0.5, Spent(2.0, True)),
-        ((1.0, 0.5, 0.25), 2.0, Spent(1.0, True)),
-        ((1.0, 0.5, 0.25), 0.1, Spent(3.0, False)),
-        ((1.0, 0.25, 0.8), 0.5, Spent(1.5, True)),
-        ((1.0, None, 0.25), 0.5, Spent(3.0, True)),
-        ((1.0, 0.5, None), 0.1, Spent(math.inf, False)),
-        ((), 0.5, Spent(0.0, False)),
-    ],
-)
-def test_what_a_target_cost(losses, target, spent):
-    assert spent_until(record(losses=losses), "derivatives", "exact_loss", target) == pytest.approx(spent)
+def arrived(amount):
+    return Spent(amount, True, amount)
 
 
 @pytest.mark.parametrize(
-    ("method", "base", "interval"),
+    ("method", "other", "interval"),
     [
-        (Spent(2, True), Spent(4, True), (0.5, 0.5)),
-        (Spent(3, False), Spent(4, True), (0.75, math.inf)),
-        (Spent(2, True), Spent(4, False), (-math.inf, 0.5)),
-        (Spent(2, False), Spent(4, False), (0, math.inf)),
-        (Spent(math.inf, False), Spent(4, True), (math.inf, math.inf)),
-        (Spent(2, True), Spent(math.inf, False), (-math.inf, 0)),
+        (arrived(2), arrived(4), Interval(0.5, 0.5)),
+        (Spent(3, False, 6), arrived(4), Interval(1.5, math.inf)),
+        (Spent(3, False, math.inf), arrived(4), NEVER),
+        (arrived(2), Spent(4, False, 8), Interval(-math.inf, 0.25)),
+        (arrived(2), Spent(math.inf, False, math.inf), OTHER_NEVER),
+        (Spent(2, False, 9), Spent(4, False, math.inf), UNKNOWN),
+        (Spent(2, False, math.inf), Spent(math.inf, False, math.inf), NEITHER),
+        (arrived(0.0), arrived(0.0), Interval(1.0, 1.0)),
+        (arrived(1.0), arrived(0.0), NEVER),
+        (Spent(1.0, False, 2.0), arrived(0.0), NEVER),
     ],
 )
-def test_ratios_of_costs_are_bounded_where_a_target_was_not_reached(method, base, interval):
-    assert ratio(method, base) == interval
-
-
-def test_targets_are_set_by_the_curve_and_missing_where_it_does_not_fall():
-    assert close_to_the_end(record(losses=(1.1, 0.3, 0.1))) == pytest.approx(0.11)
-    assert halfway(record(losses=(1.0, 0.3, 0.01)), "exact_gradient") == pytest.approx(0.1)
-    for losses in ((1.0, 1.0), (1.0, 2.0), (1.0, None), ()):
-        assert math.isnan(close_to_the_end(record(losses=losses)))
-        assert math.isnan(halfway(record(losses=losses), "exact_gradient"))
+def test_ratios_of_costs_are_bounded_where_a_target_was_not_reached(method, other, interval):
+    assert ratio(method, other) == interval
 
 
 @pytest.mark.parametrize(
-    ("intervals", "bound", "words", "verdict"),
+    ("intervals", "words", "verdict"),
     [
-        (known(0.2, 0.2, 0.2), 0.3, "0.2 ± 0", HOLDS),
-        (known(0.2, 0.3, 0.4), 0.1, "0.3 ± 0.06", FAILS),
-        (known(0.2, 0.3, 0.4), 0.31, "0.3 ± 0.06", f"{OPEN}: within a standard error of 0.31"),
-        (known(0.3), 0.3, "0.3 (one seed)", HOLDS),
-        (known(0.31), 0.3, "0.31 (one seed)", FAILS),
-        ([Interval(0.4, math.inf), Interval(0.35, math.inf)], 0.3, "> 0.4, > 0.35", FAILS),
-        ([Interval(0.4, math.inf), *known(0.2)], 0.3, "> 0.4, 0.2", f"{OPEN}: seeds do not agree"),
-        ([Interval(0.1, math.inf), *known(0.2)], 0.3, "> 0.1, 0.2", f"{OPEN}: target not reached"),
-        ([Interval(-math.inf, 0.2), *known(0.1)], 0.3, "< 0.2, 0.1", HOLDS),
-        ([Interval(0.0, math.inf)] * 2, 0.3, "unknown, unknown", f"{OPEN}: target not reached"),
-        ([Interval(math.inf, math.inf), *known(0.5)], 0.3, "diverged, 0.5", FAILS),
-        ([Interval(-math.inf, -math.inf), *known(0.1)], 0.3, "the other diverged, 0.1", HOLDS),
-        ([Interval(-math.inf, math.inf)] * 2, 0.3, "unknown, unknown", f"{OPEN}: not comparable"),
-        ([], 0.3, "–", f"{OPEN}: no results"),
+        (known(0.2, 0.2, 0.2), "0.2 ± 0", HOLDS),
+        (known(0.4, 0.5, 0.6), "0.5 ± 0.06", FAILS),
+        (known(0.2, 0.3, 0.37), "0.29 ± 0.05", f"{OPEN}: within a standard error of 0.3"),
+        (known(0.3), "0.3 (one seed)", HOLDS),
+        ([Interval(0.4, math.inf), Interval(0.35, math.inf)], "too short on 2 of 2 seeds (≥ 0.35)", FAILS),
+        ([Interval(0.1, math.inf), *known(0.2)], "0.2 on 1; too short on 1 of 2 seeds (≥ 0.1)", SHORT),
+        ([Interval(0.4, math.inf), *known(0.2)], None, f"{OPEN}: seeds do not agree"),
+        ([Interval(-math.inf, 0.2), *known(0.1)], "0.1 on 1; the other too short on 1 of 2 seeds", HOLDS),
+        ([UNKNOWN] * 2, "too short on 2 of 2 seeds", SHORT),
+        ([NEVER, *known(0.5)], "0.5 on 1; never there on 1 of 2 seeds", FAILS),
+        ([NEVER, *known(0.1)], None, f"{OPEN}: seeds do not agree"),
+        ([OTHER_NEVER, *known(0.1, 0.2)], "0.15 ± 0.05 on 2; the other never there on 1 of 3 seeds", HOLDS),
+        ([NEVER], "never there (one seed)", FAILS),
+        ([NEITHER] * 2, "not comparable on 2 of 2 seeds", f"{OPEN}: not comparable"),
+        ([], "–", f"{OPEN}: no results"),
     ],
 )
-def test_verdicts(intervals, bound, words, verdict):
-    assert judge(intervals, bound) == (words, verdict)
+def test_verdicts(intervals, words, verdict):
+    found = judge(intervals, 0.3)
+    assert found[1] == verdict
+    assert words in (None, found[0])
 
 
 def test_a_tie_is_at_most_and_not_less():
@@ -130,70 +144,151 @@ def test_how_far_a_method_is_behind_after_the_same_cost():
 
 
 def test_costs_in_words():
-    assert averaged([Spent(1.0, True), Spent(3.0, True)]) == "2 ± 1"
-    assert averaged([Spent(1.0, True), Spent(3.0, False)]) == "1 (not reached: 1 of 2 seeds)"
-    assert averaged([Spent(1.0, False), Spent(3.0, False)]) == "not reached (3 spent)"
-    assert averaged([Spent(math.inf, False)]) == "not reached"
+    assert averaged([arrived(1.0), arrived(3.0)]) == "2 ± 1"
+    assert averaged([arrived(1.0), Spent(3.0, False, 4.0)]) == "1 (1 of 2 seeds, 1 too short)"
+    assert averaged([Spent(3.0, False, math.inf)] * 2) == "– (0 of 2 seeds)"
     assert cell([0.5, 0.7]) == "0.6 ± 0.1"
     assert cell([0.5, None]) == "0.5 (1 not finite)"
     assert cell([None]) == "not finite"
     assert table(["a"], [["|b|"]]) == "| a |\n| --- |\n| \\|b\\| |\n"
+    assert span([0.2, None, 0.5]) == "0.2 to 0.5 (2 of 3)"
+    assert span([None]) == "unknown"
+    assert tally([HOLDS, f"{OPEN}: no results", HOLDS]) == "holds 2, not decided 1 of 3"
+    assert tally([SHORT]) == "**too short**"
+    assert last_quarter(record(losses=(1.0, 0.9, 0.8, 0.7, 0.5))) == pytest.approx(0.4)
+    assert math.isnan(last_quarter(record(losses=(1.0, 2.0))))
 
 
-def everything(seeds=2):
+def test_steps_are_chosen_for_each_target_on_tuning_seeds_and_judged_on_others():
+    early, late = (1.0, 0.45, 0.4, 0.4), (1.0, 0.9, 0.5, 0.0)
+    found = measured({"job": [*runs("sldbo", (1.0, 0.5, 0.0)), *runs("other", early, x3=late)]}, "job")
+    assert found.base.step_sizes["x"] == 1.0
+    half, *_, deep = LOSSES
+    assert found.chosen("other", half, "rounds")[0].step_sizes["x"] == 1.0
+    assert found.chosen("other", deep, "rounds")[0].step_sizes["x"] == 3.0
+    spent = found.spent("other", half, "rounds")
+    assert sorted(spent) == [*JUDGED]
+    assert all(one.reached and one.amount < 1 for one in spent.values())
+    assert not any(one.reached for one in found.spent("other", deep, "rounds", found.base).values())
+    assert found.spent("absent", deep, "rounds") == {}
+    without = measured({"job": runs("other", early)}, "job")
+    assert without.base is None
+    assert without.spent("other", half, "rounds") == {}
+
+
+def test_snapshots_hold_fail_or_were_too_short():
+    base = runs("sldbo", FAST, (0, 10, 20, 30))
+    lazy = {
+        "s3ldbo-0.5": runs("s3ldbo-0.5", FAST, (0, 5, 10, 15)),
+        "s3ldbo-0.2": runs("s3ldbo-0.2", FALLING, (0, 1, 2, 3)),
+        "s3ldbo-0.1": runs("s3ldbo-0.1", STUCK, (0, 1, 2, 3), x3=(1.0, None, None, None)),
+        "s3ldbo-0.05": runs("s3ldbo-0.05", FAST, (0, 1, 2, 3), lost=(0, 3, 4)),
+    }
+    claim = snapshots({"synthetic": [*base, *(run for each in lazy.values() for run in each)]})
+    rows = [line.split(" | ") for line in claim.details.splitlines() if line.startswith("| penalties, synthetic")]
+    last = [row for row in rows if row[2] == "99%"]
+    assert [row[1] for row in last] == ["0.5", "0.2", "0.1", "0.05"]
+    assert [row[-1].strip("| *") for row in last] == [HOLDS, SHORT, FAILS, f"{OPEN}**: seeds do not agree"]
+    assert last[0][3:6] == ["0.5 ± 0"] * 3
+    assert last[1][3] == "too short on 3 of 3 seeds (≥ 0.31) †"
+    assert last[2][3] == "never there on 3 of 3 seeds †"
+    assert last[3][3] == "0.1 on 1; never there on 2 of 3 seeds †"
+    assert claim.verdicts.count(f"{OPEN}: no results of mnist") == 12
+    assert claim.numbers == "p = 0.1, 99%: unknown of SLDBO's evaluations on these tasks, unknown of its bytes"
+
+
+def test_a_crossing_that_does_not_last_is_none():
+    base, swings = runs("sldbo", FAST), runs("s3ldbo-0.5", (1.0, 0.1, 0.3, 0.1))
+    rows = snapshots({"cleaning": [*base, *swings]}).details.splitlines()
+    assert "| hyper-cleaning | 0.5 | 90% | 1.16 ± 0 | 1.16 ± 0 | 1.16 ± 0 | **does not hold** |" in rows
+
+
+def test_who_arrives_alone_sends_less():
+    everything = [*runs("sldbo", FAST), *runs("dsvrbgd", FAST), *runs("mdbo", STUCK), *runs("vrdbo", (1.0, None, None))]
+    claim = communication({"cleaning": everything})
+    assert claim.verdicts[1:3] == [HOLDS, HOLDS]
+    assert "the other never there on 3 of 3 seeds: **holds**" in claim.details
+    assert "| mdbo | – (0 of 3 seeds) † |" in claim.details
+    assert "| dsvrbgd | 0.6525 MB; 0.6525 rounds |" in claim.details
+
+
+def test_the_goal_is_met_by_one_preset_on_all_tasks_or_not_at_all():
+    few = [*runs("sldbo", FAST, (0, 10, 20, 30)), *runs("s3ldbo-ed-0.1", FAST, (0, 1, 2, 3))]
+    jobs = ("synthetic", "mnist", "cleaning", "meta")
+    assert frontier(dict.fromkeys(jobs, few)).verdicts == [HOLDS]
+    claim = frontier({**dict.fromkeys(jobs[:3], few), "meta": runs("sldbo", FAST)})
+    assert (claim.numbers, claim.verdicts) == ("s3ldbo-ed-0.1 meets it on 3 of 4 tasks", [FAILS])
+    assert frontier({}).verdicts == [f"{OPEN}: no results"]
+
+
+def test_an_order_that_a_longer_run_may_turn_was_too_short():
+    late = [record("sparkle-ed", (1.0, 0.9, 0.8, 0.7, 0.4), seed=seed) for seed in JUDGED]
+    better = [record("sparkle-gt", (1.0, 0.3, 0.25, 0.25, 0.25), seed=seed) for seed in JUDGED]
+    idle = [record("sparkle-extra", (1.0, 0.4, 0.4, 0.4, 0.4), seed=seed) for seed in JUDGED]
+    assert corrections({"sparse-policy": [*late, *better, *idle]}).verdicts[:2] == [SHORT, FAILS]
+
+
+def test_a_profile_counts_what_is_within_a_factor_of_the_cheapest():
+    results = {"job": [*runs("sldbo", FAST, (0, 2, 4, 6)), *runs("d-soba", FAST), *runs("mdbo", STUCK)]}
+    found = profiles(results, "megabytes")
+    assert found["d-soba"].at(np.array([1.0, 4.0])).tolist() == [1.0, 1.0]
+    assert found["sldbo"].at(np.array([1.0, 1.9, 2.1])).tolist() == [0.0, 0.0, 1.0]
+    assert found["mdbo"].at(np.array([64.0])).tolist() == [0.0]
+    figure = draw(results)
+    texts = {text.get_text() for axes in figure.axes for text in axes.texts}
+    assert texts == {"sldbo", "d-soba", "mdbo"}
+    assert draw({"job": runs("d-soba", FAST)}) is None
+    assert spread([0.5, 0.5, 0.1]) == pytest.approx([0.5, 0.555, 0.1])
+    assert spread([1.0, 1.0]) == pytest.approx([0.945, 1.0])
+
+
+def everything():
     """Results where all that is claimed holds, by hand."""
-    fast, slow = (1.0, 0.4, 0.2, 0.1), (1.0, 0.8, 0.7, 0.6)
     results = {job.name: [] for job in JOBS}
-    for seed in range(seeds):
-        for job in ("synthetic", "mnist", "cleaning", "meta"):
-            results[job].append(record("sldbo", fast, (10, 20, 30, 40), seed))
-            for p in (0.5, 0.2, 0.1):
-                costs = (10 * p, 20 * p, 30 * p, 40 * p)
-                results[f"{job}-skipping"].append(record(f"s3ldbo-{p:g}", fast, costs, seed))
-            for p in (0.25, 0.125):
-                results[f"{job}-skipping"].append(record(f"s3ldbo-subset-{p:g}", slow, seed=seed))
-                results[f"{job}-skipping"].append(record(f"s3ldbo-adaptive-{p:g}", fast, seed=seed))
-        for method in ("dsvrbgd", "sldbo-top0.3", "sldbo-top0.1"):
-            results["cleaning"].append(record(method, fast, (1, 2, 3, 4), seed))
-        for method in ("mdbo", "vrdbo", "ma-dsbo", "ma-dsbo-sampled", "d-soba", "d-soba-sampled"):
-            results["cleaning"].append(record(method, slow, (1, 2, 3, 4), seed))
-        for job in ("sparse-policy", "sparse-cleaning"):
-            for method in ("sparkle-ed", "sparkle-extra", "sparkle-gt", "d-soba"):
-                results[job].append(record(method, slow if method == "d-soba" else fast, seed=seed))
-        for method in ("sparkle-ed", "sparkle-gt"):
-            results["lower-complete"].append(record(method, fast, seed=seed))
-            results["upper-complete"].append(record(method, slow, seed=seed))
+    for job in ("synthetic", "mnist", "cleaning", "meta"):
+        results[job] = runs("sldbo", FAST, (0, 20, 30, 40))
+        for p in (0.5, 0.2, 0.1, 0.05):
+            for name in (f"s3ldbo-{p:g}", f"s3ldbo-ed-{p:g}"):
+                part = p if "ed" not in name else p / 2
+                results[job] += runs(name, FAST, (0, 20 * part, 30 * part, 40 * part))
+        for p in (0.25, 0.125):
+            results[job] += runs(f"s3ldbo-subset-{p:g}", STUCK) + runs(f"s3ldbo-adaptive-{p:g}", FAST)
+    for setting in SETTINGS:
+        deep = FAST if setting.job == "cleaning" else (1.0, 0.3, 0.03, 0.005)
+        found = results.setdefault(setting.job, runs("sldbo", FAST))
+        found += runs("dsvrbgd", deep, (0, 4, 6, 8))
+        found += [run for name in ("dsvrbgd-ed", "dsvrbgd-top0.3", "dsvrbgd-top0.1") for run in runs(name, deep)]
+        found += [run for rival in RIVALS for run in runs(rival, deep, (0, 20, 30, 40))]
+    results["cleaning"] += runs("sldbo-top0.3", FAST) + runs("sldbo-top0.1", FAST)
+    for job in ("sparse-policy", "sparse-cleaning"):
+        for method in ("sparkle-ed", "sparkle-extra", "sparkle-gt", "d-soba"):
+            results[job] += runs(method, STUCK if method == "d-soba" else FAST)
+    for method in ("sparkle-ed", "sparkle-gt"):
+        results["lower-complete"] += runs(method, FAST)
+        results["upper-complete"] += runs(method, STUCK)
+    for seed in JUDGED:
         for method in ("d-soba", "dsvrbgd"):
             for n in SIZES:
                 run = record(f"{method}-n{n}", seed=seed, floor=(1 + seed) / n)
                 results["speed-up"].append(run._replace(configuration={**run.configuration, "agents": n}))
         for method, iterations in (("plain", None), ("kfac-v", 20), ("kfac", 10), ("ekfac", 10)):
             results["curvature"].append(record(method, seed=seed, iterations=iterations, penalty=0.1))
-    return {job: runs or [record()] for job, runs in results.items()}
+    return {job: records or [record()] for job, records in results.items()}
 
 
 def verdicts(results):
-    return [[finding.verdict for finding in make(results).findings] for make in CLAIMS]
+    return [make(results).verdicts for make in CLAIMS]
 
 
 def test_the_claims_find_their_numbers():
-    *first, compressed, moved, curved = verdicts(everything())
-    assert {verdict for claim in (*first, moved, curved) for verdict in claim} == {HOLDS}
-    assert (len(moved), len(curved)) == (9, 3)
-    assert compressed == [HOLDS, HOLDS, f"{OPEN}: no results of cleaning", f"{OPEN}: no results of cleaning"]
-    assert "slope -1 ± 0" in CLAIMS[4](everything()).findings[0].numbers
+    found = verdicts(everything())
+    assert {verdict for claim in found for verdict in claim} == {HOLDS}
+    assert [*map(len, found)] == [48, 44, 6, 2, 2, 12, 1, 3, 27, 1]
+    assert CLAIMS[4](everything()).numbers == "slopes -1, where 1/n is −1"
 
 
-def test_a_claim_fails_where_the_numbers_say_so_and_is_open_where_the_target_was_not_reached():
+def test_a_claim_fails_where_the_numbers_say_so():
     results = everything()
-    fast = (1.0, 0.4, 0.2, 0.1)
-    slow = [record("s3ldbo-0.5", fast, (10, 20, 30, 40), seed) for seed in range(2)]
-    short = [record("s3ldbo-0.2", (1.0, 0.5), (1, 2), seed) for seed in range(2)]
-    late = [record("s3ldbo-0.1", (1.0, 0.5), (1, 80), seed) for seed in range(2)]
-    results["synthetic-skipping"] = [*slow, *short, *late]
-    found = snapshots(results).findings[:3]
-    assert [finding.verdict for finding in found] == [FAILS, f"{OPEN}: target not reached", FAILS]
-    assert found[0].numbers.startswith("ratio 1 ± 0; ")
     results["lower-complete"], results["upper-complete"] = results["upper-complete"], results["lower-complete"]
     assert verdicts(results)[3] == [FAILS, FAILS]
     results["lower-complete"] = results["upper-complete"]
@@ -202,8 +297,7 @@ def test_a_claim_fails_where_the_numbers_say_so_and_is_open_where_the_target_was
 
 def test_without_results_nothing_is_decided():
     for claim in verdicts({}):
-        assert claim
-        assert all(verdict.startswith(f"{OPEN}: no results of") for verdict in claim)
+        assert all(verdict.startswith(f"{OPEN}: no results") for verdict in claim)
 
 
 def test_seeds_are_matched():
@@ -222,36 +316,38 @@ def written(folder, results):
 def test_the_page_is_made_of_the_files_alone_and_always_the_same(tmp_path, capsys):
     results = everything()
     del results["mnist"]
-    results["cleaning"].append(record("c2dfb", (1.0, None), seed=0, test_accuracy=None))
-    short = record("s3ldbo-unbiased-0.2", seed=1, outer_steps=4)
+    results["cleaning"].append(record("c2dfb", (1.0, None), test_accuracy=None))
+    short = record("s3ldbo-unbiased-0.2", seed=3, outer_steps=4)
     grid = {"x": [1.0, 3.0, 9.0], "y": [0.5, 1.0, 2.0], "v": [0.5, 1.0, 2.0]}
-    chosen = {"step_sizes": {"x": 3.0, "y": 0.5, "v": 0.5}, "grid": grid}
-    steady = {"0": [True, False, False], "1": [False, True, True]}
-    results["cleaning"].append(short._replace(configuration={**short.configuration, **chosen, "grid_steady": steady}))
+    chosen = {"step_sizes": {"x": 3.0, "y": 0.5, "v": 0.5}, "grid": grid, "settings": {"momentum": 0.1}}
+    results["cleaning"].append(short._replace(configuration={**short.configuration, **chosen}))
     written(tmp_path / "decentralized_papers-quick", results)
     pages = [tmp_path / "one.md", tmp_path / "more" / "two.md"]
     for page in pages:
         arguments = ["--quick", "--report-only", "--results", str(tmp_path), "--output", str(page)]
         assert main(["decentralized-papers", *arguments]) == 0
         assert "Page: " in capsys.readouterr().out
+        assert page.with_name("profiles.png").stat().st_size < 200_000
     text = pages[0].read_text()
     assert text == pages[1].read_text()
     for part in (
-        "python -m benchmarks decentralized-papers --quick --seeds 2",
-        "- Seeds: 0, 1\n- Device: cpu\n- Versions: python 3.12, jax 0.9\n- Missing: no results of mnist\n",
-        "penalties, MNIST, p = 0.5 (at most 0.75) | – | **not decided: no results of mnist, mnist-skipping**",
-        "| 5. Linear speed-up | D-SOBA, arXiv 2402.03167; DSVRBGD, arXiv 2311.11342 | 2 | 0 | 0 |",
-        "n: 8; topology: ring; partition: dirichlet:0.1; iterations: 30; seeds: 0, 1.",
+        "python -m benchmarks decentralized-papers --quick --seeds 3",
+        "- Seeds: 2, 3, 4 judged; 0, 1 to choose steps on\n- Device: cpu\n- Versions: python 3.12, jax 0.9\n",
+        "- Missing: no results of mnist\n",
+        "| penalties, MNIST | 0.5 | 50% | – | – | – | **not decided**: no results of mnist |",
+        "slopes -1, where 1/n is −1 | **holds** (2 of 2) |",
+        "n: 8; topology: ring; partition: dirichlet:0.1; iterations: 30; seeds: 2, 3, 4.",
         "| sldbo | 0.1 | 0.1 | 40 | 40 | 40 | 40 |",
-        "| 3, 0.5* † |",
-        "\ns3ldbo-unbiased-0.2, seed 1: ended after 4 of 30 iterations.\n",
+        "| 3, 0.5*, momentum 0.1 |",
+        "\ns3ldbo-unbiased-0.2, seed 3: ended after 4 of 30 iterations.\n",
         "| c2dfb | not finite |",
         "### Penalties of MNIST\n\nNo results.",
         "### Curvature as a preconditioner of y and v",
+        "![Performance profiles](profiles.png)",
     ):
         assert part in text
     table_of_cleaning = text.partition("### Hyper-cleaning, all methods")[2].partition("###")[0]
-    assert table_of_cleaning.index("| sldbo |") < table_of_cleaning.index("| mdbo |") < table_of_cleaning.index("c2dfb")
+    assert table_of_cleaning.index("| sldbo |") < table_of_cleaning.index("c2dfb")
 
 
 def test_a_page_without_any_files_says_so(tmp_path):
@@ -348,17 +444,6 @@ def test_the_problem_of_the_speed_up_has_the_minimum_that_it_says():
         assert outer(solution) < outer(solution + away)
     x, y = np.ones(FEATURES), np.arange(FEATURES) / FEATURES
     np.testing.assert_allclose(PROBLEM.inner_loss(x, y, (given, wanted)), inner(x, y), rtol=1e-5)
-
-
-def test_where_the_base_has_no_target_its_seed_is_left_out_and_counted():
-    results = everything()
-    results["synthetic"] = [record("sldbo", (1.0, None)), record("sldbo", (1.0, 0.4, 0.2, 0.1), (10, 20, 30, 40), 1)]
-    found = snapshots(results).findings[0]
-    assert found.verdict == HOLDS
-    assert found.numbers.startswith("ratio 0.5 (one seed); ")
-    assert found.numbers.endswith("; no target with 1 of 2 seeds, where sldbo does not descend")
-    results["synthetic"] = [record("sldbo", (1.0, 2.0))]
-    assert snapshots(results).findings[0].verdict == f"{OPEN}: sldbo does not descend"
 
 
 def test_the_speed_up_writes_what_its_claim_reads(tmp_path, monkeypatch, capsys):
