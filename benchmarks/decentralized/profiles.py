@@ -109,11 +109,14 @@ def panel(axes: Axes, found: Mapping[str, Profile], label: str) -> None:
     for method, (colour, line) in style.items():
         axes.plot(factors, found[method].at(factors), color=colour, linestyle=line, linewidth=1.8, zorder=2)
     every = max(profile.tasks for profile in found.values())
-    ends = spread([float(found[method].at(factors[-1:])[0]) for method in style])
-    for (method, (colour, _)), height in zip(style.items(), ends, strict=True):
-        tasks = found[method].tasks
-        words = method + f" ({tasks} tasks)" * (tasks < every)
-        axes.annotate(words, (1.02, height), xycoords=("axes fraction", "data"), color=colour, va="center", fontsize=8)
+    ends = [float(found[method].at(factors[-1:])[0]) for method in style]
+    means = [float(found[method].at(factors).mean()) for method in style]  # ends that are the same stand in this order
+    heights = spread([end + mean / 1e3 for end, mean in zip(ends, means, strict=True)])
+    for (method, (colour, line)), end, height in zip(style.items(), ends, heights, strict=True):
+        words = method + f" ({found[method].tasks} tasks)" * (found[method].tasks < every)
+        beside = axes.get_yaxis_transform()
+        axes.plot((1, 1.03, 1.07), (end, height, height), line, color=colour, transform=beside, clip_on=False)
+        axes.text(1.085, height, words, color=colour, va="center", fontsize=8, transform=beside)
     axes.set(xscale="log", xlim=(1, MOST), ylim=(0, 1.02), xlabel=label)
     ticks = [2.0**power for power in range(int(math.log2(MOST)) + 1)]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
