@@ -77,7 +77,7 @@ def snapshots(results: Results) -> Claim:
         measure="The abstract names no factor: the claim holds where the ratio of evaluations, each method with the "
         "steps that are best for the target, is below 1. p is the probability of a refresh, what the ratio would be if "
         "old directions were as good as new ones. At SLDBO's steps: both methods with the steps that end lowest for "
-        "SLDBO. Bytes: with each method's own best steps. S3LDBO has twice SLDBO's iterations. Meta-learning has a "
-        "lower level of each agent's own, so that SLDBO tracks x alone.",
+        "SLDBO. Bytes: with each method's own best steps. S3LDBO has three times SLDBO's iterations. Meta-learning "
+        "has a lower level of each agent's own, so that SLDBO tracks x alone.",
         details=table(HEADERS, rows),
     )
