@@ -71,6 +71,12 @@ METHODS = {  # (problem, gossip, step_sizes, sample) -> method; declared calls o
     "s3ldbo_common": (preset(D.s3ldbo, coins=bx.coins.common(0.5)), None, RING),
     "s3ldbo_subset": (preset(D.s3ldbo, coins=bx.coins.subset(0.5, block=2)), (0.5, 0.5, 0.5, 0.5), RING),
     "s3ldbo_cyclic": (preset(D.s3ldbo, coins=bx.coins.cyclic(0.5, block=2), correction=ED), (0.5, 0.5, 0.5, 0.5)),
+    "s3ldbo_predicted": (
+        preset(D.s3ldbo, coins=bx.coins.subset(0.5, block=2), predict=bx.single_loop.prediction.secants(2)),
+        (0.5, 0.5, 0.5, 0.5),
+        RING,
+        BRANCHES,
+    ),
     "s3ldbo_unbiased": (preset(D.s3ldbo_unbiased, probability=0.5), None, RING),
     "dsvrbgd": (sampled(D.dsvrbgd, **MOMENTUM), (2, 2, 2, 2), RING),
     "dsvrbgd_alternating": (sampled(D.dsvrbgd, alternating=True, **MOMENTUM), (2, 4, 2, 2), RING),
