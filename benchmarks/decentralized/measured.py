@@ -47,13 +47,12 @@ class Measured(NamedTuple):
         return {seed: value for seed, value in values.items() if not math.isnan(value)}
 
     def chosen(self, method: str, level: Level, cost: str) -> tuple[Try, Choice] | None:
-        """The try of a method for a target, and how it was chosen; None where there is nothing to choose from."""
+        """The try of a method for a target, and how it was chosen; None without runs, or a target on all seeds."""
         targets, tries = self.targets(self.tuning, level), self.tuning.get(method, {})
-        seeds = sorted(set(targets) & set(tries))
-        grids = [tries[seed] for seed in seeds]
-        if not grids or not grids[0]:
+        grids = [tries[seed] for seed in sorted(tries)]
+        if not grids or not grids[0] or not set(tries) <= set(targets):
             return None
-        choice = choose(grids, level.metric, cost, [targets[seed] for seed in seeds])
+        choice = choose(grids, level.metric, cost, [targets[seed] for seed in sorted(tries)])
         return grids[0][choice.place], choice
 
     def spent(

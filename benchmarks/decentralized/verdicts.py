@@ -149,9 +149,12 @@ def in_words(intervals: Sequence[Interval]) -> str:
 
 
 def bounded(others: Sequence[Interval]) -> str:
-    """The least that seeds without a number could come to in a longer run."""
-    bounds = [interval.least for interval in others if interval.words == "too short"]
-    return f" (≥ {min(bounds):.3g})" if bounds and min(bounds) > 0 else ""
+    """What is known of seeds without a number: the least that a longer run could come to, or the most."""
+    lower = [interval.least for interval in others if interval.words == "too short" and interval.least > 0]
+    upper = [interval.most for interval in others if interval.words == "the other too short"]
+    bounds = [f"≥ {min(lower):.3g}"] if lower else []
+    bounds += [f"≤ {max(upper):.3g}"] if upper else []
+    return f" ({', '.join(bounds)})" if bounds else ""
 
 
 def averaged(amounts: Sequence[Spent]) -> str:

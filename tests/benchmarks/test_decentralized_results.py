@@ -108,7 +108,7 @@ def test_ratios_of_costs_are_bounded_where_a_target_was_not_reached(method, othe
         ([Interval(0.4, math.inf), Interval(0.35, math.inf)], "too short on 2 of 2 seeds (≥ 0.35)", FAILS),
         ([Interval(0.1, math.inf), *known(0.2)], "0.2 on 1; too short on 1 of 2 seeds (≥ 0.1)", SHORT),
         ([Interval(0.4, math.inf), *known(0.2)], None, f"{OPEN}: seeds do not agree"),
-        ([Interval(-math.inf, 0.2), *known(0.1)], "0.1 on 1; the other too short on 1 of 2 seeds", HOLDS),
+        ([Interval(-math.inf, 0.2), *known(0.1)], "0.1 on 1; the other too short on 1 of 2 seeds (≤ 0.2)", HOLDS),
         ([UNKNOWN] * 2, "too short on 2 of 2 seeds", SHORT),
         ([NEVER, *known(0.5)], "0.5 on 1; never there on 1 of 2 seeds", FAILS),
         ([NEVER, *known(0.1)], None, f"{OPEN}: seeds do not agree"),

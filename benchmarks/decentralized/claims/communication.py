@@ -74,7 +74,7 @@ def communication(results: Results) -> Claim:
             rows.append([f"{METHOD} / {other}, {UNITS[cost]}" + " (not of the paper)" * (other in OTHERS), *cells])
             if other in RIVALS:
                 verdicts += [one.verdict for one in found]
-                shown += [one.mean for one in found if one.mean is not None]
+                shown += [one.mean for one in found]
         headers = ["ratio", *map(named, setting.levels)]
         parts.append(f"{setting.words}:\n\n{spending(setting, runs)}\n{table(headers, rows)}")
     return Claim(

@@ -2,7 +2,7 @@
 
 import operator
 
-from benchmarks.decentralized.claims.claim import Claim, bold, compared, span, table
+from benchmarks.decentralized.claims.claim import Claim, bold, compared, table
 from benchmarks.decentralized.levels import Spent
 from benchmarks.decentralized.records import Record, Results, matched
 from benchmarks.decentralized.verdicts import averaged, cell
@@ -31,7 +31,8 @@ def curvature(results: Results) -> Claim:
         source="beyond the papers",
         words="SLDBO reaches the same x* in fewer iterations if y and v, or v alone, move along directions that the "
         "Kronecker factors of each agent's own loss have rescaled after they were tracked.",
-        numbers=f"{span(one.mean for one in found)} of the iterations without, where both arrive on all seeds",
+        numbers="of the iterations without: "
+        + "; ".join(f"{method} {one.words}" for method, one in zip(METHODS, found, strict=True)),
         verdicts=[one.verdict for one in found],
         measure="One penalty of a softmax regression. Number: iterations until all three mean directions at the mean "
         "iterate are at 1e-6 of their first values, over those without factors. As many pairs of steps are tried for "
