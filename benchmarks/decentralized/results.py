@@ -69,7 +69,7 @@ few tasks, of which the label tells the number, is counted on these, among their
 ## Claims
 
 {claims}
-{step_sizes}## Numbers
+## Numbers
 
 F(x) and its gradient are at the mean x, at the end of the runs whose steps were chosen for the highest target; the rows
 are in the order of F(x). Where a sigmoid saturates, as on hyper-cleaning, a small gradient says nothing. Seconds are
@@ -250,6 +250,5 @@ def render(command: str, quick: bool, jobs: Sequence[Job], results: Results, log
         picture=PICTURE,
         overview=table(["claim", "what it says", "measured", "verdict"], lines),
         claims="\n".join(described(place, claim) for place, claim in enumerate(claims, 1)),
-        step_sizes="",
         numbers="\n".join(section(job, results.get(job.name, ()), logs.get(job.name)) for job in jobs),
     )

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.__main__ import main
 from benchmarks.decentralized import papers, speed_up
-from benchmarks.decentralized.claims import CLAIMS, communication, corrections, frontier, snapshots
+from benchmarks.decentralized.claims import CLAIMS, communication, corrections, frontier, snapshots, step_sizes
 from benchmarks.decentralized.claims.claim import span, table
 from benchmarks.decentralized.claims.communication import RIVALS, SETTINGS
 from benchmarks.decentralized.levels import LOSSES, Spent
@@ -273,6 +273,8 @@ def everything():
                 results["speed-up"].append(run._replace(configuration={**run.configuration, "agents": n}))
         for method, iterations in (("plain", None), ("kfac-v", 20), ("kfac", 10), ("ekfac", 10)):
             results["curvature"].append(record(method, seed=seed, iterations=iterations, penalty=0.1))
+        suggested = {"evaluations": 15.0, "grid_evaluations": 10.0, "suggestion_evaluations": 4.0}
+        results.setdefault("step-sizes", []).append(record("synthetic, sldbo", seed=seed, **suggested))
     return {job: records or [record()] for job, records in results.items()}
 
 
@@ -283,7 +285,7 @@ def verdicts(results):
 def test_the_claims_find_their_numbers():
     found = verdicts(everything())
     assert {verdict for claim in found for verdict in claim} == {HOLDS}
-    assert [*map(len, found)] == [48, 44, 6, 2, 2, 12, 1, 3, 27, 1]
+    assert [*map(len, found)] == [48, 44, 6, 2, 2, 12, 1, 3, 27, 1, 1]
     assert CLAIMS[4](everything()).numbers == "slopes -1, where 1/n is −1"
 
 
@@ -293,6 +295,15 @@ def test_a_claim_fails_where_the_numbers_say_so():
     assert verdicts(results)[3] == [FAILS, FAILS]
     results["lower-complete"] = results["upper-complete"]
     assert verdicts(results)[3] == [f"{OPEN}: no difference above 1%"] * 2
+
+
+def test_suggested_steps_that_do_not_arrive_fail():
+    lost = [
+        record("a", seed=seed, evaluations=None, grid_evaluations=9.0, suggestion_evaluations=2.0) for seed in JUDGED
+    ]
+    claim = step_sizes({"step-sizes": lost})
+    assert claim.verdicts == [FAILS]
+    assert "| a | 2 | not finite | 9 | never there on 3 of 3 seeds | **does not hold** |" in claim.details
 
 
 def test_without_results_nothing_is_decided():

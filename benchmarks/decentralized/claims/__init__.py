@@ -10,6 +10,7 @@ from benchmarks.decentralized.claims.noise import speed_up
 from benchmarks.decentralized.claims.refresh import compression, refresh
 from benchmarks.decentralized.claims.snapshots import snapshots
 from benchmarks.decentralized.claims.sparkle import corrections, levels
+from benchmarks.decentralized.claims.step_sizes import step_sizes
 from benchmarks.decentralized.records import Results
 
 CLAIMS: tuple[Callable[[Results], Claim], ...] = (
@@ -23,4 +24,5 @@ CLAIMS: tuple[Callable[[Results], Claim], ...] = (
     curvature,
     diffusion,
     frontier,
+    step_sizes,
 )  # another claim is another function
