@@ -46,6 +46,11 @@ def cross_entropy(y: Array, images: Array, labels: Array) -> Array:
     return optax.softmax_cross_entropy_with_integer_labels(images @ y, labels)
 
 
+def decay(l2: float, x: Array, y: Array) -> Array:
+    """The part of g_i that reads no data."""
+    return l2 / 2 * jnp.sum(y**2)
+
+
 def cleaning(l2: float) -> bx.BilevelProblem:
     """f_i and g_i of one agent; x [N], for the training images of all agents; y [pixels, 10]."""
 
@@ -56,6 +61,6 @@ def cleaning(l2: float) -> bx.BilevelProblem:
     def inner_loss(x: Array, y: Array, batch: tuple) -> Array:
         images, labels, ids, weights = batch
         losses = jax.nn.sigmoid(x[ids]) * cross_entropy(y, images, labels)
-        return jnp.mean(weights * losses) + l2 / 2 * jnp.sum(y**2)
+        return jnp.mean(weights * losses) + decay(l2, x, y)
 
     return bx.BilevelProblem(outer_loss, inner_loss)

@@ -58,6 +58,11 @@ def cross_entropy(x: PyTree, y: Array, images: Array, labels: Array) -> Array:
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
 
 
+def decay(l2: float, x: PyTree, y: Array) -> Array:
+    """The part of g_i that reads no data."""
+    return l2 / 2 * jnp.sum(y**2) / len(y)
+
+
 def personal(l2: float) -> bx.BilevelProblem:
     """f_i and g_i of one agent; x are the weights of the backbone, y [tasks, F, WAYS] the heads of its own tasks."""
 
@@ -65,7 +70,7 @@ def personal(l2: float) -> bx.BilevelProblem:
         return cross_entropy(x, y, *batch)
 
     def inner_loss(x: PyTree, y: Array, batch: tuple) -> Array:
-        return cross_entropy(x, y, *batch) + l2 / 2 * jnp.sum(y**2) / len(y)
+        return cross_entropy(x, y, *batch) + decay(l2, x, y)
 
     return bx.BilevelProblem(outer_loss, inner_loss)
 

@@ -22,10 +22,10 @@ from sklearn.metrics import roc_auc_score
 import bilevax as bx
 from benchmarks.data.images import IMAGES, ImageName, load
 from benchmarks.decentralized.choices import PARTITIONS, Agents, changed, parsed
-from benchmarks.decentralized.cleaning import Divided, cleaning, divide
+from benchmarks.decentralized.cleaning import Divided, cleaning, decay, divide
 from benchmarks.decentralized.comparison import Job, Place, compare, defaults
 from benchmarks.decentralized.figure import Panel
-from benchmarks.decentralized.network import Network, by_weight, second_moment
+from benchmarks.decentralized.network import Network, by_weight, penalized, second_moment
 from benchmarks.decentralized.placement import join_hosts, start_devices
 from benchmarks.decentralized.rows import names
 from benchmarks.harness.errors import DataError
@@ -71,6 +71,7 @@ METHODS = (
     *("d-soba", "ma-dsbo", "mdbo", "c2dfb", "sldbo-top0.1"),
 )
 DEFAULTS = defaults(METHODS)
+KNOWN = penalized(functools.partial(decay, L2))
 
 
 def network(data: Divided) -> Network:
@@ -93,6 +94,7 @@ def network(data: Divided) -> Network:
         sizes=bx.Batch(outer=len(data.whole.batch.outer[1]) / n, inner=len(clean) / n),
         bound=bound,
         scores=scores,
+        known=KNOWN,
     )
 
 

@@ -33,12 +33,13 @@ from benchmarks.decentralized.heads import (
     Tasks,
     curvature,
     deal,
+    decay,
     features,
     of_each_task,
     personal,
     scores,
 )
-from benchmarks.decentralized.network import Network
+from benchmarks.decentralized.network import Network, penalized
 from benchmarks.decentralized.rows import names
 from benchmarks.harness.report import Columns
 from benchmarks.harness.runner import Options
@@ -62,6 +63,7 @@ accuracy {accuracy:.3f} and loss {loss:.3f} (mean over seeds). A minibatch is di
 """
 METHODS = ("interact", "interact-svr", "diamond", "lopa-local", "lopa-tracking")
 DEFAULTS = defaults(METHODS)
+KNOWN = penalized(functools.partial(decay, L2))
 problem = functools.cache(personal)
 
 
@@ -86,6 +88,7 @@ def network(data: Tasks, test: bx.Batch, seed: int) -> Network:
         bound=bound,
         scores=scores(test, L2),
         personal=True,
+        known=KNOWN,
     )
 
 

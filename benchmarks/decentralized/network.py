@@ -29,6 +29,7 @@ class Network(NamedTuple):
         [n, ...]. Numbers may be NaN.
       personal: whether each agent has a lower level of its own, y_i = argmin g_i(x, y_i), in place of a common one.
       diagonal: `diagonal(x)`, like y: roughly that of ∇²_yy g, for a common lower level; it makes F cheaper to find.
+      known: what of f_i and g_i reads no data, such as a penalty, as losses that are given None; None for nothing.
     """
 
     problem: bx.BilevelProblem
@@ -41,6 +42,7 @@ class Network(NamedTuple):
     scores: Callable[[Any, Any], dict[str, float]]
     personal: bool = False
     diagonal: Callable[[Any], Any] | None = None
+    known: bx.BilevelProblem | None = None
 
     @property
     def n(self) -> int:
@@ -88,6 +90,11 @@ def second_moment(rows: Array, weights: Array) -> Array:
     """The largest eigenvalue of the mean of w a aᵀ over the rows a [N, d], by the smaller of its two Gram matrices."""
     scaled = rows * jnp.sqrt(weights / len(rows))[:, None]
     return jnp.linalg.eigvalsh(scaled @ scaled.T if len(rows) < rows.shape[1] else scaled.T @ scaled)[-1]
+
+
+def penalized(penalty: Callable[[Any, Any], Array]) -> bx.BilevelProblem:
+    """What is known of g_i without data, where it is `penalty(x, y)`; of f_i nothing."""
+    return bx.BilevelProblem(lambda x, y, batch: jnp.zeros(()), lambda x, y, batch: penalty(x, y))
 
 
 def mean(tree: PyTree) -> PyTree:

@@ -102,6 +102,12 @@ def penalty(x: Array, parts: int = 2) -> Array:
     return LARGEST * jax.nn.sigmoid(x - math.log(LARGEST * parts / 2))
 
 
+def decay(x: Array, y: Array) -> Array:
+    """The penalty of y, [d] or [d, classes], which reads no data."""
+    rates = penalty(x, y.size)[:, None] if y.ndim > 1 else penalty(x)
+    return jnp.sum(rates * y**2) / 2
+
+
 def logistic() -> bx.BilevelProblem:
     """f_i and g_i of one agent; x [d], y [d], labels -1 and 1."""
 
@@ -110,7 +116,7 @@ def logistic() -> bx.BilevelProblem:
         return jnp.mean(weights * jax.nn.softplus(-labels * (features @ y)))
 
     def inner_loss(x: Array, y: Array, batch: tuple) -> Array:
-        return outer_loss(x, y, batch) + jnp.sum(penalty(x) * y**2) / 2
+        return outer_loss(x, y, batch) + decay(x, y)
 
     return bx.BilevelProblem(outer_loss, inner_loss)
 
@@ -124,6 +130,6 @@ def softmax() -> bx.BilevelProblem:
         return -jnp.mean(weights * jnp.take_along_axis(logits, labels[:, None], axis=1)[:, 0])
 
     def inner_loss(x: Array, y: Array, batch: tuple) -> Array:
-        return outer_loss(x, y, batch) + jnp.sum(penalty(x, y.size)[:, None] * y**2) / 2
+        return outer_loss(x, y, batch) + decay(x, y)
 
     return bx.BilevelProblem(outer_loss, inner_loss)

@@ -26,11 +26,12 @@ import bilevax as bx
 from benchmarks.decentralized.choices import PARTITIONS, Agents, changed, parsed
 from benchmarks.decentralized.comparison import Job, compare, defaults
 from benchmarks.decentralized.figure import GRADIENT
-from benchmarks.decentralized.network import Network, by_weight, second_moment
+from benchmarks.decentralized.network import Network, by_weight, penalized, second_moment
 from benchmarks.decentralized.penalties import (
     CLASSES,
     LARGEST,
     Divided,
+    decay,
     logistic,
     penalty,
     real,
@@ -54,6 +55,7 @@ METHODS = (
     *("adasdbo", "ma-dsbo", "mdbo", "c2dfb", "sldbo-top0.1"),
 )
 DEFAULTS = defaults(METHODS)
+KNOWN = penalized(decay)
 
 
 class PenaltySetting(NamedTuple):
@@ -130,6 +132,7 @@ def network(data: Divided, start: float) -> Network:
         bound=bound,
         scores=scores,
         diagonal=diagonal,
+        known=KNOWN,
     )
 
 

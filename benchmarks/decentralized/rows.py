@@ -11,6 +11,8 @@ from benchmarks.decentralized.network import DRAWS, Network
 
 REFRESH = (0.5, 0.2, 0.1, 0.05)
 ADAPTIVE = (0.25, 0.125)  # whole agents of 8 and of 16
+PREDICTED = (0.2, 0.1)
+PAIRS = 4  # of secants
 MOMENTA = tuple({"momentum": a} for a in (0.1, 0.03, 0.3))  # weights a of the new direction that are tried
 AVERAGES = tuple({"momentum": a} for a in (1.0, 0.3, 0.1))  # the same of moving averages, without variance reduction
 RATE = 0.5  # η of MDBO and VRDBO, whose own momentum is α = a/η²
@@ -30,7 +32,8 @@ def weights(settings: tuple[dict[str, float], ...]) -> str:
 
 CAPTION = f"""\
 s3ldbo-p, -ed-p: {{coins}}; -subset-p, -adaptive-p, -cyclic-p: ⌈p · n⌉ agents at a time, at random, those that moved
-farthest, or in turn. -ed: exact diffusion in place of tracking.
+farthest, or in turn. -ed: exact diffusion in place of tracking. -predicted-p: in turn; between refreshes, penalties are
+evaluated and what is left of the directions is predicted by {PAIRS} secants.
 dsvrbgd, gt-sgd (tracking, no variance reduction), mdbo, vrdbo, diamond, interact-svr, -sampled: minibatches of
 {{batch_size}} (interact-svr: all in every {EVERY}th iteration); all others exact. Weights of new directions are tried
 too: {weights(MOMENTA)} of dsvrbgd, mdbo, vrdbo and diamond, {weights(AVERAGES)} of -sampled.
@@ -116,6 +119,21 @@ def matrices(network: Network) -> bx.problem.Calls:
     return bx.problem.Calls(1, 1, size_of(network.y), size_of(network.y))
 
 
+def predicted(correction: Any, probability: float) -> Callable:
+    """S3LDBO in turn, whose directions between refreshes follow what is known without data, and secants."""
+    prediction = bx.single_loop.prediction
+
+    def make(network: Network, gossip: Any, steps: bx.Levels) -> bx.problem.Algorithm:
+        secants = prediction.secants(PAIRS)
+        model = prediction.chain(prediction.data_free(network.known), secants) if network.known else secants
+        coins = bx.coins.cyclic(probability)
+        return bx.decentralized.s3ldbo(
+            network.problem, gossip, steps, coins=coins, correction=correction, predict=model
+        )
+
+    return make
+
+
 def skipping(coins: Callable, corrections: Callable[[Any], Any], levels: str) -> tuple[Row, ...]:
     """S3LDBO with all coins, and with exact diffusion.
 
@@ -127,19 +145,17 @@ def skipping(coins: Callable, corrections: Callable[[Any], Any], levels: str) ->
     correction = bx.single_loop.correction
     tracking, exact_diffusion = map(corrections, (correction.tracking(), correction.exact_diffusion()))
 
-    def row(name: str, who: Callable, along: Any = tracking, **needs: Any) -> Row:
-        return Row(name, preset(bx.decentralized.s3ldbo, coins=who, correction=along), at_start=1, **needs)
-
-    needs = {"graphs": lazy(levels), "symmetric": True, "fixed": True}
+    s3ldbo = functools.partial(preset, bx.decentralized.s3ldbo)
+    row = functools.partial(Row, at_start=1)
+    dual = functools.partial(row, graphs=lazy(levels), symmetric=True, fixed=True)
     return (
-        *(row(f"s3ldbo-{p:g}", coins(p)) for p in REFRESH),
-        *(row(f"s3ldbo-ed-{p:g}", coins(p), exact_diffusion, **needs) for p in REFRESH),
-        *(row(f"s3ldbo-subset-{p:g}", bx.coins.subset(p)) for p in ADAPTIVE),
-        *(row(f"s3ldbo-cyclic-{p:g}", bx.coins.cyclic(p)) for p in ADAPTIVE),
-        *(
-            Row(f"s3ldbo-adaptive-{p:g}", preset(s3ldbo_adaptive, probability=p, correction=tracking), at_start=1)
-            for p in ADAPTIVE
-        ),
+        *(row(f"s3ldbo-{p:g}", s3ldbo(coins=coins(p), correction=tracking)) for p in REFRESH),
+        *(dual(f"s3ldbo-ed-{p:g}", s3ldbo(coins=coins(p), correction=exact_diffusion)) for p in REFRESH),
+        *(row(f"s3ldbo-predicted-{p:g}", predicted(tracking, p)) for p in PREDICTED),
+        *(dual(f"s3ldbo-predicted-ed-{p:g}", predicted(exact_diffusion, p)) for p in PREDICTED),
+        *(row(f"s3ldbo-subset-{p:g}", s3ldbo(coins=bx.coins.subset(p), correction=tracking)) for p in ADAPTIVE),
+        *(row(f"s3ldbo-cyclic-{p:g}", s3ldbo(coins=bx.coins.cyclic(p), correction=tracking)) for p in ADAPTIVE),
+        *(row(f"s3ldbo-adaptive-{p:g}", preset(s3ldbo_adaptive, probability=p, correction=tracking)) for p in ADAPTIVE),
     )
 
 

@@ -66,6 +66,15 @@ def test_the_mean_over_unequal_agents_is_the_loss_on_the_undivided_data(problem)
         np.testing.assert_allclose(task.loss(loss, x, y, (*stacked, weights)), whole, rtol=1e-6)
 
 
+def test_what_is_known_without_data_is_the_inner_loss_but_for_its_data(network):
+    x, y = jnp.linspace(-3.0, 1.0, 6), jnp.linspace(-1.0, 2.0, 6)
+    known = network.loss(network.known.inner_loss, x, y, jnp.zeros(network.n))
+    rest = network.loss(network.problem.outer_loss, x, y, network.batch.inner)
+    whole = network.loss(network.problem.inner_loss, x, y, network.batch.inner)
+    np.testing.assert_allclose(known + rest, whole, rtol=1e-6)
+    assert network.known.outer_loss(x, y, None) == 0.0
+
+
 @pytest.mark.parametrize(("precision", "tolerance"), [(True, 1e-8), (False, 2e-4)], ids=["double", "single"])
 def test_the_accurate_solution_is_that_of_newton_in_numpy(divided, precision, tolerance):
     x = np.linspace(-6, 1, 6)
