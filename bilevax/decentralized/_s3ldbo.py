@@ -28,11 +28,12 @@ def s3ldbo(
     """SLDBO with snapshot gradient tracking: communication in every iteration, derivatives when a coin says so.
 
         s_i ← Σ_j w_ij (s_j − a_s t^s_j)            v_i ← its projection on the ball of this radius
-        D'_i = d_i(new point) if the coin chooses agent i, else D_i
+        D'_i = d_i(new point) if the coin chooses agent i, else D_i, or what `predict` makes of it at the new point
         t^s_i ← Σ_j w_ij t^s_j + D'_i − D_i,        D ← D'
 
     It converges to the same (x*, y*, v*) as `sldbo`, for any coins that choose every agent again and again, in about as
-    many iterations; with probability p = 1 it IS `sldbo`. Always mean t = mean D.
+    many iterations; with probability p = 1 it IS `sldbo`. Always mean t = mean D. A prediction, right or wrong, leaves
+    the limit where it is, since it changes nothing where an agent rests; with an exact one the path is that of `sldbo`.
 
     Args:
       problem: f_i and g_i.
@@ -44,8 +45,8 @@ def s3ldbo(
       correction: the form of gradient tracking, or `Levels` of corrections; None for the semi-ATC one,
         `bx.single_loop.correction.tracking()`. With `local()` for y and v, every agent has a
         lower level of its own.
-      predict: a `Prediction` of `bx.single_loop.prediction`, by which d̂_i = D_i + change(last refresh → now) stands in
-        the place of D_i between refreshes; None for D_i as it is.
+      predict: a `Prediction` of how directions change between refreshes, see `bx.single_loop.prediction`; None for
+        directions that stay as they are.
 
     Returns:
       `Algorithm(init, step)`; `init` needs the batch, where everybody evaluates once.
@@ -54,7 +55,8 @@ def s3ldbo(
       ValueError: as `bx.single_loop.single_loop`; from `init` without a batch.
 
     Cost: for each agent and iteration p times one ∇f, one ∇_y g, one Hessian and one cross product; 2 (d_x + 2 d_y)
-    numbers to each neighbour in one round. Info does not count the first evaluation of everybody, at `init`.
+    numbers to each neighbour in one round. Info does not count the first evaluation of everybody, at `init`, nor what a
+    prediction costs, which its own docstring says.
 
     Reference: Yin, Dong, Ma, Wang and Yang, arXiv 2605.31311; the tracking along snapshots follows
     Song, Shi, Pu and Yan, "Optimal gradient tracking for decentralized optimization", arXiv 2110.05282.
