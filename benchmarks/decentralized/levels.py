@@ -154,7 +154,8 @@ def _at_best(costs: np.ndarray, values: np.ndarray, target: float) -> float:
 def best(tries: Sequence[Sequence[Try]]) -> int:
     """The try that ends lowest in F, on the worse of the seeds.
 
-    Of a run the higher of its last two checkpoints counts, so that no lucky swing does.
+    Of a run the higher of its last two checkpoints counts, so that no lucky swing does; the last one where the other is
+    not known.
 
     Args:
       tries: of each seed, in the same order.
@@ -162,9 +163,13 @@ def best(tries: Sequence[Sequence[Try]]) -> int:
     Returns:
       Its index.
     """
-    ends = [[along(one.curve, LOSS)[-2:] for one in seed] for seed in tries]
-    worst = [[_infinite(np.max(end)) if len(end) else math.inf for end in seed] for seed in ends]
-    return int(np.argmin(np.max(worst, axis=0)))
+    return int(np.argmin(np.max([[_end(one.curve) for one in seed] for seed in tries], axis=0)))
+
+
+def _end(curve: Curve) -> float:
+    """The higher of the last two F; inf where the last one is not finite."""
+    losses = along(curve, LOSS)[-2:]
+    return float(np.nanmax(losses)) if len(losses) and np.isfinite(losses[-1]) else math.inf
 
 
 def choose(tries: Sequence[Sequence[Try]], metric: str, cost: str, targets: Sequence[float]) -> Choice:

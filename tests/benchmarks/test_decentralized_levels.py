@@ -82,6 +82,7 @@ def test_the_best_end_is_no_lucky_swing():
     steady, lucky, lost = attempt((1.0, 0.3, 0.3)), attempt((1.0, 0.9, 0.1)), attempt((1.0, 0.1, None))
     assert best([[lost, lucky, steady]]) == 2
     assert best([[lucky, steady], [lucky, attempt((1.0, 0.3, 0.95))]]) == 0
+    assert best([[steady, attempt((1.0, None, 0.2))]]) == 1
 
 
 def test_tries_of_all_levels_run_on_judged_seeds():
