@@ -151,8 +151,34 @@ def _at_best(costs: np.ndarray, values: np.ndarray, target: float) -> float:
     return float(costs[-1] + quarter * (values[-1] - target) / fallen) if fallen > 0 else math.inf
 
 
+def steady(tries: Sequence[Sequence[Try]]) -> list[int]:
+    """The tries with a margin: with the next larger inner step of the grid the method diverges on no tuning seed.
+
+    Steps at the edge of stability are the fastest there, and diverge on other seeds.
+
+    Args:
+      tries: of each tuning seed, in the same order.
+
+    Returns:
+      Their places; all places if no try has a margin, as where one inner step is all there is.
+    """
+    kept = []
+    for place, one in enumerate(tries[0]):
+        wider = [at for at, other in enumerate(tries[0]) if _same_but_for_inner(one, other)]
+        above = [at for at in wider if tries[0][at].step_sizes["y"] > one.step_sizes["y"]]
+        if above:
+            next_larger = min(above, key=lambda at: tries[0][at].step_sizes["y"])
+            if all(math.isfinite(_end(seed[next_larger].curve)) for seed in tries):
+                kept.append(place)
+    return kept or [*range(len(tries[0]))]
+
+
+def _same_but_for_inner(one: Try, other: Try) -> bool:
+    return (one.step_sizes["x"], one.settings) == (other.step_sizes["x"], other.settings)
+
+
 def best(tries: Sequence[Sequence[Try]]) -> int:
-    """The try that ends lowest in F, on the worse of the seeds.
+    """The steady try that ends lowest in F, on the worse of the seeds.
 
     Of a run the higher of its last two checkpoints counts, so that no lucky swing does; the last one where the other is
     not known.
@@ -161,9 +187,9 @@ def best(tries: Sequence[Sequence[Try]]) -> int:
       tries: of each seed, in the same order.
 
     Returns:
-      Its index.
+      Its place.
     """
-    return int(np.argmin(np.max([[_end(one.curve) for one in seed] for seed in tries], axis=0)))
+    return min(steady(tries), key=lambda place: max(_end(seed[place].curve) for seed in tries))
 
 
 def _end(curve: Curve) -> float:
@@ -173,7 +199,7 @@ def _end(curve: Curve) -> float:
 
 
 def choose(tries: Sequence[Sequence[Try]], metric: str, cost: str, targets: Sequence[float]) -> Choice:
-    """The try with the least cost on the worst seed, of those that reach the target on all seeds.
+    """The steady try with the least cost on the worst seed, of those that reach the target on all seeds.
 
     If none does, that which reaches it on most seeds, and of those the one that ends nearest to it on the worst seed.
 
@@ -195,14 +221,15 @@ def choose(tries: Sequence[Sequence[Try]], metric: str, cost: str, targets: Sequ
             f"{[len(seed) for seed in tries]}. Leave out seeds without a target."
         )
     ranks = []
-    for index, each in enumerate(zip(*tries, strict=True)):
+    for place in steady(tries):
+        each = [seed[place] for seed in tries]
         spent = [spent_until(one.curve, cost, metric, target) for one, target in zip(each, targets, strict=True)]
         reached = sum(one.reached for one in spent)
         missed = [_missed(one.curve, metric, target) for one, target in zip(each, targets, strict=True)]
         worst = max(one.amount for one in spent) if reached == len(spent) else max(missed)
-        ranks.append((-reached, worst, index))
-    reached, _, index = min(ranks)
-    return Choice(index, -reached)
+        ranks.append((-reached, worst, place))
+    reached, _, place = min(ranks)
+    return Choice(place, -reached)
 
 
 def _missed(curve: Curve, metric: str, target: float) -> float:
@@ -227,7 +254,7 @@ def wanted(tries: Sequence[Sequence[Try]], bases: Sequence[Curve], levels: Itera
       levels: to reach.
 
     Returns:
-      Their indices, each once, in order. Levels that have no target on some of the seeds choose none.
+      Their places, each once, in order. Levels that have no target on some of the seeds choose none.
     """
     found = set()
     for level in levels:

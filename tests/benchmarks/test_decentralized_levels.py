@@ -14,6 +14,7 @@ from benchmarks.decentralized.levels import (
     choose,
     find,
     spent_until,
+    steady,
     wanted,
 )
 
@@ -23,8 +24,8 @@ def curve(losses, costs=None):
     return {LOSS: [*losses], GRADIENT: [*losses], "derivatives": costs, "megabytes": costs, "rounds": costs}
 
 
-def attempt(losses, x=1.0, costs=None, **settings):
-    return Try({"x": x, "y": 1.0, "v": 1.0}, settings, curve(losses, costs))
+def attempt(losses, x=1.0, y=1.0, **settings):
+    return Try({"x": x, "y": y, "v": y}, settings, curve(losses))
 
 
 @pytest.mark.parametrize(
@@ -83,6 +84,17 @@ def test_the_best_end_is_no_lucky_swing():
     assert best([[lost, lucky, steady]]) == 2
     assert best([[lucky, steady], [lucky, attempt((1.0, 0.3, 0.95))]]) == 0
     assert best([[steady, attempt((1.0, None, 0.2))]]) == 1
+
+
+def test_steps_have_a_margin_to_those_that_diverge():
+    lost, fast, slow = (1.0, None), (1.0, 0.1), (1.0, 0.2)
+    grid = [attempt(slow), attempt(fast, y=2.0), attempt(fast, y=4.0), attempt(slow, 3.0), attempt(lost, 3.0, 2.0)]
+    assert steady([grid]) == [0, 1]
+    other_seed = [*grid[:2], attempt(lost, y=4.0), *grid[3:]]
+    assert steady([grid, other_seed]) == [0]
+    assert best([grid, other_seed]) == 0
+    assert choose([grid], LOSS, "rounds", [0.5]).place == 1
+    assert steady([[attempt(slow, y=2.0, momentum=0.1), attempt(slow, momentum=0.3)]]) == [0, 1]  # none has one
 
 
 def test_tries_of_all_levels_run_on_judged_seeds():
