@@ -83,11 +83,11 @@ class Measured(NamedTuple):
         }
 
 
-def measured(results: Results, *jobs: str) -> Measured:
-    """The runs of one task, of one job or several on the same data."""
+def measured(results: Results, job: str) -> Measured:
+    """The runs of a job."""
     tuning: dict[str, dict[int, Sequence[Try]]] = {}
     judged: dict[str, dict[int, Sequence[Try]]] = {}
-    for record in (record for job in jobs for record in results.get(job, ())):
+    for record in results.get(job, ()):
         side = judged if record.judged else tuning
         side.setdefault(record.method, {})[record.seed] = record.attempts
     return Measured(tuning, judged)

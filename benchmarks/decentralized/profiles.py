@@ -22,7 +22,6 @@ from benchmarks.harness.style import COLOURS, STYLE
 
 PANELS = {"derivatives": "times the fewest derivative evaluations", "megabytes": "times the fewest bytes"}
 MOST = 64.0  # times the cheapest: the end of the axis
-TWIN = "-skipping"  # a job on the data of the one without
 GREY = "#C8C8C8"
 GAP = 0.055  # between two labels, of the height
 EXACT = ("sldbo", "s3ldbo-0.1", "s3ldbo-ed-0.1", "sparkle-ed", "d-soba")  # solid
@@ -47,7 +46,7 @@ class Profile(NamedTuple):
 
 def groups(results: Results) -> dict[str, Measured]:
     """The runs of each task on one graph that have SLDBO, whose end sets the targets."""
-    found = {job: measured(results, job, job + TWIN) for job in results if not job.endswith(TWIN)}
+    found = {job: measured(results, job) for job in results}
     return {job: runs for job, runs in found.items() if runs.base is not None}
 
 

@@ -42,7 +42,7 @@ def refresh(results: Results) -> Claim:
     """Agents that moved against agents at random."""
     rows, wins, found = [], [], []
     for job, (words, _) in tasks(results).items():
-        runs = [*results.get(job, ()), *results.get(f"{job}-skipping", ())]
+        runs = results.get(job, ())
         verdicts = set()
         for p in WHOLE_AGENTS:
             pairs = [(a, b) for a, b in matched(runs, f"s3ldbo-adaptive-{p:g}", f"s3ldbo-subset-{p:g}")]

@@ -51,7 +51,7 @@ def ratios(runs: Measured, method: str, level: Level, job: str, bounds: tuple[fl
 
 def tasks(results: Results) -> dict[str, tuple[str, Measured]]:
     """The four tasks of the paper: job -> its words and runs."""
-    return {job: (words, measured(results, job, f"{job}-skipping")) for job, words in TASKS.items()}
+    return {job: (words, measured(results, job)) for job, words in TASKS.items()}
 
 
 def snapshots(results: Results) -> Claim:
