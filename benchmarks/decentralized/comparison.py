@@ -3,32 +3,58 @@
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from matplotlib.figure import Figure
 
 import bilevax as bx
 from benchmarks.decentralized.choices import COINS, Agents
-from benchmarks.decentralized.exact import Effort, evaluator
+from benchmarks.decentralized.exact import Effort, evaluator, losses
 from benchmarks.decentralized.figure import Panel, draw
 from benchmarks.decentralized.foreign import foreign
+from benchmarks.decentralized.levels import Try
 from benchmarks.decentralized.methods import Row, pace, refusal
 from benchmarks.decentralized.network import Network
-from benchmarks.decentralized.placement import gossip, place
+from benchmarks.decentralized.placement import place
 from benchmarks.decentralized.rows import CAPTION as METHODS
 from benchmarks.decentralized.rows import personal_rows, rows
-from benchmarks.decentralized.running import before, compiled, evaluate, tuned
+from benchmarks.decentralized.running import (
+    Pick,
+    Program,
+    backward,
+    before,
+    compiled,
+    evaluate,
+    first_point,
+    follow,
+    glance,
+    kept,
+    of_both,
+    of_loss,
+)
+from benchmarks.decentralized.trying import (
+    BASE,
+    LONGER,
+    TUNING,
+    aimed,
+    alike,
+    base_of,
+    chosen,
+    described,
+    enough,
+    picks,
+    schedule,
+    tuning_seeds,
+    undivided,
+)
 from benchmarks.harness.errors import DataError
-from benchmarks.harness.loop import drive
+from benchmarks.harness.loop import Outcome
 from benchmarks.harness.plugin import DECENTRALIZED
 from benchmarks.harness.report import COSTS, Columns, Run
 from benchmarks.harness.runner import Advance, Options, Task, perform
 
 CHECKPOINTS, QUICK_CHECKPOINTS = 20, 12
-TUNED = 2  # seeds that step sizes are chosen on, where there are so many
 BUDGET = 120.0  # seconds of a run, so that derivatives and not seconds end it
 SPENT: Columns = {
     "exact_loss": ("F(x)", "{:.4f}".format),
@@ -44,10 +70,12 @@ CAPTION = """\
 All at the mean x, where F(x) and its gradient are of the accurately solved inner problem. deriv. evals: of one agent,
 where one is ∇f, ∇_y g, a Hessian and a cross product on all its examples (a quarter each, and a minibatch counts as
 its share); sent: by one agent to all its neighbours; dist.: root mean square distance of the agents' x to their mean.
-Each method has as many iterations as evaluate no more derivatives than {iterations} of sldbo do, at most twice as many
-(s3ldbo: as many as sldbo).
-Steps: for each method the best of the same {pairs} pairs of step sizes, by the last F(x) of the worse of the first two
-seeds, without those whose outer loss was above that of the start halfway, or whose agents drifted apart.
+Each method has as many iterations as evaluate no more derivatives than {iterations} of sldbo do, at most twice as many;
+s3ldbo, which skips, {longer} times as many as sldbo.
+Steps: each method tries the same {pairs} pairs of step sizes, with three momenta where it has one, on {tuning}
+seeds that are not among those of the table. It has those that bring F(x) for good to 99% of sldbo's decrease with the
+fewest derivative evaluations on the worse of them; if none does so on either, or sldbo is not among the methods, those
+whose last F(x) is the lowest. The files hold those for other targets too.
 """
 
 
@@ -68,6 +96,7 @@ class Job(NamedTuple):
       caption: its own lines.
       effort: of the accurate solution.
       finish: `finish(figure, runs)` adds something below the curves, if anything.
+      gradients: whether tries keep ‖∇F‖² too, for targets of it; that more than doubles the cost of F.
     """
 
     name: str
@@ -83,6 +112,7 @@ class Job(NamedTuple):
     caption: str = ""
     effort: Effort = Effort()
     finish: Callable[[Figure, Sequence[Run]], None] | None = None
+    gradients: bool = False
 
 
 class Place(NamedTuple):
@@ -98,72 +128,175 @@ def defaults(methods: Sequence[str]) -> Options:
     return Options(tuple(methods), budget=BUDGET, kind=DECENTRALIZED)
 
 
-def pairs(job: Job) -> bx.Levels:
-    """Every pair of an outer step and an inner one, which serves v too; leaves [pairs]."""
-    x, y = (part.ravel() for part in np.meshgrid(np.asarray(job.outer_grid, float), np.asarray(job.inner_grid, float)))
-    return bx.Levels(x, y, y)
+class Here(NamedTuple):
+    """What all rows of a comparison share.
+
+    Attributes:
+      networks: of each seed, with batches of one shape.
+      undivided: the batch of each seed that F is found with.
+      judging, tuning: seeds.
+      exactly: F, its gradient and how well both are known.
+      look: what a try is judged by, at a point and with a batch.
+      starts: what it says of each seed before the first iteration, with what has been spent.
+      checkpoints: most of a run.
+      budget: seconds of a run.
+    """
+
+    networks: Mapping[int, Network]
+    undivided: Mapping[int, bx.Batch]
+    judging: Sequence[int]
+    tuning: Sequence[int]
+    exactly: Callable[..., Any]
+    look: Callable[..., dict[str, float | None]]
+    starts: Mapping[int, Mapping[str, float | None]]
+    checkpoints: int
+    budget: float
+
+    @property
+    def first(self) -> Network:
+        """The one that programs are compiled for."""
+        return self.networks[self.judging[0]]
 
 
-def schedule(row: Row, network: Network, iterations: int, checkpoints: int) -> tuple[int, int]:
-    """Number of chunks and iterations of each, where SLDBO would take so many iterations in all."""
-    own = max(1, math.floor(iterations * pace(row, network)))
-    size = max(1, own // checkpoints)
-    return own // size, size
+class Turn(NamedTuple):
+    """A row whose turn it is.
+
+    Attributes:
+      row: of the table.
+      grid: its picks.
+      stops: iterations of its checkpoints.
+      program: for every pick, on one device.
+      placed: makes the program of one pick where the agents live on several; None where they do not.
+    """
+
+    row: Row
+    grid: Sequence[Pick]
+    stops: Sequence[int]
+    program: Program
+    placed: Callable[[Pick], Program] | None
+
+
+def prepare(job: Job, options: Options, where: Place) -> Here:
+    """Loads all seeds."""
+    judging, tuning = options.all_seeds, tuning_seeds(options.all_seeds)
+    networks = alike({seed: job.load(seed) for seed in (*judging, *tuning)})
+    batches = {seed: jax.device_put(undivided(network)) for seed, network in networks.items()}
+    first = networks[options.seed]
+    exactly = evaluator(first, job.effort)
+    look = of_both(exactly) if job.gradients else of_loss(losses(first, job.effort))
+    begun = {"outer_step": 0, "megabytes": 0.0, "rounds": 0.0}
+    return Here(
+        networks,
+        batches,
+        judging,
+        tuning,
+        exactly,
+        look,
+        {seed: {**begun, **look(*first_point(network), batches[seed])} for seed, network in networks.items()},
+        QUICK_CHECKPOINTS if options.quick else CHECKPOINTS,
+        options.budget if where.budget is None else where.budget,
+    )
+
+
+def turn_of(row: Row, job: Job, topologies: bx.Levels, here: Here, where: Place) -> Turn:
+    """Compiles a row."""
+    graphs, first = row.graphs(topologies), here.first
+    topology = graphs.x if graphs.x is graphs.y is graphs.v else graphs
+    grid = picks(job.outer_grid, job.inner_grid, row.settings)
+
+    def on(pick: Pick) -> Callable[[Any], bx.problem.Algorithm]:
+        return lambda gossip: row.make(first, gossip, pick.steps, **pick.settings)
+
+    def spread(pick: Pick) -> Program:
+        placed = place(on(pick), topology, where.devices, where.by)
+        return compiled(row, lambda _: placed, first, pick, jit=False)
+
+    program = compiled(row, lambda pick: place(on(pick), topology, 1, where.by), first, grid[0])
+    stops = schedule(row, first, job.iterations, here.checkpoints)
+    return Turn(row, grid, stops, program, spread if where.devices > 1 else None)
+
+
+def attempt(turn: Turn, here: Here, seed: int, pick: Pick, enough: float = math.inf) -> Try:
+    """Runs a pick, and keeps what targets are judged by: from the end back to where F is above `enough`."""
+    network = here.networks[seed]
+    run = follow(turn.program, pick, network, network.batch, jax.random.key(seed), turn.stops, glance, here.budget)
+    look = functools.partial(here.look, batch=here.undivided[seed])
+    curve = run.curve | backward(look, run.curve["point"], enough)
+    return tried(pick, kept({**here.starts[seed], "derivatives": float(turn.row.at_start)}, curve, turn.stops))
+
+
+def tried(pick: Pick, curve: Mapping[str, Any]) -> Try:
+    """What was tried, and its curve."""
+    return Try(pick.steps._asdict(), dict(pick.settings), curve)
+
+
+def whole(turn: Turn, here: Here, seed: int, pick: Pick, program: Program) -> tuple[Outcome, Try]:
+    """Runs the pick of the table where its agents live, and records all there is."""
+    network, exactly = here.networks[seed], functools.partial(here.exactly, batch=here.undivided[seed])
+    run = follow(
+        program,
+        pick,
+        network,
+        program.put(network.batch),
+        jax.random.key(seed),
+        turn.stops,
+        functools.partial(evaluate, network, exactly),
+        here.budget,
+    )
+    outcome, first = run.outcome(program), before(network, exactly, turn.row.at_start)
+    curve = {name: [first.get(name), *values] for name, values in outcome.curve.items()}
+    return outcome._replace(curve=curve), tried(pick, kept(first, run.curve, turn.stops))
 
 
 def runs(
-    job: Job, agents: Agents, options: Options, chosen: Sequence[Row], where: Place, advance: Advance
+    job: Job, agents: Agents, options: Options, rows: Sequence[Row], where: Place, advance: Advance
 ) -> Iterator[Run]:
-    """Tunes each method on the first seeds, and runs it on all of them."""
-    networks = {seed: job.load(seed) for seed in options.all_seeds[:TUNED]}
-    first, budget = job.load(options.seed), options.budget if where.budget is None else where.budget
-    checkpoints, exactly = QUICK_CHECKPOINTS if options.quick else CHECKPOINTS, evaluator(first, job.effort)
-    for row in chosen:
-        graphs = row.graphs(agents.topologies(options.seed))
-        topology = graphs.x if graphs.x is graphs.y is graphs.v else graphs
-        number, size = schedule(row, first, job.iterations, checkpoints)
-        choice = tuned(_over(row, first, gossip(topology)), networks, exactly, pairs(job), number * size)
-        steps, shapes = bx.Levels(**choice["step_sizes"]), None
-        placed = place(_on(row, first, steps), topology, where.devices, where.by)
-        chosen_here = {
+    """Runs every pick of each row on the tuning seeds, and those that are chosen on the others; SLDBO first."""
+    here, base, levels = prepare(job, options, where), None, aimed(job.gradients)
+    for row in rows:
+        turn = turn_of(row, job, agents.topologies(options.seed), here, where)
+        part = functools.partial(advance, max(1, round(job.iterations / len(turn.grid))))
+        tries = {
+            seed: [_told(part, attempt(turn, here, seed, pick, limit)) for pick in turn.grid]
+            for seed, limit in zip(here.tuning, enough(row, base, job.gradients), strict=True)
+        }
+        if row.name == BASE:
+            base = base_of(turn.grid, [*tries.values()], levels)
+        found = chosen(row, turn.grid, [*tries.values()], base, levels)
+        main = turn.grid[found.main]
+        settled = {
             **job.configuration,
             **options.origin(row.name),
             **{name: getattr(agents, name) for name in ("agents", "topology", "lower_topology", "coins")},
             "batch_size": row.batch_size,
-            "outer_steps": number * size,
-            "pace": pace(row, first),
-            "budget": budget,
+            "outer_steps": turn.stops[-1],
+            "pace": pace(row, here.first),
+            "budget": here.budget,
             "devices": where.devices,
             "placement": where.by if where.devices > 1 else None,
-            **choice,
+            **described(turn.grid, found, here.tuning),
         }
-        for seed in options.all_seeds:
-            network = job.load(seed)
-            if (found := jax.tree.map(jnp.shape, network.batch)) != shapes:
-                shapes, program = found, compiled(row, placed, network, size)
-            keys = jnp.broadcast_to(jax.random.key(seed), (number, size))
-            start = cast(Any, program.start)(*network.start, network.batch)
-            scores = functools.partial(evaluate, network, exactly)
-            scaled = functools.partial(_scaled, advance, job.iterations / number)
-            outcome = drive(program, start, keys, placed.put(network.batch), scores, budget, scaled)
-            first_point = before(network, exactly, row.at_start)
-            curve = {name: [first_point.get(name), *values] for name, values in outcome.curve.items()}
-            yield Run(job.name, row.name, seed, chosen_here, outcome._replace(curve=curve))
+        for seed in here.tuning:
+            curve = tries[seed][found.main].curve
+            metrics = {name: values[-1] for name, values in curve.items() if name != "outer_step"}
+            whole_curve = {name: [*values] for name, values in curve.items()}
+            outcome = Outcome((), {**metrics, "outer_steps": turn.stops[-1]}, whole_curve)
+            yield Run(job.name, row.name, seed, {**settled, "role": "tuning"}, outcome, tries[seed])
+        program = turn.placed(main) if turn.placed else turn.program
+        for seed in here.judging:
+            outcome, kept_here = whole(turn, here, seed, main, program)
+            judged = [
+                kept_here if place == found.main else attempt(turn, here, seed, turn.grid[place])
+                for place in found.places
+            ]
+            advance(job.iterations)
+            yield Run(job.name, row.name, seed, {**settled, "role": "judged"}, outcome, judged)
 
 
-def _over(row: Row, network: Network, gossip: Any) -> Callable[[bx.Levels], bx.problem.Algorithm]:
-    """The row, but for the step sizes."""
-    return lambda steps: row.make(network, gossip, steps, **row.settings[0])
-
-
-def _on(row: Row, network: Network, steps: bx.Levels) -> Callable[[Any], bx.problem.Algorithm]:
-    """The row, but for the gossip."""
-    return lambda gossip: row.make(network, gossip, steps, **row.settings[0])
-
-
-def _scaled(advance: Advance, iterations: float, number: int) -> None:
-    """Every chunk counts the same in the bar, as iterations of SLDBO."""
-    advance(round(iterations))
+def _told(advance: Callable[[], None], one: Try) -> Try:
+    """The same, once the bar has moved."""
+    advance()
+    return one
 
 
 def selected(everything: Sequence[Row], options: Options, network: Network, agents: Agents) -> tuple[list[Row], str]:
@@ -199,22 +332,24 @@ def compare(job: Job, config: Any, where: Place = Place()) -> int:  # noqa: B008
     everything = (personal_rows if first.personal else rows)(
         functools.partial(coins, block=agents.agents // where.devices), agents.batch_size
     )
-    chosen, left_out = selected(everything, options, first, agents)
-    make = functools.partial(runs, job, agents, options, chosen, where)
+    wanted, left_out = selected(everything, options, first, agents)
+    wanted = sorted(wanted, key=lambda row: row.name != BASE)  # whose ends make the targets
+    make = functools.partial(runs, job, agents, options, wanted, where)
     if jax.process_index() > 0:  # the first host reports
         return 0 * sum(1 for _ in make(lambda number: None))
     count = len(job.outer_grid) * len(job.inner_grid)
-    shared = CAPTION.format(pairs=count, iterations=job.iterations)
+    shared = CAPTION.format(pairs=count, iterations=job.iterations, longer=LONGER, tuning=TUNING)
     about = METHODS.format(coins=words, batch_size=agents.batch_size)
     task = Task(
         title=f"{job.title}, {agents.words}",
         folder=job.folder,
         outer_steps=job.iterations,
-        methods=[row.name for row in chosen],
+        methods=[row.name for row in wanted],
         anchors=(),
         runs=make,
         columns={**job.columns, **SPENT},
         caption=job.caption + shared + about + left_out,
         draw=lambda finished: draw(finished, job.panel, job.finish),
+        tuning=tuning_seeds(options.all_seeds),
     )
     return perform(task, options, config)

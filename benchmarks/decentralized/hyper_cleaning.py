@@ -46,6 +46,7 @@ class NetworkSetting(NamedTuple):
       train, validation: numbers of images of all agents together.
       iterations: of SLDBO.
       inner_grid: step sizes of y and v.
+      outer_grid: step sizes of x, over the number of training images.
     """
 
     times: int
@@ -53,6 +54,7 @@ class NetworkSetting(NamedTuple):
     validation: int
     iterations: int
     inner_grid: tuple[float, ...]
+    outer_grid: tuple[float, ...] = OUTER_GRID
 
 
 LARGE_GRID, SHRUNK_GRID = (0.025, 0.05, 0.1, 0.2, 0.4), (0.1, 0.2, 0.4, 0.8, 1.6)
@@ -177,7 +179,9 @@ class Config:
         if self.common.quick and not images.small:
             setting = NetworkSetting(2, QUICK_TRAIN * n, QUICK_VALIDATION * n, SHRUNK_ITERATIONS, SHRUNK_GRID)
         elif self.common.quick:
-            setting = setting._replace(iterations=QUICK_ITERATIONS)
+            setting = setting._replace(
+                iterations=QUICK_ITERATIONS, inner_grid=setting.inner_grid[:-1], outer_grid=OUTER_GRID[:-1]
+            )
         return setting._replace(iterations=self.common.outer_steps or setting.iterations)
 
     @functools.cache  # noqa: B019
@@ -205,7 +209,7 @@ class Config:
             folder=TASK + changed(self, EXECUTION),
             load=functools.cache(lambda seed: network(self.load(seed))),
             iterations=setting.iterations,
-            outer_grid=[setting.train * step for step in OUTER_GRID],
+            outer_grid=[setting.train * step for step in setting.outer_grid],
             inner_grid=setting.inner_grid,
             columns=COLUMNS,
             panel=Panel("test_accuracy", "test accuracy"),

@@ -3,8 +3,12 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-SKIPPING = ("s3ldbo-0.5", "s3ldbo-0.2", "s3ldbo-0.1")
+PROBABILITIES = ("0.5", "0.2", "0.1", "0.05")
+SKIPPING = tuple(f"s3ldbo-{p}" for p in PROBABILITIES)
+DIFFUSING = tuple(f"s3ldbo-ed-{p}" for p in PROBABILITIES)
 REFRESH = tuple(f"s3ldbo-{which}-{p}" for p in ("0.25", "0.125") for which in ("subset", "adaptive"))
+PREDICTED = tuple(f"s3ldbo-predicted-{which}{p}" for which in ("", "ed-") for p in ("0.2", "0.1"))
+LAZY = ("sldbo", *SKIPPING, *DIFFUSING[1:3], *PREDICTED, *REFRESH)
 SPARSE = ("--agents", "20", "--topology", "ring")
 DUAL = ("sparkle-ed", "sparkle-extra", "sparkle-gt")
 CLEANING, PENALTIES = "decentralized-hyper-cleaning", "decentralized-regularization"
@@ -23,6 +27,8 @@ class Job(NamedTuple):
       methods: rows, with --methods; none for a command without that option.
       iterations: of SLDBO in the quick setting and in the full one, with --outer-steps; None for the command's own.
       quick, full: options of one setting.
+      seeds: most of them; None for as many as are asked for.
+      alone: whether it is of the full setting alone, since no claim needs it.
     """
 
     name: str
@@ -33,51 +39,69 @@ class Job(NamedTuple):
     iterations: tuple[int, int] | None = None
     quick: Sequence[str] = ()
     full: Sequence[str] = ()
+    seeds: int | None = None
+    alone: bool = False
 
     def command(self, quick: bool, seeds: int) -> list[str]:
         """The arguments of `python -m benchmarks`, but for the folder."""
         own = self.quick if quick else self.full
-        arguments = [self.task, *self.options, *own, "--seeds", str(seeds), *(["--quick"] * quick)]
+        number = min(seeds, self.seeds or seeds)
+        arguments = [self.task, *self.options, *own, "--seeds", str(number), *(["--quick"] * quick)]
         if self.iterations is not None:
             arguments += ["--outer-steps", str(self.iterations[0 if quick else 1])]
         return [*arguments, "--methods", *self.methods] if self.methods else arguments
 
 
-def pair(
-    name: str,
-    title: str,
-    task: str,
-    iterations: tuple[int, int],
-    options: Sequence[str] = (),
-    quick: Sequence[str] = (),
-) -> tuple[Job, Job]:
-    """SLDBO, and the methods that skip with twice its iterations, so that a late arrival is seen too."""
-    few, many = iterations
-    return (
-        Job(name, title, task, options, ("sldbo",), iterations, quick),
-        Job(f"{name}-skipping", f"{title}: skipping", task, options, SKIPPING + REFRESH, (2 * few, 2 * many), quick),
-    )
-
-
 FASHION = ("--data", "fashion-mnist")
+PARTITION = ("--partition", "dirichlet:1")
 LIBSVM = ("a9a", "ijcnn1", "w8a")
 FEW = ("sldbo", "s3ldbo-0.2", "dsvrbgd", "sparkle-gt", "d-soba")
-OWN = ("interact", "interact-svr", "diamond", "lopa-local", "lopa-tracking")
-ALL_CLEANING = (
-    *("sldbo", *SKIPPING, "s3ldbo-unbiased-0.2", "dsvrbgd", "dsvrbgd-alternating", *DUAL, "sparkle-mixed"),
-    *("d-soba", "d-soba-sampled", "d-soba-first-order", "adasdbo", "ma-dsbo", "ma-dsbo-sampled", "ma-dsbo-gt"),
-    *("ma-dsbo-restart", "mdbo", "vrdbo", "c2dfb"),
-    *("sldbo-top0.3", "sldbo-top0.1", "dsvrbgd-top0.3", "dsvrbgd-top0.1"),
+OWN = ("sldbo", "interact", "interact-svr", "diamond", "lopa-local", "lopa-tracking")
+REDUCED = ("dsvrbgd", "dsvrbgd-alternating", "dsvrbgd-ed", "dsvrbgd-alternating-ed")
+SAMPLED = (*REDUCED, "mdbo", "vrdbo", "ma-dsbo-sampled", "d-soba-sampled", "gt-sgd", "sparkle-ed-sampled")
+COMPRESSED = ("sldbo-top0.3", "sldbo-top0.1", "dsvrbgd-top0.3", "dsvrbgd-top0.1")
+OTHERS = (
+    *("sldbo", "s3ldbo-unbiased-0.2", *DUAL, "sparkle-mixed", "d-soba-first-order", "adasdbo"),
+    *("ma-dsbo", "ma-dsbo-gt", "ma-dsbo-restart", "c2dfb"),
 )
 JOBS = (
-    *pair("synthetic", "Penalties of synthetic data", PENALTIES, (600, 1000), ("--data", "synthetic")),
+    Job(
+        "synthetic",
+        "Penalties of synthetic data",
+        PENALTIES,
+        ("--data", "synthetic"),
+        (*LAZY, *DIFFUSING[::3]),
+        (600, 1000),
+    ),
+    *(
+        Job(
+            f"stochastic-{size}",
+            f"Penalties of synthetic data, minibatches of {size}",
+            PENALTIES,
+            ("--data", "synthetic", "--batch-size", size),
+            ("sldbo", *SAMPLED),
+            (600, 2000),
+        )
+        for size in ("4", "32")
+    ),
     Job("matrices", "Penalties of synthetic data, matrices", PENALTIES, (), ("gbdsbo", "sldbo"), (600, 1000)),
-    *(Job(name, f"Penalties of {name}", PENALTIES, ("--data", name), FEW, (300, 600)) for name in LIBSVM),
-    *pair("mnist", "Penalties of MNIST", PENALTIES, (150, 400), ("--data", "mnist")),
-    Job("cleaning", "Hyper-cleaning, all methods", CLEANING, (), ALL_CLEANING, (300, 600), full=FASHION),
-    Job("cleaning-skipping", "Hyper-cleaning: skipping", CLEANING, (), SKIPPING + REFRESH, (600, 1200), full=FASHION),
-    *pair("meta", "Meta-learning", META, (30, 300), quick=("--tasks", "2")),
-    Job("meta-all", "Meta-learning, methods with their own heads", META, (), OWN, (30, 300), quick=("--tasks", "2")),
+    *(
+        Job(name, f"Penalties of {name}", PENALTIES, ("--data", name, *PARTITION), FEW, (300, 600), alone=True)
+        for name in LIBSVM
+    ),
+    Job("mnist", "Penalties of MNIST", PENALTIES, ("--data", "mnist"), LAZY, (150, 400)),
+    Job(
+        "cleaning",
+        "Hyper-cleaning",
+        CLEANING,
+        (),
+        (*LAZY, *SAMPLED, "sparkle-ed", "d-soba", *COMPRESSED),
+        (300, 600),
+        full=FASHION,
+    ),
+    Job("cleaning-others", "Hyper-cleaning, other methods", CLEANING, (), OTHERS, (300, 600), full=FASHION, alone=True),
+    Job("meta", "Meta-learning", META, (), LAZY, (30, 300), quick=("--tasks", "1")),
+    Job("meta-all", "Meta-learning, methods with their own heads", META, (), OWN, (30, 300), alone=True),
     *(
         Job(
             f"{topology}-cleaning",
@@ -86,6 +110,7 @@ JOBS = (
             ("--agents", str(n), "--topology", topology, "--partition", partition),
             FEW,
             (300, 600),
+            alone=True,
         )
         for topology, graph, n, partition in (
             ("torus", "a torus of 16 agents", 16, "dirichlet:1"),
@@ -112,5 +137,16 @@ JOBS = (
         )
     ),
     Job("speed-up", "Noise floors of stochastic methods", "decentralized-speed-up"),
-    Job("curvature", "Curvature as a preconditioner of y and v", "decentralized-curvature", iterations=(1500, 3000)),
+    Job(
+        "curvature",
+        "Curvature as a preconditioner of y and v",
+        "decentralized-curvature",
+        iterations=(1200, 3000),
+        seeds=2,
+    ),
 )
+
+
+def planned(quick: bool) -> tuple[Job, ...]:
+    """The jobs of a setting."""
+    return tuple(job for job in JOBS if not (quick and job.alone))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks.decentralized.paper_jobs import JOBS, Job
+from benchmarks.decentralized.paper_jobs import Job, planned
 from benchmarks.decentralized.profiles import draw
 from benchmarks.decentralized.records import Results, read
 from benchmarks.decentralized.results import PICTURE, Log, render
@@ -58,9 +58,9 @@ class Config:
     """Runs all decentralized tasks, and writes what was measured beside what the papers claim."""
 
     quick: bool = False
-    """Short runs on small data, about an hour in all on two cores."""
+    """Short runs on small data, of the jobs that the claims need: about three quarters of an hour of processor time."""
     seeds: int = 3
-    """How many seeds of each job."""
+    """How many seeds of each job, besides two that steps are chosen on."""
     results: Path = Path("results")
     """Folder of the results; each job has a subfolder of decentralized_papers, or decentralized_papers-quick."""
     output: Path | None = None
@@ -77,11 +77,16 @@ class Config:
         """Refuses what cannot be run."""
         if self.seeds < 1:
             raise ValueError(f"seeds must be an int >= 1; got {self.seeds}. Pass --seeds 1 or more.")
-        names = [job.name for job in JOBS]
+        names = [job.name for job in self.plan]
         if not {*self.jobs} <= {*names}:
             raise ValueError(
                 f"jobs must be some of {', '.join(names)}; got {' '.join(self.jobs)}. Pass, say, --jobs {names[0]}."
             )
+
+    @property
+    def plan(self) -> tuple[Job, ...]:
+        """All jobs of this setting."""
+        return planned(self.quick)
 
     @property
     def folder(self) -> Path:
@@ -101,7 +106,7 @@ class Config:
 
     def run_all(self, console: Console, start: Start = started) -> int:
         """Runs one job after the other, whatever becomes of each; the exit code is that of the last one that failed."""
-        chosen = [job for job in JOBS if job.name in self.jobs or not self.jobs]
+        chosen = [job for job in self.plan if job.name in self.jobs or not self.jobs]
         code = 0
         for place, job in enumerate(chosen, 1):
             command, folder = job.command(self.quick, self.seeds), self.folder / job.name
@@ -121,11 +126,11 @@ class Config:
 
     def write(self) -> None:
         """Writes the page, and its picture beside it."""
-        names = [job.name for job in JOBS]
+        names = [job.name for job in self.plan]
         results = {name: read(self.folder / name) for name in names}
         logs = {name: log for name in names if (log := read_log(self.folder / name))}
         self.page.parent.mkdir(parents=True, exist_ok=True)
-        self.page.write_text(render(self.command(results), self.quick, JOBS, results, logs))
+        self.page.write_text(render(self.command(results), self.quick, self.plan, results, logs))
         if (figure := draw(results)) is not None:
             figure.savefig(self.page.with_name(PICTURE), metadata={"Software": None})
 

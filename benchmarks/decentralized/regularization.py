@@ -223,5 +223,6 @@ class Config:
                 grid=", ".join(f"{step:g}" for step in INNER_GRID),
                 curvature=level,
             ),
+            gradients=self.data == "synthetic",
         )
         return compare(job, self)

@@ -1,9 +1,12 @@
-"""How a method runs on a network, what is recorded, and how its step sizes are chosen."""
+"""How a method runs on a network, and what is recorded of it."""
 
+import functools
+import itertools
 import math
 import operator
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, cast
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,17 +19,26 @@ from benchmarks.decentralized.methods import Row, evaluations, shares
 from benchmarks.decentralized.network import Network
 from benchmarks.decentralized.placement import Placed, fetch
 from benchmarks.harness import timing
-from benchmarks.harness.clock import Spent
-from benchmarks.harness.grid import END, at_ends, choice
-from benchmarks.harness.loop import Program, Trace
+from benchmarks.harness.clock import Spent, timed
+from benchmarks.harness.loop import Outcome, Trace
 from bilevax.typing import Array, Key, PyTree, Scalar
 
-Exactly = Callable[[Any, Any, bx.Batch], Exact]
+Exactly = Callable[[Any, Any], Exact]
+Look = Callable[[Any, Any], dict[str, float | None]]
+Evaluate = Callable[[Any], dict[str, Any]]
 EXACT = ("exact_loss", "exact_gradient", "exact_residual", "exact_product_residual")
+SPENT = ("derivatives", "megabytes", "rounds")
+
+
+class Pick(NamedTuple):
+    """What is chosen for a method: its step sizes, and settings by name; numbers that may be traced."""
+
+    steps: bx.Levels
+    settings: Mapping[str, Any]
 
 
 class Carry(NamedTuple):
-    """What a chunk hands to the next.
+    """What a stretch of iterations hands to the next.
 
     Attributes:
       state: of the method.
@@ -40,6 +52,24 @@ class Carry(NamedTuple):
     y: PyTree
     consensus: Array
     spent: dict[str, Array]
+
+
+class Program(NamedTuple):
+    """A compiled row, for every pick.
+
+    Attributes:
+      begin: `begin(pick, x, y, batch) -> carry`.
+      advance: `advance(pick, carry, key, batch, count) -> (carry, trace)`, so many iterations.
+      put: `put(batch)` places it.
+      compiling: what it took to trace and compile `advance`.
+      temp_bytes: peak of its temporary memory, from the compiler's analysis; None where a backend offers none.
+    """
+
+    begin: Callable[[Pick, PyTree, PyTree, bx.Batch], Carry]
+    advance: Callable[[Pick, Carry, Key, bx.Batch, int], tuple[Carry, Trace]]
+    put: Callable[[Any], Any]
+    compiling: Spent
+    temp_bytes: int | None
 
 
 def spending(info: Any, share: bx.problem.Calls) -> dict[str, Array]:
@@ -60,33 +90,48 @@ def share_at(row: Row, share: bx.problem.Calls, state: Any) -> bx.problem.Calls:
     return bx.problem.Calls(*(jnp.where(turn, 1.0, part) for part in share))
 
 
-def compiled(row: Row, placed: Placed, network: Network, size: int) -> Program:
-    """Compiles so many iterations, and the losses at the mean iterate after them."""
+def compiled(row: Row, placed: Callable[[Pick], Placed], network: Network, pick: Pick, jit: bool = True) -> Program:
+    """Compiles any number of iterations, and the losses at the mean iterate after them.
+
+    Args:
+      row: of the table.
+      placed: builds the method; where it can be built of traced numbers, one program serves every pick.
+      network: one of those whose batches have these shapes.
+      pick: one of those that will be tried.
+      jit: whether the start is compiled too.
+    """
     share, problem = shares(row, network), network.problem
 
-    def begin(x: PyTree, y: PyTree, batch: bx.Batch) -> Carry:
+    def begin(pick: Pick, x: PyTree, y: PyTree, batch: bx.Batch) -> Carry:
         spent = {"derivatives": jnp.full((), float(row.at_start)), "megabytes": jnp.zeros(()), "rounds": jnp.zeros(())}
-        state = placed.method.init(placed.put(x), placed.put(y), placed.put(batch))
-        return Carry(state, *network.point(x, y), jnp.zeros(()), spent)
+        method, put, _ = placed(pick)
+        return Carry(method.init(put(x), put(y), put(batch)), *network.point(x, y), jnp.zeros(()), spent)
 
-    def chunk(carry: Carry, keys: Key, batch: bx.Batch) -> tuple[Carry, Trace]:
-        def step(state: Any, key: Key) -> tuple[Any, tuple]:
+    def advance(pick: Pick, carry: Carry, key: Key, batch: bx.Batch, count: int) -> tuple[Carry, Trace]:
+        method, _, join = placed(pick)
+
+        def step(_: Scalar, both: tuple) -> tuple:
+            state, *sums = both
             now = share_at(row, share, state)
-            state, info = placed.method.step(key, state, batch)
-            calls = {name: jnp.mean(number) for name, number in info.calls._asdict().items()}
-            return state, (spending(info, now), calls | {"breakdowns": jnp.any(info.breakdown)})
+            state, info = method.step(key, state, batch)
+            calls = {name: jnp.asarray(jnp.mean(number), float) for name, number in info.calls._asdict().items()}
+            more = spending(info, now), calls | {"breakdowns": jnp.asarray(jnp.any(info.breakdown), int)}
+            return state, *jax.tree.map(operator.add, tuple(sums), more)
 
-        state, (spent, counts) = jax.lax.scan(step, carry.state, keys)
-        spent = jax.tree.map(lambda before, now: before + now.sum(), carry.spent, spent)
-        (every, ys), whole = placed.join((state.x, state.y)), placed.join(batch)
+        counts = {**dict.fromkeys(bx.problem.Calls._fields, jnp.zeros(())), "breakdowns": jnp.zeros((), int)}
+        state, spent, counts = jax.lax.fori_loop(0, count, step, (carry.state, carry.spent, counts))
+        (every, ys), whole = join((state.x, state.y)), join(batch)
         x, y = network.point(every, ys)
         slope = jax.grad(network.loss, argnums=2)(problem.inner_loss, x, y, whole.inner)
-        trace = Trace(outer_loss(network, x, y, whole), optax.tree.norm(slope), jax.tree.map(jnp.sum, counts))
+        trace = Trace(outer_loss(network, x, y, whole), optax.tree.norm(slope), counts)
         return Carry(state, x, y, consensus(every, x), spent), trace
 
-    keys, batch = jax.random.split(jax.random.key(0), size), placed.put(network.batch)
-    made, compiling, memory = timing.compiled(chunk, (begin(*network.start, network.batch), keys, batch))
-    return Program(cast(Any, begin), made, compiling, memory)
+    begin = jax.jit(begin) if jit else begin
+    put = placed(pick).put
+    batch = put(network.batch)
+    carry = begin(pick, *network.start, network.batch)
+    made, compiling, memory = timing.compiled(advance, (pick, carry, jax.random.key(0), batch, 1))
+    return Program(begin, made, put, compiling, memory)
 
 
 def outer_loss(network: Network, x: PyTree, y: PyTree, batch: bx.Batch) -> Array:
@@ -103,83 +148,132 @@ def consensus(every: PyTree, x: PyTree) -> Array:
 def evaluate(network: Network, exactly: Exactly, carry: Carry) -> dict[str, float | None]:
     """F and ‖∇F‖² at the mean x, the scores of the task, and what an agent has spent."""
     x, y, distance, spent = fetch((carry.x, carry.y, carry.consensus, carry.spent))
-    accurate = judged(exactly, x, y, network.batch)
+    accurate = judged(exactly, x, y)
     spent = {name: number.item() for name, number in spent.items()}
     return {**accurate, **network.scores(x, y), "consensus": distance.item(), **spent}
 
 
+def of_both(exactly: Callable[..., Exact]) -> Callable[..., dict[str, float | None]]:
+    """F and ‖∇F‖² at a point."""
+    return lambda x, y, batch: dict(itertools.islice(judged(functools.partial(exactly, batch=batch), x, y).items(), 2))
+
+
+def of_loss(loss: Callable[..., Array]) -> Callable[..., dict[str, float | None]]:
+    """F alone, which is cheaper; NaN where the point is not finite."""
+    return lambda x, y, batch: {"exact_loss": float(loss(x, y, batch=batch)) if finite(x, y) else math.nan}
+
+
+def glance(carry: Carry) -> dict[str, Any]:
+    """What a try notes at a checkpoint: the point that it is judged at, and what an agent has spent."""
+    x, y, spent = fetch((carry.x, carry.y, carry.spent))
+    return {"point": (x, y), **{name: number.item() for name, number in spent.items()}}
+
+
+def backward(look: Look, points: Sequence[tuple[Any, Any]], enough: float) -> dict[str, list[float | None]]:
+    """Looks at checkpoints from the last to the first, two at least, until F is above a level.
+
+    What was before changes nothing about when F came for good to that level or below. It is NaN.
+    """
+    seen: list[dict[str, Any]] = []
+    for x, y in reversed(points):
+        if len(seen) > 1 and not seen[-1]["exact_loss"] <= enough:
+            break
+        seen.append(look(x, y))
+    missing = [math.nan] * (len(points) - len(seen))
+    return {name: [*missing, *(one[name] for one in reversed(seen))] for name in seen[0]}
+
+
+def finite(*trees: Any) -> bool:
+    """Whether all numbers are."""
+    return all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(trees))
+
+
+def first_point(network: Network) -> tuple[Any, Any]:
+    """Where a method is judged before the first iteration."""
+    return jax.device_get(network.point(*network.start))
+
+
 def before(network: Network, exactly: Exactly, at_start: int) -> dict[str, float | None]:
     """The same before the first iteration, with the evaluations that `init` needs."""
-    x, y = jax.device_get(network.point(*network.start))
+    x, y = first_point(network)
     loss = outer_loss(network, x, y, network.batch).item()
     spent = {"derivatives": float(at_start), "megabytes": 0.0, "rounds": 0.0, **Spent().named()}
     first = {"outer_step": 0, "outer_loss": loss, "consensus": 0.0}
-    return {**first, **judged(exactly, x, y, network.batch), **network.scores(x, y), **spent}
+    return {**first, **judged(exactly, x, y), **network.scores(x, y), **spent}
 
 
-def judged(exactly: Exactly, x: Any, y: Any, batch: bx.Batch) -> dict[str, float | None]:
+def judged(exactly: Exactly, x: Any, y: Any) -> dict[str, float | None]:
     """F(x), ‖∇F(x)‖² and how well the inner problem was solved; all NaN where the point is not finite."""
-    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((x, y))):
+    if not finite(x, y):
         return dict.fromkeys(EXACT, math.nan)
-    at = exactly(x, y, batch)
+    at = exactly(x, y)
     numbers = (at.loss, optax.tree.norm(at.gradient) ** 2, at.residual, at.product_residual)
     return dict(zip(EXACT, map(float, numbers), strict=True))
 
 
-def tuned(
-    make: Callable[[bx.Levels], bx.problem.Algorithm],
-    networks: Mapping[int, Network],
-    exactly: Exactly,
-    grid: bx.Levels,
-    iterations: int,
-) -> dict[str, Any]:
-    """The step sizes of the grid whose `make(steps)` ends with the lowest F(x); one program runs all of them.
+class Followed(NamedTuple):
+    """A run.
 
-    Of several seeds (the keys of `networks`) the worst one counts. Steps whose own outer loss is above that of the
-    start, and F there, halfway are left out, since their ends are good or bad by luck, and so are those whose agents
-    end farther from their mean than that has moved.
+    Attributes:
+      x: the last one.
+      curve: lists of one length, an entry for each checkpoint that was come to.
+      counts: added up over all iterations.
     """
-    first = next(iter(networks.values()))
 
-    def ends(steps: bx.Levels, key: Any, x: PyTree, y: PyTree, batch: bx.Batch) -> tuple:
-        method = make(steps)
+    x: PyTree
+    curve: dict[str, list[Any]]
+    counts: dict[str, Any]
 
-        def step(_: Scalar, state: Any) -> Any:
-            return method.step(key, state, batch)[0]
-
-        halfway = jax.lax.fori_loop(0, iterations // 2, step, method.init(x, y, batch))
-        state = jax.lax.fori_loop(iterations // 2, iterations, step, halfway)
-        begin, middle, last = first.point(x, y), first.point(halfway.x, halfway.y), first.point(state.x, state.y)
-        moved = optax.tree.norm(optax.tree.sub(last[0], begin[0]))
-        return last, outer_loss(first, *middle, batch), consensus(state.x, last[0]) <= moved
-
-    program = jax.jit(jax.vmap(ends, (0, None, None, None, None)))
-    scores = []
-    for seed, network in networks.items():
-        points, middle, together = jax.device_get(program(grid, jax.random.key(seed), *network.start, network.batch))
-        x, y = jax.device_get(network.point(*network.start))
-        accurate = np.array(judged(exactly, x, y, network.batch)["exact_loss"], dtype=float)
-        level = np.fmax(accurate, outer_loss(network, x, y, network.batch))
-        scores.append((_losses(exactly, network, points, len(grid.x)), together & (middle <= level)))
-    best = chosen(*(np.stack(parts) for parts in zip(*scores, strict=True)))
-    values = {name: values.tolist() for name, values in grid._asdict().items()}
-    steps = {name: each[best] for name, each in values.items()}
-    return {
-        **choice(values, steps),
-        END: at_ends(values, {name: steps[name] for name in ("x", "y")}),  # v has the step of y
-        "grid_losses": {str(seed): losses.tolist() for seed, (losses, _) in zip(networks, scores, strict=True)},
-        "grid_steady": {str(seed): steady.tolist() for seed, (_, steady) in zip(networks, scores, strict=True)},
-    }
+    def outcome(self, program: Program) -> Outcome:
+        """For the file of the run."""
+        metrics = {name: values[-1] for name, values in self.curve.items()} | self.counts
+        metrics["outer_steps"] = metrics.pop("outer_step")
+        metrics |= {**program.compiling.named("compile_"), "temp_bytes": program.temp_bytes}
+        return Outcome(self.x, metrics, self.curve)
 
 
-def _losses(exactly: Exactly, network: Network, points: tuple[Any, Any], number: int) -> np.ndarray:
-    """F at so many points, the first axis of these leaves."""
-    each = [jax.tree.map(operator.itemgetter(i), points) for i in range(number)]
-    return np.array([judged(exactly, x, y, network.batch)["exact_loss"] for x, y in each], dtype=float)
+def follow(
+    program: Program,
+    pick: Pick,
+    network: Network,
+    batch: bx.Batch,
+    key: Key,
+    stops: Iterable[int],
+    evaluate: Evaluate,
+    budget: float,
+) -> Followed:
+    """Runs from checkpoint to checkpoint, until the last or the budget is spent, or the outer loss is not finite.
+
+    Args:
+      program: of the row.
+      pick: step sizes and settings.
+      network: for the first point.
+      batch: its batch, placed.
+      key: of all iterations, each of which has a number of its own.
+      stops: the iterations of the checkpoints, rising.
+      evaluate: numbers of each; its time does not count.
+      budget: seconds.
+    """
+    carry = program.begin(pick, *network.start, network.batch)
+    curve: defaultdict[str, list[Any]] = defaultdict(list)
+    counts: Counter[str] = Counter()
+    spent = Spent()
+    for earlier, stop in itertools.pairwise((0, *stops)):
+        (carry, trace), more = timed(functools.partial(program.advance, pick, carry, key, batch, stop - earlier))
+        spent = spent.plus(more)
+        counts.update({name: count.item() for name, count in trace.counts.items()})
+        loss, norm = trace.outer_loss.item(), trace.gradient_norm.item()
+        point = {"outer_step": stop, **spent.named(), "outer_loss": loss, "gradient_norm": norm}
+        for name, value in {**point, **evaluate(carry)}.items():
+            curve[name].append(value)
+        if spent.seconds >= budget or not math.isfinite(loss):
+            break
+    return Followed(carry.x, dict(curve), dict(counts))
 
 
-def chosen(losses: np.ndarray, steady: np.ndarray) -> int:
-    """The lowest of the last losses [seeds, pairs], the worst seed of each, where all are steady; else of all."""
-    worst = np.where(np.isfinite(losses), losses, np.inf).max(axis=0)
-    kept = np.where(steady.all(axis=0), worst, np.inf)
-    return int(np.argmin(kept if np.isfinite(kept).any() else worst))
+def kept(first: Mapping[str, Any], curve: Mapping[str, Sequence[Any]], stops: Sequence[int]) -> dict[str, list[Any]]:
+    """The curve of a try from its start on, with NaN for the checkpoints that it did not come to, as it diverged."""
+    missing = len(stops) - len(curve["outer_step"])
+    diverged = not math.isfinite(curve["outer_loss"][-1])
+    names = ("outer_step", *(name for name in EXACT[:2] if name in curve and name in first), *SPENT)
+    return {name: [first[name], *curve[name], *[math.nan] * missing * diverged] for name in names}

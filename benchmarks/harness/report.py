@@ -57,6 +57,7 @@ class Run:
       seed: seed of the data and of the key.
       configuration: everything that was chosen; `outer_steps` and `budget` (seconds) among it, where there is a loop.
       outcome: metrics, curve and the last x.
+      tries: of each choice that ran on this seed, a named tuple; none where nothing was chosen.
     """
 
     task: str
@@ -64,6 +65,7 @@ class Run:
     seed: int
     configuration: dict[str, Any]
     outcome: Outcome
+    tries: Sequence[Any] = ()
 
     @property
     def finite(self) -> bool:
@@ -103,6 +105,7 @@ class Run:
             "device": _device(),
             "metrics": _without_nan(self.outcome.metrics),
             "curve": _without_nan(self.outcome.curve),
+            **({"tries": [_without_nan(one._asdict()) for one in self.tries]} if self.tries else {}),
         }
         folder.path.mkdir(parents=True, exist_ok=True)
         path = folder.path / f"{self.method}-seed{self.seed}.json"

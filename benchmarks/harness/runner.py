@@ -141,6 +141,8 @@ class Task(NamedTuple):
       caption: explains the columns.
       draw: `draw(finished runs)`, asked if a method that is no anchor ended with finite numbers.
       settle: `settle(finished runs)`, the same with what only all of them together tell.
+      tuning: seeds of runs that come before the others of a method and only choose for it: they have files, but no part
+        in the table and the plot.
     """
 
     title: str
@@ -153,11 +155,12 @@ class Task(NamedTuple):
     caption: str
     draw: Callable[[Sequence[Run]], Figure]
     settle: Callable[[Sequence[Run]], Sequence[Run]] = lambda runs: runs
+    tuning: Sequence[int] = ()
 
 
 def collect(task: Task, options: Common, folder: Folder, console: Console) -> list[Run]:
     """Takes the runs as they finish and writes each to the folder; Ctrl-C drops the one that it hits."""
-    names = [f"{method}, seed {seed}" for method in task.methods for seed in options.all_seeds]
+    names = [f"{method}, seed {seed}" for method in task.methods for seed in (*task.tuning, *options.all_seeds)]
     finished: list[Run] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
@@ -201,7 +204,8 @@ def perform(task: Task, options: Common, config: Any) -> int:
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     seeds = options.all_seeds
     folder = prepared(config, task.folder, console, outer_steps=task.outer_steps)
-    finished = settled(task, collect(task, options, folder, console), folder)
+    collected = collect(task, options, folder, console)
+    finished = settled(task, [run for run in collected if run.seed not in task.tuning], folder)
     if finished:
         several = f"seeds {seeds[0]} to {seeds[-1]}, mean ± standard error"
         which = several if options.seeds > 1 else f"seed {options.seed}"

@@ -114,29 +114,38 @@ def test_every_partition_of_the_command_line_loses_nothing(choice):
 
 @pytest.mark.compiles(180)  # a whole run of a command
 def test_a_run_writes_records_of_one_schema_a_plot_and_what_was_spent(run, monkeypatch):
-    monkeypatch.setattr(hyper_cleaning, "OUTER_GRID", hyper_cleaning.OUTER_GRID[-2:])
+    monkeypatch.setattr(hyper_cleaning, "OUTER_GRID", hyper_cleaning.OUTER_GRID[-3:])
     code, printed, records, plots = run(
-        "decentralized-hyper-cleaning --seed 3 --outer-steps 4 --methods s3ldbo-0.5 sparkle-ed --coins subset",
-        "decentralized_hyper_cleaning-coins_subset",
+        "decentralized-hyper-cleaning --quick --seed 3 --outer-steps 4 --methods s3ldbo-0.5 sparkle-ed --coins subset",
+        "decentralized_hyper_cleaning-coins_subset-quick",
     )
     assert code == 0
-    assert set(records) == {"s3ldbo-0.5-seed3", "sparkle-ed-seed3"}
-    for record in records.values():
+    assert set(records) == {f"{name}-seed{seed}" for name in ("s3ldbo-0.5", "sparkle-ed") for seed in (3, 4, 5)}
+    ends = {name: [] for name in ("s3ldbo-0.5", "sparkle-ed")}
+    for name, record in records.items():
         assert record["task"] == "decentralized_hyper_cleaning"
+        chosen, curves = record["configuration"], {"outer_step", "exact_loss", *SPENT}
+        if chosen["role"] == "tuning":
+            assert set(record["curve"]) == curves
+            ends[name.rpartition("-")[0]].append([max(one["curve"]["exact_loss"][-2:]) for one in record["tries"]])
+            continue
         assert set(record["metrics"]) == COUNTS | SPENT | POINT | JUDGED | COSTS
         assert set(record["curve"]) == POINT | SPENT | JUDGED | {"outer_step"}
-        chosen = record["configuration"]
         assert chosen["outer_steps"] == record["metrics"]["outer_steps"]
-        pairs = [dict(zip(chosen["grid"], pair, strict=True)) for pair in zip(*chosen["grid"].values(), strict=True)]
-        best = pairs.index(chosen["step_sizes"])
-        assert chosen["grid_steady"]["3"][best]
-        np.testing.assert_allclose(record["metrics"]["exact_loss"], chosen["grid_losses"]["3"][best], rtol=1e-4)
+        (one,) = record["tries"]  # without sldbo there are no targets
+        assert one["step_sizes"] == chosen["step_sizes"]
+        assert one["curve"] == {key: record["curve"][key] for key in (*curves, "exact_gradient")}
+    for name, losses in ends.items():
+        chosen = records[f"{name}-seed3"]["configuration"]
+        best = int(np.argmin(np.max(losses, axis=0)))
+        assert {key: chosen["grid"][key][best] for key in "xy"} == {key: chosen["step_sizes"][key] for key in "xy"}
     lazy, sparkle = (records[name]["metrics"] for name in ("s3ldbo-0.5-seed3", "sparkle-ed-seed3"))
     # One evaluation at the start and half of one in each iteration; in turn, ∇_y g is needed twice.
-    assert (lazy["derivatives"], sparkle["derivatives"]) == (3, 3.75)
-    assert (lazy["rounds"], sparkle["rounds"]) == (4, 9)
+    # Three times the iterations for those that skip.
+    assert (lazy["derivatives"], sparkle["derivatives"]) == (7, 3.75)
+    assert (lazy["rounds"], sparkle["rounds"]) == (12, 9)
     numbers = 960 + 2 * 640  # to two neighbours, and twice as many with the trackers
-    np.testing.assert_allclose(lazy["megabytes"], 4 * 2 * 2 * numbers * 4 / 1e6, rtol=1e-5)
+    np.testing.assert_allclose(lazy["megabytes"], 12 * 2 * 2 * numbers * 4 / 1e6, rtol=1e-5)
     np.testing.assert_allclose(sparkle["megabytes"], 3 * 2 * numbers * 4 / 1e6, rtol=1e-5)
     assert plots[0].read_bytes().startswith(b"\x89PNG")
     assert f"{sparkle['test_accuracy']:.3f}" in printed.out

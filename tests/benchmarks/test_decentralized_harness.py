@@ -14,12 +14,35 @@ from benchmarks.data import download
 from benchmarks.data.images import IMAGES
 from benchmarks.decentralized import hyper_cleaning, penalties, regularization
 from benchmarks.decentralized.choices import Agents
-from benchmarks.decentralized.comparison import schedule, selected
+from benchmarks.decentralized.comparison import BASE, selected
 from benchmarks.decentralized.exact import Effort, evaluator
-from benchmarks.decentralized.methods import evaluations, pace, refusal, shares
-from benchmarks.decentralized.network import Network
+from benchmarks.decentralized.levels import COSTS, Try
+from benchmarks.decentralized.methods import Row, evaluations, pace, refusal, shares
+from benchmarks.decentralized.network import Network, by_weight
+from benchmarks.decentralized.placement import Placed
 from benchmarks.decentralized.rows import personal_rows, rows
-from benchmarks.decentralized.running import chosen, consensus, judged
+from benchmarks.decentralized.running import (
+    backward,
+    compiled,
+    consensus,
+    follow,
+    glance,
+    judged,
+    kept,
+    of_loss,
+)
+from benchmarks.decentralized.trying import (
+    Base,
+    Chosen,
+    aimed,
+    alike,
+    chosen,
+    enough,
+    picks,
+    schedule,
+    tuning_seeds,
+    undivided,
+)
 from benchmarks.harness.errors import DataError
 from benchmarks.harness.runner import Options
 from benchmarks.tasks import logistic
@@ -141,8 +164,8 @@ def test_penalties_are_exponentials_up_to_a_bound():
     np.testing.assert_allclose(penalties.penalty(x, 8), np.exp(x) / (4 + np.exp(x)), rtol=1e-5)
 
 
-def test_a_point_that_is_not_finite_is_no_trouble(network):
-    numbers = judged(lambda *point: pytest.fail("solved"), np.full(6, np.nan), np.zeros(6), network.batch)
+def test_a_point_that_is_not_finite_is_no_trouble():
+    numbers = judged(lambda *point: pytest.fail("solved"), np.full(6, np.nan), np.zeros(6))
     assert np.isnan([*numbers.values()]).all()
 
 
@@ -162,12 +185,13 @@ def test_no_method_evaluates_more_than_it_declares_and_none_more_than_sldbo(netw
     for number, most in zip(spent, row.calls(task), strict=True):
         assert number.shape == (4,)
         assert (number <= most).all()
-    number, size = schedule(row, task, 240, 6)
-    assert number >= 6 or size == 1
+    stops = schedule(row, task, 240, 6)
+    assert len(stops) == 6
     cost = evaluations(row.calls(task), shares(row, task))
+    longer = 3 if row.name.startswith("s3ldbo") else 1
     if row.every is None:
-        assert number * size * cost <= 240
-    assert number * size <= 480
+        assert stops[-1] * cost <= 240 * longer
+    assert stops[-1] <= 480 * max(1, longer / 2)
     assert pace(row, task) <= 2
 
 
@@ -181,7 +205,8 @@ def test_the_shares_of_minibatches_and_of_whole_iterations(network):
     sampled, whole = (2 * 0.8 + (2 + 20 + 2) * 0.4) / 4, (1 + 1 + 10 + 1) / 4
     assert pace(by_name["interact-svr"], network) == pytest.approx(10 / (9 * sampled + whole))
     assert evaluations(by_name["gbdsbo"].calls(network), ALL) == (1 + 1 + 6 + 6) / 4
-    assert schedule(by_name["sldbo"], network, 4, 20) == (4, 1)
+    assert schedule(by_name["sldbo"], network, 4, 20) == [1, 2, 3, 4]
+    assert schedule(by_name["s3ldbo-0.1"], network, 40, 5) == [30, 42, 60, 85, 120]
 
 
 def test_consensus_is_the_root_mean_square_distance():
@@ -189,12 +214,93 @@ def test_consensus_is_the_root_mean_square_distance():
     assert consensus(every, {"a": jnp.array([2.0]), "b": jnp.array(1.0)}) == pytest.approx(2**0.5)
 
 
-def test_steps_that_go_astray_are_not_chosen_for_a_lucky_end():
-    losses = np.array([0.3, 0.1, np.nan, 0.2])
-    steady = np.array([True, False, False, True])
-    assert chosen(losses[None], steady[None]) == 3
-    assert chosen(losses[None], 0 * steady[None] == 1) == 1
-    assert chosen(np.stack([losses, losses[::-1]]), np.stack([steady, steady])) == 0
+def path(*losses):
+    costs = np.arange(len(losses), dtype=float).tolist()
+    return Try({}, {}, {"exact_loss": [*losses], **dict.fromkeys(("derivatives", "megabytes", "rounds"), costs)})
+
+
+def test_steps_are_chosen_by_what_they_cost_to_stay_below_a_target_and_not_by_their_ends():
+    swinging, early, late = path(1, 0, 0.6, 0.2), path(1, 0.4, 0.1, 0.1), path(1, 0.9, 0.3, 0.0)
+    grid, tries = picks((0.1, 0.2, 0.4), (1.0,), ({},)), [[swinging, early, late]] * 2
+    sldbo, mdbo, lazy = (Row(name, None, at_start=name == "s3ldbo-0.2") for name in (BASE, "mdbo", "s3ldbo-0.2"))
+    base = Base([path(1, 0.6, 0.5, 0.101).curve] * 2, [grid[2].steps])
+    assert chosen(mdbo, grid, tries, None, aimed(False)) == Chosen([1], 1, 0)  # of the last two the higher one
+    assert chosen(mdbo, grid, tries, base, aimed(False)) == Chosen([1], 1, 2)
+    assert chosen(lazy, grid, tries, base, aimed(False)) == Chosen([1, 2], 1, 2)
+    assert chosen(sldbo, grid, tries, base, aimed(False)) == Chosen([1], 1, 2)
+    assert enough(mdbo, base, False) == pytest.approx([1 - 0.899 / 2] * 2)
+    assert enough(mdbo, base, True) == enough(sldbo, None, False) == [np.inf] * 2
+    ends = [path(1, 0.2, 0.11, 0.1), path(1, 0.5, 0.2, 0.0)]  # the second ends lower, and comes late to 0.5
+    near = chosen(mdbo, grid[:2], [ends] * 2, base._replace(curves=[path(1, 0.0).curve] * 2), aimed(False))
+    assert (near.places, near.main) == ([0, 1], 1)
+
+
+def test_seeds_that_choose_are_not_judged():
+    judged = Options(("sldbo",), seeds=5, seed=3).all_seeds
+    assert [*tuning_seeds(judged)] == [8, 9]
+    assert not {*tuning_seeds(judged)} & {*judged}
+
+
+def test_batches_of_one_shape_and_of_one_agent_have_the_same_losses():
+    features = np.random.default_rng(0).normal(size=(60, 3)).astype(np.float32)
+    rows_ = (features, np.sign(features[:, 0]))
+    parts = [[np.arange(20), np.arange(20, 60)], [np.arange(30), np.arange(30, 60)]]
+    (one, two) = (bx.partition.stack(rows_, part) for part in parts)
+    networks = {
+        seed: Network(
+            penalties.logistic(), bx.Batch(*[(*rows, weights)] * 2), 0, 0, by_weight, None, lambda data: 1.0, None
+        )
+        for seed, (rows, weights) in enumerate((one, two))
+    }
+    same = alike(networks)
+    assert jax.tree.map(np.shape, same[0].batch) == jax.tree.map(np.shape, same[1].batch)
+    x, y = jnp.ones(3), jnp.array([1.0, -1.0, 2.0])
+    for seed, network in networks.items():
+        expected = [network.loss(loss, x, y, network.batch.inner) for loss in network.problem]
+        for batch in (same[seed].batch, undivided(network)):
+            found = [network.loss(loss, x, y, batch.inner) for loss in network.problem]
+            np.testing.assert_allclose(found, expected, rtol=1e-5)
+        assert undivided(network).inner[0].shape == (1, 60, 3)
+
+
+def test_what_a_try_keeps_is_what_the_method_reports_and_nan_from_where_it_diverges(network):
+    row = next(row for row, _ in EVERY_ROW if row.name == "s3ldbo-0.5")
+    gossip, stops, key = bx.gossip(bx.topology.ring(4)), [2, 3, 6], jax.random.key(3)
+    placed = lambda pick: Placed(row.make(network, gossip, pick.steps), jax.device_put, lambda tree: tree)  # noqa: E731
+    grid = picks((1.0,), (0.5, 1e30), ({},))
+    program = compiled(row, placed, network, grid[0])
+    loss = lambda x, y, batch: np.sum(np.square(x))  # noqa: E731
+
+    def tried(pick):
+        run = follow(program, pick, network, network.batch, key, stops, glance, 60.0)
+        look = functools.partial(of_loss(loss), batch=network.batch)
+        start = {"outer_step": 0, "exact_loss": 7.0, "derivatives": 1.0, "megabytes": 0.0, "rounds": 0.0}
+        return kept(start, run.curve | backward(look, run.curve["point"], np.inf), stops), run
+
+    curve, run = tried(grid[0])
+    method, spent = placed(grid[0]).method, [(1.0, 0.0, 0.0)]
+    state, step = jax.jit(method.init)(*network.start, network.batch), jax.jit(method.step)
+    for k in range(1, 7):
+        state, info = step(key, state, network.batch)
+        more = (np.mean([np.mean(calls) for calls in info.calls]), np.mean(info.bytes) / 1e6, np.mean(info.rounds))
+        spent.append(tuple(np.add(spent[-1], more)))
+        if k in stops:
+            place = 1 + stops.index(k)
+            np.testing.assert_allclose([curve[name][place] for name in COSTS], spent[k], rtol=1e-5)
+            np.testing.assert_allclose(curve["exact_loss"][place], np.sum(np.mean(state.x, axis=0) ** 2), rtol=1e-3)
+    assert curve["outer_step"] == [0, *stops]
+    assert run.counts["hessian_products"] == pytest.approx(spent[-1][0] - 1)
+    diverged, _ = tried(grid[1])
+    assert diverged["exact_loss"][0] == 7.0
+    assert np.isnan(diverged["exact_loss"][2:]).all()
+    assert {len(values) for values in diverged.values()} == {4}
+
+
+def test_a_look_goes_back_to_where_the_loss_was_high():
+    look = lambda x, y: {"exact_loss": x}  # noqa: E731
+    points = [(loss, None) for loss in (0.9, 0.2, 0.8, 0.3, 0.1)]
+    for level, expected in ((0.5, [np.nan, np.nan, 0.8, 0.3, 0.1]), (-np.inf, [np.nan] * 3 + [0.3, 0.1])):
+        np.testing.assert_array_equal(backward(look, points, level)["exact_loss"], expected)
 
 
 def test_rows_that_do_not_suit_a_graph_or_a_problem_are_left_out_and_named(network):
@@ -236,20 +342,25 @@ def test_a_run_writes_all_that_curves_need(tmp_path, capsys):
     assert code == 0
     folder = "decentralized_regularization-rows_80-agents_4-lower_topology_complete-quick"
     records = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob(f"{folder}/*.json")}
-    assert set(records) == {"sldbo-seed0", "dsvrbgd-seed0"}
+    assert set(records) == {f"{method}-seed{seed}" for method in ("sldbo", "dsvrbgd") for seed in range(3)}
     keys = {"exact_loss", "exact_gradient", "exact_residual", "exact_product_residual", "outer_loss", "gradient_norm"}
     keys |= {"consensus", "derivatives", "megabytes", "rounds", "seconds", "cpu_seconds", "test_accuracy", "outer_step"}
-    for record in records.values():
-        assert set(record["curve"]) == keys
-        chosen = record["configuration"]
+    kept_names = {"outer_step", "exact_loss", "exact_gradient", "derivatives", "megabytes", "rounds"}
+    for name, record in records.items():
+        chosen_here, judged_here = record["configuration"], name.endswith("seed0")
+        assert chosen_here["role"] == ("judged" if judged_here else "tuning")
+        assert chosen_here["tuning_seeds"] == [1, 2]
         assert record["metrics"]["derivatives"] <= 12
-        assert len(chosen["grid_losses"]["0"]) == len(chosen["grid"]["x"]) == 30
         assert record["metrics"]["exact_loss"] < np.log(2)
-        pairs = list(zip(*(chosen["grid"][name] for name in "xyv"), strict=True))
-        found = chosen["grid_losses"]["0"][pairs.index(tuple(chosen["step_sizes"][name] for name in "xyv"))]
-        np.testing.assert_allclose(record["metrics"]["exact_loss"], found, rtol=1e-3)
         assert (record["curve"]["outer_step"][0], record["curve"]["rounds"][0]) == (0, 0)
         assert record["curve"]["exact_loss"][0] == pytest.approx(np.log(2), rel=0.2)
+        assert set(record["curve"]) == (keys if judged_here else kept_names)
+        picked = {name: chosen_here[name] for name in ("step_sizes", "settings")}
+        best = next(one for one in record["tries"] if {**one, "curve": None} == {**picked, "curve": None})
+        assert {name: record["curve"][name] for name in kept_names} == best["curve"]
+        if not judged_here:
+            momenta = 3 if name.startswith("dsvrbgd") else 1
+            assert len(record["tries"]) == len(chosen_here["grid"]["x"]) == 30 * momenta
     # y and v go to three neighbours, x to two; t as far as s
     assert records["sldbo-seed0"]["metrics"]["megabytes"] == pytest.approx(12 * 2 * 4 * 40 * (2 + 2 * 3) / 1e6)
     assert list(tmp_path.glob(f"{folder}/*.png"))

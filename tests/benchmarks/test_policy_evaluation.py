@@ -113,7 +113,7 @@ def test_a_method_reaches_the_known_solution(chain):
 def test_a_run_writes_records_with_the_distance_to_the_solution(tmp_path, capsys):
     options = "--quick --states 20 --features 3 --agents 4 --outer-steps 24 --methods sldbo dsvrbgd --results"
     assert main([TASK, *options.split(), str(tmp_path)]) == 0
-    records = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*/*.json")}
+    records = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*/*-seed0.json")}
     assert set(records) == {"sldbo-seed0", "dsvrbgd-seed0"}
     for record in records.values():
         assert record["task"] == "decentralized_policy_evaluation"
