@@ -16,6 +16,7 @@ from benchmarks.data.images import load
 from benchmarks.decentralized import hyper_cleaning
 from benchmarks.decentralized.choices import PARTITIONS, TOPOLOGIES, parsed
 from benchmarks.decentralized.cleaning import cleaning, cross_entropy, divide
+from benchmarks.decentralized.levels import Try, best
 from benchmarks.decentralized.network import by_weight
 from benchmarks.studies import skipping
 
@@ -121,13 +122,13 @@ def test_a_run_writes_records_of_one_schema_a_plot_and_what_was_spent(run, monke
     )
     assert code == 0
     assert set(records) == {f"{name}-seed{seed}" for name in ("s3ldbo-0.5", "sparkle-ed") for seed in (3, 4, 5)}
-    ends = {name: [] for name in ("s3ldbo-0.5", "sparkle-ed")}
+    tuned = {name: [] for name in ("s3ldbo-0.5", "sparkle-ed")}
     for name, record in records.items():
         assert record["task"] == "decentralized_hyper_cleaning"
         chosen, curves = record["configuration"], {"outer_step", "exact_loss", *SPENT}
         if chosen["role"] == "tuning":
             assert set(record["curve"]) == curves
-            ends[name.rpartition("-")[0]].append([max(one["curve"]["exact_loss"][-2:]) for one in record["tries"]])
+            tuned[name.rpartition("-")[0]].append([Try(**one) for one in record["tries"]])
             continue
         assert set(record["metrics"]) == COUNTS | SPENT | POINT | JUDGED | COSTS
         assert set(record["curve"]) == POINT | SPENT | JUDGED | {"outer_step"}
@@ -135,10 +136,8 @@ def test_a_run_writes_records_of_one_schema_a_plot_and_what_was_spent(run, monke
         (one,) = record["tries"]  # without sldbo there are no targets
         assert one["step_sizes"] == chosen["step_sizes"]
         assert one["curve"] == {key: record["curve"][key] for key in (*curves, "exact_gradient")}
-    for name, losses in ends.items():
-        chosen = records[f"{name}-seed3"]["configuration"]
-        best = int(np.argmin(np.max(losses, axis=0)))
-        assert {key: chosen["grid"][key][best] for key in "xy"} == {key: chosen["step_sizes"][key] for key in "xy"}
+    for name, tries in tuned.items():
+        assert records[f"{name}-seed3"]["configuration"]["step_sizes"] == tries[0][best(tries)].step_sizes
     lazy, sparkle = (records[name]["metrics"] for name in ("s3ldbo-0.5-seed3", "sparkle-ed-seed3"))
     # One evaluation at the start and half of one in each iteration; in turn, ∇_y g is needed twice.
     # Three times the iterations for those that skip.

@@ -216,7 +216,11 @@ def test_consensus_is_the_root_mean_square_distance():
 
 def path(*losses):
     costs = np.arange(len(losses), dtype=float).tolist()
-    return Try({}, {}, {"exact_loss": [*losses], **dict.fromkeys(("derivatives", "megabytes", "rounds"), costs)})
+    return Try(
+        {"x": 1.0, "y": 1.0, "v": 1.0},
+        {},
+        {"exact_loss": [*losses], **dict.fromkeys(("derivatives", "megabytes", "rounds"), costs)},
+    )
 
 
 def test_steps_are_chosen_by_what_they_cost_to_stay_below_a_target_and_not_by_their_ends():
