@@ -51,6 +51,16 @@ def decay(l2: float, x: Array, y: Array) -> Array:
     return l2 / 2 * jnp.sum(y**2)
 
 
+def fit() -> bx.curvature.ModelLoss:
+    """The part of g_i that reads data."""
+    return bx.curvature.ModelLoss(
+        lambda y, images: images @ y,
+        bx.curvature.softmax_cross_entropy,
+        split=lambda x, batch: batch[:2],
+        weights=lambda x, batch: jax.nn.sigmoid(x[batch[2]]) * batch[3],
+    )
+
+
 def cleaning(l2: float) -> bx.BilevelProblem:
     """f_i and g_i of one agent; x [N], for the training images of all agents; y [pixels, 10]."""
 

@@ -22,7 +22,7 @@ from sklearn.metrics import roc_auc_score
 import bilevax as bx
 from benchmarks.data.images import IMAGES, ImageName, load
 from benchmarks.decentralized.choices import PARTITIONS, Agents, changed, parsed
-from benchmarks.decentralized.cleaning import Divided, cleaning, decay, divide
+from benchmarks.decentralized.cleaning import Divided, cleaning, decay, divide, fit
 from benchmarks.decentralized.comparison import Job, Place, compare, defaults
 from benchmarks.decentralized.figure import Panel
 from benchmarks.decentralized.network import Network, by_weight, penalized, second_moment
@@ -74,6 +74,7 @@ METHODS = (
 )
 DEFAULTS = defaults(METHODS)
 KNOWN = penalized(functools.partial(decay, L2))
+FIT = fit()
 
 
 def network(data: Divided) -> Network:
@@ -97,6 +98,7 @@ def network(data: Divided) -> Network:
         bound=bound,
         scores=scores,
         known=KNOWN,
+        fit=FIT,
     )
 
 

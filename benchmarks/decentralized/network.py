@@ -30,6 +30,7 @@ class Network(NamedTuple):
       personal: whether each agent has a lower level of its own, y_i = argmin g_i(x, y_i), in place of a common one.
       diagonal: `diagonal(x)`, like y: roughly that of ∇²_yy g, for a common lower level; it makes F cheaper to find.
       known: what of f_i and g_i reads no data, such as a penalty, as losses that are given None; None for nothing.
+      fit: what of g_i reads data, by its parts; None where it has no such parts.
     """
 
     problem: bx.BilevelProblem
@@ -43,6 +44,7 @@ class Network(NamedTuple):
     personal: bool = False
     diagonal: Callable[[Any], Any] | None = None
     known: bx.BilevelProblem | None = None
+    fit: bx.curvature.ModelLoss | None = None
 
     @property
     def n(self) -> int:

@@ -108,6 +108,26 @@ def decay(x: Array, y: Array) -> Array:
     return jnp.sum(rates * y**2) / 2
 
 
+def logistic_fit() -> bx.curvature.ModelLoss:
+    """The part of g_i of `logistic` that reads data."""
+    return bx.curvature.ModelLoss(
+        lambda y, features: (features @ y)[:, None],
+        bx.curvature.sigmoid_cross_entropy,
+        split=lambda x, batch: (batch[0], (1 + batch[1][:, None]) / 2),
+        weights=lambda x, batch: batch[2],
+    )
+
+
+def softmax_fit() -> bx.curvature.ModelLoss:
+    """The part of g_i of `softmax` that reads data."""
+    return bx.curvature.ModelLoss(
+        lambda y, features: features @ y,
+        bx.curvature.softmax_cross_entropy,
+        split=lambda x, batch: batch[:2],
+        weights=lambda x, batch: batch[2],
+    )
+
+
 def logistic() -> bx.BilevelProblem:
     """f_i and g_i of one agent; x [d], y [d], labels -1 and 1."""
 

@@ -33,9 +33,11 @@ from benchmarks.decentralized.penalties import (
     Divided,
     decay,
     logistic,
+    logistic_fit,
     penalty,
     real,
     softmax,
+    softmax_fit,
     synthetic,
 )
 from benchmarks.decentralized.rows import names
@@ -56,6 +58,7 @@ METHODS = (
 )
 DEFAULTS = defaults(METHODS)
 KNOWN = penalized(decay)
+LOGISTIC, SOFTMAX = logistic_fit(), softmax_fit()
 
 
 class PenaltySetting(NamedTuple):
@@ -133,6 +136,7 @@ def network(data: Divided, start: float) -> Network:
         scores=scores,
         diagonal=diagonal,
         known=KNOWN,
+        fit=SOFTMAX if classes else LOGISTIC,
     )
 
 

@@ -32,8 +32,9 @@ def weights(settings: tuple[dict[str, float], ...]) -> str:
 
 CAPTION = f"""\
 s3ldbo-p, -ed-p: {{coins}}; -subset-p, -adaptive-p, -cyclic-p: ⌈p · n⌉ agents at a time, at random, those that moved
-farthest, or in turn. -ed: exact diffusion in place of tracking. -predicted-p: in turn; between refreshes, penalties are
-evaluated and what is left of the directions is predicted by {PAIRS} secants.
+farthest, or in turn. -ed: exact diffusion in place of tracking. -predicted-p: in turn; between refreshes penalties are
+evaluated, and the rest of the directions follows Kronecker factors of each agent's own data (of models that are no
+linear ones {PAIRS} secants).
 dsvrbgd, gt-sgd (tracking, no variance reduction), mdbo, vrdbo, diamond, interact-svr, -sampled: minibatches of
 {{batch_size}} (interact-svr: all in every {EVERY}th iteration); all others exact. Weights of new directions are tried
 too: {weights(MOMENTA)} of dsvrbgd, mdbo, vrdbo and diamond, {weights(AVERAGES)} of -sampled.
@@ -120,12 +121,16 @@ def matrices(network: Network) -> bx.problem.Calls:
 
 
 def predicted(correction: Any, probability: float) -> Callable:
-    """S3LDBO in turn, whose directions between refreshes follow what is known without data, and secants."""
+    """S3LDBO in turn, whose directions between refreshes follow what is known of the losses.
+
+    Where nothing is known of what reads data, that follows secants.
+    """
     prediction = bx.single_loop.prediction
 
     def make(network: Network, gossip: Any, steps: bx.Levels) -> bx.problem.Algorithm:
-        secants = prediction.secants(PAIRS)
-        model = prediction.chain(prediction.data_free(network.known), secants) if network.known else secants
+        model = prediction.kronecker(network.fit) if network.fit else prediction.secants(PAIRS)
+        if network.known:
+            model = prediction.chain(prediction.data_free(network.known), model)
         coins = bx.coins.cyclic(probability)
         return bx.decentralized.s3ldbo(
             network.problem, gossip, steps, coins=coins, correction=correction, predict=model

@@ -12,6 +12,7 @@ import jax
 from bilevax import checks
 from bilevax.carried import parameters
 from bilevax.curvature import capture
+from bilevax.curvature._kronecker_product import product
 from bilevax.curvature.capture.choices import Blocks
 from bilevax.curvature.fisher import Fisher, sampled
 from bilevax.curvature.forms import Diagonal, Factors, Kept, Kronecker, Rows, Sketch
@@ -35,6 +36,7 @@ __all__ = [
     "factored",
     "factors",
     "low_rank",
+    "product",
     "spectral",
 ]
 

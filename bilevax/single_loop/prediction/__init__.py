@@ -7,14 +7,17 @@ evaluation it changes nothing, so that a snapshot method ends where it ends with
 
 from bilevax.single_loop.prediction._chain import chain
 from bilevax.single_loop.prediction._data_free import data_free
+from bilevax.single_loop.prediction._kronecker import KroneckerState, kronecker
 from bilevax.single_loop.prediction._secants import SecantsState, secants
 from bilevax.single_loop.prediction.prediction_type import Prediction
 
 __all__ = [
+    "KroneckerState",
     "Prediction",
     "SecantsState",
     "chain",
     "data_free",
+    "kronecker",
     "secants",
 ]
 

@@ -1,0 +1,159 @@
+"""Directions that follow Kronecker factors between refreshes, against products with the Hessian and the directions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bilevax as bx
+from bilevax.problem import directions
+from bilevax.single_loop import prediction
+
+kronecker = bx.curvature.kronecker
+KEYS = jax.random.split(jax.random.key(0), 8)
+D, CLASSES, N = 4, 3, 6
+
+
+def loss_of(model, output_loss=bx.curvature.softmax_cross_entropy, **parts):
+    return bx.curvature.ModelLoss(model, output_loss, split=lambda x, batch: batch, **parts)
+
+
+def problem_of(inner_loss):
+    return bx.BilevelProblem(lambda x, y, batch: 0.5 * jnp.sum(y**2), inner_loss)
+
+
+LINEAR = loss_of(lambda y, a: a @ y)
+WEIGHTED = loss_of(lambda y, a: a @ y, weights=lambda x, batch: jax.nn.sigmoid(x))
+INPUTS, LABELS = jax.random.normal(KEYS[0], (N, D)), jnp.arange(N) % CLASSES
+START = bx.Levels(
+    *(jax.random.normal(key, shape) for key, shape in zip(KEYS[1:4], ((N,), *2 * [(D, CLASSES)]), strict=True))
+)
+END = bx.Levels(*(jax.random.normal(key, s.shape) for key, s in zip(KEYS[4:7], START, strict=True)))
+
+
+def change(inner_loss, start, end, batch, predict=None):
+    model = prediction.kronecker() if predict is None else predict
+    problem = problem_of(inner_loss)
+
+    @jax.jit
+    def found(start, end, data):
+        return model.change(model.init(problem, start, None, data), problem, start, end, data)
+
+    return found(start, end, bx.Batch(None, batch))
+
+
+def of_directions(inner_loss, start, end, batch):
+    """What d_x changes."""
+
+    @jax.jit
+    def d(point, data):
+        return directions(problem_of(inner_loss), *point, data).x
+
+    return d(end, bx.Batch(None, batch)) - d(start, bx.Batch(None, batch))
+
+
+def close(found, expected):
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("output_loss", "rows"),
+    [(bx.curvature.softmax_cross_entropy, 1), (bx.curvature.squared_error, N)],
+    ids=["one example", "squared error"],
+)
+def test_of_a_linear_model_the_change_is_that_of_the_hessian(output_loss, rows):
+    inner_loss = loss_of(lambda y, a: a @ y, output_loss)
+    targets = LABELS[:rows] if rows == 1 else jax.nn.one_hot(LABELS, CLASSES)
+    batch = INPUTS[:rows], targets
+    found = change(inner_loss, START, END, batch)
+    product = jax.jit(lambda v: bx.curvature.hessian(inner_loss, START.x, START.y, batch)(v))
+    close(found.y, product(END.y - START.y))
+    close(found.v, product(END.v - START.v))
+    assert found.x is None
+
+
+def test_the_weights_of_the_examples_say_exactly_what_x_does():
+    moved, batch = START._replace(x=END.x), (INPUTS, LABELS)
+    close(change(WEIGHTED, START, moved, batch).x, of_directions(WEIGHTED, START, moved, batch))
+
+
+def test_weights_of_single_values_and_masks_count_too():
+    def weights(x, batch):
+        return jax.nn.sigmoid(x.reshape(2, 3))
+
+    inner_loss = loss_of(lambda y, a: a @ y, weights=weights, mask=lambda batch: jnp.array([[1.0, 1, 0], [1, 0, 1]]))
+    moved, batch = START._replace(x=END.x), (INPUTS.reshape(2, 3, D), LABELS.reshape(2, 3))
+    close(change(inner_loss, START, moved, batch).x, of_directions(inner_loss, START, moved, batch))
+
+
+def test_at_the_point_of_the_refresh_nothing_changes():
+    found = change(WEIGHTED, START, START, (INPUTS, LABELS))
+    assert all((np.asarray(leaf) == 0).all() for leaf in found)
+
+
+def test_an_update_is_a_start_at_the_new_point():
+    model, data = prediction.kronecker(), bx.Batch(None, (INPUTS, LABELS))
+    init = jax.jit(lambda point: model.init(problem_of(WEIGHTED), point, None, data))
+    update = jax.jit(lambda memory: model.update(memory, problem_of(WEIGHTED), START, END, None, data))
+    jax.tree.map(close, update(init(START)), init(END))
+
+
+def test_without_v_there_is_the_change_of_y_alone():
+    start, end = START._replace(v=()), END._replace(v=())
+    found = change(WEIGHTED, start, end, (INPUTS, LABELS))
+    close(found.y, change(WEIGHTED, START, END, (INPUTS, LABELS)).y)
+    assert (found.x, found.v) == (None, None)
+
+
+def test_the_data_part_may_be_given_apart_from_the_loss():
+    def penalized(x, y, batch):
+        return LINEAR(x, y, batch) + jnp.sum(y**2)
+
+    found = change(penalized, START, END, (INPUTS, LABELS), prediction.kronecker(LINEAR))
+    close(found.y, change(LINEAR, START, END, (INPUTS, LABELS)).y)
+
+
+def test_a_product_undoes_the_inverse():
+    def model(y, a):
+        return jnp.tanh(a @ y["first"] + y["bias"][None]) @ y["last"] * jnp.exp(y["scale"])
+
+    inner_loss, shapes = loss_of(model), {"first": (D, 5), "bias": (5,), "last": (5, CLASSES), "scale": ()}
+    y = {name: jax.random.normal(KEYS[7], shape) for name, shape in shapes.items()}
+    here = inner_loss, 0.0, y, (INPUTS, LABELS)
+    options = {"blocks": {"scale": bx.curvature.capture.diagonal}}
+
+    @jax.jit
+    def there_and_back(v):
+        found = kronecker.factors(None, *here, fisher=bx.curvature.fisher.exact, inverse=kronecker.spectral, **options)
+        times = kronecker.product(found, *here, **options)
+        solved = bx.curvature.inverted(found, *here, damping=0.5, inverse=kronecker.spectral, **options)
+        return solved(jax.tree.map(lambda one, other: one + 0.5 * other, times(v), v))
+
+    v = jax.tree.map(lambda leaf: leaf + 1, y)
+    jax.tree.map(close, there_and_back(v), v)
+
+
+def test_a_table_is_kept_by_its_diagonal():
+    inner_loss, ids = loss_of(lambda y, ids: y["table"][ids] @ y["last"]), jnp.array([0, 1, 1, 2, 0, 1])
+    y = {"table": INPUTS[:3], "last": START.y}
+    here = inner_loss, 0.0, y, (ids, LABELS)
+
+    @jax.jit
+    def both(y):
+        found = kronecker.factors(None, *here, fisher=bx.curvature.fisher.exact, inverse=kronecker.spectral)
+        expected = found["table"].A[:, None] * (y["table"] @ found["table"].B)
+        return kronecker.product(found, *here)(y)["table"], expected
+
+    close(*both(y))
+
+
+def test_bad_input_is_refused():
+    with pytest.raises(TypeError, match=r"inner_loss must be a bx.curvature.ModelLoss"):
+        change(lambda x, y, batch: jnp.sum(y**2), START, END, (INPUTS, LABELS))
+    with pytest.raises(ValueError, match=r"inner_loss must be"):
+        prediction.kronecker(lambda x, y, batch: 0.0)
+    here = LINEAR, 0.0, START.y, (INPUTS, LABELS)
+    options = {"fisher": bx.curvature.fisher.exact, "inverse": kronecker.low_rank(1)}
+    found = jax.jit(lambda: kronecker.factors(None, *here, **options))()
+    with pytest.raises(ValueError, match=r"found must hold whole factors or diagonals.*kronecker.spectral"):
+        kronecker.product(found, *here)(START.y)
