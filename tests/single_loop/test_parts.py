@@ -40,8 +40,8 @@ ESTIMATORS = {
     "snapshot_in_common": estimators.lazy_snapshot(coins.common(0.4)),
     "snapshot_of_a_subset": estimators.lazy_snapshot(coins.subset(0.5, block=2)),
     "snapshot_in_turn": estimators.lazy_snapshot(coins.cyclic(0.5, block=2)),
-    "predicted_by_secants": estimators.lazy_snapshot(
-        coins.subset(0.5, block=2), predict=bx.single_loop.prediction.secants(2)
+    "predicted_by_trusted_secants": estimators.lazy_snapshot(
+        coins.subset(0.5, block=2), predict=bx.single_loop.prediction.trusted(bx.single_loop.prediction.secants(2))
     ),
 }
 RING = bx.gossip(bx.topology.ring(8))

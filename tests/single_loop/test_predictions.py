@@ -113,7 +113,7 @@ def test_the_limit_is_that_of_the_problem_whatever_the_model(parts):
 PENALTIES = bx.BilevelProblem(
     lambda x, y, _: 0.1 * jnp.sum(x**2) * jnp.sum(y), lambda x, y, _: jnp.exp(x[0]) * jnp.sum(y**4)
 )  # parts of no loss: a model that is wrong
-SECANTS = prediction.chain(prediction.data_free(PENALTIES), prediction.secants(3))
+SECANTS = prediction.chain(prediction.data_free(PENALTIES), prediction.trusted(prediction.secants(3)))
 
 
 @pytest.mark.parametrize("parts", [("common", "jacobi", "exact_diffusion"), ("subset", "gauss_seidel", "tracking")])
@@ -259,6 +259,31 @@ def test_the_last_link_learns_what_the_first_leaves():
     np.testing.assert_allclose(told(double, MOVES, H, step)[0], H @ step, rtol=1e-7)
 
 
+@pytest.mark.parametrize(("multiple", "trust"), [(1.0, 1.0), (-1.0, 0.0), (4.0, 0.25), (0.5, 1.0), (0.0, 0.0)])
+def test_a_model_is_trusted_as_far_as_it_was_right(multiple, trust):
+    """One that says too little is not multiplied; one whose sign is wrong, or that says nothing, changes nothing."""
+    model = prediction.trusted(linear(jnp.asarray(multiple * H)))
+    got, memory = told(model, MOVES[:1], H, np.ones(8))
+    np.testing.assert_allclose(got, trust * multiple * H @ np.ones(8), rtol=1e-12, atol=1e-14)
+    later, after = told(model, np.concatenate([MOVES[:1], np.zeros((1, 8))]), H, np.ones(8))
+    close((later, after), (got, memory), 0)  # a refresh where the last one was teaches nothing
+    np.testing.assert_array_equal(told(model, MOVES[:0], H, np.ones(8))[0], 0)  # believed when it was right once
+
+
+def test_trust_is_a_running_mean_of_each_level():
+    """Of a model that is right at first and wrong in the end, whose y is always right."""
+    flip = jnp.asarray(np.repeat([1.0, 0.0, 0.0], SIZES))
+
+    def change(memory, problem, start, end, batch):
+        step = jnp.concatenate([b - a for a, b in zip(start, end, strict=True)])
+        return bx.Levels(*jnp.split(jnp.where((memory > 0) & (flip > 0), -1, 1) * (H @ step), ENDS))
+
+    counting = prediction.Prediction(lambda *refreshed: jnp.zeros(()), lambda memory, *moved: memory + 1, change)
+    _, memory = told(prediction.trusted(counting, rate=0.25), MOVES[:2], H, np.ones(8))
+    np.testing.assert_allclose(memory.size, 0.25 * 0.75 + 0.25, rtol=1e-12)
+    np.testing.assert_allclose(memory.agreement, [0.25 * 0.75 - 0.25, *[0.25 * 0.75 + 0.25] * 2], rtol=1e-12)
+
+
 # What is refused
 
 
@@ -295,6 +320,8 @@ REFUSED = {
     "no_damping": ("damping must be a finite number > 0; got 0", lambda: prediction.secants(2, damping=0.0)),
     "too_large_a_scale": (r"scale must be in \(0, 1\]; got 2", lambda: prediction.secants(2, scale=2.0)),
     "one_link": ("last must be a Prediction; got None", lambda: prediction.chain(prediction.secants(2), None)),
+    "trust_in_nothing": ("predict must be a Prediction; got None", lambda: prediction.trusted(None)),
+    "no_rate": (r"rate must be in \(0, 1\]; got 0", lambda: prediction.trusted(prediction.secants(2), rate=0.0)),
     "a_penalty_for_a_problem": (
         "problem must be a BilevelProblem; got",
         lambda: prediction.data_free(lambda x, y: 0.0),
@@ -318,7 +345,7 @@ def test_what_is_refused(name):
 
 
 def test_predictions_print_as_their_calls():
-    assert repr(SECANTS).startswith("chain(data_free(BilevelProblem(outer_loss=<lambda>, inner_loss=<lambda>)), sec")
+    assert repr(SECANTS).startswith("chain(data_free(BilevelProblem(outer_loss=<lambda>, inner_loss=<lambda>)), trus")
     method = bx.decentralized.s3ldbo(
         PROBLEM, LAZY_RING, STEPS, coins=bx.coins.subset(0.25), predict=prediction.secants(6)
     )

@@ -9,16 +9,19 @@ from bilevax.single_loop.prediction._chain import chain
 from bilevax.single_loop.prediction._data_free import data_free
 from bilevax.single_loop.prediction._kronecker import KroneckerState, kronecker
 from bilevax.single_loop.prediction._secants import SecantsState, secants
+from bilevax.single_loop.prediction._trusted import TrustedState, trusted
 from bilevax.single_loop.prediction.prediction_type import Prediction
 
 __all__ = [
     "KroneckerState",
     "Prediction",
     "SecantsState",
+    "TrustedState",
     "chain",
     "data_free",
     "kronecker",
     "secants",
+    "trusted",
 ]
 
 

@@ -49,7 +49,8 @@ def secants(pairs: int = 4, *, damping: Scalar = 1e-2, scale: Scalar = 1.0) -> P
     the last link of a `chain`: what of it the first leaves). M weighs the levels, so that each has as large a part in
     ΔZᵀ M ΔZ as the others, and the pairs are scaled so that its diagonal is 1: λ is relative, and a short move counts
     as much as a long one. Across the moves that it knows it predicts no change. A refresh at the point of the last one
-    teaches nothing.
+    teaches nothing. Where agents move in many directions a few pairs can be worse than none, and make a method
+    diverge: `trusted` believes them as far as they were right.
 
     Args:
       pairs: m >= 1.
