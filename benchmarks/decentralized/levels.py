@@ -10,6 +10,7 @@ LOSS, GRADIENT = "exact_loss", "exact_gradient"
 SHARES = (0.5, 0.9, 0.99)  # of SLDBO's decrease of F
 EPSILONS = (0.3, 0.1, 0.03, 0.01)  # of the first ‖∇F‖²
 COSTS = ("derivatives", "megabytes", "rounds")
+LASTING = 4.0  # a curve has come to a target if it stays there until so many times the cost are spent, or to its end
 LAST = 0.25  # part of a run whose pace tells what a longer one could do at best
 
 Curve = Mapping[str, Sequence[float | None]]
@@ -72,7 +73,7 @@ class Spent(NamedTuple):
 
     Attributes:
       amount: spent; inf by a run that diverges.
-      reached: whether the curve is at or below the target from there on, to its end.
+      reached: whether the curve is at or below the target from there on, for long enough.
       least: what a longer run would spend if it kept the pace of its last quarter, which falling curves seldom do: a
         lower bound. `amount` where the target was reached; inf where the curve no longer falls.
     """
@@ -106,8 +107,8 @@ def along(curve: Curve, name: str) -> np.ndarray:
     return np.where(np.isfinite(values), values, np.nan)
 
 
-def spent_until(curve: Curve, cost: str, metric: str, target: float) -> Spent:
-    """What a run had spent when the metric came to the target for good.
+def spent_until(curve: Curve, cost: str, metric: str, target: float, lasting: float = LASTING) -> Spent:
+    """What a run had spent when the metric came to the target to stay.
 
     That is between two checkpoints, linear in the metric's logarithm: the last one above the target, and the next, from
     which on all are at most the target. What is not finite is above. A start at the target has cost what it cost.
@@ -117,6 +118,8 @@ def spent_until(curve: Curve, cost: str, metric: str, target: float) -> Spent:
       cost: name of the curve of what is spent.
       metric: name of the curve that falls.
       target: the value to reach.
+      lasting: it has to stay until so many times the cost are spent; what becomes of it later, where a run for this
+        target would have ended, does not count. inf for the whole run.
 
     Returns:
       What was spent, and whether that was enough.
@@ -124,20 +127,23 @@ def spent_until(curve: Curve, cost: str, metric: str, target: float) -> Spent:
     costs, values = along(curve, cost), along(curve, metric)
     if not len(values):
         return Spent(0.0, False, math.inf)
-    if math.isnan(values[-1]):
+    below = values <= target
+    at = next((place for place in range(len(values)) if below[place] and _stays(costs, below, place, lasting)), None)
+    if at is None and math.isnan(values[-1]):
         return Spent(math.inf, False, math.inf)
-    above = np.flatnonzero(~(values <= target))
-    if not len(above):
-        return _arrived(costs[0])
-    last = int(above[-1])
-    if last == len(values) - 1:
+    if at is None:
         return Spent(float(costs[-1]), False, _at_best(costs, values, target))
-    if math.isnan(values[last]):
-        return _arrived(costs[last + 1])
-    scale = np.log if values[last + 1] > 0 else np.asarray
-    before, now, wanted = scale([values[last], values[last + 1], target])
+    if at == 0 or math.isnan(values[at - 1]):
+        return _arrived(costs[at])
+    scale = np.log if values[at] > 0 else np.asarray
+    before, now, wanted = scale([values[at - 1], values[at], target])
     part = (before - wanted) / (before - now)
-    return _arrived(costs[last] + part * (costs[last + 1] - costs[last]))
+    return _arrived(costs[at - 1] + part * (costs[at] - costs[at - 1]))
+
+
+def _stays(costs: np.ndarray, below: np.ndarray, at: int, lasting: float) -> bool:
+    """Whether it is below from there on, for so long."""
+    return bool(below[at:][costs[at:] / lasting <= costs[at]].all())
 
 
 def _arrived(cost: float) -> Spent:
@@ -202,6 +208,7 @@ def choose(tries: Sequence[Sequence[Try]], metric: str, cost: str, targets: Sequ
     """The steady try with the least cost on the worst seed, of those that reach the target on all seeds.
 
     If none does, that which reaches it on most seeds, and of those the one that ends nearest to it on the worst seed.
+    Here it has to stay to the end of the run, so that steps which are good for a while are no choice.
 
     Args:
       tries: of each tuning seed, in the same order.
@@ -223,7 +230,10 @@ def choose(tries: Sequence[Sequence[Try]], metric: str, cost: str, targets: Sequ
     ranks = []
     for place in steady(tries):
         each = [seed[place] for seed in tries]
-        spent = [spent_until(one.curve, cost, metric, target) for one, target in zip(each, targets, strict=True)]
+        spent = [
+            spent_until(one.curve, cost, metric, target, lasting=math.inf)
+            for one, target in zip(each, targets, strict=True)
+        ]
         reached = sum(one.reached for one in spent)
         missed = [_missed(one.curve, metric, target) for one, target in zip(each, targets, strict=True)]
         worst = max(one.amount for one in spent) if reached == len(spent) else max(missed)

@@ -42,6 +42,9 @@ def attempt(losses, x=1.0, y=1.0, **settings):
         ((None, 0.2), 0.4, (1.0, True, 1.0)),
         ((1.0, 0.9, 0.8, 0.7, 0.6), 0.3, (4.0, False, 7.0)),  # the last quarter brings 0.1
         ((1.0, 0.5, 0.5, 0.5, 0.5), 0.4, (4.0, False, math.inf)),
+        ((1.0, 0.2, 0.2, 0.2, 0.2, 0.8), 0.2, (1.0, True, 1.0)),  # it stays until four times the cost
+        ((1.0, 0.2, 0.2, 0.2, 0.8, 0.8), 0.2, (5.0, False, math.inf)),
+        ((1.0, 0.2, 0.2, 0.2, 0.2, None), 0.2, (1.0, True, 1.0)),
         ((1.0,), 0.4, (0.0, False, math.inf)),
         ((), 0.4, (0.0, False, math.inf)),
     ],
@@ -62,7 +65,7 @@ def test_targets_are_shares_of_the_decrease_of_f_and_of_the_first_gradient():
 
 def test_the_try_of_a_target_has_the_least_cost_on_its_worst_seed():
     slow, fast = attempt((1.0, 0.8, 0.1)), attempt((1.0, 0.1, 0.1))
-    swings, lost = attempt((1.0, 0.1, 0.5)), attempt((1.0, None, None))
+    swings, lost = attempt((1.0, 0.1, 0.1, 0.1, 0.1, 0.5)), attempt((1.0, None, None))
     first, second = [slow, fast, swings, lost], [slow, attempt((1.0, 0.9, 0.15)), fast, fast]
     assert choose([first], LOSS, "rounds", [0.2]) == Choice(1, 1)
     assert choose([first, second], LOSS, "rounds", [0.2, 0.2]) == Choice(0, 2)
