@@ -144,9 +144,9 @@ def cyclic(probability: float, *, block: int | None = None) -> Coins:
 
         chosen at k = the agents k m, k m + 1, …, k m + m − 1 of the block, modulo its size
 
-    In ⌈1/p⌉ iterations one after the other, wherever they begin, everybody refreshes. A subset of the same size leaves
-    an agent out for longer now and then, and what it last said of its directions is as old. Skipping really skips, as
-    that of `subset`.
+    In ⌈1/p⌉ iterations one after the other, wherever they begin, everybody refreshes: no direction is older. Skipping
+    really skips, as that of `subset`. S3LDBO needs about as many evaluations as with a subset, and the longest steps
+    that a subset allows may be too long for turns, which repeat: take it where runs have to be without chance.
 
     Args:
       probability: p in (0, 1].

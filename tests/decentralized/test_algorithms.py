@@ -1,7 +1,8 @@
 """Every decentralized method keeps the contracts of `bilevax.testing.algorithm`.
 
-A new method enters `METHODS` by one line. What takes a program of its own is checked on methods that differ in how they
-draw, branch and remember; on all of them by `pytest -m slow`.
+A new method enters `METHODS` by one line; parts that `test_parts.py` checks one by one share methods. What takes a
+program of its own is checked on methods that differ in how they draw, branch and remember; on all of them by `pytest -m
+slow`.
 """
 
 import functools
@@ -27,6 +28,7 @@ GT, ED, EXTRA = (
     bx.single_loop.correction.exact_diffusion(),
     bx.single_loop.correction.extra(),
 )
+ATC, NON_ATC = bx.single_loop.correction.tracking_atc(), bx.single_loop.correction.tracking_non_atc()
 ADAM = bx.Levels(optax.adam(0.01), 0.05, optax.sgd(0.05, momentum=0.5))
 PLAIN = (1, 1, 1, 1)
 
@@ -54,9 +56,9 @@ def adasdbo(problem, gossip, steps, sample):
     return bx.decentralized.adasdbo(problem, gossip, 0.1, sample=sample)
 
 
-def newton(ihvp):
-    step = bx.single_loop.preconditioned(0.05, ihvp)
-    return engine(bx.single_loop.estimator.full(), step_sizes=bx.Levels(0.02, step, step))
+def newton(y, v):
+    steps = bx.Levels(0.02, bx.single_loop.preconditioned(0.05, y), bx.single_loop.preconditioned(0.05, v))
+    return engine(bx.single_loop.estimator.full(), step_sizes=steps)
 
 
 MOMENTUM = {"momentum": 0.5, "rate": 0.5}
@@ -67,9 +69,7 @@ BRANCHES = False  # not counted: both branches of a cond would be
 D = bx.decentralized
 METHODS = {  # (problem, gossip, step_sizes, sample) -> method; declared calls of an iteration; graphs; counted
     "sldbo": (preset(D.sldbo, radius=5.0), PLAIN, RING),
-    "s3ldbo_independent": (preset(D.s3ldbo, coins=bx.coins.independent(0.5)), None, RING),
     "s3ldbo_common": (preset(D.s3ldbo, coins=bx.coins.common(0.5)), None, RING),
-    "s3ldbo_subset": (preset(D.s3ldbo, coins=bx.coins.subset(0.5, block=2)), (0.5, 0.5, 0.5, 0.5), RING),
     "s3ldbo_cyclic": (preset(D.s3ldbo, coins=bx.coins.cyclic(0.5, block=2), correction=ED), (0.5, 0.5, 0.5, 0.5)),
     "s3ldbo_predicted": (
         preset(D.s3ldbo, coins=bx.coins.subset(0.5, block=2), predict=bx.single_loop.prediction.secants(2)),
@@ -79,19 +79,21 @@ METHODS = {  # (problem, gossip, step_sizes, sample) -> method; declared calls o
     ),
     "s3ldbo_unbiased": (preset(D.s3ldbo_unbiased, probability=0.5), None, RING),
     "dsvrbgd": (sampled(D.dsvrbgd, **MOMENTUM), (2, 2, 2, 2), RING),
-    "dsvrbgd_alternating": (sampled(D.dsvrbgd, alternating=True, **MOMENTUM), (2, 4, 2, 2), RING),
-    "dsvrbgd_ed": (sampled(D.dsvrbgd, momentum=0.1, correction=bx.Levels(GT, ED, ED)), (2, 2, 2, 2)),
+    "dsvrbgd_alternating": (
+        sampled(D.dsvrbgd, momentum=0.1, alternating=True, correction=bx.Levels(GT, ED, ED)),
+        (2, 4, 2, 2),
+    ),
     "sparkle_ed": (preset(D.sparkle, correction=ED, momentum=0.5), (1, 2, 1, 1)),
-    "sparkle_extra": (preset(D.sparkle, correction=EXTRA), (1, 2, 1, 1)),
     "sparkle_mixed": (preset(D.sparkle, correction=bx.Levels(GT, ED, EXTRA)), (1, 2, 1, 1)),
     "dsoba": (sampled(D.dsoba, momentum=0.5), PLAIN, RING),
-    "spider": (engine(bx.single_loop.estimator.spider(every=3, sample=SMALL)), (1.6, 1.6, 1.6, 1.6), RING, BRANCHES),
     "page": (engine(bx.single_loop.estimator.page(probability=0.5, sample=SMALL)), None, RING),
     "saga": (engine(bx.single_loop.estimator.saga(2)), PLAIN, RING, MERGED),
-    "atc": (engine(bx.single_loop.estimator.full(), bx.single_loop.correction.tracking_atc()), PLAIN, RING),
-    "non_atc": (engine(bx.single_loop.estimator.full(), bx.single_loop.correction.tracking_non_atc()), PLAIN, RING),
-    "adam": (engine(bx.single_loop.estimator.full(), step_sizes=ADAM), PLAIN, RING),
-    "one_peer": (engine(bx.single_loop.estimator.full()), PLAIN, bx.topology.one_peer_exponential(4)),
+    "corrections": (engine(bx.single_loop.estimator.full(), bx.Levels(ATC, NON_ATC, EXTRA)), PLAIN),
+    "adam_one_peer": (
+        engine(bx.single_loop.estimator.full(), step_sizes=ADAM),
+        PLAIN,
+        bx.topology.one_peer_exponential(4),
+    ),
     "push_sum": (engine(bx.single_loop.estimator.full()), PLAIN, DIRECTED),
     "choco": (choco, PLAIN, RING),
     "dsoba_first_order": (sampled(D.dsoba_first_order, momentum=0.5), (1, 3, 0, 0), RING),
@@ -109,15 +111,14 @@ METHODS = {  # (problem, gossip, step_sizes, sample) -> method; declared calls o
     "diamond": (sampled(D.diamond, momentum=0.5, **SERIES), (2, 2, 6, 2), RING),
     "lopa_local": (sampled(D.lopa_local, momentum=0.5), PLAIN, RING),
     "lopa_tracking": (sampled(D.lopa_tracking), PLAIN, RING),
-    "preconditioned": (newton(bx.ihvp.identity()), PLAIN, RING),
-    "preconditioned_with_a_state": (newton(bx.ihvp.diagonal(eps=0.1)), PLAIN, RING),
+    "preconditioned": (newton(bx.ihvp.identity(), bx.ihvp.diagonal(eps=0.1)), PLAIN, RING),
 }
 EVERY_DAY = {  # methods of contracts that take a program of their own
-    algorithm.scan_equals_a_loop: ("dsvrbgd_alternating", "s3ldbo_subset", "one_peer"),
-    algorithm.vmap_over_keys_equals_a_loop: ("s3ldbo_common", "page", "saga"),
-    algorithm.debuggers_find_nothing: ("s3ldbo_subset", "push_sum", "gbdsbo_factors", "saga"),
+    algorithm.scan_equals_a_loop: ("s3ldbo_cyclic", "adam_one_peer"),
+    algorithm.vmap_over_keys_equals_a_loop: ("s3ldbo_common", "page"),
+    algorithm.debuggers_find_nothing: ("s3ldbo_cyclic", "push_sum", "gbdsbo_factors"),
     algorithm.placement_changes_nothing: (  # of others the parts in test_parts.py, and test_parallel.py
-        *("s3ldbo_unbiased", "push_sum", "choco", "gbdsbo_factors", "interact_svr", "diamond"),
+        *("s3ldbo_unbiased", "push_sum", "choco", "gbdsbo_factors", "interact_svr"),
     ),
 }
 
@@ -163,7 +164,7 @@ def pull_backs_are_shared(subject):
 CONTRACTS = (*algorithm.CONTRACTS, calls_are_those_of_the_chosen, pull_backs_are_shared)
 
 
-PROMOTES = (("adam", algorithm.debuggers_find_nothing),)  # optax multiplies floats by whole numbers there
+PROMOTES = (("adam_one_peer", algorithm.debuggers_find_nothing),)  # optax multiplies floats by whole numbers there
 
 
 def pairs(often):
@@ -196,8 +197,8 @@ def test_the_branch_of_a_common_coin_is_one_evaluation():
 def test_states_are_written_and_read(tmp_path):
     """Of methods with a state of their own and of each part that keeps something."""
     own = ("ma_dsbo_tracked", "gbdsbo", "adasdbo", "c2dfb")
-    parts = ("s3ldbo_subset", "dsvrbgd", "spider", "saga", "sparkle_ed", "adam", "one_peer", "push_sum", "choco")
-    kept = "preconditioned_with_a_state"
+    parts = ("s3ldbo_cyclic", "dsvrbgd", "interact_svr", "saga", "sparkle_ed", "adam_one_peer", "push_sum", "choco")
+    kept = "preconditioned"
     like = {
         name: jax.eval_shape(subject(name).method(subject(name).gossip).init, *subject(name).point)
         for name in (*own, *parts, kept)

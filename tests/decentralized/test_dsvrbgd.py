@@ -52,7 +52,6 @@ FOLLOWED = {  # rate, correction, its recursions, and the rate that damps
     "simultaneous-papers": (RATE, PAPERS, [networks.non_atc] * 3, RATE),
     "alternating-papers": (RATE, PAPERS, [networks.non_atc] * 3, RATE),
     "simultaneous-damped": (RATE, None, [networks.semi] * 3, RATE),
-    "simultaneous-undamped": (1.0, None, [networks.semi] * 3, 1.0),
     "alternating-own": (RATE, OF_EACH_LEVEL, [networks.semi, *[networks.exact_diffusion] * 2], 1.0),
 }
 

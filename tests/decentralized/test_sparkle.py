@@ -24,32 +24,6 @@ def sparkle(forms, theta=1.0, gossip=LAZY_RING, step_sizes=STEPS, **choices):
     return decentralized.sparkle(PROBLEM, gossip, step_sizes, correction=corrections, momentum=theta, **choices)
 
 
-FORMS = [
-    ("exact_diffusion", "extra", "tracking"),
-    ("tracking_atc", "tracking_non_atc", "exact_diffusion"),
-    ("extra", "none", "tracking_atc"),
-]
-
-
-@pytest.mark.parametrize("gauss_seidel", [True, False], ids=["gauss_seidel", "jacobi"])
-@pytest.mark.parametrize("forms", FORMS, ids="-".join)
-def test_practical_recursions_are_the_primal_dual_form(forms, gauss_seidel):
-    """s⁺ = A (C s − a d) − B q, q⁺ = q + B s⁺ from a common start, for a moving average of d_x too."""
-    start = tuple(np.tile(leaf, (8, 1)) for leaf in (np.array([0.3, -0.2]), np.array([0.1, 0.4, -0.5]), np.zeros(3)))
-    order = {} if gauss_seidel else {"order": JACOBI}
-
-    def path(theta):
-        return roll(sparkle(forms, theta, **order), INDEFINITE.batch, 60, start=start[:2])[1]
-
-    thetas = [1.0, 0.2]
-    got = jax.jit(jax.vmap(path))(jnp.array(thetas))
-    for row, theta in enumerate(thetas):
-        for table, atol in ((networks.LITERAL, 1e-9), (networks.PRACTICAL, 1e-12)):
-            recursions = [table[form]() for form in forms]
-            expected = stacked(simulate(INDEFINITE, recursions, STEPS, W, 60, start, theta, gauss_seidel))
-            close([level[row] for level in got], expected, atol)
-
-
 @pytest.mark.parametrize("form", networks.PRACTICAL)
 def test_literal_and_practical_recursions_agree(form):
     """The two oracles of the test above, with no package in between."""
@@ -60,44 +34,64 @@ def test_literal_and_practical_recursions_agree(form):
     close(stacked(paths[0]), stacked(paths[1]), 1e-11)
 
 
-LIMITS = [
-    ("exact_diffusion",) * 3,
-    ("extra",) * 3,
-    ("tracking_atc", "tracking_non_atc", "tracking"),
-    ("tracking", "exact_diffusion", "extra"),
-]
+START = tuple(np.tile(leaf, (8, 1)) for leaf in (np.array([0.3, -0.2]), np.array([0.1, 0.4, -0.5]), np.zeros(3)))
+THETAS = (1.0, 0.2)
 
 
-def ends(forms, iterations=1500, **choices):
-    """Trajectories on the definite and the indefinite problem, with and without a moving average."""
+def paths(forms, iterations=1500, **choices):
+    """Trajectories with and without a moving average of d_x, on the definite and the indefinite problem."""
     batches = jax.tree.map(lambda *leaves: jnp.stack(leaves), DEFINITE.batch, INDEFINITE.batch)
 
     def path(batch, theta):
-        return roll(sparkle(forms, theta, **choices), batch, iterations)[1]
+        return roll(sparkle(forms, theta, **choices), batch, iterations, start=START[:2])[1]
 
-    return numbers(jax.jit(jax.vmap(jax.vmap(path, (0, None)), (None, 0)))(batches, jnp.array([1.0, 0.2])))
+    return numbers(jax.jit(jax.vmap(jax.vmap(path, (0, None)), (None, 0)))(batches, jnp.array(THETAS)))
 
 
-@pytest.mark.parametrize("forms", LIMITS, ids="-".join)
-def test_limit_is_the_solution_with_any_correction(forms):
-    path = ends(forms)
+def follows(path, forms, gauss_seidel=True):
+    """s⁺ = A (C s − a d) − B q, q⁺ = q + B s⁺ from a common start, for a moving average of d_x too."""
+    for row, theta in enumerate(THETAS):
+        for table, atol in ((networks.LITERAL, 1e-9), (networks.PRACTICAL, 1e-12)):
+            recursions = [table[form]() for form in forms]
+            expected = stacked(simulate(INDEFINITE, recursions, STEPS, W, 60, START, theta, gauss_seidel))
+            close([level[row, 1, :61] for level in path], expected, atol)
+
+
+FORMS = [  # each of the five on each level
+    ("exact_diffusion", "extra", "tracking"),
+    ("tracking_atc", "tracking_non_atc", "exact_diffusion"),
+    ("extra", "tracking", "tracking_atc"),
+    ("tracking", "exact_diffusion", "tracking_non_atc"),
+    ("tracking_non_atc", "tracking_atc", "extra"),
+]
+
+
+def at_solutions(path):
     for row in range(2):
         for column, q in enumerate((DEFINITE, INDEFINITE)):
             at_solution([level[row, column] for level in path], q)
+
+
+@pytest.mark.parametrize("forms", FORMS, ids="-".join)
+def test_any_correction_is_its_primal_dual_form_and_goes_to_the_solution(forms):
+    path = paths(forms)
+    follows(path, forms)
+    at_solutions(path)
 
 
 def test_order_does_not_change_the_limit():
-    path = ends(("tracking", "exact_diffusion", "exact_diffusion"), order=JACOBI)
-    for row in range(2):
-        for column, q in enumerate((DEFINITE, INDEFINITE)):
-            at_solution([level[row, column] for level in path], q)
+    forms = ("tracking", "exact_diffusion", "extra")
+    path = paths(forms, order=JACOBI)
+    follows(path, forms, gauss_seidel=False)
+    at_solutions(path)
 
 
 @pytest.mark.parametrize("level", range(3), ids=["x", "y", "v"])
 def test_one_uncorrected_level_leaves_a_bias(level):
     forms = ["exact_diffusion"] * 3
     forms[level] = "none"
-    path = ends(tuple(forms))
+    path = paths(tuple(forms))
+    follows(path, forms)
     for column, q in enumerate((DEFINITE, INDEFINITE)):
         x = q.x_star
         bias = np.abs(path[0][:, column, -1] - x).max((1, 2))
