@@ -42,11 +42,11 @@ def dsvrbgd(
         u^v, p^v at (x, y⁺, v)         v ← v⁺
         u^x, p^x at (x, y⁺, v⁺)        x ← x⁺
 
-    Exact diffusion in the place of tracking sends half as much in about as many iterations, where the graph is fixed and
-    symmetric: on learnt penalties with minibatches of 32 it reached 90 % of SLDBO's decrease with 0.36 to 0.42 of the
-    bytes of the papers' damped form, and tracking undamped with 0.70 to 0.80. Where samples are noisier, such as 4
-    examples of agents that differ, noise and not the correction decides. Variance reduction saves rounds, not
-    evaluations, until the target is so near that noise would hide it.
+    Exact diffusion in the place of tracking sends half as much in about as many iterations, over a fixed and symmetric
+    graph: on learnt penalties with minibatches of 32 it reached 90 % of SLDBO's decrease with 0.36 to 0.42 of the bytes
+    of the papers' damped form, and tracking undamped with 0.70 to 0.80. With minibatches of 4 noise and not the
+    correction decides. Variance reduction saves rounds, not evaluations: plain minibatches with tracking needed 0.75 of
+    the evaluations there, in 1.5 times the rounds.
 
     The previous point of each u is the one where it was estimated last: in turn, the variables of one point come from
     different iterations. Without noise it converges to (x*, y*, v*), whatever a is; with minibatches the noise of u
