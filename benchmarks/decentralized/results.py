@@ -35,7 +35,8 @@ TEMPLATE = """\
 Verdicts count comparisons: tasks, targets and methods. "{holds}": the mean over seeds meets the bound by more than its
 standard error, or every seed does. "{fails}": the opposite. "{short}": a target was not reached, and at the pace of its
 last quarter a longer run might have met the bound. "{open}": within a standard error of the bound, or seeds that do not
-agree. A verdict is about these runs, not about the papers.
+agree. Ranges are of means over the seeds where both methods arrive, if most do, and what is in brackets says for how
+many comparisons that is so. A verdict is about these runs, not about the papers.
 
 This file is made by the command below, of the JSON files of its runs. Do not edit it: run the command again, with
 `--report-only` to write it from files that are there.

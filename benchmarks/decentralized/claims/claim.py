@@ -47,9 +47,9 @@ class Finding(NamedTuple):
 
     @property
     def mean(self) -> float | None:
-        """The number; None where it is not known on all seeds."""
-        known = self.intervals and all(interval.known for interval in self.intervals)
-        return summary([interval.least for interval in self.intervals])[0] if known else None
+        """The mean over the seeds whose number is known; None where that is not most of them."""
+        known = [interval.least for interval in self.intervals if interval.known]
+        return summary(known)[0] if 2 * len(known) > len(self.intervals) else None
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -82,7 +82,7 @@ def communication(results: Results) -> Claim:
         source="DSVRBGD, arXiv 2311.11342",
         words="DSVRBGD reaches a stationary point with fewer bytes than MDBO, VRDBO and MA-DSBO where agents differ, "
         "and with fewer rounds than D-SOBA.",
-        numbers=f"{span(shown)} times their bytes or rounds, where both arrive on all seeds",
+        numbers=f"{span(shown)} times their bytes or rounds",
         verdicts=verdicts,
         measure="Number: MB that an agent sends, or rounds, until the target, over those of the other method; the "
         "claim holds where that is below 1, or where the other method does not arrive. All read minibatches of one "

@@ -29,7 +29,7 @@ def compression(results: Results) -> Claim:
         source="beyond the papers",
         words="With compressed differences (CHOCO, the largest entries) SLDBO and DSVRBGD reach the same loss with "
         "fewer bytes.",
-        numbers=f"{span(one.mean for one in found)} of the bytes without, where both arrive on all seeds",
+        numbers=f"{span(one.mean for one in found)} of the bytes without",
         verdicts=[one.verdict for one in found],
         measure="Hyper-cleaning. Number: MB that an agent sends until F(x̄) is at the target, over those of the "
         "uncompressed method; the share of entries that is sent is behind the word top, and each takes an index with "
