@@ -97,8 +97,11 @@ METHODS = {  # (problem, gossip, step_sizes, sample) -> method; declared calls o
     "push_sum": (engine(bx.single_loop.estimator.full()), PLAIN, DIRECTED),
     "choco": (choco, PLAIN, RING),
     "dsoba_first_order": (sampled(D.dsoba_first_order, momentum=0.5), (1, 3, 0, 0), RING),
-    "ma_dsbo": (sampled(D.ma_dsbo, steps=2, v_steps=3, momentum=0.5), (1, 3, 3, 1), RING),
-    "ma_dsbo_tracked": (sampled(D.ma_dsbo, steps=2, v_steps=3, track=True, restart=True), (1, 3, 3, 1), RING),
+    "ma_dsbo": (
+        sampled(D.ma_dsbo, steps=2, v_steps=3, momentum=0.5, track=True, restart=True),
+        (1, 3, 3, 1),
+        RING,
+    ),
     "mdbo": (sampled(D.mdbo, **MOMENTUM, **SERIES), (1, 1, 3, 1), RING),
     "vrdbo": (sampled(D.vrdbo, **MOMENTUM, **SERIES), (2, 2, 6, 2), RING),
     "gbdsbo": (sampled(D.gbdsbo), lambda d: (1, 1, d, d), RING, MERGED),  # d entries of y
@@ -113,12 +116,16 @@ METHODS = {  # (problem, gossip, step_sizes, sample) -> method; declared calls o
     "lopa_tracking": (sampled(D.lopa_tracking), PLAIN, RING),
     "preconditioned": (newton(bx.ihvp.identity(), bx.ihvp.diagonal(eps=0.1)), PLAIN, RING),
 }
-EVERY_DAY = {  # methods of contracts that take a program of their own
+EVERY_DAY = {  # methods of contracts that take a program or a trace of their own
+    algorithm.state_keeps_its_form: (  # of parts see test_parts.py; these have code of their own beside
+        *("s3ldbo_unbiased", "dsvrbgd", "adam_one_peer", "push_sum", "choco", "dsoba_first_order", "ma_dsbo"),
+        *("gbdsbo", "gbdsbo_factors", "adasdbo", "c2dfb", "interact_svr", "lopa_tracking", "preconditioned"),
+    ),
     algorithm.scan_equals_a_loop: ("s3ldbo_cyclic", "adam_one_peer"),
-    algorithm.vmap_over_keys_equals_a_loop: ("s3ldbo_common", "page"),
+    algorithm.vmap_over_keys_equals_a_loop: ("s3ldbo_common",),
     algorithm.debuggers_find_nothing: ("s3ldbo_cyclic", "push_sum", "gbdsbo_factors"),
     algorithm.placement_changes_nothing: (  # of others the parts in test_parts.py, and test_parallel.py
-        *("s3ldbo_unbiased", "push_sum", "choco", "gbdsbo_factors", "interact_svr"),
+        *("s3ldbo_unbiased", "push_sum", "choco", "gbdsbo_factors", "interact"),
     ),
 }
 
@@ -196,7 +203,7 @@ def test_the_branch_of_a_common_coin_is_one_evaluation():
 
 def test_states_are_written_and_read(tmp_path):
     """Of methods with a state of their own and of each part that keeps something."""
-    own = ("ma_dsbo_tracked", "gbdsbo", "adasdbo", "c2dfb")
+    own = ("ma_dsbo", "gbdsbo", "adasdbo", "c2dfb")
     parts = ("s3ldbo_cyclic", "dsvrbgd", "interact_svr", "saga", "sparkle_ed", "adam_one_peer", "push_sum", "choco")
     kept = "preconditioned"
     like = {

@@ -134,7 +134,6 @@ EXACT = {  # a method as a function of p, and the values of p that it is run wit
     "sldbo": (sldbo(), [1.0]),
     "sldbo_atc": (sldbo(correction.tracking_atc), [1.0]),
     "sldbo_non_atc": (sldbo(correction.tracking_non_atc), [1.0]),
-    "sldbo_plain_ring": (sldbo(gossip=bx.gossip(networks.topology(ring(8)))), [1.0]),
     "s3ldbo_independent": (s3ldbo(coins.independent), SHARES),
     "s3ldbo_common": (s3ldbo(coins.common), [0.5, 0.2]),
     "s3ldbo_subset_of_blocks": (s3ldbo(lambda p: coins.subset(0.25, block=4)), [0.25]),
@@ -168,13 +167,12 @@ def test_trajectory_and_limit(name):
             at_solution(at(path, row, column), q)
         follow = follows_snapshot if name.startswith("s3ldbo") else follows_sldbo
         follow = {"s3ldbo_unbiased": follows_unbiased}.get(name, follow)
-        follow(at(path, row, 1), at(info, row, 1), RECURSIONS.get(name, networks.semi), GRAPHS.get(name, W))
+        follow(at(path, row, 1), at(info, row, 1), RECURSIONS.get(name, networks.semi), W)
     counts(name, np.asarray(EXACT[name][1]), info.calls)
     assert not np.any(info.breakdown)
 
 
 RECURSIONS = {"s3ldbo_ed": networks.exact_diffusion, "sldbo_atc": networks.atc, "sldbo_non_atc": networks.non_atc}
-GRAPHS = {"sldbo_plain_ring": ring(8)}
 
 
 def test_the_indefinite_problem_is_one():

@@ -248,9 +248,6 @@ SAMPLED = {
         sample=sample,
     ),
     "adasdbo": lambda sample: decentralized.adasdbo(PROBLEM, LAZY_RING, 1.0, sample=sample),
-    "diamond": lambda sample: decentralized.diamond(
-        PROBLEM, LAZY_RING, STEPS[:2], sample=sample, momentum=0.1, terms=5, inverse_step=0.2
-    ),
     "gbdsbo": lambda sample: decentralized.gbdsbo(
         PROBLEM, LAZY_RING, STEPS[:2], sample=sample, terms=2, inverse_step=0.2
     ),
