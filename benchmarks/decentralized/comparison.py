@@ -42,7 +42,7 @@ from benchmarks.decentralized.trying import (
     base_of,
     chosen,
     described,
-    enough,
+    highest,
     picks,
     schedule,
     tuning_seeds,
@@ -216,7 +216,7 @@ def turn_of(row: Row, job: Job, topologies: bx.Levels, here: Here, where: Place)
     return Turn(row, grid, stops, program, spread if where.devices > 1 else None)
 
 
-def attempt(turn: Turn, here: Here, seed: int, pick: Pick, enough: float = math.inf) -> Try:
+def attempt(turn: Turn, here: Here, seed: int, pick: Pick, enough: float) -> Try:
     """Runs a pick, and keeps what targets are judged by: from the end back to where F is above `enough`."""
     network = here.networks[seed]
     run = follow(turn.program, pick, network, network.batch, jax.random.key(seed), turn.stops, glance, here.budget)
@@ -253,15 +253,18 @@ def runs(
 ) -> Iterator[Run]:
     """Runs every pick of each row on the tuning seeds, and those that are chosen on the others; SLDBO first."""
     here, base, levels = prepare(job, options, where), None, aimed(job.gradients)
+    limits = dict.fromkeys(here.tuning, -math.inf)  # without SLDBO the end of a try is all that counts
     for row in rows:
         turn = turn_of(row, job, agents.topologies(options.seed), here, where)
         part = functools.partial(advance, max(1, round(job.iterations / len(turn.grid))))
+        looked = dict.fromkeys(limits, math.inf) if job.gradients or row.name == BASE else limits
         tries = {
-            seed: [_told(part, attempt(turn, here, seed, pick, limit)) for pick in turn.grid]
-            for seed, limit in zip(here.tuning, enough(row, base, job.gradients), strict=True)
+            seed: [_told(part, attempt(turn, here, seed, pick, looked[seed])) for pick in turn.grid]
+            for seed in here.tuning
         }
         if row.name == BASE:
             base = base_of(turn.grid, [*tries.values()], levels)
+            limits.update({seed: highest(curve) for seed, curve in zip(here.tuning, base.curves, strict=True)})
         found = chosen(row, turn.grid, [*tries.values()], base, levels)
         main = turn.grid[found.main]
         settled = {
@@ -286,7 +289,7 @@ def runs(
         for seed in here.judging:
             outcome, kept_here = whole(turn, here, seed, main, program)
             judged = [
-                kept_here if place == found.main else attempt(turn, here, seed, turn.grid[place])
+                kept_here if place == found.main else attempt(turn, here, seed, turn.grid[place], math.inf)
                 for place in found.places
             ]
             advance(job.iterations)

@@ -6,9 +6,9 @@ from typing import NamedTuple
 PROBABILITIES = ("0.5", "0.2", "0.1", "0.05")
 SKIPPING = tuple(f"s3ldbo-{p}" for p in PROBABILITIES)
 DIFFUSING = tuple(f"s3ldbo-ed-{p}" for p in PROBABILITIES)
-REFRESH = tuple(f"s3ldbo-{which}-{p}" for p in ("0.25", "0.125") for which in ("subset", "adaptive"))
-PREDICTED = tuple(f"s3ldbo-predicted-{which}{p}" for which in ("", "ed-") for p in ("0.2", "0.1"))
-LAZY = ("sldbo", *SKIPPING, *DIFFUSING[1:3], *PREDICTED, *REFRESH)
+REFRESH = tuple(f"s3ldbo-{which}-{p}" for p in ("0.125", "0.25") for which in ("subset", "adaptive"))
+PREDICTED = tuple(f"s3ldbo-predicted-{which}{p}" for which in ("", "ed-") for p in ("0.1", "0.2"))
+LAZY = ("sldbo", *SKIPPING, "s3ldbo-ed-0.1", *PREDICTED[::2], *REFRESH[:2])  # where a run costs much
 SPARSE = ("--agents", "20", "--topology", "ring")
 DUAL = ("sparkle-ed", "sparkle-extra", "sparkle-gt")
 CLEANING, PENALTIES = "decentralized-hyper-cleaning", "decentralized-regularization"
@@ -70,7 +70,7 @@ JOBS = (
         "Penalties of synthetic data",
         PENALTIES,
         ("--data", "synthetic"),
-        (*LAZY, *DIFFUSING[::3]),
+        ("sldbo", *SKIPPING, *DIFFUSING, *PREDICTED, *REFRESH),
         (600, 1000),
     ),
     *(
@@ -95,12 +95,12 @@ JOBS = (
         "Hyper-cleaning",
         CLEANING,
         (),
-        (*LAZY, *SAMPLED, "sparkle-ed", "d-soba", *COMPRESSED),
+        (*LAZY, *REFRESH[2:], *SAMPLED, "sparkle-ed", "d-soba", *COMPRESSED),
         (300, 600),
         full=FASHION,
     ),
     Job("cleaning-others", "Hyper-cleaning, other methods", CLEANING, (), OTHERS, (300, 600), full=FASHION, alone=True),
-    Job("meta", "Meta-learning", META, (), LAZY, (30, 300), quick=("--tasks", "1")),
+    Job("meta", "Meta-learning", META, (), LAZY, (20, 300), quick=("--tasks", "1")),
     Job("meta-all", "Meta-learning, methods with their own heads", META, (), OWN, (30, 300), alone=True),
     *(
         Job(
@@ -121,7 +121,7 @@ JOBS = (
         "policy", "Policy evaluation", POLICY, (), ("sldbo", "sparkle-ed", "sparkle-gt", "d-soba", "mdbo"), (2000, 5000)
     ),
     Job("sparse-policy", "Policy evaluation, sparse", POLICY, SEVERE_POLICY, (*DUAL, "d-soba"), (2000, 5000)),
-    Job("sparse-cleaning", "Hyper-cleaning, sparse", CLEANING, SEVERE_CLEANING, (*DUAL, "d-soba"), (500, 1000)),
+    Job("sparse-cleaning", "Hyper-cleaning, sparse", CLEANING, SEVERE_CLEANING, (*DUAL, "d-soba"), (300, 1000)),
     *(
         Job(
             f"{where}-complete",
@@ -129,7 +129,7 @@ JOBS = (
             CLEANING,
             ("--partition", "classes:2", "--agents", "20", "--topology", upper, "--lower-topology", lower),
             ("sparkle-ed", "sparkle-gt"),
-            (500, 1000),
+            (300, 1000),
         )
         for where, levels, upper, lower in (
             ("lower", "y and v", "ring", "complete"),

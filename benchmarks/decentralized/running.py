@@ -172,7 +172,7 @@ def glance(carry: Carry) -> dict[str, Any]:
 def backward(look: Look, points: Sequence[tuple[Any, Any]], enough: float) -> dict[str, list[float | None]]:
     """Looks at checkpoints from the last to the first, two at least, until F is above a level.
 
-    What was before changes nothing about when F came for good to that level or below. It is NaN.
+    What was before changes nothing about when F came to that level or a lower one to stay to the end. It is NaN.
     """
     seen: list[dict[str, Any]] = []
     for x, y in reversed(points):

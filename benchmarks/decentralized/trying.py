@@ -101,16 +101,10 @@ def base_of(grid: Sequence[Pick], tries: Sequence[Sequence[Try]], levels: Sequen
     return Base(curves, [grid[place].steps for place in {lowest, *wanted(tries, curves, levels)}])
 
 
-def enough(row: Row, base: Base | None, gradients: bool) -> list[float]:
-    """The highest target of F on each tuning seed: where a curve is above it for the last time, all is known.
-
-    Without SLDBO, the end alone counts. Curves of SLDBO, which sets targets, and of ‖∇F‖² are kept as a whole.
-    """
-    if row.name == BASE or gradients:
-        return [math.inf] * TUNING
-    if base is None:
-        return [-math.inf] * TUNING
-    return [np.nan_to_num(LOSSES[0].target(curve), nan=-math.inf) for curve in base.curves]
+def highest(curve: Curve) -> float:
+    """The highest target of F that a curve of SLDBO makes; what a try does before it is above it last chooses nothing."""
+    target = LOSSES[0].target(curve)
+    return -math.inf if math.isnan(target) else target
 
 
 def described(grid: Sequence[Pick], found: Chosen, seeds: Sequence[int]) -> dict[str, Any]:
