@@ -102,7 +102,7 @@ def base_of(grid: Sequence[Pick], tries: Sequence[Sequence[Try]], levels: Sequen
 
 
 def highest(curve: Curve) -> float:
-    """The highest target of F that a curve of SLDBO makes; what a try does before it is above it last chooses nothing."""
+    """The highest target of F that a curve of SLDBO makes: what a try does while it is above that chooses nothing."""
     target = LOSSES[0].target(curve)
     return -math.inf if math.isnan(target) else target
 
