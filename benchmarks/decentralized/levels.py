@@ -1,5 +1,6 @@
 """What a curve reaches and when: targets, sustained crossings, and the try that is chosen for each target."""
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -168,19 +169,18 @@ def steady(tries: Sequence[Sequence[Try]]) -> list[int]:
     Returns:
       Their places; all places if no try has a margin, as where one inner step is all there is.
     """
-    kept = []
-    for place, one in enumerate(tries[0]):
-        wider = [at for at, other in enumerate(tries[0]) if _same_but_for_inner(one, other)]
-        above = [at for at in wider if tries[0][at].step_sizes["y"] > one.step_sizes["y"]]
-        if above:
-            next_larger = min(above, key=lambda at: tries[0][at].step_sizes["y"])
-            if all(math.isfinite(_end(seed[next_larger].curve)) for seed in tries):
-                kept.append(place)
-    return kept or [*range(len(tries[0]))]
-
-
-def _same_but_for_inner(one: Try, other: Try) -> bool:
-    return (one.step_sizes["x"], one.settings) == (other.step_sizes["x"], other.settings)
+    inner = [one.step_sizes["y"] for one in tries[0]]
+    alike: dict[Any, list[int]] = {}  # all but the inner step, from the smallest of these to the largest
+    for place in sorted(range(len(inner)), key=inner.__getitem__):
+        one = tries[0][place]
+        alike.setdefault((one.step_sizes["x"], *sorted(one.settings.items())), []).append(place)
+    kept = [
+        place
+        for places in alike.values()
+        for place, larger in itertools.pairwise(places)
+        if inner[larger] > inner[place] and all(math.isfinite(_end(seed[larger].curve)) for seed in tries)
+    ]
+    return sorted(kept) or [*range(len(inner))]
 
 
 def best(tries: Sequence[Sequence[Try]]) -> int:
@@ -200,8 +200,10 @@ def best(tries: Sequence[Sequence[Try]]) -> int:
 
 def _end(curve: Curve) -> float:
     """The higher of the last two F; inf where the last one is not finite."""
-    losses = along(curve, LOSS)[-2:]
-    return float(np.nanmax(losses)) if len(losses) and np.isfinite(losses[-1]) else math.inf
+    before, last = [None, None, *curve.get(LOSS, ())][-2:]
+    if last is None or not math.isfinite(last):
+        return math.inf
+    return last if before is None or not math.isfinite(before) else max(before, last)
 
 
 def choose(tries: Sequence[Sequence[Try]], metric: str, cost: str, targets: Sequence[float]) -> Choice:
@@ -235,8 +237,10 @@ def choose(tries: Sequence[Sequence[Try]], metric: str, cost: str, targets: Sequ
             for one, target in zip(each, targets, strict=True)
         ]
         reached = sum(one.reached for one in spent)
-        missed = [_missed(one.curve, metric, target) for one, target in zip(each, targets, strict=True)]
-        worst = max(one.amount for one in spent) if reached == len(spent) else max(missed)
+        if reached == len(spent):
+            worst = max(one.amount for one in spent)
+        else:
+            worst = max(_missed(one.curve, metric, target) for one, target in zip(each, targets, strict=True))
         ranks.append((-reached, worst, place))
     reached, _, place = min(ranks)
     return Choice(place, -reached)

@@ -17,21 +17,17 @@ class Measured(NamedTuple):
     Attributes:
       tuning: method -> seed -> the tries of the whole grid, in one order.
       judged: method -> seed -> the tries that were chosen.
+      base: SLDBO's best try on the tuning seeds, whose end sets the targets of F; None without it.
     """
 
     tuning: Mapping[str, Tries]
     judged: Mapping[str, Tries]
+    base: Try | None
 
     @property
     def methods(self) -> tuple[str, ...]:
         """That were tuned and judged."""
         return tuple(method for method in self.tuning if method in self.judged)
-
-    @property
-    def base(self) -> Try | None:
-        """SLDBO's best try on the tuning seeds, whose end sets the targets of F; None without it."""
-        seeds = [*self.tuning.get(BASE, {}).values()]
-        return seeds[0][best(seeds)] if seeds and seeds[0] else None
 
     def bases(self, tries: Mapping[str, Tries]) -> dict[int, Curve]:
         """SLDBO's curves with that choice, of the seeds that have it."""
@@ -90,7 +86,8 @@ def measured(results: Results, job: str) -> Measured:
     for record in results.get(job, ()):
         side = judged if record.judged else tuning
         side.setdefault(record.method, {})[record.seed] = record.attempts
-    return Measured(tuning, judged)
+    seeds = [*tuning.get(BASE, {}).values()]
+    return Measured(tuning, judged, seeds[0][best(seeds)] if seeds and seeds[0] else None)
 
 
 def pairs(one: Mapping[int, Spent], two: Mapping[int, Spent]) -> list[tuple[Spent, Spent]]:
