@@ -18,8 +18,8 @@ class TrustedState(NamedTuple):
 
     Attributes:
       memory: of the prediction.
-      agreement: running mean of ⟨p, c⟩ / ‖c‖², [3], of changes c and what was predicted of them, p.
-      size: the same of ‖p‖² / ‖c‖², [3].
+      agreement: running mean of ⟨p, c⟩ / (‖p‖² + ‖c‖²), [3], of changes c and what was predicted of them, p.
+      size: the same of ‖p‖² / (‖p‖² + ‖c‖²), [3].
 
     Example:
         >>> import bilevax as bx, jax.numpy as jnp
@@ -38,10 +38,11 @@ class TrustedState(NamedTuple):
 def trusted(predict: Prediction, *, rate: Scalar = 0.3) -> Prediction:
     """A prediction times the factor by which it would have been best at the last refreshes.
 
-        change = θ p        θ = [⟨p, c⟩ / ‖c‖²] / [‖p‖² / ‖c‖²], within [0, 1], of running means, level by level
+        change = θ p        θ = mean [⟨p, c⟩ / (‖p‖² + ‖c‖²)] / mean [‖p‖² / (‖p‖² + ‖c‖²)], within [0, 1]
 
-    At each refresh what was predicted, p, is compared with what the directions did change, c. A model that is wrong is
-    believed no longer, θ = 0: the directions stay as they are, as without a prediction.
+    At each refresh what was predicted, p, is compared with what the directions did change, c, level by level; the means
+    run over the agent's refreshes. A model that is wrong is believed no longer, θ = 0: the directions stay as they are,
+    as without a prediction.
 
     Args:
       predict: the `Prediction`; of the last link of a `chain`, c is what the first leaves.
@@ -80,9 +81,10 @@ def trusted(predict: Prediction, *, rate: Scalar = 0.3) -> Prediction:
         batch: Batch,
     ) -> TrustedState:
         guess = predict.change(memory.memory, problem, start, end, batch)
-        true = _products(change, change)
-        seen = true > 0
-        shares = [_products(guess, other) / jnp.where(seen, true, 1) for other in (change, guess)]
+        both, length = _products(guess, change), _products(guess, guess)
+        total = _products(change, change) + length
+        seen = total > 0
+        shares = [one / jnp.where(seen, total, 1) for one in (both, length)]
         agreement, size = (
             jnp.where(seen, old + rate * (new - old), old).astype(old.dtype)
             for old, new in zip((memory.agreement, memory.size), shares, strict=True)
