@@ -280,7 +280,7 @@ def test_trust_is_a_running_mean_of_each_level():
 
     counting = prediction.Prediction(lambda *refreshed: jnp.zeros(()), lambda memory, *moved: memory + 1, change)
     _, memory = told(prediction.trusted(counting, rate=0.25), MOVES[:2], H, np.ones(8))
-    once, twice = 0.25 / 2, 0.25 * 0.75 / 2  # ‖p‖ = ‖c‖
+    once, twice = 0.25, 0.25 * 0.75  # ‖p‖ = ‖c‖, and cosines of ±1
     np.testing.assert_allclose(memory.size, twice + once, rtol=1e-12)
     np.testing.assert_allclose(memory.agreement, [twice - once, twice + once, twice + once], rtol=1e-12)
 

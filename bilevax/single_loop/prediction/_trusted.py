@@ -18,8 +18,8 @@ class TrustedState(NamedTuple):
 
     Attributes:
       memory: of the prediction.
-      agreement: running mean of ⟨p, c⟩ / (‖p‖² + ‖c‖²), [3], of changes c and what was predicted of them, p.
-      size: the same of ‖p‖² / (‖p‖² + ‖c‖²), [3].
+      agreement: running mean of ⟨p, c⟩ / ‖p‖‖c‖, [3], of changes c and what was predicted of them, p.
+      size: the same of ‖p‖ / ‖c‖, [3].
 
     Example:
         >>> import bilevax as bx, jax.numpy as jnp
@@ -38,7 +38,7 @@ class TrustedState(NamedTuple):
 def trusted(predict: Prediction, *, rate: Scalar = 0.3) -> Prediction:
     """A prediction times the factor by which it would have been best at the last refreshes.
 
-        change = θ p        θ = mean [⟨p, c⟩ / (‖p‖² + ‖c‖²)] / mean [‖p‖² / (‖p‖² + ‖c‖²)], within [0, 1]
+        change = θ p        θ = mean [⟨p, c⟩ / ‖p‖‖c‖] / mean [‖p‖ / ‖c‖], within [0, 1]
 
     At each refresh what was predicted, p, is compared with what the directions did change, c, level by level; the means
     run over the agent's refreshes. A model that is wrong is believed no longer, θ = 0: the directions stay as they are,
@@ -81,13 +81,15 @@ def trusted(predict: Prediction, *, rate: Scalar = 0.3) -> Prediction:
         batch: Batch,
     ) -> TrustedState:
         guess = predict.change(memory.memory, problem, start, end, batch)
-        both, length = _products(guess, change), _products(guess, guess)
-        total = _products(change, change) + length
-        seen = total > 0
-        shares = [one / jnp.where(seen, total, 1) for one in (both, length)]
+        lengths = [jnp.sqrt(_products(one, one)) for one in (guess, change)]
+        seen = jnp.minimum(*lengths) > 0
+        long, true = (jnp.where(seen, length, 1) for length in lengths)
         agreement, size = (
             jnp.where(seen, old + rate * (new - old), old).astype(old.dtype)
-            for old, new in zip((memory.agreement, memory.size), shares, strict=True)
+            for old, new in (
+                (memory.agreement, _products(guess, change) / long / true),
+                (memory.size, long / true),
+            )
         )
         return TrustedState(predict.update(memory.memory, problem, start, end, change, batch), agreement, size)
 
