@@ -164,8 +164,8 @@ def of_loss(loss: Callable[..., Array]) -> Callable[..., dict[str, float | None]
 
 
 def glance(carry: Carry) -> dict[str, Any]:
-    """What a try notes at a checkpoint: the point that it is judged at, and what an agent has spent."""
-    x, y, spent = fetch((carry.x, carry.y, carry.spent))
+    """What a try notes at a checkpoint, on one device: where it is judged, and what an agent has spent."""
+    x, y, spent = jax.device_get((carry.x, carry.y, carry.spent))
     return {"point": (x, y), **{name: number.item() for name, number in spent.items()}}
 
 
