@@ -35,9 +35,9 @@ class Interval(NamedTuple):
     def words(self) -> str:
         """What became of a seed without a number."""
         if self == NEVER:
-            return "never there"
+            return "does not arrive"
         if self == OTHER_NEVER:
-            return "the other never there"
+            return "the other does not arrive"
         if self == NEITHER:
             return "not comparable"
         return "the other too short" if math.isfinite(self.most) else "too short"

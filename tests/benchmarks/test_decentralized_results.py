@@ -110,10 +110,10 @@ def test_ratios_of_costs_are_bounded_where_a_target_was_not_reached(method, othe
         ([Interval(0.4, math.inf), *known(0.2)], None, f"{OPEN}: seeds do not agree"),
         ([Interval(-math.inf, 0.2), *known(0.1)], "0.1 on 1; the other too short on 1 of 2 seeds (≤ 0.2)", HOLDS),
         ([UNKNOWN] * 2, "too short on 2 of 2 seeds", SHORT),
-        ([NEVER, *known(0.5)], "0.5 on 1; never there on 1 of 2 seeds", FAILS),
+        ([NEVER, *known(0.5)], "0.5 on 1; does not arrive on 1 of 2 seeds", FAILS),
         ([NEVER, *known(0.1)], None, f"{OPEN}: seeds do not agree"),
-        ([OTHER_NEVER, *known(0.1, 0.2)], "0.15 ± 0.05 on 2; the other never there on 1 of 3 seeds", HOLDS),
-        ([NEVER], "never there (one seed)", FAILS),
+        ([OTHER_NEVER, *known(0.1, 0.2)], "0.15 ± 0.05 on 2; the other does not arrive on 1 of 3 seeds", HOLDS),
+        ([NEVER], "does not arrive (one seed)", FAILS),
         ([NEITHER] * 2, "not comparable on 2 of 2 seeds", f"{OPEN}: not comparable"),
         ([], "–", f"{OPEN}: no results"),
     ],
@@ -191,8 +191,8 @@ def test_snapshots_hold_fail_or_were_too_short():
     assert [row[-1].strip("| *") for row in last] == [HOLDS, SHORT, FAILS, f"{OPEN}**: seeds do not agree"]
     assert last[0][3:6] == ["0.5 ± 0"] * 3
     assert last[1][3] == "too short on 3 of 3 seeds (≥ 0.31) †"
-    assert last[2][3] == "never there on 3 of 3 seeds †"
-    assert last[3][3] == "0.1 on 1; never there on 2 of 3 seeds †"
+    assert last[2][3] == "does not arrive on 3 of 3 seeds †"
+    assert last[3][3] == "0.1 on 1; does not arrive on 2 of 3 seeds †"
     assert claim.verdicts.count(f"{OPEN}: no results of mnist") == 12
     assert claim.numbers == "p = 0.1, 99%: unknown of SLDBO's evaluations on these tasks, unknown of its bytes"
 
@@ -207,7 +207,7 @@ def test_who_arrives_alone_sends_less():
     everything = [*runs("sldbo", FAST), *runs("dsvrbgd", FAST), *runs("mdbo", STUCK), *runs("vrdbo", (1.0, None, None))]
     claim = communication({"cleaning": everything})
     assert claim.verdicts[1:3] == [HOLDS, HOLDS]
-    assert "the other never there on 3 of 3 seeds: **holds**" in claim.details
+    assert "the other does not arrive on 3 of 3 seeds: **holds**" in claim.details
     assert "| mdbo | – (0 of 3 seeds) † |" in claim.details
     assert "| dsvrbgd | 0.6525 MB; 0.6525 rounds |" in claim.details
 
@@ -304,7 +304,7 @@ def test_suggested_steps_that_do_not_arrive_fail():
     ]
     claim = step_sizes({"step-sizes": lost})
     assert claim.verdicts == [FAILS]
-    assert "| a | 2 | not finite | 9 | never there on 3 of 3 seeds | **does not hold** |" in claim.details
+    assert "| a | 2 | not finite | 9 | does not arrive on 3 of 3 seeds | **does not hold** |" in claim.details
 
 
 def test_without_results_nothing_is_decided():
