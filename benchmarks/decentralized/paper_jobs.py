@@ -118,7 +118,12 @@ JOBS = (
         )
     ),
     Job(
-        "policy", "Policy evaluation", POLICY, (), ("sldbo", "sparkle-ed", "sparkle-gt", "d-soba", "mdbo"), (2000, 5000)
+        "policy",
+        "Policy evaluation",
+        POLICY,
+        (),
+        ("sldbo", "s3ldbo-0.1", "s3ldbo-ed-0.1", *PREDICTED[::2], "sparkle-ed", "sparkle-gt", "d-soba", "mdbo"),
+        (2000, 5000),
     ),
     Job("sparse-policy", "Policy evaluation, sparse", POLICY, SEVERE_POLICY, (*DUAL, "d-soba"), (2000, 5000)),
     Job("sparse-cleaning", "Hyper-cleaning, sparse", CLEANING, SEVERE_CLEANING, (*DUAL, "d-soba"), (300, 1000)),

@@ -34,7 +34,7 @@ CAPTION = f"""\
 s3ldbo-p, -ed-p: {{coins}}; -subset-p, -adaptive-p, -cyclic-p: ⌈p · n⌉ agents at a time, at random, those that moved
 farthest, or in turn. -ed: exact diffusion in place of tracking. -predicted-p: in turn; between refreshes penalties are
 evaluated, and the rest of the directions follows Kronecker factors of each agent's own data (of models that are no
-linear ones {PAIRS} secants).
+linear ones {PAIRS} secants, as far as they were right).
 dsvrbgd, gt-sgd (tracking, no variance reduction), mdbo, vrdbo, diamond, interact-svr, -sampled: minibatches of
 {{batch_size}} (interact-svr: all in every {EVERY}th iteration); all others exact. Weights of new directions are tried
 too: {weights(MOMENTA)} of dsvrbgd, mdbo, vrdbo and diamond, {weights(AVERAGES)} of -sampled.
@@ -123,12 +123,12 @@ def matrices(network: Network) -> bx.problem.Calls:
 def predicted(correction: Any, probability: float) -> Callable:
     """S3LDBO in turn, whose directions between refreshes follow what is known of the losses.
 
-    Where nothing is known of what reads data, that follows secants.
+    Where nothing is known of what reads data, that follows secants, as far as they were right.
     """
     prediction = bx.single_loop.prediction
 
     def make(network: Network, gossip: Any, steps: bx.Levels) -> bx.problem.Algorithm:
-        model = prediction.kronecker(network.fit) if network.fit else prediction.secants(PAIRS)
+        model = prediction.kronecker(network.fit) if network.fit else prediction.trusted(prediction.secants(PAIRS))
         if network.known:
             model = prediction.chain(prediction.data_free(network.known), model)
         coins = bx.coins.cyclic(probability)

@@ -13,6 +13,7 @@ from benchmarks.decentralized.verdicts import FAILS, HOLDS, OPEN, SHORT
 
 GOAL_P, GOAL_EVALUATIONS, GOAL_BYTES = 0.1, 2.5, 1.5  # evaluations: so many times p
 PAPER = f"s3ldbo-{GOAL_P:g}"  # is no preset of ours
+UNSEEN = "policy"  # on which no model was designed; the goal is about the four others
 
 
 def diffusion(results: Results) -> Claim:
@@ -64,12 +65,12 @@ def frontier(results: Results) -> Claim:
     """Evaluations against bytes, for the methods that skip."""
     goal = (GOAL_EVALUATIONS * GOAL_P, GOAL_BYTES)
     rows, found = [], dict[str, list[tuple[str, float | None, float | None]]]()
-    for job, (words, runs) in tasks(results).items():
+    for job, (words, runs) in {**tasks(results), UNSEEN: ("policy evaluation", measured(results, UNSEEN))}.items():
         for method in presets(runs):
             own, _, sent = ratios(runs, method, LOSSES[-1], job, goal)
             verdict = both(own, sent)
             rows.append([words, method, own.words, sent.words, bold(verdict)])
-            if method != PAPER:
+            if method != PAPER and job != UNSEEN:
                 found.setdefault(method, []).append((verdict, own.mean, sent.mean))
     most = max(found, key=lambda method: standing(found[method]), default=None)
     numbers, verdict = "no results", f"{OPEN}: no results"
@@ -90,7 +91,8 @@ def frontier(results: Results) -> Claim:
         numbers=numbers,
         verdicts=[verdict],
         measure=f"Both ratios to SLDBO until {named(LOSSES[-1])} of its decrease of F, each method with its own best "
-        "steps for that. A row holds where both are at most those of the goal.",
+        "steps for that. A row holds where both are at most those of the goal. The goal is about the four tasks of the "
+        "paper; on policy evaluation no prediction was designed.",
         details=table(["task", "method", "evaluations", "bytes", f"≤ {goal[0]:g} and ≤ {goal[1]:g}"], rows)
         if rows
         else "No results.\n",
