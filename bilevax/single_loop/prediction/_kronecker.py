@@ -52,9 +52,9 @@ def kronecker(inner_loss: ModelLoss | None = None, *, fisher: Fisher | None = No
     loss has `weights`, is exact as long as y and v stand. What f says of y and v, and how the weights pull at y, is
     left out.
 
-    It pays with gradient tracking, where the steps of y and v may stay near those of `sldbo`; exact diffusion may ask for
-    smaller ones. With softmax regression and agents of few classes each it does where secants gain nothing; where x are
-    the weights of a network it does not help, since no factor says how the directions change with x.
+    It pays with gradient tracking, where the steps of y and v may stay near those of `sldbo`; exact diffusion may ask
+    for smaller ones. With softmax regression and agents of few classes each it does where secants gain nothing; where x
+    are the weights of a network it does not help, since no factor says how the directions change with x.
 
     Args:
       inner_loss: g, or what of it is a `bx.curvature.ModelLoss`; None for the inner loss of the problem.
