@@ -21,6 +21,7 @@ from benchmarks.decentralized.records import Results
 from benchmarks.harness.style import COLOURS, STYLE
 
 PANELS = {"derivatives": "times the fewest derivative evaluations", "megabytes": "times the fewest bytes"}
+FEWEST = 3  # methods of a task that counts
 MOST = 64.0  # times the cheapest: the end of the axis
 GREY = "#C8C8C8"
 GAP = 0.055  # between two labels, of the height
@@ -45,9 +46,9 @@ class Profile(NamedTuple):
 
 
 def groups(results: Results) -> dict[str, Measured]:
-    """The runs of each task on one graph that have SLDBO, whose end sets the targets."""
+    """The runs of each task on one graph that has several methods, and SLDBO, whose end sets the targets."""
     found = {job: measured(results, job) for job in results}
-    return {job: runs for job, runs in found.items() if runs.base is not None}
+    return {job: runs for job, runs in found.items() if runs.base is not None and len(runs.methods) >= FEWEST}
 
 
 def costs(job: str, runs: Measured, cost: str) -> Iterator[dict[str, float]]:
@@ -112,7 +113,8 @@ def panel(axes: Axes, found: Mapping[str, Profile], label: str) -> None:
     means = [float(found[method].at(factors).mean()) for method in style]  # ends that are the same stand in this order
     heights = spread([end + mean / 1e3 for end, mean in zip(ends, means, strict=True)])
     for (method, (colour, line)), end, height in zip(style.items(), ends, heights, strict=True):
-        words = method + f" ({found[method].tasks} tasks)" * (found[method].tasks < every)
+        tasks = found[method].tasks
+        words = method + f" ({tasks} task{'s' * (tasks > 1)})" * (tasks < every)
         beside = axes.get_yaxis_transform()
         axes.plot((1, 1.03, 1.07), (end, height, height), line, color=colour, transform=beside, clip_on=False)
         axes.text(1.085, height, words, color=colour, va="center", fontsize=8, transform=beside)
