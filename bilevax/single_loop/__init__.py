@@ -11,6 +11,7 @@ coins               who refreshes its derivatives, in a snapshot method
 from bilevax.single_loop import coins, correction, estimator, local_directions, prediction
 from bilevax.single_loop._levels import Levels
 from bilevax.single_loop._preconditioned import Place, preconditioned
+from bilevax.single_loop._suggest_step_sizes import StepSizesInfo, suggest_step_sizes
 from bilevax.single_loop.engine import GAUSS_SEIDEL, JACOBI, Level, single_loop
 from bilevax.single_loop.method import Info, State, moved
 from bilevax.single_loop.step_sizes import decay
@@ -23,6 +24,7 @@ __all__ = [
     "Levels",
     "Place",
     "State",
+    "StepSizesInfo",
     "coins",
     "correction",
     "decay",
@@ -32,6 +34,7 @@ __all__ = [
     "preconditioned",
     "prediction",
     "single_loop",
+    "suggest_step_sizes",
 ]
 
 

@@ -21,6 +21,9 @@ On a curvature L and an eigenvalue λ of W they are stable if
     tracking_non_atc   a L < (1 + λ)²/2
     exact_diffusion    2 a L λ < 1 + 3 λ for λ > 0,  a L < 1 + 1/|λ| for λ < 0
     extra              2 a L < 1 + 3 λ
+
+`correction.largest_step(eigenvalues)` is the least of these bounds of a L over the eigenvalues of a W, with the damping
+where there is some. They are of a symmetric fixed W, and of agents with one curvature.
 """
 
 from bilevax.single_loop.correction._none import local, none

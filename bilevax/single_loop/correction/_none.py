@@ -1,5 +1,7 @@
 """Corrections that correct nothing: plain descent with the neighbours, and without them."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import optax
 
@@ -49,7 +51,12 @@ def none(rate: Scalar = 1.0) -> Correction:
         sent = Sent(gossip.bytes(state.gossip, message), 1)
         return damped(rate, s, new), CorrectionState(mixing, moved, ()), sent
 
-    return Correction(init, update)
+    def largest_step(eigenvalues: Any) -> Scalar:
+        values = jnp.asarray(eigenvalues)
+        size = jnp.abs(values)
+        return jnp.min(jnp.where(values > 0, 1 + (2 - rate) / (rate * size), 1 + 1 / size))
+
+    return Correction(init, update, largest_step=largest_step)
 
 
 @as_called

@@ -2,13 +2,21 @@
 
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import optax
 
 from bilevax import checks
 from bilevax.agents._gossip import Gossip
 from bilevax.printing import as_called
 from bilevax.sampling import fold
-from bilevax.single_loop.correction.correction_type import Correction, CorrectionState, Move, Sent, damped
+from bilevax.single_loop.correction.correction_type import (
+    Correction,
+    CorrectionState,
+    LargestStep,
+    Move,
+    Sent,
+    damped,
+)
 from bilevax.typing import Key, PyTree, Scalar
 
 OF_TRACKER, OF_S = 0, 1  # what the keys of the two messages of `tracking_atc` fold in
@@ -104,7 +112,7 @@ def _tracking(rate: Scalar, adapt_first: bool) -> Correction:
         sent = Sent(gossip.bytes(state.gossip, message), 1)
         return damped(rate, s, new), CorrectionState(mixing, moved, Tracker(m, d)), sent
 
-    return Correction(init, update)
+    return Correction(init, update, largest_step=_largest_step(rate, mixes=1 if adapt_first else 0))
 
 
 @as_called
@@ -153,4 +161,20 @@ def tracking_atc(rate: Scalar = 1.0) -> Correction:
         new, of_s = gossip.mix(fold(key, OF_S), state.gossip, optax.apply_updates(s, step))
         return damped(rate, s, new), CorrectionState(of_s, moved, MixedApart(Tracker(t, d), of_t)), sent
 
-    return Correction(init, update)
+    return Correction(init, update, largest_step=_largest_step(rate, mixes=2))
+
+
+def _largest_step(rate: Scalar, mixes: int) -> LargestStep:
+    """The bound of a form in which W stands so many times between d and s⁺.
+
+    At an eigenvalue λ, with μ = 1 − η + η λ and c = η a L λ^mixes, (s, t) moves by a matrix of trace μ + λ − c and
+    determinant μ λ − c, whose eigenvalues are inside the unit circle if μ λ − 1 < c < min(1 + μ λ, (1 + μ)(1 + λ)/2).
+    """
+
+    def largest_step(eigenvalues: Any) -> Scalar:
+        values = jnp.asarray(eigenvalues)
+        damped, weight = 1 - rate + rate * values, rate * values**mixes
+        above = jnp.minimum(1 + damped * values, (1 + damped) * (1 + values) / 2)
+        return jnp.min(jnp.where(weight < 0, 1 - damped * values, above) / jnp.abs(weight))
+
+    return largest_step

@@ -72,6 +72,17 @@ class CorrectionUpdate(Protocol):
     ) -> tuple[PyTree, Any, Sent]: ...
 
 
+class LargestStep(Protocol):
+    """The least upper bound of a L over eigenvalues of W [m], up to which steps a are stable on a curvature L."""
+
+    def __call__(self, eigenvalues: Any) -> Scalar: ...
+
+
+def of_the_mean(eigenvalues: Any) -> Scalar:
+    """The bound of descent itself, a L < 2, whatever W is."""
+    return 2.0
+
+
 class Correction(NamedTuple):
     """How one level mixes and moves, as a pair of pure functions.
 
@@ -83,16 +94,20 @@ class Correction(NamedTuple):
         or () where nothing is mixed. Each further message has a gossip state of its own.
       update: `update(key, state, gossip, s, d, move, k) -> (s⁺, state, Sent(bytes [n], rounds))`, at iteration k.
       text: what `print` shows.
+      largest_step: `largest_step(eigenvalues)` -> the a L below which a step a is stable on a curvature L, for these
+        real eigenvalues of W [m]; 2, that of descent, where nothing is known of W.
 
     Example:
         >>> import bilevax as bx
-        >>> bx.single_loop.correction.tracking(rate=0.5)
-        tracking(rate=0.5)
+        >>> correction = bx.single_loop.correction.tracking_non_atc()
+        >>> correction, round(float(correction.largest_step([1.0, -0.5])), 6)
+        (tracking_non_atc(), 0.125)
     """
 
     init: CorrectionInit
     update: CorrectionUpdate
     text: str = ""
+    largest_step: LargestStep = of_the_mean
 
     def __repr__(self) -> str:
         return by_text(self)

@@ -1,5 +1,8 @@
 """The primal-dual corrections, exact diffusion and EXTRA: one vector, no bias, one fixed symmetric W."""
 
+from typing import Any
+
+import jax.numpy as jnp
 import optax
 
 from bilevax.agents import topology as graphs
@@ -45,7 +48,11 @@ def exact_diffusion() -> Correction:
         memory = optax.tree.add(state.memory, slope)
         return optax.tree.sub(r, slope), CorrectionState(mixing, moved, memory), Sent(gossip.bytes(state.gossip, r), 1)
 
-    return Correction(_primal_dual("exact_diffusion"), update)
+    def largest_step(eigenvalues: Any) -> Scalar:
+        values = jnp.asarray(eigenvalues)
+        return jnp.min(jnp.where(values > 0, 1 + 3 * values, 2 + 2 * jnp.abs(values)) / (2 * jnp.abs(values)))
+
+    return Correction(_primal_dual("exact_diffusion"), update, largest_step=largest_step)
 
 
 @as_called
@@ -84,7 +91,10 @@ def extra() -> Correction:
         new = optax.apply_updates(optax.tree.sub(s, optax.tree.add(dual, slope)), step)
         return new, CorrectionState(mixing, moved, dual), Sent(gossip.bytes(state.gossip, s), 1)
 
-    return Correction(_primal_dual("extra"), update)
+    def largest_step(eigenvalues: Any) -> Scalar:
+        return jnp.min(1 + 3 * jnp.asarray(eigenvalues)) / 2
+
+    return Correction(_primal_dual("extra"), update, largest_step=largest_step)
 
 
 def _primal_dual(name: str) -> CorrectionInit:
