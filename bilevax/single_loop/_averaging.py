@@ -30,7 +30,8 @@ class Average(NamedTuple):
 def average(gossip: Gossip, error: float) -> Average:
     """Averaging to a relative error: Chebyshev's semi-iteration over one symmetric W, plain rounds over any other.
 
-        s_1 = W s_0,      s_{j+1} = ω_{j+1} (W s_j − s_{j−1}) + s_{j−1},      ω_2 = 2 / (2 − σ²), ω⁺ = 1 / (1 − σ² ω / 4)
+        s_1 = W s_0,      s_{j+1} = ω_{j+1} (W s_j − s_{j−1}) + s_{j−1},
+        ω_2 = 2 / (2 − σ²),      ω_{j+1} = 1 / (1 − σ² ω_j / 4)
 
     with σ the second largest size of an eigenvalue of W: about √(2 / (1 − σ)) rounds where plain ones are 1 / (1 − σ),
     for each factor e. Over push-sum agents take z / ω.

@@ -13,26 +13,31 @@ from bilevax.printing import by_shape
 from bilevax.problem import Algorithm, Batch, BilevelProblem, Calls, directions, norm
 from bilevax.sampling import fold, needed
 from bilevax.single_loop._averaging import Average, average
+from bilevax.single_loop._curvatures import Averages, Spent, curvatures
 from bilevax.single_loop._levels import Levels, PerLevel
-from bilevax.single_loop._mean_curvature import Averages, Spent, mean_curvature
 from bilevax.single_loop.correction import Correction, Move, tracking
 from bilevax.single_loop.method import check_start, of_kind
 from bilevax.typing import Array, Key, PyTree, Scalar
 
 ROUGH, FINE = 0.1, 1e-6  # what averages of vectors and of numbers leave of the agents' differences
-WARM, LENGTH, READINGS = 10.0, 5.0, 5  # ∇f of each agent before the pilots and in one of them; readings of f in it
-RISES = 0.2  # of what f falls in a pilot, how much it may rise in between
+WARM, LENGTH, CONFIRMED = 10, 5, 15  # ∇f of each agent in a warm-up, a pilot and after it; after each losses are read
+RISES = 0.2  # of what a loss falls in a run, how much it may rise in between
+ROUNDING = 1e-3  # part of g that is no rise
+GROWTH = 2.0  # of the moves of y and v in a warm-up, at most
 LONGEST = 100.0  # iterations for each ∇f of an agent, at most
-SHORTER = Levels(x=4.0, y=1.5, v=1.5)  # what the steps are divided by after a pilot that fails
-POWER, SLOPE, RUN = range(3)  # what the key folds in
+MOST_UNLIKE = 1.5  # steps over b / L_i of an agent need not be stable, whatever the mean is
+SHORTER_X, SHORTER_Y = 4.0, 2.0  # what the steps are divided by after a pilot that fails, y and v at the first
+CURVATURE, SLOPE, RUN = range(3)  # what the key folds in
+
+
+MakeAlgorithm = Callable[[Levels[Any]], Algorithm]
 
 
 class StepSizesInfo(NamedTuple):
     """What `suggest_step_sizes` found, and what it spent.
 
     Attributes:
-      curvature: L, the largest eigenvalue of ∇²_yy of the mean g; of the agents' own g_i the largest, where each has a y
-        of its own.
+      curvature: L, the largest eigenvalue of ∇²_yy of the mean g; where each agent has a y of its own, of any g_i.
       steps: `Levels` of the steps of each pilot [pilots]; NaN for those that were not run.
       scores: mean f at the end of each pilot [pilots]; inf where f was not finite or did not keep falling, NaN where
         none was run.
@@ -40,7 +45,7 @@ class StepSizesInfo(NamedTuple):
       calls: `Calls` with leaves [n], of everything: products, warm-up and pilots.
       bytes: sent by each agent [n] to all its neighbours together.
       rounds: of communication, one after the other; scalar.
-      state: of the method at the end of the chosen pilot: to go on from it instead of from the start wastes nothing.
+      state: of the method at the end of the chosen run: who goes on from it, and not from the start, wastes none of it.
 
     Example:
         >>> import bilevax as bx
@@ -62,7 +67,7 @@ class StepSizesInfo(NamedTuple):
 
 
 def suggest_step_sizes(
-    make: Callable[[Levels[Scalar]], Algorithm],
+    make: MakeAlgorithm,
     problem: BilevelProblem,
     gossip: Gossip,
     x: PyTree,
@@ -76,19 +81,24 @@ def suggest_step_sizes(
     """Step sizes of a method from the curvature of the mean g and short runs of the method itself; nobody sends data.
 
         p_i = ∇²_yy g_i u_i,      t ← W̃ (t + p − p_last),      u_i = t_i / ‖t_i‖             ten times; L = mean ‖t_i‖
-        a_y = a_v = b / 2L,       b = min over y and v of correction.largest_step(eigenvalues of W)
-        a_x = mean f / (4 ‖mean d_x‖²)      after a warm-up of y and v with a_x = 0
+        a_y = a_v = b / 2 max(L, ⅔ max L_i),      b = min over y and v of correction.largest_step(eigenvalues of W)
+        a_x = min(1, a_y L) · mean f / (4 ‖mean d_x‖²)      after a warm-up of y and v with a_x = 0
 
-    with W̃ as many rounds as take nine tenths of a difference away. The first pilot runs with these steps from the end of
-    the warm-up. It fails if f, averaged at the agents' own y, is not finite or rises by more than a fifth of what it
-    falls: then a_x is divided by 4, a_y and a_v by 1.5, and the next one runs. After a good one a_x / 4 is tried, and
-    the better of both is taken. Where agents skip, a_y and a_v are multiplied by 4 / (3 + T) for T iterations between
-    two refreshes.
+    with W̃ as many rounds as take nine tenths of a difference away, and L_i of each agent alone: steps over b / max L_i
+    need not be stable where agents differ, whatever L is. Where still the mean g does not keep falling in the warm-up,
+    or y and v move ever farther, a_y and a_v are halved and it starts anew.
+
+    The first pilot runs with these steps from the end of the warm-up. It fails if f, averaged at the agents' own y, is
+    not finite or rises in between by more than a fifth of what it falls and twice what it rises in half of the warm-up:
+    then a_y and a_v are halved, after later ones that fail a_x is divided by 4, and the next one runs. After a good one
+    a_x / 4 is tried. The better of both goes on three times as long; where f does not keep falling then, all steps are
+    halved. Where agents skip, a_y and a_v are multiplied by 4 / (3 + T) for T iterations between two refreshes.
 
     f should have its lower bound near 0, as cross entropies and squares do: a_x is a quarter of Polyak's step, which
-    short runs, that gain from any longer step, do not exceed. What is found is good for the beginning; it knows nothing
-    of a curvature that grows later. Over a directed graph or a sequence of graphs, and for a correction that does not
-    say more, b = 2, as for descent, and the pilots alone tell what is stable.
+    short runs, that gain from any longer step, do not exceed. What is found is good for the beginning: what grows
+    slowly does not show in so few iterations, nor a curvature that grows later; `moves` of the method's Info tell. Over
+    a directed graph or a sequence of graphs, and for a correction that does not say more, b = 2, as for descent, and
+    the runs alone tell what is stable.
 
     Args:
       make: `make(step_sizes) -> Algorithm`, for `Levels` of traced numbers; its state has fields x, y and v, its Info
@@ -110,10 +120,11 @@ def suggest_step_sizes(
       ValueError: if an argument is of another kind, `pilots` < 1, there is no key, gossip is compressed, or the method
         has no v.
 
-    Cost: one ∇_y g and ten Hessian products, one evaluation of the directions and, counted in ∇f of an agent, ten for the warm-up and
-    five for each pilot, of which two or three are usual: all in `info.calls` and `info.bytes`, but for six f for each
-    pilot. Ten averages of y, one of x, and some of single numbers, in about 2.3 / √(2 (1 − σ)) rounds each where W is
-    symmetric and fixed.
+    Cost: one ∇_y g and twenty Hessian products, one evaluation of the directions and, counted in ∇f of an agent, ten
+    for a warm-up, five for each pilot, of which two or three are usual, and fifteen after the best of them: all in
+    `info.calls` and `info.bytes`, but for f and g at about every one of these. `info.state` keeps thirty of them. Ten
+    averages of y and one of x, of about 3 / √(2 (1 − σ)) rounds each where W is symmetric and fixed, and some of single
+    numbers.
 
     Reference: power iteration, with the dynamic average of gradient tracking in it (arXiv 1607.03218) and Chebyshev's
     acceleration of each average; Polyak's step, "Introduction to optimization", 1987. The factors are what held on the
@@ -140,84 +151,113 @@ def suggest_step_sizes(
         "correction", tracking() if correction is None else correction, Correction, "Pass, say, tracking()."
     )
     averages = Averages(average(gossip, ROUGH), average(gossip, FINE))
-    curvature, spent = mean_curvature(
-        fold(key, POWER), problem, gossip, averages, x, y, batch, own=not _mixes(corrections.y, gossip, y)
-    )
-    a = _bound(gossip, corrections) / (2 * curvature)
+    found, spent = curvatures(fold(key, CURVATURE), problem, gossip, averages, x, y, batch)
+    own = not _mixes(corrections.y, gossip, y)
+    level = found.largest if own else found.mean
+    a = jnp.asarray(_bound(gossip, corrections) / (2 * jnp.maximum(level, found.largest / MOST_UNLIKE)), float)
     run = _runner(make, problem, gossip, averages.fine, fold(key, RUN), batch)
-    steps = Levels(jnp.zeros_like(a), a, a)
-    start = make(steps).init(x, y, batch)
+    start = make(Levels(jnp.zeros_like(a), a, a)).init(x, y, batch)
     _check_state(start)
-    warm, read, spent = run(steps, start, WARM, spent)
+    a, warm, read, spent = _warm_up(run, start, a, pilots, spent)
     slope, spent = _slope(fold(key, SLOPE), problem, gossip, averages, warm, batch, spent)
-    steps = steps._replace(x=jnp.abs(read[-1]) / (4 * slope))
-    return _search(run, warm, steps, pilots, curvature, spent)
+    quick = jnp.minimum(1.0, a * level)
+    steps = Levels(jnp.asarray(quick * jnp.abs(read[-1]) / (4 * slope), float), a, a)
+    return _search(run, warm, steps, pilots, _risen(read[WARM // 2 :]), level, spent)
 
 
-Run = Callable[[Levels[Array], Any, Scalar, Spent], tuple[Any, Array, Spent]]
+Run = Callable[[Levels[Array], Any, int, Spent], tuple[Any, Array, Spent]]
 
 
 def _runner(
-    make: Callable[[Levels[Scalar]], Algorithm],
+    make: MakeAlgorithm,
     problem: BilevelProblem,
     gossip: Gossip,
     fine: Average,
     key: Key,
     batch: Batch,
 ) -> Run:
-    """`run(steps, state, length, spent) -> (state, mean f along the run [READINGS + 1], spent)`; the same draws in each.
+    """`run(steps, state, length, spent) -> (state, read [4, length + 1], spent)`, the same draws in each.
 
-    Its length is told in ∇f of an agent, at most one in each iteration.
+    Its length is told in ∇f of an agent, at most one in each iteration; read are the mean f, g, and moves of y and v.
     """
 
-    def losses(state: Any) -> Array:
-        return jax.vmap(problem.outer_loss)(state.x, state.y, batch.outer)
+    def look(state: Any, moves: Array) -> Array:
+        pair = (jax.vmap(loss)(state.x, state.y, data) for loss, data in zip(problem, batch, strict=True))
+        return jnp.stack([*(jnp.asarray(each, float) for each in pair), *moves])
 
-    def run(steps: Levels[Array], state: Any, length: Scalar, spent: Spent) -> tuple[Any, Array, Spent]:
-        begun = spent
+    def run(steps: Levels[Array], state: Any, length: int, spent: Spent) -> tuple[Any, Array, Spent]:
+        begun, still = spent, jnp.zeros((2, *gossip.agents().shape))
 
-        def part(carry: tuple[Any, Spent], number: Array) -> tuple[tuple[Any, Spent], Array]:
-            share = length * (number + 1) / READINGS
-            enough, most = begun.refreshes + share, begun.iterations + LONGEST * share
+        def part(carry: tuple, number: Array) -> tuple[tuple, Array]:
+            enough, most = begun.refreshes + number + 1.0, begun.iterations + LONGEST * (number + 1.0)
 
-            def goes_on(carry: tuple[Any, Spent]) -> Array:
+            def goes_on(carry: tuple) -> Array:
                 return (carry[1].refreshes < enough) & (carry[1].iterations < most)
 
-            def step(carry: tuple[Any, Spent]) -> tuple[Any, Spent]:
-                state, spent = carry
+            def step(carry: tuple) -> tuple:
+                state, spent, _ = carry
                 paced = Levels(steps.x, spent.pace() * steps.y, spent.pace() * steps.v)
                 state, info = make(paced).step(key, state, batch)
-                return state, spent.with_iteration(info, gossip)
+                moves = jnp.stack([jnp.asarray(part, float) for part in info.moves[1:]])
+                return state, spent.with_iteration(info, gossip), moves
 
-            carry = jax.lax.while_loop(goes_on, step, carry)
-            return carry, losses(carry[0])
+            state, spent, moves = jax.lax.while_loop(goes_on, step, carry)
+            return (state, spent, moves), look(state, moves)
 
-        (end, spent), later = jax.lax.scan(part, (state, spent), jnp.arange(READINGS))
-        read = jnp.concatenate([losses(state)[None], later])
-        means, size = fine.apply(key, jnp.moveaxis(read, 0, 1))
+        (end, spent, _), later = jax.lax.scan(part, (state, spent, still), jnp.arange(length))
+        read = jnp.concatenate([look(state, still)[None], later])
+        means, size = fine.apply(key, jnp.transpose(read, (2, 1, 0)))
         return end, gossip.mean(means), spent.sent(size, fine.rounds)
 
     return run
 
 
-def _search(run: Run, warm: Any, steps: Levels[Array], pilots: int, curvature: Array, spent: Spent) -> Any:
+def _risen(read: Array) -> Array:
+    """What a loss rises along a run."""
+    return jnp.maximum(jnp.diff(read), 0).sum()
+
+
+def _falls(read: Array, usual: Scalar) -> Array:
+    """Whether a loss keeps falling, but for a fifth of what it falls and for twice what is usual."""
+    return jnp.isfinite(read).all() & (_risen(read) <= RISES * jnp.maximum(read[0] - read[-1], 0) + 2 * usual)
+
+
+def _warm_up(run: Run, start: Any, a: Array, most: int, spent: Spent) -> tuple[Array, Any, Array, Spent]:
+    """Runs of y and v alone, with steps halved until g falls and moves do not grow; with them the mean f along it."""
+
+    def once(carry: tuple) -> tuple:
+        number, a, _, _, _, spent = carry
+        a = jnp.where(number > 0, a / 2, a)
+        state, (outer, inner, *moves), spent = run(Levels(jnp.zeros_like(a), a, a), start, WARM, spent)
+        calm = moves[0][-1] + moves[1][-1] <= GROWTH * (moves[0][1] + moves[1][1])
+        good = _falls(inner, ROUNDING * jnp.abs(inner[0])) & jnp.isfinite(outer).all() & calm
+        return number + 1, a, state, outer, good, spent
+
+    nothing = jnp.zeros((), jnp.int32), a, start, jnp.zeros(WARM + 1), jnp.zeros((), bool), spent
+    _, a, warm, read, _, spent = jax.lax.while_loop(lambda carry: (carry[0] < most) & ~carry[4], once, nothing)
+    return a, warm, read, spent
+
+
+def _search(
+    run: Run, warm: Any, steps: Levels[Array], pilots: int, usual: Array, curvature: Array, spent: Spent
+) -> tuple[Levels[Array], StepSizesInfo]:
     """Pilots, each from the warm state, until one is not better than the one before, which was good."""
     none = jnp.full(pilots, jnp.nan, steps.x.dtype)
     best = Pilot(Levels(none[0], steps.y, steps.v), jnp.full_like(none[0], jnp.inf), warm)
     first = Trials(jnp.zeros((), jnp.int32), steps, best, Levels(none, none, none), none, jnp.zeros((), bool), spent)
 
     def pilot(now: Trials) -> Trials:
-        state, read, spent = run(now.steps, warm, LENGTH, now.spent)
-        risen, fallen = jnp.maximum(jnp.diff(read), 0).sum(), read[0] - read[-1]
-        good = jnp.isfinite(read).all() & (risen <= RISES * fallen)
-        trial = Pilot(now.steps, jnp.where(good, read[-1], jnp.inf).astype(now.best.score.dtype), state)
+        state, (read, *_), spent = run(now.steps, warm, LENGTH, now.spent)
+        good = _falls(read, usual)
+        trial = Pilot(now.steps, jnp.where(good, read[-1], jnp.inf), state)
         better = trial.score < now.best.score
         paced = Levels(now.steps.x, spent.pace() * now.steps.y, spent.pace() * now.steps.v)
         tried = jax.tree.map(lambda all, one: all.at[now.number].set(one), now.tried, paced)
-        shorter = Levels(*(step / part for step, part in zip(now.steps, SHORTER, strict=True)))
+        x, y, v = now.steps
+        inner = jnp.where(~good & (now.number == 0), 1 / SHORTER_Y, 1.0)
         return Trials(
             now.number + 1,
-            jax.tree.map(lambda same, less: jnp.where(good, same, less), now.steps, shorter)._replace(x=shorter.x),
+            Levels(jnp.where(inner < 1, x, x / SHORTER_X), inner * y, inner * v),
             jax.tree.map(lambda new, old: jnp.where(better, new, old), trial, now.best),
             tried,
             now.scores.at[now.number].set(trial.score),
@@ -226,13 +266,31 @@ def _search(run: Run, warm: Any, steps: Levels[Array], pilots: int, curvature: A
         )
 
     end = jax.lax.while_loop(lambda now: (now.number < pilots) & ~now.done, pilot, first)
-    found, spent = end.best.steps, end.spent
-    steps = Levels(found.x, spent.pace() * found.y, spent.pace() * found.v)
-    told = StepSizesInfo(
-        *(curvature, end.tried, end.scores, ~jnp.isfinite(end.best.score)),
-        *(spent.calls, spent.bytes, spent.rounds, end.best.state),
+    (x, y, v), state, good, spent = _confirmed(run, warm, end.best, pilots, usual, end.spent)
+    steps = Levels(jnp.where(good, x, jnp.nan), spent.pace() * y, spent.pace() * v)
+    told = (curvature, end.tried, end.scores, ~good, spent.calls, spent.bytes, spent.rounds, state)
+    return steps, StepSizesInfo(*told)
+
+
+def _confirmed(
+    run: Run, warm: Any, best: "Pilot", most: int, usual: Array, spent: Spent
+) -> tuple[Levels[Array], Any, Array, Spent]:
+    """Goes on with the best pilot; where f does not keep falling, all steps are halved, from the warm state on."""
+
+    def once(carry: tuple) -> tuple:
+        number, steps, state, _, spent = carry
+        again = number > 0
+        steps = jax.tree.map(lambda step: jnp.where(again, step / 2, step), steps)
+        state = jax.tree.map(lambda old, start: jnp.where(again, start, old), state, warm)
+        end, (read, *_), spent = run(steps, state, CONFIRMED, spent)
+        return number + 1, steps, end, _falls(read, usual), spent
+
+    failed = jnp.isinf(best.score)
+    first = jnp.zeros((), jnp.int32), best.steps, best.state, jnp.zeros((), bool), spent
+    _, steps, state, good, spent = jax.lax.while_loop(
+        lambda carry: (carry[0] < most) & ~carry[3] & ~failed, once, first
     )
-    return steps, told
+    return steps, state, good, spent
 
 
 class Pilot(NamedTuple):
@@ -268,7 +326,7 @@ def _slope(
 
 
 def _bound(gossip: Gossip, corrections: Levels[Correction]) -> Array:
-    """The least a L below which y and v are stable on this graph; that of the mean where it is not symmetric and fixed."""
+    """The least a L below which y and v are stable on this graph, that of the mean where W is not fixed or directed."""
     graph = gossip.topology
     known = isinstance(graph, graphs.Topology) and graphs.is_symmetric(graph)
     values = [1.0, graphs.smallest_eigenvalue(graph)] if known else [1.0]

@@ -22,8 +22,8 @@ accuracy = jnp.mean(jnp.argmax(images[1300:] @ state.y["weights"] + state.y["bia
 gap = x[~corrupted].mean() - x[corrupted].mean()
 """
 AFTER_GRAPH = """
-mean = jax.tree.map(lambda leaf: leaf.mean(0), state.y)
-agents_accuracy = jnp.mean(jnp.argmax(images[1300:] @ mean["weights"] + mean["bias"], axis=1) == labels[1300:])
+agents_accuracy = jnp.mean(jnp.argmax(images[1300:] @ mean_y["weights"] + mean_y["bias"], axis=1) == labels[1300:])
+assert not found.breakdown and distance < 0.1 * optax.tree.norm(mean_y)
 assert not info.breakdown.any() and int(info.calls.outer_gradients.sum()) == 2 * len(keys)
 """
 BEFORE_CURVATURE = """

@@ -1,4 +1,4 @@
-"""The largest curvature of the mean inner loss, by power iterations through gossip."""
+"""The largest curvature of the mean inner loss, and of the agents' own, by power iterations through gossip."""
 
 from typing import Any, NamedTuple
 
@@ -39,7 +39,7 @@ class Spent(NamedTuple):
 
     def with_calls(self, calls: Calls) -> "Spent":
         """With these evaluations more."""
-        return self._replace(calls=jax.tree.map(lambda past, now: past + now, self.calls, calls))
+        return self._replace(calls=jax.tree.map(lambda past, now: past + now, self.calls, Calls(*calls)))
 
     def with_iteration(self, info: Any, gossip: Gossip) -> "Spent":
         """With an iteration of a method more."""
@@ -53,7 +53,14 @@ class Spent(NamedTuple):
         return SLOWER / (SLOWER - 1 + jnp.maximum(between, 1.0))
 
 
-def mean_curvature(
+class Curvatures(NamedTuple):
+    """The largest eigenvalue of the mean of the agents' Hessians, and the largest of any agent's own."""
+
+    mean: Array
+    largest: Array
+
+
+def curvatures(
     key: Key,
     problem: BilevelProblem,
     gossip: Gossip,
@@ -61,18 +68,16 @@ def mean_curvature(
     x: PyTree,
     y: PyTree,
     batch: Batch,
-    *,
-    own: bool,
-) -> tuple[Array, Spent]:
-    """The largest eigenvalue of the mean of the agents' Hessians, or the largest of their own.
+) -> tuple[Curvatures, Spent]:
+    """Both by power iterations from one random vector.
 
         p_i = H_i u_i,      t ← W̃ (t + p − p_last),      u_i = t_i / ‖t_i‖
 
-    mean t = mean p at every step, as in gradient tracking; where every agent has a y of its own, t_i = p_i, and the
-    maximum over the agents is the mean of 8th powers times n, which overestimates it by up to n^(1/8).
+    mean t = mean p at every step, as in gradient tracking; for the agents' own t_i = p_i. The maximum over the agents
+    is the mean of 8th powers times n, which is too large by n^(1/8) at most.
 
     Returns:
-      L, the same for all agents, and what was spent.
+      The same numbers for all agents, and what was spent.
     """
     agents = gossip.agents()
 
@@ -86,24 +91,22 @@ def mean_curvature(
         safe = jnp.maximum(lengths, float(jnp.finfo(jnp.float32).tiny))
         return per_agent(lambda size, leaf: leaf / size, safe, t), lengths
 
-    def iterate(carry: tuple[PyTree, PyTree, PyTree], number: Array) -> tuple[Any, tuple[Array, Array]]:
-        u, t, last = carry
-        (p,) = products(u)
-        t = optax.tree.add(t, optax.tree.sub(p, last))
-        t, sent = (p, jnp.zeros(agents.shape)) if own else averages.rough.apply(fold(key, number), t)
-        u, lengths = normed(t)
-        return (u, t, p), (lengths, sent)
+    def iterate(carry: tuple[PyTree, PyTree, PyTree, PyTree], number: Array) -> tuple[Any, tuple[Array, Array, Array]]:
+        u, t, last, mine = carry
+        (p,), (alone,) = products(u), products(mine)
+        t, sent = averages.rough.apply(fold(key, number), optax.tree.add(t, optax.tree.sub(p, last)))
+        (u, lengths), (mine, own) = normed(t), normed(alone)
+        return (u, t, p, mine), (lengths, own, sent)
 
     zeros = optax.tree.zeros_like(y)
     one = optax.tree.random_like(key, jax.tree.map(lambda leaf: leaf[0], y), sampler=jax.random.normal)
     start, _ = normed(jax.tree.map(lambda leaf, all: jnp.broadcast_to(leaf, all.shape), one, y))
-    _, (lengths, sent) = jax.lax.scan(iterate, (start, zeros, zeros), jnp.arange(PRODUCTS))
-    none, ones = jnp.zeros_like(agents), jnp.ones_like(agents)
-    rounds = jnp.asarray(0 if own else PRODUCTS * averages.rough.rounds)
-    spent = Spent(Calls(none, ones, PRODUCTS * ones, none), sent.sum(0), rounds, jnp.zeros(()), jnp.zeros(()))
-    means, size = averages.fine.apply(key, lengths[-1])
-    level, spent = gossip.mean(means), spent.sent(size, averages.fine.rounds)
-    if not own:
-        return level, spent
-    means, size = averages.fine.apply(key, (lengths[-1] / level) ** SHARPNESS)
-    return level * (gossip.n * gossip.mean(means)) ** (1 / SHARPNESS), spent.sent(size, averages.fine.rounds)
+    _, (lengths, own, sent) = jax.lax.scan(iterate, (start, zeros, zeros, start), jnp.arange(PRODUCTS))
+    none, ones = jnp.zeros(agents.shape), jnp.ones(agents.shape)
+    rounds = jnp.asarray(PRODUCTS * averages.rough.rounds)
+    spent = Spent(Calls(none, ones, 2 * PRODUCTS * ones, none), sent.sum(0), rounds, jnp.zeros(()), jnp.zeros(()))
+    (mean, mine), size = averages.fine.apply(key, (lengths[-1], own[-1]))
+    mean, mine, spent = gossip.mean(mean), gossip.mean(mine), spent.sent(size, averages.fine.rounds)
+    powers, size = averages.fine.apply(key, (own[-1] / mine) ** SHARPNESS)
+    largest = mine * (gossip.n * gossip.mean(powers)) ** (1 / SHARPNESS)
+    return Curvatures(mean, largest), spent.sent(size, averages.fine.rounds)

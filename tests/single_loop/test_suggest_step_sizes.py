@@ -1,0 +1,226 @@
+"""Suggested step sizes: the curvature of the mean, the stable range of each correction, what is counted, refusals."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from networks import KEY, PRACTICAL, ring
+
+import bilevax as bx
+from bilevax import coins
+from bilevax.agents import compression
+from bilevax.single_loop import correction as corrections
+from bilevax.single_loop import suggest_step_sizes
+from bilevax.single_loop._averaging import average
+from bilevax.single_loop._curvatures import Averages, curvatures
+
+N, D = 8, 3
+RING = bx.gossip(bx.topology.ring(N))
+LAZY = bx.gossip(bx.topology.lazy(bx.topology.ring(N)))
+# H_i: agent 0 has ten times the curvature of agent 7; eigenvectors differ
+H = np.stack([np.diag(np.roll([1.0, 0.9, 0.8], i)) * (10.0 if i == 0 else 2.0 if i % 2 else 1.0) for i in range(N)])
+C = np.linspace(-1.0, 1.0, N)[:, None] + np.arange(D)
+L = np.linalg.eigvalsh(H.mean(0))[-1]
+PROBLEM = bx.BilevelProblem(lambda x, y, c: 0.5 * jnp.sum((y - c) ** 2), lambda x, y, h: 0.5 * (y - x) @ h @ (y - x))
+BATCH = bx.Batch(outer=jnp.asarray(C, "float32"), inner=jnp.asarray(H, "float32"))
+X = Y = jnp.full((N, D), 3.0, "float32")  # y solves the inner problem
+
+
+def preset(gossip, correction):
+    return lambda step_sizes: bx.decentralized.sldbo(PROBLEM, gossip, step_sizes, correction=correction)
+
+
+def suggested(make, gossip, correction=None, problem=PROBLEM, pilots=6):
+    def find(key):
+        return suggest_step_sizes(make, problem, gossip, X, Y, BATCH, key, pilots=pilots, correction=correction)
+
+    return jax.jit(find)(KEY)
+
+
+@functools.cache
+def with_tracking():
+    make = preset(RING, None)
+    return make, *suggested(make, RING)
+
+
+def test_curvature_is_that_of_the_mean():
+    _, steps, info = with_tracking()
+    own = np.linalg.eigvalsh(H)[:, -1]
+    assert own.max() >= 9.9 * own.min()
+    assert abs(info.curvature - L) < 0.03 * L
+    assert steps.y == steps.v
+    halvings = np.log2(1.5 / (steps.y * own.max()))  # of half of the range on this ring, 2 / max(L, ⅔ max L_i)
+    assert abs(halvings - np.round(halvings)) < 0.1
+    assert halvings < 2
+
+
+@pytest.mark.parametrize(
+    "gossip",
+    [
+        RING,
+        bx.gossip(bx.topology.one_peer_exponential(N)),
+        bx.agents.push_sum(bx.topology.exponential(N)),
+    ],
+    ids=["ring", "sequence", "push_sum"],
+)
+def test_curvatures_over_graphs(gossip):
+    averages = Averages(average(gossip, 0.1), average(gossip, 1e-6))
+    found, _ = jax.jit(lambda: curvatures(KEY, PROBLEM, gossip, averages, X, Y, BATCH))()
+    largest = np.linalg.eigvalsh(H)[:, -1].max()
+    assert abs(found.mean - L) < 0.05 * L
+    assert 0.97 * largest < found.largest < 1.3 * largest
+
+
+@pytest.mark.parametrize("error", [0.1, 1e-4])
+def test_averages_are_as_good_as_they_say(error):
+    s = jnp.asarray(np.random.default_rng(0).normal(size=(N, 5)))
+    mean = s.mean(0)
+    for gossip in (RING, bx.gossip(bx.topology.star(N)), bx.gossip(bx.topology.one_peer_exponential(N))):
+        each = average(gossip, error)
+        found, sent = each.apply(KEY, s)
+        assert jnp.linalg.norm(found - mean[None]) <= 1.01 * error * jnp.linalg.norm(s - mean[None])
+        assert sent.shape == (N,)
+    assert average(RING, 1e-4).rounds == 15
+    assert average(bx.gossip(bx.topology.ring(20)), 0.1).rounds == 12  # plain rounds: 69
+
+
+@pytest.mark.parametrize(
+    ("correction", "gossip"),
+    [
+        (corrections.tracking_non_atc(), RING),
+        (corrections.exact_diffusion(), LAZY),
+        (corrections.extra(), LAZY),
+    ],
+    ids=["tracking_non_atc", "exact_diffusion", "extra"],
+)
+def test_suggested_steps_are_stable(correction, gossip):
+    make = preset(gossip, correction)
+    steps, info = suggested(make, gossip, correction)
+    assert not info.breakdown
+    arrives(make, steps, info)
+
+
+def test_steps_for_the_default_correction_are_stable():
+    arrives(*with_tracking())
+
+
+def arrives(make, steps, info):
+    """The method goes on from the state of the chosen pilot to x*, the mean of the c_i."""
+    state = jax.lax.fori_loop(0, 800, lambda k, state: make(steps).step(None, state, BATCH)[0], info.state)
+    np.testing.assert_allclose(state.x, np.broadcast_to(C.mean(0), (N, D)), atol=0.3)
+
+
+def test_everything_is_counted():
+    _, _, info = with_tracking()
+    pilots = int((~np.isnan(info.scores)).sum())
+    rest = int(info.calls.outer_gradients[0]) - 1 - 5 * pilots
+    assert 2 <= pilots <= 6
+    assert rest == 25  # one warm-up, and the best pilot went on
+    warm_ups = 1
+    iterations = rest + 5 * pilots
+    np.testing.assert_array_equal(info.calls.outer_gradients, iterations + 1)
+    np.testing.assert_array_equal(info.calls.inner_gradients, iterations + 2)
+    np.testing.assert_array_equal(info.calls.hessian_products, iterations + 21)
+    np.testing.assert_array_equal(info.calls.cross_products, iterations + 1)
+    rough, fine = average(RING, 0.1).rounds, average(RING, 1e-6).rounds
+    numbers, read = 4, 4 * (11 * warm_ups + 6 * pilots + 16)  # L, L_i, its powers, the squared slope; four along a run
+    vectors = 2 * 3 * D * iterations + 11 * rough * D
+    wide = jnp.zeros(()).dtype.itemsize
+    np.testing.assert_allclose(info.bytes, 2 * (4 * (vectors + fine * numbers) + wide * fine * read))
+    assert info.rounds == iterations + 11 * rough + fine * (4 + warm_ups + pilots)
+
+
+def test_steps_shrink_where_agents_skip():
+    def make(step_sizes):
+        return bx.decentralized.s3ldbo(PROBLEM, RING, step_sizes, coins=coins.subset(0.25))
+
+    steps, info = suggested(make, RING)
+    assert not info.breakdown
+    halvings = np.log2(15 / 10 * 4 / 7 / (steps.y * 10))  # 4 / (3 + T) for T = 4
+    np.testing.assert_allclose(halvings, np.round(halvings), atol=0.1)
+
+
+def test_breakdown_is_told_and_no_method_takes_the_steps():
+    problem = bx.BilevelProblem(lambda x, y, c: jnp.sum(jnp.sqrt(-1 - (y - c) ** 2)), PROBLEM.inner_loss)
+
+    def make(step_sizes):
+        return bx.decentralized.sldbo(problem, RING, step_sizes)
+
+    steps, info = suggested(make, RING, problem=problem, pilots=2)
+    assert info.breakdown
+    assert np.isinf(info.scores).all()
+    with pytest.raises(ValueError, match=r"step_sizes\.x must be a finite number"):
+        make(steps)
+
+
+@pytest.mark.parametrize("name", PRACTICAL)
+@pytest.mark.parametrize("make_matrix", [ring, lambda n: (2 * np.eye(n) + ring(n)) / 3], ids=["ring", "lazy"])
+def test_largest_steps_are_where_the_recursions_turn(name, make_matrix):
+    W = make_matrix(6)
+    values = np.linalg.eigvalsh(W)
+    if name in ("exact_diffusion", "extra") and values[0] <= -1 / 3 + 1e-9:
+        assert float(getattr(corrections, name)().largest_step(values)) <= 1e-9 or name == "exact_diffusion"
+        return
+    bound = float(getattr(corrections, name)().largest_step(values))
+    ends = []
+    for part in (0.95, 1.05):
+        move, s = PRACTICAL[name](), np.random.default_rng(0).normal(size=(6, 2))
+        for _ in range(600):
+            s = move(W, s, s, part * bound)
+        ends.append(np.linalg.norm(s))
+    assert ends[0] < 1e-2 < 10 < ends[1]
+
+
+@pytest.mark.parametrize("eigenvalue", [1.0, 0.4, -0.5])
+@pytest.mark.parametrize(("name", "mixes"), [("tracking_non_atc", 0), ("tracking", 1), ("tracking_atc", 2)])
+def test_largest_steps_of_damped_tracking(name, mixes, eigenvalue):
+    rate = 0.5
+    bound = float(getattr(corrections, name)(rate).largest_step([eigenvalue]))
+
+    def radius(a):  # of (s, m) with m = W t, or m = t where W t is what moves s
+        s, t = np.eye(2)
+        if mixes == 2:
+            t = eigenvalue * (t + s)  # t + d, of which d_last is subtracted below
+            new = (1 - rate) * s + rate * eigenvalue * (s - a * t)
+            return max(abs(np.linalg.eigvals(np.stack([new, t - s]))))
+        t = t + s
+        moved = eigenvalue * (s - a * t) if mixes else eigenvalue * s - a * t
+        return max(abs(np.linalg.eigvals(np.stack([(1 - rate) * s + rate * moved, eigenvalue * t - s]))))
+
+    assert radius(0.99 * bound) <= 1 + 1e-9
+    assert radius(1.01 * bound) > 1
+
+
+def test_refusals():
+    make = preset(RING, None)
+    start = (PROBLEM, RING, X, Y, BATCH)
+    with pytest.raises(ValueError, match="make must be a function"):
+        suggest_step_sizes(0.1, *start, KEY)
+    with pytest.raises(ValueError, match="pilots must be an int >= 1; got 0"):
+        suggest_step_sizes(make, *start, KEY, pilots=0)
+    with pytest.raises(ValueError, match="key"):
+        suggest_step_sizes(make, *start, None)
+    with pytest.raises(ValueError, match="problem must be a BilevelProblem"):
+        suggest_step_sizes(make, 1, RING, X, Y, BATCH, KEY)
+    with pytest.raises(ValueError, match="gossip must be a Gossip"):
+        suggest_step_sizes(make, PROBLEM, 1, X, Y, BATCH, KEY)
+    with pytest.raises(ValueError, match="batch must be a Batch"):
+        suggest_step_sizes(make, PROBLEM, RING, X, Y, None, KEY)
+    with pytest.raises(ValueError, match="correction must be a Correction"):
+        suggest_step_sizes(make, *start, KEY, correction=1)
+    with pytest.raises(ValueError, match=r"x must have leaves \[8, ...\]"):
+        suggest_step_sizes(make, PROBLEM, RING, X[0], Y, BATCH, KEY)
+    compressed = compression.choco(RING, compression.top_k(0.5), gossip_step=0.3)
+    with pytest.raises(ValueError, match="gossip must send its messages as they are"):
+        suggest_step_sizes(make, PROBLEM, compressed, X, Y, BATCH, KEY)
+
+    def without_v(step_sizes):
+        steps = bx.Levels(step_sizes.x, step_sizes.y)
+        return bx.decentralized.mdbo(
+            PROBLEM, RING, steps, sample=bx.sampling.full, momentum=1.0, rate=1.0, terms=1, inverse_step=0.1
+        )
+
+    with pytest.raises(ValueError, match="make must return a method whose state has x, y and v"):
+        suggest_step_sizes(without_v, *start, KEY)
