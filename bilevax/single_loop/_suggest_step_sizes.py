@@ -48,9 +48,13 @@ class StepSizesInfo(NamedTuple):
       state: of the method at the end of the chosen run: who goes on from it, and not from the start, wastes none of it.
 
     Example:
-        >>> import bilevax as bx
-        >>> bx.single_loop.StepSizesInfo._fields[:3]
-        ('curvature', 'steps', 'scores')
+        >>> import bilevax as bx, jax, jax.numpy as jnp
+        >>> problem = bx.BilevelProblem(lambda x, y, c: (y - c) ** 2, lambda x, y, c: 2 * (y - x) ** 2)
+        >>> gossip, batch = bx.gossip(bx.topology.ring(4)), bx.Batch(jnp.arange(4.0), jnp.zeros(4))
+        >>> make, start = lambda steps: bx.decentralized.sldbo(problem, gossip, steps), jnp.zeros(4)
+        >>> _, info = bx.single_loop.suggest_step_sizes(make, problem, gossip, start, start, batch, jax.random.key(0))
+        >>> info.state.k == info.calls.outer_gradients[0] - 1 - 5  # but for the slope and a pilot that was not chosen
+        Array(True, dtype=bool)
     """
 
     curvature: Array
@@ -150,6 +154,7 @@ def suggest_step_sizes(
     corrections = of_kind(
         "correction", tracking() if correction is None else correction, Correction, "Pass, say, tracking()."
     )
+    _check_state(jax.eval_shape(lambda a: make(Levels(a, a, a)).init(x, y, batch), jnp.zeros(())))
     averages = Averages(average(gossip, ROUGH), average(gossip, FINE))
     found, spent = curvatures(fold(key, CURVATURE), problem, gossip, averages, x, y, batch)
     own = not _mixes(corrections.y, gossip, y)
@@ -157,7 +162,6 @@ def suggest_step_sizes(
     a = jnp.asarray(_bound(gossip, corrections) / (2 * jnp.maximum(level, found.largest / MOST_UNLIKE)), float)
     run = _runner(make, problem, gossip, averages.fine, fold(key, RUN), batch)
     start = make(Levels(jnp.zeros_like(a), a, a)).init(x, y, batch)
-    _check_state(start)
     a, warm, read, spent = _warm_up(run, start, a, pilots, spent)
     slope, spent = _slope(fold(key, SLOPE), problem, gossip, averages, warm, batch, spent)
     quick = jnp.minimum(1.0, a * level)
