@@ -156,17 +156,22 @@ def suggest_step_sizes(
     )
     _check_state(jax.eval_shape(lambda a: make(Levels(a, a, a)).init(x, y, batch), jnp.zeros(())))
     averages = Averages(average(gossip, ROUGH), average(gossip, FINE))
-    found, spent = curvatures(fold(key, CURVATURE), problem, gossip, averages, x, y, batch)
-    own = not _mixes(corrections.y, gossip, y)
-    level = found.largest if own else found.mean
-    a = jnp.asarray(_bound(gossip, corrections) / (2 * jnp.maximum(level, found.largest / MOST_UNLIKE)), float)
-    run = _runner(make, problem, gossip, averages.fine, fold(key, RUN), batch)
-    start = make(Levels(jnp.zeros_like(a), a, a)).init(x, y, batch)
-    a, warm, read, spent = _warm_up(run, start, a, pilots, spent)
-    slope, spent = _slope(fold(key, SLOPE), problem, gossip, averages, warm, batch, spent)
-    quick = jnp.minimum(1.0, a * level)
-    steps = Levels(jnp.asarray(quick * jnp.abs(read[-1]) / (4 * slope), float), a, a)
-    return _search(run, warm, steps, pilots, _risen(read[WARM // 2 :]), level, spent)
+    bound, own = _bound(gossip, corrections), not _mixes(corrections.y, gossip, y)
+
+    @jax.jit  # one program, in place of one for each part
+    def find(key: Key, x: PyTree, y: PyTree, batch: Batch) -> tuple[Levels[Array], StepSizesInfo]:
+        found, spent = curvatures(fold(key, CURVATURE), problem, gossip, averages, x, y, batch)
+        level = found.largest if own else found.mean
+        a = jnp.asarray(bound / (2 * jnp.maximum(level, found.largest / MOST_UNLIKE)), float)
+        run = _runner(make, problem, gossip, averages.fine, fold(key, RUN), batch)
+        start = make(Levels(jnp.zeros_like(a), a, a)).init(x, y, batch)
+        a, warm, read, spent = _warm_up(run, start, a, pilots, spent)
+        slope, spent = _slope(fold(key, SLOPE), problem, gossip, averages, warm, batch, spent)
+        quick = jnp.minimum(1.0, a * level)
+        steps = Levels(jnp.asarray(quick * jnp.abs(read[-1]) / (4 * slope), float), a, a)
+        return _search(run, warm, steps, pilots, _risen(read[WARM // 2 :]), level, spent)
+
+    return find(key, x, y, batch)
 
 
 Run = Callable[[Levels[Array], Any, int, Spent], tuple[Any, Array, Spent]]
@@ -192,13 +197,13 @@ def _runner(
     def run(steps: Levels[Array], state: Any, length: int, spent: Spent) -> tuple[Any, Array, Spent]:
         begun, still = spent, jnp.zeros((2, *gossip.agents().shape))
 
-        def part(carry: tuple, number: Array) -> tuple[tuple, Array]:
+        def part(carry: tuple[Any, ...], number: Array) -> tuple[tuple[Any, ...], Array]:
             enough, most = begun.refreshes + number + 1.0, begun.iterations + LONGEST * (number + 1.0)
 
-            def goes_on(carry: tuple) -> Array:
+            def goes_on(carry: tuple[Any, ...]) -> Array:
                 return (carry[1].refreshes < enough) & (carry[1].iterations < most)
 
-            def step(carry: tuple) -> tuple:
+            def step(carry: tuple[Any, ...]) -> tuple[Any, ...]:
                 state, spent, _ = carry
                 paced = Levels(steps.x, spent.pace() * steps.y, spent.pace() * steps.v)
                 state, info = make(paced).step(key, state, batch)
@@ -229,7 +234,7 @@ def _falls(read: Array, usual: Scalar) -> Array:
 def _warm_up(run: Run, start: Any, a: Array, most: int, spent: Spent) -> tuple[Array, Any, Array, Spent]:
     """Runs of y and v alone, with steps halved until g falls and moves do not grow; with them the mean f along it."""
 
-    def once(carry: tuple) -> tuple:
+    def once(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         number, a, _, _, _, spent = carry
         a = jnp.where(number > 0, a / 2, a)
         state, (outer, inner, *moves), spent = run(Levels(jnp.zeros_like(a), a, a), start, WARM, spent)
@@ -281,7 +286,7 @@ def _confirmed(
 ) -> tuple[Levels[Array], Any, Array, Spent]:
     """Goes on with the best pilot; where f does not keep falling, all steps are halved, from the warm state on."""
 
-    def once(carry: tuple) -> tuple:
+    def once(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         number, steps, state, _, spent = carry
         again = number > 0
         steps = jax.tree.map(lambda step: jnp.where(again, step / 2, step), steps)
