@@ -14,7 +14,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, NullLocator, PercentFormatter
 
-from benchmarks.decentralized.claims.communication import SETTINGS
 from benchmarks.decentralized.levels import LOSSES
 from benchmarks.decentralized.measured import Measured, measured
 from benchmarks.decentralized.records import Results
@@ -51,10 +50,9 @@ def groups(results: Results) -> dict[str, Measured]:
     return {job: runs for job, runs in found.items() if runs.base is not None and len(runs.methods) >= FEWEST}
 
 
-def costs(job: str, runs: Measured, cost: str) -> Iterator[dict[str, float]]:
-    """The cost of every method for each target and seed; inf where it does not arrive."""
-    own = [level for setting in SETTINGS if setting.job == job for level in setting.levels]
-    for level in dict.fromkeys((*LOSSES, *own)):
+def costs(runs: Measured, cost: str) -> Iterator[dict[str, float]]:
+    """The cost of every method for each target of F and each seed; inf where it does not arrive."""
+    for level in LOSSES:
         spent = {method: runs.spent(method, level, cost) for method in runs.methods}
         for seed in sorted(set().union(*spent.values())):
             every = {method: seeds[seed] for method, seeds in spent.items() if seed in seeds}
@@ -66,7 +64,7 @@ def profiles(results: Results, cost: str) -> dict[str, Profile]:
     ratios: dict[str, list[float]] = {}
     tasks: dict[str, set[str]] = {}
     for job, runs in groups(results).items():
-        for every in costs(job, runs, cost):
+        for every in costs(runs, cost):
             least = min(every.values())
             if not 0 < least < math.inf:
                 continue

@@ -66,9 +66,9 @@ without Kronecker factors have nine pairs of the first seed.
 ![Performance profiles]({picture})
 
 Performance profiles (Dolan and Moré, 2002) over the tasks with three methods or more: on how many of all tasks, targets
-and judged seeds a method is within so many times the cost of the cheapest method of that task; grey are the methods
-without a name here. A method that ran on few tasks, of which the label tells the number, is counted on these, among
-their methods.
+of F and judged seeds a method is within so many times the cost of the cheapest method of that task; grey are the
+methods without a name here. A method that ran on few tasks, of which the label tells the number, is counted on these,
+among their methods.
 
 ## Claims
 

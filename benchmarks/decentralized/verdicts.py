@@ -141,7 +141,7 @@ def in_words(intervals: Sequence[Interval]) -> str:
     parts = [f"{words} on {count}" for words, count in counts.items()]
     if known:
         mean, error = summary(known)
-        text = f"{mean:.3g} ± {error:.1g}" if len(known) > 1 else f"{mean:.3g}"
+        text = f"{mean:.3g} ± {rough(error)}" if len(known) > 1 else f"{mean:.3g}"
         if not others:
             return text
         parts.insert(0, f"{text} on {len(known)}")
@@ -168,6 +168,12 @@ def averaged(amounts: Sequence[Spent]) -> str:
     return f"{cell(reached)} ({words})" if reached else f"– ({words})"
 
 
+def rough(error: float) -> str:
+    """One digit."""
+    text = f"{error:.1g}"
+    return f"{float(text):,.0f}" if "e+" in text else text
+
+
 def number(value: float) -> str:
     """Three digits, or four from 1 to 10,000."""
     size = abs(value)
@@ -184,7 +190,7 @@ def cell(values: Sequence[float | None]) -> str:
     if not finite:
         return "not finite"
     mean, error = summary(finite)
-    text = f"{number(mean)} ± {error:.1g}" if error else number(mean)
+    text = f"{number(mean)} ± {rough(error)}" if error else number(mean)
     return text + f" ({len(values) - len(finite)} not finite)" * (len(finite) < len(values))
 
 

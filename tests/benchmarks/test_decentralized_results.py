@@ -148,6 +148,7 @@ def test_costs_in_words():
     assert averaged([arrived(1.0), Spent(3.0, False, 4.0)]) == "1 (1 of 2 seeds, 1 too short)"
     assert averaged([Spent(3.0, False, math.inf)] * 2) == "– (0 of 2 seeds)"
     assert cell([0.5, 0.7]) == "0.6 ± 0.1"
+    assert cell([100.0, 140.0]) == "120 ± 20"
     assert cell([0.5, None]) == "0.5 (1 not finite)"
     assert cell([None]) == "not finite"
     assert table(["a"], [["|b|"]]) == "| a |\n| --- |\n| \\|b\\| |\n"
@@ -286,7 +287,7 @@ def verdicts(results):
 def test_the_claims_find_their_numbers():
     found = verdicts(everything())
     assert {verdict for claim in found for verdict in claim} == {HOLDS}
-    assert [*map(len, found)] == [48, 44, 6, 2, 2, 12, 1, 3, 27, 1, 1]
+    assert [*map(len, found)] == [48, 68, 6, 2, 2, 12, 1, 3, 33, 1, 1]
     assert CLAIMS[4](everything()).numbers == "slopes -1, where 1/n is −1"
 
 

@@ -4,7 +4,7 @@ import operator
 from collections.abc import Sequence
 
 from benchmarks.decentralized.claims.claim import Claim, Finding, against, bold, named, span, table
-from benchmarks.decentralized.claims.communication import SETTINGS
+from benchmarks.decentralized.claims.communication import SETTINGS, target
 from benchmarks.decentralized.claims.snapshots import PROBABILITIES, TASKS, ratios, tasks
 from benchmarks.decentralized.levels import LOSSES
 from benchmarks.decentralized.measured import Measured, measured
@@ -23,13 +23,13 @@ def diffusion(results: Results) -> Claim:
         runs = measured(results, setting.job)
         for level in setting.levels:
             one = against(runs, "dsvrbgd-ed", "dsvrbgd", level, "megabytes", 1.0, operator.lt, setting.job)
-            found.append((f"dsvrbgd-ed / dsvrbgd, {setting.words}", named(level), one))
+            found.append((f"dsvrbgd-ed / dsvrbgd, {setting.words}", target(level), one))
     for job, (words, runs) in tasks(results).items():
         for p in PROBABILITIES:
             name = f"s3ldbo-ed-{p:g}"
             if name in runs.judged:
                 one = against(runs, name, f"s3ldbo-{p:g}", LOSSES[-1], "megabytes", 1.0, operator.lt, job)
-                found.append((f"{name} / s3ldbo-{p:g}, {words}", named(LOSSES[-1]), one))
+                found.append((f"{name} / s3ldbo-{p:g}, {words}", target(LOSSES[-1]), one))
     rows = [[what, level, one.words, bold(one.verdict)] for what, level, one in found]
     return Claim(
         title="Exact diffusion saves bytes",
