@@ -54,7 +54,7 @@ from benchmarks.harness.plugin import DECENTRALIZED
 from benchmarks.harness.report import COSTS, Columns, Run
 from benchmarks.harness.runner import Advance, Options, Task, perform
 
-CHECKPOINTS, QUICK_CHECKPOINTS = 20, 12
+CHECKPOINTS = 20  # √2 apart: the first one after some three iterations, before any target
 BUDGET = 120.0  # seconds of a run, so that derivatives and not seconds end it
 SPENT: Columns = {
     "exact_loss": ("F(x)", "{:.4f}".format),
@@ -193,7 +193,7 @@ def prepare(job: Job, options: Options, where: Place) -> Here:
         exactly,
         look,
         {seed: {**begun, **look(*first_point(network), batches[seed])} for seed, network in networks.items()},
-        QUICK_CHECKPOINTS if options.quick else CHECKPOINTS,
+        CHECKPOINTS,
         options.budget if where.budget is None else where.budget,
     )
 

@@ -103,8 +103,8 @@ def last_quarter(record: Record) -> float:
 def judge(intervals: Sequence[Interval], bound: float, meets: Meets = operator.le) -> tuple[str, str]:
     """Whether numbers, one for each seed, meet a bound.
 
-    Known numbers are judged by their mean, which is not decided within one standard error of the bound. If some are
-    only bounded, all seeds have to agree, each on its own; where a longer run could still make them, it was too short.
+    Known numbers are judged by their mean, which is not decided within one standard error of the bound. Seeds of which
+    only bounds are known have to agree, each on its own; where a longer run could still make them, it was too short.
 
     Args:
       intervals: of the seeds.
@@ -116,19 +116,23 @@ def judge(intervals: Sequence[Interval], bound: float, meets: Meets = operator.l
     """
     if not intervals:
         return "–", f"{OPEN}: no results"
-    words = in_words(intervals)
-    if all(interval.known for interval in intervals):
-        mean, error = summary([interval.least for interval in intervals])
-        if error and abs(mean - bound) < error:
-            return words, f"{OPEN}: within a standard error of {bound:.3g}"
-        return words, HOLDS if meets(mean, bound) else FAILS
-    held = sum(meets(interval.most, bound) for interval in intervals)
-    missed = sum(not meets(interval.least, bound) for interval in intervals)
-    if len(intervals) in (held, missed):
-        return words, HOLDS if held else FAILS
-    if held and missed:
-        return words, f"{OPEN}: seeds do not agree"
-    return words, f"{OPEN}: not comparable" if NEITHER in intervals else SHORT
+    known = [interval.least for interval in intervals if interval.known]
+    others = [interval for interval in intervals if not interval.known]
+    held = [meets(interval.most, bound) for interval in others]
+    missed = [not meets(interval.least, bound) for interval in others]
+    mean, error = summary(known) if known else (math.nan, 0.0)
+    holds, fails = bool(known) and meets(mean, bound), bool(known) and not meets(mean, bound)
+    if error and abs(mean - bound) < error:
+        verdict = f"{OPEN}: within a standard error of {bound:.3g}"
+    elif all(held) and not fails:
+        verdict = HOLDS
+    elif all(missed) and not holds:
+        verdict = FAILS
+    elif (any(held) or holds) and (any(missed) or fails):
+        verdict = f"{OPEN}: seeds do not agree"
+    else:
+        verdict = f"{OPEN}: not comparable" if NEITHER in others else SHORT
+    return in_words(intervals), verdict
 
 
 def in_words(intervals: Sequence[Interval]) -> str:
@@ -158,14 +162,17 @@ def bounded(others: Sequence[Interval]) -> str:
 
 
 def averaged(amounts: Sequence[Spent]) -> str:
-    """Costs in words: their mean ± standard error over the seeds that reached the target, and how many did not."""
+    """Costs in words: their mean ± standard error over the seeds that reached the target; a dash where none did."""
     reached = [spent.amount for spent in amounts if spent.reached]
-    if len(reached) == len(amounts):
-        return cell(reached)
-    count = f"{len(reached)} of {len(amounts)} seeds"
-    short = sum(spent.short for spent in amounts)
-    words = count + f", {short} too short" * bool(short)
-    return f"{cell(reached)} ({words})" if reached else f"– ({words})"
+    return cell(reached) if reached else "–"
+
+
+def arrivals(amounts: Sequence[Spent]) -> str:
+    """On how many seeds the target was reached, in brackets, where not on all."""
+    reached, short = (sum(side) for side in zip(*((one.reached, one.short) for one in amounts), strict=True))
+    return (
+        "" if reached == len(amounts) else f" ({reached} of {len(amounts)} seeds{f', {short} too short' * (short > 0)})"
+    )
 
 
 def rough(error: float) -> str:

@@ -29,6 +29,7 @@ from benchmarks.decentralized.verdicts import (
     SHORT,
     UNKNOWN,
     Interval,
+    arrivals,
     averaged,
     behind,
     cell,
@@ -109,6 +110,10 @@ def test_ratios_of_costs_are_bounded_where_a_target_was_not_reached(method, othe
         ([Interval(0.1, math.inf), *known(0.2)], "0.2 on 1; too short on 1 of 2 seeds (≥ 0.1)", SHORT),
         ([Interval(0.4, math.inf), *known(0.2)], None, f"{OPEN}: seeds do not agree"),
         ([Interval(-math.inf, 0.2), *known(0.1)], "0.1 on 1; the other too short on 1 of 2 seeds (≤ 0.2)", HOLDS),
+        ([OTHER_NEVER, *known(0.1, 0.1, 0.35)], None, HOLDS),  # the mean of the known counts, not each of them
+        ([OTHER_NEVER, *known(0.1, 0.35)], None, f"{OPEN}: within a standard error of 0.3"),
+        ([OTHER_NEVER, *known(0.5)], None, f"{OPEN}: seeds do not agree"),
+        ([NEITHER, *known(0.1)], None, f"{OPEN}: not comparable"),
         ([UNKNOWN] * 2, "too short on 2 of 2 seeds", SHORT),
         ([NEVER, *known(0.5)], "0.5 on 1; does not arrive on 1 of 2 seeds", FAILS),
         ([NEVER, *known(0.1)], None, f"{OPEN}: seeds do not agree"),
@@ -145,8 +150,11 @@ def test_how_far_a_method_is_behind_after_the_same_cost():
 
 def test_costs_in_words():
     assert averaged([arrived(1.0), arrived(3.0)]) == "2 ± 1"
-    assert averaged([arrived(1.0), Spent(3.0, False, 4.0)]) == "1 (1 of 2 seeds, 1 too short)"
-    assert averaged([Spent(3.0, False, math.inf)] * 2) == "– (0 of 2 seeds)"
+    assert averaged([arrived(1.0), Spent(3.0, False, 4.0)]) == "1"
+    assert arrivals([arrived(1.0), Spent(3.0, False, 4.0)]) == " (1 of 2 seeds, 1 too short)"
+    assert (
+        averaged([Spent(3.0, False, math.inf)] * 2) + arrivals([Spent(3.0, False, math.inf)] * 2) == "– (0 of 2 seeds)"
+    )
     assert cell([0.5, 0.7]) == "0.6 ± 0.1"
     assert cell([100.0, 140.0]) == "120 ± 20"
     assert cell([0.5, None]) == "0.5 (1 not finite)"

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from benchmarks.decentralized.claims.claim import Claim, against, bold, marked, named, span, table
-from benchmarks.decentralized.levels import GRADIENTS, LOSSES, Level, Spent
+from benchmarks.decentralized.levels import GRADIENTS, LOSSES, Level
 from benchmarks.decentralized.measured import Measured, measured
 from benchmarks.decentralized.records import Results
-from benchmarks.decentralized.verdicts import averaged, cell
+from benchmarks.decentralized.verdicts import arrivals, averaged
 
 
 class Setting(NamedTuple):
@@ -53,10 +53,9 @@ def amounts(runs: Measured, method: str, level: Level) -> str:
     if not sent:
         return "–"
     mark = marked(runs, method, level, "megabytes")
-    reached: list[Spent] = [one for one in rounds if one.reached]
-    if not reached:
-        return averaged(sent) + mark
-    return f"{averaged(sent)} MB; {cell([one.amount for one in reached])} rounds{mark}"
+    if not any(one.reached for one in sent):
+        return f"–{arrivals(sent)}{mark}"
+    return f"{averaged(sent)} MB; {averaged(rounds)} rounds{arrivals(sent)}{mark}"
 
 
 def spending(setting: Setting, runs: Measured) -> str:

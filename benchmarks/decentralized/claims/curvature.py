@@ -5,7 +5,7 @@ import operator
 from benchmarks.decentralized.claims.claim import Claim, bold, compared, table
 from benchmarks.decentralized.levels import Spent
 from benchmarks.decentralized.records import Record, Results, matched
-from benchmarks.decentralized.verdicts import averaged, cell
+from benchmarks.decentralized.verdicts import arrivals, averaged, cell
 
 METHODS = ("kfac-v", "kfac", "ekfac")
 
@@ -24,7 +24,7 @@ def curvature(results: Results) -> Claim:
         own, other = ([iterations(pair[place]) for pair in pairs] for place in (0, 1))
         found.append(compared([*zip(own, other, strict=True)], 1.0, operator.lt, "curvature"))
         penalties = cell([run.metrics["penalty"] for run, _ in pairs]) if pairs else "–"
-        costs = [averaged(side) if side else "–" for side in (own, other)]
+        costs = [averaged(side) + arrivals(side) if side else "–" for side in (own, other)]
         rows.append([method, found[-1].words, *costs, penalties, bold(found[-1].verdict)])
     return Claim(
         title="Curvature of each agent's own saves iterations",
