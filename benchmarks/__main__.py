@@ -40,6 +40,7 @@ FOLDERS = {
         "decentralized-meta-learning": "learn features by agents on a graph, with heads of their own (needs flax)",
         "decentralized-policy-evaluation": "find one value function for the rewards that agents on a graph see",
         "decentralized-regularization": "one penalty for each feature, by agents on a graph, who share no rows",
+        "decentralized-step-sizes": "step sizes that agents on a graph find by themselves, beside tuned ones",
         "decentralized-speed-up": "the noise that constant steps leave, against the number of agents on a graph",
         "decentralized-curvature": "y and v of agents on a graph, preconditioned with Kronecker factors",
         "decentralized-papers": "all decentralized tasks, and what was measured beside what the papers claim",

@@ -281,7 +281,10 @@ def test_a_file_or_module_that_is_not_there_is_refused(capsys):
     assert "a module that can be imported; got no.module." in refused(["unrolling", "--plugin", "no.module"], capsys)
 
 
-WITHOUT_ROWS = ("skipping", "peers", "pde", "decentralized-speed-up", "decentralized-papers", "decentralized-curvature")
+WITHOUT_ROWS = (
+    *("skipping", "peers", "pde", "decentralized-speed-up", "decentralized-step-sizes", "decentralized-papers"),
+    "decentralized-curvature",
+)
 
 
 @pytest.mark.parametrize("job", WITHOUT_ROWS)

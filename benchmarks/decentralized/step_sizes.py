@@ -1,0 +1,274 @@
+"""Suggested step sizes beside tuned ones: what is evaluated until SLDBO's levels of F, the search for steps included.
+
+Each method runs as in every decentralized task: all pairs of a grid on two tuning seeds, and on each judged seed those
+that a target chooses. On the judged seeds it also runs with the steps of `bx.single_loop.suggest_step_sizes`, from the
+state where their search ended, with all that the search has spent on its account.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+import bilevax as bx
+from benchmarks.decentralized import hyper_cleaning, policy_evaluation, regularization
+from benchmarks.decentralized.choices import COINS, Agents
+from benchmarks.decentralized.comparison import Here, Job, Place, Turn, attempt, defaults, prepare, runs, turn_of
+from benchmarks.decentralized.figure import GRADIENT
+from benchmarks.decentralized.levels import LOSS, LOSSES, spent_until
+from benchmarks.decentralized.methods import Row, evaluations, shares
+from benchmarks.decentralized.network import Network
+from benchmarks.decentralized.rows import rows
+from benchmarks.decentralized.running import Carry, Pick
+from benchmarks.harness.folder import prepared
+from benchmarks.harness.loop import Outcome
+from benchmarks.harness.report import Run
+
+TASK = "decentralized_step_sizes"
+METHODS = ("sldbo", "s3ldbo-0.2", "s3ldbo-0.1", "dsvrbgd", "sparkle-ed")
+CORRECTIONS = {"sparkle-ed": bx.single_loop.correction.exact_diffusion()}
+SHARES = LOSSES[1:]  # .9 and .99 of SLDBO's decrease of F
+CAPTION = """\
+Derivative evaluations of an agent until 90 % and 99 % of SLDBO's decrease of F, medians over judged seeds: with the
+pair of a grid that is best for the target on the tuning seeds, whose tuning does not count, and with suggested steps,
+whose search does: own is what it spent. inf: not reached in the run. a_y L: with L the largest curvature of the mean g.
+"""
+
+
+class Suggestion(NamedTuple):
+    """Suggested steps on a judged seed, and how far they led.
+
+    Attributes:
+      step_sizes: of x, y and v.
+      curvature: L that was found.
+      breakdown: whether no run of the search was good.
+      pilots: steps of x and mean f at the end of each short run.
+      own: evaluations, megabytes and rounds that the search spent.
+      targets: for each share of SLDBO's decrease of F: evaluations and megabytes with the grid's best pair (tuned) and
+        with suggested steps (suggested), and their ratio; inf where the target was not reached.
+    """
+
+    step_sizes: dict[str, float]
+    curvature: float
+    breakdown: bool
+    pilots: list[dict[str, float]]
+    own: dict[str, float]
+    targets: dict[str, dict[str, float]]
+
+
+def jobs(quick: bool) -> list[tuple[Job, Agents]]:
+    """The tasks, and their agents."""
+    options = dataclasses.replace(defaults(METHODS), quick=quick)
+    penalties = regularization.Config(common=options)
+    cleaning = hyper_cleaning.Config(common=options)
+    policy = policy_evaluation.Config(common=options)
+    setting, images = regularization.SETTINGS["synthetic"], cleaning.setting
+    level = regularization.curvature(penalties.load(0))
+    return [
+        (
+            _job(
+                "synthetic",
+                lambda seed: regularization.network(penalties.load(seed), setting.start),
+                600 if quick else setting.iterations,
+                setting.outer_grid,
+                [step / level for step in regularization.INNER_GRID],
+            ),
+            penalties.network,
+        ),
+        (
+            _job(
+                "digits",
+                lambda seed: hyper_cleaning.network(cleaning.load(seed)),
+                300 if quick else images.iterations,
+                [images.train * step for step in hyper_cleaning.OUTER_GRID],
+                images.inner_grid,
+            ),
+            cleaning.network,
+        ),
+        (
+            _job(
+                "policy",
+                lambda seed: policy_evaluation.network(policy.load(seed), policy.network.batch_size),
+                2000 if quick else 5000,
+                policy_evaluation.OUTER_GRID,
+                [policy.states * step for step in policy_evaluation.INNER_GRID],
+            ),
+            policy.network,
+        ),
+    ]
+
+
+def _job(
+    name: str,
+    load: Callable[[int], Network],
+    iterations: int,
+    outer_grid: Sequence[float],
+    inner_grid: Sequence[float],
+) -> Job:
+    kept = functools.cache(load)
+    return Job(name, name, TASK, kept, iterations, outer_grid, inner_grid, {}, GRADIENT, {})
+
+
+def suggested(row: Row, turn: Turn, here: Here, topologies: bx.Levels, seed: int, tuned: Run, base: Run) -> Suggestion:
+    """Finds steps for a method on a judged seed, and runs on with them."""
+    network, settings = here.networks[seed], turn.grid[0].settings
+    graphs = row.graphs(topologies)
+    gossip = bx.gossip(graphs.y)
+    problem, batch = network.problem, network.batch
+
+    def make(step_sizes: bx.Levels) -> bx.problem.Algorithm:
+        return row.make(network, gossip, step_sizes, **settings)
+
+    found, info = bx.single_loop.suggest_step_sizes(
+        make, problem, gossip, *network.start, batch, jax.random.key(seed), correction=CORRECTIONS.get(row.name)
+    )
+    calls = bx.problem.Calls(*(float(jnp.mean(part)) for part in info.calls))
+    own = {
+        "derivatives": row.at_start + _evaluated(calls, shares(row, network)),
+        "megabytes": float(jnp.mean(info.bytes)) / 1e6,
+        "rounds": float(info.rounds),
+    }
+    spent = {name: jnp.asarray(number, float) for name, number in own.items()}
+
+    def begin(pick: Pick, x: Any, y: Any, batch: bx.Batch) -> Carry:
+        return Carry(info.state, *network.point(info.state.x, info.state.y), jnp.zeros(()), spent)
+
+    steps = bx.Levels(*(float(step) for step in found))
+    curve: Any = {}
+    if not bool(info.breakdown):
+        going = turn._replace(program=turn.program._replace(begin=begin))
+        curve = attempt(going, here, seed, Pick(bx.Levels(*map(jnp.asarray, found)), settings), math.inf).curve
+    targets = {}
+    for level in SHARES:
+        target = level.target(base.outcome.curve)
+        both: dict[str, float] = {}
+        for name in ("derivatives", "megabytes"):
+            best = min((_cost(one.curve, name, target) for one in tuned.tries), default=math.inf)
+            mine = _cost(curve, name, target) if curve else math.inf
+            both |= {f"tuned_{name}": best, f"suggested_{name}": mine, f"ratio_{name}": mine / best}
+        targets[f"{level.share:g}"] = both
+    pilots = [
+        {"x": float(x), "y": float(y), "score": float(score)}
+        for x, y, score in zip(info.steps.x, info.steps.y, info.scores, strict=True)
+        if not np.isnan(x)
+    ]
+    return Suggestion(steps._asdict(), float(info.curvature), bool(info.breakdown), pilots, own, targets)
+
+
+def _evaluated(calls: bx.problem.Calls, share: bx.problem.Calls) -> float:
+    """Evaluations of a search: products and the slope are on all examples, whatever the method draws."""
+    return float(evaluations(calls, share)) + (1 - share.hessian_products) * 24 / 4
+
+
+def _cost(curve: Any, name: str, target: float) -> float:
+    found = spent_until(curve, name, LOSS, target)
+    return found.amount if found.reached else math.inf
+
+
+def compared(job: Job, agents: Agents, options: Any) -> Iterator[Run]:
+    """For each method and judged seed a run whose configuration is the `Suggestion`."""
+    everything = rows(functools.partial(COINS[agents.coins][0], block=agents.agents), agents.batch_size)
+    chosen = [row for row in everything if row.name in METHODS]
+    finished = list(runs(job, agents, options, chosen, Place(), lambda number: None))
+    judged = {(run.method, run.seed): run for run in finished if run.configuration["role"] == "judged"}
+    topologies, here = agents.topologies(options.seed), prepare(job, options, Place())
+    for row in chosen:
+        turn = turn_of(row, job, topologies, here, Place())
+        for seed in here.judging:
+            base = judged["sldbo", seed]
+            one = suggested(row, turn, here, topologies, seed, judged[row.name, seed], base)
+            about = {**{"job": job.name, "row": row.name, "agents": agents.agents, "role": "judged"}, **one._asdict()}
+            flat = {
+                f"{which}_{share}": both[f"{which}_derivatives"]
+                for share, both in one.targets.items()
+                for which in ("tuned", "suggested", "ratio")
+            }
+            metrics = {"search": one.own["derivatives"], "search_megabytes": one.own["megabytes"], **flat}
+            yield Run(TASK, f"{job.name}-{row.name}", seed, about, Outcome((), metrics, {}))
+
+
+def table(finished: Sequence[Run]) -> Table:
+    """Medians over seeds."""
+    drawn = Table(box=box.SIMPLE, title="Suggested step sizes", pad_edge=False)
+    heads = (
+        "task",
+        "method",
+        "a_x",
+        "a_y L",
+        "own",
+        "tuned .9",
+        "suggested .9",
+        "tuned .99",
+        "suggested .99",
+        "ratio .99",
+    )
+    for head in heads:
+        drawn.add_column(head, justify="left" if head in heads[:2] else "right")
+    for name in dict.fromkeys(run.method for run in finished):
+        seeds = [run.configuration for run in finished if run.method == name]
+
+        def median(of: Callable[[dict[str, Any]], float], seeds: list[dict[str, Any]] = seeds) -> str:
+            return f"{np.median([of(one) for one in seeds]):.3g}"
+
+        def spent(name: str, seeds: list[dict[str, Any]] = seeds) -> list[str]:
+            numbers = [[one["targets"][f"{level.share:g}"][f"{name}_derivatives"] for one in seeds] for level in SHARES]
+            return [f"{np.median(each):.3g}" for each in numbers]
+
+        (tuned, most_tuned), (found, most_found) = spent("tuned"), spent("suggested")
+        drawn.add_row(
+            seeds[0]["job"],
+            seeds[0]["row"],
+            median(lambda one: one["step_sizes"]["x"]),
+            median(lambda one: one["step_sizes"]["y"] * one["curvature"]),
+            median(lambda one: one["own"]["derivatives"]),
+            *(tuned, found, most_tuned, most_found),
+            spent("ratio")[-1],
+        )
+    return drawn
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Step sizes that agents find by themselves, beside those that are tuned on a grid."""
+
+    seeds: int = 3
+    """How many judged seeds."""
+    quick: bool = False
+    """Fewer iterations."""
+    jobs: tuple[str, ...] = ("synthetic", "digits", "policy")
+    """Tasks: penalties of synthetic data, hyper-cleaning of digits, policy evaluation."""
+    results: Path = Path("results")
+    """Folder of the results; files go to a subfolder with the name of the task, and -quick."""
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot be run."""
+        if self.seeds < 1:
+            raise ValueError(f"seeds must be an int >= 1; got {self.seeds}. Pass --seeds 1 or more.")
+        if not {*self.jobs} <= {"synthetic", "digits", "policy"}:
+            raise ValueError(
+                f"jobs must be some of synthetic, digits, policy; got {' '.join(self.jobs)}. Pass, say, --jobs policy."
+            )
+
+    def run(self) -> int:
+        """Runs everything, prints the table and writes the files; returns the exit code."""
+        console = Console(highlight=False)
+        folder = prepared(self, TASK, console)
+        options = dataclasses.replace(defaults(METHODS), quick=self.quick, seeds=self.seeds)
+        finished = []
+        for job, agents in jobs(self.quick):
+            for run in compared(job, agents, options) if job.name in self.jobs else ():
+                run.write(folder)
+                finished.append(run)
+                console.print(f"{run.method}, seed {run.seed}: {run.outcome.metrics}", markup=False)
+        console.print(table(finished))
+        console.print(CAPTION, markup=False)
+        return 0
