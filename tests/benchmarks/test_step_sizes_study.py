@@ -24,6 +24,7 @@ def small(monkeypatch):
     monkeypatch.setattr(step_sizes, "METHODS", ("sldbo",))
 
 
+@pytest.mark.compiles(60)  # a whole run of a command
 def test_the_study_writes_records_that_the_page_reads(small, tmp_path, capsys):
     assert main(["decentralized-step-sizes", "--quick", "--seeds", "1", "--results", str(tmp_path)]) == 0
     (record,) = read(tmp_path)
