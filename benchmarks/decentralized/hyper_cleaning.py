@@ -23,8 +23,9 @@ import bilevax as bx
 from benchmarks.data.images import IMAGES, ImageName, load
 from benchmarks.decentralized.choices import PARTITIONS, Agents, changed, parsed
 from benchmarks.decentralized.cleaning import Divided, cleaning, decay, divide, fit
-from benchmarks.decentralized.comparison import Job, Place, compare, defaults
+from benchmarks.decentralized.comparison import compare, defaults
 from benchmarks.decentralized.figure import Panel
+from benchmarks.decentralized.job import Job, Place
 from benchmarks.decentralized.network import Network, by_weight, penalized, second_moment
 from benchmarks.decentralized.placement import join_hosts, start_devices
 from benchmarks.decentralized.rows import names

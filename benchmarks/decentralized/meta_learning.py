@@ -24,7 +24,7 @@ import tyro
 import bilevax as bx
 from benchmarks.data.few_shot import QUERIES, WAYS, read
 from benchmarks.decentralized.choices import PARTITIONS, Agents, changed, parsed
-from benchmarks.decentralized.comparison import Job, compare, defaults
+from benchmarks.decentralized.comparison import compare, defaults
 from benchmarks.decentralized.exact import Effort
 from benchmarks.decentralized.figure import Panel
 from benchmarks.decentralized.heads import (
@@ -39,6 +39,7 @@ from benchmarks.decentralized.heads import (
     personal,
     scores,
 )
+from benchmarks.decentralized.job import Job
 from benchmarks.decentralized.network import Network, penalized
 from benchmarks.decentralized.rows import names
 from benchmarks.harness.report import Columns

@@ -22,8 +22,9 @@ import tyro
 
 import bilevax as bx
 from benchmarks.decentralized.choices import Agents, changed
-from benchmarks.decentralized.comparison import Job, compare, defaults
+from benchmarks.decentralized.comparison import compare, defaults
 from benchmarks.decentralized.figure import Panel
+from benchmarks.decentralized.job import Job
 from benchmarks.decentralized.markov import Chain, Transitions, draw, evaluation, successors
 from benchmarks.decentralized.network import Network
 from benchmarks.decentralized.rows import names

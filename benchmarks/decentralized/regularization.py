@@ -24,8 +24,9 @@ import tyro
 
 import bilevax as bx
 from benchmarks.decentralized.choices import PARTITIONS, Agents, changed, parsed
-from benchmarks.decentralized.comparison import Job, compare, defaults
+from benchmarks.decentralized.comparison import compare, defaults
 from benchmarks.decentralized.figure import GRADIENT
+from benchmarks.decentralized.job import Job
 from benchmarks.decentralized.network import Network, by_weight, penalized, second_moment
 from benchmarks.decentralized.penalties import (
     CLASSES,

@@ -14,7 +14,7 @@ from benchmarks.data import download
 from benchmarks.data.images import IMAGES
 from benchmarks.decentralized import hyper_cleaning, penalties, regularization
 from benchmarks.decentralized.choices import Agents
-from benchmarks.decentralized.comparison import BASE, selected
+from benchmarks.decentralized.comparison import selected
 from benchmarks.decentralized.exact import Effort, evaluator
 from benchmarks.decentralized.levels import COSTS, Try
 from benchmarks.decentralized.methods import Row, evaluations, pace, refusal, shares
@@ -32,6 +32,7 @@ from benchmarks.decentralized.running import (
     of_loss,
 )
 from benchmarks.decentralized.trying import (
+    BASE,
     Base,
     Chosen,
     aimed,
@@ -338,7 +339,8 @@ def test_the_partition_of_a_data_set_loses_nothing():
         np.testing.assert_allclose(np.sort(part[0][kept].sum(-1)), np.sort(rows_.features.sum(-1)), rtol=1e-6)
 
 
-def test_a_run_writes_all_that_curves_need(tmp_path, capsys):
+def test_a_run_writes_all_that_curves_need(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(regularization, "INNER_GRID", (1.0, 4.0))
     code = main(
         "decentralized-regularization --quick --outer-steps 12 --rows 80 --agents 4 --methods sldbo dsvrbgd "
         f"--lower-topology complete --results {tmp_path}".split()
@@ -364,7 +366,7 @@ def test_a_run_writes_all_that_curves_need(tmp_path, capsys):
         assert {name: record["curve"][name] for name in kept_names} == best["curve"]
         if not judged_here:
             momenta = 3 if name.startswith("dsvrbgd") else 1
-            assert len(record["tries"]) == len(chosen_here["grid"]["x"]) == 30 * momenta
+            assert len(record["tries"]) == len(chosen_here["grid"]["x"]) == 10 * momenta
     # y and v go to three neighbours, x to two; t as far as s
     assert records["sldbo-seed0"]["metrics"]["megabytes"] == pytest.approx(12 * 2 * 4 * 40 * (2 + 2 * 3) / 1e6)
     assert list(tmp_path.glob(f"{folder}/*.png"))
