@@ -76,12 +76,15 @@ class Spent(NamedTuple):
       amount: spent; inf by a run that diverges.
       reached: whether the curve is at or below the target from there on, for long enough.
       least: what a longer run would spend if it kept the pace of its last quarter, which falling curves seldom do: a
-        lower bound. `amount` where the target was reached; inf where the curve no longer falls.
+        lower bound. inf where the curve no longer falls. Where the target was reached, `amount`; but a target that was
+        reached before the first checkpoint may have cost one iteration, or all of them.
+      most: all of these, in that case; else `amount`.
     """
 
     amount: float
     reached: bool
     least: float
+    most: float = math.inf
 
     @property
     def short(self) -> bool:
@@ -139,7 +142,11 @@ def spent_until(curve: Curve, cost: str, metric: str, target: float, lasting: fl
     scale = np.log if values[at] > 0 else np.asarray
     before, now, wanted = scale([values[at - 1], values[at], target])
     part = (before - wanted) / (before - now)
-    return _arrived(costs[at - 1] + part * (costs[at] - costs[at - 1]))
+    amount = float(costs[at - 1] + part * (costs[at] - costs[at - 1]))
+    steps = along(curve, "outer_step")[at]
+    if at == 1 and steps > 1:
+        return Spent(amount, True, min(amount, float(costs[0] + (costs[1] - costs[0]) / steps)), float(costs[1]))
+    return _arrived(amount)
 
 
 def _stays(costs: np.ndarray, below: np.ndarray, at: int, lasting: float) -> bool:
@@ -148,7 +155,7 @@ def _stays(costs: np.ndarray, below: np.ndarray, at: int, lasting: float) -> boo
 
 
 def _arrived(cost: float) -> Spent:
-    return Spent(float(cost), True, float(cost))
+    return Spent(float(cost), True, float(cost), float(cost))
 
 
 def _at_best(costs: np.ndarray, values: np.ndarray, target: float) -> float:

@@ -14,6 +14,7 @@ from benchmarks.harness.report import mean_and_error
 
 HOLDS, FAILS, SHORT, OPEN = "holds", "does not hold", "too short", "not decided"
 VERDICTS = (HOLDS, FAILS, SHORT, OPEN)
+EARLY = "before the first checkpoint"
 ROUNDING = 1e-12
 SHARE = 0.01  # of a decrease of F: what counts as the same loss
 
@@ -40,7 +41,14 @@ class Interval(NamedTuple):
             return "the other does not arrive"
         if self == NEITHER:
             return "not comparable"
+        if self.early:
+            return EARLY
         return "the other too short" if math.isfinite(self.most) else "too short"
+
+    @property
+    def early(self) -> bool:
+        """Whether it lies between two numbers, since a target was reached before the first checkpoint."""
+        return not self.known and math.isfinite(self.least) and math.isfinite(self.most)
 
 
 NEVER, OTHER_NEVER = Interval(math.inf, math.inf), Interval(-math.inf, -math.inf)
@@ -60,14 +68,17 @@ def ratio(method: Spent, other: Spent) -> Interval:
     it would have cost is known.
     """
     if method.reached and other.reached:
-        quotient = method.amount / other.amount if other.amount else (math.inf if method.amount else 1.0)
-        return Interval(quotient, quotient)
+        return Interval(over(method.least, other.most), over(method.most, other.least))
     if other.reached:
-        least = method.least / other.amount if other.amount else math.inf
-        return Interval(least, math.inf)
+        return Interval(over(method.least, other.most), math.inf)
     if method.reached:
-        return Interval(-math.inf, method.amount / other.least) if other.short else OTHER_NEVER
+        return Interval(-math.inf, method.most / other.least) if other.short else OTHER_NEVER
     return UNKNOWN if method.short or other.short else NEITHER
+
+
+def over(cost: float, other: float) -> float:
+    """A quotient of costs; of two that are nothing, 1."""
+    return cost / other if other else (math.inf if cost else 1.0)
 
 
 def behind(method: Record, other: Record, metric: str = LOSS, cost: str = "derivatives") -> Interval:
@@ -131,7 +142,8 @@ def judge(intervals: Sequence[Interval], bound: float, meets: Meets = operator.l
     elif (any(held) or holds) and (any(missed) or fails):
         verdict = f"{OPEN}: seeds do not agree"
     else:
-        verdict = f"{OPEN}: not comparable" if NEITHER in others else SHORT
+        early = any(interval.early for interval in others)
+        verdict = f"{OPEN}: not comparable" if NEITHER in others else f"{OPEN}: {EARLY}" if early else SHORT
     return in_words(intervals), verdict
 
 

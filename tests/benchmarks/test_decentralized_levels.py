@@ -21,7 +21,8 @@ from benchmarks.decentralized.levels import (
 
 def curve(losses, costs=None):
     costs = [*range(len(losses))] if costs is None else [*costs]
-    return {LOSS: [*losses], GRADIENT: [*losses], "derivatives": costs, "megabytes": costs, "rounds": costs}
+    spent = dict.fromkeys(("outer_step", "derivatives", "megabytes", "rounds"), costs)
+    return {LOSS: [*losses], GRADIENT: [*losses], **spent}
 
 
 def attempt(losses, x=1.0, y=1.0, **settings):
@@ -51,8 +52,15 @@ def attempt(losses, x=1.0, y=1.0, **settings):
 )
 def test_what_a_target_cost(losses, target, spent):
     found = spent_until(curve(losses), "megabytes", LOSS, target)
-    assert found == pytest.approx(spent)
+    assert found[:3] == pytest.approx(spent)
+    assert found.most == (found.amount if found.reached else math.inf)
     assert found.short == (not found.reached and found.least < math.inf)
+
+
+def test_what_was_reached_before_the_first_checkpoint_may_have_cost_one_iteration_or_all_of_them():
+    early = curve((1.0, 0.25, 0.1), (0, 10, 20)) | {"megabytes": [0.0, 30.0, 60.0]}
+    assert spent_until(early, "megabytes", LOSS, 0.5) == pytest.approx((15.0, True, 3.0, 30.0))
+    assert spent_until(early, "megabytes", LOSS, 0.1) == pytest.approx((60.0, True, 60.0, 60.0))
 
 
 def test_targets_are_shares_of_the_decrease_of_f_and_of_the_first_gradient():

@@ -46,8 +46,8 @@ FAST, SLOW, STUCK, FALLING = (1.0, 0.4, 0.2, 0.1), (1.0, 0.8, 0.4, 0.1), (1.0, 0
 
 def curve_of(losses, costs=None):
     costs = [*range(len(losses))] if costs is None else [*costs]
-    curve = {"exact_loss": [*losses], "exact_gradient": [*losses]}
-    return curve | dict.fromkeys(("derivatives", "megabytes", "rounds", "outer_step", "seconds"), costs)
+    curve = {"exact_loss": [*losses], "exact_gradient": [*losses], "outer_step": [*range(len(losses))]}
+    return curve | dict.fromkeys(("derivatives", "megabytes", "rounds", "seconds"), costs)
 
 
 def record(method="sldbo", losses=(1.0, 0.5, 0.25), costs=None, seed=2, **metrics):
@@ -77,7 +77,7 @@ def known(*values):
 
 
 def arrived(amount):
-    return Spent(amount, True, amount)
+    return Spent(amount, True, amount, amount)
 
 
 @pytest.mark.parametrize(
@@ -90,6 +90,9 @@ def arrived(amount):
         (arrived(2), Spent(math.inf, False, math.inf), OTHER_NEVER),
         (Spent(2, False, 9), Spent(4, False, math.inf), UNKNOWN),
         (Spent(2, False, math.inf), Spent(math.inf, False, math.inf), NEITHER),
+        (Spent(2, True, 1, 4), arrived(4), Interval(0.25, 1.0)),
+        (arrived(4), Spent(2, True, 1, 4), Interval(1.0, 4.0)),
+        (Spent(2, True, 1, 4), Spent(4, False, 8), Interval(-math.inf, 0.5)),
         (arrived(0.0), arrived(0.0), Interval(1.0, 1.0)),
         (arrived(1.0), arrived(0.0), NEVER),
         (Spent(1.0, False, 2.0), arrived(0.0), NEVER),
@@ -114,6 +117,12 @@ def test_ratios_of_costs_are_bounded_where_a_target_was_not_reached(method, othe
         ([OTHER_NEVER, *known(0.1, 0.35)], None, f"{OPEN}: within a standard error of 0.3"),
         ([OTHER_NEVER, *known(0.5)], None, f"{OPEN}: seeds do not agree"),
         ([NEITHER, *known(0.1)], None, f"{OPEN}: not comparable"),
+        (
+            [Interval(0.2, 0.4)] * 2,
+            "before the first checkpoint on 2 of 2 seeds",
+            f"{OPEN}: before the first checkpoint",
+        ),
+        ([Interval(0.1, 0.2), *known(0.1)], None, HOLDS),
         ([UNKNOWN] * 2, "too short on 2 of 2 seeds", SHORT),
         ([NEVER, *known(0.5)], "0.5 on 1; does not arrive on 1 of 2 seeds", FAILS),
         ([NEVER, *known(0.1)], None, f"{OPEN}: seeds do not agree"),

@@ -13,7 +13,7 @@ METHODS = ("kfac-v", "kfac", "ekfac")
 def iterations(run: Record) -> Spent:
     """Until the accuracy that is asked for."""
     found, every = run.metrics["iterations"], float(run.configuration["outer_steps"])
-    return Spent(every, False, every) if found is None else Spent(found, True, found)
+    return Spent(every, False, every) if found is None else Spent(found, True, found, found)
 
 
 def curvature(results: Results) -> Claim:

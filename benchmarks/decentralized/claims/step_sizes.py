@@ -16,7 +16,7 @@ HEADERS = ("task and method", "of the suggestion", "evaluations in all", "best o
 def needed(run: Record, name: str) -> Spent:
     """The evaluations of a run; inf where it does not arrive."""
     found = run.metrics[name]
-    return Spent(math.inf, False, math.inf) if found is None else Spent(found, True, found)
+    return Spent(math.inf, False, math.inf) if found is None else Spent(found, True, found, found)
 
 
 def step_sizes(results: Results) -> Claim:
