@@ -243,7 +243,7 @@ def test_skipping_agents_reach_the_known_figures_of_those_that_do_not():
 
 
 def _commands(folder, *extra, devices=1):
-    command = ["decentralized-hyper-cleaning", "--outer-steps", "10", "--methods", "s3ldbo-0.5"]
+    command = ["decentralized-hyper-cleaning", "--quick", "--outer-steps", "4", "--methods", "s3ldbo-0.5"]
     environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     return functools.partial(
         subprocess.Popen,
