@@ -59,7 +59,7 @@ class NetworkSetting(NamedTuple):
 
 
 LARGE_GRID, SHRUNK_GRID = (0.025, 0.05, 0.1, 0.2, 0.4), (0.1, 0.2, 0.4, 0.8, 1.6)
-SMALL = NetworkSetting(1, 960, 320, 1500, (0.075, 0.15, 0.3, 0.6, 1.2, 2.4))
+SMALL = NetworkSetting(1, 960, 320, 1500, (0.15, 0.3, 0.6, 1.2, 2.4))
 LARGE = NetworkSetting(1, 2000, 500, 600, LARGE_GRID)
 QUICK_ITERATIONS, SHRUNK_ITERATIONS = 200, 140
 QUICK_TRAIN, QUICK_VALIDATION = 50, 25  # images of each agent, if they are shrunk
