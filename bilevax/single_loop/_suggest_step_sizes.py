@@ -11,7 +11,7 @@ from bilevax.agents import topology as graphs
 from bilevax.agents._gossip import Gossip
 from bilevax.printing import by_shape
 from bilevax.problem import Algorithm, Batch, BilevelProblem, Calls, directions, norm
-from bilevax.sampling import fold, needed
+from bilevax.sampling import check_key, fold, needed
 from bilevax.single_loop._averaging import Average, average
 from bilevax.single_loop._curvatures import Averages, Spent, curvatures
 from bilevax.single_loop._levels import Levels, PerLevel
@@ -41,7 +41,8 @@ class StepSizesInfo(NamedTuple):
       steps: `Levels` of the steps of each pilot [pilots]; NaN for those that were not run.
       scores: mean f at the end of each pilot [pilots]; inf where f was not finite or did not keep falling, NaN where
         none was run.
-      breakdown: True where no pilot was good: the step of x is then NaN, which no method takes.
+      breakdown: True where no pilot was good, or f did not keep falling after the best of them: the step of x is then
+        NaN, which no method takes.
       calls: `Calls` with leaves [n], of everything: products, warm-up and pilots.
       bytes: sent by each agent [n] to all its neighbours together.
       rounds: of communication, one after the other; scalar.
@@ -106,14 +107,14 @@ def suggest_step_sizes(
 
     Args:
       make: `make(step_sizes) -> Algorithm`, for `Levels` of traced numbers; its state has fields x, y and v, its Info
-        calls, bytes and rounds.
+        moves, calls, bytes and rounds.
       problem: f_i and g_i, as in `make`.
       gossip: over which numbers and products are averaged, that of `make` or a better one; not compressed.
       x: start, leaves [n, ...].
       y: start, leaves [n, ...].
       batch: of all agents, leaves [n, ...].
       key: one random key.
-      pilots: at most so many, >= 1.
+      pilots: at most so many, >= 1, and as many tries of the warm-up before and of the longer run after them.
       correction: of `make`, or `Levels` of them; None for `tracking()`. Where it is `local()` for y, L is that of the
         agent with the largest.
 
@@ -121,12 +122,13 @@ def suggest_step_sizes(
       `(Levels(x, y, v), StepSizesInfo)`, scalars.
 
     Raises:
-      ValueError: if an argument is of another kind, `pilots` < 1, there is no key, gossip is compressed, or the method
-        has no v.
+      ValueError: if an argument is of another kind, `make` returns no `Algorithm`, `pilots` < 1, key is not one key,
+        gossip is compressed, or the method has no v.
 
     Cost: one ∇_y g and twenty Hessian products, one evaluation of the directions and, counted in ∇f of an agent, ten
-    for a warm-up, five for each pilot, of which two or three are usual, and fifteen after the best of them: all in
-    `info.calls` and `info.bytes`, but for f and g at about every one of these. `info.state` keeps thirty of them. Ten
+    for each warm-up, five for each pilot, of which two or three are usual, and fifteen for each run after the best of
+    them: all in `info.calls` and `info.bytes`, but for f and g at about every one of these, and for what the method
+    evaluates at `init`. `info.state` keeps thirty of them, or fewer where steps were halved after the best pilot. Ten
     averages of y and one of x, of about 3 / √(2 (1 − σ)) rounds each where W is symmetric and fixed, and some of single
     numbers.
 
@@ -150,11 +152,12 @@ def suggest_step_sizes(
     checks.instance("batch", batch, Batch, "Pass bx.Batch(outer=..., inner=...), leaves [n, ...].")
     pilots = checks.count("pilots", pilots, minimum=1)
     check_start(gossip, x, y, batch)
+    check_key(key)
     key = needed(key, "the start of the power iteration")
     corrections = of_kind(
         "correction", tracking() if correction is None else correction, Correction, "Pass, say, tracking()."
     )
-    _check_state(jax.eval_shape(lambda a: make(Levels(a, a, a)).init(x, y, batch), jnp.zeros(())))
+    _check_made(make, x, y, batch)
     averages = Averages(average(gossip, ROUGH), average(gossip, FINE))
     bound, own = _bound(gossip, corrections), not _mixes(corrections.y, gossip, y)
 
@@ -349,7 +352,14 @@ def _mixes(correction: Correction, gossip: Gossip, s: PyTree) -> bool:
     return bool(jax.tree.leaves(jax.eval_shape(lambda s: correction.init(marked, s, still).gossip, s)))
 
 
-def _check_state(state: Any) -> None:
+def _check_made(make: MakeAlgorithm, x: PyTree, y: PyTree, batch: Batch) -> None:
+    def start(step: Array) -> Any:
+        fix = "Return, say, bx.decentralized.sldbo(problem, gossip, step_sizes)."
+        method = make(Levels(step, step, step))
+        checks.instance("what make returns", method, Algorithm, fix)
+        return method.init(x, y, batch)
+
+    state = jax.eval_shape(start, jnp.zeros(()))
     fields = getattr(state, "_fields", ())
     if not {"x", "y", "v"} <= {*fields} or not jax.tree.leaves(state.v):
         raise ValueError(

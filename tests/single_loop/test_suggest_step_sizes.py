@@ -200,8 +200,11 @@ def test_refusals():
         suggest_step_sizes(0.1, *start, KEY)
     with pytest.raises(ValueError, match="pilots must be an int >= 1; got 0"):
         suggest_step_sizes(make, *start, KEY, pilots=0)
-    with pytest.raises(ValueError, match="key"):
-        suggest_step_sizes(make, *start, None)
+    with pytest.raises(ValueError, match="what make returns must be an Algorithm; got 1"):
+        suggest_step_sizes(lambda step_sizes: 1, *start, KEY)
+    for key in (None, 0, jax.random.split(KEY, 3)):
+        with pytest.raises(ValueError, match="key"):
+            suggest_step_sizes(make, *start, key)
     with pytest.raises(ValueError, match="problem must be a BilevelProblem"):
         suggest_step_sizes(make, 1, RING, X, Y, BATCH, KEY)
     with pytest.raises(ValueError, match="gossip must be a Gossip"):
