@@ -97,7 +97,9 @@ def suggest_step_sizes(
     not finite or rises in between by more than a fifth of what it falls and twice what it rises in half of the warm-up:
     then a_y and a_v are halved, after later ones that fail a_x is divided by 4, and the next one runs. After a good one
     a_x / 4 is tried. The better of both goes on three times as long; where f does not keep falling then, all steps are
-    halved. Where agents skip, a_y and a_v are multiplied by 4 / (3 + T) for T iterations between two refreshes.
+    halved, and the run starts at the end of the warm-up again: it may rise there for as long as a pilot, as it does
+    where agents come closer. Where agents skip, a_y and a_v are multiplied by 4 / (3 + T) for T iterations between two
+    refreshes.
 
     f should have its lower bound near 0, as cross entropies and squares do: a_x is a quarter of Polyak's step, which
     short runs, that gain from any longer step, do not exceed. What is found is good for the beginning: what grows
@@ -224,14 +226,15 @@ def _runner(
     return run
 
 
-def _risen(read: Array) -> Array:
-    """What a loss rises along a run."""
-    return jnp.maximum(jnp.diff(read), 0).sum()
+def _risen(read: Array, since: Scalar = 0) -> Array:
+    """What a loss rises along a run, from one of its readings on."""
+    rises = jnp.maximum(jnp.diff(read), 0)
+    return jnp.where(jnp.arange(rises.size) >= since, rises, 0).sum()
 
 
-def _falls(read: Array, usual: Scalar) -> Array:
+def _falls(read: Array, usual: Scalar, since: Scalar = 0) -> Array:
     """Whether a loss keeps falling, but for a fifth of what it falls and for twice what is usual."""
-    return jnp.isfinite(read).all() & (_risen(read) <= RISES * jnp.maximum(read[0] - read[-1], 0) + 2 * usual)
+    return jnp.isfinite(read).all() & (_risen(read, since) <= RISES * jnp.maximum(read[0] - read[-1], 0) + 2 * usual)
 
 
 def _warm_up(run: Run, start: Any, a: Array, most: int, spent: Spent) -> tuple[Array, Any, Array, Spent]:
@@ -287,7 +290,10 @@ def _search(
 def _confirmed(
     run: Run, warm: Any, best: "Pilot", most: int, usual: Array, spent: Spent
 ) -> tuple[Levels[Array], Any, Array, Spent]:
-    """Goes on with the best pilot; where f does not keep falling, all steps are halved, from the warm state on."""
+    """Goes on with the best pilot; where f does not keep falling, all steps are halved, from the warm state on.
+
+    There agents that come closer may raise f, whatever the steps are: a rise as long as a pilot takes is no sign.
+    """
 
     def once(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         number, steps, state, _, spent = carry
@@ -295,7 +301,7 @@ def _confirmed(
         steps = jax.tree.map(lambda step: jnp.where(again, step / 2, step), steps)
         state = jax.tree.map(lambda old, start: jnp.where(again, start, old), state, warm)
         end, (read, *_), spent = run(steps, state, CONFIRMED, spent)
-        return number + 1, steps, end, _falls(read, usual), spent
+        return number + 1, steps, end, _falls(read, usual, jnp.where(again, LENGTH, 0)), spent
 
     failed = jnp.isinf(best.score)
     first = jnp.zeros((), jnp.int32), best.steps, best.state, jnp.zeros((), bool), spent

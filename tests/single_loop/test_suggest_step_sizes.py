@@ -15,6 +15,7 @@ from bilevax.single_loop import correction as corrections
 from bilevax.single_loop import suggest_step_sizes
 from bilevax.single_loop._averaging import average
 from bilevax.single_loop._curvatures import Averages, curvatures
+from bilevax.single_loop._suggest_step_sizes import LENGTH, Pilot, _confirmed
 
 N, D = 8, 3
 RING = bx.gossip(bx.topology.ring(N))
@@ -153,6 +154,20 @@ def test_breakdown_is_told_and_no_method_takes_the_steps():
     assert np.isinf(info.scores).all()
     with pytest.raises(ValueError, match=r"step_sizes\.x must be a finite number"):
         make(steps)
+
+
+def test_agents_that_come_closer_do_not_make_any_step_too_long():
+    """From the warm state on f rises at first, whatever the steps are; later it falls where x is not above 0.3."""
+
+    def run(steps, far, length, spent):
+        k = jnp.arange(length + 1.0)
+        later = jnp.where(steps.x > 0.3, 0.1, -0.01) * k
+        return far, jnp.stack(4 * [1 + far * jnp.minimum(k, LENGTH) + later]), spent
+
+    warm, after = jnp.asarray(0.1), jnp.asarray(0.0)
+    best = Pilot(bx.Levels(*3 * [jnp.asarray(1.0)]), jnp.asarray(1.0), after)
+    steps, _, good, _ = _confirmed(run, warm, best, 6, jnp.asarray(0.0), ())
+    assert (bool(good), steps.x.tolist(), steps.y.tolist()) == (True, 0.25, 0.25)
 
 
 @pytest.mark.parametrize("name", PRACTICAL)
