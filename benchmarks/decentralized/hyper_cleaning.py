@@ -182,7 +182,7 @@ class Config:
         if self.common.quick and not images.small:
             setting = NetworkSetting(2, QUICK_TRAIN * n, QUICK_VALIDATION * n, SHRUNK_ITERATIONS, SHRUNK_GRID)
         elif self.common.quick:
-            setting = setting._replace(iterations=QUICK_ITERATIONS, outer_grid=OUTER_GRID[:-1])
+            setting = setting._replace(iterations=QUICK_ITERATIONS, outer_grid=OUTER_GRID[1:-1])
         return setting._replace(iterations=self.common.outer_steps or setting.iterations)
 
     @functools.cache  # noqa: B019

@@ -59,9 +59,9 @@ FEW = ("sldbo", "s3ldbo-0.2", "dsvrbgd", "sparkle-gt", "d-soba")
 OWN = ("sldbo", "interact", "interact-svr", "diamond", "lopa-local", "lopa-tracking")
 REDUCED = ("dsvrbgd", "dsvrbgd-alternating", "dsvrbgd-ed", "dsvrbgd-alternating-ed")
 SAMPLED = (*REDUCED, "mdbo", "vrdbo", "ma-dsbo-sampled", "d-soba-sampled", "gt-sgd", "sparkle-ed-sampled")
-COMPRESSED = ("sldbo-top0.3", "sldbo-top0.1", "dsvrbgd-top0.3", "dsvrbgd-top0.1")
+COMPRESSED = ("top0.3", "top0.1")
 OTHERS = (
-    *("sldbo", "s3ldbo-unbiased-0.2", *DUAL, "sparkle-mixed", "d-soba-first-order", "adasdbo"),
+    *("sldbo", "s3ldbo-unbiased-0.2", *DUAL, "sparkle-mixed", "d-soba", "d-soba-first-order", "adasdbo"),
     *("ma-dsbo", "ma-dsbo-gt", "ma-dsbo-restart", "c2dfb"),
 )
 JOBS = (
@@ -95,8 +95,17 @@ JOBS = (
         "Hyper-cleaning",
         CLEANING,
         (),
-        (*LAZY, *REFRESH[2:], *SAMPLED, "sparkle-ed", "d-soba", *COMPRESSED),
-        (300, 600),
+        (*LAZY, *REFRESH[2:], *(f"sldbo-{which}" for which in COMPRESSED)),
+        (200, 600),
+        full=FASHION,
+    ),
+    Job(
+        "stochastic-cleaning",
+        "Hyper-cleaning, minibatches of 32",
+        CLEANING,
+        (),
+        ("sldbo", *SAMPLED, *(f"dsvrbgd-{which}" for which in COMPRESSED)),
+        (200, 600),
         full=FASHION,
     ),
     Job("cleaning-others", "Hyper-cleaning, other methods", CLEANING, (), OTHERS, (300, 600), full=FASHION, alone=True),
@@ -126,7 +135,7 @@ JOBS = (
         (2000, 5000),
     ),
     Job("sparse-policy", "Policy evaluation, sparse", POLICY, SEVERE_POLICY, (*DUAL, "d-soba"), (2000, 5000)),
-    Job("sparse-cleaning", "Hyper-cleaning, sparse", CLEANING, SEVERE_CLEANING, (*DUAL, "d-soba"), (300, 1000)),
+    Job("sparse-cleaning", "Hyper-cleaning, sparse", CLEANING, SEVERE_CLEANING, (*DUAL, "d-soba"), (200, 1000)),
     *(
         Job(
             f"{where}-complete",
@@ -134,7 +143,7 @@ JOBS = (
             CLEANING,
             ("--partition", "classes:2", "--agents", "20", "--topology", upper, "--lower-topology", lower),
             ("sparkle-ed", "sparkle-gt"),
-            (300, 1000),
+            (200, 1000),
         )
         for where, levels, upper, lower in (
             ("lower", "y and v", "ring", "complete"),

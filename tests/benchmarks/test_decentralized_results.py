@@ -223,7 +223,7 @@ def test_a_crossing_that_does_not_last_is_none():
 
 def test_who_arrives_alone_sends_less():
     everything = [*runs("sldbo", FAST), *runs("dsvrbgd", FAST), *runs("mdbo", STUCK), *runs("vrdbo", (1.0, None, None))]
-    claim = communication({"cleaning": everything})
+    claim = communication({"stochastic-cleaning": everything})
     assert claim.verdicts[1:3] == [HOLDS, HOLDS]
     assert "the other does not arrive on 3 of 3 seeds: **holds**" in claim.details
     assert "| mdbo | – (0 of 3 seeds) † |" in claim.details
@@ -273,7 +273,7 @@ def everything():
         for p in (0.25, 0.125):
             results[job] += runs(f"s3ldbo-subset-{p:g}", STUCK) + runs(f"s3ldbo-adaptive-{p:g}", FAST)
     for setting in SETTINGS:
-        deep = FAST if setting.job == "cleaning" else (1.0, 0.3, 0.03, 0.005)
+        deep = FAST if setting.job == "stochastic-cleaning" else (1.0, 0.3, 0.03, 0.005)
         found = results[setting.job] = results[setting.job] or runs("sldbo", FAST)
         found += runs("dsvrbgd", deep, (0, 4, 6, 8))
         found += [run for name in ("dsvrbgd-ed", "dsvrbgd-top0.3", "dsvrbgd-top0.1") for run in runs(name, deep)]

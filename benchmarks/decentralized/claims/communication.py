@@ -26,7 +26,7 @@ class Setting(NamedTuple):
 
 
 SETTINGS = (
-    Setting("cleaning", "hyper-cleaning", LOSSES),
+    Setting("stochastic-cleaning", "hyper-cleaning, minibatches of 32", LOSSES),
     Setting("stochastic-4", "penalties, minibatches of 4", (*LOSSES, *GRADIENTS)),
     Setting("stochastic-32", "penalties, minibatches of 32", (*LOSSES, *GRADIENTS)),
 )

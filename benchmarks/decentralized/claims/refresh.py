@@ -17,11 +17,12 @@ LEAST_TASKS = 3  # on which a new choice of agents has to win
 
 def compression(results: Results) -> Claim:
     """Compressed messages."""
-    runs, rows, found = measured(results, "cleaning"), [], []
-    for base in ("sldbo", "dsvrbgd"):
+    rows, found = [], []
+    for base, job in (("sldbo", "cleaning"), ("dsvrbgd", "stochastic-cleaning")):
+        runs = measured(results, job)
         for share in SHARES_SENT:
             name = f"{base}-top{share:g}"
-            row = [against(runs, name, base, level, "megabytes", 1.0, operator.lt, "cleaning") for level in LOSSES]
+            row = [against(runs, name, base, level, "megabytes", 1.0, operator.lt, job) for level in LOSSES]
             found += row
             rows.append([f"{name} / {base}", *(f"{one.words}: {bold(one.verdict)}" for one in row)])
     return Claim(
