@@ -25,7 +25,7 @@ def consensus_error(gossip: Gossip, tree: PyTree) -> Array:
       A scalar in at least float32, the same on every device.
 
     Raises:
-      ValueError: if a leaf lacks the agents' axis.
+      ValueError: if there is no leaf, one is not of floating-point numbers, or one lacks the agents' axis.
 
     Cost: two means over the agents, which no neighbour-to-neighbour message pays for: it is for judging a run, not for
     a method.
@@ -37,6 +37,7 @@ def consensus_error(gossip: Gossip, tree: PyTree) -> Array:
         (2.0, 1.0)
     """
     checks.instance("gossip", gossip, Gossip, "Pass, say, bx.gossip(bx.topology.ring(8)).")
+    checks.floating("tree", tree)
     checks.agents_axis("tree", tree, gossip.agents().size, "Pass leaves of all agents, such as state.x.")
     wide = widen(tree)
     away = jax.tree.map(lambda leaf, mean: leaf - mean[None], wide, gossip.mean(wide))

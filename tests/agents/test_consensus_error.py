@@ -37,3 +37,6 @@ def test_bad_input():
         bx.agents.consensus_error(bx.topology.ring(4), TREE)
     with pytest.raises(ValueError, match=r"tree must have leaves \[4, ...\].*tree\['b'\]"):
         bx.agents.consensus_error(RING, jax.tree.map(lambda leaf: leaf[:3], TREE) | {"a": TREE["a"]})
+    for tree, message in (((), "tree must hold at least one"), ({"count": jnp.arange(4)}, r"got int\d+ at tree")):
+        with pytest.raises(ValueError, match=message):
+            bx.agents.consensus_error(RING, tree)
