@@ -20,7 +20,8 @@ from bilevax.single_loop.method import check_start, of_kind
 from bilevax.typing import Array, Key, PyTree, Scalar
 
 ROUGH, FINE = 0.1, 1e-6  # what averages of vectors and of numbers leave of the agents' differences
-WARM, LENGTH, CONFIRMED = 10, 5, 15  # ∇f of each agent in a warm-up, a pilot and after it; after each losses are read
+WARM_UP, PILOTS, CONFIRMATION, END = range(4)  # the phases
+LENGTHS = WARM, LENGTH, CONFIRMED = 10, 5, 15  # ∇f of each agent in a run of each; after each losses are read
 RISES = 0.2  # of what a loss falls in a run, how much it may rise in between
 ROUNDING = 1e-3  # part of g that is no rise
 GROWTH = 2.0  # of the moves of y and v in a warm-up, at most
@@ -169,62 +170,74 @@ def suggest_step_sizes(
         found, spent = curvatures(fold(key, CURVATURE), problem, gossip, averages, x, y, batch)
         level = found.largest if own else found.mean
         a = jnp.asarray(bound / (2 * jnp.maximum(level, found.largest / MOST_UNLIKE)), float)
-        run = _runner(make, problem, gossip, averages.fine, fold(key, RUN), batch)
-        start = make(Levels(jnp.zeros_like(a), a, a)).init(x, y, batch)
-        a, warm, read, spent = _warm_up(run, start, a, pilots, spent)
-        slope, spent = _slope(fold(key, SLOPE), problem, gossip, averages, warm, batch, spent)
-        quick = jnp.minimum(1.0, a * level)
-        steps = Levels(jnp.asarray(quick * jnp.abs(read[-1]) / (4 * slope), float), a, a)
-        return _search(run, warm, steps, pilots, _risen(read[WARM // 2 :]), level, spent)
+        steps = Levels(jnp.zeros_like(a), a, a)
+        start = make(steps).init(x, y, batch)
+
+        def polyak(state: Any, a: Array, outer: Array, spent: Spent) -> tuple[Array, Spent]:
+            slope, spent = _slope(fold(key, SLOPE), problem, gossip, averages, state, batch, spent)
+            return jnp.asarray(jnp.minimum(1.0, a * level) * jnp.abs(outer) / (4 * slope), float), spent
+
+        draws = fold(key, RUN)
+        run, read = _runner(make, problem, gossip, draws, batch), _reader(gossip, averages.fine, draws)
+        end = _search(run, read, polyak, start, steps, pilots, spent)
+        (x_step, y_step, v_step), pace = end.steps, end.spent.pace()
+        told = (level, end.tried, end.scores, ~end.good, end.spent.calls, end.spent.bytes, end.spent.rounds, end.state)
+        return Levels(jnp.where(end.good, x_step, jnp.nan), pace * y_step, pace * v_step), StepSizesInfo(*told)
 
     return find(key, x, y, batch)
 
 
-Run = Callable[[Levels[Array], Any, int, Spent], tuple[Any, Array, Spent]]
+Run = Callable[[Levels[Array], Any, Array, Spent], tuple[Any, Array, Spent]]
+Read = Callable[[Array, Spent], tuple[Array, Spent]]
+FirstStep = Callable[[Any, Array, Array, Spent], tuple[Array, Spent]]
 
 
-def _runner(
-    make: MakeAlgorithm,
-    problem: BilevelProblem,
-    gossip: Gossip,
-    fine: Average,
-    key: Key,
-    batch: Batch,
-) -> Run:
-    """`run(steps, state, length, spent) -> (state, read [4, length + 1], spent)`, the same draws in each.
+def _runner(make: MakeAlgorithm, problem: BilevelProblem, gossip: Gossip, key: Key, batch: Batch) -> Run:
+    """`run(steps, state, length, spent) -> (state, seen [1 + the longest, 4, n], spent)`, the same draws in each.
 
-    Its length is told in ∇f of an agent, at most one in each iteration; read are the mean f, g, and moves of y and v.
+    Its length is told in ∇f of an agent, at most one in each iteration, and traced: a program holds one copy of the
+    method's step. Seen are each agent's f, g, and moves of y and v; zeros after the end.
     """
 
     def look(state: Any, moves: Array) -> Array:
         pair = (jax.vmap(loss)(state.x, state.y, data) for loss, data in zip(problem, batch, strict=True))
         return jnp.stack([*(jnp.asarray(each, float) for each in pair), *moves])
 
-    def run(steps: Levels[Array], state: Any, length: int, spent: Spent) -> tuple[Any, Array, Spent]:
+    def run(steps: Levels[Array], state: Any, length: Array, spent: Spent) -> tuple[Any, Array, Spent]:
         begun, still = spent, jnp.zeros((2, *gossip.agents().shape))
 
-        def part(carry: tuple[Any, ...], number: Array) -> tuple[tuple[Any, ...], Array]:
-            enough, most = begun.refreshes + number + 1.0, begun.iterations + LONGEST * (number + 1.0)
+        def step(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+            state, spent, _ = carry
+            paced = Levels(steps.x, spent.pace() * steps.y, spent.pace() * steps.v)
+            state, info = make(paced).step(key, state, batch)
+            moves = jnp.stack([jnp.asarray(part, float) for part in info.moves[1:]])
+            return state, spent.with_iteration(info, gossip), moves
+
+        def part(number: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:  # of number 0 there is the look alone
+            enough, most = begun.refreshes + number, begun.iterations + LONGEST * number
 
             def goes_on(carry: tuple[Any, ...]) -> Array:
                 return (carry[1].refreshes < enough) & (carry[1].iterations < most)
 
-            def step(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-                state, spent, _ = carry
-                paced = Levels(steps.x, spent.pace() * steps.y, spent.pace() * steps.v)
-                state, info = make(paced).step(key, state, batch)
-                moves = jnp.stack([jnp.asarray(part, float) for part in info.moves[1:]])
-                return state, spent.with_iteration(info, gossip), moves
+            state, spent, moves, seen = carry
+            state, spent, moves = jax.lax.while_loop(goes_on, step, (state, spent, moves))
+            return state, spent, moves, seen.at[number].set(look(state, moves))
 
-            state, spent, moves = jax.lax.while_loop(goes_on, step, carry)
-            return (state, spent, moves), look(state, moves)
-
-        (end, spent, _), later = jax.lax.scan(part, (state, spent, still), jnp.arange(length))
-        read = jnp.concatenate([look(state, still)[None], later])
-        means, size = fine.apply(key, jnp.transpose(read, (2, 1, 0)))
-        return end, gossip.mean(means), spent.sent(size, fine.rounds)
+        nothing = jnp.zeros((1 + max(LENGTHS), 4, *gossip.agents().shape))
+        end, spent, _, seen = jax.lax.fori_loop(0, length + 1, part, (state, spent, still, nothing))
+        return end, seen, spent
 
     return run
+
+
+def _reader(gossip: Gossip, fine: Average, key: Key) -> Read:
+    """`read(seen [length + 1, 4, n], spent) -> (means [4, length + 1], spent)`."""
+
+    def read(seen: Array, spent: Spent) -> tuple[Array, Spent]:
+        means, size = fine.apply(key, jnp.transpose(seen, (2, 1, 0)))
+        return gossip.mean(means), spent.sent(size, fine.rounds)
+
+    return read
 
 
 def _risen(read: Array, since: Scalar = 0) -> Array:
@@ -238,80 +251,6 @@ def _falls(read: Array, usual: Scalar, since: Scalar = 0) -> Array:
     return jnp.isfinite(read).all() & (_risen(read, since) <= RISES * jnp.maximum(read[0] - read[-1], 0) + 2 * usual)
 
 
-def _warm_up(run: Run, start: Any, a: Array, most: int, spent: Spent) -> tuple[Array, Any, Array, Spent]:
-    """Runs of y and v alone, with steps halved until g falls and moves do not grow; with them the mean f along it."""
-
-    def once(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        number, a, _, _, _, spent = carry
-        a = jnp.where(number > 0, a / 2, a)
-        state, (outer, inner, *moves), spent = run(Levels(jnp.zeros_like(a), a, a), start, WARM, spent)
-        calm = moves[0][-1] + moves[1][-1] <= GROWTH * (moves[0][1] + moves[1][1])
-        good = _falls(inner, ROUNDING * jnp.abs(inner[0])) & jnp.isfinite(outer).all() & calm
-        return number + 1, a, state, outer, good, spent
-
-    nothing = jnp.zeros((), jnp.int32), a, start, jnp.zeros(WARM + 1), jnp.zeros((), bool), spent
-    _, a, warm, read, _, spent = jax.lax.while_loop(lambda carry: (carry[0] < most) & ~carry[4], once, nothing)
-    return a, warm, read, spent
-
-
-def _search(
-    run: Run, warm: Any, steps: Levels[Array], pilots: int, usual: Array, curvature: Array, spent: Spent
-) -> tuple[Levels[Array], StepSizesInfo]:
-    """Pilots, each from the warm state, until one is not better than the one before, which was good."""
-    none = jnp.full(pilots, jnp.nan, steps.x.dtype)
-    best = Pilot(Levels(none[0], steps.y, steps.v), jnp.full_like(none[0], jnp.inf), warm)
-    first = Trials(jnp.zeros((), jnp.int32), steps, best, Levels(none, none, none), none, jnp.zeros((), bool), spent)
-
-    def pilot(now: Trials) -> Trials:
-        state, (read, *_), spent = run(now.steps, warm, LENGTH, now.spent)
-        good = _falls(read, usual)
-        trial = Pilot(now.steps, jnp.where(good, read[-1], jnp.inf), state)
-        better = trial.score < now.best.score
-        paced = Levels(now.steps.x, spent.pace() * now.steps.y, spent.pace() * now.steps.v)
-        tried = jax.tree.map(lambda all, one: all.at[now.number].set(one), now.tried, paced)
-        x, y, v = now.steps
-        inner = jnp.where(~good & (now.number == 0), 1 / SHORTER_Y, 1.0)
-        return Trials(
-            now.number + 1,
-            Levels(jnp.where(inner < 1, x, x / SHORTER_X), inner * y, inner * v),
-            jax.tree.map(lambda new, old: jnp.where(better, new, old), trial, now.best),
-            tried,
-            now.scores.at[now.number].set(trial.score),
-            jnp.isfinite(now.best.score) & ~better,
-            spent,
-        )
-
-    end = jax.lax.while_loop(lambda now: (now.number < pilots) & ~now.done, pilot, first)
-    (x, y, v), state, good, spent = _confirmed(run, warm, end.best, pilots, usual, end.spent)
-    steps = Levels(jnp.where(good, x, jnp.nan), spent.pace() * y, spent.pace() * v)
-    told = (curvature, end.tried, end.scores, ~good, spent.calls, spent.bytes, spent.rounds, state)
-    return steps, StepSizesInfo(*told)
-
-
-def _confirmed(
-    run: Run, warm: Any, best: "Pilot", most: int, usual: Array, spent: Spent
-) -> tuple[Levels[Array], Any, Array, Spent]:
-    """Goes on with the best pilot; where f does not keep falling, all steps are halved, from the warm state on.
-
-    There agents that come closer may raise f, whatever the steps are: a rise as long as a pilot takes is no sign.
-    """
-
-    def once(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        number, steps, state, _, spent = carry
-        again = number > 0
-        steps = jax.tree.map(lambda step: jnp.where(again, step / 2, step), steps)
-        state = jax.tree.map(lambda old, start: jnp.where(again, start, old), state, warm)
-        end, (read, *_), spent = run(steps, state, CONFIRMED, spent)
-        return number + 1, steps, end, _falls(read, usual, jnp.where(again, LENGTH, 0)), spent
-
-    failed = jnp.isinf(best.score)
-    first = jnp.zeros((), jnp.int32), best.steps, best.state, jnp.zeros((), bool), spent
-    _, steps, state, good, spent = jax.lax.while_loop(
-        lambda carry: (carry[0] < most) & ~carry[3] & ~failed, once, first
-    )
-    return steps, state, good, spent
-
-
 class Pilot(NamedTuple):
     """Steps, the mean f at the end, and the state there."""
 
@@ -320,16 +259,106 @@ class Pilot(NamedTuple):
     state: Any
 
 
-class Trials(NamedTuple):
-    """Pilots so far, the next steps, the best pilot, what was tried [pilots], and whether that is enough."""
+class Search(NamedTuple):
+    """The next run: its phase, how many that had, steps and state it begins with; and what was found so far.
 
+    That is the state after the warm-up, what f usually rises, the best pilot, what was tried [pilots], and whether the
+    last run was good. At the end, `steps` and `state` are those of the last run.
+    """
+
+    phase: Array
     number: Array
     steps: Levels[Array]
+    state: Any
+    warm: Any
+    usual: Array
     best: Pilot
     tried: Levels[Array]
     scores: Array
-    done: Array
+    good: Array
     spent: Spent
+
+    def turn_to(self, phase: int, **parts: Any) -> "Search":
+        """With the first run of a phase next."""
+        zero = jnp.zeros_like(self.number)
+        return self._replace(phase=zero + phase, number=zero, **parts)
+
+
+def _search(
+    run: Run, read: Read, polyak: FirstStep, start: Any, steps: Levels[Array], most: int, spent: Spent
+) -> Search:
+    """Runs one after the other, in one loop: each says what the next one is."""
+
+    def after_warm_up(now: Search, end: Any, seen: Array) -> Search:
+        """Halves the steps until g falls and moves do not grow."""
+        (outer, inner, *moves), spent = read(seen[: WARM + 1], now.spent)
+        calm = moves[0][-1] + moves[1][-1] <= GROWTH * (moves[0][1] + moves[1][1])
+        good = _falls(inner, ROUNDING * jnp.abs(inner[0])) & jnp.isfinite(outer).all() & calm
+        now = now._replace(number=now.number + 1, spent=spent)
+
+        def again(now: Search) -> Search:
+            return now._replace(steps=jax.tree.map(lambda step: step / 2, now.steps))
+
+        def to_pilots(now: Search) -> Search:
+            x, spent = polyak(end, now.steps.y, outer[-1], now.spent)
+            now = now.turn_to(PILOTS, steps=now.steps._replace(x=x), state=end, warm=end, spent=spent)
+            best = now.best._replace(steps=now.steps._replace(x=now.best.steps.x), state=end)
+            return now._replace(usual=_risen(outer[WARM // 2 :]), best=best)
+
+        return jax.lax.cond(good | (now.number >= most), to_pilots, again, now)
+
+    def after_pilot(now: Search, end: Any, seen: Array) -> Search:
+        """Each is from the warm state, until one is not better than the one before, which was good."""
+        (outer, *_), spent = read(seen[: LENGTH + 1], now.spent)
+        good = _falls(outer, now.usual)
+        trial = Pilot(now.steps, jnp.where(good, outer[-1], jnp.inf), end)
+        better, done = trial.score < now.best.score, jnp.isfinite(now.best.score)
+        paced = Levels(now.steps.x, spent.pace() * now.steps.y, spent.pace() * now.steps.v)
+        x, y, v = now.steps
+        inner = jnp.where(~good & (now.number == 0), 1 / SHORTER_Y, 1.0)
+        now = now._replace(
+            number=now.number + 1,
+            steps=Levels(jnp.where(inner < 1, x, x / SHORTER_X), inner * y, inner * v),
+            best=_chosen(better, trial, now.best),
+            tried=jax.tree.map(lambda all, one: all.at[now.number].set(one), now.tried, paced),
+            scores=now.scores.at[now.number].set(trial.score),
+            spent=spent,
+        )
+        none = jnp.isinf(now.best.score)
+        confirmed = now.turn_to(CONFIRMATION, steps=now.best.steps, state=now.best.state, good=jnp.zeros_like(good))
+        confirmed = confirmed._replace(phase=jnp.where(none, END, CONFIRMATION))
+        return _chosen((now.number >= most) | (done & ~better), confirmed, now)
+
+    def after_confirmation(now: Search, end: Any, seen: Array) -> Search:
+        (outer, *_), spent = read(seen, now.spent)
+        return _confirmed(now._replace(spent=spent), end, outer, most)
+
+    def turn(now: Search) -> Search:
+        end, seen, spent = run(now.steps, now.state, jnp.asarray(LENGTHS)[now.phase], now.spent)
+        after = after_warm_up, after_pilot, after_confirmation
+        return jax.lax.switch(now.phase, after, now._replace(spent=spent), end, seen)
+
+    zero, no = jnp.zeros((), jnp.int32), jnp.zeros((), bool)
+    none = jnp.full(most, jnp.nan, steps.x.dtype)
+    best = Pilot(steps._replace(x=none[0]), jnp.full_like(none[0], jnp.inf), start)
+    tried = Levels(none, none, none)
+    first = Search(zero, zero, steps, start, start, jnp.zeros_like(none[0]), best, tried, none, no, spent)
+    return jax.lax.while_loop(lambda now: now.phase < END, turn, first)
+
+
+def _confirmed(now: Search, end: Any, outer: Array, most: int) -> Search:
+    """The best pilot went on; where f does not keep falling, all steps are halved, from the warm state on.
+
+    There agents that come closer may raise f, whatever the steps are: a rise as long as a pilot takes is no sign.
+    """
+    good = _falls(outer, now.usual, jnp.where(now.number > 0, LENGTH, 0))
+    now = now._replace(number=now.number + 1, good=good)
+    again = now._replace(steps=jax.tree.map(lambda step: step / 2, now.steps), state=now.warm)
+    return _chosen(good | (now.number >= most), now.turn_to(END, state=end), again)
+
+
+def _chosen(first: Array, one: Any, other: Any) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(first, a, b), one, other)
 
 
 def _slope(

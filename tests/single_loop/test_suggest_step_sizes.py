@@ -15,7 +15,7 @@ from bilevax.single_loop import correction as corrections
 from bilevax.single_loop import suggest_step_sizes
 from bilevax.single_loop._averaging import average
 from bilevax.single_loop._curvatures import Averages, curvatures
-from bilevax.single_loop._suggest_step_sizes import LENGTH, Pilot, _confirmed
+from bilevax.single_loop._suggest_step_sizes import CONFIRMATION, END, LENGTH, Search, _confirmed
 
 N, D = 8, 3
 RING = bx.gossip(bx.topology.ring(N))
@@ -92,7 +92,7 @@ def test_averages_are_as_good_as_they_say(error):
     [
         (corrections.tracking_non_atc(), RING),
         (corrections.exact_diffusion(), LAZY),
-        (corrections.extra(), LAZY),
+        pytest.param(corrections.extra(), LAZY, marks=pytest.mark.slow),
     ],
     ids=["tracking_non_atc", "exact_diffusion", "extra"],
 )
@@ -159,15 +159,23 @@ def test_breakdown_is_told_and_no_method_takes_the_steps():
 def test_agents_that_come_closer_do_not_make_any_step_too_long():
     """From the warm state on f rises at first, whatever the steps are; later it falls where x is not above 0.3."""
 
-    def run(steps, far, length, spent):
-        k = jnp.arange(length + 1.0)
+    def outer(steps, far):
+        k = jnp.arange(16.0)
         later = jnp.where(steps.x > 0.3, 0.1, -0.01) * k
-        return far, jnp.stack(4 * [1 + far * jnp.minimum(k, LENGTH) + later]), spent
+        return 1 + far * jnp.minimum(k, LENGTH) + later
 
-    warm, after = jnp.asarray(0.1), jnp.asarray(0.0)
-    best = Pilot(bx.Levels(*3 * [jnp.asarray(1.0)]), jnp.asarray(1.0), after)
-    steps, _, good, _ = _confirmed(run, warm, best, 6, jnp.asarray(0.0), ())
-    assert (bool(good), steps.x.tolist(), steps.y.tolist()) == (True, 0.25, 0.25)
+    @jax.jit
+    def confirmed(now):
+        return _confirmed(now, now.state, outer(now.steps, now.state), 6)
+
+    zero, no = jnp.zeros((), int), jnp.zeros(())
+    nothing = dict.fromkeys(Search._fields, no)
+    steps, warm = bx.Levels(*3 * [jnp.asarray(1.0)]), jnp.asarray(0.1)
+    now = Search(**nothing | {"number": zero, "phase": zero + CONFIRMATION, "steps": steps, "warm": warm})
+    now = now._replace(good=no > 0)
+    while now.phase < END:
+        now = confirmed(now)
+    assert (bool(now.good), now.steps.x.tolist(), now.steps.y.tolist()) == (True, 0.25, 0.25)
 
 
 @pytest.mark.parametrize("name", PRACTICAL)
