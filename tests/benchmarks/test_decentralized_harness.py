@@ -220,7 +220,7 @@ def path(*losses):
     return Try(
         {"x": 1.0, "y": 1.0, "v": 1.0},
         {},
-        {"exact_loss": [*losses], **dict.fromkeys(("derivatives", "megabytes", "rounds"), costs)},
+        {"exact_loss": [*losses], **dict.fromkeys(("outer_step", "derivatives", "megabytes", "rounds"), costs)},
     )
 
 
