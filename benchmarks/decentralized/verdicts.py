@@ -84,14 +84,14 @@ def over(cost: float, other: float) -> float:
 def behind(method: Record, other: Record, metric: str = LOSS, cost: str = "derivatives") -> Interval:
     """What a method lacks after the same cost, the lower of what the two spent, over the larger decrease of the two.
 
-    Negative where the method is ahead. A run that ends without finite numbers lacks everything.
+    Negative where the method is ahead. A run that ends above its start, or without finite numbers, lacks everything.
     """
     curves = [(record.along(cost), record.along(metric)) for record in (method, other)]
     if any(not len(values) for _, values in curves):
         return NEITHER
-    finite = [bool(np.isfinite(values[-1])) for _, values in curves]
-    if not all(finite):
-        return {(True, False): OTHER_NEVER, (False, True): NEVER}.get((finite[0], finite[1]), NEITHER)
+    fell = [bool(values[-1] <= values[0]) for _, values in curves]
+    if not all(fell):
+        return {(True, False): OTHER_NEVER, (False, True): NEVER}.get((fell[0], fell[1]), NEITHER)
     common = min(costs[-1] for costs, _ in curves)
     one, two = (float(np.interp(common, *curve)) for curve in curves)
     decrease = float(curves[1][1][0]) - min(one, two)
