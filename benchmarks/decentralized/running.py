@@ -118,7 +118,8 @@ def compiled(row: Row, placed: Callable[[Pick], Placed], network: Network, pick:
             more = spending(info, now), calls | {"breakdowns": jnp.asarray(jnp.any(info.breakdown), int)}
             return state, *jax.tree.map(operator.add, tuple(sums), more)
 
-        counts = {**dict.fromkeys(bx.problem.Calls._fields, jnp.zeros(())), "breakdowns": jnp.zeros((), int)}
+        none = bx.problem.Calls(*(jnp.zeros(()),) * 4)
+        counts = {**none._asdict(), "breakdowns": jnp.zeros((), int)}
         state, spent, counts = jax.lax.fori_loop(0, count, step, (carry.state, carry.spent, counts))
         (every, ys), whole = join((state.x, state.y)), join(batch)
         x, y = network.point(every, ys)
