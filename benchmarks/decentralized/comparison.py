@@ -21,7 +21,6 @@ from benchmarks.decentralized.rows import personal_rows, rows
 from benchmarks.decentralized.trying import (
     BASE,
     LONGER,
-    TUNING,
     Chosen,
     aimed,
     base_of,
@@ -53,10 +52,10 @@ where one is ∇f, ∇_y g, a Hessian and a cross product on all its examples (a
 its share); sent: by one agent to all its neighbours; dist.: root mean square distance of the agents' x to their mean.
 Each method has as many iterations as evaluate no more derivatives than {iterations} of sldbo do, at most twice as many;
 s3ldbo, which skips, {longer} times as many as sldbo.
-Steps: each method tries the same {pairs} pairs of step sizes, with three momenta where it has one, on {tuning}
-seeds that are not among those of the table. It has those that bring F(x) for good to 99% of sldbo's decrease with the
-fewest derivative evaluations on the worse of them; if none does so on either, or sldbo is not among the methods, those
-whose last F(x) is the lowest. The files hold those for other targets too.
+Steps: each method tries the same {pairs} pairs of step sizes, with three momenta where it has one, on seeds that are
+not among those of the table: {tuning}. It has those that bring F(x) for good to 99% of sldbo's decrease with the fewest
+derivative evaluations on the worst of them; if none does so on any, or sldbo is not among the methods, those whose last
+F(x) is the lowest. The files hold those for other targets too.
 """
 
 
@@ -163,7 +162,8 @@ def compare(job: Job, config: Any, where: Place = Place()) -> int:  # noqa: B008
     if jax.process_index() > 0:  # the first host reports
         return 0 * sum(1 for _ in make(lambda number: None))
     count = len(job.outer_grid) * len(job.inner_grid)
-    shared = CAPTION.format(pairs=count, iterations=job.iterations, longer=LONGER, tuning=TUNING)
+    tuning = tuning_seeds(options.all_seeds)
+    shared = CAPTION.format(pairs=count, iterations=job.iterations, longer=LONGER, tuning=", ".join(map(str, tuning)))
     about = METHODS.format(coins=words, batch_size=agents.batch_size)
     task = Task(
         title=f"{job.title}, {agents.words}",
@@ -175,6 +175,6 @@ def compare(job: Job, config: Any, where: Place = Place()) -> int:  # noqa: B008
         columns={**job.columns, **SPENT},
         caption=job.caption + shared + about + left_out,
         draw=lambda finished: draw(finished, job.panel, job.finish),
-        tuning=tuning_seeds(options.all_seeds),
+        tuning=tuning,
     )
     return perform(task, options, config)

@@ -191,7 +191,7 @@ def steady(tries: Sequence[Sequence[Try]]) -> list[int]:
 
 
 def best(tries: Sequence[Sequence[Try]]) -> int:
-    """The steady try that ends lowest in F, on the worse of the seeds.
+    """The steady try that ends lowest in F, on the worst of the seeds.
 
     Of a run the higher of its last two checkpoints counts, so that no lucky swing does; the last one where the other is
     not known.

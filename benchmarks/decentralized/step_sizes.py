@@ -1,6 +1,6 @@
 """Suggested step sizes beside tuned ones: what is evaluated until SLDBO's levels of F, the search for steps included.
 
-Each method runs as in every decentralized task: all pairs of a grid on two tuning seeds, and on each judged seed those
+Each method runs as in every decentralized task: all pairs of a grid on tuning seeds, and on each judged seed those
 that a target chooses. On the judged seeds it also runs with the steps of `bx.single_loop.suggest_step_sizes`, from the
 state where their search ended, with all that the search has spent on its account.
 """

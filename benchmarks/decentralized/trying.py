@@ -15,7 +15,7 @@ from benchmarks.decentralized.running import Pick
 from benchmarks.harness.grid import choice
 
 BASE = "sldbo"  # sets the targets
-TUNING = 2  # seeds that steps are chosen on
+TUNING = 3  # seeds that steps are chosen on, at most
 LONGER = 3  # a row that skips has so many times the iterations, since it needs more of them
 RATIO = math.sqrt(2)  # of the iterations of one checkpoint to those of the one before
 
@@ -47,8 +47,8 @@ class Chosen(NamedTuple):
 
 
 def tuning_seeds(judged: range) -> range:
-    """Seeds that are not judged: those behind the last."""
-    return range(judged.stop, judged.stop + TUNING)
+    """Seeds that are not judged, three at most and no more than those that are: those behind the last."""
+    return range(judged.stop, judged.stop + min(TUNING, len(judged)))
 
 
 def picks(outer: Sequence[float], inner: Sequence[float], settings: Sequence[Mapping[str, float]]) -> list[Pick]:
