@@ -1,11 +1,14 @@
 """How far apart agents are."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import optax
 
 from bilevax import checks
 from bilevax.agents._gossip import Gossip
-from bilevax.problem import norm, widen
+from bilevax.problem import widen
 from bilevax.typing import Array, PyTree
 
 
@@ -22,7 +25,7 @@ def consensus_error(gossip: Gossip, tree: PyTree) -> Array:
       tree: a pytree of floating-point arrays, leaves [n, ...], or [n/devices, ...] on each of several devices.
 
     Returns:
-      A scalar in at least float32, the same on every device.
+      A scalar in at least float32, the same on every device; its gradient is 0 where all agents agree.
 
     Raises:
       ValueError: if there is no leaf, one is not of floating-point numbers, or one lacks the agents' axis.
@@ -41,4 +44,6 @@ def consensus_error(gossip: Gossip, tree: PyTree) -> Array:
     checks.agents_axis("tree", tree, gossip.agents().size, "Pass leaves of all agents, such as state.x.")
     wide = widen(tree)
     away = jax.tree.map(lambda leaf, mean: leaf - mean[None], wide, gossip.mean(wide))
-    return jnp.sqrt(gossip.mean(jax.vmap(norm)(away) ** 2))
+    square = gossip.mean(jax.vmap(functools.partial(optax.tree.norm, squared=True))(away))
+    agree = square == 0
+    return jnp.where(agree, 0, jnp.sqrt(jnp.where(agree, 1, square)))

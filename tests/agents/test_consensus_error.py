@@ -32,6 +32,17 @@ def test_agents_in_consensus_are_not_apart_and_half_precision_counts_in_single()
     assert (error.dtype, float(error)) == (jnp.float32, 1.0)
 
 
+def test_its_gradient_is_that_of_the_formula_and_zero_where_all_agree():
+    def error(x):
+        return bx.agents.consensus_error(RING, x)
+
+    x = RANDOM.normal(size=(4, 3))
+    away = x - x.mean(0)
+    np.testing.assert_allclose(jax.grad(error)(x), away / 4 / error(x), rtol=1e-12)
+    np.testing.assert_array_equal(jax.grad(error)(jnp.ones((4, 3))), 0)
+    assert jnp.isnan(error(x * jnp.nan))
+
+
 def test_bad_input():
     with pytest.raises(ValueError, match="gossip must be"):
         bx.agents.consensus_error(bx.topology.ring(4), TREE)

@@ -340,6 +340,10 @@ REFUSED = {
         r"problem\.inner_loss must be a function \(x, y, batch\)",
         lambda: prediction.data_free(bx.BilevelProblem(lambda x, y, _: 0.0, lambda x, y: 0.0)),
     ),
+    "a_penalty_that_reads_data": (
+        r"problem\.inner_loss must be the part of a loss that reads no data.*got TypeError",
+        lambda: stepped(prediction.data_free(bx.BilevelProblem(lambda x, y, _: 0.0, lambda x, y, batch: batch[0]))),
+    ),
     "a_plain_loss_without_its_penalty": (
         r"problem must say what of the losses reads no data.*; got None beside",
         lambda: stepped(prediction.data_free()),

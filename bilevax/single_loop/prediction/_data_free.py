@@ -31,7 +31,8 @@ def data_free(problem: BilevelProblem | None = None) -> Prediction:
       `Prediction` without a memory.
 
     Raises:
-      ValueError: if `problem` is none; from `init`, if it is left out and the inner loss is no `ModelLoss`.
+      ValueError: if `problem` is none; from `init`, if it is left out and the inner loss is no `ModelLoss`, or its
+        losses cannot be evaluated without a batch.
 
     Cost: for each agent and iteration two ∇f, ∇_y g and pull-backs of these parts alone, which `Info.calls` does not
     count: no pass over the data. Of directions that differ from `second_order()` it predicts what it can: without v
@@ -55,6 +56,8 @@ def data_free(problem: BilevelProblem | None = None) -> Prediction:
     def init(whole: BilevelProblem, point: Levels[PyTree], d: Levels[PyTree], batch: Batch) -> Any:
         if problem is None:
             _penalty(whole)
+        else:
+            _check_reads_no_data(problem, point)
         return ()
 
     def update(memory: Any, *refreshed: Any) -> Any:
@@ -73,6 +76,18 @@ def _directions(problem: BilevelProblem, point: Levels[PyTree]) -> Levels[PyTree
     if not jax.tree.leaves(point.v):  # a method without v
         return Levels(None, inner_gradient(problem.inner_loss, point.x, point.y, None).gradient, None)
     return Levels(*directions(problem, *point, NO_DATA))
+
+
+def _check_reads_no_data(problem: BilevelProblem, point: Levels[PyTree]) -> None:
+    """Raises ValueError where the losses are not to be had without a batch."""
+    for name, loss in zip(("outer_loss", "inner_loss"), problem, strict=True):
+        try:
+            jax.eval_shape(lambda x, y, loss=loss: loss(x, y, None), point.x, point.y)
+        except (TypeError, AttributeError) as error:
+            raise ValueError(
+                f"problem.{name} must be the part of a loss that reads no data: it is given None for its batch; got "
+                f"{type(error).__name__}: {error!s:.200}. Leave out what reads the batch, or return 0.0."
+            ) from error
 
 
 def _penalty(problem: BilevelProblem) -> BilevelProblem:
