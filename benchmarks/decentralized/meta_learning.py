@@ -50,8 +50,8 @@ TASK = "decentralized_meta_learning"
 L2 = 0.2
 TEST_TASKS = 100
 ITERATIONS, QUICK_ITERATIONS = 300, 24
-OUTER_GRID = (0.1, 0.3, 1.0, 3.0)
-INNER_GRID = (0.3, 1.0, 3.0, 10.0)  # over L, a bound that is far from reached
+OUTER_GRID = (0.1, 0.3, 1.0)
+INNER_GRID = (0.1, 0.3, 1.0, 3.0)  # over L, a bound that is far from reached
 EFFORT = Effort(newton=6, products=60)
 COLUMNS: Columns = {
     "test_accuracy": ("test\nacc.", "{:.3f}".format),

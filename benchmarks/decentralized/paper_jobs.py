@@ -109,7 +109,7 @@ JOBS = (
         full=FASHION,
     ),
     Job("cleaning-others", "Hyper-cleaning, other methods", CLEANING, (), OTHERS, (300, 600), full=FASHION, alone=True),
-    Job("meta", "Meta-learning", META, (), LAZY, (20, 300), quick=("--tasks", "1")),
+    Job("meta", "Meta-learning", META, (), LAZY, (64, 300), quick=("--tasks", "1")),
     Job("meta-all", "Meta-learning, methods with their own heads", META, (), OWN, (30, 300), alone=True),
     *(
         Job(
