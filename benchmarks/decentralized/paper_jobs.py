@@ -156,7 +156,7 @@ JOBS = (
         "curvature",
         "Curvature as a preconditioner of y and v",
         "decentralized-curvature",
-        iterations=(1200, 3000),
+        iterations=(2400, 3000),
         seeds=2,
     ),
 )
