@@ -1,5 +1,6 @@
 """The data and the problem of hyper-cleaning, divided over agents."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -59,6 +60,11 @@ def fit() -> bx.curvature.ModelLoss:
         split=lambda x, batch: batch[:2],
         weights=lambda x, batch: jax.nn.sigmoid(x[batch[2]]) * batch[3],
     )
+
+
+def outer_fit() -> bx.curvature.ModelLoss:
+    """f_i by its parts."""
+    return dataclasses.replace(fit(), weights=lambda x, batch: batch[2])
 
 
 def cleaning(l2: float) -> bx.BilevelProblem:

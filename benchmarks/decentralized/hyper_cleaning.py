@@ -22,7 +22,7 @@ from sklearn.metrics import roc_auc_score
 import bilevax as bx
 from benchmarks.data.images import IMAGES, ImageName, load
 from benchmarks.decentralized.choices import PARTITIONS, Agents, changed, parsed
-from benchmarks.decentralized.cleaning import Divided, cleaning, decay, divide, fit
+from benchmarks.decentralized.cleaning import Divided, cleaning, decay, divide, fit, outer_fit
 from benchmarks.decentralized.comparison import compare, defaults
 from benchmarks.decentralized.figure import Panel
 from benchmarks.decentralized.job import Job, Place
@@ -75,7 +75,7 @@ METHODS = (
 )
 DEFAULTS = defaults(METHODS)
 KNOWN = penalized(functools.partial(decay, L2))
-FIT = fit()
+FIT, OUTER_FIT = fit(), outer_fit()
 
 
 def network(data: Divided) -> Network:
@@ -100,6 +100,7 @@ def network(data: Divided) -> Network:
         scores=scores,
         known=KNOWN,
         fit=FIT,
+        outer_fit=OUTER_FIT,
     )
 
 

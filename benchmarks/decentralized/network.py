@@ -31,6 +31,7 @@ class Network(NamedTuple):
       diagonal: `diagonal(x)`, like y: roughly that of ∇²_yy g, for a common lower level; it makes F cheaper to find.
       known: what of f_i and g_i reads no data, such as a penalty, as losses that are given None; None for nothing.
       fit: what of g_i reads data, by its parts; None where it has no such parts.
+      outer_fit: the same of f_i.
     """
 
     problem: bx.BilevelProblem
@@ -45,6 +46,7 @@ class Network(NamedTuple):
     diagonal: Callable[[Any], Any] | None = None
     known: bx.BilevelProblem | None = None
     fit: bx.curvature.ModelLoss | None = None
+    outer_fit: bx.curvature.ModelLoss | None = None
 
     @property
     def n(self) -> int:

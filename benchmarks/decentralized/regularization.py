@@ -138,6 +138,7 @@ def network(data: Divided, start: float) -> Network:
         diagonal=diagonal,
         known=KNOWN,
         fit=SOFTMAX if classes else LOGISTIC,
+        outer_fit=SOFTMAX if classes else LOGISTIC,  # the same on other rows
     )
 
 

@@ -33,8 +33,9 @@ def weights(settings: tuple[dict[str, float], ...]) -> str:
 CAPTION = f"""\
 s3ldbo-p, -ed-p: {{coins}}; -subset-p, -adaptive-p, -cyclic-p: ⌈p · n⌉ agents at a time, at random, those that moved
 farthest, or in turn. -ed: exact diffusion in place of tracking. -predicted-p: in turn; between refreshes penalties are
-evaluated, and the rest of the directions follows Kronecker factors of each agent's own data (of models that are no
-linear ones {PAIRS} secants, as far as they were right).
+evaluated, and the rest of the directions follows Kronecker factors of each agent's own data, inner and, as far as they
+were right, outer; no change is longer than the direction was (of models that are no linear ones: {PAIRS} secants, as
+far as they were right).
 dsvrbgd, gt-sgd (tracking, no variance reduction), mdbo, vrdbo, diamond, interact-svr, -sampled: minibatches of
 {{batch_size}} (interact-svr: all in every {EVERY}th iteration); all others exact. Weights of new directions are tried
 too: {weights(MOMENTA)} of dsvrbgd, mdbo, vrdbo and diamond, {weights(AVERAGES)} of -sampled.
@@ -123,7 +124,8 @@ def matrices(network: Network) -> bx.problem.Calls:
 def predicted(correction: Any, probability: float) -> Callable:
     """S3LDBO in turn, whose directions between refreshes follow what is known of the losses.
 
-    Where nothing is known of what reads data, that follows secants, as far as they were right.
+    Where parts of f and g are known, by Kronecker factors, those of f as far as they were right, and by no longer
+    change than the directions were; where nothing is known of what reads data, by secants, as far as they were right.
     """
     prediction = bx.single_loop.prediction
 
@@ -131,6 +133,10 @@ def predicted(correction: Any, probability: float) -> Callable:
         model = prediction.kronecker(network.fit) if network.fit else prediction.trusted(prediction.secants(PAIRS))
         if network.known:
             model = prediction.chain(prediction.data_free(network.known), model)
+        if network.outer_fit:
+            model = prediction.chain(model, prediction.trusted(prediction.outer_kronecker(network.outer_fit)))
+        if network.fit:
+            model = prediction.bounded(model)
         coins = bx.coins.cyclic(probability)
         return bx.decentralized.s3ldbo(
             network.problem, gossip, steps, coins=coins, correction=correction, predict=model

@@ -1,11 +1,12 @@
 """Coins: who refreshes its derivatives in an iteration of a snapshot method.
 
 A coin is a function `(key, k, gossip) -> choice`; the choice is a scalar bool (all or none), a bool [n] of the agents
-held here, or int [m], global ids. k counts the coins from 0; the first one is thrown twice, since the first iteration
-finds the point of `init`. Draws fold the global id of the agent (or of its block) into the key, so that the number of
-devices changes nothing.
+held here, or int [m], global ids, where the id of no agent chooses nobody. k counts the coins from 0; the first one is
+thrown twice, since the first iteration finds the point of `init`. Draws fold the global id of the agent (or of its
+block) into the key, so that the number of devices changes nothing.
 """
 
+from fractions import Fraction
 from math import ceil, gcd
 
 import jax
@@ -24,6 +25,9 @@ __all__ = [
     "independent",
     "subset",
 ]
+
+
+DIGITS = 10_000  # largest denominator of p · block in turns
 
 
 def __dir__() -> list[str]:
@@ -140,21 +144,26 @@ def subset(probability: float, *, block: int | None = None) -> Coins:
 
 
 def cyclic(probability: float, *, block: int | None = None) -> Coins:
-    """The agents of each block take turns, m = ⌈p · block⌉ at a time: no draws, and nobody waits longer than another.
+    """The agents of each block take turns, p · block at a time: no draws, and nobody waits longer than another.
 
-        chosen at k = the agents k m, k m + 1, …, k m + m − 1 of the block, modulo its size
+        chosen at k = the agents ⌊k p b⌋, …, ⌊(k + 1) p b⌋ − 1 of the block, modulo its size b
 
-    In ⌈1/p⌉ iterations one after the other, wherever they begin, everybody refreshes: no direction is older. Skipping
-    really skips, as that of `subset`. S3LDBO needs about as many evaluations as with a subset, and the longest steps
-    that a subset allows may be too long for turns, which repeat: take it where runs have to be without chance.
+    Everybody refreshes once in 1/p iterations on average, also where p · b is no whole number: with p = 0.1 one of 8
+    agents refreshes in each of 8 iterations out of 10, spread evenly, and nobody in the two others. In ⌈1/p⌉ iterations
+    one after the other, wherever they begin, everybody refreshes: no direction is older. Skipping really skips, as that
+    of `subset`; but where p · b is no whole number and m > 1, or there are several blocks, the program evaluates m
+    agents of each, and drops what was not chosen. S3LDBO needs about as many evaluations as with a subset, and the
+    longest steps that a subset allows may be too long for turns, which repeat: take it where runs have to be without
+    chance.
 
     Args:
-      probability: p in (0, 1].
-      block: agents per block, a divisor of the number of agents on a device; None for one block of all agents, on one
-        device.
+      probability: p in (0, 1]; p · b counts to four digits.
+      block: b, agents per block, a divisor of the number of agents on a device; None for one block of all agents, on
+        one device.
 
     Returns:
-      `(key, k, gossip) -> int [m]`, ids of the chosen agents held here; it reads no key.
+      `(key, k, gossip) -> int [·]`, m = ⌈p · b⌉ ids of agents held here for each block; where fewer are chosen the
+      rest is n, which is the id of nobody. It reads no key.
 
     Raises:
       ValueError: if `probability` is not in (0, 1] or `block` < 1; when it chooses, if the blocks do not fit the agents
@@ -171,9 +180,10 @@ def cyclic(probability: float, *, block: int | None = None) -> Coins:
 
     def choose(key: Key | None, k: Scalar, gossip: Gossip) -> Array:
         first, size = _blocks(block, gossip)
-        number = _number(probability, size)
-        turn = (jnp.asarray(k % size, first.dtype) * number + jnp.arange(number, dtype=first.dtype)) % size
-        return (first[:, None] + turn[None, :]).reshape(-1)
+        begin, count = _turn(probability, size, jnp.asarray(k))
+        places = jnp.arange(_number(probability, size), dtype=first.dtype)
+        turn = jnp.where(places < count, (begin.astype(first.dtype) + places) % size, gossip.n)
+        return jnp.minimum(first[:, None] + turn[None, :], gossip.n).reshape(-1)
 
     choose.__name__ = f"cyclic({probability})" if block is None else f"cyclic({probability}, block={block})"
     return choose
@@ -206,6 +216,16 @@ def _blocks(block: int | None, gossip: Gossip) -> tuple[Array, int]:
             f"on each device. Take {fix}, or fewer devices."
         )
     return agents[::size], size
+
+
+def _turn(probability: float, size: int, k: Array) -> tuple[Array, Array]:
+    """⌊k p b⌋ modulo b, and how many whole numbers there are from k p b up to (k + 1) p b; in integers of 32 bits."""
+    pace = max(Fraction(probability * size).limit_denominator(DIGITS), Fraction(1, DIGITS))
+    whole, part = divmod(pace.numerator, pace.denominator)
+    rounds, rest = jnp.divmod(k, pace.denominator)
+    before, after = rest * part // pace.denominator, (rest + 1) * part // pace.denominator
+    begin = rounds % size * (pace.numerator % size) + rest * (whole % size) + before
+    return begin % size, whole + after - before
 
 
 def _number(probability: float, size: int) -> int:

@@ -303,13 +303,25 @@ def test_coins_that_choose_everybody_are_sldbo():
         np.testing.assert_array_equal(count, np.tile(np.arange(60)[:, None] > 0, 4))
 
 
-@pytest.mark.parametrize("p", [0.125, 0.3, 0.45, 1.0])
-def test_in_turn_everybody_refreshes_as_often_as_can_be(p):
+@pytest.mark.parametrize("p", [0.1, 0.125, 0.3, 0.45, 0.95, 1.0])
+def test_in_turn_everybody_refreshes_as_often_as_p_says(p):
     """Wherever 1/p iterations in a row begin, and after more of them than the square of a number of 32 bits holds."""
-    turns = numbers(jax.jit(jax.vmap(lambda k: coins.cyclic(p)(None, k, LAZY_RING)))(2**30 + jnp.arange(20)))
-    number, wait = int(np.ceil(8 * p)), int(np.ceil(1 / p))
-    assert all(np.unique(turn).size == len(turn) == number for turn in turns)
-    assert all(np.unique(turns[k : k + wait]).size == 8 for k in range(20 - wait))
+    turns = numbers(jax.jit(jax.vmap(lambda k: coins.cyclic(p)(None, k, LAZY_RING)))(2**30 + jnp.arange(100)))
+    chosen = [turn[turn < 8] for turn in turns]
+    wait = int(np.ceil(1 / p))
+    assert all(np.unique(turn).size == len(turn) and len(turn) in (int(8 * p), int(np.ceil(8 * p))) for turn in chosen)
+    assert all(np.unique(turns[k : k + wait]).size >= 8 for k in range(100 - wait))
+    np.testing.assert_allclose(np.bincount(np.concatenate(chosen)), 100 * p, rtol=0, atol=1)
+
+
+def test_in_turn_nobody_evaluates_where_it_is_nobodys_turn():
+    """One of 4 agents in 4 of 5 iterations: their order by hand, and 4, who is nobody, in the fifth."""
+    order = [4, 0, 1, 2, 3]
+    assert [coins.cyclic(0.2)(None, k, TOY_RING).item() for k in range(10)] == 2 * order
+    _, info = toy_run(decentralized.s3ldbo(PROBLEM, TOY_RING, TOY_STEPS, coins=coins.cyclic(0.2)))
+    evaluated = np.asarray(info.calls.inner_gradients)
+    turns = np.array([order[max(k - 1, 0) % 5] for k in range(len(evaluated))])
+    np.testing.assert_array_equal(evaluated, turns[:, None] == np.arange(4))
 
 
 def test_coin_of_an_agent_does_not_depend_on_the_other_agents():

@@ -72,6 +72,82 @@ def test_of_a_linear_model_the_change_is_that_of_the_hessian(output_loss, rows):
     assert found.x is None
 
 
+def test_with_one_output_the_change_is_that_of_the_hessian_however_examples_are_curved():
+    inner_loss = loss_of(
+        lambda y, a: a @ y, bx.curvature.sigmoid_cross_entropy, weights=lambda x, batch: jax.nn.sigmoid(x)
+    )
+    start, end = (point._replace(y=point.y[:, :1], v=point.v[:, :1]) for point in (START, END))
+    batch = INPUTS, (LABELS[:, None] > 0).astype(float)
+    product = jax.jit(lambda v: bx.curvature.hessian(inner_loss, start.x, start.y, batch)(v))
+    found = change(inner_loss, start, end, batch)
+    close(found.y, product(end.y - start.y))
+    close(found.v, product(end.v - start.v))
+
+
+def test_the_outer_loss_changes_v_by_its_hessian():
+    outer_loss = loss_of(lambda y, a: a @ y, bx.curvature.squared_error)
+    batch = INPUTS, jax.nn.one_hot(LABELS, CLASSES)
+    model, data = prediction.outer_kronecker(outer_loss), bx.Batch(batch, None)
+    found = jax.jit(lambda s, e: model.change(model.init(None, s, None, data), None, s, e, data))(START, END)
+    product = jax.jit(lambda v: bx.curvature.hessian(outer_loss, START.x, START.y, batch)(v))
+    close(found.v, -product(END.y - START.y))
+    assert (found.x, found.y) == (None, None)
+
+
+def test_bounded_changes_of_y_and_v_are_no_longer_than_the_directions():
+    model, data = prediction.bounded(prediction.kronecker()), bx.Batch(None, (INPUTS, LABELS))
+    whole = change(WEIGHTED, START, END, (INPUTS, LABELS))
+    short, longer = ({name: ratio * np.linalg.norm(whole.y) for name in "yv"} for ratio in (0.5, 1e3))
+    d = bx.Levels(jnp.zeros(N), jnp.full((D, CLASSES), short["y"] / 12**0.5), jnp.full((D, CLASSES), longer["v"]))
+
+    @jax.jit
+    def found(d):
+        problem = problem_of(WEIGHTED)
+        memory = model.init(problem, START, d, data)
+        after = model.update(memory, problem, START, START, d, data)  # the directions are twice as long there
+        return [model.change(one, problem, START, END, data) for one in (memory, after)]
+
+    once, twice = found(d)
+    close(once.x, whole.x)
+    close(once.y, whole.y / 2)
+    close(once.v, whole.v)
+    close(twice.y, whole.y)
+
+
+@pytest.mark.parametrize("bounded", [False, True])
+def test_the_limit_is_that_of_sldbo(bounded):
+    """Of four agents with data of their own, one of which refreshes in an iteration, with a model that is not exact."""
+    rng = np.random.default_rng(1)
+    inputs, labels = rng.normal(size=(2, 4, 5, 3)), rng.integers(0, 3, (2, 4, 5))
+    fit = loss_of(lambda y, a: a @ y)
+    problem = bx.BilevelProblem(
+        lambda x, y, batch: fit(x, y, batch) + 0.5 * x**2,
+        lambda x, y, batch: fit(x, y, batch) + 0.5 * jnp.sum(jnp.exp(x) * y**2),
+    )
+    batch = bx.Batch(*((jnp.asarray(a), jnp.asarray(b)) for a, b in zip(inputs, labels, strict=True)))
+    known = bx.BilevelProblem(lambda x, y, batch: 0.5 * x**2, lambda x, y, batch: 0.5 * jnp.sum(jnp.exp(x) * y**2))
+    model = prediction.chain(prediction.data_free(known), prediction.kronecker(fit))
+    if bounded:
+        outer = prediction.trusted(prediction.outer_kronecker(fit))
+        model = prediction.bounded(prediction.chain(model, outer))
+    ring, steps = bx.gossip(bx.topology.ring(4)), bx.Levels(0.1, 0.2, 0.2)
+    predicted = bx.decentralized.s3ldbo(problem, ring, steps, coins=bx.coins.cyclic(0.2), predict=model)
+    start = bx.replicate((jnp.zeros(()), jnp.zeros((3, 3))), 4)
+
+    @jax.jit
+    def run():
+        def end(method, iterations):
+            state = method.init(*start, batch)
+            step = lambda _, state: method.step(KEYS[0], state, batch)[0]  # noqa: E731
+            state = jax.lax.fori_loop(0, iterations, step, state)
+            return state.x, state.y, state.v
+
+        return end(bx.decentralized.sldbo(problem, ring, steps), 2000), end(predicted, 2000)
+
+    for one, other in zip(*run(), strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-9)
+
+
 def test_the_weights_of_the_examples_say_exactly_what_x_does():
     moved, batch = START._replace(x=END.x), (INPUTS, LABELS)
     close(change(WEIGHTED, START, moved, batch).x, of_directions(WEIGHTED, START, moved, batch))

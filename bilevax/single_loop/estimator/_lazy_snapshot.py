@@ -69,7 +69,7 @@ def lazy_snapshot(coins: Coins, *, predict: Prediction | None = None) -> Estimat
 
     Args:
       coins: `coins(key, k, gossip)` -> who refreshes: a scalar bool (all or none), a bool [n] of the agents held here,
-        or int [m], global ids, of which those of agents held elsewhere are left out. See `bx.coins`.
+        or int [m], global ids, of which those of agents held elsewhere, or of nobody, are left out. See `bx.coins`.
       predict: a `Prediction` of how directions change between refreshes, see `bx.single_loop.prediction`; None for
         directions that stay as they are.
 
@@ -117,9 +117,14 @@ def _refreshed(
     if jnp.issubdtype(chosen.dtype, jnp.integer) and chosen.ndim == 1:
         positions = chosen - oracle.gossip.agents()[0]
         positions = jnp.where((positions < 0) | (positions >= ones.size), ones.size, positions)  # held elsewhere
-        there = jax.tree.map(lambda leaf: jnp.asarray(leaf)[positions], (state, point, batch))
-        new = snapshots.refresh(oracle, *there)
-        state = jax.tree.map(lambda old, new: old.at[positions].set(new, mode="drop"), state, new)
+
+        def refreshed() -> Any:
+            there = jax.tree.map(lambda leaf: jnp.asarray(leaf)[positions], (state, point, batch))
+            new = snapshots.refresh(oracle, *there)
+            return jax.tree.map(lambda old, new: old.at[positions].set(new, mode="drop"), state, new)
+
+        alone = len(positions) == 1  # who may be nobody, in turns
+        state = jax.lax.cond(positions[0] < ones.size, refreshed, lambda: state) if alone else refreshed()
         return state, (0 * ones).at[positions].add(1, mode="drop")
     _check_choice(chosen, ones.shape)
     chosen = chosen & (k > 0)

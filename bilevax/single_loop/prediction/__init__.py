@@ -5,9 +5,11 @@ evaluation it changes nothing, so that a snapshot method ends where it ends with
 `bx.single_loop.estimator.lazy_snapshot(coins, predict=...)`.
 """
 
+from bilevax.single_loop.prediction._bounded import bounded
 from bilevax.single_loop.prediction._chain import chain
 from bilevax.single_loop.prediction._data_free import data_free
 from bilevax.single_loop.prediction._kronecker import KroneckerState, kronecker
+from bilevax.single_loop.prediction._outer_kronecker import outer_kronecker
 from bilevax.single_loop.prediction._secants import SecantsState, secants
 from bilevax.single_loop.prediction._trusted import TrustedState, trusted
 from bilevax.single_loop.prediction.prediction_type import Prediction
@@ -17,9 +19,11 @@ __all__ = [
     "Prediction",
     "SecantsState",
     "TrustedState",
+    "bounded",
     "chain",
     "data_free",
     "kronecker",
+    "outer_kronecker",
     "secants",
     "trusted",
 ]

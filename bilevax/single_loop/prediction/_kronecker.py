@@ -1,5 +1,6 @@
 """Kronecker factors of an agent's own curvature, as they were at its last refresh."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -7,14 +8,16 @@ import jax.numpy as jnp
 import optax
 
 from bilevax import checks
+from bilevax.carried import parameters
 from bilevax.curvature.fisher import Fisher, exact
+from bilevax.curvature.forms import Factors, Kronecker
 from bilevax.curvature.kronecker import factors, product, spectral
-from bilevax.curvature.model_loss import ModelLoss
+from bilevax.curvature.model_loss import ModelLoss, held, structured
 from bilevax.printing import as_called
-from bilevax.problem import Batch, BilevelProblem
+from bilevax.problem import Batch, BilevelProblem, Loss
 from bilevax.single_loop._levels import Levels
 from bilevax.single_loop.prediction.prediction_type import Prediction
-from bilevax.typing import Array, PyTree
+from bilevax.typing import Array, PyTree, Scalar
 
 
 class KroneckerState(NamedTuple):
@@ -47,14 +50,15 @@ def kronecker(inner_loss: ModelLoss | None = None, *, fisher: Fisher | None = No
         d̂_y = d_y + G (y − y_r)            d̂_v = d_v + G (v − v_r)            G = blockdiag(A ⊗ B) at z_r
         d̂_x = d_x − [∂w(x)/∂x − ∂w(x_r)/∂x]ᵀ q        q_n = ⟨∇_y loss_n(y_r), v_r⟩ / N
 
-    A ⊗ B is the Gauss–Newton matrix of the data, without the penalty, which `data_free` evaluates: chain the two. It is
-    exact where the model is linear with a squared error and one example, or one output; d̂_x, which is there where the
-    loss has `weights`, is exact as long as y and v stand. What f says of y and v, and how the weights pull at y, is
+    A ⊗ B is the Gauss–Newton matrix of the data, without the penalty, which `data_free` evaluates: chain the two. Each
+    example counts in A by the trace of its output curvature L_n, so that the matrix is exact where a linear model has
+    one output, where all L_n are one, or with one example. d̂_x, which is there where the loss has `weights`, is exact
+    as long as y and v stand. What f says of v as y moves is left to `outer_kronecker`; how the weights pull at y is
     left out.
 
-    It pays with gradient tracking, where the steps of y and v may stay near those of `sldbo`; exact diffusion may ask
-    for smaller ones. With softmax regression and agents of few classes each it does where secants gain nothing; where x
-    are the weights of a network it does not help, since no factor says how the directions change with x.
+    With softmax regression and agents of few classes each it pays where secants gain nothing. Where steps are long,
+    `bounded` keeps it from diverging. Where x are the weights of a network it does not help, since no factor says how
+    the directions change with x.
 
     Args:
       inner_loss: g, or what of it is a `bx.curvature.ModelLoss`; None for the inner loss of the problem.
@@ -72,8 +76,8 @@ def kronecker(inner_loss: ModelLoss | None = None, *, fisher: Fisher | None = No
     about 8 N d_in d_out. None of it counts in `Info.calls`: it saves work where an agent has many more examples than a
     layer has inputs.
 
-    Reference: own; the factors are those of Martens and Grosse, arXiv 1503.05671. There their inverse preconditions a
-    step; here they say what an agent would evaluate, and the step stays what it is.
+    Reference: own; the factors are those of Martens and Grosse, arXiv 1503.05671, but for the traces in A. There their
+    inverse preconditions a step; here they say what an agent would evaluate, and the step stays what it is.
 
     Example:
         >>> import bilevax as bx, jax.numpy as jnp
@@ -96,7 +100,7 @@ def kronecker(inner_loss: ModelLoss | None = None, *, fisher: Fisher | None = No
 
     def init(problem: BilevelProblem, point: Levels[PyTree], d: Levels[PyTree], batch: Batch) -> KroneckerState:
         loss, (x, y, v) = parts(problem), point
-        found = factors(None, loss, x, y, batch.inner, fisher=chosen, inverse=spectral)
+        found = weighted_factors(loss, x, y, batch.inner, chosen)
         return KroneckerState(found, _slopes(loss, x, y, v, batch.inner))
 
     def update(
@@ -119,6 +123,40 @@ def kronecker(inner_loss: ModelLoss | None = None, *, fisher: Fisher | None = No
         return Levels(_of_weights(loss, memory.slopes, start.x, end.x, batch.inner), y, v)
 
     return Prediction(init, update, change)
+
+
+def weighted_factors(loss: Loss, x: PyTree, y: PyTree, batch: PyTree, fisher: Fisher) -> Factors:
+    """Kronecker factors in which examples count in A by the traces of their output curvatures.
+
+    A = Σ_n q_n ā_n ā_nᵀ,   q_n ∝ w_n tr L_n          B = 1/N Σ_n w_n Σ_k u_nk u_nkᵀ
+    """
+    loss, y = structured(held(loss, y), "Kronecker factors"), parameters(y)
+    inputs, targets = loss.inputs_and_targets(x, batch)
+    outputs = loss.model(y, inputs)
+    traces = _traces(loss, outputs, targets)
+
+    def weights(x: PyTree, batch: PyTree) -> Array:
+        own = jnp.ones(len(traces), traces.dtype) if loss.weights is None else loss.weights(x, batch)
+        return own.reshape(own.shape + (1,) * (traces.ndim - own.ndim)) * traces
+
+    def of(loss: ModelLoss) -> Factors:
+        return factors(None, loss, x, y, batch, fisher=fisher, inverse=spectral)
+
+    def merged(curved: Any, weighted: Any) -> Any:  # a diagonal has no A
+        return curved._replace(a=weighted.a, mass=weighted.mass) if isinstance(curved, Kronecker) else curved
+
+    curved, weighted = of(loss), of(dataclasses.replace(loss, weights=weights))
+    return {name: merged(one, weighted[name]) for name, one in curved.items()}
+
+
+def _traces(loss: ModelLoss, outputs: Array, targets: PyTree) -> Array:
+    """Of the curvature of each value of the output loss [N, ...]."""
+    columns, column = exact(None, loss.loss, outputs, targets)
+
+    def square(k: Scalar) -> Array:
+        return jnp.sum(column(k) ** 2, axis=-1)
+
+    return jax.lax.fori_loop(1, columns, lambda k, total: total + square(k), square(0))
 
 
 def _slopes(loss: ModelLoss, x: PyTree, y: PyTree, v: PyTree, batch: PyTree) -> Any:
