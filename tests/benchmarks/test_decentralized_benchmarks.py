@@ -242,37 +242,53 @@ def test_skipping_agents_reach_the_known_figures_of_those_that_do_not():
         np.testing.assert_allclose(lazy[name], every[name], rtol=0, atol=0.005)
 
 
-def _commands(folder, *extra, devices=1):
-    command = ["decentralized-hyper-cleaning", "--quick", "--outer-steps", "4", "--methods", "s3ldbo-0.5"]
-    environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-    return functools.partial(
-        subprocess.Popen,
-        [sys.executable, "-m", "benchmarks", *command, *extra, "--results", str(folder)],
-        env=environment,
+PROGRAM = """
+import sys
+
+from benchmarks.__main__ import main
+from benchmarks.decentralized import hyper_cleaning as task
+
+task.OUTER_GRID, task.SMALL = task.OUTER_GRID[1:-1], task.SMALL._replace(inner_grid=(0.6,))
+command = "decentralized-hyper-cleaning --quick --outer-steps 4 --methods s3ldbo-0.5 --results"
+sys.exit(any([main([*command.split(), *options.split()]) for options in sys.argv[1:]]))
+"""
+
+
+def _start(*runs):
+    """A process with two devices, which runs the command with some options after others; one pair is all of its grid."""
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, *runs],
+        env=os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(sys.path)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
 
 
-def _loss(folder, processes):
+def _end(*processes):
     for process in processes:
         output, _ = process.communicate(timeout=300)
         assert process.returncode == 0, output
+
+
+def _loss(folder):
     (path,) = folder.glob("*/s3ldbo-0.5-seed0.json")
     return json.loads(path.read_text())["curve"]["outer_loss"]
 
 
 @pytest.mark.slow
 def test_devices_and_hosts_give_the_same_numbers(tmp_path):
-    one = _loss(tmp_path / "one", [_commands(tmp_path / "one")()])
-    for placement in ("shard_map", "pmap"):
-        folder = tmp_path / placement
-        many = _loss(folder, [_commands(folder, "--devices", "2", "--placement", placement, devices=2)()])
-        np.testing.assert_allclose(many, one, rtol=1e-4)
+    names = ("one", "shard_map", "pmap", "hosts")
+    folders = {name: tmp_path / name for name in names}
+    two = [f"{folders[name]} --devices 2 --placement {name}" for name in ("shard_map", "pmap")]
+    _end(_start(str(folders["one"]), *two))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    cluster, folder = ("--distributed", "--coordinator", address, "--processes", "2", "--process"), tmp_path / "hosts"
-    hosts = [_commands(folder, *cluster, str(number), devices=2)() for number in range(2)]
-    np.testing.assert_allclose(_loss(folder, hosts), one, rtol=1e-4)
+    cluster = f"{folders['hosts']} --distributed --coordinator {address} --processes 2 --process"
+    _end(*[_start(f"{cluster} {number}") for number in range(2)])
+    one, *others = (_loss(folders[name]) for name in names)
+    assert len({*one}) == len(one) > 4
+    for many in others:
+        np.testing.assert_allclose(many, one, rtol=1e-4)
