@@ -84,9 +84,14 @@ def pytest_runtest_call(item):
 
 
 def pytest_collection_finish():
-    """Collects garbage less often, and not among what has been imported: tracing makes much that is soon forgotten."""
-    gc.freeze()
+    """Collects garbage less often: tracing makes much that is soon forgotten."""
     gc.set_threshold(20_000, 20, 20)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    """Looks for garbage only among what the test makes; JAX, when it looks for leaks, does so at every trace."""
+    gc.freeze()
 
 
 @pytest.hookimpl(trylast=True)
@@ -95,6 +100,7 @@ def pytest_runtest_teardown():
     if len(compiled) - dropped[-1] > MANY:
         dropped.append(len(compiled))
         jax.clear_caches()
+        gc.unfreeze()
         gc.collect()
         if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # of glibc, which keeps what is freed
             trim(0)
