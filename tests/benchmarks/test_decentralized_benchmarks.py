@@ -116,6 +116,7 @@ def test_every_partition_of_the_command_line_loses_nothing(choice):
 @pytest.mark.compiles(180)  # a whole run of a command
 def test_a_run_writes_records_of_one_schema_a_plot_and_what_was_spent(run, monkeypatch):
     monkeypatch.setattr(hyper_cleaning, "OUTER_GRID", hyper_cleaning.OUTER_GRID[-3:])
+    monkeypatch.setattr(hyper_cleaning, "SMALL", hyper_cleaning.SMALL._replace(inner_grid=(0.3, 0.6)))
     code, printed, records, plots = run(
         "decentralized-hyper-cleaning --quick --seed 3 --outer-steps 4 --methods s3ldbo-0.5 sparkle-ed --coins subset",
         "decentralized_hyper_cleaning-coins_subset-quick",
@@ -255,7 +256,7 @@ sys.exit(any([main([*command.split(), *options.split()]) for options in sys.argv
 
 
 def _start(*runs):
-    """A process with two devices, which runs the command with some options after others; one pair is all of its grid."""
+    """A process with two devices, whose grid is one pair, and which runs the command with each of some options."""
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
     return subprocess.Popen(
         [sys.executable, "-c", PROGRAM, *runs],

@@ -37,6 +37,8 @@ def small(monkeypatch):
     monkeypatch.setattr(heads, "BACKBONE", heads.Backbone(widths=(4,)))
     monkeypatch.setattr(meta_learning, "BACKBONE", heads.BACKBONE)
     monkeypatch.setattr(meta_learning, "TEST_TASKS", 3)
+    monkeypatch.setattr(meta_learning, "OUTER_GRID", meta_learning.OUTER_GRID[1:3])
+    monkeypatch.setattr(meta_learning, "INNER_GRID", meta_learning.INNER_GRID[1:2])
     monkeypatch.setattr(meta_learning, "read", lambda name: (jnp.asarray(photos(0)), jnp.asarray(photos(1))))
 
 

@@ -99,7 +99,8 @@ def test_hypergradients_run_beside_those_of_a_job_and_do_what_the_same_ones_do_t
 
 
 @pytest.mark.compiles(80)  # a whole run of a command
-def test_algorithms_are_tuned_and_judged_like_the_same_ones_of_a_job(run, plugin):
+def test_algorithms_are_tuned_and_judged_like_the_same_ones_of_a_job(run, plugin, monkeypatch):
+    monkeypatch.setattr(penalties_of_agents, "INNER_GRID", penalties_of_agents.INNER_GRID[1:3])
     path = plugin(METHODS)
     arguments = f"--plugin {path} --methods sldbo my-sldbo --agents 3 --rows 60 --outer-steps 4"
     code, output, records = run(f"decentralized-regularization {arguments}")
