@@ -41,6 +41,7 @@ CAPTION = """\
 Derivative evaluations of an agent until 90 % and 99 % of SLDBO's decrease of F, medians over judged seeds: with the
 pair of a grid that is best for the target on the tuning seeds, whose tuning does not count, and with suggested steps,
 whose search does: own is what it spent. inf: not reached in the run. a_y L: with L the largest curvature of the mean g.
+Momentum is no step size: suggested steps go with that of the pair that is best for 99 %.
 """
 
 
@@ -120,7 +121,7 @@ def _job(
 
 def suggested(row: Row, turn: Turn, here: Here, topologies: bx.Levels, seed: int, tuned: Run, base: Run) -> Suggestion:
     """Finds steps for a method on a judged seed, and runs on with them."""
-    network, settings = here.networks[seed], turn.grid[0].settings
+    network, settings = here.networks[seed], tuned.configuration["settings"]
     graphs = row.graphs(topologies)
     gossip = bx.gossip(graphs.y)
     problem, batch = network.problem, network.batch

@@ -1,7 +1,8 @@
 """Averages over the agents that their neighbours alone bring about, in as few rounds as the graph allows."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +14,8 @@ from bilevax.agents import topology as graphs
 from bilevax.agents._gossip import Gossip
 from bilevax.sampling import fold
 from bilevax.typing import Array, Key, PyTree
+
+MOST = 10_000  # periods over a directed graph
 
 
 class Average(NamedTuple):
@@ -44,22 +47,24 @@ def average(gossip: Gossip, error: float) -> Average:
       `Average`.
 
     Raises:
-      ValueError: if gossip is compressed: its error shrinks at another rate.
+      ValueError: if gossip keeps a copy of each message, as compression does: its error shrinks at another rate; if a
+        directed graph takes more than ten thousand periods.
     """
-    graph = gossip.topology
-    one = isinstance(graph, graphs.Topology)
-    plain = gossip.weights(gossip.init(jnp.zeros(gossip.agents().shape))) is None
-    if plain and one and jax.tree.leaves(jax.eval_shape(gossip.init, jnp.zeros(gossip.agents().shape))):
+    graph, message = gossip.topology, jnp.zeros((*gossip.agents().shape, 2))
+    if any(leaf.shape == message.shape for leaf in jax.tree.leaves(jax.eval_shape(gossip.init, message))):
         raise ValueError(
-            f"gossip must send its messages as they are; got {gossip!r:.80}, which compresses them. Pass "
-            f"bx.gossip(topology) of the same graph, and compress in make."
+            f"gossip must send its messages as they are; got {gossip!r:.80}, which keeps copies of them, as "
+            f"compression does. Pass bx.gossip(topology) of the same graph, and compress in make."
         )
-    sigma = _contraction(graph)
-    if plain and one and graphs.is_symmetric(graph):
-        weights = _chebyshev(sigma, error)
+    plain = gossip.weights(gossip.init(message)) is None
+    one = isinstance(graph, graphs.Topology)
+    sequence = (graph,) if one else tuple(graph)
+    if any(part.directed for part in sequence):
+        weights = np.ones(len(sequence) * _directed(sequence, error))
+    elif plain and one and graphs.is_symmetric(graph):
+        weights = _chebyshev(1 - graphs.spectral_gap(graph), error)
     else:
-        period = 1 if one else len(graph)
-        weights = np.ones(period * _plain(sigma, error))
+        weights = np.ones(len(sequence) * _plain(1 - graphs.spectral_gap(graph), error))
 
     def apply(key: Key, tree: PyTree) -> tuple[PyTree, Array]:
         def turn(carry: Any, parts: tuple[Array, Array]) -> tuple[Any, Array]:
@@ -78,13 +83,21 @@ def average(gossip: Gossip, error: float) -> Average:
     return Average(apply, len(weights))
 
 
-def _contraction(topology: Any) -> float:
-    """What one round (period) leaves of the agents' differences, at most."""
-    sequence = (topology,) if isinstance(topology, graphs.Topology) else tuple(topology)
-    if any(one.directed for one in sequence):
-        sizes = np.sort(np.abs(graphs.eigenvalues(topology)))
-        return float(sizes[-2]) if len(sizes) > 1 else 0.0
-    return 1 - graphs.spectral_gap(topology)
+def _directed(sequence: Sequence[graphs.Topology], error: float) -> int:
+    """Periods of push-sum until what agents have, z / ω, is near the mean: counted, as no eigenvalue of W bounds it.
+
+    ‖diag(ω)⁻¹ Wᵏ − 11ᵀ/n‖ in Frobenius' norm, with ω = Wᵏ 1.
+    """
+    period = reduce(lambda past, one: one.matrix @ past, sequence, np.eye(sequence[0].n))
+    mixed = period
+    for number in range(1, MOST + 1):
+        if np.linalg.norm(mixed / mixed.sum(1, keepdims=True) - 1 / len(mixed)) <= error:
+            return number
+        mixed = period @ mixed
+    raise ValueError(
+        f"gossip must bring its agents within {error:g} of their mean in {MOST} periods of its directed graph; got "
+        f"{sequence[0]!r:.80}, which does not. Pass one that joins all agents, such as bx.topology.exponential(8)."
+    )
 
 
 def _plain(sigma: float, error: float) -> int:

@@ -1,4 +1,4 @@
-"""The largest curvature of the mean inner loss, and of the agents' own, by power iterations through gossip."""
+"""The largest curvature of the mean inner loss by power iterations through gossip, and what a search has spent."""
 
 from typing import Any, NamedTuple
 
@@ -91,22 +91,23 @@ def curvatures(
         safe = jnp.maximum(lengths, float(jnp.finfo(jnp.float32).tiny))
         return per_agent(lambda size, leaf: leaf / size, safe, t), lengths
 
-    def iterate(carry: tuple[PyTree, PyTree, PyTree, PyTree], number: Array) -> tuple[Any, tuple[Array, Array, Array]]:
-        u, t, last, mine = carry
-        (p,), (alone,) = products(u), products(mine)
+    def iterate(carry: tuple[PyTree, PyTree, PyTree], number: Array) -> tuple[Any, tuple[Array, Array]]:
+        both, t, last = carry  # u of the mean and of each agent, leaves [2, n, ...]
+        (both,) = jax.vmap(products)(both)
+        p, alone = (jax.tree.map(lambda leaf, place=place: leaf[place], both) for place in range(2))
         t, sent = averages.rough.apply(fold(key, number), optax.tree.add(t, optax.tree.sub(p, last)))
-        (u, lengths), (mine, own) = normed(t), normed(alone)
-        return (u, t, p, mine), (lengths, own, sent)
+        both, lengths = jax.vmap(normed)(jax.tree.map(lambda *pair: jnp.stack(pair), t, alone))
+        return (both, t, p), (lengths, sent)
 
     zeros = optax.tree.zeros_like(y)
     one = optax.tree.random_like(key, jax.tree.map(lambda leaf: leaf[0], y), sampler=jax.random.normal)
-    start, _ = normed(jax.tree.map(lambda leaf, all: jnp.broadcast_to(leaf, all.shape), one, y))
-    _, (lengths, own, sent) = jax.lax.scan(iterate, (start, zeros, zeros, start), jnp.arange(PRODUCTS))
+    start = jax.tree.map(lambda leaf, all: jnp.broadcast_to(leaf, (2, *all.shape)), one, y)
+    start, _ = jax.vmap(normed)(start)
+    _, (lengths, sent) = jax.lax.scan(iterate, (start, zeros, zeros), jnp.arange(PRODUCTS))
     none, ones = jnp.zeros(agents.shape), jnp.ones(agents.shape)
     rounds = jnp.asarray(PRODUCTS * averages.rough.rounds)
     spent = Spent(Calls(none, ones, 2 * PRODUCTS * ones, none), sent.sum(0), rounds, jnp.zeros(()), jnp.zeros(()))
-    (mean, mine), size = averages.fine.apply(key, (lengths[-1], own[-1]))
-    mean, mine, spent = gossip.mean(mean), gossip.mean(mine), spent.sent(size, averages.fine.rounds)
-    powers, size = averages.fine.apply(key, (own[-1] / mine) ** SHARPNESS)
-    largest = mine * (gossip.n * gossip.mean(powers)) ** (1 / SHARPNESS)
-    return Curvatures(mean, largest), spent.sent(size, averages.fine.rounds)
+    powers = jnp.stack([lengths[-1, 0], lengths[-1, 1] ** SHARPNESS], axis=1)  # [n, 2]
+    powers, size = averages.fine.apply(key, powers)
+    mean, power = gossip.mean(powers)
+    return Curvatures(mean, (gossip.n * power) ** (1 / SHARPNESS)), spent.sent(size, averages.fine.rounds)
