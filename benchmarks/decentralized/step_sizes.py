@@ -154,7 +154,7 @@ def suggested(row: Row, turn: Turn, here: Here, topologies: bx.Levels, seed: int
         both: dict[str, float] = {}
         for name in ("derivatives", "megabytes"):
             best = min((_cost(one.curve, name, target) for one in tuned.tries), default=math.inf)
-            mine = _cost(curve, name, target) if curve else math.inf
+            mine = max(own[name], _cost(curve, name, target)) if curve else math.inf  # nothing is known within a search
             both |= {f"tuned_{name}": best, f"suggested_{name}": mine, f"ratio_{name}": mine / best}
         targets[f"{level.share:g}"] = both
     pilots = [
