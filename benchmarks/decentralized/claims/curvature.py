@@ -18,21 +18,21 @@ def iterations(run: Record) -> Spent:
 
 def curvature(results: Results) -> Claim:
     """Iterations with factors over those without."""
-    rows, found = [], []
+    rows, found, counts = [], [], dict[str, str]()
     for method in METHODS:
         pairs = matched(results.get("curvature", ()), method, "plain")
         own, other = ([iterations(pair[place]) for pair in pairs] for place in (0, 1))
         found.append(compared([*zip(own, other, strict=True)], 1.0, operator.lt, "curvature"))
         penalties = cell([run.metrics["penalty"] for run, _ in pairs]) if pairs else "–"
         costs = [averaged(side) + arrivals(side) if side else "–" for side in (own, other)]
+        counts |= {"without": costs[1], method: costs[0]}
         rows.append([method, found[-1].words, *costs, penalties, bold(found[-1].verdict)])
     return Claim(
         title="Curvature of each agent's own saves iterations",
         source="beyond the papers",
         words="SLDBO reaches the same x* in fewer iterations if y and v, or v alone, move along directions that the "
         "Kronecker factors of each agent's own loss have rescaled after they were tracked.",
-        numbers="of the iterations without: "
-        + "; ".join(f"{method} {one.words}" for method, one in zip(METHODS, found, strict=True)),
+        numbers="iterations " + "; ".join(f"{method}: {count}" for method, count in counts.items()),
         verdicts=[one.verdict for one in found],
         measure="One penalty of a softmax regression. Number: iterations until all three mean directions at the mean "
         "iterate are at 1e-6 of their first values, over those without factors. As many pairs of steps are tried for "
