@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.flatten_util import ravel_pytree
 
 from bilevax.agents._gossip import Gossip, per_agent
 from bilevax.problem import Batch, BilevelProblem, Calls, inner_gradient, norm
@@ -100,7 +101,8 @@ def curvatures(
         return (both, t, p), (lengths, sent)
 
     zeros = optax.tree.zeros_like(y)
-    one = optax.tree.random_like(key, jax.tree.map(lambda leaf: leaf[0], y), sampler=jax.random.normal)
+    flat, unravel = ravel_pytree(jax.tree.map(lambda leaf: leaf[0], y))
+    one = unravel(jax.random.rademacher(key, flat.shape, flat.dtype))  # one draw, which compiles fast
     start = jax.tree.map(lambda leaf, all: jnp.broadcast_to(leaf, (2, *all.shape)), one, y)
     start, _ = jax.vmap(normed)(start)
     _, (lengths, sent) = jax.lax.scan(iterate, (start, zeros, zeros), jnp.arange(PRODUCTS))
