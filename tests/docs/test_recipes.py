@@ -131,6 +131,26 @@ def test_shards_of_y_change_no_number():
     assert page.grads[0].sharding.is_fully_replicated
 
 
+# Agents that skip most of their derivatives
+
+
+def test_agents_that_skip_learn_the_best_penalty_with_a_tenth_of_the_evaluations():
+    page = run("Agents that skip most of their derivatives")
+
+    def error(x):
+        a, b = page.few
+        y = jnp.linalg.solve(a.T @ a / len(a) + jnp.exp(x) * jnp.eye(a.shape[1]), a.T @ b / len(a))
+        return squared_error(page.train[0] @ y, page.train)
+
+    grid = jnp.linspace(-6, 6, 120_001)
+    values = jax.jit(jax.vmap(error))(grid)
+    best = grid[values.argmin()]
+    assert -5 < best < 5
+    close(page.state.x, jnp.full(4, best), rtol=0, atol=2e-4)
+    close(page.learnt, page.state.x[0])
+    close(page.info.calls.hessian_products.sum(0), jnp.full(4, 100.0), rtol=0, atol=1)
+
+
 # Constraints and kinks in y
 
 
