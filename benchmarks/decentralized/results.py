@@ -5,10 +5,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from benchmarks.decentralized.claims import CLAIMS
-from benchmarks.decentralized.claims.claim import Claim, table
+from benchmarks.decentralized.claims.claim import OWN, Claim, table
 from benchmarks.decentralized.paper_jobs import Job
 from benchmarks.decentralized.records import Record, Results
-from benchmarks.decentralized.verdicts import FAILS, HOLDS, OPEN, SHORT, cell, last_quarter, summary, tally
+from benchmarks.decentralized.verdicts import FAILS, HOLDS, OPEN, SHORT, cell, counted, last_quarter, overall, summary
 from benchmarks.harness.grid import at_ends
 
 COLUMNS = {
@@ -32,11 +32,13 @@ TEMPLATE = """\
 # Decentralized methods: what the papers claim, and what was measured
 
 {overview}
-Verdicts count comparisons: tasks, targets and methods. "{holds}": the mean over seeds meets the bound by more than its
-standard error, or every seed does. "{fails}": the opposite. "{short}": a target was not reached, and at the pace of its
-last quarter a longer run might have met the bound. "{open}": within a standard error of the bound, or seeds that do not
-agree. Ranges are of means over the seeds where both methods arrive, if most do, and what is in brackets says for how
-many comparisons that is so. A verdict is about these runs, not about the papers.
+The numbers of verdicts count comparisons: tasks, targets and methods. "{holds}": the mean over seeds meets the bound by
+more than its standard error, or every seed does. "{fails}": the opposite. Open is "{short}": a target was not reached,
+and at the pace of its last quarter a longer run might have met the bound; and "{open}": within a standard error of the
+bound, or seeds that do not agree. The word is that of the comparisons that are decided: all hold, three in four, more
+than one in four, fewer, none; "open" where more than twice as many are not decided. Ranges are of means over the seeds
+where both methods arrive, if most do, and what is in brackets says for how many comparisons that is so. A verdict is
+about these runs, not about the papers.
 
 This file is made by the command below, of the JSON files of its runs. Do not edit it: run the command again, with
 `--report-only` to write it from files that are there.
@@ -191,9 +193,16 @@ def section(job: Job, records: Sequence[Record], log: Log | None) -> str:
     return "\n".join(parts)
 
 
-def line(place: int, claim: Claim) -> list[str]:
-    """A claim in the table of all."""
-    return [f"{place}. {claim.title} ({claim.source})", claim.words, claim.numbers, tally(claim.verdicts)]
+def overview(claims: Sequence[Claim]) -> str:
+    """A table of the papers' claims and one of our own, each claim in a line."""
+    sides: dict[bool, list[list[str]]] = {False: [], True: []}
+    for place, claim in enumerate(claims, 1):
+        name = f"{place}. {claim.title}" + f" ({claim.source})" * (claim.source != OWN)
+        counts = " / ".join(map(str, counted(claim.verdicts)))
+        sides[claim.source == OWN].append([name, f"**{overall(claim.verdicts)}**", counts, claim.numbers])
+    titles = {False: "claim of a paper", True: "claim beyond the papers"}
+    headers = "verdict", "holds / does not / open", "measured"
+    return "\n".join(table([titles[side], *headers], lines) for side, lines in sides.items())
 
 
 def described(place: int, claim: Claim) -> str:
@@ -233,7 +242,6 @@ def render(command: str, quick: bool, jobs: Sequence[Job], results: Results, log
     claims = [make(results) for make in CLAIMS]
     absent = [job.name for job in jobs if not results.get(job.name)]
     failed = [f"{name} (code {log.code})" for name, log in logs.items() if log.code and results.get(name)]
-    lines = [line(place, claim) for place, claim in enumerate(claims, 1)]
     return TEMPLATE.format(
         command=command,
         setting=SETTINGS[quick],
@@ -252,7 +260,7 @@ def render(command: str, quick: bool, jobs: Sequence[Job], results: Results, log
         short=SHORT,
         open=OPEN,
         picture=PICTURE,
-        overview=table(["claim", "what it says", "measured", "verdict"], lines),
+        overview=overview(claims),
         claims="\n".join(described(place, claim) for place, claim in enumerate(claims, 1)),
         numbers="\n".join(section(job, results.get(job.name, ()), logs.get(job.name)) for job in jobs),
     )

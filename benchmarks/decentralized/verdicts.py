@@ -213,9 +213,17 @@ def cell(values: Sequence[float | None]) -> str:
     return text + f" ({len(values) - len(finite)} not finite)" * (len(finite) < len(values))
 
 
-def tally(verdicts: Sequence[str]) -> str:
-    """Several verdicts in one."""
+def counted(verdicts: Sequence[str]) -> tuple[int, int, int]:
+    """How many hold, do not hold, and are open: too short or not decided."""
     counts = Counter(verdict.partition(":")[0] for verdict in verdicts)
-    if len(counts) == 1:
-        return f"**{next(iter(counts))}**" + f" ({len(verdicts)} of {len(verdicts)})" * (len(verdicts) > 1)
-    return ", ".join(f"{verdict} {counts[verdict]}" for verdict in VERDICTS if counts[verdict]) + f" of {len(verdicts)}"
+    return counts[HOLDS], counts[FAILS], counts[SHORT] + counts[OPEN]
+
+
+def overall(verdicts: Sequence[str]) -> str:
+    """Several verdicts in one word, by those that are decided; open where most are not."""
+    holds, fails, undecided = counted(verdicts)
+    if not holds + fails or undecided > 2 * (holds + fails):
+        return "open"
+    share = holds / (holds + fails)
+    words = {1.0: HOLDS, 0.75: "mostly holds", 0.25: "mixed", 0.0: "mostly does not"}
+    return next(word for least, word in words.items() if share >= least) if share else FAILS

@@ -33,14 +33,16 @@ from benchmarks.decentralized.verdicts import (
     averaged,
     behind,
     cell,
+    counted,
     judge,
     last_quarter,
+    overall,
     ratio,
-    tally,
 )
 
 VERSIONS = {"python": "3.12", "jax": "0.9"}
 TUNING, JUDGED = (0, 1), (2, 3, 4)
+VERDICTS = [(0, 0, 1), (1, 1, 5), (2, 0, 4), (0, 1, 0), (3, 1, 0), (1, 1, 4), (1, 4, 0)]  # hold, do not, too short
 FAST, SLOW, STUCK, FALLING = (1.0, 0.4, 0.2, 0.1), (1.0, 0.8, 0.4, 0.1), (1.0, 0.7, 0.7, 0.7), (1.0, 0.9, 0.8, 0.7)
 
 
@@ -171,8 +173,9 @@ def test_costs_in_words():
     assert table(["a"], [["|b|"]]) == "| a |\n| --- |\n| \\|b\\| |\n"
     assert span([0.2, None, 0.5]) == "0.2 to 0.5 (2 of 3)"
     assert span([None]) == "unknown"
-    assert tally([HOLDS, f"{OPEN}: no results", HOLDS]) == "holds 2, not decided 1 of 3"
-    assert tally([SHORT]) == "**too short**"
+    assert counted([HOLDS, f"{OPEN}: no results", SHORT, HOLDS, FAILS]) == (2, 1, 2)
+    found = [overall([HOLDS] * holds + [FAILS] * fails + [SHORT] * short) for holds, fails, short in VERDICTS]
+    assert found == ["open", "open", HOLDS, FAILS, "mostly holds", "mixed", "mostly does not"]
     assert last_quarter(record(losses=(1.0, 0.9, 0.8, 0.7, 0.5))) == pytest.approx(0.4)
     assert math.isnan(last_quarter(record(losses=(1.0, 2.0))))
 
@@ -212,7 +215,7 @@ def test_snapshots_hold_fail_or_were_too_short():
     assert last[2][3] == "does not arrive on 3 of 3 seeds †"
     assert last[3][3] == "0.1 on 1; does not arrive on 2 of 3 seeds †"
     assert claim.verdicts.count(f"{OPEN}: no results of mnist") == 12
-    assert claim.numbers == "p = 0.1, 99%: unknown of SLDBO's evaluations on these tasks, unknown of its bytes"
+    assert claim.numbers == "p = 0.1, 99%: unknown of SLDBO's evaluations, unknown of its bytes"
 
 
 def test_a_crossing_that_does_not_last_is_none():
@@ -365,7 +368,7 @@ def test_the_page_is_made_of_the_files_alone_and_always_the_same(tmp_path, capsy
         "- Seeds: 2, 3, 4 judged; 0, 1 to choose steps on\n- Device: cpu\n- Versions: python 3.12, jax 0.9\n",
         "- Missing: no results of mnist\n",
         "| penalties, MNIST | 0.5 | 50% | – | – | – | **not decided**: no results of mnist |",
-        "slopes -1, where 1/n is −1 | **holds** (2 of 2) |",
+        "| **holds** | 2 / 0 / 0 | slopes -1, where 1/n is −1 |",
         "n: 8; topology: ring; partition: dirichlet:0.1; iterations: 30; seeds: 2, 3, 4.",
         "| sldbo | 0.1 | 0.1 | 40 | 40 | 40 | 40 |",
         "| 3, 0.5*, momentum 0.1 |",

@@ -3,7 +3,7 @@
 import operator
 from collections.abc import Sequence
 
-from benchmarks.decentralized.claims.claim import Claim, Finding, against, bold, named, span, table
+from benchmarks.decentralized.claims.claim import OWN, Claim, Finding, against, bold, named, span, table
 from benchmarks.decentralized.claims.communication import SETTINGS, target
 from benchmarks.decentralized.claims.snapshots import PROBABILITIES, TASKS, ratios, tasks
 from benchmarks.decentralized.levels import LOSSES
@@ -33,7 +33,7 @@ def diffusion(results: Results) -> Claim:
     rows = [[what, level, one.words, bold(one.verdict)] for what, level, one in found]
     return Claim(
         title="Exact diffusion saves bytes",
-        source="beyond the papers",
+        source=OWN,
         words="With exact diffusion, which sends one message for each variable where tracking sends two, DSVRBGD and "
         "S3LDBO reach the same level with fewer bytes.",
         numbers=f"{span(one.mean for *_, one in found)} of the bytes with tracking",
@@ -67,7 +67,7 @@ def frontier(results: Results) -> Claim:
     rows, found = [], dict[str, list[tuple[str, float | None, float | None]]]()
     for job, (words, runs) in {**tasks(results), UNSEEN: ("policy evaluation", measured(results, UNSEEN))}.items():
         for method in presets(runs):
-            own, _, sent = ratios(runs, method, LOSSES[-1], job, goal)
+            own, _, sent = ratios(runs, method, LOSSES[-1], job, goal, operator.le)
             verdict = both(own, sent)
             rows.append([words, method, own.words, sent.words, bold(verdict)])
             if method != PAPER and job != UNSEEN:
@@ -85,14 +85,17 @@ def frontier(results: Results) -> Claim:
         )
     return Claim(
         title="Fewer evaluations and few bytes at once",
-        source="beyond the papers",
+        source=OWN,
         words=f"One preset of this library reaches SLDBO's level with at most {goal[0]:g} of its evaluations (p = "
         f"{GOAL_P:g}) and {goal[1]:g} times its bytes, on all four tasks of the S3LDBO paper.",
         numbers=numbers,
         verdicts=[verdict],
         measure=f"Both ratios to SLDBO until {named(LOSSES[-1])} of its decrease of F, each method with its own best "
         "steps for that. A row holds where both are at most those of the goal. The goal is about the four tasks of the "
-        "paper; on policy evaluation no prediction was designed.",
+        "paper; on policy evaluation no prediction was designed. Of the presets that one is named which meets it on "
+        "most tasks on these seeds. -predicted follows Kronecker factors where the losses have their parts, and "
+        "secants where not, on meta-learning and policy evaluation; it refreshes in turn, and s3ldbo-0.1 at random, so "
+        "that what coins bring is not told apart from what predictions bring.",
         details=table(["task", "method", "evaluations", "bytes", f"≤ {goal[0]:g} and ≤ {goal[1]:g}"], rows)
         if rows
         else "No results.\n",

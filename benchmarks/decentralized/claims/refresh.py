@@ -2,7 +2,7 @@
 
 import operator
 
-from benchmarks.decentralized.claims.claim import Claim, against, bold, missing, named, span, table
+from benchmarks.decentralized.claims.claim import OWN, Claim, against, bold, missing, named, span, table
 from benchmarks.decentralized.claims.snapshots import tasks
 from benchmarks.decentralized.claims.sparkle import LACK, TOO_SHORT, ahead
 from benchmarks.decentralized.levels import LOSSES
@@ -27,7 +27,7 @@ def compression(results: Results) -> Claim:
             rows.append([f"{name} / {base}", *(f"{one.words}: {bold(one.verdict)}" for one in row)])
     return Claim(
         title="Compression saves bytes",
-        source="beyond the papers",
+        source=OWN,
         words="With compressed differences (CHOCO, the largest entries) SLDBO and DSVRBGD reach the same loss with "
         "fewer bytes.",
         numbers=f"{span(one.mean for one in found)} of the bytes without",
@@ -57,7 +57,7 @@ def refresh(results: Results) -> Claim:
         verdict = HOLDS
     return Claim(
         title="Agents that moved should refresh",
-        source="beyond the papers",
+        source=OWN,
         words="S3LDBO ends lower if those agents evaluate who have moved farthest since they last did, in place of as "
         "many at random.",
         numbers=f"wins on {sum(wins)} of {len(wins)} tasks; behind by {span(one.mean for one in found)} of the "
