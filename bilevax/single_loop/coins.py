@@ -8,6 +8,7 @@ block) into the key, so that the number of devices changes nothing.
 
 from fractions import Fraction
 from math import ceil, gcd
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -131,7 +132,7 @@ def subset(probability: float, *, block: int | None = None) -> Coins:
         >>> bx.coins.subset(0.25)(jax.random.key(0), 0, bx.gossip(bx.topology.ring(16))).shape
         (4,)
     """
-    block = _fixed(probability, block)
+    probability, block = _fixed(probability, block)
 
     def choose(key: Key | None, k: Scalar, gossip: Gossip) -> Array:
         first, size = _blocks(block, gossip)
@@ -176,7 +177,7 @@ def cyclic(probability: float, *, block: int | None = None) -> Coins:
         >>> [bx.coins.cyclic(0.25)(None, k, bx.gossip(bx.topology.ring(8))).tolist() for k in range(4)]
         [[0, 1], [2, 3], [4, 5], [6, 7]]
     """
-    block = _fixed(probability, block)
+    probability, block = _fixed(probability, block)
 
     def choose(key: Key | None, k: Scalar, gossip: Gossip) -> Array:
         first, size = _blocks(block, gossip)
@@ -189,15 +190,15 @@ def cyclic(probability: float, *, block: int | None = None) -> Coins:
     return choose
 
 
-def _fixed(probability: float, block: int | None) -> int | None:
-    """The block, where both are plain numbers, from which the shape of the program follows; raises ValueError."""
+def _fixed(probability: Any, block: int | None) -> tuple[float, int | None]:
+    """Both, where they are plain numbers, from which the shape of the program follows; raises ValueError."""
     if isinstance(probability, jax.core.Tracer) or jnp.ndim(probability):
         raise ValueError(
             f"probability must be a plain number: it fixes the shape of the program; got {probability!r}. Pass, say, "
             f"probability=0.25."
         )
     checks.fraction("probability", probability)
-    return None if block is None else checks.count("block", block, minimum=1)
+    return float(probability), None if block is None else checks.count("block", block, minimum=1)
 
 
 def _blocks(block: int | None, gossip: Gossip) -> tuple[Array, int]:

@@ -4,6 +4,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from bilevax import checks
@@ -78,8 +79,14 @@ def read_steps(step_sizes: Any, names: tuple[str, ...] = Levels._fields) -> Leve
 
 def check_step_size(name: str, step: Any) -> None:
     """Raises ValueError unless it is a number >= 0, a schedule, or an optax transformation."""
-    if not isinstance(step, optax.GradientTransformation):
-        check_schedule(name, step)
+    if isinstance(step, optax.GradientTransformation):
+        return
+    if isinstance(step, float | jax.Array) and not isinstance(step, jax.core.Tracer) and np.isnan(step).any():
+        raise ValueError(
+            f"{name} must be a finite number >= 0; got nan, which bx.single_loop.suggest_step_sizes returns where its "
+            f"search found none: look at its breakdown, and pass it more pilots, or {name}=0.1 of your own."
+        )
+    check_schedule(name, step)
 
 
 def check_schedule(name: str, step: Any) -> None:

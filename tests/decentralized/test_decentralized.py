@@ -303,7 +303,7 @@ def test_coins_that_choose_everybody_are_sldbo():
         np.testing.assert_array_equal(count, np.tile(np.arange(60)[:, None] > 0, 4))
 
 
-@pytest.mark.parametrize("p", [0.1, 0.125, 0.3, 0.45, 0.95, 1.0])
+@pytest.mark.parametrize("p", [0.1, 0.125, np.float32(0.3), 0.45, 0.95, 1.0])
 def test_in_turn_everybody_refreshes_as_often_as_p_says(p):
     """Wherever 1/p iterations in a row begin, and after more of them than the square of a number of 32 bits holds."""
     turns = numbers(jax.jit(jax.vmap(lambda k: coins.cyclic(p)(None, k, LAZY_RING)))(2**30 + jnp.arange(100)))

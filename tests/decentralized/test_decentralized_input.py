@@ -96,6 +96,7 @@ BAD = {
     "four_step_sizes": ("step_sizes.*tuple of 4", steps((0.1, 0.2, 0.3, 0.4))),
     "no_step_size_of_v": ("step_sizes must hold.*got None for v", steps((0.1, 0.2))),
     "negative_step_size": (r"step_sizes\.y.*-0\.1", steps((0.1, -0.1, 0.1))),
+    "step_size_of_a_failed_search": (r"step_sizes\.x.*suggest_step_sizes.*breakdown", steps((jnp.nan, 0.1, 0.1))),
     "step_sizes_by_name": ("step_sizes.*dict", steps({"x": 0.1, "y": 0.1, "v": 0.1})),
     "nested_step_sizes": ("step_sizes", steps((0.1, {"w": 0.1}, 0.1))),
     "radius": ("radius.*-1", lambda: decentralized.sldbo(PROBLEM, TOY_RING, TOY_STEPS, radius=-1.0)),

@@ -16,6 +16,8 @@ def chain(first: Prediction, last: Prediction) -> Prediction:
 
         change = change_first + change_last          update_last(…, change − change_first)
 
+    Of three, chain two, and what is made of them with the third.
+
     Args:
       first: a `Prediction`, which is told the whole change.
       last: the same; it is told what is left of it by the first, with what that has just learnt.
