@@ -56,12 +56,13 @@ This file is made by the command below, of the JSON files of its runs. Do not ed
 Every method tries the same grid of steps on the tuning seeds, and keeps about twenty checkpoints of each run, where
 F(x̄) and its gradient are of the accurately solved inner problem. For each target the steps with the least cost on the
 worst of these seeds are chosen, and run on other seeds, which are judged; steps whose next larger inner step
-diverges on a tuning seed are left out, since the edge of stability is elsewhere on other seeds. Targets of F are shares
-of its decrease from the start to the end of SLDBO's best run on the same seed; targets of ‖∇F‖² are ε times the first
-one. A target counts as reached where the curve comes to it, between two checkpoints, and stays there until four times
-as much is spent, or to the end of the run. Numbers are mean ± standard error over seeds, and † marks steps that do not
-reach the target on all tuning seeds. Derivative evaluations, MB and rounds are of one agent; an evaluation is ∇f, ∇_y
-g, a Hessian and a cross product on all its examples, a quarter each. The methods are written from what is public of the
+diverges on a tuning seed are left out, since the edge of stability is elsewhere on other seeds: the largest inner step
+of a grid serves for that alone. Targets of F are shares of its decrease from the start to the end of SLDBO's best run
+on the same seed; targets of ‖∇F‖² are ε times the first one. A target counts as reached where the curve comes to it,
+between two checkpoints, and stays there until four times as much is spent, or to the end of the run. Numbers are mean ±
+standard error over seeds, and † marks steps that do not reach the target on all tuning seeds. Derivative evaluations,
+MB and rounds are of one agent; an evaluation is ∇f, ∇_y g, a Hessian and a cross product on all its examples, a quarter
+each; what predictions read beside that is in the seconds alone. The methods are written from what is public of the
 papers, and their docstrings say where that left a choice. Noise floors are of given steps, and the rows with and
 without Kronecker factors have nine pairs of the first seed.
 

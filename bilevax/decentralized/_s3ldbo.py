@@ -45,10 +45,9 @@ def s3ldbo(
       radius: of the ball of v; None for no projection.
       correction: the form of gradient tracking, or `Levels` of corrections; None for the semi-ATC one,
         `bx.single_loop.correction.tracking()`. With `exact_diffusion()` an iteration sends half as much, over a fixed
-        and symmetric graph, and pays where agents are not too different: half of the bytes for the same evaluations
-        on learnt penalties, but 0.8 of the bytes for 1.5 times the evaluations where each agent had few classes of
-        images, and snapshots wanted smaller steps. With `local()` for y and v, every agent has a lower level of its
-        own.
+        and symmetric graph: half of the bytes for the same evaluations on learnt penalties, and on hyper-cleaning where
+        directions are predicted; frozen ones wanted smaller steps there. With `local()` for y and v, every agent has a
+        lower level of its own.
       predict: a `Prediction` of how directions change between refreshes, see `bx.single_loop.prediction`; None for
         directions that stay as they are.
 
