@@ -108,6 +108,7 @@ class Search(NamedTuple):
       steps, state: that it begins with; at the end, those of the last run.
       warm: the state after the warm-up.
       part: of the first step of x that `first` says, that is taken after the next warm-up.
+      most_x: the largest step of x that may be: one that failed, or half of it.
       usual: what f rises in half of the warm-up, where x stays.
       tried: the steps of each pilot [pilots].
       scores: how each ended [pilots].
@@ -122,13 +123,14 @@ class Search(NamedTuple):
     state: Any
     warm: Any
     part: Array
+    most_x: Array
     usual: Array
     tried: Levels[Array]
     scores: Array
     good: Array
     spent: Spent
 
-    def turn_to(self, phase: int, state: Any) -> "Search":
+    def turn_to(self, phase: int | Array, state: Any) -> "Search":
         """With a run of a phase next, from a state."""
         return self._replace(phase=jnp.full_like(self.phase, phase), state=state)
 
@@ -138,6 +140,8 @@ def search(run: Run, read: Read, first: FirstStep, start: Any, steps: Levels[Arr
 
     def anew(now: Search, x: float) -> Search:
         """From the start, with half the steps of y and v, to which that of x is in proportion, and x times that of x.
+
+        It is found again after the warm-up, whose end is another one now, but does not grow over `most_x`.
 
         Not from the warm state, since memories of y and v may belong to the steps they had.
         """
@@ -152,8 +156,9 @@ def search(run: Run, read: Read, first: FirstStep, start: Any, steps: Levels[Arr
 
         def to_pilots(now: Search) -> Search:
             x, spent = first(end, now.steps.y, outer[-1], now.spent)
-            found = {"steps": now.steps._replace(x=now.part * x), "usual": risen(outer[WARM // 2 :]), "warm": end}
-            return now.turn_to(PILOT, end)._replace(spent=spent, **found)
+            x = jnp.minimum(now.part * x, now.most_x)
+            found = {"steps": now.steps._replace(x=x), "usual": risen(outer[WARM // 2 :]), "warm": end}
+            return now.turn_to(jnp.where(jnp.isfinite(x) & (x > 0), PILOT, END), end)._replace(spent=spent, **found)
 
         def again(now: Search) -> Search:
             return anew(now, 1.0)._replace(warm_ups=now.warm_ups + 1)
@@ -170,13 +175,15 @@ def search(run: Run, read: Read, first: FirstStep, start: Any, steps: Levels[Arr
             good=good,
         )
         shorter = now.turn_to(PILOT, now.warm)._replace(steps=now.steps._replace(x=now.steps.x / SHORTER))
-        other = chosen(place + 1 >= most, now.turn_to(END, end), chosen(place > 0, shorter, anew(now, 2.0)))
+        slower = anew(now._replace(most_x=now.steps.x), 2.0)
+        other = chosen(place + 1 >= most, now.turn_to(END, end), chosen(place > 0, shorter, slower))
         return chosen(good, now.turn_to(CONFIRMATION, end), other)
 
     def after_confirmation(now: Search, end: Any, seen: Array) -> Search:
         outer, half = seen[0], 1 + CONFIRMED // 2
         now = now._replace(good=falls(outer, outer[:half].max() + 2 * now.usual, half))
-        return chosen(now.good | (now.pilots >= most), now.turn_to(END, end), anew(now, 1.0))
+        shorter = anew(now._replace(most_x=now.steps.x / 2), 1.0)
+        return chosen(now.good | (now.pilots >= most), now.turn_to(END, end), shorter)
 
     def turn(now: Search) -> Search:
         end, seen, spent = run(now.steps, now.state, jnp.asarray(LENGTHS)[now.phase], now.spent)
@@ -185,8 +192,8 @@ def search(run: Run, read: Read, first: FirstStep, start: Any, steps: Levels[Arr
         return jax.lax.switch(now.phase, after, now._replace(spent=spent), end, means)
 
     zero, no, none = jnp.zeros((), jnp.int32), jnp.zeros((), bool), jnp.full(most, jnp.nan, steps.x.dtype)
-    part, usual = jnp.ones_like(none[0]), jnp.zeros_like(none[0])
-    runs = (zero, zero, zero, steps, start, start, part, usual)
+    part, most_x, usual = (jnp.full_like(none[0], number) for number in (1.0, jnp.inf, 0.0))
+    runs = (zero, zero, zero, steps, start, start, part, most_x, usual)
     begun = Search(*runs, Levels(none, none, none), none, no, spent)
     return jax.lax.while_loop(lambda now: now.phase < END, turn, begun)
 

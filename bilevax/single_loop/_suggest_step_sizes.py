@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bilevax import checks
 from bilevax.agents import topology as graphs
@@ -17,7 +18,7 @@ from bilevax.single_loop._levels import Levels, PerLevel
 from bilevax.single_loop._pilots import MakeAlgorithm, paced, reader, runner, search
 from bilevax.single_loop.correction import Correction, Move, tracking
 from bilevax.single_loop.method import check_start, of_kind
-from bilevax.typing import Array, Key, PyTree
+from bilevax.typing import Array, Key, PyTree, Scalar
 
 ROUGH, FINE = 0.1, 1e-6  # what averages of vectors and of numbers leave of the agents' differences
 RANGE = 4.0  # into so many parts b / L is divided: steps near b / L do not stay stable where curvatures grow
@@ -28,7 +29,7 @@ CURVATURE, SLOPE, RUN = range(3)  # what the key folds in
 
 
 class StepSizesInfo(NamedTuple):
-    """What `suggest_step_sizes` found, and what it spent.
+    """What `suggest_step_sizes` found, and what it spent; printed: pilots that ran, and means over the agents.
 
     Attributes:
       curvature: L, the largest eigenvalue of ∇²_yy of the mean g in size; where each agent has a y of its own, of any
@@ -38,7 +39,7 @@ class StepSizesInfo(NamedTuple):
         where none was run.
       breakdown: True where no pilot was good, or f did not keep falling after the last of them: the step of x is then
         NaN, which no method takes. Pass more `pilots`, if steps of x became shorter to the last: each divides it by 4.
-        Where f is not finite at the start, no step helps.
+        Where all `scores` are NaN, none could begin, since f was not finite or not above `lowest`, or mean d_x was 0.
       calls: `Calls` with leaves [n], of everything, warm-ups and runs that failed too, but for what the method
         evaluates at `init`.
       bytes: sent by each agent [n] to all its neighbours together.
@@ -65,7 +66,32 @@ class StepSizesInfo(NamedTuple):
     state: Any
 
     def __repr__(self) -> str:
-        return by_shape(self)
+        held = all(_is_held(leaf) for leaf in jax.tree.leaves(self[:-1])) and np.ndim(self.scores) == 1
+        return by_shape(self._told() if held else self)
+
+    def _told(self) -> "StepSizesInfo":
+        """With the numbers of pilots that ran, means over the agents, and the name of the state."""
+        ran = ~np.isnan(np.asarray(self.scores))
+
+        def short(number: Any) -> float:
+            return float(f"{number:.4g}")
+
+        def each(values: Array) -> Any:
+            return tuple(map(short, np.asarray(values)[ran]))
+
+        told: dict[str, Any] = {
+            "steps": Levels(*map(each, self.steps)),
+            "scores": each(self.scores),
+            "calls": Calls(*(short(np.mean(part)) for part in self.calls)),
+            "bytes": short(np.mean(self.bytes)),
+            "state": type(self.state),
+        }
+        return self._replace(**told)
+
+
+def _is_held(leaf: Any) -> bool:
+    """Whether it is an array whose numbers are known here."""
+    return isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) and leaf.is_fully_addressable
 
 
 def suggest_step_sizes(
@@ -79,12 +105,13 @@ def suggest_step_sizes(
     *,
     pilots: int = 6,
     correction: PerLevel[Correction] | None = None,
+    lowest: Scalar = 0.0,
 ) -> tuple[Levels[Array], StepSizesInfo]:
     """Step sizes of a method from the curvature of the mean g and short runs of the method itself; nobody sends data.
 
         p_i = ∇²_yy g_i u_i,      t ← W̃ (t + p − p_last),      u_i = t_i / ‖t_i‖             ten times; L = mean ‖t_i‖
         a_y = a_v = b / 4 max(L, ⅓ max L_i),      b = min over y and v of correction.largest_step(eigenvalues of W)
-        a_x = a_y L · mean f / (4 ‖mean d_x‖²)      after a warm-up of y and v with a_x = 0
+        a_x = a_y L (mean f − lowest) / (4 ‖mean d_x‖²)      after a warm-up of y and v with a_x = 0
 
     with W̃ as many rounds as take nine tenths of a difference away, and L_i of each agent alone: steps over b / max L_i
     need not be stable where agents differ, whatever L is. Where still the mean g swings at the end of the warm-up, or y
@@ -94,12 +121,19 @@ def suggest_step_sizes(
     The first pilot runs with these steps from the end of the warm-up. It fails if f, averaged at the agents' own y, is
     not finite or is, in its second half, above where it began, but for twice what it rises in half of the warm-up. Then
     a_y and a_v are halved and all starts anew, with an a_x that is not; where later ones fail, a_x is divided by 4. A
-    good one goes on three times as long; where f is higher in the second half of that than in the first, all steps are
-    halved and all starts anew. Two thirds of the a_x that the runs bore are returned.
+    good one goes on three times as long; where f is higher in the second half of that than in the first, a_y and a_v
+    are halved and all starts anew. The a_x after a start anew is that of the new warm-up, but at most the one that
+    failed, and at most half of it where that was in the longer run. Two thirds of the a_x that the runs bore are
+    returned.
 
-    f should have its lower bound near 0, as cross entropies and squares do: a_x is a part of Polyak's step, which short
-    runs, that gain from any longer step, do not exceed. What is found is good for the beginning: what grows slowly does
-    not show in so few iterations, nor a curvature that grows later; `moves` of the method's Info tell. Noise that
+    a_x is a part of Polyak's step, which short runs, that gain from any longer step, do not exceed. It needs the lower
+    bound of f, which is near 0 for cross entropies and squares, and for others has to be said: far below f it makes
+    a_x too long, above f there is no step, and `breakdown` says so, as where mean d_x is 0 at the start.
+
+    What is found is good for the beginning: what grows slowly does not show in so few iterations, nor a curvature that
+    grows later; `moves` of the method's Info tell. Where f still falls fast at the end of the warm-up since y is far
+    from its solution, as on inner problems of a large condition, d_x is small there, and a_x too long for later: start
+    with a y that is nearly solved. Noise that
     minibatches leave at the end does not show either. Over a directed graph or a sequence of graphs, and for a
     correction that does not say more, b = 2, as for descent, and the runs alone tell what is stable.
 
@@ -115,14 +149,15 @@ def suggest_step_sizes(
       pilots: at most so many, >= 1, and before each as many tries of the warm-up. Each that fails divides a_x by 4, but
         for the first: with few of them the search may end before it comes to steps that are small enough.
       correction: of `make`, or `Levels` of them; None for `tracking()`. Where it is `local()` for y, L is that of the
-        agent with the largest.
+        agent with the largest. `make` does not tell: left out, a_y may be too long for the agent of the largest L_i.
+      lowest: the lower bound of f, or what it may come down to.
 
     Returns:
       `(Levels(x, y, v), StepSizesInfo)`, scalars.
 
     Raises:
-      ValueError: if an argument is of another kind, `make` returns no `Algorithm`, `pilots` < 1, key is not one key,
-        gossip is compressed, or the method has no v.
+      ValueError: if an argument is of another kind, `make` returns no `Algorithm` or takes no traced numbers,
+        `pilots` < 1, key is not one key, gossip is compressed, or the method has no v.
 
     Cost: one ∇_y g and twenty Hessian products, one evaluation of the directions for each warm-up that is good and,
     counted in ∇f of an agent, ten for each warm-up, five for each pilot, of which one to three are usual, and fifteen
@@ -130,7 +165,7 @@ def suggest_step_sizes(
     for what the method evaluates at `init`: one evaluation of the directions where it skips, as `s3ldbo` does, else
     none. `info.state` keeps thirty of them. Ten averages of y and one of x for each evaluation of the directions, of
     about 3 / √(2 (1 − σ)) rounds each where W is symmetric and fixed, and some of single numbers. Compiling takes some
-    CPU seconds, of which the method's step is a part.
+    CPU seconds, of which the method's step is a part, in every call: for several seeds, jit a function around it.
 
     Reference: power iteration, with the dynamic average of gradient tracking in it (arXiv 1607.03218) and Chebyshev's
     acceleration of each average; Polyak's step, "Introduction to optimization", 1987. The factors are what held on the
@@ -152,6 +187,7 @@ def suggest_step_sizes(
     checks.instance("batch", batch, Batch, "Pass bx.Batch(outer=..., inner=...), leaves [n, ...].")
     pilots = checks.count("pilots", pilots, minimum=1)
     check_start(gossip, x, y, batch)
+    checks.scalar("lowest", lowest)
     check_key(key)
     key = needed(key, "the start of the power iteration")
     corrections = of_kind(
@@ -171,7 +207,8 @@ def suggest_step_sizes(
 
         def first(state: Any, a: Array, outer: Array, spent: Spent) -> tuple[Array, Spent]:
             slope, spent = _slope(fold(key, SLOPE), problem, gossip, averages, state, batch, spent)
-            return jnp.asarray(a * level * jnp.abs(outer) / (POLYAK * slope), float), spent
+            room = jnp.where(outer > lowest, outer - lowest, jnp.nan)  # no step where there is none
+            return jnp.asarray(a * level * room / (POLYAK * slope), float), spent
 
         draws = fold(key, RUN)
         run, read = runner(make, problem, gossip, draws, batch), reader(gossip, averages.fine, draws)
@@ -217,7 +254,13 @@ def _check_made(make: MakeAlgorithm, x: PyTree, y: PyTree, batch: Batch) -> None
         checks.instance("what make returns", method, Algorithm, fix)
         return method.init(x, y, batch)
 
-    state = jax.eval_shape(start, jnp.zeros(()))
+    try:
+        state = jax.eval_shape(start, jnp.zeros(()))
+    except jax.errors.ConcretizationTypeError as error:
+        raise ValueError(
+            "make must take step sizes that are traced numbers; it asked for the value of one. Leave out float(...) "
+            "and branches on them."
+        ) from error
     fields = getattr(state, "_fields", ())
     if not {"x", "y", "v"} <= {*fields} or not jax.tree.leaves(state.v):
         raise ValueError(

@@ -162,9 +162,74 @@ def test_breakdown_is_told_and_no_method_takes_the_steps():
 
     steps, info = suggested(make, RING, problem=problem, pilots=2)
     assert info.breakdown
-    assert np.isinf(info.scores).all()
+    assert np.isnan(info.scores).all()  # without a finite f no pilot begins
     with pytest.raises(ValueError, match=r"step_sizes\.x must be a finite number"):
         make(steps)
+
+
+def test_steps_of_x_do_not_grow_after_a_run_that_fails():
+    """Penalties of a ridge regression on features of 1 to 10^s: y converges slowly, and d_x is small until it has."""
+    draw = jax.random.normal(jax.random.key(20), (2, N, 40, 21))
+    problem = bx.BilevelProblem(
+        lambda x, y, data: jnp.mean((data @ jnp.append(y, -1.0)) ** 2),
+        lambda x, y, data: jnp.mean((data @ jnp.append(y, -1.0)) ** 2) + jnp.sum(jnp.exp(x) * y**2),
+    )
+    start = jnp.zeros((N, 20))
+
+    @jax.jit
+    def find(largest):
+        features = draw[..., :-1] * (largest ** jnp.linspace(0, 1, 20))[None, None, None]
+        data = jnp.concatenate([features, (draw[..., :-1].sum(-1) + draw[..., -1])[..., None]], -1)
+        batch = bx.Batch(*data)
+        make = functools.partial(bx.decentralized.sldbo, problem, RING)
+        _, info = suggest_step_sizes(make, problem, RING, start, start, batch, KEY)
+        pairs = (start, start), (info.state.x, info.state.y)
+        return info, *(jnp.mean(jax.vmap(problem.outer_loss)(*pair, batch.outer)) for pair in pairs)
+
+    several = 0
+    for exponent in (1.0, 1.25, 1.5):
+        info, before, after = find(10.0**exponent)
+        tried = np.asarray(info.steps.x)[~np.isnan(info.scores)]
+        several += len(tried) > 1
+        assert (np.diff(tried) <= 0).all()
+        assert not info.breakdown
+        assert after < before
+    assert several
+
+
+def with_offset(offset):
+    problem = PROBLEM._replace(outer_loss=lambda x, y, c: PROBLEM.outer_loss(x, y, c) + offset)
+    make = functools.partial(bx.decentralized.sldbo, problem, RING)
+
+    @jax.jit
+    def find(lowest):
+        return suggest_step_sizes(make, problem, RING, X, Y, BATCH, KEY, lowest=lowest)
+
+    return find
+
+
+def test_the_lower_bound_of_f_is_what_one_says():
+    (_, steps, _), find = with_tracking(), with_offset(-100.0)
+    found, info = find(-100.0)
+    np.testing.assert_allclose(found, steps, rtol=1e-3)
+    assert not info.breakdown
+    found, info = find(0.0)
+    assert info.breakdown
+    assert np.isnan(found.x)
+    assert np.isnan(info.scores).all()
+
+
+def test_what_is_printed():
+    *_, info = with_tracking()
+    text = repr(info)
+    assert f"scores=({float(info.scores[0]):.4g},)," in text
+    assert "outer_gradients=31.0" in text
+    assert "state=State," in text
+    assert len(text) < 500
+    seen = []
+    jax.eval_shape(lambda info: seen.append(repr(info)), info)
+    assert "[6]" in seen[0]
+    assert "[2, 6]" in repr(jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), info))  # of two seeds
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -189,9 +254,9 @@ def test_a_search_goes_on_until_a_run_is_good():
     """y: 1 in the warm-up; 1/2 in the first pilot; 1/4 as x is too long; 1/8, and x halved, as the long run is bad."""
     end = searched(6)
     assert (bool(end.good), end.state) == (True, sum(LENGTHS))
-    np.testing.assert_array_equal(end.tried.x, [1, 1, 0.25, 0.5, 0.125, np.nan])
-    np.testing.assert_array_equal(end.tried.y, [0.5, 0.25, 0.25, 0.125, 0.125, np.nan])
-    np.testing.assert_array_equal(np.isfinite(end.scores), [0, 0, 1, 0, 1, 0])
+    np.testing.assert_array_equal(end.tried.x, [1, 1, 0.25, 0.125, np.nan, np.nan])
+    np.testing.assert_array_equal(end.tried.y, [0.5, 0.25, 0.25, 0.125, np.nan, np.nan])
+    np.testing.assert_array_equal(np.isfinite(end.scores), [0, 0, 1, 1, 0, 0])
     assert end.steps == (0.125, 0.125, 0.125)
     assert not searched(3).good  # the long run of the last is bad
 
@@ -250,6 +315,10 @@ def test_refusals():
         suggest_step_sizes(make, *start, KEY, pilots=0)
     with pytest.raises(ValueError, match="what make returns must be an Algorithm; got 1"):
         suggest_step_sizes(lambda step_sizes: 1, *start, KEY)
+    with pytest.raises(ValueError, match="make must take step sizes that are traced numbers"):
+        suggest_step_sizes(lambda steps: bx.decentralized.sldbo(PROBLEM, RING, float(steps.x)), *start, KEY)
+    with pytest.raises(ValueError, match="lowest must be one number"):
+        suggest_step_sizes(make, *start, KEY, lowest=X)
     for key in (None, 0, jax.random.split(KEY, 3)):
         with pytest.raises(ValueError, match="key"):
             suggest_step_sizes(make, *start, key)
