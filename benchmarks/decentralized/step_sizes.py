@@ -7,8 +7,9 @@ state where their search ended, with all that the search has spent on its accoun
 
 import dataclasses
 import functools
+import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,9 +25,11 @@ from benchmarks.decentralized import hyper_cleaning, policy_evaluation, regulari
 from benchmarks.decentralized.choices import COINS, Agents
 from benchmarks.decentralized.comparison import Here, Job, Place, Turn, attempt, defaults, prepare, runs, turn_of
 from benchmarks.decentralized.figure import GRADIENT
-from benchmarks.decentralized.levels import LOSS, LOSSES, spent_until
+from benchmarks.decentralized.levels import LOSSES, Curve, Level, Spent, spent_until
+from benchmarks.decentralized.measured import Measured, measured
 from benchmarks.decentralized.methods import Row, evaluations, shares
 from benchmarks.decentralized.network import Network
+from benchmarks.decentralized.records import Record
 from benchmarks.decentralized.rows import rows
 from benchmarks.decentralized.running import Carry, Pick
 from benchmarks.harness.folder import prepared
@@ -36,12 +39,13 @@ from benchmarks.harness.report import Run
 TASK = "decentralized_step_sizes"
 METHODS = ("sldbo", "s3ldbo-0.2", "s3ldbo-0.1", "dsvrbgd", "sparkle-ed")
 CORRECTIONS = {"sparkle-ed": bx.single_loop.correction.exact_diffusion()}
+COSTS = ("derivatives", "megabytes")
 SHARES = LOSSES[1:]  # .9 and .99 of SLDBO's decrease of F
 CAPTION = """\
 Derivative evaluations of an agent until 90 % and 99 % of SLDBO's decrease of F, medians over judged seeds: with the
-pair of a grid that is best for the target on the tuning seeds, whose tuning does not count, and with suggested steps,
-whose search does: own is what it spent. inf: not reached in the run. a_y L: with L the largest curvature of the mean g.
-Momentum is no step size: suggested steps go with that of the pair that is best for 99 %.
+pair of a grid that the tuning seeds choose for the target, whose tuning does not count, and with suggested steps, whose
+search does, but for its readings of f and g: own is what it spent. inf: not reached in the run. a_y L: with L the
+largest curvature of the mean g. Momentum is no step size: suggested steps go with that of the pair for 99 %.
 """
 
 
@@ -54,8 +58,9 @@ class Suggestion(NamedTuple):
       breakdown: whether no run of the search was good.
       pilots: steps of x and mean f at the end of each short run.
       own: evaluations, megabytes and rounds that the search spent.
-      targets: for each share of SLDBO's decrease of F: evaluations and megabytes with the grid's best pair (tuned) and
-        with suggested steps (suggested), and their ratio; inf where the target was not reached.
+      targets: for each share of SLDBO's decrease of F and each cost what `spent_until` returns, by name: with the pair
+        of the grid that the tuning seeds choose for it (tuned) and with suggested steps (suggested); and whether that
+        pair reaches it on all tuning seeds (everywhere). Without shares that have no target on some of the seeds.
     """
 
     step_sizes: dict[str, float]
@@ -63,7 +68,7 @@ class Suggestion(NamedTuple):
     breakdown: bool
     pilots: list[dict[str, float]]
     own: dict[str, float]
-    targets: dict[str, dict[str, float]]
+    targets: dict[str, dict[str, dict[str, Any]]]
 
 
 def jobs(quick: bool) -> list[tuple[Job, Agents]]:
@@ -119,9 +124,11 @@ def _job(
     return Job(name, name, TASK, kept, iterations, outer_grid, inner_grid, {}, GRADIENT, {})
 
 
-def suggested(row: Row, turn: Turn, here: Here, topologies: bx.Levels, seed: int, tuned: Run, base: Run) -> Suggestion:
+def suggested(
+    row: Row, turn: Turn, here: Here, topologies: bx.Levels, seed: int, settings: dict[str, float], tuned: Measured
+) -> Suggestion:
     """Finds steps for a method on a judged seed, and runs on with them."""
-    network, settings = here.networks[seed], tuned.configuration["settings"]
+    network = here.networks[seed]
     graphs = row.graphs(topologies)
     gossip = bx.gossip(graphs.y)
     problem, batch = network.problem, network.batch
@@ -132,9 +139,14 @@ def suggested(row: Row, turn: Turn, here: Here, topologies: bx.Levels, seed: int
     found, info = bx.single_loop.suggest_step_sizes(
         make, problem, gossip, *network.start, batch, jax.random.key(seed), correction=CORRECTIONS.get(row.name)
     )
+    pilots = [
+        {"x": float(x), "y": float(y), "score": float(score)}
+        for x, y, score in zip(info.steps.x, info.steps.y, info.scores, strict=True)
+        if not np.isnan(x)
+    ]
     calls = bx.problem.Calls(*(float(jnp.mean(part)) for part in info.calls))
     own = {
-        "derivatives": row.at_start + _evaluated(calls, shares(row, network)),
+        "derivatives": row.at_start + evaluated(calls, shares(row, network), pilots),
         "megabytes": float(jnp.mean(info.bytes)) / 1e6,
         "rounds": float(info.rounds),
     }
@@ -148,31 +160,58 @@ def suggested(row: Row, turn: Turn, here: Here, topologies: bx.Levels, seed: int
     if not bool(info.breakdown):
         going = turn._replace(program=turn.program._replace(begin=begin))
         curve = attempt(going, here, seed, Pick(bx.Levels(*map(jnp.asarray, found)), settings), math.inf).curve
-    targets = {}
-    for level in SHARES:
-        target = level.target(base.outcome.curve)
-        both: dict[str, float] = {}
-        for name in ("derivatives", "megabytes"):
-            best = min((_cost(one.curve, name, target) for one in tuned.tries), default=math.inf)
-            mine = max(own[name], _cost(curve, name, target)) if curve else math.inf  # nothing is known within a search
-            both |= {f"tuned_{name}": best, f"suggested_{name}": mine, f"ratio_{name}": mine / best}
-        targets[f"{level.share:g}"] = both
-    pilots = [
-        {"x": float(x), "y": float(y), "score": float(score)}
-        for x, y, score in zip(info.steps.x, info.steps.y, info.scores, strict=True)
-        if not np.isnan(x)
-    ]
+    targets = {
+        f"{level.share:g}": {name: _both(row, level, name, seed, curve, own[name], tuned) for name in COSTS}
+        for level in SHARES
+        if tuned.chosen(row.name, level, COSTS[0]) is not None and seed in tuned.targets(tuned.judged, level)
+    }
     return Suggestion(steps._asdict(), float(info.curvature), bool(info.breakdown), pilots, own, targets)
 
 
-def _evaluated(calls: bx.problem.Calls, share: bx.problem.Calls) -> float:
-    """Evaluations of a search: products and the slope are on all examples, whatever the method draws."""
-    return float(evaluations(calls, share)) + (1 - share.hessian_products) * 24 / 4
+def _both(
+    row: Row, level: Level, name: str, seed: int, curve: Curve, own: float, tuned: Measured
+) -> dict[str, dict[str, float] | bool]:
+    """What is spent of one cost until a level, with both kinds of steps."""
+    target, found = tuned.targets(tuned.judged, level)[seed], tuned.chosen(row.name, level, name)
+    mine = spent_until(curve, name, level.metric, target) if curve else Spent(math.inf, False, math.inf)
+    amounts = (max(own, amount) for amount in (mine.amount, mine.least, mine.most))  # nothing is known within a search
+    amount, least, most = amounts
+    return {
+        "tuned": tuned.spent(row.name, level, name)[seed]._asdict(),
+        "suggested": Spent(amount, mine.reached, least, most)._asdict(),
+        "everywhere": found is not None and found[1].reached == len(tuned.tuning[row.name]),
+    }
 
 
-def _cost(curve: Any, name: str, target: float) -> float:
-    found = spent_until(curve, name, LOSS, target)
-    return found.amount if found.reached else math.inf
+def evaluated(calls: bx.problem.Calls, share: bx.problem.Calls, pilots: Sequence[Mapping[str, float]]) -> float:
+    """Evaluations of a search: those of the curvatures and of the slopes are on all examples, whatever a method draws.
+
+    The curvatures are one ∇_y g and twenty Hessian products. There is one slope, an evaluation of all directions, for
+    each start with other steps of y, which are halved then; where agents skip, their pace changes them by less.
+    """
+    starts = 1 + sum(one["y"] > 1.5 * later["y"] for one, later in itertools.pairwise(pilots))
+    whole = bx.problem.Calls(starts, starts + 1, starts + 20, starts)
+    drawn = bx.problem.Calls(*(all_calls - part for all_calls, part in zip(calls, whole, strict=True)))
+    return float(evaluations(drawn, share) + evaluations(whole, bx.problem.Calls(1.0, 1.0, 1.0, 1.0)))
+
+
+def found_by(runs: Sequence[Run]) -> Measured:
+    """Finished runs as the claims read them from files."""
+    records = [
+        Record(
+            one.task,
+            one.method,
+            one.seed,
+            one.configuration,
+            {},
+            "",
+            one.outcome.metrics,
+            one.outcome.curve,
+            tries=[each._asdict() for each in one.tries],
+        )
+        for one in runs
+    ]
+    return measured({TASK: records}, TASK)
 
 
 def compared(job: Job, agents: Agents, options: Any) -> Iterator[Run]:
@@ -181,20 +220,29 @@ def compared(job: Job, agents: Agents, options: Any) -> Iterator[Run]:
     chosen = [row for row in everything if row.name in METHODS]
     finished = list(runs(job, agents, options, chosen, Place(), lambda number: None))
     judged = {(run.method, run.seed): run for run in finished if run.configuration["role"] == "judged"}
+    tuned = found_by(finished)
     topologies, here = agents.topologies(options.seed), prepare(job, options, Place())
     for row in chosen:
         turn = turn_of(row, job, topologies, here, Place())
         for seed in here.judging:
-            base = judged["sldbo", seed]
-            one = suggested(row, turn, here, topologies, seed, judged[row.name, seed], base)
+            settings = judged[row.name, seed].configuration["settings"]
+            one = suggested(row, turn, here, topologies, seed, settings, tuned)
             about = {**{"job": job.name, "row": row.name, "agents": agents.agents, "role": "judged"}, **one._asdict()}
             flat = {
-                f"{which}_{share}": both[f"{which}_derivatives"]
-                for share, both in one.targets.items()
-                for which in ("tuned", "suggested", "ratio")
+                f"{name}_{level.share:g}": value
+                for level in SHARES
+                for name, value in numbers(one.targets.get(f"{level.share:g}")).items()
             }
             metrics = {"search": one.own["derivatives"], "search_megabytes": one.own["megabytes"], **flat}
             yield Run(TASK, f"{job.name}-{row.name}", seed, about, Outcome((), metrics, {}))
+
+
+def numbers(target: Mapping[str, Any] | None) -> dict[str, float]:
+    """Evaluations until a target, and their ratio; inf where it was not reached or there is none."""
+    both = {} if target is None else target["derivatives"]
+    tuned, mine = (both[who]["amount"] if both and both[who]["reached"] else math.inf for who in ("tuned", "suggested"))
+    ratio = mine / tuned if math.isfinite(mine) and math.isfinite(tuned) else math.inf
+    return {"tuned": tuned, "suggested": mine, "ratio": ratio}
 
 
 def table(finished: Sequence[Run]) -> Table:
@@ -221,8 +269,8 @@ def table(finished: Sequence[Run]) -> Table:
             return f"{np.median([of(one) for one in seeds]):.3g}"
 
         def spent(name: str, seeds: list[dict[str, Any]] = seeds) -> list[str]:
-            numbers = [[one["targets"][f"{level.share:g}"][f"{name}_derivatives"] for one in seeds] for level in SHARES]
-            return [f"{np.median(each):.3g}" for each in numbers]
+            shares = [[numbers(one["targets"].get(f"{level.share:g}"))[name] for one in seeds] for level in SHARES]
+            return [f"{np.median(each):.3g}" for each in shares]
 
         (tuned, most_tuned), (found, most_found) = spent("tuned"), spent("suggested")
         drawn.add_row(

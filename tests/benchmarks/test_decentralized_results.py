@@ -295,9 +295,20 @@ def everything():
                 results["speed-up"].append(run._replace(configuration={**run.configuration, "agents": n}))
         for method, iterations in (("plain", None), ("kfac-v", 20), ("kfac", 10), ("ekfac", 10)):
             results["curvature"].append(record(method, seed=seed, iterations=iterations, penalty=0.1))
-        suggested = {"search": 4.0, "suggested_0.9": 9.0, "suggested_0.99": 15.0, "tuned_0.9": 5.0, "tuned_0.99": 10.0}
-        results["step-sizes"].append(record("synthetic-sldbo", seed=seed, **suggested))
+        results["step-sizes"].append(suggestion(seed, reached(9.0), reached(5.0), reached(15.0), reached(10.0)))
     return {job: records or [record()] for job, records in results.items()}
+
+
+def reached(amount):
+    return Spent(amount, True, amount, amount)._asdict()
+
+
+def suggestion(seed, *spent, everywhere=True):
+    """A run of the study of step sizes: what is spent with suggested and with tuned steps, for 90 % and 99 %."""
+    both = [{"suggested": own, "tuned": best, "everywhere": everywhere} for own, best in (spent[:2], spent[2:]) if own]
+    run = record("synthetic-sldbo", seed=seed, search=4.0)
+    targets = {share: {"derivatives": one} for share, one in zip(("0.9", "0.99"), both, strict=False)}
+    return run._replace(configuration={**run.configuration, "targets": targets})
 
 
 def verdicts(results):
@@ -320,12 +331,19 @@ def test_a_claim_fails_where_the_numbers_say_so():
 
 
 def test_suggested_steps_that_do_not_arrive_fail():
-    metrics = {"search": 2.0, "suggested_0.9": 9.0, "suggested_0.99": None, "tuned_0.9": 6.0, "tuned_0.99": 9.0}
-    claim = step_sizes({"step-sizes": [record("a", seed=seed, **metrics) for seed in JUDGED]})
+    never, short = {"amount": 90.0, "reached": False, "least": None, "most": None}, {"least": 100.0}
+    runs = [suggestion(seed, reached(9.0), reached(6.0), never, reached(9.0), everywhere=False) for seed in JUDGED]
+    claim = step_sizes({"step-sizes": runs})
     assert claim.verdicts == [HOLDS, FAILS]
-    assert (
-        "| a | 99% | 2 | – (0 of 3 seeds) | 9 | does not arrive on 3 of 3 seeds | **does not hold** |" in claim.details
+    line = (
+        "| synthetic-sldbo | 99% | 4 | – (0 of 3 seeds) | 9 | does not arrive on 3 of 3 seeds † | **does not hold** |"
     )
+    assert line in claim.details
+    runs = [suggestion(seed, never | short, reached(60.0), never | short, reached(9.0)) for seed in JUDGED]
+    claim = step_sizes({"step-sizes": runs})
+    assert claim.verdicts == [SHORT, FAILS]  # a longer run could still hold for the first
+    assert "(0 of 3 seeds, 3 too short)" in claim.details
+    assert not step_sizes({"step-sizes": [suggestion(2, None, None, None, None)]}).verdicts[0].startswith(HOLDS)
 
 
 def test_without_results_nothing_is_decided():

@@ -5,9 +5,14 @@ import math
 
 import pytest
 
+import bilevax as bx
 from benchmarks.__main__ import main
 from benchmarks.decentralized import policy_evaluation, step_sizes
+from benchmarks.decentralized.claims import step_sizes as step_sizes_claim
+from benchmarks.decentralized.levels import Try
 from benchmarks.decentralized.records import read
+from benchmarks.harness.loop import Outcome
+from benchmarks.harness.report import Run
 
 
 @pytest.fixture
@@ -33,13 +38,41 @@ def test_the_study_writes_records_that_the_page_reads(small, tmp_path, capsys):
     assert not told["breakdown"]
     # 21 of 4 for the curvatures, one for the slope, ten to warm up, five for each pilot, fifteen at least after it
     assert own >= 21 / 4 + 1 + 10 + 5 * len(told["pilots"]) + 15
+    assert told["targets"]
     for share, both in told["targets"].items():
-        assert record.metrics[f"suggested_{share}"] == both["suggested_derivatives"]
-    both = told["targets"]["0.9"]
-    assert both["suggested_derivatives"] >= own
-    assert math.isclose(both["ratio_derivatives"], both["suggested_derivatives"] / both["tuned_derivatives"])
+        tuned, suggested = both["derivatives"]["tuned"], both["derivatives"]["suggested"]
+        assert suggested["amount"] >= own
+        assert record.metrics[f"suggested_{share}"] == (suggested["amount"] if suggested["reached"] else None)
+        if suggested["reached"] and tuned["reached"]:
+            assert math.isclose(record.metrics[f"ratio_{share}"], suggested["amount"] / tuned["amount"])
+    assert step_sizes_claim({"step-sizes": [record]}).verdicts
     assert json.loads(next(tmp_path.rglob("*.json")).read_text())["task"] == step_sizes.TASK
     assert "Suggested step sizes" in capsys.readouterr().out
+
+
+def test_tuned_steps_are_those_that_the_tuning_seeds_choose():
+    """The first pair is the faster one on the tuning seed, the second one on the judged seed."""
+
+    def run(seed, role, *speeds):
+        outer_step, tries = [*range(8)], []
+        for x, speed in zip((1.0, 2.0), speeds, strict=True):
+            curve = {"exact_loss": [0.1 ** (speed * k) for k in outer_step], "outer_step": outer_step}
+            curve |= {name: [*map(float, outer_step)] for name in ("derivatives", "megabytes", "rounds")}
+            tries.append(Try({"x": x, "y": 1.0, "v": 1.0}, {}, curve))
+        return Run(step_sizes.TASK, "sldbo", seed, {"role": role}, Outcome((), {}, {}), tries)
+
+    found, level = step_sizes.found_by([run(1, "tuning", 1, 0.5), run(0, "judged", 0.5, 1)]), step_sizes.SHARES[-1]
+    assert found.chosen("sldbo", level, "derivatives")[0].step_sizes["x"] == 1.0
+    assert math.isclose(found.spent("sldbo", level, "derivatives")[0].amount, 4.0, rel_tol=0.01)  # 2 with the other
+
+
+def test_what_a_search_evaluates_on_all_examples():
+    """Ten iterations of a warm-up and twenty of runs, each on a tenth of the examples, after one start or two."""
+    share = bx.problem.Calls(0.1, 0.1, 0.1, 0.1)
+    one, two = [{"y": 0.5}, {"y": 0.48}], [{"y": 0.5}, {"y": 0.24}]
+    for starts, pilots in ((1, []), (1, one), (2, two)):
+        calls = bx.problem.Calls(30 + starts, 31 + starts, 50 + starts, 30 + starts)
+        assert math.isclose(step_sizes.evaluated(calls, share, pilots), 21 / 4 + starts + 30 * 0.1)
 
 
 def test_jobs_and_seeds_are_checked():

@@ -2,9 +2,10 @@
 
 import math
 import operator
+from typing import Any
 
-from benchmarks.decentralized.claims.claim import Claim, Finding, bold, compared, named, span, table
-from benchmarks.decentralized.levels import LOSSES, Spent
+from benchmarks.decentralized.claims.claim import MARK, Claim, Finding, bold, compared, named, span, table
+from benchmarks.decentralized.levels import LOSSES, Level, Spent
 from benchmarks.decentralized.records import Record, Results
 from benchmarks.decentralized.verdicts import arrivals, averaged, cell
 
@@ -14,10 +15,21 @@ LEVELS = LOSSES[1:]
 HEADERS = ("task and method", "decrease of F", "search", "search and run", "best of the grid", "ratio", "verdict")
 
 
-def needed(run: Record, name: str) -> Spent:
-    """The evaluations of a run; inf where it does not arrive."""
-    found = run.metrics[name]
-    return Spent(math.inf, False, math.inf) if found is None else Spent(found, True, found, found)
+def needed(run: Record, level: Level) -> tuple[Spent, Spent, bool] | None:
+    """The evaluations with suggested steps and with tuned ones, and whether the latter arrive on all tuning seeds."""
+    target = run.configuration["targets"].get(f"{level.share:g}")
+    if target is None:
+        return None
+    both = target["derivatives"]
+    own, best = (
+        Spent(**{name: _infinite(value) for name, value in both[who].items()}) for who in ("suggested", "tuned")
+    )
+    return own, best, both["everywhere"]
+
+
+def _infinite(number: Any) -> Any:
+    """Files have null for what is not finite."""
+    return math.inf if number is None else number
 
 
 def step_sizes(results: Results) -> Claim:
@@ -28,8 +40,12 @@ def step_sizes(results: Results) -> Claim:
     rows, found = [], list[Finding]()
     for name, records in groups.items():
         for level in LEVELS:
-            own, best = ([needed(run, f"{who}_{level.share:g}") for run in records] for who in ("suggested", "tuned"))
-            found.append(compared([*zip(own, best, strict=True)], MOST, operator.le, JOB))
+            every = [one for run in records if (one := needed(run, level))]
+            if not every:
+                continue  # SLDBO has no target on the tuning seeds
+            own, best, everywhere = zip(*every, strict=True)
+            mark = MARK * (not all(everywhere))
+            found.append(compared([*zip(own, best, strict=True)], MOST, operator.le, JOB, mark))
             search = cell([run.metrics["search"] for run in records])
             cells = [averaged(side) + arrivals(side) for side in (own, best)]
             rows.append([name, named(level), search, *cells, found[-1].words, bold(found[-1].verdict)])
@@ -42,6 +58,9 @@ def step_sizes(results: Results) -> Claim:
         numbers=f"{span(one.mean for one in found)} times the best of the grid",
         verdicts=[one.verdict for one in found],
         measure="Number: derivative evaluations of an agent until a share of SLDBO's decrease of F, those of the "
-        "search included, over those with the pair of the grid that is best for it, whose tuning does not count.",
+        "search included, over those with the pair of the grid that the tuning seeds choose for it, whose tuning does "
+        "not count. On three tasks: penalties of synthetic data, digits, policy evaluation. f and g, which the search "
+        "reads after about every evaluation, forward only, do not count; a momentum is that of the grid's pair for "
+        "99 %.",
         details=table(HEADERS, rows) if rows else "No results.\n",
     )
