@@ -131,9 +131,9 @@ def suggest_step_sizes(
     a_x too long, above f there is no step, and `breakdown` says so, as where mean d_x is 0 at the start.
 
     What is found is good for the beginning: what grows slowly does not show in so few iterations, nor a curvature that
-    grows later; `moves` of the method's Info tell. Inner problems of a large condition are such: after the warm-up y and
-    v are far from their solution, d_x is small, and a_x too long for later, about ten times for the penalties of a ridge
-    regression on features of scales from 1 to 10, and more beyond: take a part of it there. Noise that minibatches
+    grows later; `moves` of the method's Info tell. Inner problems of a large condition are such: after the warm-up y
+    and v are far from their solution, d_x is small, and a_x too long for later, about ten times for the penalties of a
+    ridge regression on features of scales from 1 to 10, and more beyond: take a part of it. Noise that minibatches
     leave at the end does not show either. Over a directed graph or a sequence of graphs, and for a correction that does
     not say more, b = 2, as for descent, and the runs alone tell what is stable.
 
