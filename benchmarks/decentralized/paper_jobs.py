@@ -151,7 +151,7 @@ JOBS = (
         )
     ),
     Job("speed-up", "Noise floors of stochastic methods", "decentralized-speed-up"),
-    Job("step-sizes", "Suggested step sizes beside tuned ones", "decentralized-step-sizes", seeds=3),
+    Job("step-sizes", "Suggested step sizes beside tuned ones", "decentralized-step-sizes"),
     Job(
         "curvature",
         "Curvature as a preconditioner of y and v",
