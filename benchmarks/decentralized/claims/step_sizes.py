@@ -4,7 +4,7 @@ import math
 import operator
 from typing import Any
 
-from benchmarks.decentralized.claims.claim import MARK, Claim, Finding, bold, compared, named, span, table
+from benchmarks.decentralized.claims.claim import MARK, OWN, Claim, Finding, bold, compared, named, span, table
 from benchmarks.decentralized.levels import LOSSES, Level, Spent
 from benchmarks.decentralized.records import Record, Results
 from benchmarks.decentralized.verdicts import arrivals, averaged, cell
@@ -37,26 +37,28 @@ def step_sizes(results: Results) -> Claim:
     groups: dict[str, list[Record]] = {}
     for record in results.get(JOB, ()):
         groups.setdefault(record.method, []).append(record)
-    rows, found = [], list[Finding]()
+    rows, found = [], dict[Level, list[Finding]]()
     for name, records in groups.items():
         for level in LEVELS:
-            every = [one for run in records if (one := needed(run, level))]
+            every = [both for run in records if (both := needed(run, level))]
             if not every:
                 continue  # SLDBO has no target on the tuning seeds
             own, best, everywhere = zip(*every, strict=True)
             mark = MARK * (not all(everywhere))
-            found.append(compared([*zip(own, best, strict=True)], MOST, operator.le, JOB, mark))
+            one = compared([*zip(own, best, strict=True)], MOST, operator.le, JOB, mark)
+            found.setdefault(level, []).append(one)
             search = cell([run.metrics["search"] for run in records])
             cells = [averaged(side) + arrivals(side) for side in (own, best)]
-            rows.append([name, named(level), search, *cells, found[-1].words, bold(found[-1].verdict)])
-    found = found or [compared((), MOST, operator.le, JOB)]
+            rows.append([name, named(level), search, *cells, one.words, bold(one.verdict)])
+    found = found or {LEVELS[-1]: [compared((), MOST, operator.le, JOB)]}
     return Claim(
         title="Step sizes that nobody has to guess",
-        source="beyond the papers",
+        source=OWN,
         words=f"With the steps of `bx.single_loop.suggest_step_sizes` a method needs at most {MOST:g} times the "
         "evaluations that it needs with the best of the grid, the search for them included.",
-        numbers=f"{span(one.mean for one in found)} times the best of the grid",
-        verdicts=[one.verdict for one in found],
+        numbers="; ".join(f"{named(level)}: {span(one.mean for one in each)}" for level, each in sorted(found.items()))
+        + " times the best of the grid",
+        verdicts=[one.verdict for each in found.values() for one in each],
         measure="Number: derivative evaluations of an agent until a share of SLDBO's decrease of F, those of the "
         "search included, over those with the pair of the grid that the tuning seeds choose for it, whose tuning does "
         "not count. On three tasks: penalties of synthetic data, digits, policy evaluation. f and g, which the search "
