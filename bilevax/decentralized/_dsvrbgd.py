@@ -43,10 +43,10 @@ def dsvrbgd(
         u^x, p^x at (x, y⁺, v⁺)        x ← x⁺
 
     Exact diffusion in the place of tracking sends half as much in about as many iterations, over a fixed and symmetric
-    graph: on learnt penalties with minibatches of 32 it reached 90 % of SLDBO's decrease with 0.36 to 0.42 of the bytes
-    of the papers' damped form, and tracking undamped with 0.70 to 0.80. With minibatches of 4 noise and not the
-    correction decides. Variance reduction saves rounds, not evaluations: plain minibatches with tracking needed 0.75 of
-    the evaluations there, in 1.5 times the rounds.
+    graph: it reached 90 % of SLDBO's decrease of F with 0.50 of the bytes on learnt penalties, with minibatches of 4
+    and of 32, and with 0.67 on hyper-cleaning. Variance reduction did not pay there: plain minibatches with tracking
+    came to that level with about as many bytes on learnt penalties, and with 0.6 of them on hyper-cleaning, where an
+    iteration evaluates half as much (`benchmarks/decentralized/RESULTS.md`).
 
     The previous point of each u is the one where it was estimated last: in turn, the variables of one point come from
     different iterations. Without noise it converges to (x*, y*, v*), whatever a is; with minibatches the noise of u

@@ -23,8 +23,7 @@ def bounded(predict: Prediction) -> Prediction:
     A linear model of the directions grows with the way that y and v go, and they go the farther the longer it is: where
     steps are long for the curvature of the last refresh, models diverge that the directions themselves, which bend,
     would hold. With bounded changes y and v are driven at most twice as hard as with frozen directions, and longer
-    steps hold: on learnt penalties S3LDBO with `kronecker` and `outer_kronecker`, p = 0.1, came to the level of `sldbo`
-    with 0.1 of its evaluations, and with 0.3 where nothing bounded them.
+    steps hold.
 
     Args:
       predict: the `Prediction`, whole: it is told the whole change, and so is no last link of a `chain`.

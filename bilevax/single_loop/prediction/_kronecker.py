@@ -77,10 +77,8 @@ def kronecker(inner_loss: ModelLoss | None = None, *, fisher: Fisher | None = No
     layer has inputs.
 
     Reference: own; the factors are those of Martens and Grosse, arXiv 1503.05671, but for the traces in A. There their
-    inverse preconditions a step; here they say what an agent would evaluate, and the step stays what it is. On
-    hyper-cleaning (three seeds, p = 0.1) S3LDBO with the inverse in front of the steps of y and v, fresh in each
-    iteration, needed 0.20 of the evaluations of `sldbo` and 2.0 times its bytes, with these predictions, bounded, and
-    exact diffusion, which a preconditioned step does not take, 0.20 and 0.96.
+    inverse preconditions a step; here they say what an agent would evaluate, and the step stays what it is, so
+    that exact diffusion, which refuses preconditioned steps, takes them.
 
     Example:
         >>> import bilevax as bx, jax.numpy as jnp
