@@ -8,6 +8,7 @@ SKIPPING = tuple(f"s3ldbo-{p}" for p in PROBABILITIES)
 DIFFUSING = tuple(f"s3ldbo-ed-{p}" for p in PROBABILITIES)
 REFRESH = tuple(f"s3ldbo-{which}-{p}" for p in ("0.125", "0.25") for which in ("subset", "adaptive"))
 PREDICTED = tuple(f"s3ldbo-predicted-{which}{p}" for which in ("", "ed-") for p in ("0.1", "0.2"))
+RESCALED = ("s3ldbo-cyclic-0.1", "s3ldbo-kfac-0.1", "sldbo-kfac")
 LAZY = ("sldbo", *SKIPPING, "s3ldbo-ed-0.1", *PREDICTED[::2], *REFRESH[:2])  # where a run costs much
 SPARSE = ("--agents", "20", "--topology", "ring")
 DUAL = ("sparkle-ed", "sparkle-extra", "sparkle-gt")
@@ -95,7 +96,7 @@ JOBS = (
         "Hyper-cleaning",
         CLEANING,
         (),
-        (*LAZY, *REFRESH[2:], *(f"sldbo-{which}" for which in COMPRESSED)),
+        (*LAZY, *REFRESH[2:], *RESCALED, *(f"sldbo-{which}" for which in COMPRESSED)),
         (200, 600),
         full=FASHION,
     ),

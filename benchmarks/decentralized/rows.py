@@ -12,7 +12,10 @@ from benchmarks.decentralized.network import DRAWS, Network
 REFRESH = (0.5, 0.2, 0.1, 0.05)
 ADAPTIVE = (0.25, 0.125)  # whole agents of 8 and of 16
 PREDICTED = (0.2, 0.1)
+CYCLIC = (*ADAPTIVE, 0.1)  # 0.1: beside predictions, whose agents refresh in turn too
 PAIRS = 4  # of secants
+DAMPING = 0.1  # of the factors in front of steps
+NEWTON = 0.2  # share of a step of the grid that such a step is, 1 of which would be Newton's
 MOMENTA = tuple({"momentum": a} for a in (0.1, 0.03, 0.3))  # weights a of the new direction that are tried
 AVERAGES = tuple({"momentum": a} for a in (1.0, 0.3, 0.1))  # the same of moving averages, without variance reduction
 RATE = 0.5  # η of MDBO and VRDBO, whose own momentum is α = a/η²
@@ -35,7 +38,8 @@ s3ldbo-p, -ed-p: {{coins}}; -subset-p, -adaptive-p, -cyclic-p: ⌈p · n⌉ agen
 farthest, or in turn. -ed: exact diffusion in place of tracking. -predicted-p: in turn; between refreshes penalties are
 evaluated, and the rest of the directions follows Kronecker factors of each agent's own data, inner and, as far as they
 were right, outer; no change is longer than the direction was (of models that are no linear ones: {PAIRS} secants, as
-far as they were right).
+far as they were right). -kfac: the same inner factors, of the present point and damped by {DAMPING:g}, rescale the
+corrected directions of y and v, whose steps are {NEWTON:g} times those of the grid; s3ldbo in turn.
 dsvrbgd, gt-sgd (tracking, no variance reduction), mdbo, vrdbo, diamond, interact-svr, -sampled: minibatches of
 {{batch_size}} (interact-svr: all in every {EVERY}th iteration); all others exact. Weights of new directions are tried
 too: {weights(MOMENTA)} of dsvrbgd, mdbo, vrdbo and diamond, {weights(AVERAGES)} of -sampled.
@@ -145,6 +149,22 @@ def predicted(correction: Any, probability: float) -> Callable:
     return make
 
 
+def rescaled(method: Callable, **settings: Any) -> Callable:
+    """`make` of a method with tracking, whose y and v move along directions that each agent's own factors rescale."""
+    ihvp = bx.ihvp.kfac(damping=DAMPING, fisher=bx.curvature.fisher.exact, inverse=bx.curvature.kronecker.factored)
+
+    def make(network: Network, gossip: Any, steps: bx.Levels) -> bx.problem.Algorithm:
+        fit = network.fit  # what is known without data is below the damping
+        own = ihvp._replace(
+            init=lambda x, y, data, inner_loss: ihvp.init(x, y, data, fit),
+            prepare=lambda key, state, inner_loss, point: ihvp.prepare(key, state, fit, point),
+        )
+        y, v = (bx.single_loop.preconditioned(NEWTON * step, own) for step in (steps.y, steps.v))
+        return method(network.problem, gossip, bx.Levels(steps.x, y, v), **settings)
+
+    return make
+
+
 def skipping(coins: Callable, corrections: Callable[[Any], Any], levels: str) -> tuple[Row, ...]:
     """S3LDBO with all coins, and with exact diffusion.
 
@@ -165,7 +185,7 @@ def skipping(coins: Callable, corrections: Callable[[Any], Any], levels: str) ->
         *(row(f"s3ldbo-predicted-{p:g}", predicted(tracking, p)) for p in PREDICTED),
         *(dual(f"s3ldbo-predicted-ed-{p:g}", predicted(exact_diffusion, p)) for p in PREDICTED),
         *(row(f"s3ldbo-subset-{p:g}", s3ldbo(coins=bx.coins.subset(p), correction=tracking)) for p in ADAPTIVE),
-        *(row(f"s3ldbo-cyclic-{p:g}", s3ldbo(coins=bx.coins.cyclic(p), correction=tracking)) for p in ADAPTIVE),
+        *(row(f"s3ldbo-cyclic-{p:g}", s3ldbo(coins=bx.coins.cyclic(p), correction=tracking)) for p in CYCLIC),
         *(row(f"s3ldbo-adaptive-{p:g}", preset(s3ldbo_adaptive, probability=p, correction=tracking)) for p in ADAPTIVE),
     )
 
@@ -203,7 +223,9 @@ def rows(coins: Callable, size: int) -> tuple[Row, ...]:
     along_ed = {"settings": MOMENTA, "batch_size": size}
     return (
         Row("sldbo", preset(methods.sldbo)),
+        Row("sldbo-kfac", rescaled(methods.sldbo), parts=True),
         *skipping(coins, lambda correction: correction, "xyv"),
+        Row("s3ldbo-kfac-0.1", rescaled(methods.s3ldbo, coins=bx.coins.cyclic(0.1)), at_start=1, parts=True),
         Row("s3ldbo-unbiased-0.2", preset(methods.s3ldbo_unbiased, probability=0.2), at_start=1),
         recursive("dsvrbgd", reduced(), twice),
         recursive("dsvrbgd-alternating", in_turn_reduced(), twice_in_turn),

@@ -325,6 +325,10 @@ def test_rows_that_do_not_suit_a_graph_or_a_problem_are_left_out_and_named(netwo
     large = network._replace(y=jnp.zeros(1000))
     gbdsbo = next(row for row in everything if row.name == "gbdsbo")
     assert refusal(gbdsbo, large, Agents(4).topologies(0)) == "it is for y of at most 130 numbers, not 1000"
+    for row in everything:
+        if row.name.endswith(("kfac", "kfac-0.1")):
+            assert refusal(row, network, Agents(4).topologies(0)) is None
+            assert "it needs the parts of g" in refusal(row, network._replace(fit=None), Agents(4).topologies(0))
 
 
 def test_the_partition_of_a_data_set_loses_nothing():

@@ -11,6 +11,7 @@ from benchmarks.decentralized import papers, speed_up
 from benchmarks.decentralized.claims import CLAIMS, communication, corrections, frontier, snapshots, step_sizes
 from benchmarks.decentralized.claims.claim import span, table
 from benchmarks.decentralized.claims.communication import RIVALS, SETTINGS
+from benchmarks.decentralized.claims.factors import PREDICTED, RESCALED, factors
 from benchmarks.decentralized.levels import LOSSES, Spent
 from benchmarks.decentralized.measured import measured
 from benchmarks.decentralized.paper_jobs import JOBS
@@ -243,6 +244,21 @@ def test_the_goal_is_met_by_one_preset_on_all_tasks_or_not_at_all():
     assert frontier({}).verdicts == [f"{OPEN}: no results"]
 
 
+def test_predictions_are_compared_with_steps_that_the_same_factors_rescale():
+    base = runs("sldbo", FAST, (0, 10, 20, 30))
+    own = [one for name in PREDICTED for one in runs(name, FAST, (0, 1, 2, 3))]
+    other = [one for name in RESCALED for one in runs(name, FAST, (0, 2, 4, 6))]
+    timed = [one._replace(metrics={**one.metrics, "cpu_seconds": 0.06, "outer_steps": 30}) for one in base]
+    claim = factors({"cleaning": [*timed, *own, *other]})
+    assert claim.verdicts == [HOLDS] * 12
+    assert claim.numbers == "0.5 of the evaluations with rescaled steps"
+    assert "| s3ldbo-predicted-0.1 / sldbo-kfac | 0.5 ± 0: **holds** |" in claim.details
+    assert "| s3ldbo-predicted-0.1 / s3ldbo-cyclic-0.1 | –: **not decided**: no results of cleaning |" in claim.details
+    assert "| sldbo | – | – | 2 | – | – |" in claim.details  # milliseconds
+    faster = [one for name in RESCALED for one in runs(name, FAST, (0, 0.5, 1, 1.5))]
+    assert factors({"cleaning": [*base, *own, *faster]}).verdicts == [FAILS] * 12
+
+
 def test_an_order_that_a_longer_run_may_turn_was_too_short():
     late = [record("sparkle-ed", (1.0, 0.9, 0.8, 0.7, 0.4), seed=seed) for seed in JUDGED]
     better = [record("sparkle-gt", (1.0, 0.3, 0.25, 0.25, 0.25), seed=seed) for seed in JUDGED]
@@ -282,6 +298,8 @@ def everything():
         found += [run for name in ("dsvrbgd-ed", "dsvrbgd-top0.3", "dsvrbgd-top0.1") for run in runs(name, deep)]
         found += [run for rival in RIVALS for run in runs(rival, deep, (0, 20, 30, 40))]
     results["cleaning"] += runs("sldbo-top0.3", FAST) + runs("sldbo-top0.1", FAST)
+    results["cleaning"] += [one for name in PREDICTED for one in runs(name, FAST, (0, 1, 1.5, 2))]
+    results["cleaning"] += [one for name in RESCALED for one in runs(name, FAST, (0, 10, 15, 20))]
     for job in ("sparse-policy", "sparse-cleaning"):
         for method in ("sparkle-ed", "sparkle-extra", "sparkle-gt", "d-soba"):
             results[job] += runs(method, STUCK if method == "d-soba" else FAST)
@@ -318,7 +336,7 @@ def verdicts(results):
 def test_the_claims_find_their_numbers():
     found = verdicts(everything())
     assert {verdict for claim in found for verdict in claim} == {HOLDS}
-    assert [*map(len, found)] == [48, 68, 6, 2, 2, 12, 1, 3, 33, 1, 2]
+    assert [*map(len, found)] == [48, 68, 6, 2, 2, 12, 1, 3, 33, 1, 12, 2]
     assert CLAIMS[4](everything()).numbers == "slopes -1, where 1/n is −1"
 
 

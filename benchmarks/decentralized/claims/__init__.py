@@ -5,6 +5,7 @@ from collections.abc import Callable
 from benchmarks.decentralized.claims.claim import Claim
 from benchmarks.decentralized.claims.communication import communication
 from benchmarks.decentralized.claims.curvature import curvature
+from benchmarks.decentralized.claims.factors import factors
 from benchmarks.decentralized.claims.frontier import diffusion, frontier
 from benchmarks.decentralized.claims.noise import speed_up
 from benchmarks.decentralized.claims.refresh import compression, refresh
@@ -24,5 +25,6 @@ CLAIMS: tuple[Callable[[Results], Claim], ...] = (
     curvature,
     diffusion,
     frontier,
+    factors,
     step_sizes,
 )  # another claim is another function

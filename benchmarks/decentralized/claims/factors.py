@@ -1,0 +1,54 @@
+"""What Kronecker factors are better for: to predict directions, or to rescale steps."""
+
+import operator
+
+from benchmarks.decentralized.claims.claim import OWN, Claim, against, bold, named, span, table
+from benchmarks.decentralized.claims.snapshots import TASKS
+from benchmarks.decentralized.levels import LOSSES
+from benchmarks.decentralized.measured import measured
+from benchmarks.decentralized.records import Results
+from benchmarks.decentralized.verdicts import cell
+
+JOB = "cleaning"
+PREDICTED = ("s3ldbo-predicted-0.1", "s3ldbo-predicted-ed-0.1")
+RESCALED = ("s3ldbo-kfac-0.1", "sldbo-kfac")
+TURNS = ("s3ldbo-cyclic-0.1", "s3ldbo-0.1")  # what turns bring without factors, beside that
+TIMED = {**TASKS, "policy": "policy evaluation"}
+
+
+def milliseconds(results: Results, job: str, method: str) -> str:
+    """Of all threads, for an iteration of all agents."""
+    runs = [run for run in results.get(job, ()) if run.judged and run.method == method]
+    spent = [(run.metrics.get("cpu_seconds"), run.metrics.get("outer_steps")) for run in runs]
+    return cell([1e3 * seconds / steps for seconds, steps in spent if seconds and steps]) if runs else "–"
+
+
+def factors(results: Results) -> Claim:
+    """Predictions against preconditioned steps, with the same factors."""
+    runs = measured(results, JOB)
+    rows, found = [], []
+    for one, two in (*((one, two) for one in PREDICTED for two in RESCALED), (PREDICTED[0], TURNS[0]), TURNS):
+        compared = [against(runs, one, two, level, "derivatives", 1.0, operator.lt, JOB) for level in LOSSES]
+        found += compared if two in RESCALED else []
+        rows.append([f"{one} / {two}", *(f"{each.words}: {bold(each.verdict)}" for each in compared)])
+    return Claim(
+        title="Factors predict better than they rescale",
+        source=OWN,
+        words="With p = 0.1, S3LDBO whose directions follow Kronecker factors between refreshes needs fewer derivative "
+        "evaluations than S3LDBO and SLDBO whose steps of y and v the same factors rescale.",
+        numbers=f"{span(one.mean for one in found)} of the evaluations with rescaled steps",
+        verdicts=[one.verdict for one in found],
+        measure=f"{TASKS[JOB].capitalize()}. Number: derivative evaluations of an agent until a share of SLDBO's "
+        "decrease of F, over those of the other method, each with its own best steps. -kfac finds its factors anew in "
+        "each iteration, which does not count as evaluations. The last two rows are not judged: what predictions bring "
+        "where agents refresh in turn, and what turns bring.",
+        details=table(["ratio of evaluations", *map(named, LOSSES)], rows)
+        + "\nCPU milliseconds of an iteration of all agents on this machine, factors and predictions included:\n\n"
+        + table(
+            ["method", *TIMED.values()],
+            [
+                [method, *(milliseconds(results, job, method) for job in TIMED)]
+                for method in ("sldbo", *reversed(TURNS), *PREDICTED, *RESCALED)
+            ],
+        ),
+    )
