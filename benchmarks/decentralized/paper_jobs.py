@@ -152,7 +152,21 @@ JOBS = (
         )
     ),
     Job("speed-up", "Noise floors of stochastic methods", "decentralized-speed-up"),
-    Job("step-sizes", "Suggested step sizes beside tuned ones", "decentralized-step-sizes"),
+    *(
+        Job(
+            f"step-sizes-{task}",
+            f"Suggested step sizes beside tuned ones, {words}",
+            "decentralized-step-sizes",
+            ("--jobs", task),
+        )
+        for task, words in (
+            ("synthetic", "penalties of synthetic data"),
+            ("mnist", "penalties of MNIST"),
+            ("digits", "hyper-cleaning"),
+            ("meta", "meta-learning"),
+            ("policy", "policy evaluation"),
+        )
+    ),
     Job(
         "curvature",
         "Curvature as a preconditioner of y and v",

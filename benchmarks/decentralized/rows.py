@@ -154,12 +154,12 @@ def rescaled(method: Callable, **settings: Any) -> Callable:
     ihvp = bx.ihvp.kfac(damping=DAMPING, fisher=bx.curvature.fisher.exact, inverse=bx.curvature.kronecker.factored)
 
     def make(network: Network, gossip: Any, steps: bx.Levels) -> bx.problem.Algorithm:
-        fit = network.fit  # what is known without data is below the damping
-        own = ihvp._replace(
-            init=lambda x, y, data, inner_loss: ihvp.init(x, y, data, fit),
-            prepare=lambda key, state, inner_loss, point: ihvp.prepare(key, state, fit, point),
-        )
-        y, v = (bx.single_loop.preconditioned(NEWTON * step, own) for step in (steps.y, steps.v))
+        def prepare(key: Any, state: Any, inner_loss: Any, point: Any) -> Any:
+            assert network.fit is not None  # see `parts` of a row
+            return ihvp.prepare(key, state, network.fit, point)  # a penalty is far below the damping
+
+        of_fit = ihvp._replace(prepare=prepare)
+        y, v = (bx.single_loop.preconditioned(NEWTON * step, of_fit) for step in (steps.y, steps.v))
         return method(network.problem, gossip, bx.Levels(steps.x, y, v), **settings)
 
     return make

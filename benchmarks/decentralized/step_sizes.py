@@ -11,7 +11,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 import bilevax as bx
-from benchmarks.decentralized import hyper_cleaning, policy_evaluation, regularization
+from benchmarks.decentralized import hyper_cleaning, meta_learning, policy_evaluation, regularization
 from benchmarks.decentralized.choices import COINS, Agents
 from benchmarks.decentralized.comparison import Here, Job, Place, Turn, attempt, defaults, prepare, runs, turn_of
 from benchmarks.decentralized.figure import GRADIENT
@@ -30,15 +30,15 @@ from benchmarks.decentralized.measured import Measured, measured
 from benchmarks.decentralized.methods import Row, evaluations, shares
 from benchmarks.decentralized.network import Network
 from benchmarks.decentralized.records import Record
-from benchmarks.decentralized.rows import rows
+from benchmarks.decentralized.rows import personal_rows, rows
 from benchmarks.decentralized.running import Carry, Pick
 from benchmarks.harness.folder import prepared
 from benchmarks.harness.loop import Outcome
 from benchmarks.harness.report import Run
+from benchmarks.harness.runner import Options
 
 TASK = "decentralized_step_sizes"
 METHODS = ("sldbo", "s3ldbo-0.2", "s3ldbo-0.1", "dsvrbgd", "sparkle-ed")
-CORRECTIONS = {"sparkle-ed": bx.single_loop.correction.exact_diffusion()}
 COSTS = ("derivatives", "megabytes")
 SHARES = LOSSES[1:]  # .9 and .99 of SLDBO's decrease of F
 CAPTION = """\
@@ -71,46 +71,70 @@ class Suggestion(NamedTuple):
     targets: dict[str, dict[str, dict[str, Any]]]
 
 
-def jobs(quick: bool) -> list[tuple[Job, Agents]]:
-    """The tasks, and their agents."""
-    options = dataclasses.replace(defaults(METHODS), quick=quick)
-    penalties = regularization.Config(common=options)
-    cleaning = hyper_cleaning.Config(common=options)
-    policy = policy_evaluation.Config(common=options)
-    setting, images = regularization.SETTINGS["synthetic"], cleaning.setting
-    level = regularization.curvature(penalties.load(0))
-    return [
-        (
-            _job(
-                "synthetic",
-                lambda seed: regularization.network(penalties.load(seed), setting.start),
-                600 if quick else setting.iterations,
-                setting.outer_grid,
-                [step / level for step in regularization.INNER_GRID],
-            ),
-            penalties.network,
-        ),
-        (
-            _job(
-                "digits",
-                lambda seed: hyper_cleaning.network(cleaning.load(seed)),
-                300 if quick else images.iterations,
-                [images.train * step for step in hyper_cleaning.OUTER_GRID],
-                images.inner_grid,
-            ),
-            cleaning.network,
-        ),
-        (
-            _job(
-                "policy",
-                lambda seed: policy_evaluation.network(policy.load(seed), policy.network.batch_size),
-                2000 if quick else 5000,
-                policy_evaluation.OUTER_GRID,
-                [policy.states * step for step in policy_evaluation.INNER_GRID],
-            ),
-            policy.network,
-        ),
-    ]
+def penalties(data: Literal["synthetic", "mnist"], quick: bool, iterations: int) -> tuple[Job, Agents]:
+    """Penalties of a logistic or softmax regression."""
+    config, setting = regularization.Config(data=data, common=shared(quick)), regularization.SETTINGS[data]
+    level = regularization.curvature(config.load(0))
+    inner_grid = [step / level for step in regularization.INNER_GRID]
+    job = _job(
+        data,
+        lambda seed: regularization.network(config.load(seed), setting.start),
+        iterations if quick else setting.iterations,
+        setting.outer_grid,
+        inner_grid,
+    )
+    return job, config.network
+
+
+def digits(quick: bool) -> tuple[Job, Agents]:
+    """Hyper-cleaning of digits."""
+    config = hyper_cleaning.Config(common=shared(quick))
+    images = config.setting
+    job = _job(
+        "digits",
+        lambda seed: hyper_cleaning.network(config.load(seed)),
+        300 if quick else images.iterations,
+        [images.train * step for step in hyper_cleaning.OUTER_GRID],
+        images.inner_grid,
+    )
+    return job, config.network
+
+
+def meta(quick: bool) -> tuple[Job, Agents]:
+    """Meta-learning on miniImageNet, with heads of each agent's own."""
+    config = meta_learning.Config(tasks=1 if quick else 4, common=shared(quick))
+    level = config.load(0).curvature()
+    inner_grid = [step / level for step in meta_learning.INNER_GRID]
+    iterations = 64 if quick else meta_learning.ITERATIONS
+    job = _job("meta", config.load, iterations, meta_learning.OUTER_GRID, inner_grid)
+    return job._replace(effort=meta_learning.EFFORT), config.network
+
+
+def policy(quick: bool) -> tuple[Job, Agents]:
+    """Policy evaluation."""
+    config = policy_evaluation.Config(common=shared(quick))
+    job = _job(
+        "policy",
+        lambda seed: policy_evaluation.network(config.load(seed), config.network.batch_size),
+        2000 if quick else 5000,
+        policy_evaluation.OUTER_GRID,
+        [config.states * step for step in policy_evaluation.INNER_GRID],
+    )
+    return job, config.network
+
+
+JOBS: Mapping[str, Callable[[bool], tuple[Job, Agents]]] = {
+    "synthetic": functools.partial(penalties, "synthetic", iterations=600),
+    "mnist": functools.partial(penalties, "mnist", iterations=150),
+    "digits": digits,
+    "meta": meta,
+    "policy": policy,
+}
+
+
+def shared(quick: bool) -> Options:
+    """Options of all tasks."""
+    return dataclasses.replace(defaults(METHODS), quick=quick)
 
 
 def _job(
@@ -124,20 +148,27 @@ def _job(
     return Job(name, name, TASK, kept, iterations, outer_grid, inner_grid, {}, GRADIENT, {})
 
 
+def correction_of(row: Row, personal: bool) -> Any:
+    """What a method corrects its directions by; x alone where each agent has a lower level of its own."""
+    correction = bx.single_loop.correction
+    upper = correction.exact_diffusion() if row.name == "sparkle-ed" else correction.tracking()
+    return bx.Levels(upper, correction.local(), correction.local()) if personal else upper
+
+
 def suggested(
     row: Row, turn: Turn, here: Here, topologies: bx.Levels, seed: int, settings: dict[str, float], tuned: Measured
 ) -> Suggestion:
     """Finds steps for a method on a judged seed, and runs on with them."""
     network = here.networks[seed]
     graphs = row.graphs(topologies)
-    gossip = bx.gossip(graphs.y)
+    gossip, correction = bx.gossip(graphs.x), correction_of(row, network.personal)
     problem, batch = network.problem, network.batch
 
     def make(step_sizes: bx.Levels) -> bx.problem.Algorithm:
         return row.make(network, gossip, step_sizes, **settings)
 
     found, info = bx.single_loop.suggest_step_sizes(
-        make, problem, gossip, *network.start, batch, jax.random.key(seed), correction=CORRECTIONS.get(row.name)
+        make, problem, gossip, *network.start, batch, jax.random.key(seed), correction=correction
     )
     pilots = [
         {"x": float(x), "y": float(y), "score": float(score)}
@@ -214,9 +245,10 @@ def found_by(runs: Sequence[Run]) -> Measured:
     return measured({TASK: records}, TASK)
 
 
-def compared(job: Job, agents: Agents, options: Any) -> Iterator[Run]:
+def compared(job: Job, agents: Agents, options: Options) -> Iterator[Run]:
     """For each method and judged seed a run whose configuration is the `Suggestion`."""
-    everything = rows(functools.partial(COINS[agents.coins][0], block=agents.agents), agents.batch_size)
+    kinds = personal_rows if job.load(options.seed).personal else rows
+    everything = kinds(functools.partial(COINS[agents.coins][0], block=agents.agents), agents.batch_size)
     chosen = [row for row in everything if row.name in METHODS]
     finished = list(runs(job, agents, options, chosen, Place(), lambda number: None))
     judged = {(run.method, run.seed): run for run in finished if run.configuration["role"] == "judged"}
@@ -293,8 +325,8 @@ class Config:
     """How many judged seeds."""
     quick: bool = False
     """Fewer iterations."""
-    jobs: tuple[str, ...] = ("synthetic", "digits", "policy")
-    """Tasks: penalties of synthetic data, hyper-cleaning of digits, policy evaluation."""
+    jobs: tuple[str, ...] = tuple(JOBS)
+    """Tasks: penalties of synthetic data and of mnist, hyper-cleaning of digits, meta-learning, policy evaluation."""
     results: Path = Path("results")
     """Folder of the results; files go to a subfolder with the name of the task, and -quick."""
 
@@ -302,19 +334,19 @@ class Config:
         """Refuses what cannot be run."""
         if self.seeds < 1:
             raise ValueError(f"seeds must be an int >= 1; got {self.seeds}. Pass --seeds 1 or more.")
-        if not {*self.jobs} <= {"synthetic", "digits", "policy"}:
+        if not {*self.jobs} <= {*JOBS}:
             raise ValueError(
-                f"jobs must be some of synthetic, digits, policy; got {' '.join(self.jobs)}. Pass, say, --jobs policy."
+                f"jobs must be some of {', '.join(JOBS)}; got {' '.join(self.jobs)}. Pass, say, --jobs policy."
             )
 
     def run(self) -> int:
         """Runs everything, prints the table and writes the files; returns the exit code."""
         console = Console(highlight=False)
         folder = prepared(self, TASK, console)
-        options = dataclasses.replace(defaults(METHODS), quick=self.quick, seeds=self.seeds)
+        options = dataclasses.replace(shared(self.quick), seeds=self.seeds)
         finished = []
-        for job, agents in jobs(self.quick):
-            for run in compared(job, agents, options) if job.name in self.jobs else ():
+        for name in self.jobs:
+            for run in compared(*JOBS[name](self.quick), options):
                 run.write(folder)
                 finished.append(run)
                 console.print(f"{run.method}, seed {run.seed}: {run.outcome.metrics}", markup=False)

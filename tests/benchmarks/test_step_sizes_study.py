@@ -11,6 +11,7 @@ from benchmarks.decentralized import policy_evaluation, step_sizes
 from benchmarks.decentralized.claims import step_sizes as step_sizes_claim
 from benchmarks.decentralized.levels import Try
 from benchmarks.decentralized.records import read
+from benchmarks.decentralized.rows import personal_rows
 from benchmarks.harness.loop import Outcome
 from benchmarks.harness.report import Run
 
@@ -19,19 +20,20 @@ from benchmarks.harness.report import Run
 def small(monkeypatch):
     config = policy_evaluation.Config(states=12, features=2, network=policy_evaluation.Evaluators(agents=4))
 
-    def jobs(quick):
+    def job(quick):
         def load(seed):
             return policy_evaluation.network(config.load(seed), 4)
 
-        return [(step_sizes._job("policy", load, 60, (0.3, 1.0), [3.6, 10.8]), config.network)]
+        return step_sizes._job("policy", load, 60, (0.3, 1.0), [3.6, 10.8]), config.network
 
-    monkeypatch.setattr(step_sizes, "jobs", jobs)
+    monkeypatch.setattr(step_sizes, "JOBS", {"policy": job})
     monkeypatch.setattr(step_sizes, "METHODS", ("sldbo",))
 
 
 @pytest.mark.compiles(60)  # a whole run of a command
 def test_the_study_writes_records_that_the_page_reads(small, tmp_path, capsys):
-    assert main(["decentralized-step-sizes", "--quick", "--seeds", "1", "--results", str(tmp_path)]) == 0
+    arguments = ["--quick", "--seeds", "1", "--jobs", "policy", "--results", str(tmp_path)]
+    assert main(["decentralized-step-sizes", *arguments]) == 0
     (record,) = read(tmp_path)
     assert (record.method, record.seed, record.configuration["role"]) == ("policy-sldbo", 0, "judged")
     told, own = record.configuration, record.configuration["own"]["derivatives"]
@@ -45,7 +47,7 @@ def test_the_study_writes_records_that_the_page_reads(small, tmp_path, capsys):
         assert record.metrics[f"suggested_{share}"] == (suggested["amount"] if suggested["reached"] else None)
         if suggested["reached"] and tuned["reached"]:
             assert math.isclose(record.metrics[f"ratio_{share}"], suggested["amount"] / tuned["amount"])
-    assert step_sizes_claim({"step-sizes": [record]}).verdicts
+    assert step_sizes_claim({"step-sizes-policy": [record]}).verdicts
     assert json.loads(next(tmp_path.rglob("*.json")).read_text())["task"] == step_sizes.TASK
     assert "Suggested step sizes" in capsys.readouterr().out
 
@@ -66,6 +68,17 @@ def test_tuned_steps_are_those_that_the_tuning_seeds_choose():
     assert math.isclose(found.spent("sldbo", level, "derivatives")[0].amount, 4.0, rel_tol=0.01)  # 2 with the other
 
 
+@pytest.mark.parametrize(("name", "upper"), [("sldbo", "tracking"), ("sparkle-ed", "exact_diffusion")])
+def test_where_each_agent_has_a_lower_level_of_its_own_x_alone_is_corrected(name, upper):
+    correction, eigenvalues = bx.single_loop.correction, [1.0, -0.2]
+    row = next(row for row in personal_rows(bx.coins.independent, 4) if row.name == name)
+    expected, own = getattr(correction, upper)().largest_step(eigenvalues), correction.local().largest_step(eigenvalues)
+    assert expected < own
+    assert step_sizes.correction_of(row, personal=False).largest_step(eigenvalues) == expected
+    found = [each.largest_step(eigenvalues) for each in step_sizes.correction_of(row, personal=True)]
+    assert found == [expected, own, own]
+
+
 def test_what_a_search_evaluates_on_all_examples():
     """Ten iterations of a warm-up and twenty of runs, each on a tenth of the examples, after one start or two."""
     share = bx.problem.Calls(0.1, 0.1, 0.1, 0.1)
@@ -76,7 +89,7 @@ def test_what_a_search_evaluates_on_all_examples():
 
 
 def test_jobs_and_seeds_are_checked():
-    with pytest.raises(ValueError, match="jobs must be some of synthetic, digits, policy; got mnist"):
-        step_sizes.Config(jobs=("mnist",))
+    with pytest.raises(ValueError, match="jobs must be some of synthetic, mnist, digits, meta, policy; got cifar"):
+        step_sizes.Config(jobs=("cifar",))
     with pytest.raises(ValueError, match="seeds must be an int >= 1"):
         step_sizes.Config(seeds=0)
