@@ -3,6 +3,8 @@
 import json
 import math
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 import bilevax as bx
@@ -14,6 +16,7 @@ from benchmarks.decentralized.records import read
 from benchmarks.decentralized.rows import personal_rows
 from benchmarks.harness.loop import Outcome
 from benchmarks.harness.report import Run
+from bilevax.single_loop.correction import Move
 
 
 @pytest.fixture
@@ -70,13 +73,16 @@ def test_tuned_steps_are_those_that_the_tuning_seeds_choose():
 
 @pytest.mark.parametrize(("name", "upper"), [("sldbo", "tracking"), ("sparkle-ed", "exact_diffusion")])
 def test_where_each_agent_has_a_lower_level_of_its_own_x_alone_is_corrected(name, upper):
-    correction, eigenvalues = bx.single_loop.correction, [1.0, -0.2]
+    gossip, still = bx.gossip(bx.topology.complete(4)), Move(lambda s: (), lambda t, state, s: (t, state), linear=True)
     row = next(row for row in personal_rows(bx.coins.independent, 4) if row.name == name)
-    expected, own = getattr(correction, upper)().largest_step(eigenvalues), correction.local().largest_step(eigenvalues)
-    assert expected < own
-    assert step_sizes.correction_of(row, personal=False).largest_step(eigenvalues) == expected
-    found = [each.largest_step(eigenvalues) for each in step_sizes.correction_of(row, personal=True)]
-    assert found == [expected, own, own]
+
+    def state(correction):
+        return jax.tree.structure(correction.init(gossip, jnp.zeros(4), still))
+
+    expected, own = state(getattr(bx.single_loop.correction, upper)()), state(bx.single_loop.correction.local())
+    assert expected != own
+    assert state(step_sizes.correction_of(row, personal=False)) == expected
+    assert [*map(state, step_sizes.correction_of(row, personal=True))] == [expected, own, own]
 
 
 def test_what_a_search_evaluates_on_all_examples():
