@@ -39,6 +39,7 @@ from benchmarks.harness.runner import Options
 
 TASK = "decentralized_step_sizes"
 METHODS = ("sldbo", "s3ldbo-0.2", "s3ldbo-0.1", "dsvrbgd", "sparkle-ed")
+FEW = ("sldbo", "s3ldbo-0.1", "sparkle-ed")  # where a run costs much
 COSTS = ("derivatives", "megabytes")
 SHARES = LOSSES[1:]  # .9 and .99 of SLDBO's decrease of F
 CAPTION = """\
@@ -69,6 +70,13 @@ class Suggestion(NamedTuple):
     pilots: list[dict[str, float]]
     own: dict[str, float]
     targets: dict[str, dict[str, dict[str, Any]]]
+
+
+class Studied(NamedTuple):
+    """A task: the methods that it compares, and `make(quick)` of its job and its agents."""
+
+    methods: Sequence[str]
+    make: Callable[[bool], tuple[Job, Agents]]
 
 
 def penalties(data: Literal["synthetic", "mnist"], quick: bool, iterations: int) -> tuple[Job, Agents]:
@@ -102,7 +110,7 @@ def digits(quick: bool) -> tuple[Job, Agents]:
 
 def meta(quick: bool) -> tuple[Job, Agents]:
     """Meta-learning on miniImageNet, with heads of each agent's own."""
-    config = meta_learning.Config(tasks=1 if quick else 4, common=shared(quick))
+    config = meta_learning.Config(tasks=1 if quick else 4, common=shared(quick, FEW))
     level = config.load(0).curvature()
     inner_grid = [step / level for step in meta_learning.INNER_GRID]
     iterations = 64 if quick else meta_learning.ITERATIONS
@@ -123,18 +131,18 @@ def policy(quick: bool) -> tuple[Job, Agents]:
     return job, config.network
 
 
-JOBS: Mapping[str, Callable[[bool], tuple[Job, Agents]]] = {
-    "synthetic": functools.partial(penalties, "synthetic", iterations=600),
-    "mnist": functools.partial(penalties, "mnist", iterations=150),
-    "digits": digits,
-    "meta": meta,
-    "policy": policy,
+JOBS: Mapping[str, Studied] = {
+    "synthetic": Studied(METHODS, functools.partial(penalties, "synthetic", iterations=600)),
+    "mnist": Studied(FEW, functools.partial(penalties, "mnist", iterations=150)),
+    "digits": Studied(METHODS, digits),
+    "meta": Studied(FEW, meta),
+    "policy": Studied(METHODS, policy),
 }
 
 
-def shared(quick: bool) -> Options:
+def shared(quick: bool, methods: Sequence[str] = METHODS) -> Options:
     """Options of all tasks."""
-    return dataclasses.replace(defaults(METHODS), quick=quick)
+    return dataclasses.replace(defaults(methods), quick=quick)
 
 
 def _job(
@@ -246,10 +254,10 @@ def found_by(runs: Sequence[Run]) -> Measured:
 
 
 def compared(job: Job, agents: Agents, options: Options) -> Iterator[Run]:
-    """For each method and judged seed a run whose configuration is the `Suggestion`."""
+    """For each of the methods and judged seeds a run whose configuration is the `Suggestion`."""
     kinds = personal_rows if job.load(options.seed).personal else rows
     everything = kinds(functools.partial(COINS[agents.coins][0], block=agents.agents), agents.batch_size)
-    chosen = [row for row in everything if row.name in METHODS]
+    chosen = options.chosen(everything)
     finished = list(runs(job, agents, options, chosen, Place(), lambda number: None))
     judged = {(run.method, run.seed): run for run in finished if run.configuration["role"] == "judged"}
     tuned = found_by(finished)
@@ -343,10 +351,10 @@ class Config:
         """Runs everything, prints the table and writes the files; returns the exit code."""
         console = Console(highlight=False)
         folder = prepared(self, TASK, console)
-        options = dataclasses.replace(shared(self.quick), seeds=self.seeds)
         finished = []
-        for name in self.jobs:
-            for run in compared(*JOBS[name](self.quick), options):
+        for methods, make in map(JOBS.__getitem__, self.jobs):
+            options = dataclasses.replace(shared(self.quick, methods), seeds=self.seeds)
+            for run in compared(*make(self.quick), options):
                 run.write(folder)
                 finished.append(run)
                 console.print(f"{run.method}, seed {run.seed}: {run.outcome.metrics}", markup=False)

@@ -29,8 +29,7 @@ def small(monkeypatch):
 
         return step_sizes._job("policy", load, 60, (0.3, 1.0), [3.6, 10.8]), config.network
 
-    monkeypatch.setattr(step_sizes, "JOBS", {"policy": job})
-    monkeypatch.setattr(step_sizes, "METHODS", ("sldbo",))
+    monkeypatch.setattr(step_sizes, "JOBS", {"policy": step_sizes.Studied(("sldbo",), job)})
 
 
 @pytest.mark.compiles(60)  # a whole run of a command
