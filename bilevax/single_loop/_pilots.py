@@ -1,6 +1,6 @@
 """Short runs of a method that tell which step sizes it bears, one after the other, in one loop."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +14,8 @@ from bilevax.single_loop._levels import Levels
 from bilevax.typing import Array, Key
 
 WARM_UP, PILOT, CONFIRMATION, END = range(4)  # the phases
-LENGTHS = WARM, LENGTH, CONFIRMED = 10, 5, 15  # ∇f of each agent in a run of each; after each losses are read
+LENGTHS = (10, 5, 15)  # ∇f of each agent in a run of each; after each losses are read
+HALF = 5  # last readings of a warm-up, by which it is judged
 ROUNDING = 1e-2  # part of g that is no swing
 GROWTH = 2.0  # of the moves of y and v in a warm-up, at most
 LONGEST = 100.0  # iterations for each ∇f of an agent, at most
@@ -26,7 +27,9 @@ Read = Callable[[Array, Spent], tuple[Array, Spent]]
 FirstStep = Callable[[Any, Array, Array, Spent], tuple[Array, Spent]]
 
 
-def runner(make: MakeAlgorithm, problem: BilevelProblem, gossip: Gossip, key: Key, batch: Batch) -> Run:
+def runner(
+    make: MakeAlgorithm, problem: BilevelProblem, gossip: Gossip, key: Key, batch: Batch, lengths: Sequence[int]
+) -> Run:
     """`run(steps, state, length, spent) -> (state, seen [1 + the longest, 4, n], spent)`, the same draws in each.
 
     Its length is told in ∇f of an agent, at most one in each iteration, and traced: a program holds one copy of the
@@ -56,7 +59,7 @@ def runner(make: MakeAlgorithm, problem: BilevelProblem, gossip: Gossip, key: Ke
             state, spent, moves = jax.lax.while_loop(goes_on, step, (state, spent, moves))
             return state, spent, moves, seen.at[number].set(look(state, moves))
 
-        nothing = jnp.zeros((1 + max(LENGTHS), 4, *gossip.agents().shape))
+        nothing = jnp.zeros((1 + max(lengths), 4, *gossip.agents().shape))
         end, spent, _, seen = jax.lax.fori_loop(0, length + 1, part, (state, spent, still, nothing))
         later = jnp.arange(len(seen)) > length
         return end, jnp.where(later[:, None, None], seen[length], seen), spent
@@ -85,11 +88,11 @@ def risen(read: Array) -> Array:
 
 
 def steady(read: Array) -> Array:
-    """Whether a loss does not swing in the second half of a warm-up: what its changes change by is less than they are.
+    """Whether a loss does not swing at the end of a warm-up: what its changes change by is less than they are.
 
     It may rise: where agents come closer, each gives up what suited itself.
     """
-    changes = jnp.diff(read[WARM // 2 :])
+    changes = jnp.diff(read)
     return jnp.abs(jnp.diff(changes)).sum() <= jnp.abs(changes).sum() + ROUNDING * jnp.abs(read[0])
 
 
@@ -109,7 +112,7 @@ class Search(NamedTuple):
       warm: the state after the warm-up.
       part: of the first step of x that `first` says, that is taken after the next warm-up.
       most_x: the largest step of x that may be: one that failed, or half of it.
-      usual: what f rises in half of the warm-up, where x stays.
+      usual: what f rises at the end of the warm-up, where x stays.
       tried: the steps of each pilot [pilots].
       scores: how each ended [pilots].
       good: whether the last run was.
@@ -135,8 +138,19 @@ class Search(NamedTuple):
         return self._replace(phase=jnp.full_like(self.phase, phase), state=state)
 
 
-def search(run: Run, read: Read, first: FirstStep, start: Any, steps: Levels[Array], most: int, spent: Spent) -> Search:
+def search(
+    run: Run,
+    read: Read,
+    first: FirstStep,
+    start: Any,
+    steps: Levels[Array],
+    most: int,
+    spent: Spent,
+    lengths: Sequence[int] = LENGTHS,
+) -> Search:
     """Runs one after the other: each says what the next one is."""
+    warm_up, pilot, confirmation = lengths
+    late = slice(warm_up - HALF, warm_up + 1)
 
     def anew(now: Search, x: float) -> Search:
         """From the start, with half the steps of y and v, to which that of x is in proportion, and x times that of x.
@@ -152,12 +166,12 @@ def search(run: Run, read: Read, first: FirstStep, start: Any, steps: Levels[Arr
     def after_warm_up(now: Search, end: Any, seen: Array) -> Search:
         outer, inner, *moves = seen
         calm = moves[0][-1] + moves[1][-1] <= GROWTH * (moves[0][1] + moves[1][1])
-        good = steady(inner) & jnp.isfinite(seen[:2]).all() & calm
+        good = steady(inner[late]) & jnp.isfinite(seen[:2]).all() & calm
 
         def to_pilots(now: Search) -> Search:
             x, spent = first(end, now.steps.y, outer[-1], now.spent)
             x = jnp.minimum(now.part * x, now.most_x)
-            found = {"steps": now.steps._replace(x=x), "usual": risen(outer[WARM // 2 :]), "warm": end}
+            found = {"steps": now.steps._replace(x=x), "usual": risen(outer[late]), "warm": end}
             return now.turn_to(jnp.where(jnp.isfinite(x) & (x > 0), PILOT, END), end)._replace(spent=spent, **found)
 
         def again(now: Search) -> Search:
@@ -167,7 +181,7 @@ def search(run: Run, read: Read, first: FirstStep, start: Any, steps: Levels[Arr
 
     def after_pilot(now: Search, end: Any, seen: Array) -> Search:
         outer, place = seen[0], now.pilots
-        good = falls(outer, outer[0] + 2 * now.usual, 1 + LENGTH // 2)
+        good = falls(outer, outer[0] + 2 * now.usual, 1 + pilot // 2)
         now = now._replace(
             pilots=place + 1,
             tried=jax.tree.map(lambda all, one: all.at[place].set(one), now.tried, paced(now.steps, now.spent)),
@@ -180,13 +194,13 @@ def search(run: Run, read: Read, first: FirstStep, start: Any, steps: Levels[Arr
         return chosen(good, now.turn_to(CONFIRMATION, end), other)
 
     def after_confirmation(now: Search, end: Any, seen: Array) -> Search:
-        outer, half = seen[0], 1 + CONFIRMED // 2
+        outer, half = seen[0], 1 + confirmation // 2
         now = now._replace(good=falls(outer, outer[:half].max() + 2 * now.usual, half))
         shorter = anew(now._replace(most_x=now.steps.x / 2), 1.0)
         return chosen(now.good | (now.pilots >= most), now.turn_to(END, end), shorter)
 
     def turn(now: Search) -> Search:
-        end, seen, spent = run(now.steps, now.state, jnp.asarray(LENGTHS)[now.phase], now.spent)
+        end, seen, spent = run(now.steps, now.state, jnp.asarray(lengths)[now.phase], now.spent)
         means, spent = read(seen, spent)
         after = after_warm_up, after_pilot, after_confirmation
         return jax.lax.switch(now.phase, after, now._replace(spent=spent), end, means)

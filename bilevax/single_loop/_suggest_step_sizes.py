@@ -15,7 +15,7 @@ from bilevax.sampling import check_key, fold, needed
 from bilevax.single_loop._averaging import average
 from bilevax.single_loop._curvatures import Averages, Spent, curvatures
 from bilevax.single_loop._levels import Levels, PerLevel
-from bilevax.single_loop._pilots import MakeAlgorithm, paced, reader, runner, search
+from bilevax.single_loop._pilots import LENGTHS, MakeAlgorithm, paced, reader, runner, search
 from bilevax.single_loop.correction import Correction, Move, tracking
 from bilevax.single_loop.method import check_start, of_kind
 from bilevax.typing import Array, Key, PyTree, Scalar
@@ -104,6 +104,7 @@ def suggest_step_sizes(
     key: Key | None,
     *,
     pilots: int = 6,
+    warm_up: int = LENGTHS[0],
     correction: PerLevel[Correction] | None = None,
     lowest: Scalar = 0.0,
 ) -> tuple[Levels[Array], StepSizesInfo]:
@@ -119,10 +120,10 @@ def suggest_step_sizes(
     4 / (3 + T) for T iterations between two refreshes.
 
     The first pilot runs with these steps from the end of the warm-up. It fails if f, averaged at the agents' own y, is
-    not finite or is, in its second half, above where it began, but for twice what it rises in half of the warm-up. Then
-    a_y and a_v are halved and all starts anew, with an a_x that is not; where later ones fail, a_x is divided by 4. A
-    good one goes on three times as long; where f is higher in the second half of that than in the first, a_y and a_v
-    are halved and all starts anew. The a_x after a start anew is that of the new warm-up, but at most the one that
+    not finite or is, in its second half, above where it began, but for twice what it rises at the end of the warm-up.
+    Then a_y and a_v are halved and all starts anew, with an a_x that is not; where later ones fail, a_x is divided by
+    4. A good one goes on three times as long; where f is higher in the second half of that than in the first, a_y and
+    a_v are halved and all starts anew. The a_x after a start anew is that of the new warm-up, but at most the one that
     failed, and at most half of it where that was in the longer run. Two thirds of the a_x that the runs bore are
     returned.
 
@@ -131,11 +132,11 @@ def suggest_step_sizes(
     a_x too long, above f there is no step, and `breakdown` says so, as where mean d_x is 0 at the start.
 
     What is found is good for the beginning: what grows slowly does not show in so few iterations, nor a curvature that
-    grows later; `moves` of the method's Info tell. Inner problems of a large condition are such: after the warm-up y
-    and v are far from their solution, d_x is small, and a_x too long for later, about ten times for the penalties of a
-    ridge regression on features of scales from 1 to 10, and more beyond: take a part of it. Noise that minibatches
-    leave at the end does not show either. Over a directed graph or a sequence of graphs, and for a correction that does
-    not say more, b = 2, as for descent, and the runs alone tell what is stable.
+    grows later; `moves` of the method's Info tell. Inner problems of a large condition are such: after ten iterations y
+    and v are far from their solution, d_x is small, and a_x far too long for later, for the penalties of a ridge
+    regression on features of scales from 1 to 10 about a hundred times. Pass a `warm_up` of about the condition, there
+    100. Noise that minibatches leave at the end does not show either. Over a directed graph or a sequence of graphs,
+    and for a correction that does not say more, b = 2, as for descent, and the runs alone tell what is stable.
 
     Args:
       make: `make(step_sizes) -> Algorithm`, for `Levels` of traced numbers; its state has fields x, y and v, its Info
@@ -148,6 +149,7 @@ def suggest_step_sizes(
       key: one random key.
       pilots: at most so many, >= 1, and before each as many tries of the warm-up. Each that fails divides a_x by 4, but
         for the first: with few of them the search may end before it comes to steps that are small enough.
+      warm_up: ∇f of an agent in each warm-up, >= 10: until y is about solved for the first x.
       correction: of `make`, or `Levels` of them; None for `tracking()`. Where it is `local()` for y, L is that of the
         agent with the largest. `make` does not tell: left out, a_y may be too long for the agent of the largest L_i.
       lowest: the lower bound of f, or what it may come down to.
@@ -160,12 +162,13 @@ def suggest_step_sizes(
         `pilots` < 1, key is not one key, gossip is compressed, or the method has no v.
 
     Cost: one ∇_y g and twenty Hessian products, one evaluation of the directions for each warm-up that is good and,
-    counted in ∇f of an agent, ten for each warm-up, five for each pilot, of which one to three are usual, and fifteen
-    for the run after a good one: all in `info.calls` and `info.bytes`, but for f and g at about every one of these, and
-    for what the method evaluates at `init`: one evaluation of the directions where it skips, as `s3ldbo` does, else
-    none. `info.state` keeps thirty of them. Ten averages of y and one of x for each evaluation of the directions, of
-    about 3 / √(2 (1 − σ)) rounds each where W is symmetric and fixed, and some of single numbers. Compiling takes some
-    CPU seconds, of which the method's step is a part, in every call: for several seeds, jit a function around it.
+    counted in ∇f of an agent, `warm_up` for each warm-up, five for each pilot, of which one to three are usual, and
+    fifteen for the run after a good one: all in `info.calls` and `info.bytes`, but for f and g at about every one of
+    these, and for what the method evaluates at `init`: one evaluation of the directions where it skips, as `s3ldbo`
+    does, else none. `info.state` keeps `warm_up` + 20 of them. Ten averages of y and one of x for each evaluation of
+    the directions, of about 3 / √(2 (1 − σ)) rounds each where W is symmetric and fixed, and some of single numbers.
+    Compiling takes some CPU seconds, of which the method's step is a part, in every call: for several seeds, jit a
+    function around it.
 
     Reference: power iteration, with the dynamic average of gradient tracking in it (arXiv 1607.03218) and Chebyshev's
     acceleration of each average; Polyak's step, "Introduction to optimization", 1987. The factors are what held on the
@@ -186,6 +189,7 @@ def suggest_step_sizes(
     checks.instance("gossip", gossip, Gossip, "Pass bx.gossip(bx.topology.ring(8)).")
     checks.instance("batch", batch, Batch, "Pass bx.Batch(outer=..., inner=...), leaves [n, ...].")
     pilots = checks.count("pilots", pilots, minimum=1)
+    warm_up = checks.count("warm_up", warm_up, minimum=LENGTHS[0])
     check_start(gossip, x, y, batch)
     checks.scalar("lowest", lowest)
     check_key(key)
@@ -210,9 +214,9 @@ def suggest_step_sizes(
             room = jnp.where(outer > lowest, outer - lowest, jnp.nan)  # no step where there is none
             return jnp.asarray(a * level * room / (POLYAK * slope), float), spent
 
-        draws = fold(key, RUN)
-        run, read = runner(make, problem, gossip, draws, batch), reader(gossip, averages.fine, draws)
-        end = search(run, read, first, start, steps, pilots, spent)
+        draws, lengths = fold(key, RUN), (warm_up, *LENGTHS[1:])
+        run, read = runner(make, problem, gossip, draws, batch, lengths), reader(gossip, averages.fine, draws)
+        end = search(run, read, first, start, steps, pilots, spent, lengths)
         steps = paced(end.steps, end.spent)
         told = (level, end.tried, end.scores, ~end.good, end.spent.calls, end.spent.bytes, end.spent.rounds, end.state)
         return steps._replace(x=jnp.where(end.good, steps.x / MARGIN, jnp.nan)), StepSizesInfo(*told)

@@ -167,34 +167,48 @@ def test_breakdown_is_told_and_no_method_takes_the_steps():
         make(steps)
 
 
+RIDGE = bx.BilevelProblem(
+    lambda x, y, data: jnp.mean((data @ jnp.append(y, -1.0)) ** 2),
+    lambda x, y, data: jnp.mean((data @ jnp.append(y, -1.0)) ** 2) + jnp.sum(jnp.exp(x) * y**2),
+)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def penalties(largest, warm_up):
+    """Those of a ridge regression on features of 1 to `largest`, and mean f: y converges slowly, d_x is small before.
+
+    Mean f: at the start, at the end of the search, and after 1,000 more iterations with the steps that it found.
+    """
+    draw, start = jax.random.normal(jax.random.key(20), (2, N, 40, 21)), jnp.zeros((N, 20))
+    features = draw[..., :-1] * (largest ** jnp.linspace(0, 1, 20))[None, None, None]
+    data = jnp.concatenate([features, (draw[..., :-1].sum(-1) + draw[..., -1])[..., None]], -1)
+    batch, make = bx.Batch(*data), functools.partial(bx.decentralized.sldbo, RIDGE, RING)
+    steps, info = suggest_step_sizes(make, RIDGE, RING, start, start, batch, KEY, warm_up=warm_up)
+    method = make(steps)
+    last = jax.lax.fori_loop(0, 1000, lambda k, state: method.step(None, state, batch)[0], info.state)
+    pairs = (start, start), (info.state.x, info.state.y), (last.x, last.y)
+    return info, *(jnp.mean(jax.vmap(RIDGE.outer_loss)(*pair, batch.outer)) for pair in pairs)
+
+
 def test_steps_of_x_do_not_grow_after_a_run_that_fails():
-    """Penalties of a ridge regression on features of 1 to 10^s: y converges slowly, and d_x is small until it has."""
-    draw = jax.random.normal(jax.random.key(20), (2, N, 40, 21))
-    problem = bx.BilevelProblem(
-        lambda x, y, data: jnp.mean((data @ jnp.append(y, -1.0)) ** 2),
-        lambda x, y, data: jnp.mean((data @ jnp.append(y, -1.0)) ** 2) + jnp.sum(jnp.exp(x) * y**2),
-    )
-    start = jnp.zeros((N, 20))
-
-    @jax.jit
-    def find(largest):
-        features = draw[..., :-1] * (largest ** jnp.linspace(0, 1, 20))[None, None, None]
-        data = jnp.concatenate([features, (draw[..., :-1].sum(-1) + draw[..., -1])[..., None]], -1)
-        batch = bx.Batch(*data)
-        make = functools.partial(bx.decentralized.sldbo, problem, RING)
-        _, info = suggest_step_sizes(make, problem, RING, start, start, batch, KEY)
-        pairs = (start, start), (info.state.x, info.state.y)
-        return info, *(jnp.mean(jax.vmap(problem.outer_loss)(*pair, batch.outer)) for pair in pairs)
-
     several = 0
     for exponent in (1.0, 1.25, 1.5):
-        info, before, after = find(10.0**exponent)
+        info, before, after, _ = penalties(10.0**exponent, 10)
         tried = np.asarray(info.steps.x)[~np.isnan(info.scores)]
         several += len(tried) > 1
         assert (np.diff(tried) <= 0).all()
         assert not info.breakdown
         assert after < before
     assert several
+
+
+def test_where_y_converges_slowly_a_longer_warm_up_finds_steps_that_last():
+    *_, last = penalties(10.0, 10)
+    assert not jnp.isfinite(last)
+    info, before, after, last = penalties(10.0, 300)
+    assert not info.breakdown
+    assert last < after < before
+    assert info.state.k == 320  # 300, one pilot and the run after it
 
 
 def with_offset(offset):
@@ -262,7 +276,7 @@ def test_a_search_goes_on_until_a_run_is_good():
 
 
 def test_agents_that_come_closer_do_not_swing():
-    k = jnp.arange(11.0)
+    k = jnp.arange(5.0, 11.0)
     assert all(map(steady, (1 + 0.1 * k, jnp.exp(-k), 1 - 0.1 * jnp.exp(-k))))
     assert steady(1 + (k - 7) ** 2)  # down and up again is no swing
     assert not steady(1 + 0.5 * (-0.9) ** k)
@@ -313,6 +327,8 @@ def test_refusals():
         suggest_step_sizes(0.1, *start, KEY)
     with pytest.raises(ValueError, match="pilots must be an int >= 1; got 0"):
         suggest_step_sizes(make, *start, KEY, pilots=0)
+    with pytest.raises(ValueError, match="warm_up must be an int >= 10; got 5"):
+        suggest_step_sizes(make, *start, KEY, warm_up=5)
     with pytest.raises(ValueError, match="what make returns must be an Algorithm; got 1"):
         suggest_step_sizes(lambda step_sizes: 1, *start, KEY)
     with pytest.raises(ValueError, match="make must take step sizes that are traced numbers"):
