@@ -35,7 +35,7 @@ class Row(NamedTuple):
       symmetric: whether it needs a symmetric W.
       fixed: whether it needs one graph for all rounds.
       common: whether it needs one graph for all levels.
-      parts: whether it needs what of g reads data by its parts, `Network.fit`.
+      needs_fit: whether it needs what of g reads data by its parts, `Network.fit`.
       largest: numbers in y from which on it is not run; None for no limit.
       settings: what is tried beside the step sizes, numbers by name, the usual one first; {} where there is nothing.
     """
@@ -50,7 +50,7 @@ class Row(NamedTuple):
     symmetric: bool = False
     fixed: bool = False
     common: bool = False
-    parts: bool = False
+    needs_fit: bool = False
     largest: int | None = None
     settings: Sequence[Mapping[str, float]] = ({},)
 
@@ -64,7 +64,7 @@ def refusal(row: Row, network: Network, topologies: bx.Levels) -> str | None:
     """Why a row cannot run on this problem and these graphs, or None."""
     if row.largest is not None and size_of(network.y) > row.largest:
         return f"it is for y of at most {row.largest} numbers, not {size_of(network.y)}"
-    if row.parts and network.fit is None:
+    if row.needs_fit and network.fit is None:
         return "it needs the parts of g, which this problem does not tell"
     if row.common and topologies.x is not topologies.y:
         return "it needs one graph for all levels"

@@ -15,7 +15,7 @@ PREDICTED = (0.2, 0.1)
 CYCLIC = (*ADAPTIVE, 0.1)  # 0.1: beside predictions, whose agents refresh in turn too
 PAIRS = 4  # of secants
 DAMPING = 0.1  # of the factors in front of steps
-NEWTON = 0.2  # share of a step of the grid that such a step is, 1 of which would be Newton's
+NEWTON = {"s3ldbo": 1 / 40, "sldbo": 1 / 15}  # such a step for one of 1 / L of the grid; 1 would be Newton's
 MOMENTA = tuple({"momentum": a} for a in (0.1, 0.03, 0.3))  # weights a of the new direction that are tried
 AVERAGES = tuple({"momentum": a} for a in (1.0, 0.3, 0.1))  # the same of moving averages, without variance reduction
 RATE = 0.5  # η of MDBO and VRDBO, whose own momentum is α = a/η²
@@ -39,7 +39,8 @@ farthest, or in turn. -ed: exact diffusion in place of tracking. -predicted-p: i
 evaluated, and the rest of the directions follows Kronecker factors of each agent's own data, inner and, as far as they
 were right, outer; no change is longer than the direction was (of models that are no linear ones: {PAIRS} secants, as
 far as they were right). -kfac: the same inner factors, of the present point and damped by {DAMPING:g}, rescale the
-corrected directions of y and v, whose steps are {NEWTON:g} times those of the grid; s3ldbo in turn.
+corrected directions of y and v, whose steps are those of the grid times L / 40, of sldbo L / 15, where those of Newton
+are 1, for the largest L of an agent; s3ldbo in turn.
 dsvrbgd, gt-sgd (tracking, no variance reduction), mdbo, vrdbo, diamond, interact-svr, -sampled: minibatches of
 {{batch_size}} (interact-svr: all in every {EVERY}th iteration); all others exact. Weights of new directions are tried
 too: {weights(MOMENTA)} of dsvrbgd, mdbo, vrdbo and diamond, {weights(AVERAGES)} of -sampled.
@@ -149,17 +150,24 @@ def predicted(correction: Any, probability: float) -> Callable:
     return make
 
 
-def rescaled(method: Callable, **settings: Any) -> Callable:
-    """`make` of a method with tracking, whose y and v move along directions that each agent's own factors rescale."""
+def rescaled(method: Callable, newton: float, **settings: Any) -> Callable:
+    """`make` of a method with tracking, whose y and v move along directions that each agent's own factors rescale.
+
+    Args:
+      method: of a problem, a gossip and step sizes.
+      newton: share of Newton's step that one of 1 / L of the grid becomes.
+      **settings: of the method.
+    """
     ihvp = bx.ihvp.kfac(damping=DAMPING, fisher=bx.curvature.fisher.exact, inverse=bx.curvature.kronecker.factored)
 
     def make(network: Network, gossip: Any, steps: bx.Levels) -> bx.problem.Algorithm:
         def prepare(key: Any, state: Any, inner_loss: Any, point: Any) -> Any:
-            assert network.fit is not None  # see `parts` of a row
+            assert network.fit is not None  # see `needs_fit` of a row
             return ihvp.prepare(key, state, network.fit, point)  # a penalty is far below the damping
 
         of_fit = ihvp._replace(prepare=prepare)
-        y, v = (bx.single_loop.preconditioned(NEWTON * step, of_fit) for step in (steps.y, steps.v))
+        share = newton * network.curvature()
+        y, v = (bx.single_loop.preconditioned(share * step, of_fit) for step in (steps.y, steps.v))
         return method(network.problem, gossip, bx.Levels(steps.x, y, v), **settings)
 
     return make
@@ -218,14 +226,15 @@ def rows(coins: Callable, size: int) -> tuple[Row, ...]:
         multiplier=PENALTY,
         gossip_step=0.4,
     )
+    in_turns = bx.coins.cyclic(0.1)
     loops = counted(inner=INNER_STEPS + 1, hessian=INNER_STEPS)
     twice, twice_in_turn = counted(2, 2, 2, 2), counted(2, 4, 2, 2)
     along_ed = {"settings": MOMENTA, "batch_size": size}
     return (
         Row("sldbo", preset(methods.sldbo)),
-        Row("sldbo-kfac", rescaled(methods.sldbo), parts=True),
+        Row("sldbo-kfac", rescaled(methods.sldbo, NEWTON["sldbo"]), needs_fit=True),
         *skipping(coins, lambda correction: correction, "xyv"),
-        Row("s3ldbo-kfac-0.1", rescaled(methods.s3ldbo, coins=bx.coins.cyclic(0.1)), at_start=1, parts=True),
+        Row("s3ldbo-kfac-0.1", rescaled(methods.s3ldbo, NEWTON["s3ldbo"], coins=in_turns), at_start=1, needs_fit=True),
         Row("s3ldbo-unbiased-0.2", preset(methods.s3ldbo_unbiased, probability=0.2), at_start=1),
         recursive("dsvrbgd", reduced(), twice),
         recursive("dsvrbgd-alternating", in_turn_reduced(), twice_in_turn),

@@ -57,6 +57,7 @@ class Suggestion(NamedTuple):
       step_sizes: of x, y and v.
       curvature: L that was found.
       breakdown: whether no run of the search was good.
+      diverged: whether F is not finite at the end of the run with them, or above where it was at the start.
       pilots: steps of x and mean f at the end of each short run.
       own: evaluations, megabytes and rounds that the search spent.
       targets: for each share of SLDBO's decrease of F and each cost what `spent_until` returns, by name: with the pair
@@ -67,6 +68,7 @@ class Suggestion(NamedTuple):
     step_sizes: dict[str, float]
     curvature: float
     breakdown: bool
+    diverged: bool
     pilots: list[dict[str, float]]
     own: dict[str, float]
     targets: dict[str, dict[str, dict[str, Any]]]
@@ -79,7 +81,7 @@ class Studied(NamedTuple):
     make: Callable[[bool], tuple[Job, Agents]]
 
 
-def penalties(data: Literal["synthetic", "mnist"], quick: bool, iterations: int) -> tuple[Job, Agents]:
+def penalties(data: Literal["synthetic", "mnist"], quick: bool, quick_iterations: int) -> tuple[Job, Agents]:
     """Penalties of a logistic or softmax regression."""
     config, setting = regularization.Config(data=data, common=shared(quick)), regularization.SETTINGS[data]
     level = regularization.curvature(config.load(0))
@@ -87,7 +89,7 @@ def penalties(data: Literal["synthetic", "mnist"], quick: bool, iterations: int)
     job = _job(
         data,
         lambda seed: regularization.network(config.load(seed), setting.start),
-        iterations if quick else setting.iterations,
+        quick_iterations if quick else setting.iterations,
         setting.outer_grid,
         inner_grid,
     )
@@ -132,8 +134,8 @@ def policy(quick: bool) -> tuple[Job, Agents]:
 
 
 JOBS: Mapping[str, Studied] = {
-    "synthetic": Studied(METHODS, functools.partial(penalties, "synthetic", iterations=600)),
-    "mnist": Studied(FEW, functools.partial(penalties, "mnist", iterations=150)),
+    "synthetic": Studied(METHODS, functools.partial(penalties, "synthetic", quick_iterations=600)),
+    "mnist": Studied(FEW, functools.partial(penalties, "mnist", quick_iterations=150)),
     "digits": Studied(METHODS, digits),
     "meta": Studied(FEW, meta),
     "policy": Studied(METHODS, policy),
@@ -204,7 +206,10 @@ def suggested(
         for level in SHARES
         if tuned.chosen(row.name, level, COSTS[0]) is not None and seed in tuned.targets(tuned.judged, level)
     }
-    return Suggestion(steps._asdict(), float(info.curvature), bool(info.breakdown), pilots, own, targets)
+    first, last = here.starts[seed]["exact_loss"], curve["exact_loss"][-1] if curve else 0.0
+    diverged = first is None or last is None or not last <= first
+    found_here = steps._asdict(), float(info.curvature), bool(info.breakdown), diverged
+    return Suggestion(*found_here, pilots, own, targets)
 
 
 def _both(
@@ -273,7 +278,8 @@ def compared(job: Job, agents: Agents, options: Options) -> Iterator[Run]:
                 for level in SHARES
                 for name, value in numbers(one.targets.get(f"{level.share:g}")).items()
             }
-            metrics = {"search": one.own["derivatives"], "search_megabytes": one.own["megabytes"], **flat}
+            metrics = {"search": one.own["derivatives"], "search_megabytes": one.own["megabytes"]}
+            metrics |= {"diverged": float(one.diverged), **flat}
             yield Run(TASK, f"{job.name}-{row.name}", seed, about, Outcome((), metrics, {}))
 
 

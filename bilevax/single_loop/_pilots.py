@@ -1,6 +1,6 @@
 """Short runs of a method that tell which step sizes it bears, one after the other, in one loop."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,8 +14,9 @@ from bilevax.single_loop._levels import Levels
 from bilevax.typing import Array, Key
 
 WARM_UP, PILOT, CONFIRMATION, END = range(4)  # the phases
-LENGTHS = (10, 5, 15)  # ∇f of each agent in a run of each; after each losses are read
-HALF = 5  # last readings of a warm-up, by which it is judged
+LENGTHS = WARM, LENGTH, CONFIRMED = 10, 5, 15  # ∇f of each agent in a run of each, a warm-up at least
+READ = max(LENGTHS)  # of more ∇f the last ones are read
+LATE = 5  # last of a warm-up, in which losses are judged
 ROUNDING = 1e-2  # part of g that is no swing
 GROWTH = 2.0  # of the moves of y and v in a warm-up, at most
 LONGEST = 100.0  # iterations for each ∇f of an agent, at most
@@ -27,13 +28,12 @@ Read = Callable[[Array, Spent], tuple[Array, Spent]]
 FirstStep = Callable[[Any, Array, Array, Spent], tuple[Array, Spent]]
 
 
-def runner(
-    make: MakeAlgorithm, problem: BilevelProblem, gossip: Gossip, key: Key, batch: Batch, lengths: Sequence[int]
-) -> Run:
-    """`run(steps, state, length, spent) -> (state, seen [1 + the longest, 4, n], spent)`, the same draws in each.
+def runner(make: MakeAlgorithm, problem: BilevelProblem, gossip: Gossip, key: Key, batch: Batch) -> Run:
+    """`run(steps, state, length, spent) -> (state, seen [1 + READ, 4, n], spent)`, the same draws in each.
 
     Its length is told in ∇f of an agent, at most one in each iteration, and traced: a program holds one copy of the
-    method's step. Seen are each agent's f, g, and moves of y and v; after the end the last ones again.
+    method's step. Seen are each agent's f, g, and moves of y and v at the start and after each ∇f, of the last READ;
+    after the end the last ones again.
     """
 
     def look(state: Any, moves: Array) -> Array:
@@ -57,12 +57,13 @@ def runner(
 
             state, spent, moves, seen = carry
             state, spent, moves = jax.lax.while_loop(goes_on, step, (state, spent, moves))
-            return state, spent, moves, seen.at[number].set(look(state, moves))
+            place = jnp.maximum(number - early, 0)
+            return state, spent, moves, seen.at[place].set(look(state, moves))
 
-        nothing = jnp.zeros((1 + max(lengths), 4, *gossip.agents().shape))
+        early, nothing = jnp.maximum(length - READ, 0), jnp.zeros((1 + READ, 4, *gossip.agents().shape))
         end, spent, _, seen = jax.lax.fori_loop(0, length + 1, part, (state, spent, still, nothing))
         later = jnp.arange(len(seen)) > length
-        return end, jnp.where(later[:, None, None], seen[length], seen), spent
+        return end, jnp.where(later[:, None, None], seen[jnp.minimum(length, READ)], seen), spent
 
     return run
 
@@ -88,11 +89,11 @@ def risen(read: Array) -> Array:
 
 
 def steady(read: Array) -> Array:
-    """Whether a loss does not swing at the end of a warm-up: what its changes change by is less than they are.
+    """Whether a loss does not swing along these readings: what its changes change by is less than they are.
 
     It may rise: where agents come closer, each gives up what suited itself.
     """
-    changes = jnp.diff(read)
+    changes = jnp.diff(read, append=read[-1:])  # it could stand still afterwards
     return jnp.abs(jnp.diff(changes)).sum() <= jnp.abs(changes).sum() + ROUNDING * jnp.abs(read[0])
 
 
@@ -146,11 +147,11 @@ def search(
     steps: Levels[Array],
     most: int,
     spent: Spent,
-    lengths: Sequence[int] = LENGTHS,
+    warm_up: int,
 ) -> Search:
     """Runs one after the other: each says what the next one is."""
-    warm_up, pilot, confirmation = lengths
-    late = slice(warm_up - HALF, warm_up + 1)
+    last = min(warm_up, READ)
+    late = slice(last - LATE, last + 1)
 
     def anew(now: Search, x: float) -> Search:
         """From the start, with half the steps of y and v, to which that of x is in proportion, and x times that of x.
@@ -181,7 +182,7 @@ def search(
 
     def after_pilot(now: Search, end: Any, seen: Array) -> Search:
         outer, place = seen[0], now.pilots
-        good = falls(outer, outer[0] + 2 * now.usual, 1 + pilot // 2)
+        good = falls(outer, outer[0] + 2 * now.usual, 1 + LENGTH // 2)
         now = now._replace(
             pilots=place + 1,
             tried=jax.tree.map(lambda all, one: all.at[place].set(one), now.tried, paced(now.steps, now.spent)),
@@ -194,13 +195,13 @@ def search(
         return chosen(good, now.turn_to(CONFIRMATION, end), other)
 
     def after_confirmation(now: Search, end: Any, seen: Array) -> Search:
-        outer, half = seen[0], 1 + confirmation // 2
+        outer, half = seen[0], 1 + CONFIRMED // 2
         now = now._replace(good=falls(outer, outer[:half].max() + 2 * now.usual, half))
         shorter = anew(now._replace(most_x=now.steps.x / 2), 1.0)
         return chosen(now.good | (now.pilots >= most), now.turn_to(END, end), shorter)
 
     def turn(now: Search) -> Search:
-        end, seen, spent = run(now.steps, now.state, jnp.asarray(lengths)[now.phase], now.spent)
+        end, seen, spent = run(now.steps, now.state, jnp.asarray((warm_up, LENGTH, CONFIRMED))[now.phase], now.spent)
         means, spent = read(seen, spent)
         after = after_warm_up, after_pilot, after_confirmation
         return jax.lax.switch(now.phase, after, now._replace(spent=spent), end, means)

@@ -15,7 +15,7 @@ from bilevax.sampling import check_key, fold, needed
 from bilevax.single_loop._averaging import average
 from bilevax.single_loop._curvatures import Averages, Spent, curvatures
 from bilevax.single_loop._levels import Levels, PerLevel
-from bilevax.single_loop._pilots import LENGTHS, MakeAlgorithm, paced, reader, runner, search
+from bilevax.single_loop._pilots import WARM, MakeAlgorithm, paced, reader, runner, search
 from bilevax.single_loop.correction import Correction, Move, tracking
 from bilevax.single_loop.method import check_start, of_kind
 from bilevax.typing import Array, Key, PyTree, Scalar
@@ -104,7 +104,7 @@ def suggest_step_sizes(
     key: Key | None,
     *,
     pilots: int = 6,
-    warm_up: int = LENGTHS[0],
+    warm_up: int = WARM,
     correction: PerLevel[Correction] | None = None,
     lowest: Scalar = 0.0,
 ) -> tuple[Levels[Array], StepSizesInfo]:
@@ -189,7 +189,7 @@ def suggest_step_sizes(
     checks.instance("gossip", gossip, Gossip, "Pass bx.gossip(bx.topology.ring(8)).")
     checks.instance("batch", batch, Batch, "Pass bx.Batch(outer=..., inner=...), leaves [n, ...].")
     pilots = checks.count("pilots", pilots, minimum=1)
-    warm_up = checks.count("warm_up", warm_up, minimum=LENGTHS[0])
+    warm_up = checks.count("warm_up", warm_up, minimum=WARM)
     check_start(gossip, x, y, batch)
     checks.scalar("lowest", lowest)
     check_key(key)
@@ -214,9 +214,9 @@ def suggest_step_sizes(
             room = jnp.where(outer > lowest, outer - lowest, jnp.nan)  # no step where there is none
             return jnp.asarray(a * level * room / (POLYAK * slope), float), spent
 
-        draws, lengths = fold(key, RUN), (warm_up, *LENGTHS[1:])
-        run, read = runner(make, problem, gossip, draws, batch, lengths), reader(gossip, averages.fine, draws)
-        end = search(run, read, first, start, steps, pilots, spent, lengths)
+        draws = fold(key, RUN)
+        run, read = runner(make, problem, gossip, draws, batch), reader(gossip, averages.fine, draws)
+        end = search(run, read, first, start, steps, pilots, spent, warm_up)
         steps = paced(end.steps, end.spent)
         told = (level, end.tried, end.scores, ~end.good, end.spent.calls, end.spent.bytes, end.spent.rounds, end.state)
         return steps._replace(x=jnp.where(end.good, steps.x / MARGIN, jnp.nan)), StepSizesInfo(*told)

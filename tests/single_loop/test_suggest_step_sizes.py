@@ -259,9 +259,8 @@ def searched(most):
 
     spent = Spent(bx.problem.Calls(none, none, none, none), none, none, none, none)
     start, steps = jnp.zeros((), int), bx.Levels(none, none + 1, none + 1)
-    return search(
-        run, lambda seen, spent: (seen, spent), lambda state, a, f, spent: (2 * a, spent), start, steps, most, spent
-    )
+    read, first = lambda seen, spent: (seen, spent), lambda state, a, f, spent: (2 * a, spent)
+    return search(run, read, first, start, steps, most, spent, LENGTHS[0])
 
 
 def test_a_search_goes_on_until_a_run_is_good():
@@ -280,6 +279,8 @@ def test_agents_that_come_closer_do_not_swing():
     assert all(map(steady, (1 + 0.1 * k, jnp.exp(-k), 1 - 0.1 * jnp.exp(-k))))
     assert steady(1 + (k - 7) ** 2)  # down and up again is no swing
     assert not steady(1 + 0.5 * (-0.9) ** k)
+    assert not any(map(steady, jnp.array([[1.0, 1, 1, 1, 1, 3], [5.0, 4, 4.5, 3.5, 3, 2.5]])))
+    assert not steady(2.2**k)  # ever faster
 
 
 @pytest.mark.parametrize("name", PRACTICAL)

@@ -7,9 +7,9 @@ from typing import Any
 from benchmarks.decentralized.claims.claim import MARK, OWN, Claim, Finding, bold, compared, named, span, table
 from benchmarks.decentralized.levels import LOSSES, Level, Spent
 from benchmarks.decentralized.records import Record, Results
-from benchmarks.decentralized.verdicts import arrivals, averaged, cell
+from benchmarks.decentralized.verdicts import FAILS, HOLDS, OPEN, arrivals, averaged, cell
 
-JOB = "step-sizes"  # and a dash and the name of a task
+JOB = "step-sizes-"  # and the name of a task
 MOST = 2.0  # times the evaluations of the best of the grid
 LEVELS = LOSSES[1:]
 HEADERS = ("task and method", "decrease of F", "search", "search and run", "best of the grid", "ratio", "verdict")
@@ -37,6 +37,9 @@ def step_sizes(results: Results) -> Claim:
     groups: dict[str, list[Record]] = {}
     for record in (record for job, each in results.items() if job.startswith(JOB) for record in each):
         groups.setdefault(record.method, []).append(record)
+    runs = [record for records in groups.values() for record in records]
+    lost = [f"{run.method}, seed {run.seed}" for run in runs if run.metrics["diverged"]]
+    never = (FAILS if lost else HOLDS) if runs else f"{OPEN}: no results of {JOB}"
     rows, found = [], dict[Level, list[Finding]]()
     for name, records in groups.items():
         for level in LEVELS:
@@ -55,14 +58,15 @@ def step_sizes(results: Results) -> Claim:
         title="Step sizes that nobody has to guess",
         source=OWN,
         words=f"With the steps of `bx.single_loop.suggest_step_sizes` a method needs at most {MOST:g} times the "
-        "evaluations that it needs with the best of the grid, the search for them included.",
+        "evaluations that it needs with the best of the grid, the search for them included, and it never diverges.",
         numbers="; ".join(f"{named(level)}: {span(one.mean for one in each)}" for level, each in sorted(found.items()))
-        + " times the best of the grid",
-        verdicts=[one.verdict for each in found.values() for one in each],
+        + f" times the best of the grid; {len(lost)} of {len(runs)} runs diverge",
+        verdicts=[*(one.verdict for each in found.values() for one in each), never],
         measure="Number: derivative evaluations of an agent until a share of SLDBO's decrease of F, those of the "
         "search included, over those with the pair of the grid that the tuning seeds choose for it, whose tuning does "
         "not count. On penalties of synthetic data and of MNIST, hyper-cleaning of digits, meta-learning, and policy "
         "evaluation. f and g, which the search reads after about every evaluation, forward only, do not count; a "
-        "momentum is that of the grid's pair for 99 %.",
+        "momentum is that of the grid's pair for 99 %. A run diverges where F at its end is not finite, or above where "
+        f"it was at the start: {'; '.join(lost) or 'none does'}.",
         details=table(HEADERS, rows) if rows else "No results.\n",
     )
