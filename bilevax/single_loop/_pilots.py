@@ -88,12 +88,12 @@ def risen(read: Array) -> Array:
     return jnp.maximum(jnp.diff(read), 0).sum()
 
 
-def steady(read: Array) -> Array:
-    """Whether a loss does not swing along these readings: what its changes change by is less than they are.
+def steady(read: Array, late: slice) -> Array:
+    """Whether a loss does not swing in its late readings: what its changes change by is less than they are.
 
     It may rise: where agents come closer, each gives up what suited itself.
     """
-    changes = jnp.diff(read, append=read[-1:])  # it could stand still afterwards
+    changes = jnp.diff(read[late], append=read[late][-1:])  # it could stand still afterwards
     return jnp.abs(jnp.diff(changes)).sum() <= jnp.abs(changes).sum() + ROUNDING * jnp.abs(read[0])
 
 
@@ -167,7 +167,7 @@ def search(
     def after_warm_up(now: Search, end: Any, seen: Array) -> Search:
         outer, inner, *moves = seen
         calm = moves[0][-1] + moves[1][-1] <= GROWTH * (moves[0][1] + moves[1][1])
-        good = steady(inner[late]) & jnp.isfinite(seen[:2]).all() & calm
+        good = steady(inner, late) & jnp.isfinite(seen[:2]).all() & calm
 
         def to_pilots(now: Search) -> Search:
             x, spent = first(end, now.steps.y, outer[-1], now.spent)
