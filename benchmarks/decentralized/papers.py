@@ -60,12 +60,12 @@ class Config:
     quick: bool = False
     """Short runs on small data, of the jobs that the claims need: about three quarters of an hour of processor time."""
     seeds: int = 3
-    """How many seeds of each job, besides two that steps are chosen on."""
+    """How many seeds of each job, besides those that steps are chosen on: as many, at most three."""
     results: Path = Path("results")
     """Folder of the results; each job has a subfolder of decentralized_papers, or decentralized_papers-quick."""
     output: Path | None = None
-    """The page that is written; by default RESULTS.md, in benchmarks/decentralized if that is there, else beside the
-    results."""
+    """The page that is written; by default RESULTS.md, of quick runs in benchmarks/decentralized if that is there, else
+    beside the results."""
     report_only: bool = False
     """Run nothing: write the page from the files that are there."""
     resume: bool = False
@@ -95,9 +95,9 @@ class Config:
 
     @property
     def page(self) -> Path:
-        """That is written: the one of a checkout, where the command is run in one."""
+        """That is written: the one of a checkout, where the command is run in one, for it is about quick runs."""
         checkout = Path("benchmarks/decentralized/RESULTS.md")
-        return self.output or (checkout if checkout.exists() else self.folder / checkout.name)
+        return self.output or (checkout if self.quick and checkout.exists() else self.folder / checkout.name)
 
     def command(self, results: Results) -> str:
         """What makes such a page, with as many seeds as there are."""

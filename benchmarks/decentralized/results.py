@@ -63,8 +63,8 @@ between two checkpoints, and stays there until four times as much is spent, or t
 standard error over seeds, and † marks steps that do not reach the target on all tuning seeds. Derivative evaluations,
 MB and rounds are of one agent; an evaluation is ∇f, ∇_y g, a Hessian and a cross product on all its examples, a quarter
 each; what predictions read beside that is in the seconds alone. The methods are written from what is public of the
-papers, and their docstrings say where that left a choice. Noise floors are of given steps, and the rows with and
-without Kronecker factors have nine pairs of the first seed.
+papers, and their docstrings say where that left a choice. Noise floors are of given steps, and the study of
+curvature has nine pairs of the first seed.
 
 ![Performance profiles]({picture})
 

@@ -133,10 +133,12 @@ def suggest_step_sizes(
 
     What is found is good for the beginning: what grows slowly does not show in so few iterations, nor a curvature that
     grows later; `moves` of the method's Info tell. Inner problems of a large condition are such: after ten iterations y
-    and v are far from their solution, d_x is small, and a_x far too long for later, for the penalties of a ridge
-    regression on features of scales from 1 to 10 about a hundred times. Pass a `warm_up` of about the condition, there
-    100. Noise that minibatches leave at the end does not show either. Over a directed graph or a sequence of graphs,
-    and for a correction that does not say more, b = 2, as for descent, and the runs alone tell what is stable.
+    and v are far from their solution, d_x is small, and a_x far too long for later. For the penalties of a ridge
+    regression with a condition of 50 it was a hundred times too long and more, with a `warm_up` of 300 three times; for
+    a condition of 500 thousands of times, and at best ten to thirty times. Pass a few times the condition there, and
+    take a part of a_x. Noise that minibatches leave at the end does not show either. Over a directed graph or a
+    sequence of graphs, and for a correction that does not say more, b = 2, as for descent, and the runs alone tell what
+    is stable.
 
     Args:
       make: `make(step_sizes) -> Algorithm`, for `Levels` of traced numbers; its state has fields x, y and v, its Info
@@ -149,7 +151,8 @@ def suggest_step_sizes(
       key: one random key.
       pilots: at most so many, >= 1, and before each as many tries of the warm-up. Each that fails divides a_x by 4, but
         for the first: with few of them the search may end before it comes to steps that are small enough.
-      warm_up: ∇f of an agent in each warm-up, >= 10: until y is about solved for the first x.
+      warm_up: so many ∇f of an agent in each warm-up, >= 10, the number that was tried on many tasks. More, where y
+        converges so slowly that ten iterations say little of d_x: runs diverge long after the search then.
       correction: of `make`, or `Levels` of them; None for `tracking()`. Where it is `local()` for y, L is that of the
         agent with the largest. `make` does not tell: left out, a_y may be too long for the agent of the largest L_i.
       lowest: the lower bound of f, or what it may come down to.
@@ -159,7 +162,7 @@ def suggest_step_sizes(
 
     Raises:
       ValueError: if an argument is of another kind, `make` returns no `Algorithm` or takes no traced numbers,
-        `pilots` < 1, key is not one key, gossip is compressed, or the method has no v.
+        `pilots` < 1 or `warm_up` < 10, key is not one key, gossip is compressed, or the method has no v.
 
     Cost: one ∇_y g and twenty Hessian products, one evaluation of the directions for each warm-up that is good and,
     counted in ∇f of an agent, `warm_up` for each warm-up, five for each pilot, of which one to three are usual, and

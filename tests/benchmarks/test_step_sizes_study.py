@@ -13,7 +13,7 @@ from benchmarks.decentralized import policy_evaluation, step_sizes
 from benchmarks.decentralized.claims import step_sizes as step_sizes_claim
 from benchmarks.decentralized.levels import Try
 from benchmarks.decentralized.records import read
-from benchmarks.decentralized.rows import personal_rows
+from benchmarks.decentralized.rows import names, personal_rows, rows
 from benchmarks.harness.loop import Outcome
 from benchmarks.harness.report import Run
 from bilevax.single_loop.correction import Move
@@ -91,6 +91,19 @@ def test_what_a_search_evaluates_on_all_examples():
     for starts, pilots in ((1, []), (1, one), (2, two)):
         calls = bx.problem.Calls(30 + starts, 31 + starts, 50 + starts, 30 + starts)
         assert math.isclose(step_sizes.evaluated(calls, share, pilots), 21 / 4 + starts + 30 * 0.1)
+
+
+@pytest.mark.parametrize("name", ["synthetic", "digits", "policy"])  # the others read files
+def test_tasks_of_the_study_have_their_agents_and_methods(name):
+    methods, make = step_sizes.JOBS[name]
+    job, agents = make(True)
+    assert job.load(0).n == agents.agents
+    assert {*methods} <= {row.name for row in rows(bx.coins.independent, agents.batch_size)}
+    assert min(*job.outer_grid, *job.inner_grid) > 0
+
+
+def test_methods_of_the_study_suit_heads_of_each_agent_too():
+    assert {*step_sizes.JOBS["meta"].methods} <= {*names(personal=True)}
 
 
 def test_jobs_and_seeds_are_checked():

@@ -17,10 +17,11 @@ TIMED = {**TASKS, "policy": "policy evaluation"}
 
 
 def milliseconds(results: Results, job: str, method: str) -> str:
-    """Of all threads, for an iteration of all agents."""
-    runs = [run for run in results.get(job, ()) if run.judged and run.method == method]
-    spent = [(run.metrics.get("cpu_seconds"), run.metrics.get("outer_steps")) for run in runs]
-    return cell([1e3 * seconds / steps for seconds, steps in spent if seconds and steps]) if runs else "–"
+    """CPU milliseconds of an iteration of all agents, where they are known."""
+    runs = [run.metrics for run in results.get(job, ()) if run.judged and run.method == method]
+    spent = [(one.get("cpu_seconds"), one.get("outer_steps")) for one in runs]
+    known = [1e3 * seconds / steps for seconds, steps in spent if seconds and steps]
+    return cell(known) if known else "–"
 
 
 def factors(results: Results) -> Claim:
@@ -34,13 +35,15 @@ def factors(results: Results) -> Claim:
     return Claim(
         title="Factors predict better than they rescale",
         source=OWN,
-        words="With p = 0.1, S3LDBO whose directions follow Kronecker factors between refreshes needs fewer derivative "
-        "evaluations than S3LDBO and SLDBO whose steps of y and v the same factors rescale.",
+        words="On hyper-cleaning with p = 0.1, S3LDBO whose directions follow Kronecker factors between refreshes "
+        "needs fewer derivative evaluations than S3LDBO and SLDBO whose steps of y and v such factors rescale.",
         numbers=f"{span(one.mean for one in found)} of the evaluations with rescaled steps",
         verdicts=[one.verdict for one in found],
         measure=f"{TASKS[JOB].capitalize()}. Number: derivative evaluations of an agent until a share of SLDBO's "
         "decrease of F, over those of the other method, each with its own best steps. -kfac finds its factors anew in "
-        "each iteration, which does not count as evaluations. The last two rows are not judged: what predictions bring "
+        "each iteration, which does not count as evaluations; predictions have those of the last refresh, weigh an "
+        "example by the trace of its curvature, and know beside that how the weights in x change the directions, and, "
+        "as far as it was right, what y changes in ∇f. The last two rows are not judged: what predictions bring "
         "where agents refresh in turn, and what turns bring.",
         details=table(["ratio of evaluations", *map(named, LOSSES)], rows)
         + "\nCPU milliseconds of an iteration of all agents on this machine, factors and predictions included:\n\n"

@@ -21,6 +21,9 @@ def exact_diffusion() -> Correction:
     which is s⁺⁺ = W (2 s⁺ − s − a (d⁺ − d)) with s_1 = W (s_0 − a d_0). L r is summed edge by edge and P keeps the mean
     0: the recursion in s itself drifts in single precision.
 
+    It sends one vector where tracking sends two, and has the same limit: take it where one symmetric graph is fixed and
+    bytes count. Tracking is for graphs that change or are directed, and for steps that are no plain numbers.
+
     Returns:
       `Correction` with the memory P.
 
