@@ -254,7 +254,8 @@ def test_predictions_are_compared_with_steps_that_the_same_factors_rescale():
     assert claim.numbers == "0.5 of the evaluations with rescaled steps"
     assert "| s3ldbo-predicted-0.1 / sldbo-kfac | 0.5 ± 0: **holds** |" in claim.details
     assert "| s3ldbo-predicted-0.1 / s3ldbo-cyclic-0.1 | –: **not decided**: no results of cleaning |" in claim.details
-    assert "| sldbo | – | – | 2 | – | – |" in claim.details  # milliseconds
+    assert "| sldbo | 1 / 1 | – | – | 2 | – | – |" in claim.details  # milliseconds
+    assert "| s3ldbo-kfac-0.1 | 0.2 / 0.2 | – |" in claim.details
     faster = [one for name in RESCALED for one in runs(name, FAST, (0, 0.5, 1, 1.5))]
     assert factors({"cleaning": [*base, *own, *faster]}).verdicts == [FAILS] * 12
 
