@@ -58,7 +58,7 @@ class Config:
     """Runs all decentralized tasks, and writes what was measured beside what the papers claim."""
 
     quick: bool = False
-    """Short runs on small data, of the jobs that the claims need: about three quarters of an hour of processor time."""
+    """Short runs on small data, of the jobs that the claims need: two to four hours of processor time."""
     seeds: int = 3
     """How many seeds of each job, besides those that steps are chosen on: as many, at most three."""
     results: Path = Path("results")
