@@ -424,15 +424,6 @@ def test_the_page_is_made_of_the_files_alone_and_always_the_same(tmp_path, capsy
     assert table_of_cleaning.index("| sldbo |") < table_of_cleaning.index("c2dfb")
 
 
-def test_the_page_of_a_checkout_is_about_quick_runs(tmp_path, monkeypatch):
-    checkout = tmp_path / "benchmarks/decentralized/RESULTS.md"
-    checkout.parent.mkdir(parents=True)
-    checkout.touch()
-    monkeypatch.chdir(tmp_path)
-    assert Config(quick=True).page.resolve() == checkout
-    assert Config().page.resolve() == tmp_path / "results/decentralized_papers/RESULTS.md"
-
-
 def test_a_page_without_any_files_says_so(tmp_path):
     text = render("command", False, JOBS, {}, {})
     assert "- Setting: full." in text

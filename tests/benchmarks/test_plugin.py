@@ -405,10 +405,13 @@ def test_help_says_that_the_file_is_executed(capsys):
 
 def test_a_page_of_results_lies_beside_them_where_there_is_no_checkout(tmp_path, monkeypatch):
     of_a_checkout = pathlib.Path("benchmarks/decentralized/RESULTS.md")
+    beside = pathlib.Path("results/decentralized_papers/RESULTS.md")
     monkeypatch.chdir(PAGE.parent.parent)
-    assert papers.Config().page == of_a_checkout
+    assert papers.Config(quick=True).page == of_a_checkout
+    assert papers.Config().page == beside  # that of the checkout is about quick runs
     monkeypatch.chdir(tmp_path)
-    assert papers.Config().page == pathlib.Path("results/decentralized_papers/RESULTS.md")
+    assert papers.Config().page == beside
+    assert papers.Config(quick=True).page == beside.parent.with_name("decentralized_papers-quick") / beside.name
     assert papers.Config(output=of_a_checkout).page == of_a_checkout
 
 
