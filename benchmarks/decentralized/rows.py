@@ -38,9 +38,9 @@ s3ldbo-p, -ed-p: {{coins}}; -subset-p, -adaptive-p, -cyclic-p: ⌈p · n⌉ agen
 farthest, or in turn. -ed: exact diffusion in place of tracking. -predicted-p: in turn; between refreshes penalties are
 evaluated, and the rest of the directions follows Kronecker factors of each agent's own data, inner and, as far as they
 were right, outer; no change is longer than the direction was (of models that are no linear ones: {PAIRS} secants, as
-far as they were right). -kfac: the same inner factors, of the present point and damped by {DAMPING:g}, rescale the
-corrected directions of y and v, whose steps are those of the grid times L / 40, of sldbo L / 15, where those of Newton
-are 1, for the largest L of an agent; s3ldbo in turn.
+far as they were right). -kfac: Kronecker factors of the agent's own g at the present point, damped by {DAMPING:g},
+rescale the corrected directions of y and v, whose steps are those of the grid times L / 40, of sldbo L / 15, where
+those of Newton are 1, for the largest L of an agent; s3ldbo in turn.
 dsvrbgd, gt-sgd (tracking, no variance reduction), mdbo, vrdbo, diamond, interact-svr, -sampled: minibatches of
 {{batch_size}} (interact-svr: all in every {EVERY}th iteration); all others exact. Weights of new directions are tried
 too: {weights(MOMENTA)} of dsvrbgd, mdbo, vrdbo and diamond, {weights(AVERAGES)} of -sampled.

@@ -133,12 +133,11 @@ def suggest_step_sizes(
 
     What is found is good for the beginning: what grows slowly does not show in so few iterations, nor a curvature that
     grows later; `moves` of the method's Info tell. Inner problems of a large condition are such: after ten iterations y
-    and v are far from their solution, d_x is small, and a_x far too long for later. For the penalties of a ridge
-    regression with a condition of 50 it was a hundred times too long and more, with a `warm_up` of 300 three times; for
-    a condition of 500 thousands of times, and at best ten to thirty times. Penalties of MNIST are of this kind too, as
-    the study below shows. Pass a few times the condition there, and take a part of a_x. Noise that minibatches leave at
-    the end does not show either. Over a directed graph or a sequence of graphs, and for a correction that does not say
-    more, b = 2, as for descent, and the runs alone tell what is stable.
+    and v are far from their solution, d_x is small, and a_x far too long for later. Penalties of badly scaled features
+    are of this kind, those of MNIST in the study below among them. A `warm_up` of a few times the condition makes a_x
+    shorter by orders of magnitude there, and it may still be several times too long: take a part of it. Noise that
+    minibatches leave at the end does not show either. Over a directed graph or a sequence of graphs, and for a
+    correction that does not say more, b = 2, as for descent, and the runs alone tell what is stable.
 
     Args:
       make: `make(step_sizes) -> Algorithm`, for `Levels` of traced numbers; its state has fields x, y and v, its Info

@@ -153,10 +153,10 @@ def cyclic(probability: float, *, block: int | None = None) -> Coins:
     agents refreshes in each of 8 iterations out of 10, spread evenly, and nobody in the two others. In ⌈1/p⌉ iterations
     one after the other, wherever they begin, everybody refreshes: no direction is older. Skipping really skips, as that
     of `subset`; but where p · b is no whole number and m > 1, or there are several blocks, the program evaluates m
-    agents of each, and drops what was not chosen. Frozen directions gain
-    nothing by turns: S3LDBO needed as many evaluations on hyper-cleaning as with independent coins, or a third more
-    (`benchmarks/decentralized/RESULTS.md`), since the longest steps that chance allows may be too long for turns, which
-    repeat. Take it where runs have to be without chance, and where directions are predicted.
+    agents of each, and drops what was not chosen. Frozen directions gain nothing by turns: S3LDBO
+    needed as many evaluations on hyper-cleaning as with independent coins, or a third more
+    (`benchmarks/decentralized/RESULTS.md`). Take it where runs have to be without chance, and where directions are
+    predicted.
 
     Args:
       probability: p in (0, 1]; p · b counts to four digits.

@@ -25,7 +25,7 @@ def milliseconds(results: Results, job: str, method: str) -> str:
 
 
 def factors(results: Results) -> Claim:
-    """Predictions against preconditioned steps, with the same factors."""
+    """Predictions against preconditioned steps, both of Kronecker factors."""
     runs = measured(results, JOB)
     rows, found = [], []
     for one, two in (*((one, two) for one in PREDICTED for two in RESCALED), (PREDICTED[0], TURNS[0]), TURNS):
