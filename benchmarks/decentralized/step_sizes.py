@@ -41,6 +41,7 @@ TASK = "decentralized_step_sizes"
 METHODS = ("sldbo", "s3ldbo-0.2", "s3ldbo-0.1", "dsvrbgd", "sparkle-ed")
 FEW = ("sldbo", "s3ldbo-0.1", "sparkle-ed")  # where a run costs much
 COSTS = ("derivatives", "megabytes")
+SHORTEST = 10  # ∇f of an agent in a warm-up
 SHARES = LOSSES[1:]  # .9 and .99 of SLDBO's decrease of F
 CAPTION = """\
 Derivative evaluations of an agent until 90 % and 99 % of SLDBO's decrease of F, medians over judged seeds: with the
@@ -56,6 +57,7 @@ class Suggestion(NamedTuple):
     Attributes:
       step_sizes: of x, y and v.
       curvature: L that was found.
+      warm_up: ∇f of each agent in the last warm-up.
       breakdown: whether no run of the search was good.
       diverged: whether F is not finite at the end of the run with them, or above where it was at the start.
       pilots: steps of x and mean f at the end of each short run.
@@ -67,6 +69,7 @@ class Suggestion(NamedTuple):
 
     step_sizes: dict[str, float]
     curvature: float
+    warm_up: int
     breakdown: bool
     diverged: bool
     pilots: list[dict[str, float]]
@@ -187,7 +190,7 @@ def suggested(
     ]
     calls = bx.problem.Calls(*(float(jnp.mean(part)) for part in info.calls))
     own = {
-        "derivatives": row.at_start + evaluated(calls, shares(row, network), pilots),
+        "derivatives": row.at_start + evaluated(calls, shares(row, network), pilots, float(info.warm_up)),
         "megabytes": float(jnp.mean(info.bytes)) / 1e6,
         "rounds": float(info.rounds),
     }
@@ -208,7 +211,7 @@ def suggested(
     }
     first, last = here.starts[seed]["exact_loss"], curve["exact_loss"][-1] if curve else 0.0
     diverged = first is None or last is None or not last <= first
-    found_here = steps._asdict(), float(info.curvature), bool(info.breakdown), diverged
+    found_here = steps._asdict(), float(info.curvature), int(info.warm_up), bool(info.breakdown), diverged
     return Suggestion(*found_here, pilots, own, targets)
 
 
@@ -227,14 +230,18 @@ def _both(
     }
 
 
-def evaluated(calls: bx.problem.Calls, share: bx.problem.Calls, pilots: Sequence[Mapping[str, float]]) -> float:
+def evaluated(
+    calls: bx.problem.Calls, share: bx.problem.Calls, pilots: Sequence[Mapping[str, float]], warm_up: float
+) -> float:
     """Evaluations of a search: those of the curvatures and of the slopes are on all examples, whatever a method draws.
 
-    The curvatures are one ∇_y g and twenty Hessian products. There is one slope, an evaluation of all directions, for
-    each start with other steps of y, which are halved then; where agents skip, their pace changes them by less.
+    The curvatures are one ∇_y g and twenty Hessian products. A slope is an evaluation of all directions: of each start
+    with other steps of y, which are halved then, two, and one for each time that its warm-up, of which there is the
+    last length, went on; where agents skip, their pace changes steps by less.
     """
     starts = 1 + sum(one["y"] > 1.5 * later["y"] for one, later in itertools.pairwise(pilots))
-    whole = bx.problem.Calls(starts, starts + 1, starts + 20, starts)
+    slopes = starts * (2 + round(math.log2(warm_up / SHORTEST)))
+    whole = bx.problem.Calls(slopes, slopes + 1, slopes + 20, slopes)
     drawn = bx.problem.Calls(*(all_calls - part for all_calls, part in zip(calls, whole, strict=True)))
     return float(evaluations(drawn, share) + evaluations(whole, bx.problem.Calls(1.0, 1.0, 1.0, 1.0)))
 

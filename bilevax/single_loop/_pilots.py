@@ -21,6 +21,8 @@ ROUNDING = 1e-2  # part of g that is no swing
 GROWTH = 2.0  # of the moves of y and v in a warm-up, at most
 LONGEST = 100.0  # iterations for each ∇f of an agent, at most
 SHORTER = 4.0  # what the step of x is divided by after a pilot that fails
+LESS = 2.0  # a warm-up goes on where its later half divides the step of x by more
+LONGER = 64  # times its least length it is at most
 
 MakeAlgorithm = Callable[[Levels[Any]], Algorithm]
 Run = Callable[[Levels[Array], Any, Array, Spent], tuple[Any, Array, Spent]]
@@ -88,7 +90,7 @@ def risen(read: Array) -> Array:
     return jnp.maximum(jnp.diff(read), 0).sum()
 
 
-def steady(read: Array, late: slice) -> Array:
+def steady(read: Array, late: Array) -> Array:
     """Whether a loss does not swing in its late readings: what its changes change by is less than they are.
 
     It may rise: where agents come closer, each gives up what suited itself.
@@ -107,7 +109,10 @@ class Search(NamedTuple):
 
     Attributes:
       phase: of the next run.
-      warm_ups: runs since the last start anew.
+      warm_ups: those that failed since the last start anew.
+      warmed: ∇f of each agent in this warm-up so far.
+      moved: what y and v moved together in its first iteration.
+      begun: the step of x that `first` says after what there is of it.
       pilots: all of them so far.
       steps, state: that it begins with; at the end, those of the last run.
       warm: the state after the warm-up.
@@ -122,6 +127,9 @@ class Search(NamedTuple):
 
     phase: Array
     warm_ups: Array
+    warmed: Array
+    moved: Array
+    begun: Array
     pilots: Array
     steps: Levels[Array]
     state: Any
@@ -149,9 +157,16 @@ def search(
     spent: Spent,
     warm_up: int,
 ) -> Search:
-    """Runs one after the other: each says what the next one is."""
-    last = min(warm_up, READ)
-    late = slice(last - LATE, last + 1)
+    """Runs one after the other: each says what the next one is.
+
+    A warm-up is two runs of half its length, and goes on, each time as long again, while y and v follow x so slowly
+    that the step of x that `first` says becomes much shorter in one of them; it is made as much shorter once more then.
+    """
+    zero, half = jnp.zeros((), jnp.int32), warm_up - warm_up // 2
+
+    def warming(now: Search) -> Array:
+        """How long the next run of a warm-up is, in ∇f of an agent."""
+        return jnp.maximum(now.warmed, half)
 
     def anew(now: Search, x: float) -> Search:
         """From the start, with half the steps of y and v, to which that of x is in proportion, and x times that of x.
@@ -161,24 +176,27 @@ def search(
         Not from the warm state, since memories of y and v may belong to the steps they had.
         """
         _, y, v = now.steps
-        now = now._replace(warm_ups=jnp.zeros_like(now.warm_ups), part=now.part * x)
+        now = now._replace(warm_ups=jnp.zeros_like(now.warm_ups), warmed=zero, part=now.part * x)
         return now.turn_to(WARM_UP, start)._replace(steps=Levels(jnp.zeros_like(y), y / 2, v / 2))
 
     def after_warm_up(now: Search, end: Any, seen: Array) -> Search:
         outer, inner, *moves = seen
-        calm = moves[0][-1] + moves[1][-1] <= GROWTH * (moves[0][1] + moves[1][1])
+        early, x, length = now.warmed == 0, now.begun, warming(now)
+        warmed, late = now.warmed + length, jnp.minimum(length, READ) - jnp.arange(LATE + 1)[::-1]
+        moved = jnp.where(early, moves[0][1] + moves[1][1], now.moved)
+        calm = moves[0][-1] + moves[1][-1] <= GROWTH * moved
         good = steady(inner, late) & jnp.isfinite(seen[:2]).all() & calm
+        begun, spent = first(end, now.steps.y, outer[-1], now.spent)
+        now = now._replace(warmed=warmed, moved=moved, begun=begun, spent=spent)
+        goes_on = early | (good & (LESS * begun < x) & (2 * warmed <= LONGER * 2 * half))
+        to_pilots = good | (now.warm_ups + 1 >= most)
 
-        def to_pilots(now: Search) -> Search:
-            x, spent = first(end, now.steps.y, outer[-1], now.spent)
-            x = jnp.minimum(now.part * x, now.most_x)
-            found = {"steps": now.steps._replace(x=x), "usual": risen(outer[late]), "warm": end}
-            return now.turn_to(jnp.where(jnp.isfinite(x) & (x > 0), PILOT, END), end)._replace(spent=spent, **found)
-
-        def again(now: Search) -> Search:
-            return anew(now, 1.0)._replace(warm_ups=now.warm_ups + 1)
-
-        return jax.lax.cond(good | (now.warm_ups + 1 >= most), to_pilots, again, now)
+        x = jnp.where(warmed > 2 * half, jnp.minimum(begun / x, 1.0), 1.0) * begun
+        x = jnp.minimum(now.part * x, now.most_x)
+        pilot = now.turn_to(jnp.where(jnp.isfinite(x) & (x > 0), PILOT, END), end)
+        pilot = pilot._replace(steps=now.steps._replace(x=x), usual=risen(outer[late]), warm=end)
+        again = anew(now, 1.0)._replace(warm_ups=now.warm_ups + 1)
+        return chosen(goes_on, now.turn_to(WARM_UP, end), chosen(to_pilots, pilot, again))
 
     def after_pilot(now: Search, end: Any, seen: Array) -> Search:
         outer, place = seen[0], now.pilots
@@ -201,14 +219,15 @@ def search(
         return chosen(now.good | (now.pilots >= most), now.turn_to(END, end), shorter)
 
     def turn(now: Search) -> Search:
-        end, seen, spent = run(now.steps, now.state, jnp.asarray((warm_up, LENGTH, CONFIRMED))[now.phase], now.spent)
+        length = jnp.asarray((warming(now), LENGTH, CONFIRMED))[now.phase]
+        end, seen, spent = run(now.steps, now.state, length, now.spent)
         means, spent = read(seen, spent)
         after = after_warm_up, after_pilot, after_confirmation
         return jax.lax.switch(now.phase, after, now._replace(spent=spent), end, means)
 
-    zero, no, none = jnp.zeros((), jnp.int32), jnp.zeros((), bool), jnp.full(most, jnp.nan, steps.x.dtype)
-    part, most_x, usual = (jnp.full_like(none[0], number) for number in (1.0, jnp.inf, 0.0))
-    runs = (zero, zero, zero, steps, start, start, part, most_x, usual)
+    no, none = jnp.zeros((), bool), jnp.full(most, jnp.nan, steps.x.dtype)
+    part, most_x, unknown = (jnp.full_like(none[0], number) for number in (1.0, jnp.inf, 0.0))
+    runs = (zero, zero, zero, unknown, unknown, zero, steps, start, start, part, most_x, unknown)
     begun = Search(*runs, Levels(none, none, none), none, no, spent)
     return jax.lax.while_loop(lambda now: now.phase < END, turn, begun)
 
