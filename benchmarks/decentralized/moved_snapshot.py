@@ -1,8 +1,6 @@
 """An experiment: S3LDBO whose agents refresh when they have moved, in place of at random.
 
-It is compared here and not offered by the library: RESULTS.md says on how many tasks it wins. Another trigger was tried
-with predicted directions and is no row: agents that were predicted worst at their last refresh go first. They needed
-no fewer evaluations than turns on the penalties of synthetic data.
+It is compared here and not offered by the library: RESULTS.md says on how many tasks it wins.
 """
 
 from math import ceil

@@ -8,6 +8,7 @@ import bilevax as bx
 from benchmarks.decentralized.methods import Row, counted, size_of
 from benchmarks.decentralized.moved_snapshot import s3ldbo_adaptive
 from benchmarks.decentralized.network import DRAWS, Network
+from benchmarks.decentralized.worst_first import s3ldbo_worst_first
 
 REFRESH = (0.5, 0.2, 0.1, 0.05)
 ADAPTIVE = (0.25, 0.125)  # whole agents of 8 and of 16
@@ -38,9 +39,10 @@ s3ldbo-p, -ed-p: {{coins}}; -subset-p, -adaptive-p, -cyclic-p: ⌈p · n⌉ agen
 farthest, or in turn. -ed: exact diffusion in place of tracking. -predicted-p: in turn; between refreshes penalties are
 evaluated, and the rest of the directions follows Kronecker factors of each agent's own data, inner and, as far as they
 were right, outer; no change is longer than the direction was (of models that are no linear ones: {PAIRS} secants, as
-far as they were right). -kfac: Kronecker factors of the agent's own g at the present point, damped by {DAMPING:g},
-rescale the corrected directions of y and v, whose steps are those of the grid times L / 40, of sldbo L / 15, where
-those of Newton are 1, for the largest L of an agent; s3ldbo in turn.
+far as they were right). -worst-p: the same, but not in turn: those refresh whose prediction is expected to err most.
+-kfac: Kronecker factors of the agent's own g at the present point, damped by {DAMPING:g}, rescale the corrected
+directions of y and v, whose steps are those of the grid times L / 40, of sldbo L / 15, where those of Newton are 1, for
+the largest L of an agent; s3ldbo in turn.
 dsvrbgd, gt-sgd (tracking, no variance reduction), mdbo, vrdbo, diamond, interact-svr, -sampled: minibatches of
 {{batch_size}} (interact-svr: all in every {EVERY}th iteration); all others exact. Weights of new directions are tried
 too: {weights(MOMENTA)} of dsvrbgd, mdbo, vrdbo and diamond, {weights(AVERAGES)} of -sampled.
@@ -126,28 +128,24 @@ def matrices(network: Network) -> bx.problem.Calls:
     return bx.problem.Calls(1, 1, size_of(network.y), size_of(network.y))
 
 
-def predicted(correction: Any, probability: float) -> Callable:
-    """S3LDBO in turn, whose directions between refreshes follow what is known of the losses.
+def model_of(network: Network) -> bx.single_loop.prediction.Prediction:
+    """How directions change between refreshes, by what is known of the losses.
 
     Where parts of f and g are known, by Kronecker factors, those of f as far as they were right, and by no longer
     change than the directions were; where nothing is known of what reads data, by secants, as far as they were right.
     """
     prediction = bx.single_loop.prediction
+    model = prediction.kronecker(network.fit) if network.fit else prediction.trusted(prediction.secants(PAIRS))
+    if network.known:
+        model = prediction.chain(prediction.data_free(network.known), model)
+    if network.outer_fit:
+        model = prediction.chain(model, prediction.trusted(prediction.outer_kronecker(network.outer_fit)))
+    return prediction.bounded(model) if network.fit else model
 
-    def make(network: Network, gossip: Any, steps: bx.Levels) -> bx.problem.Algorithm:
-        model = prediction.kronecker(network.fit) if network.fit else prediction.trusted(prediction.secants(PAIRS))
-        if network.known:
-            model = prediction.chain(prediction.data_free(network.known), model)
-        if network.outer_fit:
-            model = prediction.chain(model, prediction.trusted(prediction.outer_kronecker(network.outer_fit)))
-        if network.fit:
-            model = prediction.bounded(model)
-        coins = bx.coins.cyclic(probability)
-        return bx.decentralized.s3ldbo(
-            network.problem, gossip, steps, coins=coins, correction=correction, predict=model
-        )
 
-    return make
+def predicted(method: Callable, **settings: Any) -> Callable:
+    """`make` of a method whose directions are predicted between refreshes."""
+    return lambda network, gossip, steps: method(network.problem, gossip, steps, predict=model_of(network), **settings)
 
 
 def rescaled(method: Callable, newton: float, **settings: Any) -> Callable:
@@ -185,13 +183,17 @@ def skipping(coins: Callable, corrections: Callable[[Any], Any], levels: str) ->
     tracking, exact_diffusion = map(corrections, (correction.tracking(), correction.exact_diffusion()))
 
     s3ldbo = functools.partial(preset, bx.decentralized.s3ldbo)
+    in_turn = functools.partial(predicted, bx.decentralized.s3ldbo)
     row = functools.partial(Row, at_start=1)
     dual = functools.partial(row, graphs=lazy(levels), symmetric=True, fixed=True)
     return (
         *(row(f"s3ldbo-{p:g}", s3ldbo(coins=coins(p), correction=tracking)) for p in REFRESH),
         *(dual(f"s3ldbo-ed-{p:g}", s3ldbo(coins=coins(p), correction=exact_diffusion)) for p in REFRESH),
-        *(row(f"s3ldbo-predicted-{p:g}", predicted(tracking, p)) for p in PREDICTED),
-        *(dual(f"s3ldbo-predicted-ed-{p:g}", predicted(exact_diffusion, p)) for p in PREDICTED),
+        *(row(f"s3ldbo-predicted-{p:g}", in_turn(coins=bx.coins.cyclic(p), correction=tracking)) for p in PREDICTED),
+        *(
+            dual(f"s3ldbo-predicted-ed-{p:g}", in_turn(coins=bx.coins.cyclic(p), correction=exact_diffusion))
+            for p in PREDICTED
+        ),
         *(row(f"s3ldbo-subset-{p:g}", s3ldbo(coins=bx.coins.subset(p), correction=tracking)) for p in ADAPTIVE),
         *(row(f"s3ldbo-cyclic-{p:g}", s3ldbo(coins=bx.coins.cyclic(p), correction=tracking)) for p in CYCLIC),
         *(row(f"s3ldbo-adaptive-{p:g}", preset(s3ldbo_adaptive, probability=p, correction=tracking)) for p in ADAPTIVE),
@@ -235,6 +237,7 @@ def rows(coins: Callable, size: int) -> tuple[Row, ...]:
         Row("sldbo-kfac", rescaled(methods.sldbo, NEWTON["sldbo"]), needs_fit=True),
         *skipping(coins, lambda correction: correction, "xyv"),
         Row("s3ldbo-kfac-0.1", rescaled(methods.s3ldbo, NEWTON["s3ldbo"], coins=in_turns), at_start=1, needs_fit=True),
+        Row("s3ldbo-worst-0.1", predicted(s3ldbo_worst_first, probability=0.1), at_start=1),
         Row("s3ldbo-unbiased-0.2", preset(methods.s3ldbo_unbiased, probability=0.2), at_start=1),
         recursive("dsvrbgd", reduced(), twice),
         recursive("dsvrbgd-alternating", in_turn_reduced(), twice_in_turn),

@@ -8,7 +8,7 @@ from benchmarks.decentralized.claims.curvature import curvature
 from benchmarks.decentralized.claims.factors import factors
 from benchmarks.decentralized.claims.frontier import diffusion, frontier
 from benchmarks.decentralized.claims.noise import speed_up
-from benchmarks.decentralized.claims.refresh import compression, refresh
+from benchmarks.decentralized.claims.refresh import compression, refresh, worst
 from benchmarks.decentralized.claims.snapshots import snapshots
 from benchmarks.decentralized.claims.sparkle import corrections, levels
 from benchmarks.decentralized.claims.step_sizes import step_sizes
@@ -27,4 +27,5 @@ CLAIMS: tuple[Callable[[Results], Claim], ...] = (
     frontier,
     factors,
     step_sizes,
+    worst,
 )  # another claim is another function

@@ -9,10 +9,16 @@ from benchmarks.decentralized.levels import LOSSES
 from benchmarks.decentralized.measured import measured
 from benchmarks.decentralized.records import Results, matched
 from benchmarks.decentralized.verdicts import FAILS, HOLDS, OPEN, SHARE
+from benchmarks.decentralized.worst_first import PATIENCE
 
 SHARES_SENT = (0.3, 0.1)
 WHOLE_AGENTS = (0.25, 0.125)
 LEAST_TASKS = 3  # on which a new choice of agents has to win
+JOBS = {
+    "turns-synthetic": "penalties of synthetic data",
+    "turns-cleaning": "hyper-cleaning",
+    "turns-policy": "policy evaluation",
+}
 
 
 def compression(results: Results) -> Claim:
@@ -68,4 +74,29 @@ def refresh(results: Results) -> Claim:
         f"if it wins with one p at least and loses with none. The claim holds if it wins on {LEAST_TASKS} tasks. "
         f"{TOO_SHORT}",
         details=table(["of", "behind by", "verdict"], rows),
+    )
+
+
+def worst(results: Results) -> Claim:
+    """Agents whose predictions err most against turns."""
+    rows, found = [], []
+    for job, words in JOBS.items():
+        runs = measured(results, job)
+        names = "s3ldbo-worst-0.1", "s3ldbo-predicted-0.1"
+        row = [against(runs, *names, level, "derivatives", 1.0, operator.lt, job) for level in LOSSES]
+        found += row
+        rows.append([words, *(f"{one.words}: {bold(one.verdict)}" for one in row)])
+    return Claim(
+        title="Agents that are predicted worst should refresh",
+        source=OWN,
+        words="Where directions are predicted between refreshes, S3LDBO with p = 0.1 needs fewer derivative "
+        "evaluations if those agents refresh whose prediction is expected to err most, in place of taking turns.",
+        numbers=f"{span(one.mean for one in found)} of the evaluations in turn",
+        verdicts=[one.verdict for one in found],
+        measure="An experiment of the benchmarks; the library would offer it if it won. Number: derivative evaluations "
+        "of an agent until a share of SLDBO's decrease of F, over those of agents in turn, each with its own best "
+        "steps. What is expected to err: how far the prediction was out at the agent's last refresh, relative to the "
+        "change that it said, times the change that it says now, over the length of the mean direction, which the "
+        f"trackers follow; who has waited for {PATIENCE:g} turns goes first.",
+        details=table(["ratio of evaluations", *map(named, LOSSES)], rows),
     )
