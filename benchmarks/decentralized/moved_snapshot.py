@@ -36,8 +36,7 @@ def moved_snapshot(probability: float) -> bx.single_loop.estimator.Estimator:
         return MovedSnapshot(oracle.evaluate(point, batch), point)
 
     def update(key: Any, state: MovedSnapshot, oracle: Any, point: bx.Levels, batch: Any, k: Scalar) -> tuple:
-        lengths = [jax.vmap(optax.tree.norm)(s) for s in optax.tree.sub(point, state.point)]
-        shares = sum(r / jnp.maximum(r.mean(), jnp.finfo(r.dtype).tiny) for r in lengths)
+        shares = sum(r / positive(r.mean()) for r in distances(point, state.point))
         _, farthest = jax.lax.top_k(shares, ceil(probability * len(shares) - 1e-9))
         chosen = jnp.zeros(len(shares), bool).at[farthest].set(True)
 
@@ -48,6 +47,16 @@ def moved_snapshot(probability: float) -> bx.single_loop.estimator.Estimator:
         return d, MovedSnapshot(d, jax.tree.map(kept, point, state.point)), chosen.astype(jnp.int32)
 
     return bx.single_loop.estimator.Estimator(init, update)
+
+
+def distances(one: bx.Levels, other: bx.Levels) -> list[Array]:
+    """Of each agent, for x, y and v."""
+    return [jax.vmap(optax.tree.norm)(s) for s in optax.tree.sub(one, other)]
+
+
+def positive(number: Array) -> Array:
+    """A divisor."""
+    return jnp.maximum(number, jnp.finfo(number.dtype).tiny)
 
 
 def s3ldbo_adaptive(

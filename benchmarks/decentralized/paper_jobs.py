@@ -8,7 +8,7 @@ SKIPPING = tuple(f"s3ldbo-{p}" for p in PROBABILITIES)
 DIFFUSING = tuple(f"s3ldbo-ed-{p}" for p in PROBABILITIES)
 REFRESH = tuple(f"s3ldbo-{which}-{p}" for p in ("0.125", "0.25") for which in ("subset", "adaptive"))
 PREDICTED = tuple(f"s3ldbo-predicted-{which}{p}" for which in ("", "ed-") for p in ("0.1", "0.2"))
-WORST = ("sldbo", "s3ldbo-predicted-0.1", "s3ldbo-worst-0.1")
+WORST = "s3ldbo-worst-0.1"
 RESCALED = ("s3ldbo-cyclic-0.1", "s3ldbo-kfac-0.1", "sldbo-kfac")
 LAZY = ("sldbo", *SKIPPING, "s3ldbo-ed-0.1", *PREDICTED[::2], *REFRESH[:2])  # where a run costs much
 SPARSE = ("--agents", "20", "--topology", "ring")
@@ -72,7 +72,7 @@ JOBS = (
         "Penalties of synthetic data",
         PENALTIES,
         ("--data", "synthetic"),
-        ("sldbo", *SKIPPING, *DIFFUSING, *PREDICTED, *REFRESH),
+        ("sldbo", *SKIPPING, *DIFFUSING, *PREDICTED, WORST, *REFRESH),
         (600, 1000),
     ),
     *(
@@ -97,7 +97,7 @@ JOBS = (
         "Hyper-cleaning",
         CLEANING,
         (),
-        (*LAZY, *REFRESH[2:], *RESCALED, *(f"sldbo-{which}" for which in COMPRESSED)),
+        (*LAZY, WORST, *REFRESH[2:], *RESCALED, *(f"sldbo-{which}" for which in COMPRESSED)),
         (200, 600),
         full=FASHION,
     ),
@@ -133,7 +133,7 @@ JOBS = (
         "Policy evaluation",
         POLICY,
         (),
-        ("sldbo", "s3ldbo-0.1", "s3ldbo-ed-0.1", *PREDICTED[::2], "sparkle-ed", "sparkle-gt", "d-soba", "mdbo"),
+        ("sldbo", "s3ldbo-0.1", "s3ldbo-ed-0.1", *PREDICTED[::2], WORST, "sparkle-ed", "sparkle-gt", "d-soba", "mdbo"),
         (2000, 5000),
     ),
     Job("sparse-policy", "Policy evaluation, sparse", POLICY, SEVERE_POLICY, (*DUAL, "d-soba"), (2000, 5000)),
@@ -150,14 +150,6 @@ JOBS = (
         for where, levels, upper, lower in (
             ("lower", "y and v", "ring", "complete"),
             ("upper", "x", "complete", "ring"),
-        )
-    ),
-    *(
-        Job(f"turns-{task}", f"Who refreshes where directions are predicted, {words}", command, (), WORST, iterations)
-        for task, words, command, iterations in (
-            ("synthetic", "penalties of synthetic data", PENALTIES, (600, 1000)),
-            ("cleaning", "hyper-cleaning", CLEANING, (200, 600)),
-            ("policy", "policy evaluation", POLICY, (2000, 5000)),
         )
     ),
     Job("speed-up", "Noise floors of stochastic methods", "decentralized-speed-up"),

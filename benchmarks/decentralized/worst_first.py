@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import optax
 
 import bilevax as bx
+from benchmarks.decentralized.moved_snapshot import distances, positive
 from bilevax.single_loop.estimator import Estimator, SnapshotState, lazy_snapshot
 from bilevax.single_loop.prediction import Prediction
 from bilevax.typing import Array, Scalar
 
-PATIENCE = 2.0  # turns that an agent waits at most
+PATIENCE = 2.0  # turns after which an agent goes before the others
 
 
 class Believed(NamedTuple):
@@ -37,10 +38,10 @@ def worst_first(probability: float, predict: Prediction) -> Estimator:
         e_i = Σ_s ρ_is ‖û_is − D_is‖ / ‖mean_j û_js‖,    ρ_is = ‖d_is − û_is‖ / ‖û_is − D_is‖ at the last refresh of i
 
     with D_i the direction of that refresh, û_i what is predicted now, and d_i the true one; s = x, y, v. The mean is
-    what the trackers follow. Who has waited for two turns goes before all others.
+    what the trackers come to. Who has waited for two turns goes before all others.
 
-    In a network the agents would tell each other e_i in each iteration, which nothing counts. Everything is predicted
-    twice: the seconds of the program say nothing.
+    The mean is exact, and in a network the agents would tell each other e_i in each iteration: nothing counts that.
+    Everything is predicted twice: the seconds of the program say nothing.
     """
     turns = bx.coins.cyclic(probability)
 
@@ -75,16 +76,6 @@ def worst_first(probability: float, predict: Prediction) -> Estimator:
         return u, Believed(snapshots, bx.Levels(*errors), jnp.where(refreshed, 0, state.age + 1)), evaluations
 
     return Estimator(init, update)
-
-
-def distances(one: bx.Levels, other: bx.Levels) -> list[Array]:
-    """Of each agent, for x, y and v."""
-    return [jax.vmap(optax.tree.norm)(s) for s in optax.tree.sub(one, other)]
-
-
-def positive(number: Array) -> Array:
-    """A divisor."""
-    return jnp.maximum(number, jnp.finfo(number.dtype).tiny)
 
 
 def s3ldbo_worst_first(

@@ -12,7 +12,7 @@ from benchmarks.decentralized.claims import CLAIMS, communication, corrections, 
 from benchmarks.decentralized.claims.claim import span, table
 from benchmarks.decentralized.claims.communication import RIVALS, SETTINGS
 from benchmarks.decentralized.claims.factors import PREDICTED, RESCALED, factors
-from benchmarks.decentralized.claims.refresh import JOBS as WHO
+from benchmarks.decentralized.claims.refresh import TRIED
 from benchmarks.decentralized.levels import LOSSES, Spent
 from benchmarks.decentralized.measured import measured
 from benchmarks.decentralized.paper_jobs import JOBS
@@ -302,9 +302,10 @@ def everything():
     results["cleaning"] += runs("sldbo-top0.3", FAST) + runs("sldbo-top0.1", FAST)
     results["cleaning"] += [one for name in PREDICTED for one in runs(name, FAST, (0, 1, 1.5, 2))]
     results["cleaning"] += [one for name in RESCALED for one in runs(name, FAST, (0, 10, 15, 20))]
-    for job in WHO:
-        results[job] += [*runs("sldbo", FAST), *runs("s3ldbo-predicted-0.1", FAST, (0, 4, 6, 8))]
-        results[job] += runs("s3ldbo-worst-0.1", FAST, (0, 2, 3, 4))
+    results["synthetic"] += runs("s3ldbo-predicted-0.1", FAST, (0, 4, 6, 8))
+    results["policy"] += [*runs("sldbo", FAST), *runs("s3ldbo-predicted-0.1", FAST, (0, 4, 6, 8))]
+    for job in TRIED:
+        results[job] += runs("s3ldbo-worst-0.1", FAST, (0, 0.5, 0.6, 0.8))
     for job in ("sparse-policy", "sparse-cleaning"):
         for method in ("sparkle-ed", "sparkle-extra", "sparkle-gt", "d-soba"):
             results[job] += runs(method, STUCK if method == "d-soba" else FAST)

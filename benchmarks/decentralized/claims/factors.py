@@ -3,7 +3,7 @@
 import operator
 
 from benchmarks.decentralized.claims.claim import OWN, Claim, against, bold, named, span, table
-from benchmarks.decentralized.claims.snapshots import TASKS, ratios, shortly
+from benchmarks.decentralized.claims.snapshots import ALL_TASKS, TASKS, ratios, shortly
 from benchmarks.decentralized.levels import LOSSES
 from benchmarks.decentralized.measured import BASE, measured
 from benchmarks.decentralized.records import Results
@@ -13,7 +13,6 @@ JOB = "cleaning"
 PREDICTED = ("s3ldbo-predicted-0.1", "s3ldbo-predicted-ed-0.1")
 RESCALED = ("s3ldbo-kfac-0.1", "sldbo-kfac")
 TURNS = ("s3ldbo-cyclic-0.1", "s3ldbo-0.1")  # what turns bring without factors, beside that
-TIMED = {**TASKS, "policy": "policy evaluation"}
 
 
 def milliseconds(results: Results, job: str, method: str) -> str:
@@ -49,9 +48,9 @@ def factors(results: Results) -> Claim:
         + "\nEvaluations / bytes to 99% on hyper-cleaning, over those of SLDBO; and CPU milliseconds of an iteration "
         "of all agents on this machine, factors and predictions included:\n\n"
         + table(
-            ["method", "evaluations / bytes", *TIMED.values()],
+            ["method", "evaluations / bytes", *ALL_TASKS.values()],
             [
-                [method, both, *(milliseconds(results, job, method) for job in TIMED)]
+                [method, both, *(milliseconds(results, job, method) for job in ALL_TASKS)]
                 for method, both in {
                     BASE: "1 / 1",
                     **{

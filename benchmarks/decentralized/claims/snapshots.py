@@ -17,6 +17,7 @@ TASKS = {
     "cleaning": "hyper-cleaning",
     "meta": "meta-learning",
 }
+ALL_TASKS = {**TASKS, "policy": "policy evaluation"}
 HEADERS = (
     *("task", "p", "decrease of F", "evaluations, own steps", "evaluations, SLDBO's steps", "bytes"),
     "verdict on evaluations, own steps",
