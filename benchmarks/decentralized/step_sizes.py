@@ -7,7 +7,6 @@ state where their search ended, with all that the search has spent on its accoun
 
 import dataclasses
 import functools
-import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -41,7 +40,6 @@ TASK = "decentralized_step_sizes"
 METHODS = ("sldbo", "s3ldbo-0.2", "s3ldbo-0.1", "dsvrbgd", "sparkle-ed")
 FEW = ("sldbo", "s3ldbo-0.1", "sparkle-ed")  # where a run costs much
 COSTS = ("derivatives", "megabytes")
-SHORTEST = 10  # ∇f of an agent in a warm-up
 SHARES = LOSSES[1:]  # .9 and .99 of SLDBO's decrease of F
 CAPTION = """\
 Derivative evaluations of an agent until 90 % and 99 % of SLDBO's decrease of F, medians over judged seeds: with the
@@ -190,7 +188,7 @@ def suggested(
     ]
     calls = bx.problem.Calls(*(float(jnp.mean(part)) for part in info.calls))
     own = {
-        "derivatives": row.at_start + evaluated(calls, shares(row, network), pilots, float(info.warm_up)),
+        "derivatives": row.at_start + evaluated(calls, shares(row, network), float(info.slopes)),
         "megabytes": float(jnp.mean(info.bytes)) / 1e6,
         "rounds": float(info.rounds),
     }
@@ -230,17 +228,11 @@ def _both(
     }
 
 
-def evaluated(
-    calls: bx.problem.Calls, share: bx.problem.Calls, pilots: Sequence[Mapping[str, float]], warm_up: float
-) -> float:
+def evaluated(calls: bx.problem.Calls, share: bx.problem.Calls, slopes: float) -> float:
     """Evaluations of a search: those of the curvatures and of the slopes are on all examples, whatever a method draws.
 
-    The curvatures are one ∇_y g and twenty Hessian products. A slope is an evaluation of all directions: of each start
-    with other steps of y, which are halved then, two, and one for each time that its warm-up, of which there is the
-    last length, went on; where agents skip, their pace changes steps by less.
+    The curvatures are one ∇_y g and twenty Hessian products, each slope is an evaluation of all directions.
     """
-    starts = 1 + sum(one["y"] > 1.5 * later["y"] for one, later in itertools.pairwise(pilots))
-    slopes = starts * (2 + round(math.log2(warm_up / SHORTEST)))
     whole = bx.problem.Calls(slopes, slopes + 1, slopes + 20, slopes)
     drawn = bx.problem.Calls(*(all_calls - part for all_calls, part in zip(calls, whole, strict=True)))
     return float(evaluations(drawn, share) + evaluations(whole, bx.problem.Calls(1.0, 1.0, 1.0, 1.0)))

@@ -26,13 +26,17 @@ class Averages(NamedTuple):
 
 
 class Spent(NamedTuple):
-    """So far: of each agent [n], and rounds; iterations, and ∇f of an agent in them, at most one in each."""
+    """So far: of each agent [n], and rounds; iterations, and ∇f of an agent in them, at most one in each.
+
+    Beside iterations there are the power iterations, and directions that were evaluated for their slopes alone.
+    """
 
     calls: Calls
     bytes: Array
     rounds: Array
     iterations: Array
     refreshes: Array
+    slopes: Array
 
     def sent(self, size: Array, rounds: Scalar) -> "Spent":
         """With a message more."""
@@ -108,7 +112,8 @@ def curvatures(
     _, (lengths, sent) = jax.lax.scan(iterate, (start, zeros, zeros), jnp.arange(PRODUCTS))
     none, ones = jnp.zeros(agents.shape), jnp.ones(agents.shape)
     rounds = jnp.asarray(PRODUCTS * averages.rough.rounds)
-    spent = Spent(Calls(none, ones, 2 * PRODUCTS * ones, none), sent.sum(0), rounds, jnp.zeros(()), jnp.zeros(()))
+    calls, zero = Calls(none, ones, 2 * PRODUCTS * ones, none), jnp.zeros(())
+    spent = Spent(calls, sent.sum(0), rounds, zero, zero, zero)
     powers = jnp.stack([lengths[-1, 0], lengths[-1, 1] ** SHARPNESS], axis=1)  # [n, 2]
     powers, size = averages.fine.apply(key, powers)
     mean, power = gossip.mean(powers)

@@ -14,15 +14,16 @@ from bilevax.single_loop._levels import Levels
 from bilevax.typing import Array, Key
 
 WARM_UP, PILOT, CONFIRMATION, END = range(4)  # the phases
-LENGTHS = WARM, LENGTH, CONFIRMED = 10, 5, 15  # ∇f of each agent in a run of each, a warm-up at least
+LENGTHS = WARM, LENGTH, CONFIRMED = 10, 5, 15  # ∇f of each agent in each of them, at least
 READ = max(LENGTHS)  # of more ∇f the last ones are read
-LATE = 5  # last of a warm-up, in which losses are judged
+LATE = 5  # last of a run of a warm-up, in which losses are judged
 ROUNDING = 1e-2  # part of g that is no swing
 GROWTH = 2.0  # of the moves of y and v in a warm-up, at most
 LONGEST = 100.0  # iterations for each ∇f of an agent, at most
 SHORTER = 4.0  # what the step of x is divided by after a pilot that fails
 LESS = 2.0  # a warm-up goes on where its later half divides the step of x by more
-LONGER = 64  # times its least length it is at most
+LONGER = 64  # times WARM it goes on at most
+SHARE = 4  # into so many parts a longer warm-up is divided: the confirmation has the length of one
 
 MakeAlgorithm = Callable[[Levels[Any]], Algorithm]
 Run = Callable[[Levels[Array], Any, Array, Spent], tuple[Any, Array, Spent]]
@@ -90,13 +91,13 @@ def risen(read: Array) -> Array:
     return jnp.maximum(jnp.diff(read), 0).sum()
 
 
-def steady(read: Array, late: Array) -> Array:
-    """Whether a loss does not swing in its late readings: what its changes change by is less than they are.
+def steady(read: Array, begun: Array) -> Array:
+    """Whether a loss, which began at a value, does not swing: what its changes change by is less than they are.
 
     It may rise: where agents come closer, each gives up what suited itself.
     """
-    changes = jnp.diff(read[late], append=read[late][-1:])  # it could stand still afterwards
-    return jnp.abs(jnp.diff(changes)).sum() <= jnp.abs(changes).sum() + ROUNDING * jnp.abs(read[0])
+    changes = jnp.diff(read, append=read[-1:])  # it could stand still afterwards
+    return jnp.abs(jnp.diff(changes)).sum() <= jnp.abs(changes).sum() + ROUNDING * jnp.abs(begun)
 
 
 def falls(read: Array, before: Array, since: int) -> Array:
@@ -109,10 +110,11 @@ class Search(NamedTuple):
 
     Attributes:
       phase: of the next run.
-      warm_ups: those that failed since the last start anew.
+      warm_ups: those that failed one after the other.
       warmed: ∇f of each agent in this warm-up so far.
-      moved: what y and v moved together in its first iteration.
-      begun: the step of x that `first` says after what there is of it.
+      moved: what y and v moved together after its first ∇f.
+      begun: g at its start.
+      said: the step of x that `first` says where it is now.
       pilots: all of them so far.
       steps, state: that it begins with; at the end, those of the last run.
       warm: the state after the warm-up.
@@ -130,6 +132,7 @@ class Search(NamedTuple):
     warmed: Array
     moved: Array
     begun: Array
+    said: Array
     pilots: Array
     steps: Levels[Array]
     state: Any
@@ -159,14 +162,15 @@ def search(
 ) -> Search:
     """Runs one after the other: each says what the next one is.
 
-    A warm-up is two runs of half its length, and goes on, each time as long again, while y and v follow x so slowly
-    that the step of x that `first` says becomes much shorter in one of them; it is made as much shorter once more then.
+    A warm-up begins with two runs of half its least length, and goes on, each time as long again, until it is as long
+    as is asked for, and then while y and v converge so slowly that the step of x that `first` says became much shorter
+    in its later half. Where it went on, that step is divided once more by what this half has divided it by.
     """
-    zero, half = jnp.zeros((), jnp.int32), warm_up - warm_up // 2
+    zero, longest = jnp.zeros((), jnp.int32), max(warm_up, LONGER * WARM)
 
-    def warming(now: Search) -> Array:
-        """How long the next run of a warm-up is, in ∇f of an agent."""
-        return jnp.maximum(now.warmed, half)
+    def lengths(now: Search) -> Array:
+        """Of the next run, in ∇f of an agent, in each phase."""
+        return jnp.stack([jnp.maximum(now.warmed, WARM // 2), LENGTH, jnp.maximum(now.warmed // SHARE, CONFIRMED)])
 
     def anew(now: Search, x: float) -> Search:
         """From the start, with half the steps of y and v, to which that of x is in proportion, and x times that of x.
@@ -179,23 +183,34 @@ def search(
         now = now._replace(warm_ups=jnp.zeros_like(now.warm_ups), warmed=zero, part=now.part * x)
         return now.turn_to(WARM_UP, start)._replace(steps=Levels(jnp.zeros_like(y), y / 2, v / 2))
 
+    def shorter(now: Search) -> Search:
+        """From the end of the warm-up, with a shorter step of x."""
+        return now.turn_to(PILOT, now.warm)._replace(steps=now.steps._replace(x=now.steps.x / SHORTER))
+
     def after_warm_up(now: Search, end: Any, seen: Array) -> Search:
         outer, inner, *moves = seen
-        early, x, length = now.warmed == 0, now.begun, warming(now)
-        warmed, late = now.warmed + length, jnp.minimum(length, READ) - jnp.arange(LATE + 1)[::-1]
-        moved = jnp.where(early, moves[0][1] + moves[1][1], now.moved)
-        calm = moves[0][-1] + moves[1][-1] <= GROWTH * moved
-        good = steady(inner, late) & jnp.isfinite(seen[:2]).all() & calm
-        begun, spent = first(end, now.steps.y, outer[-1], now.spent)
-        now = now._replace(warmed=warmed, moved=moved, begun=begun, spent=spent)
-        goes_on = early | (good & (LESS * begun < x) & (2 * warmed <= LONGER * 2 * half))
-        to_pilots = good | (now.warm_ups + 1 >= most)
+        early, length, before = now.warmed == 0, lengths(now)[WARM_UP], now.said
+        late = jnp.minimum(length, READ) - jnp.arange(LATE + 1)[::-1]
+        said, spent = first(end, now.steps.y, outer[-1], now.spent)
+        now = now._replace(
+            warmed=now.warmed + length,
+            moved=jnp.where(early, moves[0][1] + moves[1][1], now.moved),
+            begun=jnp.where(early, inner[0], now.begun),
+            said=said,
+            spent=spent,
+        )
+        calm = moves[0][-1] + moves[1][-1] <= GROWTH * now.moved
+        good = jnp.isfinite(seen[:2]).all() & (early | (steady(inner[late], now.begun) & calm))
+        slowly = (LESS * said < before) & (2 * now.warmed <= longest)
+        goes_on = good & (early | (now.warmed < warm_up) | slowly)
 
-        x = jnp.where(warmed > 2 * half, jnp.minimum(begun / x, 1.0), 1.0) * begun
+        extrapolates = good & (now.warmed > WARM)
+        x = jnp.where(extrapolates, jnp.minimum(said / before, 1.0), 1.0) * said
         x = jnp.minimum(now.part * x, now.most_x)
         pilot = now.turn_to(jnp.where(jnp.isfinite(x) & (x > 0), PILOT, END), end)
         pilot = pilot._replace(steps=now.steps._replace(x=x), usual=risen(outer[late]), warm=end)
         again = anew(now, 1.0)._replace(warm_ups=now.warm_ups + 1)
+        to_pilots = good | (now.warm_ups + 1 >= most)
         return chosen(goes_on, now.turn_to(WARM_UP, end), chosen(to_pilots, pilot, again))
 
     def after_pilot(now: Search, end: Any, seen: Array) -> Search:
@@ -207,27 +222,25 @@ def search(
             scores=now.scores.at[place].set(jnp.where(good, outer[-1], jnp.inf)),
             good=good,
         )
-        shorter = now.turn_to(PILOT, now.warm)._replace(steps=now.steps._replace(x=now.steps.x / SHORTER))
         slower = anew(now._replace(most_x=now.steps.x), 2.0)
-        other = chosen(place + 1 >= most, now.turn_to(END, end), chosen(place > 0, shorter, slower))
+        other = chosen(place + 1 >= most, now.turn_to(END, end), chosen(place > 0, shorter(now), slower))
         return chosen(good, now.turn_to(CONFIRMATION, end), other)
 
     def after_confirmation(now: Search, end: Any, seen: Array) -> Search:
         outer, half = seen[0], 1 + CONFIRMED // 2
         now = now._replace(good=falls(outer, outer[:half].max() + 2 * now.usual, half))
-        shorter = anew(now._replace(most_x=now.steps.x / 2), 1.0)
-        return chosen(now.good | (now.pilots >= most), now.turn_to(END, end), shorter)
+        other = chosen(now.warmed > WARM, shorter(now), anew(now._replace(most_x=now.steps.x / 2), 1.0))
+        return chosen(now.good | (now.pilots >= most), now.turn_to(END, end), other)
 
     def turn(now: Search) -> Search:
-        length = jnp.asarray((warming(now), LENGTH, CONFIRMED))[now.phase]
-        end, seen, spent = run(now.steps, now.state, length, now.spent)
+        end, seen, spent = run(now.steps, now.state, lengths(now)[now.phase], now.spent)
         means, spent = read(seen, spent)
         after = after_warm_up, after_pilot, after_confirmation
         return jax.lax.switch(now.phase, after, now._replace(spent=spent), end, means)
 
     no, none = jnp.zeros((), bool), jnp.full(most, jnp.nan, steps.x.dtype)
     part, most_x, unknown = (jnp.full_like(none[0], number) for number in (1.0, jnp.inf, 0.0))
-    runs = (zero, zero, zero, unknown, unknown, zero, steps, start, start, part, most_x, unknown)
+    runs = (zero, zero, zero, unknown, unknown, unknown, zero, steps, start, start, part, most_x, unknown)
     begun = Search(*runs, Levels(none, none, none), none, no, spent)
     return jax.lax.while_loop(lambda now: now.phase < END, turn, begun)
 

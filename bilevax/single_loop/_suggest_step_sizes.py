@@ -35,7 +35,8 @@ class StepSizesInfo(NamedTuple):
       curvature: L, the largest eigenvalue of ∇²_yy of the mean g in size; where each agent has a y of its own, of any
         g_i. Ten power iterations stay below it, by a fifth on dense spectra of twelve: a_y leaves room for that.
       steps: `Levels` of the steps of each pilot [pilots]; NaN for those that were not run.
-      warm_up: ∇f of each agent in the last warm-up; more than were asked for where y and v follow x slowly.
+      warm_up: ∇f of each agent in the last warm-up; more than were asked for where y and v converge slowly.
+      slopes: ‖mean d_x‖² that were evaluated, each the directions on all data, whatever the method draws; scalar.
       scores: mean f at the end of each pilot [pilots]; inf where f was not finite or higher than at the start, NaN
         where none was run.
       breakdown: True where no pilot was good, or f did not keep falling after the last of them: the step of x is then
@@ -60,6 +61,7 @@ class StepSizesInfo(NamedTuple):
     curvature: Array
     steps: Levels[Array]
     warm_up: Array
+    slopes: Array
     scores: Array
     breakdown: Array
     calls: Calls
@@ -118,16 +120,17 @@ def suggest_step_sizes(
 
     with W̃ as many rounds as take nine tenths of a difference away, and L_i of each agent alone: steps over b / max L_i
     need not be stable where agents differ, whatever L is. Where still the mean g swings at the end of the warm-up, or y
-    and v move ever farther, a_y and a_v are halved and it starts anew. Where a_x is there less than half of what it is
-    halfway, y and v follow x slowly: the warm-up goes on for as long again, at most six times, and in the end a_x is
-    divided once more by what the last of them divided it by. Where agents skip, all steps are multiplied by 4 / (3 + T)
-    for T iterations between two refreshes.
+    and v move ever farther, a_y and a_v are halved and it starts anew. Where a_x is less than half of what it was
+    halfway, y and v converge slowly: the warm-up is doubled, again and again, to 640 iterations at most, and then a_x
+    is divided once more by what the later half of them has divided it by. Where agents skip, all steps are multiplied
+    by 4 / (3 + T) for T iterations between two refreshes.
 
     The first pilot runs with these steps from the end of the warm-up. It fails if f, averaged at the agents' own y, is
     not finite or is, in its second half, above where it began, but for twice what it rises at the end of the warm-up.
     Then a_y and a_v are halved and all starts anew, with an a_x that is not; where later ones fail, a_x is divided by
-    4. A good one goes on three times as long; where f is higher in the second half of that than in the first, a_y and
-    a_v are halved and all starts anew. The a_x after a start anew is that of the new warm-up, but at most the one that
+    4. A good one goes on three times as long, or for a quarter of the warm-up, if that is longer. Where f is higher in
+    the second half of that than in the first, a_y and a_v are halved and all starts anew, or, where the warm-up was
+    doubled, a_x alone is divided by 4. The a_x after a start anew is that of the new warm-up, but at most the one that
     failed, and at most half of it where that was in the longer run. Two thirds of the a_x that the runs bore are
     returned.
 
@@ -137,10 +140,9 @@ def suggest_step_sizes(
 
     What is found is good for the beginning: what grows slowly does not show in so few iterations, nor a curvature that
     grows later; `moves` of the method's Info tell. Noise that minibatches leave at the end does not show either. Where
-    y converges slowly, as on badly scaled features, d_x grows for long, and the warm-up goes on with it; on problems
-    of a condition of a thousand a run may diverge in the end all the same: take a part of a_x then, or pass a `warm_up`
-    of a few times the condition. Over a directed graph or a sequence of graphs, and for a correction that does not say
-    more, b = 2, as for descent, and the runs alone tell what is stable.
+    a run diverges after the search all the same, take a quarter of a_x, or pass a `warm_up` of a few times the
+    condition of g. Over a directed graph or a sequence of graphs, and for a correction that does not say more, b = 2,
+    as for descent, and the runs alone tell what is stable.
 
     Args:
       make: `make(step_sizes) -> Algorithm`, for `Levels` of traced numbers; its state has fields x, y and v, its Info
@@ -153,8 +155,8 @@ def suggest_step_sizes(
       key: one random key.
       pilots: at most so many, >= 1, and before each as many tries of the warm-up. Each that fails divides a_x by 4, but
         for the first: with few of them the search may end before it comes to steps that are small enough.
-      warm_up: at least so many ∇f of an agent in each warm-up, >= 10, the number that was tried on many tasks; an odd
-        one is rounded up. More, where y converges so slowly that the warm-up does not find out that it has to go on.
+      warm_up: at least so many ∇f of an agent in each warm-up, >= 10, the number that was tried on many tasks; rounded
+        up to 10, 20, 40, 80, ... More, where d_x does not tell that y converges slowly.
       correction: of `make`, or `Levels` of them; None for `tracking()`. Where it is `local()` for y, L is that of the
         agent with the largest. `make` does not tell: left out, a_y may be too long for the agent of the largest L_i.
       lowest: the lower bound of f, or what it may come down to.
@@ -166,14 +168,15 @@ def suggest_step_sizes(
       ValueError: if an argument is of another kind, `make` returns no `Algorithm` or takes no traced numbers,
         `pilots` < 1 or `warm_up` < 10, key is not one key, gossip is compressed, or the method has no v.
 
-    Cost: one ∇_y g and twenty Hessian products, two evaluations of the directions for each warm-up and one for each
-    time that it goes on, and, counted in ∇f of an agent, `warm_up` for each warm-up, which doubles each time that it
-    goes on, five for each pilot, of which one to three are usual, and fifteen for the run after a good one: all in
-    `info.calls` and `info.bytes`, but for f and g at about every one of these, and for what the method evaluates at
-    `init`: one evaluation of the directions where it skips, as `s3ldbo` does, else none. `info.state` keeps
-    `info.warm_up` + 20 of them. Ten averages of y and one of x for each evaluation of the directions, of about
-    3 / √(2 (1 − σ)) rounds each where W is symmetric and fixed, and some of single numbers. Compiling takes some CPU
-    seconds, of which the method's step is a part, in every call: for several seeds, jit a function around it.
+    Cost: one ∇_y g and twenty Hessian products; two evaluations of the directions for each warm-up, and one for each
+    time that it is doubled; and, counted in ∇f of an agent, `warm_up` for each warm-up, up to 640 where y converges
+    slowly, five for each pilot, and fifteen, or a quarter of the warm-up, for the run after a good one. One warm-up and
+    one pilot are usual; each that fails, or starts anew, adds its own. All is in `info.calls` and `info.bytes`, but for
+    f and g at about every one of these, and for what the method evaluates at `init`: one evaluation of the directions
+    where it skips, as `s3ldbo` does, else none. `info.state` keeps the last of each kind. Ten averages of y and one of
+    x for each evaluation of the directions, of about 3 / √(2 (1 − σ)) rounds each where W is symmetric and fixed, and
+    some of single numbers. Compiling takes some CPU seconds, of which the method's step is a part, in every call: for
+    several seeds, jit a function around it.
 
     Reference: power iteration, with the dynamic average of gradient tracking in it (arXiv 1607.03218) and Chebyshev's
     acceleration of each average; Polyak's step, "Introduction to optimization", 1987. The factors are what held on the
@@ -224,7 +227,7 @@ def suggest_step_sizes(
         end = search(run, read, first, start, steps, pilots, spent, warm_up)
         steps = paced(end.steps, end.spent)
         costs = end.spent.calls, end.spent.bytes, end.spent.rounds
-        info = StepSizesInfo(level, end.tried, end.warmed, end.scores, ~end.good, *costs, end.state)
+        info = StepSizesInfo(level, end.tried, end.warmed, end.spent.slopes, end.scores, ~end.good, *costs, end.state)
         return steps._replace(x=jnp.where(end.good, steps.x / MARGIN, jnp.nan)), info
 
     return find(key, x, y, batch)
@@ -238,6 +241,7 @@ def _slope(
     together, size = averages.rough.apply(key, d)
     ones = jnp.ones_like(gossip.agents())
     spent = spent.sent(size, averages.rough.rounds).with_calls(Calls(ones, ones, ones, ones))
+    spent = spent._replace(slopes=spent.slopes + 1)
     squares, size = averages.fine.apply(key, jax.vmap(norm)(together) ** 2)
     return gossip.mean(squares), spent.sent(size, averages.fine.rounds)
 

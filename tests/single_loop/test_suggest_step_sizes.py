@@ -125,7 +125,7 @@ def test_everything_is_counted():
     _, _, info = with_tracking()
     pilots = int((~np.isnan(info.scores)).sum())
     iterations, slopes = int(info.calls.outer_gradients[0]) - 2, 2
-    assert (pilots, iterations, info.warm_up) == (1, 30, 10)  # one warm-up, and the pilot went on
+    assert (pilots, iterations, info.warm_up, info.slopes) == (1, 30, 10, slopes)  # one warm-up, and the pilot went on
     assert info.state.k == iterations
     np.testing.assert_array_equal(info.calls.outer_gradients, iterations + slopes)
     np.testing.assert_array_equal(info.calls.inner_gradients, iterations + slopes + 1)
@@ -203,20 +203,46 @@ def test_steps_of_x_do_not_grow_after_a_run_that_fails(monkeypatch):
     assert several
 
 
-@pytest.mark.parametrize("largest", [3.0, 10.0])
+@pytest.mark.parametrize("largest", [3.0, 10.0, 30.0])
 def test_where_y_converges_slowly_the_warm_up_goes_on(largest):
     info, before, after, last = with_slow_y(largest, 10)
     assert info.warm_up in 10 * 2 ** np.arange(1, 7)
     assert not info.breakdown
-    assert last < after < before  # with the steps of a warm-up of ten it diverges
-    assert info.state.k == info.warm_up + 20  # one pilot, and the run after it
+    assert last < after < before
+    assert info.state.k == info.warm_up + 5 + max(15, info.warm_up // 4)  # one pilot, and the run after it
 
 
 def test_a_longer_warm_up_is_what_one_says():
-    info, before, after, last = with_slow_y(10.0, 301)
-    assert info.warm_up == 302
+    info, before, after, last = with_slow_y(10.0, 161)
+    assert info.warm_up == 320
     assert last < after < before
-    assert info.state.k == 322
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def on_squares(scales, offset, warm_up):
+    """Of g = ½ Σ scales (y − x)² + offset and f = ½ (y_3 − 8)², all agents alike, y_1 and y_2 off their solution."""
+    problem = bx.BilevelProblem(
+        lambda x, y, data: (y[2] - 8) ** 2 / 2,
+        lambda x, y, data: jnp.sum(scales * (y - x) ** 2) / 2 + offset,
+    )
+    batch, x = bx.Batch(jnp.zeros(N), jnp.zeros(N)), jnp.full((N, 3), 3.0)
+    make = functools.partial(bx.decentralized.sldbo, problem, RING)
+    y = x + jnp.array([[1.0, 1.0, 0.0]])
+    return suggest_step_sizes(make, problem, RING, x, y, batch, KEY, warm_up=warm_up)
+
+
+def test_a_constant_in_g_changes_nothing():
+    scales = jnp.array([1.0, 0.9, 1 / 500])
+    (one, info), (other, _) = (on_squares(scales, offset, 10) for offset in (0.0, 1.0))
+    assert info.warm_up > 10
+    np.testing.assert_allclose(one, other, rtol=1e-6)
+
+
+def test_a_warm_up_after_y_has_converged_is_no_worse():
+    scales = jnp.array([1.0, 0.9, 0.8])
+    (one, info), (other, longer) = (on_squares(scales, 0.0, warm_up) for warm_up in (40, 400))
+    np.testing.assert_allclose(one, other, rtol=1e-3)
+    assert (info.warm_up, longer.warm_up) == (40, 640)
 
 
 def with_offset(offset):
@@ -254,22 +280,25 @@ def test_what_is_printed():
     assert "[2, 6]" in repr(jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), info))  # of two seeds
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def searched(most):
-    """A search among runs of no method: losses fall where a_x and a_y are at most what is stable in a run so long."""
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def searched(most, said=lambda k: 2.0, warm_up=LENGTHS[0], a=1.0):
+    """A search among runs of no method: losses fall where a_x and a_y are at most what is stable in a run so long.
+
+    `said(k)` is a_x / a_y by the slope after a warm-up of k.
+    """
     stable = jnp.array([[0.0, 0.5], [0.3, 0.5], [0.2, 0.5]])  # warm-up, pilot, confirmation
     k, none = jnp.arange(1.0 + max(LENGTHS)), jnp.zeros(())
 
     def run(steps, state, length, spent):
-        phase = jnp.where(steps.x > 0, jnp.argmax(jnp.asarray(LENGTHS) == length), 0)
+        phase = jnp.where(steps.x > 0, jnp.where(length == LENGTHS[1], 1, 2), 0)
         good = jnp.all(jnp.asarray(steps[:2]) <= stable[phase])
         loss = 1 + jnp.where(good, -0.01, 0.1 * (-1) ** k) * k
         return state + length, jnp.stack([loss, loss, none * k, none * k]), spent
 
-    spent = Spent(bx.problem.Calls(none, none, none, none), none, none, none, none)
-    start, steps = jnp.zeros((), int), bx.Levels(none, none + 1, none + 1)
-    read, first = lambda seen, spent: (seen, spent), lambda state, a, f, spent: (2 * a, spent)
-    return search(run, read, first, start, steps, most, spent, LENGTHS[0])
+    spent = Spent(bx.problem.Calls(none, none, none, none), none, none, none, none, none)
+    start, steps = jnp.zeros((), int), bx.Levels(none, none + a, none + a)
+    read, first = lambda seen, spent: (seen, spent), lambda state, a, f, spent: (said(state) * a, spent)
+    return search(run, read, first, start, steps, most, spent, warm_up)
 
 
 def test_a_search_goes_on_until_a_run_is_good():
@@ -283,9 +312,34 @@ def test_a_search_goes_on_until_a_run_is_good():
     assert not searched(3).good  # the long run of the last is bad
 
 
+@pytest.mark.parametrize(
+    ("said", "warm_up", "warmed", "part"),
+    [
+        (lambda k: 2.0 / k, 10, 10, 2 / 10),  # half as long is not less than half
+        (lambda k: 2.0 / k**2 + 0.02, 10, 20, 0.025**2 / 0.04),
+        (lambda k: 2.0 * k, 20, 20, 2 * 20.0),  # longer ones are not made longer still
+        (lambda k: 2.0 / k**2, 10, 640, 2 / 640**2 / 4),
+        (lambda k: 2.0 / k**2, 641, 1280, 2 / 1280**2 / 4),
+    ],
+)
+def test_how_far_a_warm_up_goes_on(said, warm_up, warmed, part):
+    end = searched(1, said, warm_up, 0.25)
+    assert end.warmed == warmed
+    np.testing.assert_allclose(end.tried.x, [0.25 * part], rtol=1e-5)
+
+
+def test_after_a_longer_warm_up_the_last_run_is_longer():
+    end = searched(1, lambda k: 2.0 / k**2, 10, 0.25)
+    assert end.good
+    assert end.state == 640 + LENGTHS[1] + 640 // 4
+
+
 def test_agents_that_come_closer_do_not_swing():
     k, late = jnp.arange(11.0), jnp.arange(5, 11)
-    still = functools.partial(steady, late=late)
+
+    def still(loss):
+        return steady(loss[late], loss[0])
+
     assert all(map(still, (1 + 0.1 * k, jnp.exp(-k), 1 - 0.1 * jnp.exp(-k))))
     assert still(1 + (k - 7) ** 2)  # down and up again is no swing
     assert not still(1 + 0.5 * (-0.9) ** k)
