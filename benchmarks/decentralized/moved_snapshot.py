@@ -36,7 +36,7 @@ def moved_snapshot(probability: float) -> bx.single_loop.estimator.Estimator:
         return MovedSnapshot(oracle.evaluate(point, batch), point)
 
     def update(key: Any, state: MovedSnapshot, oracle: Any, point: bx.Levels, batch: Any, k: Scalar) -> tuple:
-        shares = sum(r / positive(r.mean()) for r in distances(point, state.point))
+        shares = jnp.stack([r / positive(r.mean()) for r in distances(point, state.point)]).sum(0)
         _, farthest = jax.lax.top_k(shares, ceil(probability * len(shares) - 1e-9))
         chosen = jnp.zeros(len(shares), bool).at[farthest].set(True)
 

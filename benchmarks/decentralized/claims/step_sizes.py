@@ -12,7 +12,16 @@ from benchmarks.decentralized.verdicts import FAILS, HOLDS, OPEN, arrivals, aver
 JOB = "step-sizes-"  # and the name of a task
 MOST = 2.0  # times the evaluations of the best of the grid
 LEVELS = LOSSES[1:]
-HEADERS = ("task and method", "decrease of F", "search", "search and run", "best of the grid", "ratio", "verdict")
+HEADERS = (
+    "task and method",
+    "decrease of F",
+    "warm-up",
+    "search",
+    "search and run",
+    "best of the grid",
+    "ratio",
+    "verdict",
+)
 
 
 def needed(run: Record, level: Level) -> tuple[Spent, Spent, bool] | None:
@@ -50,9 +59,10 @@ def step_sizes(results: Results) -> Claim:
             mark = MARK * (not all(everywhere))
             one = compared([*zip(own, best, strict=True)], MOST, operator.le, JOB, mark)
             found.setdefault(level, []).append(one)
+            warm_up = cell([run.configuration["warm_up"] for run in records])
             search = cell([run.metrics["search"] for run in records])
             cells = [averaged(side) + arrivals(side) for side in (own, best)]
-            rows.append([name, named(level), search, *cells, one.words, bold(one.verdict)])
+            rows.append([name, named(level), warm_up, search, *cells, one.words, bold(one.verdict)])
     found = found or {LEVELS[-1]: [compared((), MOST, operator.le, JOB)]}
     return Claim(
         title="Step sizes that nobody has to guess",
@@ -65,8 +75,9 @@ def step_sizes(results: Results) -> Claim:
         measure="Number: derivative evaluations of an agent until a share of SLDBO's decrease of F, those of the "
         "search included, over those with the pair of the grid that the tuning seeds choose for it, whose tuning does "
         "not count. On penalties of synthetic data and of MNIST, hyper-cleaning of digits, meta-learning, and policy "
-        "evaluation. f and g, which the search reads after about every evaluation, forward only, do not count; a "
-        "momentum is that of the grid's pair for 99 %. A run diverges where F at its end is not finite, or above where "
+        "evaluation. Warm-up: ∇f before the first pilot, more than 10 where y converges slowly. f and g, which the "
+        "search reads after about every evaluation, forward only, do not count; a momentum is that of the grid's pair "
+        "for 99 %. A run diverges where F at its end is not finite, or above where "
         f"it was at the start: {'; '.join(lost) or 'none does'}.",
         details=table(HEADERS, rows) if rows else "No results.\n",
     )
