@@ -1,5 +1,6 @@
 """What a claim is on the page, and the words that all of them use."""
 
+import operator
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -92,6 +93,16 @@ def against(
     """The cost of a method to a level over that of another one, each with its own best steps."""
     own, other = (runs.spent(method, level, cost) for method in (one, two))
     return compared(pairs(own, other), bound, meets, job, marked(runs, one, level, cost))
+
+
+def fewer(runs: Measured, one: str, two: str, levels: Iterable[Level], cost: str, job: str) -> list[Finding]:
+    """Whether a method needs less of a cost than another one, to each of some levels."""
+    return [against(runs, one, two, level, cost, 1.0, operator.lt, job) for level in levels]
+
+
+def told(found: Iterable[Finding]) -> list[str]:
+    """Numbers and verdicts in cells of a table."""
+    return [f"{one.words}: {bold(one.verdict)}" for one in found]
 
 
 def marked(runs: Measured, method: str, level: Level, cost: str) -> str:

@@ -1,10 +1,9 @@
 """DSVRBGD against the stochastic methods before it."""
 
-import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from benchmarks.decentralized.claims.claim import Claim, against, bold, marked, named, span, table
+from benchmarks.decentralized.claims.claim import Claim, fewer, marked, named, span, table, told
 from benchmarks.decentralized.levels import GRADIENTS, LOSSES, Level
 from benchmarks.decentralized.measured import Measured, measured
 from benchmarks.decentralized.records import Results
@@ -71,11 +70,9 @@ def communication(results: Results) -> Claim:
     for setting in SETTINGS:
         runs, rows = measured(results, setting.job), []
         for other, cost in {**RIVALS, **dict.fromkeys(OTHERS, "megabytes")}.items():
-            found = [
-                against(runs, METHOD, other, level, cost, 1.0, operator.lt, setting.job) for level in setting.levels
-            ]
-            cells = [f"{one.words}: {bold(one.verdict)}" for one in found]
-            rows.append([f"{METHOD} / {other}, {UNITS[cost]}" + " (not of the paper)" * (other in OTHERS), *cells])
+            found = fewer(runs, METHOD, other, setting.levels, cost, setting.job)
+            name = f"{METHOD} / {other}, {UNITS[cost]}" + " (not of the paper)" * (other in OTHERS)
+            rows.append([name, *told(found)])
             if other in RIVALS:
                 verdicts += [one.verdict for one in found]
                 shown += [one.mean for one in found]

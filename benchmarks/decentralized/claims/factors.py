@@ -1,8 +1,6 @@
 """What Kronecker factors are better for: to predict directions, or to rescale steps."""
 
-import operator
-
-from benchmarks.decentralized.claims.claim import OWN, Claim, against, bold, named, span, table
+from benchmarks.decentralized.claims.claim import OWN, Claim, fewer, named, span, table, told
 from benchmarks.decentralized.claims.snapshots import ALL_TASKS, TASKS, ratios, shortly
 from benchmarks.decentralized.levels import LOSSES
 from benchmarks.decentralized.measured import BASE, measured
@@ -28,9 +26,9 @@ def factors(results: Results) -> Claim:
     runs = measured(results, JOB)
     rows, found = [], []
     for one, two in (*((one, two) for one in PREDICTED for two in RESCALED), (PREDICTED[0], TURNS[0]), TURNS):
-        compared = [against(runs, one, two, level, "derivatives", 1.0, operator.lt, JOB) for level in LOSSES]
+        compared = fewer(runs, one, two, LOSSES, "derivatives", JOB)
         found += compared if two in RESCALED else []
-        rows.append([f"{one} / {two}", *(f"{each.words}: {bold(each.verdict)}" for each in compared)])
+        rows.append([f"{one} / {two}", *told(compared)])
     return Claim(
         title="Factors predict better than they rescale",
         source=OWN,

@@ -1,8 +1,6 @@
 """Who refreshes, and how much of a message is sent: beyond the papers."""
 
-import operator
-
-from benchmarks.decentralized.claims.claim import OWN, Claim, against, bold, missing, named, span, table
+from benchmarks.decentralized.claims.claim import OWN, Claim, bold, fewer, missing, named, span, table, told
 from benchmarks.decentralized.claims.snapshots import ALL_TASKS, tasks
 from benchmarks.decentralized.claims.sparkle import LACK, TOO_SHORT, ahead
 from benchmarks.decentralized.levels import LOSSES
@@ -24,9 +22,9 @@ def compression(results: Results) -> Claim:
         runs = measured(results, job)
         for share in SHARES_SENT:
             name = f"{base}-top{share:g}"
-            row = [against(runs, name, base, level, "megabytes", 1.0, operator.lt, job) for level in LOSSES]
+            row = fewer(runs, name, base, LOSSES, "megabytes", job)
             found += row
-            rows.append([f"{name} / {base}", *(f"{one.words}: {bold(one.verdict)}" for one in row)])
+            rows.append([f"{name} / {base}", *told(row)])
     return Claim(
         title="Compression saves bytes",
         source=OWN,
@@ -77,11 +75,9 @@ def worst(results: Results) -> Claim:
     """Agents whose predictions err most against turns."""
     rows, found = [], []
     for job in TRIED:
-        runs = measured(results, job)
-        names = "s3ldbo-worst-0.1", "s3ldbo-predicted-0.1"
-        row = [against(runs, *names, level, "derivatives", 1.0, operator.lt, job) for level in LOSSES]
+        row = fewer(measured(results, job), "s3ldbo-worst-0.1", "s3ldbo-predicted-0.1", LOSSES, "derivatives", job)
         found += row
-        rows.append([ALL_TASKS[job], *(f"{one.words}: {bold(one.verdict)}" for one in row)])
+        rows.append([ALL_TASKS[job], *told(row)])
     return Claim(
         title="Agents whose predictions err most should refresh",
         source=OWN,
