@@ -8,7 +8,8 @@ import inspect
 import pytest
 from rooms import circles, edges, imported, room, sources, upwards
 
-FOLDERS = ("harness", "data", "networks", "tasks", "studies", "decentralized", "__main__")  # from the lowest up
+# From the lowest up
+FOLDERS = ("harness", "data", "networks", "tasks", "studies", "decentralized", "robustness", "__main__")
 FLOORS = {folder: floor for floor, folder in enumerate(FOLDERS)}
 
 
