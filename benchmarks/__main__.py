@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.errors import DataError
+from benchmarks.harness.stopping import INTERRUPTED, stoppable
 
 # Modules with a class `Config`, by folder, imported when their job is named: some need packages that others do not.
 FOLDERS = {
@@ -60,7 +61,12 @@ Compares hypergradients on bilevel problems: prints a table, writes JSON files a
 Without a task, options belong to hyper-cleaning: `python -m benchmarks --seeds 5`.
 The options of a task: `python -m benchmarks hyper-cleaning --help`.
 Methods of your own: `--plugin my_methods.py`, a Python file that is executed; see docs/testing.md.
+Every job takes `--checkpoint FOLDER`: started again with the same options, it goes on where it was killed. Ctrl-C and
+SIGTERM end a job alike, with exit codes 130 and 143. Each JSON file has the id of the command that made it.
 Public data sets are downloaded once to a cache folder; BILEVAX_DATA=<folder> names another one."""
+
+GO_ON = "The same command goes on from here."
+BEGIN_ANEW = "Finished runs are kept; with --checkpoint FOLDER the same command would go on from here."
 
 
 def module_of(task: str) -> str:
@@ -95,22 +101,42 @@ def main(args: Sequence[str]) -> int:
     )
     parser.add_argument("task", choices=TASKS, help=argparse.SUPPRESS)
     task = parser.parse_args(args[:1]).task
-    try:
-        import tyro
+    with stoppable() as code_of_signal:
+        try:
+            code = run(task, args[1:])
+        except DataError as error:
+            code = 1
+            print(error, file=sys.stderr)
+        except ModuleNotFoundError as error:
+            package = (error.name or "").partition(".")[0]
+            if package not in EXTRAS:
+                raise
+            code = 1
+            print(f"{task} needs {package}, which is not installed. Run: {install(EXTRAS[package])}", file=sys.stderr)
+        except KeyboardInterrupt:
+            code = INTERRUPTED
+        if code != INTERRUPTED:
+            return code
+        kept = any(arg.partition("=")[0] == "--checkpoint" for arg in args)
+        print(f"Interrupted. {GO_ON if kept else BEGIN_ANEW}", file=sys.stderr)
+        return code_of_signal()
 
-        config = importlib.import_module(module_of(task)).Config
-        if not takes_plugin(config) and any(arg.partition("=")[0] == "--plugin" for arg in args):
-            raise DataError(f"{task} has no rows that a plugin could add to. Drop --plugin, or name another job.")
-        flags = (tyro.conf.FlagCreatePairsOff,)
-        return tyro.cli(config, prog=f"python -m benchmarks {task}", args=args[1:], config=flags).run()
-    except DataError as error:
-        print(error, file=sys.stderr)
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in EXTRAS:
-            raise
-        print(f"{task} needs {package}, which is not installed. Run: {install(EXTRAS[package])}", file=sys.stderr)
-    return 1
+
+def run(task: str, args: Sequence[str]) -> int:
+    """Runs a task with its options; returns the exit code."""
+    import tyro
+
+    config = importlib.import_module(module_of(task)).Config
+    if not takes_plugin(config) and any(arg.partition("=")[0] == "--plugin" for arg in args):
+        raise DataError(f"{task} has no rows that a plugin could add to. Drop --plugin, or name another job.")
+    flags = (tyro.conf.FlagCreatePairsOff,)
+    job = tyro.cli(config, prog=f"python -m benchmarks {task}", args=args, config=flags)
+    from benchmarks.harness.resuming import check_ready, new_identity  # which import JAX, as jobs do
+
+    new_identity.cache_clear()
+    if not getattr(job, "distributed", False):  # then the first host writes, as `prepared` sees to
+        check_ready(job)
+    return job.run()
 
 
 if __name__ == "__main__":

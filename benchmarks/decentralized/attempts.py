@@ -29,6 +29,7 @@ from benchmarks.decentralized.running import (
 )
 from benchmarks.decentralized.trying import alike, picks, schedule, tuning_seeds, undivided
 from benchmarks.harness.loop import Outcome
+from benchmarks.harness.resuming import NOWHERE, Kept
 from benchmarks.harness.runner import Options
 
 CHECKPOINTS = 20  # √2 apart: the first one after some three iterations, before any target
@@ -71,14 +72,14 @@ class Turn(NamedTuple):
       row: of the table.
       grid: its picks.
       stops: iterations of its checkpoints.
-      program: for every pick, on one device.
+      program: makes the one for every pick, on one device, when it is first needed.
       placed: makes the program of one pick where the agents live on several; None where they do not.
     """
 
     row: Row
     grid: Sequence[Pick]
     stops: Sequence[int]
-    program: Program
+    program: Callable[[], Program]
     placed: Callable[[Pick], Program] | None
 
 
@@ -105,7 +106,7 @@ def prepare(job: Job, options: Options, where: Place) -> Here:
 
 
 def turn_of(row: Row, job: Job, topologies: bx.Levels, here: Here, where: Place) -> Turn:
-    """Compiles a row."""
+    """Prepares a row."""
     graphs, first = row.graphs(topologies), here.first
     topology = graphs.x if graphs.x is graphs.y is graphs.v else graphs
     grid = picks(job.outer_grid, job.inner_grid, row.settings)
@@ -117,15 +118,17 @@ def turn_of(row: Row, job: Job, topologies: bx.Levels, here: Here, where: Place)
         placed = place(on(pick), topology, where.devices, where.by)
         return compiled(row, lambda _: placed, first, pick, jit=False)
 
-    program = compiled(row, lambda pick: place(on(pick), topology, 1, where.by), first, grid[0])
+    program = functools.cache(
+        lambda: compiled(row, lambda pick: place(on(pick), topology, 1, where.by), first, grid[0])
+    )
     stops = schedule(row, first, job.iterations, here.checkpoints)
     return Turn(row, grid, stops, program, spread if where.devices > 1 else None)
 
 
-def attempt(turn: Turn, here: Here, seed: int, pick: Pick, enough: float) -> Try:
+def attempt(turn: Turn, here: Here, seed: int, pick: Pick, enough: float, states: Kept = NOWHERE) -> Try:
     """Runs a pick, and keeps what targets are judged by: from the end back to where F is above `enough`."""
-    network = here.networks[seed]
-    run = follow(turn.program, pick, network, network.batch, jax.random.key(seed), turn.stops, glance, here.budget)
+    network, key = here.networks[seed], jax.random.key(seed)
+    run = follow(turn.program(), pick, network, network.batch, key, turn.stops, glance, here.budget, states)
     look = functools.partial(here.look, batch=here.undivided[seed])
     curve = run.curve | backward(look, run.curve["point"], enough)
     return tried(pick, kept({**here.starts[seed], "derivatives": float(turn.row.at_start)}, curve, turn.stops))
@@ -136,8 +139,11 @@ def tried(pick: Pick, curve: Mapping[str, Any]) -> Try:
     return Try(pick.steps._asdict(), dict(pick.settings), curve)
 
 
-def whole(turn: Turn, here: Here, seed: int, pick: Pick, program: Program) -> tuple[Outcome, Try]:
-    """Runs the pick of the table where its agents live, and records all there is."""
+def whole(
+    turn: Turn, here: Here, seed: int, pick: Pick, make: Callable[[], Program], states: Kept
+) -> tuple[Outcome, Try]:
+    """Runs the pick of the table where its agents live, and records all there is; `make` gives its program."""
+    program = make()
     network, exactly = here.networks[seed], functools.partial(here.exactly, batch=here.undivided[seed])
     run = follow(
         program,
@@ -148,6 +154,7 @@ def whole(turn: Turn, here: Here, seed: int, pick: Pick, program: Program) -> tu
         turn.stops,
         functools.partial(evaluate, network, exactly),
         here.budget,
+        states,
     )
     outcome, first = run.outcome(program), before(network, exactly, turn.row.at_start)
     curve = {name: [first.get(name), *values] for name, values in outcome.curve.items()}

@@ -33,6 +33,7 @@ from benchmarks.harness.errors import DataError
 from benchmarks.harness.loop import Outcome
 from benchmarks.harness.plugin import DECENTRALIZED
 from benchmarks.harness.report import COSTS, Columns, Run
+from benchmarks.harness.resuming import kept
 from benchmarks.harness.runner import Advance, Options, Task, perform
 
 BUDGET = 120.0  # seconds of a run, so that derivatives and not seconds end it
@@ -95,14 +96,16 @@ def runs(
     job: Job, agents: Agents, options: Options, rows: Sequence[Row], where: Place, advance: Advance
 ) -> Iterator[Run]:
     """Runs every pick of each row on the tuning seeds, and those that are chosen on the others; SLDBO first."""
+    work = kept(options).within(job.name)
     here, base, levels = prepare(job, options, where), None, aimed(job.gradients)
     limits = dict.fromkeys(here.tuning, -math.inf)  # without SLDBO the end of a try is all that counts
     for row in rows:
-        turn = turn_of(row, job, agents.topologies(options.seed), here, where)
+        turn, own = turn_of(row, job, agents.topologies(options.seed), here, where), work.within(row.name)
         tries: dict[int, list[Try]] = {seed: [] for seed in here.tuning}
-        for (seed, found_here), pick in itertools.product(tries.items(), turn.grid):
+        for (seed, found_here), (place, pick) in itertools.product(tries.items(), enumerate(turn.grid)):
             everything = job.gradients or row.name == BASE
-            found_here.append(attempt(turn, here, seed, pick, math.inf if everything else limits[seed]))
+            one = functools.partial(attempt, turn, here, seed, pick, math.inf if everything else limits[seed])
+            found_here.append(own.by_steps(f"try-{place}-seed{seed}", one, Try))
             advance(max(1, round(job.iterations / len(turn.grid))))
         if row.name == BASE:
             base = base_of(turn.grid, [*tries.values()], levels)
@@ -112,12 +115,14 @@ def runs(
         for seed in here.tuning:
             yield tuning_run(job, row.name, seed, settled, found.main, tries[seed])
         main = turn.grid[found.main]
-        program = turn.placed(main) if turn.placed else turn.program
+        program = functools.cache(functools.partial(turn.placed, main)) if turn.placed else turn.program
         for seed in here.judging:
-            outcome, of_main = whole(turn, here, seed, main, program)
-            others = {
-                place: attempt(turn, here, seed, turn.grid[place], math.inf) for place in {*found.places} - {found.main}
-            }
+            of_table = functools.partial(whole, turn, here, seed, main, program)
+            outcome, of_main = own.by_steps(f"judged-seed{seed}", of_table, Outcome, Try)
+            others = {}
+            for place in {*found.places} - {found.main}:
+                one = functools.partial(attempt, turn, here, seed, turn.grid[place], math.inf)
+                others[place] = own.by_steps(f"judged-{place}-seed{seed}", one, Try)
             judged = [{**others, found.main: of_main}[place] for place in found.places]
             advance(job.iterations)
             yield Run(job.name, row.name, seed, {**settled, "role": "judged"}, outcome, judged)

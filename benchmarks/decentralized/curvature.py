@@ -29,6 +29,7 @@ from benchmarks.harness.clock import timed
 from benchmarks.harness.grid import choice
 from benchmarks.harness.loop import Outcome
 from benchmarks.harness.report import Columns, Run
+from benchmarks.harness.resuming import kept
 from benchmarks.harness.runner import Advance, Common, Task, perform
 from benchmarks.harness.style import COLOURS
 from bilevax.typing import Array
@@ -172,7 +173,7 @@ class Config:
         """Tunes each row on the first seed, and runs it on all of them."""
         problem = penalized()
         graph = parsed("topology", self.topology, TOPOLOGIES)(self.agents, self.common.seed)
-        key = jax.random.key(self.common.seed)
+        key, work = jax.random.key(self.common.seed), kept(self)
         for row in ROWS:
             if row.name not in self.common.methods:
                 continue
@@ -183,11 +184,8 @@ class Config:
                 return roll(method, problem, batch, key, self.iterations)
 
             x_steps, sizes = (jnp.asarray(part.ravel()) for part in np.meshgrid(row.x_grid, row.grid))
-            batch = self.load(self.common.seed)
-            tuning = jax.jit(lambda x, size, batch, one=one: jax.lax.map(lambda pair: one(*pair, batch), (x, size)))
-            found = residuals(np.asarray(tuning(x_steps, sizes, batch).lengths))
-            scores = [(reached(residual) or math.inf, np.nan_to_num(residual[-1], nan=np.inf)) for residual in found]
-            best = min(range(len(scores)), key=scores.__getitem__)
+            tuning = functools.partial(self._tuned, one, x_steps, sizes)
+            best = work.once(f"{row.name}-tuning", tuning)
             chosen = {
                 **{name: getattr(self, name) for name in ("data", "agents", "topology", "partition")},
                 **choice(
@@ -199,26 +197,39 @@ class Config:
                 "damping": DAMPING,
             }
             for seed in self.common.all_seeds:
-                arguments = x_steps[best], sizes[best], self.load(seed)
-                program, compiling, _ = timing.compiled(one, arguments)
-                path, spent = timed(functools.partial(program, *arguments))
-                residual = residuals(np.asarray(path.lengths))
-                metrics = {
-                    "iterations": reached(residual),
-                    "residual": float(residual[-1]),
-                    "penalty": float(jnp.exp(path.x)),
-                    "milliseconds": 1e3 * spent.seconds / self.iterations,
-                    **spent.named(),
-                    **compiling.named("compile_"),
-                    "outer_steps": self.iterations,
-                }
-                every = max(1, self.iterations // 100)
-                curve = {
-                    "outer_step": list(range(0, self.iterations, every)),
-                    "residual": residual[::every].tolist(),
-                }
+                once = functools.partial(self._outcome, one, x_steps[best], sizes[best], seed)
+                outcome = work.once(f"{row.name}-seed{seed}", once, Outcome)
                 advance(self.iterations)
-                yield Run(TASK, row.name, seed, chosen, Outcome(np.asarray(path.x), metrics, curve))
+                yield Run(TASK, row.name, seed, chosen, outcome)
+
+    def _tuned(self, one: Callable[..., Path], x_steps: Array, sizes: Array) -> int:
+        """The place of the best pair on the first seed."""
+        tuning = jax.jit(lambda x, size, batch: jax.lax.map(lambda pair: one(*pair, batch), (x, size)))
+        found = residuals(np.asarray(tuning(x_steps, sizes, self.load(self.common.seed)).lengths))
+        scores = [(reached(residual) or math.inf, np.nan_to_num(residual[-1], nan=np.inf)) for residual in found]
+        return min(range(len(scores)), key=scores.__getitem__)
+
+    def _outcome(self, one: Callable[..., Path], x_step: Array, size: Array, seed: int) -> Outcome:
+        """A run with a pair on a seed."""
+        arguments = x_step, size, self.load(seed)
+        program, compiling, _ = timing.compiled(one, arguments)
+        path, spent = timed(functools.partial(program, *arguments))
+        residual = residuals(np.asarray(path.lengths))
+        metrics = {
+            "iterations": reached(residual),
+            "residual": float(residual[-1]),
+            "penalty": float(jnp.exp(path.x)),
+            "milliseconds": 1e3 * spent.seconds / self.iterations,
+            **spent.named(),
+            **compiling.named("compile_"),
+            "outer_steps": self.iterations,
+        }
+        every = max(1, self.iterations // 100)
+        curve = {
+            "outer_step": list(range(0, self.iterations, every)),
+            "residual": residual[::every].tolist(),
+        }
+        return Outcome(np.asarray(path.x), metrics, curve)
 
     def run(self) -> int:
         """Runs everything in float64, prints the table and writes the files; returns the exit code."""

@@ -16,23 +16,37 @@ from benchmarks.decentralized.paper_jobs import Job, planned
 from benchmarks.decentralized.profiles import draw
 from benchmarks.decentralized.records import Results, read
 from benchmarks.decentralized.results import PICTURE, Log, render
+from benchmarks.harness import files
+from benchmarks.harness.errors import DataError
+from benchmarks.harness.stopping import CODES, INTERRUPTED
 
 TASK = "decentralized_papers"
 LOG = "job.json"
-INTERRUPTED = 130
-
 Start = Callable[[Sequence[str]], int]
 
 
 def started(arguments: Sequence[str]) -> int:
-    """Runs `python -m benchmarks` in a process of its own, so that no job takes another one down."""
-    return subprocess.run([sys.executable, "-m", "benchmarks", *arguments], check=False).returncode
+    """Runs `python -m benchmarks` in a process of its own, so that no job takes another one down.
+
+    Where this process is stopped, it stops the other one too, and waits until that one has said what it keeps.
+    """
+    with subprocess.Popen([sys.executable, "-m", "benchmarks", *arguments]) as process:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            process.terminate()
+            process.wait()
+            raise
 
 
-def read_log(folder: Path) -> Log | None:
-    """How a job went, if it was started."""
+def read_log(folder: Path, tell: Callable[[str], None] = lambda text: None) -> Log | None:
+    """How a job went, if it was started; None if that is not to be read, which `tell` is told."""
     path = folder / LOG
-    return Log(**json.loads(path.read_text())) if path.exists() else None
+    try:
+        return Log(**files.record(path)) if path.exists() else None
+    except (DataError, TypeError) as error:
+        tell(f"{path} does not say how the job went: {error}")
+        return None
 
 
 def of_children() -> float:
@@ -41,15 +55,15 @@ def of_children() -> float:
     return times.children_user + times.children_system
 
 
-def perform(job: Job, command: Sequence[str], folder: Path, start: Start) -> Log:
-    """Runs a job in place of what its folder holds."""
+def perform(command: Sequence[str], folder: Path, more: Sequence[str], start: Start) -> Log:
+    """Runs a job, with more options that change no result, in place of what its folder holds."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     begin, cpu_begin = time.perf_counter(), of_children()
-    code = start([*command, "--results", str(folder)])
+    code = start([*command, "--results", str(folder), *more])
     seconds = (round(end, 1) for end in (time.perf_counter() - begin, of_children() - cpu_begin))
     log = Log(f"python -m benchmarks {' '.join(command)}", code, *seconds)
-    (folder / LOG).write_text(json.dumps(log._asdict(), indent=1) + "\n")
+    files.write(folder / LOG, json.dumps(log._asdict(), indent=1) + "\n")
     return log
 
 
@@ -70,6 +84,9 @@ class Config:
     """Run nothing: write the page from the files that are there."""
     resume: bool = False
     """Skip jobs that have ended well with the same command."""
+    checkpoint: Path | None = None
+    """Folder in which each job keeps what is done, so that the same command goes on where it was
+    killed. It resumes, too."""
     jobs: tuple[str, ...] = ()
     """Run these jobs alone; the page is about all that are there."""
 
@@ -110,34 +127,37 @@ class Config:
         code = 0
         for place, job in enumerate(chosen, 1):
             command, folder = job.command(self.quick, self.seeds), self.folder / job.name
-            log = read_log(folder)
+            log = read_log(folder, lambda text: console.print(text, markup=False, soft_wrap=True))
             console.print(f"[{place}/{len(chosen)}] {job.name}", markup=False)
-            if self.resume and log and not log.code and log.command == f"python -m benchmarks {' '.join(command)}":
+            resume = self.resume or self.checkpoint
+            more = ["--checkpoint", str(self.checkpoint / job.name)] if self.checkpoint else []
+            if resume and log and not log.code and log.command == f"python -m benchmarks {' '.join(command)}":
                 continue
             try:
-                log = perform(job, command, folder, start)
+                log = perform(command, folder, more, start)
             except KeyboardInterrupt:
                 return INTERRUPTED
             code = log.code or code
             console.print(f"{job.name}: {log.seconds:,.0f} s, exit code {log.code}", markup=False)
-            if log.code == INTERRUPTED:
+            if log.code in CODES.values():
                 return INTERRUPTED
         return code
 
-    def write(self) -> None:
-        """Writes the page, and its picture beside it."""
-        names = [job.name for job in self.plan]
-        results = {name: read(self.folder / name) for name in names}
-        logs = {name: log for name in names if (log := read_log(self.folder / name))}
-        self.page.parent.mkdir(parents=True, exist_ok=True)
-        self.page.write_text(render(self.command(results), self.quick, self.plan, results, logs))
+    def write(self, tell: Callable[[str], None] = lambda text: None) -> None:
+        """Writes the page, and its picture beside it; `tell` is told of what cannot be read."""
+        names, troubles = [job.name for job in self.plan], list[str]()
+        results = {name: read(self.folder / name, troubles.append) for name in names}
+        logs = {name: log for name in names if (log := read_log(self.folder / name, troubles.append))}
+        files.write(self.page, render(self.command(results), self.quick, self.plan, results, logs, troubles))
         if (figure := draw(results)) is not None:
-            figure.savefig(self.page.with_name(PICTURE), metadata={"Software": None})
+            files.save(figure, self.page.with_name(PICTURE), metadata={"Software": None})
+        for trouble in troubles:
+            tell(trouble)
 
     def run(self) -> int:
         """Runs everything and writes the page; returns the exit code."""
         console = Console(highlight=False)
         code = 0 if self.report_only else self.run_all(console)
-        self.write()
+        self.write(lambda text: console.print(text, markup=False, soft_wrap=True))
         console.print(f"Page: {self.page}", markup=False, soft_wrap=True)
         return code

@@ -1,13 +1,13 @@
 """The JSON files of finished runs, read back."""
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from benchmarks.decentralized.levels import Try, along
+from benchmarks.harness import files
 from benchmarks.harness.errors import DataError
 
 
@@ -25,6 +25,7 @@ class Record(NamedTuple):
       curve: lists of one length, an entry for each checkpoint.
       options: of the job; none in older files.
       tries: every choice of steps that ran, as a `Try` has it; none where nothing was chosen.
+      run: id of the command that made it; none in older files.
     """
 
     task: str
@@ -37,6 +38,7 @@ class Record(NamedTuple):
     curve: dict[str, list[Any]]
     options: dict[str, Any] | None = None
     tries: Sequence[dict[str, Any]] | None = None
+    run: str | None = None
 
     def along(self, name: str) -> np.ndarray:
         """A curve, with NaN for what was not finite."""
@@ -56,13 +58,61 @@ class Record(NamedTuple):
 Results = Mapping[str, Sequence[Record]]  # job -> its runs
 
 
-def read(folder: Path) -> list[Record]:
+KINDS: Mapping[str, Any] = {
+    **{"task": str, "method": str, "seed": int, "configuration": dict, "versions": dict, "device": str},
+    **{"metrics": dict, "curve": dict, "options": dict | None, "tries": list | None, "run": str | None},
+}
+
+
+def checked(told: Mapping[str, Any]) -> Record:
+    """A record of what a file says.
+
+    Raises:
+      ValueError: if something is missing, unknown, or of another kind.
+    """
+    try:
+        record = Record(**told)
+    except TypeError as error:
+        raise ValueError(f"it is of no run: {error}") from error
+    for name, kind in KINDS.items():
+        if not isinstance(value := getattr(record, name), kind):
+            raise ValueError(f"{name} must be of {kind}; got {value!r}")
+    curves = {"curve": record.curve}
+    for number, one in enumerate(record.tries or ()):
+        if (
+            not isinstance(one, dict)
+            or {*one} != {*Try._fields}
+            or not all(isinstance(part, dict) for part in one.values())
+        ):
+            raise ValueError(f"tries[{number}] must have {', '.join(Try._fields)}; got {one!r:.99}")
+        curves[f"tries[{number}]"] = one["curve"]
+    for place, curve in curves.items():
+        lengths = {len(values) if isinstance(values, list) else None for values in curve.values()}
+        if len(lengths) > 1 or None in lengths:
+            raise ValueError(f"{place} must be of lists of one length")
+    return record
+
+
+def read(folder: Path, tell: Callable[[str], None] = lambda text: None) -> list[Record]:
     """All runs in the subfolders of the folder of a job, in the order of method and seed; none if it is not there.
+
+    Args:
+      folder: of the job.
+      tell: told of each file that is damaged, and thus left out, and of runs of several commands.
 
     Raises:
       DataError: if they are runs of several options.
     """
-    records = [Record(**json.loads(path.read_text())) for path in folder.glob("*/*.json")]
+    records = []
+    for path in sorted(folder.glob("*/*.json")):
+        try:
+            records.append(checked(files.record(path)))
+        except DataError as error:
+            tell(f"left out: {error}")
+        except ValueError as error:
+            tell(f"left out: {path} is damaged: {error}. Make it again, or delete it.")
+    if len(runs := {record.run for record in records}) > 1:
+        tell(f"{folder} has runs of {len(runs)} commands: {', '.join(sorted(map(str, runs)))}")
     for record in records:
         if record.options != records[0].options:
             raise DataError(

@@ -226,7 +226,14 @@ def seeds(records: Sequence[Record]) -> str:
     return (judged or "–") + f" judged; {tuning} to choose steps on" * bool(tuning)
 
 
-def render(command: str, quick: bool, jobs: Sequence[Job], results: Results, logs: Mapping[str, Log]) -> str:
+def render(
+    command: str,
+    quick: bool,
+    jobs: Sequence[Job],
+    results: Results,
+    logs: Mapping[str, Log],
+    troubles: Sequence[str] = (),
+) -> str:
     """The text of RESULTS.md; the same for the same files.
 
     Args:
@@ -235,6 +242,7 @@ def render(command: str, quick: bool, jobs: Sequence[Job], results: Results, log
       jobs: of the plan.
       results: job -> runs.
       logs: job -> how it went, where it was started.
+      troubles: files that were left out, and what else a reader must know of them.
 
     Returns:
       Markdown.
@@ -254,6 +262,7 @@ def render(command: str, quick: bool, jobs: Sequence[Job], results: Results, log
         missing="; ".join(
             [f"no results of {', '.join(absent)}"] * bool(absent)
             + [f"not complete: {', '.join(failed)}"] * bool(failed)
+            + [*troubles]
         )
         or "nothing",
         holds=HOLDS,

@@ -4,7 +4,6 @@ import functools
 import itertools
 import math
 import operator
-from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +19,8 @@ from benchmarks.decentralized.network import Network
 from benchmarks.decentralized.placement import Placed, fetch
 from benchmarks.harness import timing
 from benchmarks.harness.clock import Spent, timed
-from benchmarks.harness.loop import Outcome, Trace
+from benchmarks.harness.loop import Outcome, Progress, Trace, goes_on
+from benchmarks.harness.resuming import NOWHERE, Kept
 from bilevax.typing import Array, Key, PyTree, Scalar
 
 Exactly = Callable[[Any, Any], Exact]
@@ -217,19 +217,25 @@ class Followed(NamedTuple):
 
     Attributes:
       x: the last one.
-      curve: lists of one length, an entry for each checkpoint that was come to.
-      counts: added up over all iterations.
+      done: what was noted.
     """
 
     x: PyTree
-    curve: dict[str, list[Any]]
-    counts: dict[str, Any]
+    done: Progress
+
+    @property
+    def curve(self) -> dict[str, list[Any]]:
+        """Lists of one length, an entry for each checkpoint that was come to."""
+        return dict(self.done.curve)
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        """Added up over all iterations."""
+        return dict(self.done.counts)
 
     def outcome(self, program: Program) -> Outcome:
         """For the file of the run."""
-        metrics = {name: values[-1] for name, values in self.curve.items()} | self.counts
-        metrics["outer_steps"] = metrics.pop("outer_step")
-        metrics |= {**program.compiling.named("compile_"), "temp_bytes": program.temp_bytes}
+        metrics = self.done.metrics | {**program.compiling.named("compile_"), "temp_bytes": program.temp_bytes}
         return Outcome(self.x, metrics, self.curve)
 
 
@@ -242,6 +248,7 @@ def follow(
     stops: Iterable[int],
     evaluate: Evaluate,
     budget: float,
+    states: Kept = NOWHERE,
 ) -> Followed:
     """Runs from checkpoint to checkpoint, until the last or the budget is spent, or the outer loss is not finite.
 
@@ -254,22 +261,19 @@ def follow(
       stops: the iterations of the checkpoints, rising.
       evaluate: numbers of each; its time does not count.
       budget: seconds.
+      states: where they are kept; it goes on from the last one.
     """
-    carry = program.begin(pick, *network.start, network.batch)
-    curve: defaultdict[str, list[Any]] = defaultdict(list)
-    counts: Counter[str] = Counter()
-    spent = Spent()
-    for earlier, stop in itertools.pairwise((0, *stops)):
+    carry, done = states.restored(program.begin(pick, *network.start, network.batch), Progress(), Spent)
+    keep, ends = states.keeper(), (0, *stops)
+    while done.number + 1 < len(ends) and goes_on(done, budget):
+        earlier, stop = ends[done.number : done.number + 2]
         (carry, trace), more = timed(functools.partial(program.advance, pick, carry, key, batch, stop - earlier))
-        spent = spent.plus(more)
-        counts.update({name: count.item() for name, count in trace.counts.items()})
+        spent, counts = done.spent.plus(more), {name: count.item() for name, count in trace.counts.items()}
         loss, norm = trace.outer_loss.item(), trace.gradient_norm.item()
         point = {"outer_step": stop, **spent.named(), "outer_loss": loss, "gradient_norm": norm}
-        for name, value in {**point, **evaluate(carry)}.items():
-            curve[name].append(value)
-        if spent.seconds >= budget or not math.isfinite(loss):
-            break
-    return Followed(carry.x, dict(curve), dict(counts))
+        done = done.plus(spent, {**point, **evaluate(carry)}, counts)
+        keep(done.number, carry, done)
+    return Followed(carry.x, done)
 
 
 def kept(first: Mapping[str, Any], curve: Mapping[str, Sequence[Any]], stops: Sequence[int]) -> dict[str, list[Any]]:

@@ -24,6 +24,7 @@ from benchmarks.harness.clock import timed
 from benchmarks.harness.folder import prepared
 from benchmarks.harness.loop import Outcome
 from benchmarks.harness.report import Run
+from benchmarks.harness.resuming import NOWHERE, Kept, kept
 from bilevax.typing import Array, Key
 
 TASK = "decentralized_speed_up"
@@ -106,14 +107,23 @@ def errors(method: bx.problem.Algorithm, iterations: int, key: Key, batch: bx.Ba
     return state.x, squares
 
 
-def runs(name: str, method: bx.problem.Algorithm, n: int, seeds: int, iterations: int) -> Iterator[Run]:
+def runs(
+    name: str,
+    method: bx.problem.Algorithm,
+    n: int,
+    seeds: int,
+    iterations: int,
+    kept: Kept = NOWHERE,
+) -> Iterator[Run]:
     """One run for each seed; the program is compiled once."""
     datasets = [quadratic(n, seed) for seed in range(seeds)]
-    program, compiling, memory = timing.compiled(
-        functools.partial(errors, method, iterations), (jax.random.key(0), *datasets[0])
+    program = functools.cache(
+        lambda: timing.compiled(functools.partial(errors, method, iterations), (jax.random.key(0), *datasets[0]))
     )
-    for seed, data in enumerate(datasets):
-        (x, squares), spent = timed(functools.partial(program, jax.random.key(seed), *data))
+
+    def outcome(seed: int, data: Quadratic) -> Outcome:
+        made, compiling, memory = program()
+        (x, squares), spent = timed(functools.partial(made, jax.random.key(seed), *data))
         parts = np.asarray(squares, float).reshape(CHECKPOINTS, -1)
         curve = {
             "outer_step": [(number + 1) * parts.shape[1] for number in range(CHECKPOINTS)],
@@ -127,12 +137,16 @@ def runs(name: str, method: bx.problem.Algorithm, n: int, seeds: int, iterations
             **compiling.named("compile_"),
             "temp_bytes": memory,
         }
+        return Outcome(np.asarray(x), metrics, curve)
+
+    for seed, data in enumerate(datasets):
         chosen = {
             **{"agents": n, "topology": "ring", "lower_topology": None, "partition": "iid"},
             **{"batch_size": BATCH, "rows": ROWS, "features": FEATURES, "outer_steps": iterations},
             **{"step_sizes": STEPS._asdict(), "momentum": MOMENTUM, "rate": RATE},
         }
-        yield Run(TASK, f"{name}-n{n}", seed, chosen, Outcome(np.asarray(x), metrics, curve))
+        found = kept.once(f"{name}-n{n}-seed{seed}", functools.partial(outcome, seed, data), Outcome)
+        yield Run(TASK, f"{name}-n{n}", seed, chosen, found)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +159,8 @@ class Config:
     """Fewer iterations."""
     results: Path = Path("results")
     """Folder of the results; files go to a subfolder with the name of the task, and -quick."""
+    checkpoint: Path | None = None
+    """Folder in which the command keeps what is done, so that the same command goes on where it was killed."""
 
     def __post_init__(self) -> None:
         """Refuses what cannot be run."""
@@ -157,7 +173,7 @@ class Config:
         folder = prepared(self, TASK, console, outer_steps=iterations)
         for n in SIZES:
             for name, method in methods(bx.gossip(bx.topology.ring(n))).items():
-                for run in runs(name, method, n, self.seeds, iterations):
+                for run in runs(name, method, n, self.seeds, iterations, kept(self)):
                     run.write(folder)
                     console.print(f"{name}, n = {n}, seed {run.seed}: ‖x̄ − x*‖² = {run.outcome.metrics['floor']:.3g}")
         return 0

@@ -34,7 +34,8 @@ from benchmarks.decentralized.running import Carry, Pick
 from benchmarks.harness.folder import prepared
 from benchmarks.harness.loop import Outcome
 from benchmarks.harness.report import Run
-from benchmarks.harness.runner import Options
+from benchmarks.harness.resuming import kept
+from benchmarks.harness.runner import CHECKPOINT_EVERY, Options
 
 TASK = "decentralized_step_sizes"
 METHODS = ("sldbo", "s3ldbo-0.2", "s3ldbo-0.1", "dsvrbgd", "sparkle-ed")
@@ -200,7 +201,7 @@ def suggested(
     steps = bx.Levels(*(float(step) for step in found))
     curve: Any = {}
     if not bool(info.breakdown):
-        going = turn._replace(program=turn.program._replace(begin=begin))
+        going = turn._replace(program=lambda: turn.program()._replace(begin=begin))
         curve = attempt(going, here, seed, Pick(bx.Levels(*map(jnp.asarray, found)), settings), math.inf).curve
     targets = {
         f"{level.share:g}": {name: _both(row, level, name, seed, curve, own[name], tuned) for name in COSTS}
@@ -267,10 +268,11 @@ def compared(job: Job, agents: Agents, options: Options) -> Iterator[Run]:
     tuned = found_by(finished)
     topologies, here = agents.topologies(options.seed), prepare(job, options, Place())
     for row in chosen:
-        turn = turn_of(row, job, topologies, here, Place())
+        turn, own = turn_of(row, job, topologies, here, Place()), kept(options).within(job.name).within(row.name)
         for seed in here.judging:
             settings = judged[row.name, seed].configuration["settings"]
-            one = suggested(row, turn, here, topologies, seed, settings, tuned)
+            work = functools.partial(suggested, row, turn, here, topologies, seed, settings, tuned)
+            one = own.once(f"suggested-seed{seed}", work, Suggestion)
             about = {**{"job": job.name, "row": row.name, "agents": agents.agents, "role": "judged"}, **one._asdict()}
             flat = {
                 f"{name}_{level.share:g}": value
@@ -342,6 +344,10 @@ class Config:
     """Tasks: penalties of synthetic data and of mnist, hyper-cleaning of digits, meta-learning, policy evaluation."""
     results: Path = Path("results")
     """Folder of the results; files go to a subfolder with the name of the task, and -quick."""
+    checkpoint: Path | None = None
+    """Folder in which the command keeps what is done, so that the same command goes on where it was killed."""
+    checkpoint_every: float = CHECKPOINT_EVERY
+    """Seconds between states that are kept within a run, at least; 0: one at each checkpoint of it."""
 
     def __post_init__(self) -> None:
         """Refuses what cannot be run."""
@@ -358,7 +364,12 @@ class Config:
         folder = prepared(self, TASK, console)
         finished = []
         for methods, make in map(JOBS.__getitem__, self.jobs):
-            options = dataclasses.replace(shared(self.quick, methods), seeds=self.seeds)
+            options = dataclasses.replace(
+                shared(self.quick, methods),
+                seeds=self.seeds,
+                checkpoint=self.checkpoint,
+                checkpoint_every=self.checkpoint_every,
+            )
             for run in compared(*make(self.quick), options):
                 run.write(folder)
                 finished.append(run)

@@ -1,56 +1,55 @@
 """Where results go: one folder holds runs of one choice of options, and quick runs have a folder of their own."""
 
-import dataclasses
-import json
-import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
 
-# Options that say which runs there are, and not what a run is: runs that differ in them lie side by side.
-SELECTING = ("methods", "plugin", "kind", "seeds", "seed", "nets", "problems", "end_to_end", "results")
+from benchmarks.harness import files
+from benchmarks.harness.errors import DataError
+from benchmarks.harness.options import options_of, plain
+from benchmarks.harness.resuming import identity
+
 OLD = "old"  # the subfolder of the results to which runs of other options move
+DAMAGED = ".damaged"  # ending that takes a file out of the sight of every reader
 
 
 class Folder(NamedTuple):
-    """A folder, and the options of all runs in it."""
+    """A folder, the options of all runs in it, and the id of the command that writes there now."""
 
     path: Path
     options: dict[str, Any]
+    run: str = ""
 
     def within(self, name: str) -> "Folder":
         """A subfolder."""
         return self._replace(path=self.path / name)
 
-
-def _plain(value: Any) -> Any:
-    """An option as a JSON file holds it."""
-    if isinstance(value, tuple | list):
-        return [_plain(part) for part in value]
-    exact = value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
-    return value if exact else str(value)
-
-
-def options_of(config: Any) -> dict[str, Any]:
-    """What a job's options say about each run, as a JSON file holds it."""
-    found: dict[str, Any] = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            found |= options_of(value)
-        elif field.name not in SELECTING:
-            found[field.name] = _plain(value)
-    return found
+    @property
+    def words(self) -> str:
+        """Where the files are, and whether some of them are not of this command."""
+        others = [file for file in self.path.rglob("*.json") if _told(file, "run") != self.run]
+        more = f"; {len(others)} more there are of earlier runs, which are not shown here" if others else ""
+        return f"{self.path} (run {self.run}{more})"
 
 
-def _told(file: Path) -> Any:
-    """The options in a JSON file; None where it is of an older or another kind, or was cut off as it was written."""
+def _told(file: Path, name: str) -> Any:
+    """What a JSON file says; None where it says nothing of it, or is damaged."""
     try:
-        told = json.loads(file.read_text())
-    except ValueError:  # no JSON, or no text
+        return files.record(file).get(name)
+    except DataError:
         return None
-    return told.get("options") if isinstance(told, dict) else None
+
+
+def _set_aside(path: Path, console: Console) -> None:
+    """Takes damaged files out of the sight of readers."""
+    for file in sorted(path.rglob("*.json")):
+        try:
+            files.record(file)
+        except DataError as error:
+            aside = file.with_name(file.name + DAMAGED)
+            file.replace(aside)
+            console.print(f"{error} It is now {aside}.", markup=False, soft_wrap=True)
 
 
 def prepared(config: Any, name: str, console: Console, **resulted: Any) -> Folder:
@@ -64,16 +63,22 @@ def prepared(config: Any, name: str, console: Console, **resulted: Any) -> Folde
         options of its runs, where one of the same name said less.
 
     Returns:
-      The folder, which need not exist.
+      The folder.
+
+    Raises:
+      DataError: if nothing can be written there.
     """
     common = getattr(config, "common", config)
-    options = options_of(config) | {option: _plain(value) for option, value in resulted.items()}
+    options = options_of(config) | {option: plain(value) for option, value in resulted.items()}
     path = common.results / (name + "-quick" * common.quick)
-    if any(_told(file) != options for file in path.rglob("*.json")):
+    files.check_writable(common.results, "--results")
+    _set_aside(path, console)
+    if any(_told(file, "options") != options for file in path.rglob("*.json")):
         number = 1
         while (aside := common.results / OLD / f"{path.name}-{number}").exists():
             number += 1
         aside.parent.mkdir(parents=True, exist_ok=True)
         path.rename(aside)
         console.print(f"{path} held runs of other options, which are now in {aside}", markup=False, soft_wrap=True)
-    return Folder(path, options)
+    files.check_writable(path, "--results")
+    return Folder(path, options, identity(config))

@@ -2,8 +2,7 @@
 
 import functools
 import math
-from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +12,7 @@ import optax
 import bilevax as bx
 from benchmarks.harness import timing
 from benchmarks.harness.clock import Spent, timed
+from benchmarks.harness.resuming import NOWHERE, Kept
 from bilevax.typing import Array, Key, PyTree
 
 
@@ -60,6 +60,35 @@ class Outcome(NamedTuple):
     x: PyTree
     metrics: dict[str, Any]
     curve: dict[str, list[Any]]
+
+
+class Progress(NamedTuple):
+    """What is noted of a run so far.
+
+    Attributes:
+      number: of chunks that are done.
+      spent: on them, also before a run was killed and went on.
+      curve: lists of one length, an entry for each chunk.
+      counts: added up over all of them.
+    """
+
+    number: int = 0
+    spent: Spent = Spent()
+    curve: Mapping[str, list[Any]] = {}
+    counts: Mapping[str, Any] = {}
+
+    def plus(self, spent: Spent, point: Mapping[str, Any], counts: Mapping[str, Any]) -> "Progress":
+        """With one more chunk, after which so much is spent."""
+        curve = {name: [*self.curve.get(name, ()), value] for name, value in point.items()}
+        added = {name: self.counts.get(name, 0) + count for name, count in counts.items()}
+        return Progress(self.number + 1, spent, curve, added)
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """The end of the curve, and the counts."""
+        metrics = {name: values[-1] for name, values in self.curve.items()} | {**self.counts}
+        metrics["outer_steps"] = metrics.pop("outer_step")
+        return metrics
 
 
 def active(info: Any) -> Any:
@@ -122,6 +151,7 @@ def drive(
     evaluate: Callable[[Carry], dict[str, float | None]],
     budget: float,
     advance: Callable[[int], None],
+    kept: Kept = NOWHERE,
 ) -> Outcome:
     """Runs chunk after chunk, until the keys or the budget are spent or the outer loss is not finite.
 
@@ -132,26 +162,29 @@ def drive(
       batch: passed to every step.
       evaluate: more numbers for the end of each chunk; its time does not count.
       budget: seconds.
-      advance: called with the number of steps just done.
+      advance: called with the number of steps just done, or done before the run was killed.
+      kept: where states are; it goes on from the last one.
 
     Returns:
       Where it ended.
     """
-    curve: defaultdict[str, list[Any]] = defaultdict(list)
-    counts: Counter[str] = Counter()
-    spent = Spent()
-    for number, chunk_keys in enumerate(keys, start=1):
+    carry, done = kept.restored(carry, Progress(), Spent)
+    keep = kept.keeper()
+    chunks = [*keys]
+    advance(done.number * keys.shape[1])
+    while done.number < len(chunks) and goes_on(done, budget):
+        chunk_keys = chunks[done.number]
         (carry, trace), more = timed(functools.partial(program.chunk, carry, chunk_keys, batch))
-        spent = spent.plus(more)
-        counts.update({name: count.item() for name, count in trace.counts.items()})
-        loss, norm = trace.outer_loss.item(), trace.gradient_norm.item()
-        point = {"outer_step": number * len(chunk_keys), **spent.named(), "outer_loss": loss, "gradient_norm": norm}
-        for name, value in {**point, **evaluate(carry)}.items():
-            curve[name].append(value)
+        spent, counts = done.spent.plus(more), {name: count.item() for name, count in trace.counts.items()}
+        step, loss, norm = (done.number + 1) * len(chunk_keys), trace.outer_loss.item(), trace.gradient_norm.item()
+        point = {"outer_step": step, **spent.named(), "outer_loss": loss, "gradient_norm": norm}
+        done = done.plus(spent, {**point, **evaluate(carry)}, counts)
+        keep(done.number, carry, done)
         advance(len(chunk_keys))
-        if spent.seconds >= budget or not math.isfinite(loss):
-            break
-    metrics = {name: values[-1] for name, values in curve.items()} | counts
-    metrics["outer_steps"] = metrics.pop("outer_step")
-    metrics |= {**program.compiling.named("compile_"), "temp_bytes": program.temp_bytes}
-    return Outcome(carry.x, metrics, dict(curve))
+    metrics = done.metrics | {**program.compiling.named("compile_"), "temp_bytes": program.temp_bytes}
+    return Outcome(carry.x, metrics, dict(done.curve))
+
+
+def goes_on(done: Progress, budget: float, loss: str = "outer_loss") -> bool:
+    """Whether there are seconds left, and the loss, of this name in the curve, is finite."""
+    return not done.number or (done.spent.seconds < budget and math.isfinite(done.curve[loss][-1]))

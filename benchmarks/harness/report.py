@@ -16,6 +16,7 @@ from rich import box, filesize
 from rich.table import Table
 
 import bilevax as bx
+from benchmarks.harness import files
 from benchmarks.harness.folder import Folder
 from benchmarks.harness.grid import END
 from benchmarks.harness.loop import Outcome
@@ -96,6 +97,7 @@ class Run:
     def write(self, folder: Folder) -> None:
         """Writes `<method>-seed<seed>.json`, with null for a number that is not finite or has no meaning."""
         record = {
+            "run": folder.run,
             "task": self.task,
             "method": self.method,
             "seed": self.seed,
@@ -107,9 +109,8 @@ class Run:
             "curve": _without_nan(self.outcome.curve),
             **({"tries": [_without_nan(one._asdict()) for one in self.tries]} if self.tries else {}),
         }
-        folder.path.mkdir(parents=True, exist_ok=True)
-        path = folder.path / f"{self.method}-seed{self.seed}.json"
-        path.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+        text = json.dumps(record, indent=1, allow_nan=False) + "\n"
+        files.write(folder.path / f"{self.method}-seed{self.seed}.json", text)
 
 
 def grid_ends(runs: Sequence[Run]) -> str:

@@ -16,16 +16,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import bilevax as bx
-from benchmarks.harness import plugin
+from benchmarks.harness import files, plugin
 from benchmarks.harness.errors import DataError
 from benchmarks.harness.folder import Folder, prepared
-from benchmarks.harness.loop import Carry, Trace, compiled, drive, outer_steps
+from benchmarks.harness.loop import Carry, Outcome, Program, Trace, compiled, drive, outer_steps
 from benchmarks.harness.plugin import HYPERGRADIENTS, Function
 from benchmarks.harness.report import Columns, Run, grid_ends, table
+from benchmarks.harness.resuming import Kept, kept
 from bilevax.typing import PyTree
 
 QUICK_STEPS = 20
 LARGEST_CHUNK = 10
+CHECKPOINT_EVERY = 5.0
 
 Advance = Callable[[int], None]
 
@@ -49,6 +51,11 @@ class Common:
     results: Path = Path("results")
     """Folder of the results; files go to a subfolder with the name of the task, and -quick. What lies there from other
     options is moved to the subfolder old."""
+    checkpoint: Path | None = None
+    """Folder in which the command keeps what is done, so that the same command, started again, goes on where it was
+    killed; it must have the same options. One folder for each command."""
+    checkpoint_every: float = CHECKPOINT_EVERY
+    """Seconds between states that are kept within a run, at least; 0: one after each chunk of outer steps."""
 
     def __post_init__(self) -> None:
         """Refuses what cannot be run."""
@@ -56,6 +63,11 @@ class Common:
             if (value := getattr(self, name)) is not None and value < least:
                 fix = f"--{name.replace('_', '-')} {least}"
                 raise ValueError(f"{name} must be an int >= {least}; got {value}. Pass {fix} or more.")
+        if not self.checkpoint_every >= 0:
+            raise ValueError(
+                f"checkpoint_every must be a number of seconds >= 0; got {self.checkpoint_every:g}. Pass, say, "
+                f"--checkpoint-every 5."
+            )
         if not self.budget > 0:
             raise ValueError(f"budget must be a number of seconds > 0; got {self.budget:g}. Pass, say, --budget 6.")
 
@@ -173,8 +185,9 @@ def collect(task: Task, options: Common, folder: Folder, console: Console) -> li
                 progress.update(bar, completed=len(finished) * steps, description=[*names, "done"][len(finished)])
     except KeyboardInterrupt:
         step = int(progress.tasks[0].completed) - len(finished) * steps
+        dropped = "this run is dropped. " * (options.checkpoint is None)
         console.print(
-            f"[yellow]Interrupted in {names[len(finished)]}, after outer step {step} of {steps}; this run is dropped. "
+            f"[yellow]Interrupted in {names[len(finished)]}, after outer step {step} of {steps}; {dropped}"
             f"{len(finished)} of {len(names)} runs are finished and kept.",
             soft_wrap=True,
         )
@@ -218,10 +231,10 @@ def perform(task: Task, options: Common, config: Any) -> int:
             console.print("A quick run shows that everything runs, and claims nothing.", style="dim")
         for note in (note for run in finished for note in run.notes):
             console.print(note, style="yellow", soft_wrap=True)
-        console.print(f"One JSON file for each run: {folder.path}", markup=False, soft_wrap=True)
+        console.print(f"One JSON file for each run: {folder.words}", markup=False, soft_wrap=True)
     if any(run.method not in task.anchors and run.finite for run in finished):
         path = folder.path / f"{folder.path.name}.png"
-        task.draw(finished).savefig(path)
+        files.save(task.draw(finished), path)
         console.print(f"Plot: {path}", markup=False, soft_wrap=True)
     return 0 if len(finished) == len(task.methods) * len(seeds) else 130
 
@@ -254,6 +267,24 @@ def rehearsal(method: Method, x: PyTree, y: PyTree, batch: Any) -> tuple[Carry, 
     return chunk(start(x, y), jax.random.split(jax.random.key(0), 1), batch)
 
 
+def driver(method: Method, steps: int, budget: float, advance: Advance) -> Callable[[int, Any, Kept], Outcome]:
+    """`drive_one(seed, data, kept)` runs a method; its program is compiled once, or again where shapes differ."""
+    size = max(size for size in range(1, LARGEST_CHUNK + 1) if steps % size == 0)
+    programs: dict[Any, Program] = {}
+
+    def drive_one(seed: int, data: Any, kept: Kept) -> Outcome:
+        point, batch = method.start(data), method.batch(data)
+        shapes = tuple(np.shape(leaf) for leaf in jax.tree.leaves((point, batch)))
+        if shapes not in programs:
+            programs.clear()
+            programs[shapes] = compiled(method.hypergradient(), method.optimizer, *point, batch, size)
+        program, evaluate = programs[shapes], functools.partial(method.evaluate, data)
+        keys = jax.random.split(jax.random.key(seed), (steps // size, size))
+        return drive(program, program.start(*point), keys, batch, evaluate, budget, advance, kept)
+
+    return drive_one
+
+
 def outer_loops(
     task: str, methods: Sequence[Method], load: Callable[[int], Any], steps: int, options: Common, advance: Advance
 ) -> Iterator[Run]:
@@ -271,21 +302,14 @@ def outer_loops(
       The runs as they finish.
     """
     datasets = {seed: load(seed) for seed in options.all_seeds}
-    size = max(size for size in range(1, LARGEST_CHUNK + 1) if steps % size == 0)
     names = [method.configuration.get("estimator", method.name) for method in methods]
     for method, name in zip(methods, names, strict=True):
         data = datasets[options.seed]
         options.rehearse(name, functools.partial(rehearsal, method), *method.start(data), method.batch(data))
     for method, origin in zip(methods, map(options.origin, names), strict=True):
-        shapes: list[tuple[int, ...]] = []
         chosen = {**method.configuration, **origin, "outer_steps": steps, "budget": options.budget}
+        drive_one = driver(method, steps, options.budget, advance)
         for seed, data in datasets.items():
-            point, batch = method.start(data), method.batch(data)
-            found = [np.shape(leaf) for leaf in jax.tree.leaves((point, batch))]
-            if found != shapes:
-                shapes = found
-                program = compiled(method.hypergradient(), method.optimizer, *point, batch, size)
-            keys = jax.random.split(jax.random.key(seed), (steps // size, size))
-            evaluate = functools.partial(method.evaluate, data)
-            outcome = drive(program, program.start(*point), keys, batch, evaluate, options.budget, advance)
+            work = functools.partial(drive_one, seed, data)
+            outcome = kept(options).within(task).by_steps(f"{method.name}-seed{seed}", work, Outcome)
             yield Run(task, method.name, seed, chosen, outcome)

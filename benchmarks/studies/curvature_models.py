@@ -28,6 +28,7 @@ import bilevax as bx
 from benchmarks.harness.folder import prepared
 from benchmarks.harness.loop import Outcome
 from benchmarks.harness.report import Run
+from benchmarks.harness.resuming import kept
 from benchmarks.networks.small import CLASSES, MODELS, SHAPES, VOCABULARY, Small
 from bilevax.typing import Array, Key
 
@@ -72,6 +73,8 @@ class Config:
     """One seed and few steps, to see that everything runs."""
     results: Path = Path("results")
     """Folder of the results; files go to its subfolder curvature-models, or curvature-models-quick."""
+    checkpoint: Path | None = None
+    """Folder in which the command keeps what is done, so that the same command goes on where it was killed."""
 
     def __post_init__(self) -> None:
         """Refuses what cannot be run."""
@@ -84,18 +87,22 @@ class Config:
     def run(self) -> int:
         """Measures every model, prints the table and writes the files; returns the exit code."""
         console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+        folder, work = prepared(self, TASK, console), kept(self)
         with jax.enable_x64(True):
-            found = {name: (*self._blocks(MODELS[name]), self._cosines(MODELS[name])) for name in self.models}
+            found = {name: work.once(name, functools.partial(self._found, MODELS[name])) for name in self.models}
         console.print(self._table(found))
         console.print(CAPTION, style="dim", soft_wrap=True, markup=False)
-        folder = prepared(self, TASK, console)
         for name, (size, blocks, metrics) in found.items():
             for seed in range(len(metrics["kfac"])):
                 own = {metric: float(values[seed]) for metric, values in metrics.items()}
                 chosen = {"model": name, "weights": size, "blocks": blocks, "damping": self.damping, "l2": self.l2}
                 Run(TASK, name.replace(",", "").replace(" ", "-"), seed, chosen, Outcome((), own, {})).write(folder)
-        console.print(f"JSON files: {folder.path}", markup=False, soft_wrap=True)
+        console.print(f"JSON files: {folder.words}", markup=False, soft_wrap=True)
         return 0
+
+    def _found(self, small: Small) -> tuple[int, str, dict[str, np.ndarray]]:
+        """Of a model: how many weights, which blocks, and for each seed the cosines."""
+        return *self._blocks(small), self._cosines(small)
 
     def _loss(self, model: Any) -> bx.curvature.ModelLoss:
         return bx.curvature.ModelLoss(

@@ -11,7 +11,6 @@ import functools
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -22,11 +21,13 @@ from rich.console import Console
 
 import bilevax as bx
 from benchmarks.data.images import load
+from benchmarks.harness import files
 from benchmarks.harness.clock import Spent
-from benchmarks.harness.folder import prepared
+from benchmarks.harness.folder import Folder, prepared
 from benchmarks.harness.loop import Outcome
 from benchmarks.harness.plugin import Function, finished, restarted
 from benchmarks.harness.report import Columns, Run, table
+from benchmarks.harness.resuming import kept
 from benchmarks.harness.runner import Options
 from benchmarks.harness.timing import compiled, interleaved, relative_error
 from benchmarks.networks.model import Model
@@ -195,7 +196,7 @@ class Config:
             return 130
         finally:
             if finished:
-                self._report(finished, folder.path, console)
+                self._report(finished, folder, console)
         return 0
 
     @property
@@ -211,21 +212,26 @@ class Config:
 
     def _runs(self, say: Callable[[str], None]) -> Iterator[Run]:
         for name in self.nets[:1] if self.common.quick else self.nets:
-            net, rows = NETS[name], self._rows
             programs: dict[str, tuple] = {}
             for seed in self.common.all_seeds[: 2 if self.common.quick else None]:
-                data = load("digits", seed, **SPLIT)
-                batch = numbered(data.batch)
-                say(f"{name}, seed {seed}: the exact hypergradients")
-                found = [point for l2, weights in self._grid for point in points(net, l2, weights, data)]
-                if not programs:
-                    say(f"{name}: compiling {len(rows)} methods")
-                    example = arguments(found[0], seed, batch)
-                    for row in rows:
-                        self.common.rehearse(row.name, estimates(row, net), *example)
-                    programs = {row.name: compiled(estimates(row, net), example) for row in rows}
-                say(f"{name}, seed {seed}: {len(rows)} methods at {len(found)} points")
-                yield from self._compare(name, seed, batch, found, programs)
+                work = functools.partial(self._of_seed, name, seed, programs, say)
+                yield from kept(self).once(f"{name}-seed{seed}", work, Run, Outcome)
+
+    def _of_seed(self, name: str, seed: int, programs: dict[str, tuple], say: Callable[[str], None]) -> list[Run]:
+        """All methods; the programs are compiled if they are not there."""
+        net, rows = NETS[name], self._rows
+        data = load("digits", seed, **SPLIT)
+        batch = numbered(data.batch)
+        say(f"{name}, seed {seed}: the exact hypergradients")
+        found = [point for l2, weights in self._grid for point in points(net, l2, weights, data)]
+        if not programs:
+            say(f"{name}: compiling {len(rows)} methods")
+            example = arguments(found[0], seed, batch)
+            for row in rows:
+                self.common.rehearse(row.name, estimates(row, net), *example)
+            programs |= {row.name: compiled(estimates(row, net), example) for row in rows}
+        say(f"{name}, seed {seed}: {len(rows)} methods at {len(found)} points")
+        return [*self._compare(name, seed, batch, found, programs)]
 
     def _compare(self, name: str, seed: int, batch: bx.Batch, found: list[Point], programs: dict) -> Iterator[Run]:
         places = [arguments(point, seed, batch) for point in found]
@@ -243,7 +249,7 @@ class Config:
             numbers |= {"rounds": len(spent[method]), **compiling.named("compile_"), "temp_bytes": temp_bytes}
             yield Run(TASK, method, seed, chosen, Outcome((), numbers, curve))
 
-    def _report(self, finished: Sequence[Run], folder: Path, console: Console) -> None:
+    def _report(self, finished: Sequence[Run], folder: Folder, console: Console) -> None:
         for name in dict.fromkeys(run.configuration["net"] for run in finished):
             runs = [run for run in finished if run.configuration["net"] == name]
             seeds = len({run.seed for run in runs})
@@ -253,5 +259,6 @@ class Config:
                 columns: Columns = {key: (key.replace(", ", "\n"), "{:.3f}".format) for key in settings}
                 console.print(table(f"{name}, cosine at the end, by setting", runs, columns, ()))
         console.print(CAPTION, style="dim", soft_wrap=True, markup=False)
-        draw(finished, {row.name: row.family for row in self._rows}).savefig(folder / f"{TASK}.png")
-        console.print(f"JSON files and the plot: {folder}", markup=False, soft_wrap=True)
+        figure = draw(finished, {row.name: row.family for row in self._rows})
+        files.save(figure, folder.path / f"{TASK}.png")
+        console.print(f"JSON files and the plot: {folder.words}", markup=False, soft_wrap=True)

@@ -1,5 +1,6 @@
 """Hypergradients end to end: hyper-cleaning of the digits on minibatches, with one, three and ten inner steps."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -76,13 +77,14 @@ def run(numbers: Sequence[int], options: Options, config: Any) -> int:
     for inner_steps in numbers:
         steps = options.steps(OUTER_STEPS[inner_steps])
         methods = [method(row._replace(name=name), inner_steps) for name, row in rows.items()]
+        apart = dataclasses.replace(options, checkpoint=options.checkpoint and options.checkpoint / f"T{inner_steps}")
         task = Task(
             title=f"Hyper-cleaning of digits end to end, {inner_steps} inner steps",
             folder=f"{TASK}-{inner_steps}",
             outer_steps=steps,
             methods=list(rows),
             anchors=(),
-            runs=functools.partial(outer_loops, TASK, methods, read, steps, options),
+            runs=functools.partial(outer_loops, TASK, methods, read, steps, apart),
             columns=COLUMNS,
             caption=CAPTION,
             draw=draw_end_to_end,

@@ -19,9 +19,12 @@ from rich.console import Console
 
 import bilevax as bx
 from benchmarks.data.images import load
+from benchmarks.harness import files
+from benchmarks.harness.clock import Spent
 from benchmarks.harness.folder import Folder, prepared
 from benchmarks.harness.loop import Outcome
 from benchmarks.harness.report import Run
+from benchmarks.harness.resuming import kept
 from benchmarks.harness.timing import compiled, interleaved, quartiles, ratios, relative_error
 from benchmarks.studies import libraries
 from benchmarks.studies.peers_table import TOLERANCE, Row, draw, show
@@ -161,6 +164,8 @@ class Config:
     """Three rounds, 10 unrolled steps and 10 outer steps, to see that everything runs."""
     results: Path = Path("results")
     """Folder of the results; files go to its subfolder peers, or peers-quick."""
+    checkpoint: Path | None = None
+    """Folder in which the command keeps what is done, so that the same command goes on where it was killed."""
 
     def __post_init__(self) -> None:
         """Refuses what cannot be run."""
@@ -186,9 +191,9 @@ class Config:
         finally:
             if rows:
                 show(rows, console)
-                console.print(f"One JSON file for each row: {folder.path}", markup=False, soft_wrap=True)
+                console.print(f"One JSON file for each row: {folder.words}", markup=False, soft_wrap=True)
                 path = folder.path / f"{TASK}.png"
-                draw(rows).savefig(path)
+                files.save(draw(rows), path)
                 console.print(f"Plot: {path}", markup=False, soft_wrap=True)
         return 0
 
@@ -203,16 +208,21 @@ class Config:
         return 10 if self.quick else 50
 
     def _rows(self, say: Callable[[str], None]) -> Iterator[Row]:
+        work = kept(self)
+
+        def rows(setting: str, make: Callable[[], Iterator[Row]]) -> list[Row]:
+            say(setting)
+            return work.once(setting, lambda: list(make()), Row, Spent)
+
         for name in self.problems or (("digits",) if self.quick else ("digits", "mnist")):
             case = PROBLEMS[name](self.seed)
             for iterations in (10,) if self.quick else (10, 20):
-                say(f"{case.name}, CG-{iterations}")
-                yield from self._conjugate_gradients(case, iterations)
-            say(f"{case.name}, reverse T = {self.unrolled}")
-            yield from self._reverse(case)
+                solve = functools.partial(self._conjugate_gradients, case, iterations)
+                yield from rows(f"{case.name}, CG-{iterations}", solve)
+            yield from rows(f"{case.name}, reverse T = {self.unrolled}", functools.partial(self._reverse, case))
             if name == "digits":
-                say(f"{case.name}, {self.outer_steps} outer steps to error {TOLERANCE:g}")
-                yield from self._trajectory(case)
+                path = functools.partial(self._trajectory, case)
+                yield from rows(f"{case.name}, {self.outer_steps} outer steps to error {TOLERANCE:g}", path)
 
     def _conjugate_gradients(self, case: Problem, iterations: int) -> Iterator[Row]:
         args = (case.x, case.trained, case.batch)

@@ -12,7 +12,6 @@ those of the benchmark suite that belongs to it (github.com/benchopt/benchmark_b
 
 import dataclasses
 import functools
-from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -27,9 +26,10 @@ from matplotlib.figure import Figure
 import bilevax as bx
 from benchmarks.harness import timing
 from benchmarks.harness.clock import Spent, timed
-from benchmarks.harness.loop import Outcome
+from benchmarks.harness.loop import Outcome, Progress, goes_on
 from benchmarks.harness.plugin import ALGORITHMS, Function
 from benchmarks.harness.report import COSTS, Run
+from benchmarks.harness.resuming import NOWHERE, Kept, kept
 from benchmarks.harness.runner import Advance, Options, Task, perform
 from benchmarks.harness.style import STYLE, curves
 from benchmarks.tasks.logistic import Examples, exact
@@ -266,29 +266,27 @@ def evaluate(data: Data, state: Any) -> dict[str, float]:
     return {"exact_loss": at.value, "exact_gradient": at.gradient @ at.gradient}
 
 
-def drive(row: Row, data: Data, seed: int, iterations: int, budget: float, advance: Advance) -> Outcome:
+def drive(
+    row: Row, data: Data, seed: int, iterations: int, budget: float, advance: Advance, kept: Kept = NOWHERE
+) -> Outcome:
     """Runs one method, until the iterations or the seconds are spent or x is not finite."""
     batch, features = row.batch(data.batch), data.batch.inner[0].shape[1]
     algorithm = method(row, len(batch.inner[1]))
     state = algorithm.init(*start(features), batch)
     size = iterations // CHUNKS if iterations % CHUNKS == 0 else iterations
     program = compiled(algorithm, state, batch, size)
-    curve: defaultdict[str, list[Any]] = defaultdict(list)
-    counts: Counter[str] = Counter()
-    spent = Spent()
-    for done in range(size, iterations + 1, size):
+    state, done = kept.restored(state, Progress(), Spent)
+    keep = kept.keeper()
+    advance(done.number * size)
+    while (done.number + 1) * size <= iterations and goes_on(done, budget, "exact_loss"):
         (state, calls), more = timed(functools.partial(program.chunk, state, jax.random.key(seed), batch))
-        spent = spent.plus(more)
-        counts.update({name: count.item() for name, count in calls._asdict().items()})
-        for name, value in ({"outer_step": done, **spent.named()} | evaluate(data, state)).items():
-            curve[name].append(value)
+        spent, counts = done.spent.plus(more), {name: count.item() for name, count in calls._asdict().items()}
+        point = {"outer_step": (done.number + 1) * size, **spent.named()} | evaluate(data, state)
+        done = done.plus(spent, point, counts)
+        keep(done.number, state, done)
         advance(size)
-        if spent.seconds >= budget or not np.isfinite(curve["exact_loss"][-1]):
-            break
-    metrics = {name: values[-1] for name, values in curve.items()} | counts
-    metrics["outer_steps"] = metrics.pop("outer_step")
-    metrics |= {**program.compiling.named("compile_"), "temp_bytes": program.temp_bytes}
-    return Outcome(state.x, metrics, dict(curve))
+    metrics = done.metrics | {**program.compiling.named("compile_"), "temp_bytes": program.temp_bytes}
+    return Outcome(state.x, metrics, dict(done.curve))
 
 
 def rehearsal(row: Row, batch: bx.Batch) -> Any:
@@ -309,7 +307,8 @@ def runs(name: str, rows: Sequence[Row], iterations: int, options: Options, adva
         options.rehearse(row.name, functools.partial(rehearsal, row), datasets[options.seed].batch)
     for row in rows:
         for seed, data in datasets.items():
-            outcome = drive(row, data, seed, iterations, options.budget, advance)
+            work = functools.partial(drive, row, data, seed, iterations, options.budget, advance)
+            outcome = kept(options).by_steps(f"{row.name}-seed{seed}", work, Outcome)
             configuration = {
                 **origins[row.name],
                 "data": name,

@@ -26,10 +26,12 @@ from rich.table import Table
 
 import bilevax as bx
 from benchmarks.data.images import IMAGES, ImageName, shares
+from benchmarks.harness import files
 from benchmarks.harness.clock import Spent
 from benchmarks.harness.folder import Folder, prepared
 from benchmarks.harness.loop import Outcome
 from benchmarks.harness.report import Run
+from benchmarks.harness.resuming import kept
 from benchmarks.harness.style import COLOURS, STYLE
 from benchmarks.harness.timing import interleaved, quartiles, ratios
 from bilevax.typing import Array, Key
@@ -162,6 +164,8 @@ class Config:
     """A tenth of the images and three rounds, to see that everything runs."""
     results: Path = Path("results")
     """Folder of the results; files go to its subfolder skipping, or skipping-quick."""
+    checkpoint: Path | None = None
+    """Folder in which the command keeps what is done, so that the same command goes on where it was killed."""
 
     def __post_init__(self) -> None:
         """Refuses what cannot be run."""
@@ -176,16 +180,16 @@ class Config:
     def run(self) -> int:
         """Times everything, prints the tables and writes the files; returns the exit code."""
         console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-        skipping = self._skipping()
+        folder, work = prepared(self, TASK, console), kept(self)
+        skipping = work.once("skipping", self._skipping, Timed, Spent)
         console.print(_skipping_table(skipping, f"One iteration with {self.data}, {self.agents} agents on a ring"))
-        growing = self._growing()
+        growing = work.once("growing", self._growing, Timed, Spent)
         console.print(_growing_table(growing))
         console.print(CAPTION, style="dim", soft_wrap=True, markup=False)
-        folder = prepared(self, TASK, console)
         for timed in (*skipping, *growing):
             self._write(timed, folder)
-        draw(skipping, growing).savefig(folder.path / f"{TASK}.png")
-        console.print(f"JSON files and the plot: {folder.path}", markup=False, soft_wrap=True)
+        files.save(draw(skipping, growing), folder.path / f"{TASK}.png")
+        console.print(f"JSON files and the plot: {folder.words}", markup=False, soft_wrap=True)
         return 0
 
     def _skipping(self) -> list[Timed]:

@@ -21,11 +21,13 @@ from rich.console import Console
 
 import bilevax as bx
 from benchmarks.data.images import load
+from benchmarks.harness import files
 from benchmarks.harness.clock import Spent, timed
 from benchmarks.harness.folder import Folder, prepared
 from benchmarks.harness.loop import Outcome
 from benchmarks.harness.plugin import finished
 from benchmarks.harness.report import Columns, Run, table
+from benchmarks.harness.resuming import kept
 from benchmarks.harness.runner import Options
 from benchmarks.harness.timing import compiled, relative_error
 from benchmarks.networks.dense import perceptron, random_layers
@@ -161,7 +163,8 @@ class Config:
     """Numbers T of inner steps."""
     unrolled: tuple[int, ...] = ()
     """Numbers K of last steps: instead of all this, compares what tails add to the derivative of the last K of 600
-    plain steps, on minibatches of several sizes. Only --hidden, --seeds, --seed, --quick and --results count then."""
+    plain steps, on minibatches of several sizes. Only --hidden, --seeds, --seed, --quick, --results and --checkpoint
+    count then."""
     hidden: int = 32
     """Hidden units of the network; 32 make 2,410 weights."""
     budget: float = 3.0
@@ -179,6 +182,8 @@ class Config:
     first and last K, one weight decay and one size of minibatches."""
     results: Path = Path("results")
     """Folder of the results; files go to its subfolder unrolling, or unrolling-quick."""
+    checkpoint: Path | None = None
+    """Folder in which the command keeps what is done, so that the same command goes on where it was killed."""
 
     def __post_init__(self) -> None:
         """Refuses what cannot be run."""
@@ -206,7 +211,8 @@ class Config:
         try:
             for steps in self._steps:
                 console.print(f"[dim]T = {steps:,} …")
-                for name, seed, estimates in list(self._at(steps, seeds, found)):
+                work = functools.partial(self._at, steps, seeds, found)
+                for name, seed, estimates in kept(self).once(f"T{steps}", work, Estimates):
                     found.setdefault((name, seed), {})[steps] = estimates
         except KeyboardInterrupt:
             console.print(f"[yellow]Interrupted at T = {steps:,}, which is dropped; what was before is kept.")
@@ -230,8 +236,13 @@ class Config:
 
     def _at(
         self, steps: int, seeds: Sequence[int], found: Mapping[tuple[str, int], Mapping[int, Estimates]]
-    ) -> Iterator[tuple]:
-        """All methods at one T: (name, seed, estimates)."""
+    ) -> list[tuple[str, int, Estimates]]:
+        """All methods at one T."""
+        return [*self._each_at(steps, seeds, found)]
+
+    def _each_at(
+        self, steps: int, seeds: Sequence[int], found: Mapping[tuple[str, int], Mapping[int, Estimates]]
+    ) -> Iterator[tuple[str, int, Estimates]]:
         net = network(self.hidden)
         inner = Inner(inner_loss(net), net.curvature, RATE, steps)
         problems = {seed: problem(net, seed) for seed in seeds}
@@ -287,8 +298,9 @@ class Config:
             columns: Columns = {f"{field}_{steps}": (f"T = {steps:,}", form) for steps in self._steps}
             console.print(table(title, [_complete(run, columns) for run in runs], columns, ()))
         console.print(CAPTION, style="dim", soft_wrap=True, markup=False)
-        draw(runs, {row.name: row.family for row in self._rows}).savefig(folder.path / f"{TASK}.png")
-        console.print(f"JSON files and the plot: {folder.path}", markup=False, soft_wrap=True)
+        figure = draw(runs, {row.name: row.family for row in self._rows})
+        files.save(figure, folder.path / f"{TASK}.png")
+        console.print(f"JSON files and the plot: {folder.words}", markup=False, soft_wrap=True)
 
 
 def _complete(run: Run, columns: Columns) -> Run:

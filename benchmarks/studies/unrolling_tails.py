@@ -19,9 +19,11 @@ from rich.console import Console
 
 import bilevax as bx
 from benchmarks.data.images import load
+from benchmarks.harness import files
 from benchmarks.harness.folder import prepared
 from benchmarks.harness.loop import Outcome
 from benchmarks.harness.report import Columns, Run, mean_and_error, table
+from benchmarks.harness.resuming import Kept, kept
 from benchmarks.harness.style import COLOURS, STYLE
 from benchmarks.networks.model import Model
 from benchmarks.tasks.hyper_cleaning import inner_loss, numbered, outer_loss
@@ -104,27 +106,35 @@ def estimate(net: Model, solver: Solver, unrolled: int, minibatch: int) -> Calla
     return at
 
 
+def each(net: Model, solver: Solver, unrolled: int, minibatch: int, keys: Sequence[tuple]) -> dict[tuple, np.ndarray]:
+    """The estimates with each decay and seed."""
+    at = estimate(net, solver, unrolled, minibatch)
+    return {key: at(key[2], key[1]) for key in keys}
+
+
 def cosine(first: np.ndarray, second: np.ndarray) -> float:
     """0 for a gradient of zero."""
     sizes = np.linalg.norm(first) * np.linalg.norm(second)
     return float(first @ second / sizes) if sizes else 0.0
 
 
-def runs(net: Model, numbers: Sequence[int], seeds: Sequence[int], quick: bool, tell: Callable) -> list[Run]:
+def runs(
+    net: Model, numbers: Sequence[int], seeds: Sequence[int], quick: bool, tell: Callable, work: Kept
+) -> list[Run]:
     """All methods for each decay, minibatch and seed, each with a curve over K."""
     found: list[Run] = []
     decays = {"weak": DECAYS["weak"]} if quick else DECAYS
     for minibatch in MINIBATCHES[1:2] if quick else MINIBATCHES:
         tell(f"minibatches of {minibatch}")
         keys = [(name, l2, seed) for name, l2 in decays.items() for seed in seeds]
-        exact = estimate(net, EXACT, STEPS, minibatch)
-        answers = {key: exact(key[2], key[1]) for key in keys}
+        own = work.within(f"{minibatch}")
+        answers = own.once("exact", functools.partial(each, net, EXACT, STEPS, minibatch, keys))
         for method, solver in {**UNROLLED, **ALONE}.items():
             cosines: dict[tuple, list[float]] = {key: [] for key in keys}
             for unrolled in numbers if method in UNROLLED else numbers[:1]:
-                own = estimate(net, solver, unrolled, minibatch)
-                for key in keys:
-                    cosines[key].append(cosine(own(key[2], key[1]), answers[key]))
+                make = functools.partial(each, net, solver, unrolled, minibatch, keys)
+                for key, gradient in own.once(f"{method}-{unrolled}", make).items():
+                    cosines[key].append(cosine(gradient, answers[key]))
             for (name, l2, seed), values in cosines.items():
                 values = values if method in UNROLLED else values * len(numbers)
                 chosen = {"decay": name, "l2": l2, "minibatch": minibatch, "steps": STEPS, "rate": RATE, "split": SPLIT}
@@ -172,13 +182,13 @@ def run(net: Model, numbers: Sequence[int], seeds: Sequence[int], config: Any, c
     """Compares everything, prints the tables and writes the files; returns the exit code."""
     folder = prepared(config, TASK, console)
     numbers = sorted({*numbers[:1], *numbers[-1:]}) if config.quick else numbers
-    found = runs(net, numbers, seeds, config.quick, lambda text: console.print(f"[dim]{text} …"))
+    found = runs(net, numbers, seeds, config.quick, lambda text: console.print(f"[dim]{text} …"), kept(config))
     columns: Columns = {f"cosine_{number}": (f"K = {number}", "{:.3f}".format) for number in numbers}
     for (decay, minibatch), members in panels(found).items():
         for member in members:
             member.write(folder.within(f"{decay}-{minibatch}"))
         console.print(table(f"{decay} decay, minibatches of {minibatch}", members, columns, ()))
     console.print(CAPTION, style="dim", soft_wrap=True, markup=False)
-    draw(found).savefig(folder.path / f"{TASK}.png")
-    console.print(f"JSON files and the plot: {folder.path}", markup=False, soft_wrap=True)
+    files.save(draw(found), folder.path / f"{TASK}.png")
+    console.print(f"JSON files and the plot: {folder.words}", markup=False, soft_wrap=True)
     return 0

@@ -18,6 +18,7 @@ from benchmarks.harness.clock import Spent
 from benchmarks.harness.folder import Folder
 from benchmarks.harness.loop import Outcome
 from benchmarks.harness.report import Columns, Run, table
+from benchmarks.harness.resuming import kept
 from benchmarks.harness.runner import Options
 from benchmarks.harness.threads import pinned
 from benchmarks.harness.timing import compiled, interleaved
@@ -229,6 +230,11 @@ def measured(case: Case, rows: Sequence[Row], options: Options) -> Iterator[tupl
         yield name, numbers
 
 
+def listed(case: Case, rows: Sequence[Row], options: Options) -> list[tuple[str, dict[str, Any]]]:
+    """The same in a list."""
+    return [*measured(case, rows, options)]
+
+
 def run(
     cases: Iterable[Case], task: str, options: Options, folder: Folder, chosen: Mapping[str, Any], console: Console
 ) -> int:
@@ -247,7 +253,7 @@ def run(
     for case in cases:
         console.print(f"[dim]{case.title}: compiling and measuring {len(rows)} methods …")
         found = []
-        for name, numbers in measured(case, rows, options):
+        for name, numbers in kept(options).once(case.name, functools.partial(listed, case, rows, options)):
             found.append(Run(task, name, options.seed, dict(chosen), Outcome((), numbers, {})))
             found[-1].write(folder.within(case.name))
         at = found[0].outcome.metrics
@@ -258,7 +264,7 @@ def run(
         )
         console.print(table(case.title, found, COLUMNS, ()))
     console.print(CAPTION, style="dim", soft_wrap=True, markup=False)
-    console.print(f"One JSON file for each row: {folder.path}", markup=False, soft_wrap=True)
+    console.print(f"One JSON file for each row: {folder.words}", markup=False, soft_wrap=True)
     return 0
 
 
