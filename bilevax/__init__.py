@@ -4,7 +4,8 @@
     bx.inner, bx.ihvp, bx.curvature        how the inner problem is solved and differentiated
     bx.algorithms, bx.decentralized        whole methods, on one machine and over a graph of agents
     bx.single_loop, bx.agents              the parts of which the single-loop and decentralized methods are made
-    bx.parallel, bx.testing                many devices and hosts; contracts for methods of your own
+    bx.parallel, bx.checkpoint             many devices and hosts; runs that are resumed after a kill
+    bx.testing                             contracts for methods of your own
 
 A namespace is imported when it is first read.
 """
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from bilevax import (
         agents,
         algorithms,
+        checkpoint,
         curvature,
         decentralized,
         hypergradients,
@@ -43,6 +45,7 @@ __all__ = [
     "agents",
     "algorithms",
     "check_hypergradient",
+    "checkpoint",
     "coins",
     "curvature",
     "decentralized",

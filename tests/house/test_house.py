@@ -20,7 +20,7 @@ FLOORS = {  # of CONTRIBUTING; a room imports only from floors below
     **{"curvature": 3, "agents": 3},
     **{"ihvp": 4},
     **{"inner": 5, "single_loop": 5},
-    **{"hypergradients": 6, "decentralized": 6, "parallel": 6},
+    **{"hypergradients": 6, "decentralized": 6, "parallel": 6, "checkpoint": 6},
     **{"algorithms": 7},
     **{"testing": 8},
 }

@@ -1,0 +1,452 @@
+"""Runs that survive a kill: a state is written now and then, and read back bit for bit.
+
+    save(folder, step, state, config)           while the run goes on
+    restore(folder, like, config)               the newest one that is complete, on the devices of `like`
+
+Each step is a folder of its own, which gets its name when all is written. Needs orbax: `pip install
+"bilevax[checkpoint]"`.
+"""
+
+import atexit
+import functools
+import json
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bilevax import checks
+from bilevax.typing import PyTree
+
+__all__ = ["Restored", "latest", "restore", "save", "wait"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+class Restored(NamedTuple):
+    """What `restore` found.
+
+    Attributes:
+      step: the number that was passed to `save`.
+      state: as it was saved, on the devices of `like`.
+    """
+
+    step: int
+    state: PyTree
+
+
+class _Leaf(NamedTuple):
+    """What is known of a leaf without its numbers; `value` is a Python number, or the name of a key's generator."""
+
+    path: str
+    kind: str
+    shape: list[int]
+    dtype: str
+    weak: bool = False
+    value: str | None = None
+
+    def __str__(self) -> str:
+        if self.kind in _PYTHON:
+            return f"a Python {self.kind}"
+        return f"{self.dtype}{self.shape}" + (" of NumPy" if self.kind in ("numpy", "scalar") else "")
+
+
+_PYTHON = {"bool": lambda text: text == "True", "int": int, "float": float, "complex": complex, "str": str}
+_TYPES = {"bool": np.bool_, "int": np.integer, "float": np.floating, "complex": np.complexfloating}
+_PARTIAL = ".orbax-checkpoint-tmp"  # in the name of what is not complete
+_pending: dict[str, tuple[int, int]] = {}  # folder -> step that is being written, and how many to keep
+_cleaned: set[str] = set()
+
+
+def save(
+    folder: str | os.PathLike[str],
+    step: int,
+    state: PyTree,
+    config: Mapping[str, Any] | None = None,
+    *,
+    keep: int = 3,
+) -> None:
+    """Writes a state in the background; a kill at any moment leaves the steps before it as they were.
+
+    It returns when the numbers are copied, so that the arrays may be donated. On several hosts every process calls it,
+    with a folder that all of them see, and writes what it holds.
+
+    Args:
+      folder: of the run, made if it is missing.
+      step: how far the run is, larger than at the save before.
+      state: a pytree of arrays of JAX and NumPy, keys and Python numbers; x, states, optimizers, the next key.
+      config: what must be the same when the run is resumed, of what JSON knows.
+      keep: how many of the newest steps stay.
+
+    Raises:
+      ValueError: if `folder` is a file, `step` is not larger than the newest one, a leaf of `state` or a value of
+        `config` cannot be written.
+      OSError: if the save before it has failed, a full disk for instance.
+
+    Cost: a copy to the host; it waits first until the save before it lies on disk.
+
+    Example:
+        >>> import bilevax as bx, jax.numpy as jnp, tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> bx.checkpoint.save(folder, 10, {"y": jnp.ones(3)}, {"rate": 0.1})
+        >>> bx.checkpoint.restore(folder, {"y": jnp.zeros(3)}, {"rate": 0.1}).step
+        10
+    """
+    orbax, place = _orbax(), _place(folder)
+    step, keep = checks.count("step", step), checks.count("keep", keep, minimum=1)
+    stored = {"leaves": [], "config": None if config is None else _plain(config)}
+    arrays = {}
+    for index, (path, leaf) in enumerate(_leaves("state", state)):
+        entry = _described(path, leaf, "state")
+        stored["leaves"].append(entry._asdict())
+        if _has_data(entry):
+            arrays[str(index)] = _data(leaf)
+    wait()
+    newest = latest(place)
+    if newest is not None and step <= newest:
+        raise ValueError(
+            f"step must be larger than {newest}, the newest in {place}; got {step}. Restore it and go on from there, "
+            f"or give this run a folder of its own."
+        )
+    if jax.process_index() == 0:
+        _clean(place)
+    items = {"meta": orbax.args.JsonSave(stored)}
+    if arrays:
+        items["arrays"] = orbax.args.PyTreeSave(arrays)
+    _pending[str(place)] = step, keep
+    _writer().save(place / str(step), args=orbax.args.Composite(**items))
+
+
+def wait(folder: str | os.PathLike[str] | None = None) -> None:
+    """Returns when what was saved lies on disk; a program calls it before it ends.
+
+    Args:
+      folder: the one that is waited for; of all, if none is named.
+
+    Raises:
+      OSError: if a state could not be written, a full disk for instance.
+
+    Example:
+        >>> import bilevax as bx
+        >>> bx.checkpoint.wait()
+    """
+    for place in [*_pending] if folder is None else [str(_place(folder))]:
+        if place not in _pending:
+            continue
+        step, keep = _pending.pop(place)
+        try:
+            _writer().wait_until_finished()
+        except Exception as error:
+            raise OSError(
+                f"folder {place}: step {step} could not be written ({error!s:.500}). The steps before it are as they "
+                f"were: make room, or pass another folder, and resume."
+            ) from error
+        if jax.process_index() == 0:
+            _delete(place, _steps(place)[:-keep])
+
+
+def latest(folder: str | os.PathLike[str]) -> int | None:
+    """The newest step that is complete.
+
+    Args:
+      folder: of the run; it may be missing.
+
+    Returns:
+      Its number, or None where there is none.
+
+    Raises:
+      ValueError: if `folder` is a file.
+
+    Example:
+        >>> import bilevax as bx, tempfile
+        >>> bx.checkpoint.latest(tempfile.mkdtemp()) is None
+        True
+    """
+    return max(_steps(_place(folder)), default=None)
+
+
+def restore(
+    folder: str | os.PathLike[str],
+    like: PyTree,
+    config: Mapping[str, Any] | None = None,
+    *,
+    step: int | None = None,
+) -> Restored:
+    """Reads what `save` wrote: the same bits, where `like` has its leaves.
+
+    The number of devices and hosts may be another one than at the save.
+
+    Args:
+      folder: of the run.
+      like: a state, or what `jax.eval_shape` makes of one: its structure, shapes, dtypes and shardings.
+      config: is compared with the stored one, unless it is None.
+      step: which one; the newest by default.
+
+    Returns:
+      `Restored(step, state)`; arrays of NumPy and Python numbers are what they were.
+
+    Raises:
+      ValueError: if there is nothing in `folder` or it is damaged, and if `like` or `config` differ from what is
+        stored; it names the leaf or the key, and both values.
+
+    Cost: one read of each array.
+
+    Example:
+        >>> import bilevax as bx, jax, jax.numpy as jnp, tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> bx.checkpoint.save(folder, 0, {"key": jax.random.key(0), "t": 7})
+        >>> bx.checkpoint.restore(folder, {"key": jax.random.key(1), "t": 0}).state["t"]
+        7
+    """
+    orbax, place = _orbax(), _place(folder)
+    wait(place)
+    steps = _steps(place)
+    if not steps:
+        raise ValueError(
+            f"folder must hold a checkpoint; got {place}, which has none. Start the run afresh where "
+            f"bx.checkpoint.latest(folder) is None."
+        )
+    number = max(steps) if step is None else checks.count("step", step)
+    if number not in steps:
+        raise ValueError(f"step must be one of {steps}, the steps in {place}; got {number}. Leave it out for the last.")
+    at = place / str(number)
+    stored = _read(at, meta=orbax.args.JsonRestore())["meta"]
+    if config is not None:
+        _same_config(stored["config"], _plain(config), at)
+    found = [_Leaf(**leaf) for leaf in stored["leaves"]]
+    wanted = list(_leaves("like", like))
+    _same_structure(found, [_described(path, leaf, "like") for path, leaf in wanted], at)
+    numbers = _numbers(at, found, [leaf for _, leaf in wanted])
+    leaves = [
+        _made(entry, leaf, numbers.get(str(index)))
+        for index, (entry, (_, leaf)) in enumerate(zip(found, wanted, strict=True))
+    ]
+    return Restored(number, jax.tree.unflatten(jax.tree.structure(like), leaves))
+
+
+def _numbers(at: Any, found: list[_Leaf], wanted: list[Any]) -> dict[str, Any]:
+    """The arrays: of NumPy, or of JAX where they lie on several devices."""
+    orbax = _orbax()
+    kinds = {}
+    for index, (entry, leaf) in enumerate(zip(found, wanted, strict=True)):
+        if _has_data(entry):
+            spread = entry.kind != "key" and _spread(leaf)
+            kinds[str(index)] = (
+                orbax.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype)
+                if spread
+                else orbax.RestoreArgs(restore_type=np.ndarray)
+            )
+    if not kinds:
+        return {}
+    item = dict.fromkeys(kinds, 0)
+    return _read(at, arrays=orbax.args.PyTreeRestore(item, restore_args=kinds))["arrays"]
+
+
+def _spread(leaf: Any) -> bool:
+    """Whether it lies, or is to lie, on several devices."""
+    sharding = getattr(leaf, "sharding", None)
+    return sharding is not None and len(sharding.device_set) > 1
+
+
+def _made(entry: _Leaf, like: Any, data: Any) -> Any:
+    """The leaf out of its numbers."""
+    if entry.kind in _PYTHON:
+        return _PYTHON[entry.kind](entry.value)
+    if entry.dtype == "float0":
+        return np.zeros(entry.shape, jax.dtypes.float0)
+    if not _has_data(entry):
+        data = np.zeros(entry.shape, like.dtype)
+    if entry.kind == "key":
+        data = jax.random.wrap_key_data(jnp.array(data), impl=entry.value)
+    elif isinstance(like, np.generic) or (entry.kind == "scalar" and isinstance(like, jax.ShapeDtypeStruct)):
+        return data[()]
+    elif isinstance(like, np.ndarray) or (entry.kind == "numpy" and isinstance(like, jax.ShapeDtypeStruct)):
+        return data
+    elif isinstance(data, jax.Array):
+        return data
+    sharding = like.sharding if getattr(like, "committed", True) else None
+    array = _weak(jnp.array(data)) if entry.weak else data
+    return jnp.array(array) if sharding is None else jax.device_put(array, sharding, may_alias=False)
+
+
+def _weak(array: jax.Array) -> jax.Array:
+    """The same numbers, of a weak type."""
+    zero = jnp.broadcast_to(jnp.asarray(array.dtype.type(0).item()), array.shape)
+    return zero.at[...].set(array) if zero.dtype == array.dtype else array
+
+
+def _leaves(name: str, tree: PyTree) -> Iterator[tuple[str, Any]]:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if isinstance(leaf, jax.core.Tracer):
+            raise ValueError(
+                f"{name} must be made of arrays; got a tracer at {name}{jax.tree_util.keystr(path)}. Call it between "
+                f"the calls of jitted functions, not inside of them."
+            )
+        yield jax.tree_util.keystr(path), leaf
+
+
+def _described(path: str, leaf: Any, name: str) -> _Leaf:
+    if type(leaf).__name__ in _PYTHON and type(leaf).__module__ == "builtins":
+        return _Leaf(path, type(leaf).__name__, [], "", value=leaf if isinstance(leaf, str) else repr(leaf))
+    if not isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct):
+        raise ValueError(
+            f"{name} must have arrays, keys and numbers as leaves; got {leaf!r:.80} at {name}{path}. Leave it out."
+        )
+    shape = [*leaf.shape]
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        impl = None if isinstance(leaf, jax.ShapeDtypeStruct) else str(jax.random.key_impl(leaf))
+        return _Leaf(path, "key", shape, str(leaf.dtype), value=impl)
+    dtype = "float0" if leaf.dtype == jax.dtypes.float0 else leaf.dtype.name
+    if dtype != "float0" and leaf.dtype != bool and not jax.dtypes.issubdtype(leaf.dtype, np.number):
+        raise ValueError(
+            f"{name} must have numbers in its arrays; got {leaf.dtype} at {name}{path}. Leave it out, or put it into "
+            f"config."
+        )
+    kind = {np.ndarray: "numpy", jax.ShapeDtypeStruct: "any"}.get(type(leaf), "array")
+    kind = "scalar" if isinstance(leaf, np.generic) else kind
+    return _Leaf(path, kind, shape, dtype, bool(getattr(leaf, "weak_type", False)))
+
+
+def _has_data(entry: _Leaf) -> bool:
+    return entry.kind not in _PYTHON and entry.dtype != "float0" and 0 not in entry.shape
+
+
+def _data(leaf: Any) -> Any:
+    """What is written of a leaf; an array that one of several processes holds alone is written by the first."""
+    if isinstance(leaf, jax.Array):
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        return np.asarray(leaf) if jax.process_count() > 1 and leaf.is_fully_addressable else leaf
+    return np.asarray(leaf)
+
+
+def _same_structure(found: list[_Leaf], wanted: list[_Leaf], at: Any) -> None:
+    """Raises ValueError that names the first leaf which differs."""
+    stored, asked = ({leaf.path: leaf for leaf in leaves} for leaves in (found, wanted))
+    for path in {**stored, **asked}:
+        here, there = asked.get(path), stored.get(path)
+        if here is None or there is None or not _fits(there, here):
+            got = "no leaf" if here is None else str(here)
+            raise ValueError(
+                f"like must have the leaves that are stored in {at}; got {got} at like{path}, where "
+                f"{'nothing' if there is None else there} is stored. Pass a state of the same method, sizes and "
+                f"dtypes, or give this run a folder of its own."
+            )
+
+
+def _fits(stored: _Leaf, like: _Leaf) -> bool:
+    if stored.kind in _PYTHON:
+        anything = like.kind == "any" and stored.kind in _TYPES and like.shape == []
+        return stored.kind == like.kind or (
+            anything and bool(jax.dtypes.issubdtype(np.dtype(like.dtype), _TYPES[stored.kind]))
+        )
+    return like.kind not in _PYTHON and (stored.shape, stored.dtype) == (like.shape, like.dtype)
+
+
+def _plain(config: Mapping[str, Any]) -> Any:
+    """As JSON gives it back."""
+    if not isinstance(config, Mapping):
+        raise ValueError(f"config must be a mapping of names to values; got {config!r:.80}. Pass, say, {{'rate': 0.1}}.")
+    for path, value in _flat("config", config):
+        if not isinstance(value, str | int | float | bool | None):
+            raise ValueError(
+                f"config must be made of what JSON knows; got {value!r:.80} at {path}. Pass a str, a list, or "
+                f"float(...) of it."
+            )
+    return json.loads(json.dumps(config, default=dict))
+
+
+def _flat(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """The values of nested mappings and lists, each with its place."""
+    if isinstance(value, Mapping | list | tuple) and value:
+        for key, one in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _flat(f"{path}[{key!r}]", one)
+    else:
+        yield path, value
+
+
+def _same_config(stored: Any, config: Any, at: Any) -> None:
+    there, here = (dict(_flat("config", value)) for value in (stored or {}, config))
+    for path in {**there, **here}:
+        one, other = (json.dumps(values[path]) if path in values else "nothing" for values in (here, there))
+        if one != other:
+            raise ValueError(
+                f"config must be the one of the run; got {path} = {one}, where {at} has {other}. Pass that, or give "
+                f"this run a folder of its own."
+            )
+
+
+def _read(at: Any, **items: Any) -> Any:
+    """One part of a step; what the library says of a damaged one is kept."""
+    try:
+        return _writer().restore(at, args=_orbax().args.Composite(**items))
+    except Exception as error:
+        others = [step for step in _steps(at.parent) if step != int(at.name)]
+        fix = f"Pass step={max(others)}, or delete that folder" if others else "Delete it, and start afresh"
+        raise ValueError(f"folder must hold a sound checkpoint; {at} cannot be read ({error!s:.500}). {fix}.") from error
+
+
+def _place(folder: str | os.PathLike[str]) -> Any:
+    _orbax()
+    from etils import epath
+
+    place = epath.Path(folder).expanduser()
+    place = place if "://" in str(place) else place.absolute()
+    if place.exists() and not place.is_dir():
+        raise ValueError(f"folder must be a folder; got {place}, which is a file. Pass another name.")
+    return place
+
+
+def _steps(place: Any) -> list[int]:
+    """Those that are complete, the newest last."""
+    from etils import epath
+
+    place = epath.Path(place)
+    if not place.exists():
+        return []
+    return sorted(int(one.name) for one in place.iterdir() if one.name.isdecimal() and one.is_dir())
+
+
+def _delete(place: Any, steps: list[int]) -> None:
+    """By way of another name, so that a kill leaves no half of a step that looks like one."""
+    from etils import epath
+
+    for step in steps:
+        old = epath.Path(place) / str(step)
+        old.rename(epath.Path(place) / f"{step}{_PARTIAL}-old").rmtree()
+
+
+def _clean(place: Any) -> None:
+    """Takes away what a killed run has left half-written."""
+    if str(place) not in _cleaned and place.exists():
+        for one in place.iterdir():
+            if _PARTIAL in one.name:
+                one.rmtree()
+    _cleaned.add(str(place))
+
+
+@functools.cache
+def _writer() -> Any:
+    orbax = _orbax()
+    handler = orbax.CompositeCheckpointHandler(
+        arrays=orbax.PyTreeCheckpointHandler(use_zarr3=True), meta=orbax.JsonCheckpointHandler()
+    )
+    writer = orbax.AsyncCheckpointer(handler)
+    atexit.register(writer.close)
+    return writer
+
+
+@functools.cache
+def _orbax() -> Any:
+    try:
+        import orbax.checkpoint
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            'bx.checkpoint needs orbax. Run: pip install "bilevax[checkpoint]"', name="orbax"
+        ) from error
+    return orbax.checkpoint
