@@ -49,7 +49,7 @@ FOLDERS = {
 }
 TASKS = {task: folder for folder, tasks in FOLDERS.items() for task in tasks}
 EXTRAS = {
-    **dict.fromkeys(("PIL", "matplotlib", "pooch", "rich", "sklearn", "threadpoolctl", "tyro"), "bench"),
+    **dict.fromkeys(("PIL", "matplotlib", "orbax", "pooch", "rich", "sklearn", "threadpoolctl", "tyro"), "bench"),
     **{"flax": "flax", "safetensors": "text", "tokenizers": "text"},
     **dict.fromkeys(("jaxopt", "lineax", "optimistix"), "peers"),
 }

@@ -4,7 +4,9 @@ The folder holds `run.json`, which says whose it is, and for each piece of work 
 out; of a long piece that is not, the state after some chunk, and beside it what was noted of it until then.
 """
 
+import contextlib
 import functools
+import importlib.util
 import json
 import math
 import secrets
@@ -77,7 +79,7 @@ class Kept(NamedTuple):
         file = part.path.with_name(f"{part.path.name}.json")
         if _agreed(file.exists()):
             try:
-                return decoded(files.record(file).get("came"), *classes)
+                return _told(file, "came", *classes)
             except (DataError, ValueError) as error:
                 _say(f"{error} It is made again.")
         value = make(part)
@@ -90,7 +92,7 @@ class Kept(NamedTuple):
         """Deletes the states."""
         if self.path is None or not self.path.exists():
             return
-        _library().wait(self.path / STATES)
+        _settle(self.path)
         if jax.process_index() == 0:
             shutil.rmtree(self.path, ignore_errors=True)
 
@@ -102,11 +104,14 @@ class Kept(NamedTuple):
           notes: of the first one.
           classes: of the named tuples in the notes.
         """
-        if self.path is None or (number := _agreed(_latest(self.path))) < 0:
+        if self.path is None:
+            return state, notes
+        _settle(self.path)
+        if (number := _agreed(_latest(self.path))) < 0:
             return state, notes
         try:
-            told = decoded(files.record(_notes(self.path, number)).get("notes"), type(notes), *classes)
-            return _library().restore(self.path / STATES, state, step=number).state, told
+            told = _told(_notes(self.path, number), "notes", type(notes), *classes)
+            return bx.checkpoint.restore(self.path / STATES, state, step=number).state, told
         except (DataError, ValueError) as error:
             _say(f"{self.path} cannot be gone on with: {error} It starts again.")
             self.drop()
@@ -125,7 +130,10 @@ class Kept(NamedTuple):
                 written.append(number)
                 for old in written[:-NOTES]:
                     _notes(self.path, old).unlink(missing_ok=True)
-            _library().save(self.path / STATES, number, state)  # the notes are there when the state is
+            try:
+                bx.checkpoint.save(self.path / STATES, number, state)  # the notes are there when the state is
+            except OSError as error:  # of the one before
+                raise DataError(f"--checkpoint: {error}") from error
             last = time.monotonic()
 
         return keep
@@ -138,24 +146,30 @@ def _notes(path: Path, number: int) -> Path:
     return path / f"notes-{number}.json"
 
 
+def _told(path: Path, name: str, *classes: type) -> Any:
+    """What is kept in a file under a name."""
+    found = files.record(path)
+    if name not in found:
+        raise DataError(f"{path} is damaged: it has no {name}.")
+    return decoded(found[name], *classes)
+
+
 def _agreed(value: int) -> int:
     """The same at all hosts: what the first one says."""
     return int(multihost_utils.broadcast_one_to_all(np.int32(value))) if jax.process_count() > 1 else value
 
 
+def _settle(path: Path) -> None:
+    """Waits for the state that this process writes, if any; one that cannot be written is not there."""
+    if path.exists():
+        with contextlib.suppress(OSError):
+            bx.checkpoint.wait(path / STATES)
+
+
 def _latest(path: Path) -> int:
     """The number of the last state that is there; -1 for none."""
-    if not (path / STATES).exists():
-        return -1
-    number = _library().latest(path / STATES)
+    number = bx.checkpoint.latest(path / STATES) if (path / STATES).exists() else None
     return -1 if number is None else number
-
-
-def _library() -> Any:
-    """The module that keeps states, which needs orbax."""
-    from bilevax import checkpoint
-
-    return checkpoint
 
 
 def _say(text: str) -> None:
@@ -217,5 +231,7 @@ def check_ready(config: Any) -> None:
     if (results := getattr(common, "results", None)) is not None:
         files.check_writable(results, "--results")
     if (folder := getattr(common, "checkpoint", None)) is not None:
+        if importlib.util.find_spec("orbax") is None:  # which is imported when the first state is kept
+            raise ModuleNotFoundError("--checkpoint needs orbax", name="orbax")
         files.check_writable(folder, "--checkpoint")
         identity(config)

@@ -17,6 +17,7 @@ from benchmarks.harness.folder import options_of, prepared
 from benchmarks.harness.grid import at_ends, choice
 from benchmarks.harness.loop import Outcome
 from benchmarks.harness.report import Run, grid_ends, table
+from benchmarks.harness.resuming import new_identity
 from benchmarks.harness.runner import Options, Task, perform, settled
 from benchmarks.studies import peers, unrolling
 from benchmarks.tasks import condensation, hyper_cleaning, learning_rates
@@ -70,12 +71,34 @@ def test_runs_of_other_options_are_moved_away(tmp_path, console, capsys, other):
     assert "cleaning held runs of other options, which are now in" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("content", [b"{}", b'{"task": "hyper_cl', b"[1]", b"\xff"])
-def test_files_without_options_are_moved_away(tmp_path, console, content):
+def test_files_without_options_are_moved_away(tmp_path, console):
     (tmp_path / "cleaning").mkdir()
-    (tmp_path / "cleaning" / "cg-seed0.json").write_bytes(content)
+    (tmp_path / "cleaning" / "cg-seed0.json").write_text("{}")
     assert prepared(config(tmp_path), "cleaning", console).path == tmp_path / "cleaning"
     assert found(tmp_path) == ["old/cleaning-1/cg-seed0.json"]
+
+
+@pytest.mark.parametrize("content", [b"", b'{"task": "hyper_cl', b"[1]", b"null", b"\xff", b"[" * 100_000])
+def test_damaged_files_are_named_and_set_aside_and_the_others_stay(tmp_path, console, capsys, content):
+    run(seed=1).write(prepared(config(tmp_path), "cleaning", console))
+    damaged = tmp_path / "cleaning" / "cg-seed0.json"
+    damaged.write_bytes(content)
+    prepared(config(tmp_path), "cleaning", console)
+    assert found(tmp_path) == ["cleaning/cg-seed1.json"]
+    assert f"{damaged} is damaged" in capsys.readouterr().out
+    assert damaged.with_name("cg-seed0.json.damaged").read_bytes() == content
+
+
+def test_a_folder_says_that_some_of_its_files_are_of_earlier_commands(tmp_path, console):
+    one = prepared(config(tmp_path), "cleaning", console)
+    run(seed=1).write(one)
+    assert one.words == f"{tmp_path / 'cleaning'} (run {one.run})"
+    new_identity.cache_clear()
+    two = prepared(config(tmp_path), "cleaning", console)
+    run(seed=2).write(two)
+    assert two.run != one.run
+    assert json.loads((two.path / "cg-seed2.json").read_text())["run"] == two.run
+    assert two.words.endswith(f"(run {two.run}; 1 more there are of earlier runs, which are not shown here)")
 
 
 def test_runs_of_another_default_number_of_steps_are_moved_away(tmp_path, monkeypatch):
