@@ -14,7 +14,7 @@ import os
 import shutil
 import threading
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,7 +68,13 @@ class _Write(NamedTuple):
     keep: int
 
 
-_PYTHON = {"bool": lambda text: text == "True", "int": int, "float": float, "complex": complex, "str": str}
+_PYTHON: dict[str, Callable[[Any], Any]] = {
+    "bool": lambda text: text == "True",
+    "int": int,
+    "float": float,
+    "complex": complex,
+    "str": str,
+}
 _TYPES = {"bool": np.bool_, "int": np.integer, "float": np.floating, "complex": np.complexfloating}
 _PARTIAL = ".orbax-checkpoint-tmp"  # in the name of a step that is not complete
 _OURS = "bilevax.json"  # what is known of the leaves, and the checksums of all other files; written last
@@ -266,27 +272,32 @@ def _spread(leaf: Any) -> bool:
 
 
 def _made(entry: _Leaf, like: Any, data: Any) -> Any:
-    """The leaf out of its numbers."""
+    """The leaf out of its numbers; where `like` has a shape alone, of the kind that was stored."""
     if entry.kind in _PYTHON:
         return _PYTHON[entry.kind](entry.value)
     if entry.dtype == "float0":
         return np.zeros(entry.shape, jax.dtypes.float0)
     if not _has_data(entry):
         data = np.zeros(entry.shape, like.dtype)
-    if entry.kind == "key":
-        data = jax.random.wrap_key_data(jnp.array(data), impl=entry.value)
-    elif isinstance(like, np.generic) or (entry.kind == "scalar" and isinstance(like, jax.ShapeDtypeStruct)):
+    kind = entry.kind if isinstance(like, jax.ShapeDtypeStruct) else _kind(like)
+    if kind == "array" and jax.dtypes.canonicalize_dtype(data.dtype) != data.dtype:
+        raise ValueError(
+            f"like must have dtypes that JAX allows; got {data.dtype} at like{entry.path}. Set "
+            f'jax.config.update("jax_enable_x64", True), as it was at the save.'
+        )
+    if kind == "scalar":
         return data[()]
-    elif isinstance(like, np.ndarray) or (entry.kind == "numpy" and isinstance(like, jax.ShapeDtypeStruct)):
+    if kind == "numpy" or isinstance(data, jax.Array):
         return data
-    elif isinstance(data, jax.Array):
-        return data
-    sharding = like.sharding if getattr(like, "committed", True) else None
-    array = _weak(jnp.array(data)) if entry.weak else data
-    return jnp.array(array) if sharding is None else jax.device_put(array, sharding, may_alias=False)
+    if kind == "key":
+        data = jax.random.wrap_key_data(jnp.array(data), impl=entry.value)
+    array = _weak(data) if entry.weak else data
+    if like.sharding is None or not getattr(like, "committed", True):
+        return jnp.array(array)
+    return jax.device_put(array, like.sharding, may_alias=False)
 
 
-def _weak(array: jax.Array) -> jax.Array:
+def _weak(array: np.ndarray) -> Any:
     """The same numbers, of a weak type."""
     zero = jnp.broadcast_to(jnp.asarray(array.dtype.type(0).item()), array.shape)
     return zero.at[...].set(array) if zero.dtype == array.dtype else array
@@ -309,19 +320,25 @@ def _described(path: str, leaf: Any, name: str) -> _Leaf:
         raise ValueError(
             f"{name} must have arrays, keys and numbers as leaves; got {leaf!r:.80} at {name}{path}. Leave it out."
         )
-    shape = [*leaf.shape]
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        impl = None if isinstance(leaf, jax.ShapeDtypeStruct) else str(jax.random.key_impl(leaf))
-        return _Leaf(path, "key", shape, str(leaf.dtype), value=impl)
+    shape, kind = [*leaf.shape], _kind(leaf)
+    if kind == "key":
+        impl = str(jax.random.key_impl(leaf)) if isinstance(leaf, jax.Array) else None
+        return _Leaf(path, kind, shape, str(leaf.dtype), value=impl)
     dtype = "float0" if leaf.dtype == jax.dtypes.float0 else leaf.dtype.name
     if dtype != "float0" and leaf.dtype != bool and not jax.dtypes.issubdtype(leaf.dtype, np.number):
         raise ValueError(
             f"{name} must have numbers in its arrays; got {leaf.dtype} at {name}{path}. Leave it out, or put it into "
             f"config."
         )
-    kind = {np.ndarray: "numpy", jax.ShapeDtypeStruct: "any"}.get(type(leaf), "array")
-    kind = "scalar" if isinstance(leaf, np.generic) else kind
     return _Leaf(path, kind, shape, dtype, bool(getattr(leaf, "weak_type", False)))
+
+
+def _kind(leaf: Any) -> str:
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return "key"
+    if isinstance(leaf, jax.Array):
+        return "array"
+    return {np.ndarray: "numpy", jax.ShapeDtypeStruct: "any"}.get(type(leaf), "scalar")
 
 
 def _has_data(entry: _Leaf) -> bool:
@@ -363,7 +380,9 @@ def _fits(stored: _Leaf, like: _Leaf) -> bool:
 def _plain(config: Mapping[str, Any]) -> Any:
     """As JSON gives it back."""
     if not isinstance(config, Mapping):
-        raise ValueError(f"config must be a mapping of names to values; got {config!r:.80}. Pass, say, {{'rate': 0.1}}.")
+        raise ValueError(
+            f"config must be a mapping of names to values; got {config!r:.80}. Pass, say, {{'rate': 0.1}}."
+        )
     for path, value in _flat("config", config):
         if not isinstance(value, str | int | float | bool | None):
             raise ValueError(
