@@ -11,7 +11,11 @@ import atexit
 import functools
 import json
 import os
-from collections.abc import Iterator, Mapping
+import shutil
+import threading
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -56,11 +60,26 @@ class _Leaf(NamedTuple):
         return f"{self.dtype}{self.shape}" + (" of NumPy" if self.kind in ("numpy", "scalar") else "")
 
 
-_PYTHON = {"bool": lambda text: text == "True", "int": int, "float": float, "complex": complex, "str": str}
+class _Write(NamedTuple):
+    """A save that goes on in the background."""
+
+    writer: Any
+    step: int
+    keep: int
+
+
+_PYTHON: dict[str, Callable[[Any], Any]] = {
+    "bool": lambda text: text == "True",
+    "int": int,
+    "float": float,
+    "complex": complex,
+    "str": str,
+}
 _TYPES = {"bool": np.bool_, "int": np.integer, "float": np.floating, "complex": np.complexfloating}
-_PARTIAL = ".orbax-checkpoint-tmp"  # in the name of what is not complete
-_pending: dict[str, tuple[int, int]] = {}  # folder -> step that is being written, and how many to keep
-_cleaned: set[str] = set()
+_PARTIAL = ".orbax-checkpoint-tmp"  # in the name of a step that is not complete
+_OURS = "bilevax.json"  # what is known of the leaves, and the checksums of all other files; written last
+_ORBAX_CHANGES = ("_CHECKPOINT_METADATA", "commit_success.txt")  # after that, and we read neither
+_writing: dict[Path, _Write] = {}
 
 
 def save(
@@ -99,14 +118,11 @@ def save(
     """
     orbax, place = _orbax(), _place(folder)
     step, keep = checks.count("step", step), checks.count("keep", keep, minimum=1)
-    stored = {"leaves": [], "config": None if config is None else _plain(config)}
-    arrays = {}
-    for index, (path, leaf) in enumerate(_leaves("state", state)):
-        entry = _described(path, leaf, "state")
-        stored["leaves"].append(entry._asdict())
-        if _has_data(entry):
-            arrays[str(index)] = _data(leaf)
-    wait()
+    stored = {"config": None if config is None else _plain(config)}
+    leaves = [(_described(path, leaf, "state"), leaf) for path, leaf in _leaves("state", state)]
+    stored["leaves"] = [entry._asdict() for entry, _ in leaves]
+    arrays = {str(index): _data(leaf) for index, (entry, leaf) in enumerate(leaves) if _has_data(entry)}
+    wait(place)
     newest = latest(place)
     if newest is not None and step <= newest:
         raise ValueError(
@@ -114,12 +130,15 @@ def save(
             f"or give this run a folder of its own."
         )
     if jax.process_index() == 0:
-        _clean(place)
-    items = {"meta": orbax.args.JsonSave(stored)}
-    if arrays:
-        items["arrays"] = orbax.args.PyTreeSave(arrays)
-    _pending[str(place)] = step, keep
-    _writer().save(place / str(step), args=orbax.args.Composite(**items))
+        for partial in place.glob(f"*{_PARTIAL}*"):  # of a run that was killed
+            shutil.rmtree(partial)
+    writer = orbax.AsyncCheckpointer(
+        orbax.PyTreeCheckpointHandler(use_zarr3=True),
+        async_options=orbax.AsyncOptions(post_finalization_callback=lambda: _seal(place, step, stored)),
+    )
+    _write_all_at_exit()
+    _writing[place] = _Write(writer, step, keep)
+    writer.save(place / str(step), args=orbax.args.PyTreeSave(arrays or {"nothing": np.zeros(1)}))
 
 
 def wait(folder: str | os.PathLike[str] | None = None) -> None:
@@ -135,19 +154,18 @@ def wait(folder: str | os.PathLike[str] | None = None) -> None:
         >>> import bilevax as bx
         >>> bx.checkpoint.wait()
     """
-    for place in [*_pending] if folder is None else [str(_place(folder))]:
-        if place not in _pending:
+    for place in [*_writing] if folder is None else [_place(folder)]:
+        if (write := _writing.pop(place, None)) is None:
             continue
-        step, keep = _pending.pop(place)
         try:
-            _writer().wait_until_finished()
+            write.writer.close()
         except Exception as error:
             raise OSError(
-                f"folder {place}: step {step} could not be written ({error!s:.500}). The steps before it are as they "
-                f"were: make room, or pass another folder, and resume."
+                f"folder {place}: step {write.step} could not be written ({error!s:.500}). The steps before it are as "
+                f"they were: make room, or pass another folder, and resume."
             ) from error
         if jax.process_index() == 0:
-            _delete(place, _steps(place)[:-keep])
+            _delete(place, _steps(place)[: -write.keep])
 
 
 def latest(folder: str | os.PathLike[str]) -> int | None:
@@ -203,7 +221,7 @@ def restore(
         >>> bx.checkpoint.restore(folder, {"key": jax.random.key(1), "t": 0}).state["t"]
         7
     """
-    orbax, place = _orbax(), _place(folder)
+    place = _place(folder)
     wait(place)
     steps = _steps(place)
     if not steps:
@@ -215,7 +233,7 @@ def restore(
     if number not in steps:
         raise ValueError(f"step must be one of {steps}, the steps in {place}; got {number}. Leave it out for the last.")
     at = place / str(number)
-    stored = _read(at, meta=orbax.args.JsonRestore())["meta"]
+    stored = _sound(at)
     if config is not None:
         _same_config(stored["config"], _plain(config), at)
     found = [_Leaf(**leaf) for leaf in stored["leaves"]]
@@ -243,8 +261,8 @@ def _numbers(at: Any, found: list[_Leaf], wanted: list[Any]) -> dict[str, Any]:
             )
     if not kinds:
         return {}
-    item = dict.fromkeys(kinds, 0)
-    return _read(at, arrays=orbax.args.PyTreeRestore(item, restore_args=kinds))["arrays"]
+    with orbax.Checkpointer(orbax.PyTreeCheckpointHandler(use_zarr3=True)) as reader:
+        return reader.restore(at, args=orbax.args.PyTreeRestore(dict.fromkeys(kinds, 0), restore_args=kinds))
 
 
 def _spread(leaf: Any) -> bool:
@@ -254,27 +272,32 @@ def _spread(leaf: Any) -> bool:
 
 
 def _made(entry: _Leaf, like: Any, data: Any) -> Any:
-    """The leaf out of its numbers."""
+    """The leaf out of its numbers; where `like` has a shape alone, of the kind that was stored."""
     if entry.kind in _PYTHON:
         return _PYTHON[entry.kind](entry.value)
     if entry.dtype == "float0":
         return np.zeros(entry.shape, jax.dtypes.float0)
     if not _has_data(entry):
         data = np.zeros(entry.shape, like.dtype)
-    if entry.kind == "key":
-        data = jax.random.wrap_key_data(jnp.array(data), impl=entry.value)
-    elif isinstance(like, np.generic) or (entry.kind == "scalar" and isinstance(like, jax.ShapeDtypeStruct)):
+    kind = entry.kind if isinstance(like, jax.ShapeDtypeStruct) else _kind(like)
+    if kind == "array" and jax.dtypes.canonicalize_dtype(data.dtype) != data.dtype:
+        raise ValueError(
+            f"like must have dtypes that JAX allows; got {data.dtype} at like{entry.path}. Set "
+            f'jax.config.update("jax_enable_x64", True), as it was at the save.'
+        )
+    if kind == "scalar":
         return data[()]
-    elif isinstance(like, np.ndarray) or (entry.kind == "numpy" and isinstance(like, jax.ShapeDtypeStruct)):
+    if kind == "numpy" or isinstance(data, jax.Array):
         return data
-    elif isinstance(data, jax.Array):
-        return data
-    sharding = like.sharding if getattr(like, "committed", True) else None
-    array = _weak(jnp.array(data)) if entry.weak else data
-    return jnp.array(array) if sharding is None else jax.device_put(array, sharding, may_alias=False)
+    if kind == "key":
+        data = jax.random.wrap_key_data(jnp.array(data), impl=entry.value)
+    array = _weak(data) if entry.weak else data
+    if like.sharding is None or not getattr(like, "committed", True):
+        return jnp.array(array)
+    return jax.device_put(array, like.sharding, may_alias=False)
 
 
-def _weak(array: jax.Array) -> jax.Array:
+def _weak(array: np.ndarray) -> Any:
     """The same numbers, of a weak type."""
     zero = jnp.broadcast_to(jnp.asarray(array.dtype.type(0).item()), array.shape)
     return zero.at[...].set(array) if zero.dtype == array.dtype else array
@@ -297,19 +320,25 @@ def _described(path: str, leaf: Any, name: str) -> _Leaf:
         raise ValueError(
             f"{name} must have arrays, keys and numbers as leaves; got {leaf!r:.80} at {name}{path}. Leave it out."
         )
-    shape = [*leaf.shape]
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        impl = None if isinstance(leaf, jax.ShapeDtypeStruct) else str(jax.random.key_impl(leaf))
-        return _Leaf(path, "key", shape, str(leaf.dtype), value=impl)
+    shape, kind = [*leaf.shape], _kind(leaf)
+    if kind == "key":
+        impl = str(jax.random.key_impl(leaf)) if isinstance(leaf, jax.Array) else None
+        return _Leaf(path, kind, shape, str(leaf.dtype), value=impl)
     dtype = "float0" if leaf.dtype == jax.dtypes.float0 else leaf.dtype.name
     if dtype != "float0" and leaf.dtype != bool and not jax.dtypes.issubdtype(leaf.dtype, np.number):
         raise ValueError(
             f"{name} must have numbers in its arrays; got {leaf.dtype} at {name}{path}. Leave it out, or put it into "
             f"config."
         )
-    kind = {np.ndarray: "numpy", jax.ShapeDtypeStruct: "any"}.get(type(leaf), "array")
-    kind = "scalar" if isinstance(leaf, np.generic) else kind
     return _Leaf(path, kind, shape, dtype, bool(getattr(leaf, "weak_type", False)))
+
+
+def _kind(leaf: Any) -> str:
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return "key"
+    if isinstance(leaf, jax.Array):
+        return "array"
+    return {np.ndarray: "numpy", jax.ShapeDtypeStruct: "any"}.get(type(leaf), "scalar")
 
 
 def _has_data(entry: _Leaf) -> bool:
@@ -351,7 +380,9 @@ def _fits(stored: _Leaf, like: _Leaf) -> bool:
 def _plain(config: Mapping[str, Any]) -> Any:
     """As JSON gives it back."""
     if not isinstance(config, Mapping):
-        raise ValueError(f"config must be a mapping of names to values; got {config!r:.80}. Pass, say, {{'rate': 0.1}}.")
+        raise ValueError(
+            f"config must be a mapping of names to values; got {config!r:.80}. Pass, say, {{'rate': 0.1}}."
+        )
     for path, value in _flat("config", config):
         if not isinstance(value, str | int | float | bool | None):
             raise ValueError(
@@ -381,64 +412,69 @@ def _same_config(stored: Any, config: Any, at: Any) -> None:
             )
 
 
-def _read(at: Any, **items: Any) -> Any:
-    """One part of a step; what the library says of a damaged one is kept."""
+def _seal(place: Path, step: int, stored: dict[str, Any]) -> None:
+    """Writes our own file when all others are there, before the folder gets the name of a step."""
+    partial = next(place.glob(f"{step}{_PARTIAL}*"))
+    files = (file for file in partial.rglob("*") if file.is_file())
+    sums = {str(file.relative_to(partial)): _checksum(file) for file in files if file.name not in _ORBAX_CHANGES}
+    text = json.dumps(stored | {"files": sums})
+    (partial / _OURS).write_text(f"{zlib.crc32(text.encode())}\n{text}")
+
+
+def _sound(at: Path) -> Any:
+    """What our own file says; raises ValueError where a file is not as it was written."""
     try:
-        return _writer().restore(at, args=_orbax().args.Composite(**items))
-    except Exception as error:
+        checksum, _, text = (at / _OURS).read_text().partition("\n")
+        damaged = [_OURS] if checksum != str(zlib.crc32(text.encode())) else []
+        stored = {} if damaged else json.loads(text)
+        files = sorted(stored.get("files", {}).items())[jax.process_index() :: jax.process_count()]  # all, together
+        damaged += [file for file, checksum in files if _checksum(at / file) != checksum]
+    except (OSError, UnicodeDecodeError) as error:
+        damaged = [str(error)]
+    if damaged:
         others = [step for step in _steps(at.parent) if step != int(at.name)]
-        fix = f"Pass step={max(others)}, or delete that folder" if others else "Delete it, and start afresh"
-        raise ValueError(f"folder must hold a sound checkpoint; {at} cannot be read ({error!s:.500}). {fix}.") from error
+        fix = f"delete it and resume from step {max(others)}" if others else "delete it and start afresh"
+        raise ValueError(
+            f"folder must hold what bx.checkpoint.save has written; got {at}, which is damaged: {damaged[0]}. Restore "
+            f"it from a copy, or {fix}."
+        )
+    return stored
 
 
-def _place(folder: str | os.PathLike[str]) -> Any:
-    _orbax()
-    from etils import epath
+def _checksum(file: Path) -> int:
+    checksum = 0
+    with file.open("rb") as opened:
+        while part := opened.read(1 << 20):
+            checksum = zlib.crc32(part, checksum)
+    return checksum
 
-    place = epath.Path(folder).expanduser()
-    place = place if "://" in str(place) else place.absolute()
+
+def _place(folder: str | os.PathLike[str]) -> Path:
+    if "://" in os.fspath(folder):
+        raise ValueError(f"folder must be in a file system; got {folder}. Mount it, and pass the path.")
+    place = Path(folder).expanduser().absolute()
     if place.exists() and not place.is_dir():
         raise ValueError(f"folder must be a folder; got {place}, which is a file. Pass another name.")
     return place
 
 
-def _steps(place: Any) -> list[int]:
+def _steps(place: Path) -> list[int]:
     """Those that are complete, the newest last."""
-    from etils import epath
-
-    place = epath.Path(place)
     if not place.exists():
         return []
     return sorted(int(one.name) for one in place.iterdir() if one.name.isdecimal() and one.is_dir())
 
 
-def _delete(place: Any, steps: list[int]) -> None:
+def _delete(place: Path, steps: list[int]) -> None:
     """By way of another name, so that a kill leaves no half of a step that looks like one."""
-    from etils import epath
-
     for step in steps:
-        old = epath.Path(place) / str(step)
-        old.rename(epath.Path(place) / f"{step}{_PARTIAL}-old").rmtree()
-
-
-def _clean(place: Any) -> None:
-    """Takes away what a killed run has left half-written."""
-    if str(place) not in _cleaned and place.exists():
-        for one in place.iterdir():
-            if _PARTIAL in one.name:
-                one.rmtree()
-    _cleaned.add(str(place))
+        shutil.rmtree((place / str(step)).rename(place / f"{step}{_PARTIAL}-old"))
 
 
 @functools.cache
-def _writer() -> Any:
-    orbax = _orbax()
-    handler = orbax.CompositeCheckpointHandler(
-        arrays=orbax.PyTreeCheckpointHandler(use_zarr3=True), meta=orbax.JsonCheckpointHandler()
-    )
-    writer = orbax.AsyncCheckpointer(handler)
-    atexit.register(writer.close)
-    return writer
+def _write_all_at_exit() -> None:
+    """Before Python stops its threads, which is too early for `atexit`."""
+    getattr(threading, "_register_atexit", atexit.register)(wait)
 
 
 @functools.cache

@@ -202,13 +202,9 @@ def test_the_branch_of_a_common_coin_is_one_evaluation():
 
 
 def test_states_are_written_and_read(tmp_path):
-    """Of methods with a state of their own and of each part that keeps something."""
-    own = ("ma_dsbo", "gbdsbo", "adasdbo", "c2dfb")
-    parts = ("s3ldbo_cyclic", "dsvrbgd", "interact_svr", "saga", "sparkle_ed", "adam_one_peer", "push_sum", "choco")
-    kept = "preconditioned"
+    """Of every method."""
     like = {
-        name: jax.eval_shape(subject(name).method(subject(name).gossip).init, *subject(name).point)
-        for name in (*own, *parts, kept)
+        name: jax.eval_shape(subject(name).method(subject(name).gossip).init, *subject(name).point) for name in METHODS
     }
     like = jax.tree.map(lambda leaf: jnp.asarray(np.zeros(leaf.shape, leaf.dtype)), like)
     other = jax.tree.map(lambda leaf: jnp.asarray(np.ones(leaf.shape, leaf.dtype)), like)

@@ -6,7 +6,8 @@ import equinox
 import flax.serialization
 import jax
 import numpy as np
-import orbax.checkpoint
+
+import bilevax as bx
 
 
 def by_flax(tree, like, folder):
@@ -22,14 +23,12 @@ def by_equinox(tree, like, folder):
     return equinox.tree_deserialise_leaves(folder / "equinox", like)
 
 
-def by_orbax(tree, like, folder):
-    with orbax.checkpoint.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder / "orbax", tree)
-        checkpointer.wait_until_finished()
-        return checkpointer.restore(folder / "orbax", like)
+def by_bilevax(tree, like, folder):
+    bx.checkpoint.save(folder / "bilevax", 0, tree)
+    return bx.checkpoint.restore(folder / "bilevax", like).state
 
 
-WRITERS = (by_flax, by_pickle, by_equinox, by_orbax)
+WRITERS = (by_flax, by_pickle, by_equinox, by_bilevax)
 
 
 def assert_read_back(tree, like, folder):

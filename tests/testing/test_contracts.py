@@ -411,7 +411,7 @@ def test_every_ihvp_inside_implicit(name, contract):
 
 @pytest.mark.compiles(100)
 def test_states_are_written_and_read(tmp_path):
-    """Of all estimators and inverse-Hessian-vector products, by flax, pickle, equinox and orbax."""
+    """Of all estimators and inverse-Hessian-vector products, by flax, pickle, equinox and bx.checkpoint."""
     names = (*SOLVERS, *ESTIMATORS)
     like = {name: subject(name).start for name in names} | {f"ihvp_{name}": ihvp_subject(name).start for name in IHVPS}
     kept = bx.ihvp.kfac(ema=0.5, damping=1.0), bx.ihvp.ekfac(ema=0.5, damping=1.0)
