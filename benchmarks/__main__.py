@@ -46,6 +46,9 @@ FOLDERS = {
         "decentralized-curvature": "y and v of agents on a graph, preconditioned with Kronecker factors",
         "decentralized-papers": "all decentralized tasks, and what was measured beside what the papers claim",
     },
+    "robustness": {
+        "kills": "kill commands at random moments, and compare what they come to with unkilled ones",
+    },
 }
 TASKS = {task: folder for folder, tasks in FOLDERS.items() for task in tasks}
 EXTRAS = {
