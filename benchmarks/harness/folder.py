@@ -66,12 +66,15 @@ def prepared(config: Any, name: str, console: Console, **resulted: Any) -> Folde
       The folder.
 
     Raises:
-      DataError: if nothing can be written there.
+      DataError: if nothing can be written there, or it is to hold what --checkpoint keeps as well.
     """
     common = getattr(config, "common", config)
     options = options_of(config) | {option: plain(value) for option, value in resulted.items()}
     path = common.results / (name + "-quick" * common.quick)
     files.check_writable(common.results, "--results")
+    checkpoint = getattr(common, "checkpoint", None)
+    if checkpoint is not None and checkpoint.resolve().is_relative_to(path.resolve()):
+        raise DataError(f"--checkpoint must not lie within {path}, which is for results; got {checkpoint}.")
     _set_aside(path, console)
     if any(_told(file, "options") != options for file in path.rglob("*.json")):
         number = 1

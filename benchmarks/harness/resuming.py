@@ -9,6 +9,7 @@ import functools
 import importlib.util
 import json
 import math
+import os
 import secrets
 import shutil
 import sys
@@ -79,7 +80,9 @@ class Kept(NamedTuple):
         file = part.path.with_name(f"{part.path.name}.json")
         if _agreed(file.exists()):
             try:
-                return _told(file, "came", *classes)
+                value: T = _told(file, "came", *classes)
+                part.drop()  # if a kill came before that
+                return value
             except (DataError, ValueError) as error:
                 _say(f"{error} It is made again.")
         value = make(part)
@@ -221,6 +224,26 @@ def identity(config: Any) -> str:
     return run
 
 
+@functools.cache
+def _lock(folder: Path) -> int | None:
+    """Keeps other commands away until this process ends, however it does.
+
+    Raises:
+      DataError: if there is one.
+    """
+    if os.name != "posix":
+        return None
+    import fcntl
+
+    file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(file)
+        raise DataError(f"{folder} is in use by another command. Wait for it, or pass another --checkpoint.") from error
+    return file
+
+
 def check_ready(config: Any) -> None:
     """Refuses, before anything is computed, folders that cannot be written, and to go on with another run.
 
@@ -234,4 +257,5 @@ def check_ready(config: Any) -> None:
         if importlib.util.find_spec("orbax") is None:  # which is imported when the first state is kept
             raise ModuleNotFoundError("--checkpoint needs orbax", name="orbax")
         files.check_writable(folder, "--checkpoint")
+        _lock(folder)
         identity(config)

@@ -6,6 +6,8 @@ import itertools
 import json
 import math
 import os
+import subprocess
+import sys
 import types
 from collections import namedtuple
 from typing import NamedTuple
@@ -14,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
 import benchmarks.__main__ as command
 import bilevax as bx
@@ -22,6 +25,7 @@ from benchmarks.harness import resuming
 from benchmarks.harness.clock import Spent
 from benchmarks.harness.encoding import decoded, encoded
 from benchmarks.harness.errors import DataError
+from benchmarks.harness.folder import prepared
 from benchmarks.harness.loop import Carry, Outcome, Program, Trace, drive
 from benchmarks.harness.resuming import Kept, check_ready, identity, kept, new_identity
 from benchmarks.harness.runner import Options
@@ -311,6 +315,30 @@ def test_a_folder_whose_run_is_not_known_is_refused(tmp_path, content):
         file.write_text(content)
     with pytest.raises(DataError, match=r"run\.json (is damaged|is missing|must hold)"):
         check_ready(config(tmp_path))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="locks files")
+def test_a_folder_that_another_command_uses_is_refused(tmp_path):
+    import fcntl
+
+    check_ready(config(tmp_path))
+    holds = "import fcntl, sys; file = open(sys.argv[1]); fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    lock = str(tmp_path / "kept" / "lock")
+    assert subprocess.run([sys.executable, "-c", holds, lock], check=False, stderr=subprocess.DEVNULL).returncode == 1
+    os.close(resuming._lock(tmp_path / "kept"))  # as where this process ends
+    resuming._lock.cache_clear()
+    assert subprocess.run([sys.executable, "-c", holds, lock], check=False).returncode == 0
+    with open(lock) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(DataError, match="is in use by another command"):
+            check_ready(config(tmp_path))
+
+
+def test_states_do_not_lie_among_results(tmp_path):
+    inside = config(tmp_path, checkpoint=tmp_path / "results" / "cleaning" / "kept")
+    with pytest.raises(DataError, match="must not lie within"):
+        prepared(inside, "cleaning", Console())
+    prepared(config(tmp_path, checkpoint=tmp_path / "results" / "kept"), "cleaning", Console())
 
 
 def test_bad_folders_are_refused_before_anything_is_computed(tmp_path, capsys, monkeypatch):
