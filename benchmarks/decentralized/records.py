@@ -64,6 +64,10 @@ KINDS: Mapping[str, Any] = {
 }
 
 
+def _number(value: Any) -> bool:
+    return value is None or isinstance(value, int | float)
+
+
 def checked(told: Mapping[str, Any]) -> Record:
     """A record of what a file says.
 
@@ -77,18 +81,17 @@ def checked(told: Mapping[str, Any]) -> Record:
     for name, kind in KINDS.items():
         if not isinstance(value := getattr(record, name), kind):
             raise ValueError(f"{name} must be of {kind}; got {value!r}")
+    if not all(map(_number, record.metrics.values())):
+        raise ValueError(f"metrics must be numbers or null; got {record.metrics!r:.99}")
     curves = {"curve": record.curve}
     for number, one in enumerate(record.tries or ()):
-        if (
-            not isinstance(one, dict)
-            or {*one} != {*Try._fields}
-            or not all(isinstance(part, dict) for part in one.values())
-        ):
+        if not isinstance(one, dict) or {*one} != {*Try._fields} or {*map(type, one.values())} != {dict}:
             raise ValueError(f"tries[{number}] must have {', '.join(Try._fields)}; got {one!r:.99}")
         curves[f"tries[{number}]"] = one["curve"]
     for place, curve in curves.items():
-        lengths = {len(values) if isinstance(values, list) else None for values in curve.values()}
-        if len(lengths) > 1 or None in lengths:
+        if not all(isinstance(values, list) and all(map(_number, values)) for values in curve.values()):
+            raise ValueError(f"{place} must be of lists of numbers or null")
+        if len({*map(len, curve.values())}) > 1:
             raise ValueError(f"{place} must be of lists of one length")
     return record
 

@@ -1,6 +1,7 @@
 import json
 import math
 import operator
+import re
 
 import jax
 import numpy as np
@@ -463,6 +464,66 @@ def test_a_job_that_fails_leaves_the_others_running_and_is_named(tmp_path, conso
     commands.clear()
     assert again.run_all(console, start) == 1
     assert [arguments[2] for arguments in commands] == ["synthetic"]
+
+
+def told(**other):
+    return json.dumps(record()._asdict() | other)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("", "Expecting value"),
+        (told()[:-20], "Expecting"),
+        (b"\xff\xfe", "decode"),
+        ("[]", "no object"),
+        ("{}", "missing 8 required"),
+        (told(seed="2"), "seed must be of"),
+        (told(unknown=1), "unknown"),
+        (told(metrics=[1]), "metrics must be of"),
+        (told(metrics={"exact_loss": "low"}), "metrics must be numbers"),
+        (told(curve={"outer_step": [1, 2], "exact_loss": [1]}), "lists of one length"),
+        (told(curve={"outer_step": 1}), "curve must be of lists"),
+        (told(curve={"outer_step": ["1"]}), "curve must be of lists"),
+        (told(tries=[{"step_sizes": {}}]), r"tries\[0\] must have step_sizes, settings, curve"),
+        (told(tries=[{"step_sizes": {}, "settings": {}, "curve": {"x": [[]]}}]), r"tries\[0\] must be of lists"),
+        (told(run=3), "run must be of"),
+    ],
+)
+def test_damaged_files_are_left_out_and_named(tmp_path, content, says):
+    written(tmp_path, {"mnist": [record()]})
+    damaged = tmp_path / "mnist" / "task" / "damaged.json"
+    damaged.write_bytes(content if isinstance(content, bytes) else content.encode())
+    troubles = []
+    assert [run.method for run in read(tmp_path / "mnist", troubles.append)] == ["sldbo"]
+    (trouble,) = troubles
+    assert re.search(rf"left out: {damaged} is damaged: .*{says}", trouble)
+
+
+def test_a_page_names_files_that_were_left_out_and_runs_of_several_commands(tmp_path, capsys):
+    config = Config(results=tmp_path, output=tmp_path / "page.md", report_only=True)
+    written(config.folder, {"mnist": [record(seed=seed)._replace(run=f"run-{seed}") for seed in (2, 3)]})
+    (config.folder / "mnist" / "task" / "half.json").write_text('{"task": ')
+    (config.folder / "mnist" / "job.json").write_text('{"command": "x"}')
+    assert config.run() == 0
+    for place in (config.output.read_text(), capsys.readouterr().out):
+        assert "mnist has runs of 2 commands: run-2, run-3" in place
+        assert f"left out: {config.folder / 'mnist' / 'task' / 'half.json'} is damaged" in place
+        assert f"{config.folder / 'mnist' / 'job.json'} does not say how the job went" in place
+
+
+def test_a_job_that_was_killed_goes_on_in_a_folder_of_its_own(tmp_path, console):
+    config = Config(results=tmp_path, seeds=1, jobs=("synthetic", "mnist"), checkpoint=tmp_path / "kept")
+    commands = []
+
+    def start(arguments):
+        commands.append(arguments)
+        return 143 if "mnist" in arguments and len(commands) == 2 else 0
+
+    assert config.run_all(console, start) == 130
+    assert config.run_all(console, start) == 0
+    kept = [arguments[arguments.index("--checkpoint") + 1] for arguments in commands]
+    assert kept == [str(tmp_path / "kept" / name) for name in ("synthetic", "mnist", "mnist")]
 
 
 def test_an_interruption_ends_the_plan(tmp_path, console):

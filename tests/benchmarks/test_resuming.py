@@ -20,7 +20,7 @@ from rich.console import Console
 
 import benchmarks.__main__ as command
 import bilevax as bx
-from benchmarks.decentralized import running
+from benchmarks.decentralized import running, speed_up
 from benchmarks.harness import resuming
 from benchmarks.harness.clock import Spent
 from benchmarks.harness.encoding import decoded, encoded
@@ -351,6 +351,39 @@ def test_bad_folders_are_refused_before_anything_is_computed(tmp_path, capsys, m
         error = capsys.readouterr().err
         assert "file cannot be written" in error
         assert f"name another folder with {option}" in error
+
+
+@pytest.mark.parametrize("killed_at", [1, 3])
+def test_a_job_of_short_parts_goes_on_with_those_that_are_left(tmp_path, monkeypatch, killed_at):
+    monkeypatch.setattr(speed_up, "SIZES", (4,))
+    monkeypatch.setattr(speed_up, "QUICK_ITERATIONS", 40)
+    made = []
+
+    def run(name, last=None):
+        def timed(work):
+            made.append(1)
+            if len(made) == last:
+                raise Killed
+            return work(), Spent()
+
+        monkeypatch.setattr(speed_up, "timed", timed)
+        arguments = ["--results", str(tmp_path / name), "--checkpoint", str(tmp_path / f"{name}-kept")]
+        assert command.main(["decentralized-speed-up", "--quick", "--seeds", "2", *arguments]) == 0
+        records = {path.name: json.loads(path.read_text()) for path in (tmp_path / name).rglob("*.json")}
+        ids = {record.pop("run") for record in records.values()}
+        for record in records.values():
+            record["metrics"] = {key: one for key, one in record["metrics"].items() if "seconds" not in key}
+        return records, ids
+
+    with jax.enable_x64(False):
+        expected, _ = run("whole")
+        with pytest.raises(Killed):
+            run("other", len(made) + killed_at)
+        made.clear()
+        found, ids = run("other")
+    assert len(made) == len(expected) - (killed_at - 1) == 5 - killed_at
+    assert json.dumps(found, sort_keys=True) == json.dumps(expected, sort_keys=True)
+    assert len(ids) == 1
 
 
 @pytest.mark.parametrize("task", command.TASKS)
