@@ -15,7 +15,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -199,8 +198,11 @@ class Config:
     """One killed run of each of the first two commands."""
     page: Path | None = None
     """Page that gets the table, in place of the one that is there."""
+    results: Path = Path("results")
+    """Folder of the killed runs and their files, which go to its subfolder kills."""
     checkpoint: Path | None = None
-    """Folder in which the command keeps what is done, so that the same command goes on where it was killed."""
+    """Folder in which the command keeps what is done, so that the same command goes on where it was killed;
+    the killed runs are there too."""
 
     def __post_init__(self) -> None:
         """Refuses what cannot be run."""
@@ -211,11 +213,10 @@ class Config:
         """Kills and compares, prints the table; returns the exit code, 1 where something differs."""
         console = Console(highlight=False)
         found: dict[Case, list[Killed]] = {}
-        with tempfile.TemporaryDirectory() as scratch:
-            for case, one in self.all_runs(self.checkpoint / "scratch" if self.checkpoint else Path(scratch)):
-                found.setdefault(case, []).append(one)
-                words = "; ".join(one.differing) or "equal to the last bit"
-                console.print(f"{case.title}: {one.kills} kills: {words}", markup=False, soft_wrap=True)
+        for case, one in self.all_runs((self.checkpoint or self.results) / TASK):
+            found.setdefault(case, []).append(one)
+            words = "; ".join(one.differing) or "equal to the last bit"
+            console.print(f"{case.title}: {one.kills} kills: {words}", markup=False, soft_wrap=True)
         rows = [row(case, runs) for case, runs in found.items()]
         text = page.markdown(HEADER, rows)
         print(text)

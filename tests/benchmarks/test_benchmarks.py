@@ -1,4 +1,3 @@
-import contextlib
 import functools
 import importlib
 import json
@@ -214,17 +213,16 @@ def test_conjugate_gradients_reach_the_known_figures(run):
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
-def test_control_c_ends_the_program_with_130(tmp_path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_control_c_and_sigterm_end_the_program_with_codes_of_their_own(tmp_path, number, code):
     command = [sys.executable, "-m", "benchmarks", "--budget", "60", "--results", str(tmp_path)]
     heeded = signal.signal(signal.SIGINT, signal.default_int_handler)  # children of a job in the background ignore it
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     signal.signal(signal.SIGINT, heeded)
     while process.poll() is None and not (tmp_path / "hyper_cleaning" / "corrupted-seed0.json").exists():
         time.sleep(0.1)
-    for patience in (12, 12, 60):  # one that falls into a callback of Python's garbage collection is lost
-        process.send_signal(signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            output, errors = process.communicate(timeout=patience)
-            break
-    assert process.returncode == 130, errors
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=90)
+    assert process.returncode == code, errors
+    assert "with --checkpoint FOLDER the same command would go on from here" in errors
     assert re.search(r"Interrupted in [\w-]+, seed 0", output)
