@@ -1,4 +1,4 @@
-"""`killed.py folder steps every [port process processes]`: two loops that are saved and resumed, on one host or several.
+"""`killed.py folder steps every [port process processes]`: two loops that are saved and resumed.
 
 It prints a line for each iteration, and on the last one a checksum of all that was ever computed, as JSON.
 """
@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 
 import bilevax as bx
 
-KEY, N = jax.random.key(7), 8
+N = 8
 CONFIG = {"rates": [0.1, 0.05], "agents": N}
 
 
@@ -37,7 +37,7 @@ def data(seed, *shape):
 
 def loops(mesh):
     """Of one hypergradient, and of agents on the devices of all processes: `start() -> carry`, `step(carry, k)`."""
-    few = bx.sampling.minibatch(3)
+    key, few = jax.random.key(7), bx.sampling.minibatch(3)
     solver = bx.inner.implicit(inner_loss, optax.adam(0.1), 3, ihvp=bx.ihvp.cg(maxiter=3), sample=few)
     hypergrad, outer = bx.hypergradient(outer_loss, solver), optax.adam(0.05)
     batch, shared = data(0), bx.parallel.place(data(1, N), mesh)
@@ -55,13 +55,13 @@ def loops(mesh):
     @jax.jit
     def single(own, k):
         x, state, outer_state = own
-        grad, state, _ = hypergrad.estimate(jax.random.fold_in(KEY, k), state, x, batch)
+        grad, state, _ = hypergrad.estimate(jax.random.fold_in(key, k), state, x, batch)
         updates, outer_state = outer.update(grad, outer_state)
         return optax.apply_updates(x, updates), state, outer_state
 
     def step(carry, k):
         own, agents = carry
-        return single(own, k), method.step(jax.random.fold_in(KEY, k), agents, shared)[0]
+        return single(own, k), method.step(jax.random.fold_in(key, k), agents, shared)[0]
 
     return start, step
 
@@ -86,7 +86,7 @@ def main(folder, steps, every, port=None, process=0, processes=1):
     if bx.checkpoint.latest(folder) is not None:
         first, state = bx.checkpoint.restore(folder, state, CONFIG)
     for k in range(first, steps):
-        print(k, flush=True)
+        print(f"at {k}", flush=True)
         state["carry"] = step(state["carry"], k)
         state["path"][k] = state["carry"][0][0]
         if (k + 1) % every == 0 or k + 1 == steps:
