@@ -45,11 +45,14 @@ FOLDERS = {
         "decentralized-curvature": "y and v of agents on a graph, preconditioned with Kronecker factors",
         "decentralized-papers": "all decentralized tasks, and what was measured beside what the papers claim",
     },
+    "robustness": {
+        "hosts": "one run on several processes, one of which is killed, and fewer of which take it up again",
+    },
 }
 TASKS = {task: folder for folder, tasks in FOLDERS.items() for task in tasks}
 EXTRAS = {
     **dict.fromkeys(("PIL", "matplotlib", "pooch", "rich", "sklearn", "threadpoolctl", "tyro"), "bench"),
-    **{"flax": "flax", "safetensors": "text", "tokenizers": "text"},
+    **{"orbax": "checkpoint", "flax": "flax", "safetensors": "text", "tokenizers": "text"},
     **dict.fromkeys(("jaxopt", "lineax", "optimistix"), "peers"),
 }
 DESCRIPTION = """\

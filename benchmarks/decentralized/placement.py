@@ -71,7 +71,7 @@ def start_devices(devices: int) -> int:
 def join_hosts(coordinator: str | None, processes: int | None, process: int | None) -> int:
     """Joins the other hosts, and returns the number of devices of all of them."""
     jax.config.update("jax_cpu_collectives_implementation", "gloo")  # of no effect on other devices
-    jax.distributed.initialize(coordinator, processes, process)
+    parallel.initialize(coordinator, processes, process)
     return len(jax.devices())
 
 
