@@ -48,12 +48,13 @@ FOLDERS = {
     },
     "robustness": {
         "kills": "kill commands at random moments, and compare what they come to with unkilled ones",
+        "hosts": "one run on several processes, one of which is killed, and fewer of which take it up again",
     },
 }
 TASKS = {task: folder for folder, tasks in FOLDERS.items() for task in tasks}
 EXTRAS = {
-    **dict.fromkeys(("PIL", "matplotlib", "orbax", "pooch", "rich", "sklearn", "threadpoolctl", "tyro"), "bench"),
-    **{"flax": "flax", "safetensors": "text", "tokenizers": "text"},
+    **dict.fromkeys(("PIL", "matplotlib", "pooch", "rich", "sklearn", "threadpoolctl", "tyro"), "bench"),
+    **{"orbax": "checkpoint", "flax": "flax", "safetensors": "text", "tokenizers": "text"},
     **dict.fromkeys(("jaxopt", "lineax", "optimistix"), "peers"),
 }
 DESCRIPTION = """\

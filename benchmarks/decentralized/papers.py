@@ -86,7 +86,7 @@ class Config:
     """Skip jobs that have ended well with the same command."""
     checkpoint: Path | None = None
     """Folder in which each job keeps what is done, so that the same command goes on where it was
-    killed. It resumes, too."""
+    killed. Jobs that have ended well with it are skipped."""
     jobs: tuple[str, ...] = ()
     """Run these jobs alone; the page is about all that are there."""
 
@@ -129,8 +129,9 @@ class Config:
             command, folder = job.command(self.quick, self.seeds), self.folder / job.name
             log = read_log(folder, lambda text: console.print(text, markup=False, soft_wrap=True))
             console.print(f"[{place}/{len(chosen)}] {job.name}", markup=False)
-            resume = self.resume or self.checkpoint
-            more = ["--checkpoint", str(self.checkpoint / job.name)] if self.checkpoint else []
+            kept = self.checkpoint and self.checkpoint / job.name
+            more = ["--checkpoint", str(kept)] if kept else []
+            resume = self.resume or (kept and kept.exists())  # else the log is of another run
             if resume and log and not log.code and log.command == f"python -m benchmarks {' '.join(command)}":
                 continue
             try:

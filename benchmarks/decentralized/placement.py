@@ -12,6 +12,8 @@ import bilevax as bx
 from benchmarks.harness.errors import DataError
 from bilevax import parallel
 
+ADVICE = "Start the same command again on all hosts, as many or fewer: with --checkpoint it goes on where it was."
+
 
 class Placed(NamedTuple):
     """A method on its devices.
@@ -72,7 +74,7 @@ def join_hosts(coordinator: str | None, processes: int | None, process: int | No
     """Joins the other hosts, and returns the number of devices of all of them."""
     jax.config.update("jax_cpu_collectives_implementation", "gloo")  # of no effect on other devices
     jax.config.update("jax_enable_preemption_service", False)  # which would swallow SIGTERM
-    jax.distributed.initialize(coordinator, processes, process)
+    parallel.initialize(coordinator, processes, process, advice=ADVICE)
     return len(jax.devices())
 
 

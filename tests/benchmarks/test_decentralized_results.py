@@ -1,6 +1,7 @@
 import json
 import math
 import operator
+import pathlib
 import re
 
 import jax
@@ -515,12 +516,14 @@ def test_a_page_names_files_that_were_left_out_and_runs_of_several_commands(tmp_
 def test_a_job_that_was_killed_goes_on_in_a_folder_of_its_own(tmp_path, console):
     config = Config(results=tmp_path, seeds=1, jobs=("synthetic", "mnist"), checkpoint=tmp_path / "kept")
     commands = []
+    assert Config(results=tmp_path, seeds=1, jobs=("synthetic",)).run_all(console, lambda arguments: 0) == 0
 
     def start(arguments):
         commands.append(arguments)
+        pathlib.Path(arguments[-1]).mkdir(parents=True, exist_ok=True)
         return 143 if "mnist" in arguments and len(commands) == 2 else 0
 
-    assert config.run_all(console, start) == 130
+    assert config.run_all(console, start) == 130  # synthetic too: it had ended, but not with this folder
     assert config.run_all(console, start) == 0
     kept = [arguments[arguments.index("--checkpoint") + 1] for arguments in commands]
     assert kept == [str(tmp_path / "kept" / name) for name in ("synthetic", "mnist", "mnist")]

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -66,3 +68,27 @@ def test_a_command_says_how_to_go_on(monkeypatch, capsys, arguments, says, retur
     monkeypatch.setattr(command, "run", run)
     assert command.main(arguments.split()) == 143
     assert says in capsys.readouterr().err
+
+
+JOINED = """
+import os, signal, socket, time
+from benchmarks.decentralized.placement import join_hosts
+from benchmarks.harness.stopping import stoppable
+
+with socket.socket() as one:
+    one.bind(("localhost", 0))
+    port = one.getsockname()[1]
+with stoppable() as code:
+    try:
+        join_hosts(f"localhost:{port}", 1, 0)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+    except KeyboardInterrupt:
+        os._exit(code())
+"""
+
+
+@pytest.mark.slow
+def test_sigterm_is_heeded_where_hosts_have_joined():
+    """JAX takes the signal for itself then, unless it is told not to."""
+    assert subprocess.run([sys.executable, "-c", JOINED], check=False, timeout=120).returncode == 143
