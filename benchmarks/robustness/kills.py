@@ -54,7 +54,7 @@ class Case(NamedTuple):
 
 TWO = ("decentralized-hyper-cleaning", "--quick", "--methods", "d-soba", "--outer-steps", "40", "--agents", "4")
 CASES = (
-    Case(("hyper-cleaning", "--methods", "identity", "--outer-steps", "500"), 9),
+    Case(("hyper-cleaning", "--methods", "identity", "--outer-steps", "150"), 9),
     Case(
         (
             "decentralized-regularization",
