@@ -52,24 +52,10 @@ class Case(NamedTuple):
         return " ".join(self.arguments)
 
 
-TWO = ("decentralized-hyper-cleaning", "--quick", "--methods", "d-soba", "--outer-steps", "40", "--agents", "4")
-CASES = (
-    Case(("hyper-cleaning", "--methods", "identity", "--outer-steps", "150"), 9),
-    Case(
-        (
-            "decentralized-regularization",
-            "--quick",
-            "--data",
-            "synthetic",
-            "--methods",
-            "sldbo",
-            "--outer-steps",
-            "4000",
-        ),
-        9,
-    ),
-    Case(TWO, 2, 2),
-)
+ONE = ("hyper-cleaning", "--methods", "identity", "--outer-steps", "150")
+AGENTS = ("decentralized-regularization", "--quick", "--methods", "sldbo", "--outer-steps", "1000")
+HOSTS = ("decentralized-hyper-cleaning", "--quick", "--methods", "d-soba", "--outer-steps", "40", "--agents", "4")
+CASES = (Case(ONE, 9), Case(AGENTS, 9), Case(HOSTS, 2, 2))
 
 
 class Killed(NamedTuple):

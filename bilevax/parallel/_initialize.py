@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import ctypes
 import os
+import re
 import signal
 import socket
 import sys
@@ -20,6 +21,7 @@ EXIT_CODE = 75  # of sysexits.h: try again
 _BEATS, _GONE, _LEFT = "bilevax/beats/", "bilevax/gone/", "bilevax/left/"  # keys in JAX's coordination service
 _ADVICE = "Start all processes again, as many or fewer: bx.checkpoint.restore reads the newest step that is complete."
 _CLOSED = "it held the coordination service, which has closed"
+_STATUS = re.compile(r"[A-Z_]{5,}: ")  # "UNKNOWN: Gloo all-reduce failed": of XLA, in a ValueError or JaxRuntimeError
 _handlers: list[Any] = []  # C calls them: they must stay
 
 
@@ -215,7 +217,9 @@ def _at_exceptions(run: _Run) -> None:
 
     def hook(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
         shown(kind, error, traceback)
-        if issubclass(kind, jax.errors.JaxRuntimeError):  # perhaps since another process is gone: that is said first
+        if _STATUS.match(
+            str(error)
+        ):  # a collective has failed, perhaps since another process is gone: that is said first
             time.sleep(run.timeout + 3 * run.every)
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # process 0 is gone: `_hold` ends this one
             run.write(f"{_GONE}{run.process}", f"it ended with {kind.__name__}: {error!s:.200}")

@@ -118,8 +118,12 @@ def test_rates_by_layer_take_at_most_twenty_lines_and_lower_the_loss_of_the_same
 @pytest.mark.compiles(60)  # a page as it stands
 def test_what_is_read_is_what_was_written():
     page = run("Checkpoints")
-    close(page.read, page.carry, rtol=0)
-    assert page.carry[1].t == 15
+    assert page.read.step == 4
+    close(page.read.state, page.carry, rtol=0)
+    assert page.carry[1].t == 20
+    on, again = page.run(steps=6), page.run(steps=6)  # resumed from 4, and from 6
+    assert on[1].t == 30
+    close(again, on, rtol=0)
 
 
 # Several devices
