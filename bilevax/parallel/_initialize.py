@@ -85,6 +85,8 @@ def initialize(
     Raises:
       ValueError: if `timeout` is not positive; what JAX raises, for instance if it has already started.
 
+    Cost: three threads, and a few short messages to process 0 in every second, ten times in `timeout` at least.
+
     Example:
         >>> import bilevax as bx
         >>> bx.parallel.initialize("10.0.0.1:1234", processes=4, process=0)  # doctest: +SKIP
