@@ -14,6 +14,9 @@ import bilevax as bx
 from bilevax.parallel import _initialize
 
 CODE = 75
+WITHOUT_ABORT = pytest.mark.skipif(  # which leaves nobody a last word
+    jax.__version_info__ < (0, 10), reason="JAX then ended by exit(1) where process 0 was gone"
+)
 
 
 class Service:
@@ -175,7 +178,10 @@ def ended(running, seconds=90):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "victim"), [(2, 1), (2, 0), (4, 2), (4, 0)])
+@pytest.mark.parametrize(
+    ("processes", "victim"),
+    [(2, 1), pytest.param(2, 0, marks=WITHOUT_ABORT), (4, 2), pytest.param(4, 0, marks=WITHOUT_ABORT)],
+)
 def test_hosts_say_who_was_killed_and_end(processes, victim):
     running = launch("kill", victim, processes)
     for line in running[victim].stdout:
@@ -205,6 +211,7 @@ def test_hosts_end_where_one_raises(victim):
 
 
 @pytest.mark.slow
+@WITHOUT_ABORT
 def test_hosts_that_abort_by_themselves_do_so():
     found = ended(launch("abort", 0, 2))
     assert found[0][0] == -6
