@@ -34,7 +34,7 @@ SOURCES |= {
         f"{DYGEN}/semeval/train.json", 1_588_568, "d547783e4a592d450c22518fec5f67dccf782b21bfbceca49e0b3d85b2c1a9c5"
     ),
     "wrench/semeval/valid.json": Source(
-        f"{DYGEN}/semeval/valid.json", 161_826, "ef62816a53928198cb64e109c73f998bb87aec3293a7a9a81b5358408fc09f13"
+        f"{DYGEN}/semeval/valid.json", 161_826, "ef62816a53928196cb64e109c73f998bb87aec3293a7a9a81b5358408fc09f13"
     ),
     "wrench/semeval/test.json": Source(
         f"{DYGEN}/semeval/test.json", 547_197, "5994aeb4f8ed93f0776ecf14ffd5da06f42b57c97ee544a112ed3b6dde4849f8"
