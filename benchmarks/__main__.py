@@ -45,6 +45,9 @@ FOLDERS = {
         "decentralized-curvature": "y and v of agents on a graph, preconditioned with Kronecker factors",
         "decentralized-papers": "all decentralized tasks, and what was measured beside what the papers claim",
     },
+    "robustness": {
+        "hostile-files": "files that are cut off, have flipped bits or are hostile, against all that read them",
+    },
 }
 TASKS = {task: folder for folder, tasks in FOLDERS.items() for task in tasks}
 EXTRAS = {

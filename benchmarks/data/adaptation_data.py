@@ -27,7 +27,8 @@ SOURCES[AGNEWS] = Source(
     "5ed424be8bb5baa32fbb46cd4265c55ecca343e0ce2c6adaacd34cca01cec3d8",
 )
 BYTES = 128  # of ASCII; other characters are read as question marks
-SALIENT = re.compile(r'\S*(?:[_()"\d]|\w\.\w|[A-Z]\S*[A-Z])\S*')
+WORD = re.compile(r"\S+")
+SALIENT = re.compile(r'[_()"\d]|\w\.\w|[A-Z]\S*[A-Z]')  # somewhere in a word
 SHARES = (9 / 64, 49 / 64)  # least and most of a chunk that may be salient
 
 
@@ -99,8 +100,9 @@ def corpus(collection: Collection, seed: int) -> Corpus:
 def salient(text: str) -> np.ndarray:
     """1 at the characters of salient words, float32 [len(text)]."""
     marks = np.zeros(len(text), np.float32)
-    for word in SALIENT.finditer(text):
-        marks[slice(*word.span())] = 1
+    for word in WORD.finditer(text):
+        if SALIENT.search(word.group()):
+            marks[slice(*word.span())] = 1
     return marks
 
 

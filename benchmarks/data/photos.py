@@ -29,12 +29,12 @@ MINI_IMAGENET = 200  # images of each class
 
 
 class Archive(NamedTuple):
-    """What lies in a tar.xz archive, however it was packed.
+    r"""What lies in a tar.xz archive, however it was packed.
 
     Attributes:
       home: where its files come from.
       sha256: of what `sha256sum` prints for its JPEG files in the order of their paths: unpacked, it is printed by
-        `find . -name '*.jpg' -printf '%P\\n' | LC_ALL=C sort | xargs sha256sum | sha256sum`.
+        `find . -name '*.jpg' -printf '%P\n' | LC_ALL=C sort | xargs sha256sum | sha256sum`.
     """
 
     home: str
@@ -94,10 +94,8 @@ def members(path: Path) -> dict[str, bytes]:
                 found[member.name.removeprefix("./")] = b"" if reader is None else reader.read()
     except (tarfile.TarError, ValueError, OverflowError, *UNREADABLE) as error:
         said = str(error) or type(error).__name__
-        raise DataError(
-            f"{path} cannot be read as a tar.xz archive of JPEG files: {said}{'' if place in said else f', at {place}'}. "
-            f"Copy it again."
-        ) from error
+        said += "" if place in said else f", at {place.strip(',')}"
+        raise DataError(f"{path} cannot be read as a tar.xz archive of JPEG files: {said}. Copy it again.") from error
     return {name: found[name] for name in sorted(found, key=lambda name: (len(name), name))}
 
 

@@ -1,4 +1,4 @@
-"""Bytes of idx, LIBSVM, npz and JSON files become arrays and records, or an error that says which file is wrong, and where.
+"""Bytes of idx, LIBSVM, npz and JSON files become arrays and records, or an error that says which is wrong, and where.
 
 Nothing that a file says of its size is believed before it is compared with the bytes that are there, and no pickle is
 read. `name` is always what the errors call the file.

@@ -45,8 +45,8 @@ def retrieve(url: str, file: Path, most: int) -> None:
       most: bytes that it may have.
 
     Raises:
-      OSError, ValueError, urllib3.exceptions.HTTPError: where it cannot be had, has more bytes, or comes too slowly; all
-        are in FAILURES.
+      OSError, ValueError, urllib3.exceptions.HTTPError: where it cannot be had, has more bytes, or comes too slowly;
+        all are in FAILURES.
     """
     received, stopped = 0, threading.Event()
     failed: list[BaseException] = []

@@ -95,7 +95,7 @@ def read(content: bytes, name: str) -> Texts:
     for key, example in examples.items():
         if not _is_example(example) or (votes and len(votes[0]) != len(example["weak_labels"])):
             raise DataError(
-                f"{name}, example {reprlib.repr(key)}, must have a label >= 0, as many weak_labels >= -1 as the others, "
+                f"{name}, example {reprlib.repr(key)}, must have a label >= 0, as many weak_labels >= -1 as others, "
                 f"and data with text (and entity1, entity2); got {reprlib.repr(example)}. {FIX}."
             )
         votes.append(example["weak_labels"])

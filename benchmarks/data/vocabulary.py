@@ -1,6 +1,6 @@
 """The vocabulary of a BERT checkpoint, from its vocab.txt or tokenizer.json.
 
-The tokenizer is built anew from what is checked here, so that its own parser, which can abort the process, reads no file.
+The tokenizer is built anew from what is checked here, so that its own parser, which can end the process, reads no file.
 """
 
 import reprlib
@@ -95,6 +95,9 @@ def _of_json(root: Any) -> Vocabulary:
     _must("post_processor.type", marks.get("type"), "TemplateProcessing", "BertProcessing")
     if marks["type"] == "TemplateProcessing":
         _must("post_processor.single", marks.get("single"), TEMPLATE)
+    else:
+        _must("post_processor.cls", marks.get("cls"), ["[CLS]", ids.get("[CLS]")])
+        _must("post_processor.sep", marks.get("sep"), ["[SEP]", ids.get("[SEP]")])
     for added in root.get("added_tokens") or []:
         token = _object("each of added_tokens", added).get("content")
         if not isinstance(token, str) or token not in ids:

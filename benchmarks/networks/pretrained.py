@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -93,11 +94,11 @@ def load(path: Path, y: PyTree) -> PyTree:
         if (dtype := described.get_dtype()) not in FLOATS:
             problems.append(f"{name} has type {dtype}, expected {' or '.join(FLOATS)}")
             return value
-        tensor = file.get_tensor(name)
+        tensor = np.asarray(file.get_tensor(name))
         if not np.isfinite(tensor).all():
             problems.append(f"{name} has numbers that are not finite")
             return value
-        return (tensor.T if keys[-1] == "kernel" else tensor).reshape(value.shape).astype(value.dtype)
+        return jnp.asarray((tensor.T if keys[-1] == "kernel" else tensor).reshape(value.shape).astype(value.dtype))
 
     try:
         with safe_open(path, framework="flax") as file:

@@ -79,7 +79,7 @@ REFUSED = {
 
 
 class Handler(BaseHTTPRequestHandler):
-    def do_GET(self):  # noqa: N802
+    def do_GET(self):
         PAGES[self.path](self)
 
     def log_message(self, *args):
