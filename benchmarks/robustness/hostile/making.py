@@ -13,7 +13,6 @@ import numpy as np
 Random = np.random.Generator
 Packer = Callable[[bytes], bytes]
 
-LARGE = 3 * 10**8  # bytes of zeros in a bomb
 PACK: dict[str, Packer] = {
     ".gz": functools.partial(zlib.compress, wbits=31),
     ".bz2": bz2.compress,
@@ -59,8 +58,8 @@ def flipped(content: bytes, random: Random) -> bytes:
 
 @functools.cache
 def zeros(suffix: str) -> bytes:
-    """A bomb."""
-    return PACK[suffix](bytes(LARGE))
+    """A bomb: 3 GB in 60 streams."""
+    return PACK[suffix](bytes(5 * 10**7)) * 60
 
 
 def greedy_xz(content: bytes) -> bytes:
