@@ -47,6 +47,7 @@ FOLDERS = {
     },
     "robustness": {
         "hostile-files": "files that are cut off, have flipped bits or are hostile, against all that read them",
+        "soak": "loops for ten minutes, in which memory, open files and compiled programs may not grow",
     },
 }
 TASKS = {task: folder for folder, tasks in FOLDERS.items() for task in tasks}

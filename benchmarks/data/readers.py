@@ -20,7 +20,7 @@ from scipy.sparse import csr_matrix
 from benchmarks.data.unpacking import UNREADABLE
 from benchmarks.harness.errors import DataError
 
-LARGEST = 2**28  # bytes that a file in a zip archive may unpack to
+LARGEST = 2**28  # bytes of an array
 HEADER = 2**12  # bytes of the description of an array
 DRAWINGS = (20, 105, 105)  # drawers and pixels of a class of Omniglot
 FIX = "Delete it, and run again to download it"
@@ -35,7 +35,7 @@ def idx(content: bytes, dimensions: int, name: str) -> np.ndarray:
             f"{[*content[:4]]} and {len(content)} bytes in all. {FIX}."
         )
     shape = tuple(np.frombuffer(content, ">u4", dimensions, offset=4).tolist())
-    if len(content) != start + math.prod(shape):
+    if len(content) != start + math.prod(shape) or math.prod(max(size, 1) for size in shape) > LARGEST:
         raise DataError(
             f"{name}, an idx file of shape {shape}, must have {start + math.prod(shape)} bytes; got {len(content)}. "
             f"{FIX}."

@@ -171,6 +171,7 @@ HOSTILE_IDX = {
     "one dimension": idx_file(np.zeros(24)),
     "a byte less": idx_file(np.zeros((2, 3, 4)))[:-1],
     "a byte more": idx_file(np.zeros((2, 3, 4))) + b"\0",
+    "sizes that no array has": bytes([0, 0, 8, 3]) + bytes(4) + b"\xff" * 8,
     "sizes far beyond the file": bytes([0, 0, 8, 3]) + b"\xff" * 12,
     "floats": bytes([0, 0, 13, 3]) + idx_file(np.zeros((2, 3, 4)))[4:],
 }

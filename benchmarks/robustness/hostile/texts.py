@@ -1,5 +1,6 @@
 """Records in JSON files, vocabularies, and weights."""
 
+import copy
 import functools
 import json
 from pathlib import Path
@@ -50,7 +51,7 @@ def _hostile_json(good: bytes, random: Random) -> bytes:
         if random.random() < 0.2 and node is not root:
             del node[key]
         else:
-            node[key] = pick(random, VALUES)
+            node[key] = copy.deepcopy(pick(random, VALUES))
     written = json.dumps(root[0], ensure_ascii=bool(random.integers(2))).encode("utf-8", "surrogatepass")
     return written.replace(json.dumps(NESTED).encode(), b"[" * 10**5).replace(NESTED.encode(), b"{" * 10**5)
 
