@@ -47,6 +47,7 @@ FOLDERS = {
     },
     "robustness": {
         "hostile-files": "files that are cut off, have flipped bits or are hostile, against all that read them",
+        "memory": "memory and processor seconds of the quick run of every job",
         "soak": "loops for ten minutes, in which memory, open files and compiled programs may not grow",
     },
 }
