@@ -99,7 +99,7 @@ def _of_json(root: Any) -> Vocabulary:
         _must("post_processor.cls", marks.get("cls"), ["[CLS]", ids.get("[CLS]")])
         _must("post_processor.sep", marks.get("sep"), ["[SEP]", ids.get("[SEP]")])
     for added in root.get("added_tokens") or []:
-        token = _object("each of added_tokens", added).get("content")
-        if not isinstance(token, str) or token not in ids:
-            raise ValueError(f"added_tokens must be in model.vocab; got {reprlib.repr(token)}")
+        content = _object("each of added_tokens", added).get("content")
+        if not isinstance(content, str) or content not in ids:
+            raise ValueError(f"added_tokens must be in model.vocab; got {reprlib.repr(content)}")
     return Vocabulary(ids, chosen)

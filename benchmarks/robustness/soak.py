@@ -85,7 +85,7 @@ def counted() -> Iterator[list[str]]:
     """Yields a list to which each trace and each compilation adds itself."""
     events: list[str] = []
 
-    def hear(event: str, duration: float, **more: Any) -> None:
+    def hear(event: str, duration_secs: float, **more: str | int) -> None:
         if event in PROGRAMS:
             events.append(event)
 
@@ -166,11 +166,12 @@ def _agents() -> Loop:
 
 def loops() -> list[Callable[[], Loop]]:
     """The main job, a method over a graph, and Kronecker factors."""
-    gauss_newton, factors = bx.curvature.gauss_newton, {"damping": 1e-3, "inverse_every": 10}
+    cg = functools.partial(bx.ihvp.cg, maxiter=5, curvature=bx.curvature.gauss_newton)
+    kfac = functools.partial(bx.ihvp.kfac, damping=1e-3, inverse_every=10)
     return [
-        lambda: _hypergradients("hyper-cleaning, CG", "linear", bx.ihvp.cg(maxiter=5, curvature=gauss_newton)),
+        lambda: _hypergradients("hyper-cleaning, CG", "linear", cg()),
         _agents,
-        lambda: _hypergradients("hyper-cleaning, KFAC", "mlp", bx.ihvp.kfac(**factors)),
+        lambda: _hypergradients("hyper-cleaning, KFAC", "mlp", kfac()),
     ]
 
 

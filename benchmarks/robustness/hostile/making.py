@@ -40,7 +40,7 @@ class Case(NamedTuple):
 
 def pick(random: Random, values: Sequence[Any]) -> Any:
     """One of them; what it is, it stays."""
-    return values[random.integers(len(values))]
+    return values[int(random.integers(len(values)))]
 
 
 def truncated(content: bytes, random: Random) -> bytes:

@@ -16,7 +16,7 @@ from benchmarks.robustness.hostile.making import Case, Random, pick
 ROWS = 40  # of the table of words
 SENTENCES = ("Playing now", "", "a" * 5000, "[MASK] \0 \x85 漢字 é", "now " * 500)
 NESTED = "«nested»"  # written as brackets without end
-VALUES = [
+VALUES: list[Any] = [
     None,
     True,
     -2,
