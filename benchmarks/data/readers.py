@@ -76,7 +76,10 @@ def _described(file: Any) -> tuple[dict[str, Any], int]:
     size = int.from_bytes(head[8:], "little")
     if head[:8] != b"\x93NUMPY\x01\x00" or size > HEADER:
         raise ValueError(f"images.npy must be an npy file of version 1 with at most {HEADER} bytes of description")
-    described = ast.literal_eval(file.read(size).decode("ascii"))
+    try:
+        described = ast.literal_eval(file.read(size).decode("ascii"))
+    except (SyntaxError, TypeError, RecursionError, MemoryError) as error:  # the last two: too many brackets
+        raise ValueError(f"images.npy has no description: {type(error).__name__}") from error
     if not isinstance(described, dict) or {*described} != {"descr", "fortran_order", "shape"}:
         raise ValueError("images.npy must describe descr, fortran_order and shape")
     return described, 10 + size
@@ -101,8 +104,8 @@ def drawings(content: bytes, name: str) -> np.ndarray:
         if numbers.size != classes * math.prod(DRAWINGS):
             raise ValueError(f"images.npy ends after {numbers.size} of {classes * math.prod(DRAWINGS)} pixels")
     except (
-        *(ValueError, KeyError, TypeError, SyntaxError, MemoryError),  # MemoryError: what ast says of too many brackets
-        *(RuntimeError, NotImplementedError, zipfile.BadZipFile, *UNREADABLE),
+        *(ValueError, KeyError, zipfile.BadZipFile, *UNREADABLE),
+        *(RuntimeError, NotImplementedError),  # encrypted, or of a version to come
     ) as error:
         raise DataError(
             f"{name} must be an npz file with images.npy, bool [class, 20, 105, 105] as numpy saves it: "
