@@ -49,6 +49,9 @@ FOLDERS = {
     "robustness": {
         "kills": "kill commands at random moments, and compare what they come to with unkilled ones",
         "hosts": "one run on several processes, one of which is killed, and fewer of which take it up again",
+        "hostile-files": "files that are cut off, have flipped bits or are hostile, against all that read them",
+        "memory": "memory and processor seconds of the quick run of every job",
+        "soak": "loops for ten minutes, in which memory, open files and compiled programs may not grow",
     },
 }
 TASKS = {task: folder for folder, tasks in FOLDERS.items() for task in tasks}

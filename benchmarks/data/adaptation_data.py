@@ -4,8 +4,8 @@ A salient byte lies in a word with one of `_ ( ) "`, a digit, a dot between lett
 code, which a reader would ask about. Texts that are trained on, validated on and tested on are not the same.
 """
 
-import json
 import re
+import reprlib
 from collections.abc import Callable, Sequence
 from pydoc_data.topics import topics
 from typing import NamedTuple
@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 from benchmarks.data.download import SOURCES, Source, fetch
+from benchmarks.data.readers import FIX, is_text, records
 from benchmarks.data.text import wrench
 from benchmarks.harness.errors import DataError
 from bilevax.typing import Array
@@ -26,7 +27,8 @@ SOURCES[AGNEWS] = Source(
     "5ed424be8bb5baa32fbb46cd4265c55ecca343e0ce2c6adaacd34cca01cec3d8",
 )
 BYTES = 128  # of ASCII; other characters are read as question marks
-SALIENT = re.compile(r'\S*(?:[_()"\d]|\w\.\w|[A-Z]\S*[A-Z])\S*')
+WORD = re.compile(r"\S+")
+SALIENT = re.compile(r'[_()"\d]|\w\.\w|[A-Z]\S*[A-Z]')  # somewhere in a word
 SHARES = (9 / 64, 49 / 64)  # least and most of a chunk that may be salient
 
 
@@ -50,12 +52,17 @@ def joined(texts: list[str], size: int) -> list[str]:
     return ["\n".join(texts[k : k + size]) for k in range(0, len(texts), size)]
 
 
-def news(content: bytes, size: int) -> list[str]:
+def news(content: bytes, size: int, name: str = AGNEWS) -> list[str]:
     """Reads a JSON list of objects with `text`, and joins so many of these, which are short, to one text."""
-    try:
-        return joined([example["text"] for example in json.loads(content)], size)
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"an AG News file must be a JSON list of objects with text: {error!r}") from error
+    examples = records(content, name)
+    if not isinstance(examples, list):
+        raise DataError(f"{name} must be a list of objects with text; got {reprlib.repr(examples)}. {FIX}.")
+    for number, example in enumerate(examples):
+        if not (isinstance(example, dict) and is_text(example.get("text"))):
+            raise DataError(
+                f"{name}, example {number}, must be an object with text; got {reprlib.repr(example)}. {FIX}."
+            )
+    return joined([example["text"] for example in examples], size)
 
 
 class Collection(NamedTuple):
@@ -93,8 +100,9 @@ def corpus(collection: Collection, seed: int) -> Corpus:
 def salient(text: str) -> np.ndarray:
     """1 at the characters of salient words, float32 [len(text)]."""
     marks = np.zeros(len(text), np.float32)
-    for word in SALIENT.finditer(text):
-        marks[slice(*word.span())] = 1
+    for word in WORD.finditer(text):
+        if SALIENT.search(word.group()):
+            marks[slice(*word.span())] = 1
     return marks
 
 

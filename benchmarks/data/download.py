@@ -4,31 +4,23 @@ Files lie in the folder that the environment variable BILEVAX_DATA names, or els
 is downloaded from its public home. Nothing is unpacked to disk, and nothing is read that was not published so.
 """
 
-import bz2
-import gzip
 import hashlib
-import io
-import lzma
-import math
 import os
 import sys
-import zipfile
-import zlib
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pooch
 from scipy.sparse import csr_matrix
-from sklearn.datasets import load_svmlight_file
 
+from benchmarks.data.readers import drawings, idx, sparse
+from benchmarks.data.retrieval import FAILURES, retrieve
+from benchmarks.data.unpacking import SLACK, SUFFIXES, UNREADABLE, unpacked
 from benchmarks.harness.errors import DataError
+from benchmarks.harness.files import replacing
 
 FOLDER = "BILEVAX_DATA"
-OPEN: dict[str, Callable[..., Any]] = {"": open, ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-LARGEST = 2**28  # bytes that an npz file may unpack to
-UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError)
 
 MNIST = "https://ossci-datasets.s3.amazonaws.com/mnist"
 FASHION_MNIST = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"
@@ -148,46 +140,46 @@ def fetch(name: str) -> bytes:
       DataError: where the file is missing and cannot be downloaded, cannot be read, or has the wrong content.
     """
     source, stem = SOURCES[name], folder() / name
-    paths = {suffix: stem.with_name(stem.name + suffix) for suffix in OPEN}
-    suffix = next((suffix for suffix, path in paths.items() if path.is_file()), None)
-    at_home = next(suffix for suffix in reversed(OPEN) if source.url.endswith(suffix))
+    paths = {suffix: stem.with_name(stem.name + suffix) for suffix in SUFFIXES}
+    at_home = next(suffix for suffix in reversed(SUFFIXES) if source.url.endswith(suffix))
+    suffix = next((suffix for suffix, path in paths.items() if os.path.isfile(path)), None)
     if suffix is None:
-        _download(source.url, stem, paths[at_home])
-        try:
-            return _checked(paths[at_home], at_home, source, paths[at_home])
-        except DataError:
-            paths[at_home].unlink()  # what came was something else, say the page of a proxy
-            raise
-    return _checked(paths[suffix], suffix, source, paths[at_home])
-
-
-def _checked(path: Path, suffix: str, source: Source, home: Path) -> bytes:
-    def wrong(what: str) -> DataError:
-        return DataError(f"{path} {what}. Delete it and run again, or delete it and download {source.url} to {home}.")
-
+        return _downloaded(source, at_home, stem, paths[at_home])
+    path = paths[suffix]
     try:
-        with OPEN[suffix](path, "rb") as file:
-            content = file.read(source.size + 1)
+        return _checked(path, suffix, source)
+    except DataError as error:
+        raise DataError(
+            f"{path} {error}. Delete it and run again, or delete it and download {source.url} to {paths[at_home]}."
+        ) from error
+
+
+def _checked(path: Path, suffix: str, source: Source) -> bytes:
+    try:
+        with path.open("rb") as file:
+            packed = file.read(source.size + SLACK + 1)
+        content = unpacked(packed, suffix, source.size + 1)
     except UNREADABLE as error:
-        raise wrong(f"cannot be read: {error or type(error).__name__}") from error
+        raise DataError(f"cannot be read: {error or type(error).__name__}") from error
     if len(content) != source.size:
         size = f"{len(content)} bytes" if len(content) < source.size else "more"
-        raise wrong(f"must have {source.size} bytes when uncompressed; got {size}")
+        raise DataError(f"must have {source.size} bytes when uncompressed; got {size}")
     if (sha256 := hashlib.sha256(content).hexdigest()) != source.sha256:
-        raise wrong(f"must have the sha256 {source.sha256} when uncompressed; got {sha256}")
+        raise DataError(f"must have the sha256 {source.sha256} when uncompressed; got {sha256}")
     return content
 
 
-def _download(url: str, stem: Path, path: Path) -> None:
-    print(f"Downloading {url} to {path}", file=sys.stderr)
-    pooch.get_logger().setLevel("WARNING")
+def _downloaded(source: Source, suffix: str, stem: Path, path: Path) -> bytes:
+    print(f"Downloading {source.url} to {path}", file=sys.stderr)
     try:
-        pooch.retrieve(url, known_hash=None, fname=path.name, path=path.parent)
-    except (OSError, ValueError) as error:
+        with replacing(path) as temporary:
+            retrieve(source.url, temporary, source.size + SLACK)
+            return _checked(temporary, suffix, source)
+    except (DataError, *FAILURES) as error:
+        said = f"What came {error}" if isinstance(error, DataError) else f"The download said: {error}"
         raise DataError(
-            f"{stem} is missing (plain, or with {', '.join(filter(None, OPEN))}), and it could not be downloaded. Name "
-            f"a folder that has it with {FOLDER}=<folder>, or download {url} to {path} by hand. The download said: "
-            f"{error}"
+            f"{stem} is missing (plain, or with {', '.join(filter(None, SUFFIXES))}), and it could not be downloaded. "
+            f"Name a folder that has it with {FOLDER}=<folder>, or download {source.url} to {path} by hand. {said}"
         ) from error
 
 
@@ -201,7 +193,9 @@ def images(name: str, part: str) -> tuple[np.ndarray, np.ndarray]:
     Returns:
       Images, uint8 [N, 28, 28], and labels, uint8 [N].
     """
-    return idx(fetch(f"{name}/{part}-images-idx3-ubyte"), 3), idx(fetch(f"{name}/{part}-labels-idx1-ubyte"), 1)
+    files = {f"{name}/{part}-images-idx3-ubyte": 3, f"{name}/{part}-labels-idx1-ubyte": 1}
+    images, labels = (idx(fetch(file), dimensions, file) for file, dimensions in files.items())
+    return images, labels
 
 
 def shrunk(images: np.ndarray, times: int) -> np.ndarray:
@@ -211,51 +205,11 @@ def shrunk(images: np.ndarray, times: int) -> np.ndarray:
     return blocks.mean(axis=(-3, -1), dtype=np.float32)
 
 
-def idx(content: bytes, dimensions: int) -> np.ndarray:
-    """Reads an idx file of bytes with so many dimensions."""
-    start = 4 * (1 + dimensions)
-    if content[:4] != bytes([0, 0, 8, dimensions]) or len(content) < start:
-        raise DataError(f"an idx file must start with 0, 0, 8, {dimensions} and its sizes; got {[*content[:4]]}.")
-    shape = tuple(np.frombuffer(content, ">u4", dimensions, offset=4).tolist())
-    if len(content) != start + math.prod(shape):
-        raise DataError(f"an idx file of shape {shape} must have {start + math.prod(shape)} bytes; got {len(content)}.")
-    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
-
-
 def libsvm(name: str, features: int) -> tuple[csr_matrix, np.ndarray]:
     """A LIBSVM data set, such as "ijcnn1.t": sparse rows, float64 [N, features], and labels as given, float64 [N]."""
-    return sparse(fetch(f"libsvm/{name}"), features)
-
-
-def sparse(content: bytes, features: int) -> tuple[csr_matrix, np.ndarray]:
-    """Reads lines `label index:value …`, with indices 1 to `features` in ascending order."""
-    try:
-        rows, labels = load_svmlight_file(io.BytesIO(content), n_features=features, zero_based=False)
-    except ValueError as error:
-        raise DataError(
-            f"a LIBSVM file must have lines 'label index:value …', indices 1 to {features}: {error}"
-        ) from error
-    if not (np.isfinite(rows.data).all() and np.isfinite(labels).all()):
-        raise DataError("a LIBSVM file must have finite numbers; got nan or inf.")
-    return rows, labels
+    return sparse(fetch(f"libsvm/{name}"), features, f"libsvm/{name}")
 
 
 def omniglot(part: str) -> np.ndarray:
     """The drawings of Omniglot's "background" or "evaluation" classes: bool [class, drawer, 105, 105], False is ink."""
-    return drawings(fetch(f"omniglot/images_{part}.npz"))
-
-
-def drawings(content: bytes) -> np.ndarray:
-    """Reads the array `images` of an npz file."""
-    try:
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            size = sum(member.file_size for member in archive.infolist())
-        if size > LARGEST:
-            raise ValueError(f"it unpacks to {size} bytes, more than {LARGEST}")
-        with np.load(io.BytesIO(content), allow_pickle=False) as file:
-            array = np.asarray(file["images"])
-    except (ValueError, KeyError, MemoryError, zipfile.BadZipFile, *UNREADABLE) as error:
-        raise DataError(f"an Omniglot file must be an npz file with a plain array 'images': {error}") from error
-    if array.dtype != bool or array.ndim != 4 or array.shape[1:] != (20, 105, 105):
-        raise DataError(f"Omniglot's images must be bool [class, 20, 105, 105]; got {array.dtype} {[*array.shape]}.")
-    return array
+    return drawings(fetch(f"omniglot/images_{part}.npz"), f"omniglot/images_{part}.npz")

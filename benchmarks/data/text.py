@@ -3,19 +3,20 @@
 Reference: Zhang et al., "WRENCH", NeurIPS Datasets and Benchmarks 2021, arXiv 2109.11377.
 """
 
-import json
 import re
+import reprlib
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from tokenizers import BertWordPieceTokenizer, Tokenizer
-from tokenizers.models import WordPiece
+from tokenizers import BertWordPieceTokenizer
 
+from benchmarks.data import vocabulary
 from benchmarks.data.download import SOURCES, Source, fetch
+from benchmarks.data.readers import FIX, is_int, is_text, records
 from benchmarks.harness.errors import DataError
 
 DYGEN = "https://raw.githubusercontent.com/JerrryNie/DyGen/41902c324779157a272548a008a6e487f6d81acc/datasets"
@@ -34,7 +35,7 @@ SOURCES |= {
         f"{DYGEN}/semeval/train.json", 1_588_568, "d547783e4a592d450c22518fec5f67dccf782b21bfbceca49e0b3d85b2c1a9c5"
     ),
     "wrench/semeval/valid.json": Source(
-        f"{DYGEN}/semeval/valid.json", 161_826, "ef62816a53928198cb64e109c73f998bb87aec3293a7a9a81b5358408fc09f13"
+        f"{DYGEN}/semeval/valid.json", 161_826, "ef62816a53928196cb64e109c73f998bb87aec3293a7a9a81b5358408fc09f13"
     ),
     "wrench/semeval/test.json": Source(
         f"{DYGEN}/semeval/test.json", 547_197, "5994aeb4f8ed93f0776ecf14ffd5da06f42b57c97ee544a112ed3b6dde4849f8"
@@ -57,6 +58,7 @@ SOURCES |= {
 }
 
 PADDING, START, UNKNOWN = 0, 1, 2
+ENTITIES = ("entity1", "entity2")  # what an example has besides its text, if it is about two words
 Encode = Callable[[str], list[int]]
 
 
@@ -80,22 +82,40 @@ def wrench(name: str, part: str) -> Texts:
 
     SemEval asks for the relation of two entities; they are written before their sentence.
     """
-    return read(fetch(f"wrench/{name}/{part}.json"))
+    file = f"wrench/{name}/{part}.json"
+    return read(fetch(file), file)
 
 
-def read(content: bytes) -> Texts:
-    """Reads a JSON object of examples with `label`, `weak_labels` and `data`."""
-    try:
-        examples = json.loads(content).values()
-        entities = [[example["data"].get(key, "") for key in ("entity1", "entity2")] for example in examples]
-        texts = [
-            " ".join([*pair, example["data"]["text"]]).strip() for pair, example in zip(entities, examples, strict=True)
-        ]
-        labels = np.array([example["label"] for example in examples], np.int32)
-        votes = np.array([example["weak_labels"] for example in examples], np.int32)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"a WRENCH file must be JSON, id -> label, weak_labels, data.text: {error!r}") from error
-    return Texts(texts, labels, votes)
+def read(content: bytes, name: str) -> Texts:
+    """Reads a JSON object of examples with `label`, `weak_labels` and `data`; `name` is what errors call it."""
+    examples = records(content, name)
+    if not isinstance(examples, dict):
+        raise DataError(f"{name} must be an object of examples; got {reprlib.repr(examples)}. {FIX}.")
+    votes: list[list[int]] = []
+    for key, example in examples.items():
+        if not _is_example(example) or (votes and len(votes[0]) != len(example["weak_labels"])):
+            raise DataError(
+                f"{name}, example {reprlib.repr(key)}, must have a label >= 0, as many weak_labels >= -1 as others, "
+                f"and data with text (and entity1, entity2); got {reprlib.repr(example)}. {FIX}."
+            )
+        votes.append(example["weak_labels"])
+    data = [example["data"] for example in examples.values()]
+    texts = [" ".join([*(one.get(key, "") for key in ENTITIES), one["text"]]).strip() for one in data]
+    labels = np.array([example["label"] for example in examples.values()], np.int32)
+    return Texts(texts, labels, np.array(votes, np.int32).reshape(len(votes), -1 if votes else 0))
+
+
+def _is_example(example: Any) -> bool:
+    if not (isinstance(example, dict) and isinstance(data := example.get("data"), dict)):
+        return False
+    votes = example.get("weak_labels")
+    return (
+        is_int(example.get("label"), 0, 2**31)
+        and isinstance(votes, list)
+        and all(is_int(vote, -1, 2**31) for vote in votes)
+        and is_text(data.get("text"))
+        and all(is_text(data.get(key, "")) for key in ENTITIES)
+    )
 
 
 def majority(votes: np.ndarray, classes: int, random: np.random.Generator) -> np.ndarray:
@@ -127,29 +147,19 @@ def frequent(texts: Sequence[str], vocabulary: int) -> Encode:
     return lambda text: [START, *(known.get(word, UNKNOWN) for word in words(text))]
 
 
-def wordpiece(path: Path, length: int, vocabulary: int) -> Encode:
+def wordpiece(path: Path, length: int, rows: int) -> Encode:
     """The tokens of a checkpoint, from its vocab.txt (of an uncased model) or its tokenizer.json.
 
     Args:
       path: of the file.
       length: number of tokens that a longer text is cut to, the marks at its ends included.
-      vocabulary: rows of the encoder's table of words.
+      rows: of the encoder's table of words.
 
     Raises:
-      DataError: if the file cannot be read, or has more tokens than the encoder.
+      DataError: if the file cannot be read, is of another tokenizer, or has tokens that are not in the table.
     """
-    try:
-        if path.suffix == ".json":
-            tokenizer = Tokenizer.from_file(str(path))
-        else:
-            tokenizer = BertWordPieceTokenizer(WordPiece.read_file(str(path)), lowercase=True)
-    except Exception as error:  # the package raises nothing narrower
-        raise DataError(f"{path} must be the vocab.txt or tokenizer.json of a checkpoint: {error}") from error
-    if tokenizer.get_vocab_size() > vocabulary:
-        raise DataError(
-            f"{path} must have at most {vocabulary} tokens, those of the encoder; got {tokenizer.get_vocab_size()}. "
-            f"Name the file that belongs to the weights."
-        )
+    found = vocabulary.read(path, rows)
+    tokenizer = BertWordPieceTokenizer(found.ids, **found.normalizer)
     tokenizer.no_padding()
     tokenizer.enable_truncation(length)
     return lambda text: tokenizer.encode(text).ids

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from benchmarks.harness.errors import DataError
@@ -19,6 +21,7 @@ BLOCK = {
     "output": "output.dense",
     "output_norm": "output.LayerNorm",
 }
+FLOATS = ("F64", "F32", "F16", "BF16")  # what a safetensors file calls them
 LEAVES = {"kernel": ("weight",), "embedding": ("weight",), "scale": ("weight", "gamma"), "bias": ("bias", "beta")}
 
 
@@ -71,7 +74,8 @@ def load(path: Path, y: PyTree) -> PyTree:
       A tree like y.
 
     Raises:
-      DataError: if the file cannot be read, or a tensor is missing or has another shape; it names them all.
+      DataError: if the file cannot be read, or tensors are missing, have another shape, or are not finite floats; it
+        names them.
     """
     problems: list[str] = []
 
@@ -83,11 +87,18 @@ def load(path: Path, y: PyTree) -> PyTree:
         if name is None:
             problems.append(f"{names(keys)[0]} is missing")
             return value
-        tensor, expected = file.get_tensor(name), stored_shape(keys, value)
-        if tensor.shape != expected:
-            problems.append(f"{name} has shape {tensor.shape}, expected {expected}")
+        described, expected = file.get_slice(name), stored_shape(keys, value)
+        if (shape := tuple(described.get_shape())) != expected:
+            problems.append(f"{name} has shape {shape}, expected {expected}")
             return value
-        return (tensor.T if keys[-1] == "kernel" else tensor).reshape(value.shape).astype(value.dtype)
+        if (dtype := described.get_dtype()) not in FLOATS:
+            problems.append(f"{name} has type {dtype}, expected {' or '.join(FLOATS)}")
+            return value
+        tensor = np.asarray(file.get_tensor(name))
+        if not np.isfinite(tensor).all():
+            problems.append(f"{name} has numbers that are not finite")
+            return value
+        return jnp.asarray((tensor.T if keys[-1] == "kernel" else tensor).reshape(value.shape).astype(value.dtype))
 
     try:
         with safe_open(path, framework="flax") as file:

@@ -6,6 +6,7 @@ import io
 import lzma
 import pickle
 import zipfile
+import zlib
 
 import numpy as np
 import pooch
@@ -13,7 +14,7 @@ import pytest
 import requests
 
 from benchmarks.__main__ import main
-from benchmarks.data import download
+from benchmarks.data import download, readers, unpacking
 from benchmarks.data.download import Source
 from benchmarks.harness.errors import DataError
 
@@ -49,10 +50,10 @@ def npz(**arrays):
 def no_network(monkeypatch):
     """A download fails as it does without network, and says what it was asked for."""
 
-    def retrieve(url, **arguments):
-        raise requests.ConnectionError(f"no network for {url}")
+    def send(adapter, request, **arguments):
+        raise requests.ConnectionError(f"no network for {request.url}")
 
-    monkeypatch.setattr(pooch, "retrieve", retrieve)
+    monkeypatch.setattr(requests.adapters.HTTPAdapter, "send", send)
 
 
 @pytest.fixture
@@ -73,12 +74,11 @@ def test_a_file_is_read_without_network_however_it_is_packed(folder, suffix):
 def test_a_missing_file_is_downloaded_once_to_where_it_is_looked_for(folder, monkeypatch, capsys):
     asked = []
 
-    def retrieve(url, known_hash, fname, path):
+    def retrieve(url, file, most):
         asked.append(url)
-        place(path, bz2.compress(TEXT), fname)
-        return str(path / fname)
+        file.write_bytes(bz2.compress(TEXT))
 
-    monkeypatch.setattr(pooch, "retrieve", retrieve)
+    monkeypatch.setattr(download, "retrieve", retrieve)
     assert download.fetch(NAME) == TEXT
     assert download.fetch(NAME) == TEXT
     assert asked == ["https://example.org/small.bz2"]
@@ -86,12 +86,10 @@ def test_a_missing_file_is_downloaded_once_to_where_it_is_looked_for(folder, mon
 
 
 def test_a_download_that_is_something_else_is_not_kept(folder, monkeypatch):
-    monkeypatch.setattr(
-        pooch, "retrieve", lambda url, known_hash, fname, path: place(path, b"<html>log in</html>", fname)
-    )
-    with pytest.raises(DataError, match=r"small.bz2 cannot be read"):
+    monkeypatch.setattr(download, "retrieve", lambda url, file, most: file.write_bytes(b"<html>log in</html>"))
+    with pytest.raises(DataError, match=r"small is missing.* by hand. What came cannot be read"):
         download.fetch(NAME)
-    assert not (folder / f"{NAME}.bz2").exists()
+    assert not any(path.is_file() for path in folder.rglob("*"))
 
 
 def test_without_the_variable_files_lie_in_the_cache_folder(monkeypatch):
@@ -143,25 +141,28 @@ def test_a_file_with_another_content_is_refused_with_the_fix(folder, suffix, con
     assert fix in str(error.value)
 
 
-def test_no_more_is_unpacked_than_was_published(folder, monkeypatch):
-    read = []
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz"])
+def test_no_more_is_unpacked_than_was_published(suffix):
+    packed = PACK[suffix](TEXT)
+    for most in (0, 1, len(TEXT) - 1, len(TEXT), len(TEXT) + 1):
+        assert unpacking.unpacked(packed, suffix, most) == TEXT[:most]
+    assert unpacking.unpacked(packed + packed + bytes(8), suffix, 10**6) == TEXT * 2
+    with pytest.raises(EOFError, match="more than 100 streams"):
+        unpacking.unpacked(PACK[suffix](b"") * 101, suffix, 10)
 
-    class Endless(io.RawIOBase):
-        def read(self, size=-1):
-            read.append(size)
-            return bytes(size)
 
-    monkeypatch.setitem(download.OPEN, ".gz", lambda path, mode: Endless())
-    place(folder, b"", NAME + ".gz")
-    with pytest.raises(DataError, match="got more"):
+def test_an_xz_file_that_asks_for_much_memory_is_refused(folder):
+    packed = lzma.compress(TEXT)
+    head = packed[12:16] + bytes([38]) + packed[17:20]  # of the first block: a dictionary of 2 GiB
+    place(folder, packed[:12] + head + zlib.crc32(head).to_bytes(4, "little") + packed[24:], NAME + ".xz")
+    with pytest.raises(DataError, match=r"small\.xz cannot be read: Memory usage limit"):
         download.fetch(NAME)
-    assert read == [len(TEXT) + 1]
 
 
 @pytest.mark.parametrize("shape", [(7,), (2, 3, 4), (0,)])
 def test_idx_files_are_read(shape):
     array = np.arange(np.prod(shape)).reshape(shape)
-    np.testing.assert_array_equal(download.idx(idx_file(array), len(shape)), array)
+    np.testing.assert_array_equal(readers.idx(idx_file(array), len(shape), "mnist/x"), array)
 
 
 HOSTILE_IDX = {
@@ -170,6 +171,7 @@ HOSTILE_IDX = {
     "one dimension": idx_file(np.zeros(24)),
     "a byte less": idx_file(np.zeros((2, 3, 4)))[:-1],
     "a byte more": idx_file(np.zeros((2, 3, 4))) + b"\0",
+    "sizes that no array has": bytes([0, 0, 8, 3]) + bytes(4) + b"\xff" * 8,
     "sizes far beyond the file": bytes([0, 0, 8, 3]) + b"\xff" * 12,
     "floats": bytes([0, 0, 13, 3]) + idx_file(np.zeros((2, 3, 4)))[4:],
 }
@@ -177,8 +179,8 @@ HOSTILE_IDX = {
 
 @pytest.mark.parametrize("content", HOSTILE_IDX.values(), ids=HOSTILE_IDX)
 def test_hostile_idx_files_are_refused(content):
-    with pytest.raises(DataError, match="an idx file"):
-        download.idx(content, 3)
+    with pytest.raises(DataError, match=r"mnist/x, an idx file.*must.*; got .* Delete it"):
+        readers.idx(content, 3, "mnist/x")
 
 
 def test_images_come_with_their_labels(folder, monkeypatch):
@@ -193,7 +195,7 @@ def test_images_come_with_their_labels(folder, monkeypatch):
 
 
 def test_libsvm_files_are_read():
-    rows, labels = download.sparse(b"-1 1:0.5 3:2e0\n+1 2:-1 # a comment\n2\n", 4)
+    rows, labels = readers.sparse(b"-1 1:0.5 3:2e0\n+1 2:-1 # a comment\n\n2\n", 4, "libsvm/x")
     np.testing.assert_array_equal(rows.toarray(), [[0.5, 0, 2, 0], [0, -1, 0, 0], [0, 0, 0, 0]])
     np.testing.assert_array_equal(labels, [-1, 1, 2])
 
@@ -210,17 +212,21 @@ def test_libsvm_files_are_read():
         b"one 1:1\n",
         b"1 1\n",
         b"\x80\0",
+        b"1 1:1e999\n",
+        b"1 99999999999999999999:1\n",
+        b"1 " + b"9" * 5000 + b":1\n",
+        b"1 1:1:1\n",
     ],
 )
 def test_hostile_libsvm_files_are_refused(content):
-    with pytest.raises(DataError, match="a LIBSVM file"):
-        download.sparse(content, 4)
+    with pytest.raises(DataError, match=r"libsvm/x, line 2, must be 'label index:value …'.*from 1 to 4"):
+        readers.sparse(b"1 1:1\n" + content, 4, "libsvm/x")
 
 
 def test_drawings_are_read():
     images = np.zeros((2, 20, 105, 105), bool)
     images[1, 3, 5, 7] = True
-    np.testing.assert_array_equal(download.drawings(npz(images=images, labels=np.arange(2))), images)
+    np.testing.assert_array_equal(readers.drawings(npz(images=images, labels=np.arange(2)), "omniglot/x"), images)
 
 
 def npz_of(member, content):
@@ -234,6 +240,11 @@ def npy(array):
     file = io.BytesIO()
     np.save(file, array, allow_pickle=True)
     return file.getvalue()
+
+
+def encrypted(content):
+    place = content.index(b"PK\x01\x02") + 8  # the flags of the first file
+    return content[:place] + b"\1" + content[place + 1 :]
 
 
 class Trap:
@@ -254,21 +265,24 @@ HOSTILE_NPZ = {
         "images.npy", npy(np.zeros(9)).replace(b"(9,), }" + b" " * 15, b"(9999999999999999,), }")
     ),
     "a path that escapes": npz_of("../../images.npy", npy(np.zeros(9))),
+    "another order": npz(images=np.asfortranarray(np.zeros((2, 20, 105, 105), bool))),
+    "brackets without end": npz_of("images.npy", b"\x93NUMPY\x01\x00" + (4000).to_bytes(2, "little") + b"(" * 4000),
+    "an encrypted member": encrypted(npz(images=np.zeros((1, 20, 105, 105), bool))),
 }
 
 
 @pytest.mark.parametrize("content", HOSTILE_NPZ.values(), ids=HOSTILE_NPZ)
 def test_hostile_npz_files_are_refused(content, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match="Omniglot"):
-        download.drawings(content)
+    with pytest.raises(DataError, match=r"omniglot/x must be an npz file with images\.npy, bool .* Delete it"):
+        readers.drawings(content, "omniglot/x")
     assert not list(tmp_path.iterdir())
 
 
 def test_an_npz_bomb_is_refused_before_it_is_unpacked(monkeypatch):
-    monkeypatch.setattr(download, "LARGEST", 10**6)
+    monkeypatch.setattr(readers, "LARGEST", 10**6)
     with pytest.raises(DataError, match="unpacks to 1000001 bytes, more than 1000000"):
-        download.drawings(npz_of("images.npy", bytes(10**6 + 1)))
+        readers.drawings(npz_of("images.npy", bytes(10**6 + 1)), "omniglot/x")
 
 
 def test_the_program_prints_a_data_error_without_a_traceback(tmp_path, monkeypatch, capsys):

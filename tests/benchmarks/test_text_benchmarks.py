@@ -178,13 +178,13 @@ def test_votes_are_counted():
 def test_examples_are_read_with_their_entities():
     data = {"text": "fog delays it", "entity1": "fog", "entity2": "it"}
     content = json.dumps({"7": {"label": 1, "weak_labels": [-1, 1], "data": data}}).encode()
-    read = text.read(content)
+    read = text.read(content, "wrench/x")
     assert read.texts == ["fog it fog delays it"]
     assert (read.labels.tolist(), read.votes.tolist()) == ([1], [[-1, 1]])
     assert read.where(np.array([False])).texts == []
     for wrong in (b"{", b"[]", b'{"0": {"label": 1}}'):
-        with pytest.raises(DataError, match="a WRENCH file must be JSON"):
-            text.read(wrong)
+        with pytest.raises(DataError, match=r"wrench/x(, example '0',)? must .* Delete it"):
+            text.read(wrong, "wrench/x")
 
 
 def test_words_become_ids(tmp_path):

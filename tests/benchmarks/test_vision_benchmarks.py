@@ -1,3 +1,4 @@
+import hashlib
 import io
 import json
 import math
@@ -55,22 +56,33 @@ def archive(tmp_path, monkeypatch):
                 info.size = content.tell()
                 content.seek(0)
                 tar.addfile(info, content)
+        trust(path)
         return path
+
+    def trust(path):
+        """What the archive holds is what was published."""
+        listing = [f"{hashlib.sha256(content).hexdigest()}  {member}\n" for member, content in members_of(path)]
+        name, sha256 = str(path.relative_to(tmp_path)), hashlib.sha256("".join(listing).encode()).hexdigest()
+        monkeypatch.setitem(photos.ARCHIVES, name, photos.Archive("somewhere", sha256))
+
+    def members_of(path):
+        with tarfile.open(path) as tar:
+            return sorted((member.name, tar.extractfile(member).read()) for member in tar)
 
     yield pack
     for reader in (photos.cifar10, photos.mini_imagenet):
         reader.cache_clear()
 
 
-def test_cifar10_is_read_with_labels_in_the_order_of_the_class_names(archive):
+def test_cifar10_is_read_with_labels_in_the_order_of_class_names_and_numbers(archive):
     shades = {"train/frog/0.jpg": 200, "train/cat/1.jpg": 10, "train/frog/1.jpg": 220, "train/cat/0.jpg": 30}
     archive("cifar10-jpeg/train.tar.xz", {path: ((shade, 0, 255 - shade), 32) for path, shade in shades.items()})
     images, labels = photos.cifar10("train")
     assert images.shape == (4, 32, 32, 3)
     assert images.dtype == np.uint8
     assert labels.tolist() == [0, 0, 1, 1]
-    np.testing.assert_allclose(images[:, 5, 7, 0], [10, 30, 200, 220], atol=6)
-    np.testing.assert_allclose(images[:, 5, 7, 2], [245, 225, 55, 35], atol=6)
+    np.testing.assert_allclose(images[:, 5, 7, 0], [30, 10, 200, 220], atol=6)
+    np.testing.assert_allclose(images[:, 5, 7, 2], [225, 245, 55, 35], atol=6)
 
 
 def test_photographs_of_miniimagenet_are_shrunk_to_means(archive):
@@ -84,16 +96,22 @@ def test_photographs_of_miniimagenet_are_shrunk_to_means(archive):
     np.testing.assert_allclose(images[1], 90, atol=4)
 
 
-def test_archives_that_are_missing_cut_or_of_other_images_are_refused(archive):
+def test_archives_that_are_missing_cut_or_of_other_images_are_refused(archive, monkeypatch):
     with pytest.raises(
         DataError, match=r"test.tar.xz is missing. Name a folder that has it with BILEVAX_DATA=<folder>"
     ):
         photos.cifar10("test")
     path = archive("cifar10-jpeg/test.tar.xz", {"test/cat/0.jpg": ((0, 0, 0), 16)})
-    with pytest.raises(DataError, match=r"must have 1 images of 32 × 32 for each class; got 1 for cat.*\(16, 16, 3\)"):
+    with pytest.raises(DataError, match=r"test/cat/0.jpg must be a JPEG or PNG file of 32 × 32 pixels: it is 16 × 16"):
+        photos.cifar10("test")
+    archive("cifar10-jpeg/test.tar.xz", {f"test/cat/{number}.jpg": ((0, 0, 0), 32) for number in range(2)})
+    with pytest.raises(DataError, match=r"test.tar.xz must have 1 images for each class; got 2 for cat. Copy it again"):
+        photos.cifar10("test")
+    monkeypatch.setitem(photos.ARCHIVES, "cifar10-jpeg/test.tar.xz", photos.Archive("somewhere", "0" * 64))
+    with pytest.raises(DataError, match=r"must hold the JPEG files of somewhere, .* has the sha256 0{64}; got "):
         photos.cifar10("test")
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(DataError, match=r"test.tar.xz cannot be read: .* Copy it again."):
+    with pytest.raises(DataError, match=r"test.tar.xz cannot be read as a tar.xz archive.*Copy it again."):
         photos.cifar10("test")
 
 

@@ -1,0 +1,1 @@
+"""Good files for readers, and hostile ones that keep the form of these."""
