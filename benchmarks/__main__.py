@@ -56,7 +56,9 @@ FOLDERS = {
 }
 TASKS = {task: folder for folder, tasks in FOLDERS.items() for task in tasks}
 EXTRAS = {
-    **dict.fromkeys(("PIL", "matplotlib", "pooch", "rich", "sklearn", "threadpoolctl", "tyro"), "bench"),
+    **dict.fromkeys(
+        ("PIL", "matplotlib", "pooch", "requests", "rich", "sklearn", "threadpoolctl", "tyro", "urllib3"), "bench"
+    ),
     **{"orbax": "checkpoint", "flax": "flax", "safetensors": "text", "tokenizers": "text"},
     **dict.fromkeys(("jaxopt", "lineax", "optimistix"), "peers"),
 }
