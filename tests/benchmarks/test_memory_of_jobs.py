@@ -1,6 +1,7 @@
 """What jobs need is measured in processes of their own; one that fails is told."""
 
 import json
+import resource
 
 import pytest
 
@@ -34,7 +35,8 @@ def test_the_peak_and_the_processor_seconds_are_those_of_the_job(job):
     job("import sys\nassert sys.argv[1:4] == ['pde', '--quick', '--results']\ndata = b'a' * (3 * 10**8)\n" + BUSY)
     row = memory.measured("pde", 60)
     assert row.failure == ""
-    assert 3 * 10**8 < row.memory < 5 * 10**8
+    before = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # a process begins with the peak of its parent
+    assert 3 * 10**8 < row.memory < max(5 * 10**8, 1.1 * before)
     assert row.cpu_seconds > 0.5
 
 
