@@ -28,10 +28,10 @@ def _opened(url: str) -> requests.Response:
         request = session.prepare_request(requests.Request("GET", url, headers={"Accept-Encoding": "identity"}))
         settings = session.merge_environment_settings(url, {}, True, None, None)
         response = session.get_adapter(url).send(request, timeout=TIMEOUT, **settings)
-        if not response.is_redirect:
-            response.raise_for_status()
+        if response.ok and not response.is_redirect:
             return response
         response.close()
+        response.raise_for_status()
         url = urljoin(url, response.headers["location"])
     raise ValueError(f"it leads to more than {REDIRECTS} other addresses")
 
