@@ -217,6 +217,8 @@ def _at_exceptions(run: _Run) -> None:
 
     def hook(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
         shown(kind, error, traceback)
+        if hasattr(sys, "ps1"):  # somebody types, and goes on
+            return
         if _STATUS.match(
             str(error)
         ):  # a collective has failed, perhaps since another process is gone: that is said first

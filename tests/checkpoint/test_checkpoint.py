@@ -1,5 +1,6 @@
 """States that are saved and restored: the same bits, on other devices too, and clear words where that cannot be."""
 
+import collections
 import os
 import random
 import subprocess
@@ -14,8 +15,9 @@ import pytest
 from processes import findings, start
 
 from bilevax import checkpoint
+from bilevax.checkpoint import _folders, _saving
 
-CONFIG = {"method": "implicit", "rates": [0.1, 0.2], "inner": {"steps": 5, "damping": None}}
+CONFIG = {"method": "implicit", "rates": [0.1, 0.2], "inner": {"steps": 5, "damping": None}, "names": []}
 
 
 def everything():
@@ -173,6 +175,14 @@ REFUSED = {
 }
 
 
+def test_leaves_are_found_by_their_names(tmp_path):
+    """Not by their order, which an OrderedDict keeps."""
+    checkpoint.save(tmp_path, 0, collections.OrderedDict(a=np.zeros(2), b=np.ones(2), c=3))
+    read = checkpoint.restore(tmp_path, collections.OrderedDict(c=0, b=np.zeros(2), a=np.zeros(2))).state
+    assert (list(read), read["c"]) == (["c", "b", "a"], 3)
+    np.testing.assert_array_equal((read["a"], read["b"]), ([0, 0], [1, 1]))
+
+
 def test_double_precision_is_not_cut_in_silence(tmp_path):
     checkpoint.save(tmp_path, 0, {"y": jnp.asarray(np.ones(2))})
     with jax.enable_x64(False), pytest.raises(ValueError, match=r"got float64 at like\['y'\]. Set jax.config.update"):
@@ -228,6 +238,10 @@ def test_another_configuration_is_refused_and_its_key_named(saved, config, messa
             lambda folder: checkpoint.save(folder, 8, {}, {"a": {"b": np.ones(2)}}),
             r"got array.* at config\['a'\]\['b'\]",
         ),
+        (
+            lambda folder: checkpoint.save(folder, 8, {}, {(1, 2): 3}),
+            r"config must have names as keys; got \(1, 2\) at",
+        ),
         (lambda folder: checkpoint.save(folder, 8, {}, [1]), r"config must be a mapping of names to values; got \[1\]"),
         (
             lambda folder: checkpoint.save(folder / "notes", 8, {}),
@@ -257,9 +271,7 @@ def test_damaged_files_are_named(tmp_path):
         checkpoint.save(tmp_path, step, changed())
     checkpoint.wait()
     random_ = random.Random(0)
-    files = [
-        file for file in (tmp_path / "2").rglob("*") if file.is_file() and file.name not in checkpoint._ORBAX_CHANGES
-    ]
+    files = [file for file in (tmp_path / "2").rglob("*") if file.is_file() and file.name not in _folders.ORBAX_CHANGES]
     assert len(files) >= 5
     for file in files:
         sound = file.read_bytes()
@@ -286,7 +298,7 @@ def test_what_could_not_be_written_is_said_by_the_next_call(tmp_path, monkeypatc
     def full(*arguments):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_seal", full)
+    monkeypatch.setattr(_saving, "seal", full)
     checkpoint.save(tmp_path, 2, {"k": 2})
     with pytest.raises(OSError, match=rf"folder {tmp_path}: step 2 could not be written \(No space left .* resume"):
         checkpoint.save(tmp_path, 3, {"k": 3})
