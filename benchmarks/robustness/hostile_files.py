@@ -22,10 +22,9 @@ from rich.console import Console
 
 from benchmarks.data.download import FOLDER
 from benchmarks.harness.errors import DataError
-from benchmarks.harness.files import replacing
 from benchmarks.robustness.hostile import arrays, photographs, texts
 from benchmarks.robustness.hostile.making import KINDS, Case
-from benchmarks.robustness.page import markdown, put
+from benchmarks.robustness.page import markdown, show
 
 TASK = "hostile-files"
 CASES = {case.name: case for case in (*arrays.CASES, *photographs.CASES, *texts.CASES)}
@@ -192,11 +191,7 @@ class Config:
             for one in rows[-1].raw[:5]:
                 console.print(f"{name}, {one}", style="red", markup=False, soft_wrap=True)
         text = table(rows)
-        console.print(text, markup=False, soft_wrap=True)
-        with replacing(self.results / (TASK + "-quick" * self.quick) / f"{TASK}.json") as file:
-            file.write_text(json.dumps([row._asdict() for row in rows], indent=1) + "\n")
-        if self.page is not None:
-            put(self.page, TASK, text)
+        show(console, TASK, text, rows, self.results / (TASK + "-quick" * self.quick), self.page)
         return int(any(row.raw or row.strays for row in rows))
 
 

@@ -1,7 +1,6 @@
 """What the quick run of every job needs: memory and processor seconds of a process of its own."""
 
 import dataclasses
-import json
 import os
 import subprocess
 import sys
@@ -13,8 +12,7 @@ from typing import NamedTuple
 from rich.console import Console
 
 from benchmarks.harness.errors import DataError
-from benchmarks.harness.files import replacing
-from benchmarks.robustness.page import markdown, put
+from benchmarks.robustness.page import markdown, show
 
 TASK = "memory"
 QUICK = ("hyper-cleaning",)
@@ -97,9 +95,5 @@ class Config:
             console.print(f"[dim]{job} …", soft_wrap=True)
             rows.append(measured(job, self.seconds))
         text = table(rows)
-        console.print(text, markup=False, soft_wrap=True)
-        with replacing(self.results / (TASK + "-quick" * self.quick) / f"{TASK}.json") as file:
-            file.write_text(json.dumps([row._asdict() for row in rows], indent=1) + "\n")
-        if self.page is not None:
-            put(self.page, TASK, text)
+        show(console, TASK, text, rows, self.results / (TASK + "-quick" * self.quick), self.page)
         return int(any(row.failure for row in rows))

@@ -7,7 +7,6 @@ a method over a graph, and outer steps with Kronecker factors. The first tenth o
 import contextlib
 import dataclasses
 import functools
-import json
 import os
 import resource
 import sys
@@ -26,10 +25,9 @@ from rich.console import Console
 import bilevax as bx
 from benchmarks.data.images import load
 from benchmarks.decentralized import hyper_cleaning as over_a_graph
-from benchmarks.harness.files import replacing
 from benchmarks.harness.loop import outer_steps
 from benchmarks.networks.dense import MODELS
-from benchmarks.robustness.page import markdown, put
+from benchmarks.robustness.page import markdown, show
 from benchmarks.tasks import hyper_cleaning
 from bilevax.typing import Array
 
@@ -228,9 +226,5 @@ class Config:
             if not rows[-1].constant:
                 console.print(f"{loop.name}: something grew, from {rows[-1].first} to {rows[-1].last}", style="red")
         text = table(rows)
-        console.print(text, markup=False, soft_wrap=True)
-        with replacing(self.results / (TASK + "-quick" * self.quick) / f"{TASK}.json") as file:
-            file.write_text(json.dumps([row._asdict() for row in rows], indent=1) + "\n")
-        if self.page is not None:
-            put(self.page, TASK, text)
+        show(console, TASK, text, rows, self.results / (TASK + "-quick" * self.quick), self.page)
         return int(not all(row.constant for row in rows))

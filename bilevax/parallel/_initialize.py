@@ -216,12 +216,13 @@ def _at_exceptions(run: _Run) -> None:
     shown = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
+        collective = bool(_STATUS.match(str(error)))
+        if collective and run.ending.locked():
+            time.sleep(60)  # it failed as another process is gone, which has been said: another thread ends this one
         shown(kind, error, traceback)
         if hasattr(sys, "ps1"):  # somebody types, and goes on
             return
-        if _STATUS.match(
-            str(error)
-        ):  # a collective has failed, perhaps since another process is gone: that is said first
+        if collective:  # perhaps since another process is gone: that is said first
             time.sleep(run.timeout + 3 * run.every)
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # process 0 is gone: `_hold` ends this one
             run.write(f"{_GONE}{run.process}", f"it ended with {kind.__name__}: {error!s:.200}")
