@@ -332,7 +332,8 @@ def test_saves_leave_no_threads_and_no_open_files(tmp_path, saves):
         checkpoint.save(tmp_path, step, state)
         checkpoint.wait()
         counts.append(opened())
-    assert max(counts[2:]) <= max(counts[:2])
+    for number in zip(*counts, strict=True):  # a thread that ends late is no leak: what leaks is there ever after
+        assert min(number[saves // 2 :]) <= max(number[:2])
 
 
 def test_eight_devices_then_two_then_one(tmp_path):
