@@ -42,17 +42,6 @@ def _leftovers(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def refused(path: Path, fix: str) -> Iterator[None]:
-    """What the machine says against writing there becomes a `DataError` that names the place."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in REFUSALS:
-            raise
-        raise DataError(f"{path} cannot be written: {error.strerror}. {fix}") from error
-
-
-@contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary file beside `path`, which takes its place where the block ends without an exception.
 
@@ -62,7 +51,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
       DataError: if the machine lets nobody write there.
     """
-    with refused(path, "Make room there, or name another folder."):
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for old in _leftovers(path):
             old.unlink(missing_ok=True)
@@ -74,6 +63,11 @@ def replacing(path: Path) -> Iterator[Path]:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+    except OSError as error:
+        if error.errno not in REFUSALS:  # it may be one of the block, of a network for instance
+            raise
+        said = f"{error.strerror}. Make room there, or name another folder."
+        raise DataError(f"{path} cannot be written: {said}") from error
 
 
 def write(path: Path, text: str) -> None:
@@ -94,7 +88,7 @@ def check_writable(folder: Path, option: str) -> None:
     Raises:
       DataError: if that cannot be done: it names the option.
     """
-    with refused(folder, f"Make room there, or name another folder with {option}."):
+    try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".probe.{socket.gethostname()}-{os.getpid()}{ENDING}"
         try:
@@ -104,6 +98,10 @@ def check_writable(folder: Path, option: str) -> None:
                 os.fsync(file.fileno())
         finally:
             probe.unlink(missing_ok=True)
+    except (OSError, ValueError) as error:  # a name with a null byte is no OSError
+        said = getattr(error, "strerror", None) or error
+        fix = f"Make room there, or name another folder with {option}."
+        raise DataError(f"{folder} cannot be written: {said}. {fix}") from error
 
 
 def record(path: Path) -> dict[str, Any]:
