@@ -86,7 +86,7 @@ def test_other_errors_of_the_block_are_not_taken_for_those_of_the_disk(tmp_path)
 def test_a_folder_of_results_that_cannot_be_is_refused_by_its_option(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     for folder in ("file", "file/below", "n" * 300, "null\0byte", "/proc/none"):
-        with pytest.raises(DataError, match="cannot be written: .*with --results"):
+        with pytest.raises(DataError, match=r"cannot be written: .*with --results"):
             files.check_writable(tmp_path / folder, "--results")
     monkeypatch.setattr(os, "fsync", refusing(errno.ENOSPC))
     with pytest.raises(DataError, match="full cannot be written: No space left on device"):
